@@ -1,0 +1,265 @@
+"""The configuration: its defaults, how a command line changes it, what is checked, and how it is stored.
+
+A file in ``configs/`` has ``get_config(variant) -> ConfigDict``; it starts from :func:`base` and changes what differs. Every
+problem is a :class:`~clip_jax.errors.UserError` with one line, raised before a device is touched.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import os
+import re
+
+from ml_collections import ConfigDict
+
+from clip_jax.errors import UserError
+
+OPTIMIZERS = ("adamw", "lamb", "adafactor", "sgd")
+SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def base():
+    """Every field that a configuration has, with the defaults of CLIP; each field with its meaning."""
+    c = ConfigDict()
+    c.method = "clip"  # a module of clip_jax.methods, or the import path of your own
+    c.seed = 0  # initialisation, order of the data, augmentation: everything random follows from it
+    c.tokenizer = "sentencepiece"  # sentencepiece[:model] | clip_bpe[:vocabulary] | wordpiece:vocabulary | folder of a saved one
+
+    c.data = ConfigDict()
+    c.data.source = "emoji"  # see docs/data.md; --config.data=PATH is short for --config.data.source=PATH
+    c.data.split = "train"
+    c.data.image = c.data.text = c.data.label = ""  # names of the fields; empty: found by themselves
+    c.data.templates = ()  # captions made from fields of a record, e.g. ("{name}", "{tags}"); empty: the captions as they are
+    c.data.augment = ("rrc(0.9, 1.0)",)  # clip.md: random square crop; docs/data.md lists the transforms
+    c.data.batch_size = 256  # global
+    c.data.workers = 0  # processes that prepare examples, on each host; 0: threads of the main process
+    c.data.threads = 2  # threads in each of them
+    c.data.prefetch = 2  # batches ready ahead
+    c.data.cache_mb = 512  # decoded small pictures kept in memory by each process, at most
+    c.data.max_bad_share = 0.1  # stop when more than this share of the records is unusable
+
+    c.model = ConfigDict()
+    c.model.embed_dim = 512
+    c.model.logit_scale_init = 2.6593  # ln(1 / 0.07)
+    c.model.logit_scale_max = 4.6052  # ln 100
+    c.model.dtype = "bfloat16"  # of matrix work; weights, norms, softmax and losses stay float32
+    c.model.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]
+    c.model.image_std = (0.26862954, 0.26130258, 0.27577711)
+    c.model.image = ConfigDict(
+        dict(
+            kind="vit", size=224, patch=32, width=768, depth=12, heads=12, mlp_dim=3072, pool="cls", cls_token=True, ln_pre=True,
+            patch_bias=False, posemb="learn", act="quick_gelu", ln_eps=1e-5, weight_init="clip_image", stem=(), patch_drop=0.0, proj_bias=False,
+        )
+    )  # fmt: skip
+    c.model.text = ConfigDict(
+        dict(
+            kind="transformer", vocab_size=0, eot_id=-1, context=77, width=512, depth=12, heads=8, mlp_dim=2048, pool="eot", causal=True,
+            mask_padding=False, act="quick_gelu", ln_eps=1e-5, weight_init="clip_text", proj_bias=False,
+        )
+    )  # vocab_size and eot_id are taken from the tokenizer # fmt: skip
+
+    c.optim = ConfigDict()
+    c.optim.name = "adamw"  # adamw | lamb | adafactor | sgd
+    c.optim.lr = 5e-4  # the peak
+    c.optim.schedule = "cosine"  # after the warm-up: cosine | linear | rsqrt | constant
+    c.optim.warmup_steps = 2000
+    c.optim.b1 = 0.9  # also the momentum of sgd and adafactor
+    c.optim.b2 = 0.98
+    c.optim.eps = 1e-6
+    c.optim.weight_decay = 0.2  # decoupled; multiplied by the learning rate
+    c.optim.no_decay = ("/bias$", "/scale$", "^logit_", "/cls$", "/pos$")  # not decayed: parameters whose path one of these finds
+    c.optim.lr_mult = ()  # ((regular expression, factor), ...): the first that finds a parameter's path counts; 0 freezes
+    c.optim.freeze = ()  # regular expressions; parameters found are not trained and cost no optimizer state
+    c.optim.grad_clip_norm = 0.0  # global norm; 0: off
+    c.optim.ema_decay = 0.0  # moving average of the weights; 0: off
+
+    c.train = ConfigDict()
+    c.train.steps = 1000
+    c.train.log_steps = 50  # a progress line and metrics every so many steps, and the first one
+    c.train.max_bad_steps = 20  # stop after so many steps in a row with a loss or gradient that is not finite
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.steps = 1000  # save every so many steps; 0: only by minutes and at the end
+    c.checkpoint.minutes = 15.0  # and every so many minutes; 0: only by steps
+    c.checkpoint.keep = 2  # the newest ones kept
+    c.checkpoint.best = ""  # the metric by which one more is kept, the best; empty: none
+
+    c.eval = ConfigDict()
+    c.eval.steps = 0  # evaluate every so many steps; 0: only at the end
+    c.eval.tasks = ("emoji",)  # at the end, see docs/evaluation.md: emoji | zeroshot(...) | retrieval(...) | probe(...)
+    c.eval.train_tasks = ()  # the ones that run every eval.steps
+    c.eval.transform = ("resize", "center_crop")  # clip.md
+    c.eval.batch_size = 256
+    c.eval.ema = False  # evaluate the moving average of the weights
+    c.eval.report = True  # write report.html after the last evaluation
+
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: what is left of the devices
+
+    c.log = ConfigDict()
+    c.log.tensorboard = True
+    c.log.wandb = ""  # the project's name; empty: off
+    return c.lock()
+
+
+def load(spec, overrides=()):
+    """The configuration of ``"path/to/file.py[:variant]"`` with overrides ``["optim.lr=3e-4", ...]``.
+
+    Raises UserError for a file that is missing or has no ``get_config``, an unknown key, and a value of the wrong type.
+    """
+    path, _, variant = spec.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"--config={spec}: there is no file {path!r}")
+    module_spec = importlib.util.spec_from_file_location("clip_jax_config", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={spec}: {path!r} has no function get_config(variant)")
+    config = module.get_config(variant)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        _override(config, key, value)
+    return config
+
+
+def unknown(what, name, allowed):
+    """The UserError for a name that is none of ``allowed``, with the nearest one."""
+    allowed = [str(a) for a in allowed]
+    near = difflib.get_close_matches(str(name), allowed, 1, 0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}"
+    return UserError(f"{what} {str(name)!r}: {hint}")
+
+
+def _keys(config, prefix=""):
+    for key, value in config.items():
+        yield prefix + key
+        if isinstance(value, ConfigDict):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _override(config, key, text):
+    """Sets the field ``key`` ("optim.lr") of a configuration to ``text``, read as the type that the field has."""
+    *parents, name = key.split(".")
+    section = config
+    for parent in parents:
+        section = section.get(parent) if isinstance(section, ConfigDict) else None
+    if not isinstance(section, ConfigDict) or name not in section:
+        near = difflib.get_close_matches(key, list(_keys(config)), 1, 0.5)
+        raise UserError(f"unknown config key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    old = section[name]
+    if isinstance(old, ConfigDict):
+        values = _literal(text)
+        if isinstance(values, dict):
+            for k, v in values.items():
+                _override(config, f"{key}.{k}", v if isinstance(v, str) else repr(v))
+        elif "source" in old:
+            old.source = text
+        else:
+            raise UserError(f"config key {key!r} is a section: give one of its fields ({', '.join(old)}), or a dict")
+        return
+    try:
+        section[name] = _parse(text, old)
+    except ValueError:
+        raise UserError(f"config key {key!r} is of type {type(old).__name__}, got {text!r}") from None
+
+
+def _literal(text):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None
+
+
+def _parse(text, old):
+    if isinstance(old, bool):
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError
+        return text.lower() in ("true", "1")
+    if isinstance(old, int):
+        number = float(text)
+        if number != int(number):
+            raise ValueError
+        return int(number)
+    if isinstance(old, float):
+        return float(text)
+    if isinstance(old, tuple):
+        value = _literal(text)
+        if isinstance(value, list | tuple):
+            return _tuples(value)
+        # "rrc(0.9, 1.0),flip": split at the commas outside of brackets
+        return tuple(part.strip() for part in re.split(r",(?![^()\[\]]*[)\]])", text) if part.strip())
+    return text
+
+
+def _tuples(value):
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return value
+
+
+def to_json(config):
+    """The configuration as JSON text."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True)
+
+
+def from_json(text):
+    """The configuration that :func:`to_json` stored."""
+    return ConfigDict(_tuples(json.loads(text))).lock()
+
+
+def resolve(config, tokenizer):
+    """A copy with what depends on the tokenizer filled in; raises UserError when the configuration demands another one."""
+    config = config.copy_and_resolve_references()
+    text = config.model.get("text", {})
+    for field, value in (("vocab_size", tokenizer.vocab_size), ("eot_id", tokenizer.eot_id)):
+        if field in text:
+            if text[field] not in (0, -1, value):
+                raise UserError(f"model.text.{field}={text[field]}, but the tokenizer {config.tokenizer!r} has {value}")
+            text[field] = value
+    return config.lock()
+
+
+def validate(config):
+    """Checks the values that no other part checks when it is built; raises UserError for the first that is wrong."""
+    for key, low in (
+        ("data.batch_size", 1), ("train.steps", 1), ("train.log_steps", 1), ("train.max_bad_steps", 1), ("checkpoint.keep", 1),
+        ("checkpoint.steps", 0), ("checkpoint.minutes", 0), ("eval.steps", 0), ("eval.batch_size", 1), ("optim.lr", 0), ("optim.warmup_steps", 0),
+        ("optim.weight_decay", 0), ("optim.grad_clip_norm", 0), ("optim.eps", 0), ("data.workers", 0), ("data.threads", 1), ("data.prefetch", 1),
+    ):  # fmt: skip
+        value = _get(config, key)
+        if not value >= low:
+            raise UserError(f"{key}={value}: must be at least {low}")
+    for key in ("optim.b1", "optim.b2", "optim.ema_decay", "data.max_bad_share"):
+        if not 0 <= _get(config, key) < 1:
+            raise UserError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
+    for key, allowed in (("optim.name", OPTIMIZERS), ("optim.schedule", SCHEDULES), ("model.dtype", DTYPES)):
+        if _get(config, key) not in allowed:
+            raise unknown(key, _get(config, key), allowed)
+    if config.optim.warmup_steps > config.train.steps:
+        raise UserError(f"optim.warmup_steps={config.optim.warmup_steps} is more than train.steps={config.train.steps}")
+    if config.eval.ema and not config.optim.ema_decay:
+        raise UserError("eval.ema=True needs optim.ema_decay above 0")
+    for key in ("optim.freeze", "optim.no_decay", "optim.lr_mult"):
+        for entry in _get(config, key):
+            pattern = entry[0] if key == "optim.lr_mult" and isinstance(entry, tuple) and len(entry) == 2 else entry
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError):
+                shape = "pairs (regular expression, factor)" if key == "optim.lr_mult" else "regular expressions"
+                raise UserError(f"{key}: {entry!r} is not allowed; it holds {shape}") from None
+
+
+def _get(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def differences(old, new, sections=None):
+    """The fields in which two configurations differ, ``[(key, old value, new value)]``; of some sections or fields only, if given."""
+    old, new = ({k: _get(c, k) for k in _keys(c) if not isinstance(_get(c, k), ConfigDict)} for c in (old, new))
+    keys = [k for k in sorted(old | new) if sections is None or any(k == s or k.startswith(s + ".") for s in sections)]
+    return [(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]

@@ -1,0 +1,393 @@
+"""Per-example image transforms on PIL images with an explicit random generator, and the small language that names them.
+
+An augmentation is a tuple of strings, such as ("rrc(0.9, 1.0)", "flip", "jitter(0.4, 0.4, 0.4, 0.1, p=0.8)"): the name of an operation
+below and its arguments as Python literals. `size`, where an operation has it, is the view's size unless it is given.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from clip_jax.data import decode
+from clip_jax.errors import UserError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC,
+            "lanczos": Image.Resampling.LANCZOS}
+_OPERATIONS: dict[str, Callable] = {}
+
+
+def _operation(function):
+    """Registers an operation: `f(image, **arguments)`, or `f(image, rng, **arguments)` when it is random."""
+    _OPERATIONS[function.__name__] = function
+    return function
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A parsed augmentation: `pipeline(image, rng)` gives an "RGB" image of the view's size."""
+
+    steps: tuple[Callable, ...]
+    random: tuple[bool, ...]  # which steps draw random numbers
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
+        """Applies the steps to an image of `decode.open_image`; `rng` may be None when no step is random."""
+        for step, is_random in zip(self.steps, self.random, strict=True):
+            if step.func not in (rrc, background, random_background):  # those read the pixels, or the transparency, themselves
+                image = decode.flatten(image)
+            image = step(image, rng) if is_random else step(image)
+        return decode.flatten(image)
+
+
+@functools.lru_cache(maxsize=256)
+def parse(spec: tuple[str, ...], size: int) -> Pipeline:
+    """Parses an augmentation for a view of `size` pixels; raises UserError for anything that could not run or ends at another size."""
+    steps, random = [], []
+    for text in spec:
+        name, args, kwargs = parse_call(text, "augment")
+        if name not in _OPERATIONS:
+            near = difflib.get_close_matches(name, _OPERATIONS, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"augment: unknown operation {name!r}; {hint}known: {', '.join(sorted(_OPERATIONS))}")
+        function = _OPERATIONS[name]
+        parameters = list(inspect.signature(function).parameters)
+        is_random = "rng" in parameters
+        settable = parameters[2 if is_random else 1:]
+        if len(args) > len(settable) or not set(kwargs) <= set(settable) or set(settable[:len(args)]) & set(kwargs):
+            raise UserError(f"augment: {text!r} does not fit {name}({', '.join(settable)})")
+        kwargs = dict(zip(settable, args)) | kwargs  # noqa: B905 - fewer arguments than parameters is normal
+        if "size" in settable:
+            kwargs.setdefault("size", size)
+        steps.append(functools.partial(function, **kwargs))
+        random.append(is_random)
+        _try(steps[-1], is_random, text)
+    pipeline = Pipeline(tuple(steps), tuple(random))
+    result = pipeline(Image.new("RGB", (48, 40)), np.random.default_rng(0)).size
+    if result != (size, size):
+        raise UserError(f"augment: {list(spec)} gives {result[0]}x{result[1]} pixels from a 48x40 image, the view needs {size}x{size}; "
+                        "end it with rrc, squash, center_crop, random_crop or pad")
+    return pipeline
+
+
+def parse_call(text: str, what: str) -> tuple[str, list, dict]:
+    """Reads `name` or `name(arguments)` with Python literals: (name, args, kwargs); raises UserError, which begins with `what`."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, [], {}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and all(k.arg for k in node.keywords):
+            return node.func.id, [ast.literal_eval(a) for a in node.args], {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+    except (SyntaxError, ValueError, AttributeError, TypeError):
+        pass
+    raise UserError(f"{what}: cannot read {text!r}; write name or name(arguments), arguments being numbers, strings or tuples of them")
+
+
+def _try(step: Callable, is_random: bool, text: str) -> None:
+    """Runs a step once on a small picture, all its coins coming up heads, so that a wrong argument shows at once."""
+
+    class Heads(np.random.Generator):
+        def random(self, *args, **kwargs):
+            return 0.0 if not args and not kwargs else super().random(*args, **kwargs)
+
+    try:
+        image = Image.new("RGB", (48, 40))
+        step(image, Heads(np.random.PCG64(0))) if is_random else step(image)
+    except Exception as error:
+        raise UserError(f"augment: {text!r}: {error}") from None
+
+
+def _heads(rng: np.random.Generator, p: float) -> bool:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p} is not a probability")
+    return rng.random() < p
+
+
+def _filter(name: str) -> Image.Resampling:
+    if name not in _FILTERS:
+        raise ValueError(f"interpolation {name!r} is not one of {', '.join(_FILTERS)}")
+    return _FILTERS[name]
+
+
+# Geometry
+
+
+@_operation
+def rrc(image, rng, min_area=0.08, max_area=1.0, ratio=(3 / 4, 4 / 3), size=None, interpolation="bicubic"):
+    """Random resized crop with torchvision's distribution: ten tries for a box of random area share and aspect, else the centre."""
+    box = _random_box(image.size, rng, min_area, max_area, ratio)
+    image, box = decode.shrink_on_load(image, box, size)
+    return decode.flatten(image).resize((size, size), _filter(interpolation), box)
+
+
+def _random_box(image_size, rng, min_area, max_area, ratio):
+    if not 0 < min_area <= max_area <= 1:
+        raise ValueError(f"areas {min_area}, {max_area} are not shares 0 < min <= max <= 1")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"ratio {ratio} is not 0 < min <= max")
+    width, height = image_size
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area, aspect, x, y = rng.random(4).tolist()
+        area = (min_area + (max_area - min_area) * area) * width * height
+        aspect = math.exp(low + (high - low) * aspect)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+@_operation
+def resize(image, size=None, interpolation="bicubic"):
+    """Resizes the short side to `size`, keeping the aspect."""
+    width, height = image.size
+    if width <= height:
+        shape = (size, max(size, int(size * height / width)))
+    else:
+        shape = (max(size, int(size * width / height)), size)
+    return image if shape == image.size else image.resize(shape, _filter(interpolation))
+
+
+@_operation
+def squash(image, size=None, interpolation="bicubic", antialias=True):
+    """Resizes to size x size ignoring the aspect; antialias=False (bilinear only) is the resize of big_vision's published models."""
+    if antialias:
+        return image.resize((size, size), _filter(interpolation))
+    if interpolation != "bilinear":
+        raise ValueError("antialias=False needs interpolation='bilinear'")
+    return Image.fromarray(_bilinear(np.asarray(image), size))
+
+
+def _bilinear(image_HWC: np.ndarray, size: int) -> np.ndarray:
+    """Bilinear resize with half-pixel centres and no antialiasing, truncated to uint8 [size,size,C]."""
+
+    def taps(length):
+        centre = np.maximum((np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(length / size) - np.float32(0.5), 0)
+        low = np.floor(centre).astype(np.int64)
+        return np.minimum(low, length - 1), np.minimum(low + 1, length - 1), centre - low
+
+    (y0, y1, fy), (x0, x1, fx) = taps(image_HWC.shape[0]), taps(image_HWC.shape[1])
+    image = image_HWC.astype(np.float32)
+    fx = fx[None, :, None]
+    top = image[y0][:, x0] + (image[y0][:, x1] - image[y0][:, x0]) * fx
+    bottom = image[y1][:, x0] + (image[y1][:, x1] - image[y1][:, x0]) * fx
+    return (top + (bottom - top) * fy[:, None, None]).astype(np.uint8)
+
+
+@_operation
+def center_crop(image, size=None):
+    """Crops the central size x size pixels; a smaller image gets a black border."""
+    return _crop(image, size, round((image.width - size) / 2), round((image.height - size) / 2))
+
+
+@_operation
+def random_crop(image, rng, size=None):
+    """Crops size x size pixels at a random place; a smaller image gets a black border."""
+    x, y = rng.random(2).tolist()
+    return _crop(image, size, *(int(u * (side - size + 1)) if side > size else round((side - size) / 2)
+                                for u, side in ((x, image.width), (y, image.height))))
+
+
+def _crop(image, size, left, top):
+    return image.crop((left, top, left + size, top + size))
+
+
+@_operation
+def pad(image, size=None, color=(255, 255, 255), interpolation="bicubic"):
+    """Resizes the long side to `size` and centres the image on a square of `color`."""
+    return ImageOps.pad(image, (size, size), _filter(interpolation), tuple(color))
+
+
+@_operation
+def flip(image, rng, p=0.5):
+    """Mirrors left and right."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if _heads(rng, p) else image
+
+
+# Transparency: these go first, before anything puts the image on white
+
+
+@_operation
+def background(image, color):
+    """Puts transparent pixels on a colour (red, green, blue)."""
+    return decode.flatten(image, color)
+
+
+@_operation
+def random_background(image, rng, p=1.0):
+    """Puts transparent pixels on a random colour with probability p, else on white."""
+    color = rng.integers(0, 256, 3).tolist()
+    return decode.flatten(image, tuple(color) if _heads(rng, p) else decode.WHITE)
+
+
+# Colour
+
+
+@_operation
+def jitter(image, rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=1.0):
+    """Colour jitter in random order with torchvision's strengths: factors in [1-s, 1+s], hue shifts in [-hue, hue] of a turn."""
+    if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
+        raise ValueError("strengths are >= 0, and hue <= 0.5")
+    if not _heads(rng, p):
+        return image
+    draws = rng.random(4).tolist()
+    for i in rng.permutation(4).tolist():
+        strength = (brightness, contrast, saturation, hue)[i]
+        if strength and i == 3:
+            image = _shift_hue(image, strength * (2 * draws[i] - 1))
+        elif strength:
+            low = max(0.0, 1 - strength)
+            image = _ENHANCERS[i](image).enhance(low + (1 + strength - low) * draws[i])
+    return image
+
+
+_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+def _shift_hue(image, turns):
+    hue, saturation, value = image.convert("HSV").split()
+    shift = round(turns * 255) % 256
+    return Image.merge("HSV", (hue.point([(i + shift) % 256 for i in range(256)]), saturation, value)).convert("RGB")
+
+
+@_operation
+def gray(image, rng, p=0.2):
+    """Turns to grey."""
+    return image.convert("L").convert("RGB") if _heads(rng, p) else image
+
+
+@_operation
+def blur(image, rng, min_sigma=0.1, max_sigma=2.0, p=0.5):
+    """Gaussian blur with a random standard deviation in pixels."""
+    if not 0 <= min_sigma <= max_sigma:
+        raise ValueError(f"sigmas {min_sigma}, {max_sigma} are not 0 <= min <= max")
+    if not _heads(rng, p):
+        return image
+    return image.filter(ImageFilter.GaussianBlur(min_sigma + (max_sigma - min_sigma) * rng.random()))
+
+
+@_operation
+def solarize(image, rng, p=0.2, threshold=128):
+    """Inverts all values from `threshold` up."""
+    return ImageOps.solarize(image, threshold) if _heads(rng, p) else image
+
+
+# Learned and random policies
+
+
+@_operation
+def autoaugment(image, rng, fill=(128, 128, 128)):
+    """AutoAugment, the ImageNet policy (Cubuk et al. 2019): one of 25 pairs of operations, each with its own probability."""
+    for name, p, level in _AUTOAUGMENT[rng.integers(len(_AUTOAUGMENT))]:
+        if _heads(rng, p):
+            image = _distort(image, name, level / 9, 1 if rng.random() < 0.5 else -1, tuple(fill))
+    return image
+
+
+@_operation
+def randaugment(image, rng, n=2, magnitude=9, fill=(128, 128, 128)):
+    """RandAugment (Cubuk et al. 2020): n operations drawn with replacement, at strength magnitude/30."""
+    if not (n >= 0 and 0 <= magnitude <= 30):
+        raise ValueError(f"n={n}, magnitude={magnitude} are not n >= 0, 0 <= magnitude <= 30")
+    for i in rng.integers(len(_RANDAUGMENT), size=n).tolist():
+        image = _distort(image, _RANDAUGMENT[i], magnitude / 30, 1 if rng.random() < 0.5 else -1, tuple(fill))
+    return image
+
+
+def _distort(image, name, level, sign, fill):
+    """One operation of the policies at strength `level` in [0, 1]."""
+    turn = sign * level
+    match name:
+        case "identity":
+            return image
+        case "shear_x":
+            return _affine(image, (1, 0.3 * turn, 0, 0, 1, 0), fill)
+        case "shear_y":
+            return _affine(image, (1, 0, 0, 0.3 * turn, 1, 0), fill)
+        case "translate_x":
+            return _affine(image, (1, 0, 150 / 331 * turn * image.width, 0, 1, 0), fill)
+        case "translate_y":
+            return _affine(image, (1, 0, 0, 0, 1, 150 / 331 * turn * image.height), fill)
+        case "rotate":
+            return image.rotate(30 * turn, fillcolor=fill)
+        case "brightness":
+            return ImageEnhance.Brightness(image).enhance(1 + 0.9 * turn)
+        case "color":
+            return ImageEnhance.Color(image).enhance(1 + 0.9 * turn)
+        case "contrast":
+            return ImageEnhance.Contrast(image).enhance(1 + 0.9 * turn)
+        case "sharpness":
+            return ImageEnhance.Sharpness(image).enhance(1 + 0.9 * turn)
+        case "posterize":
+            return ImageOps.posterize(image, 8 - round(4 * level))
+        case "solarize":
+            return ImageOps.solarize(image, 256 * (1 - level))
+        case "autocontrast":
+            return ImageOps.autocontrast(image)
+        case "equalize":
+            return ImageOps.equalize(image)
+        case "invert":
+            return ImageOps.invert(image)
+    raise ValueError(f"unknown distortion {name!r}")
+
+
+def _affine(image, matrix, fill):
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=fill)
+
+
+_RANDAUGMENT = ("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast", "sharpness",
+                "posterize", "solarize", "autocontrast", "equalize")
+
+
+def _policy(table: str) -> tuple[tuple[tuple[str, float, int], ...], ...]:
+    """Reads lines of two operations, each written name:probability:level (level 0..9)."""
+    lines = [[part.split(":") for part in line.split()] for line in table.strip().splitlines()]
+    return tuple(tuple((name, float(p), int(level)) for name, p, level in line) for line in lines)
+
+
+_AUTOAUGMENT = _policy("""
+posterize:0.4:8  rotate:0.6:9
+solarize:0.6:5   autocontrast:0.6:0
+equalize:0.8:0   equalize:0.6:0
+posterize:0.6:7  posterize:0.6:6
+equalize:0.4:0   solarize:0.2:4
+equalize:0.4:0   rotate:0.8:8
+solarize:0.6:3   equalize:0.6:0
+posterize:0.8:5  equalize:1.0:0
+rotate:0.2:3     solarize:0.6:8
+equalize:0.6:0   posterize:0.4:6
+rotate:0.8:8     color:0.4:0
+rotate:0.4:9     equalize:0.6:0
+equalize:0.0:0   equalize:0.8:0
+invert:0.6:0     equalize:1.0:0
+color:0.6:4      contrast:1.0:8
+rotate:0.8:8     color:1.0:2
+color:0.8:8      solarize:0.8:7
+sharpness:0.4:7  invert:0.6:0
+shear_x:0.6:5    equalize:1.0:0
+color:0.4:0      equalize:0.6:0
+equalize:0.4:0   solarize:0.2:4
+solarize:0.6:5   autocontrast:0.6:0
+invert:0.6:0     equalize:1.0:0
+color:0.6:4      contrast:1.0:8
+equalize:0.8:0   equalize:0.6:0
+""")
+
+
+def normalize(image: np.ndarray, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> np.ndarray:
+    """uint8 [..., 3] -> float32 (image/255 - mean) / std: what a model's first operation on the device does, in NumPy."""
+    return (image.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)

@@ -1,0 +1,1 @@
+"""Scripts that make the embedded data sets from pinned public packages; not needed to use them."""

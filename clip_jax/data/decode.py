@@ -1,0 +1,121 @@
+"""Encoded bytes or arrays -> upright 8-bit RGB pictures, through Pillow. Whatever cannot be used raises `BadRecord`."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+from clip_jax.data.sources import BadRecord
+
+MAX_PIXELS = 2**26  # 67 million pixels, 200 MB decoded
+SMALL_PIXELS = 256 * 256  # up to this size a picture is decoded whole, and may be kept in memory by the loader
+WHITE = (255, 255, 255)
+_EXIF_ORIENTATION = 0x0112
+_ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+
+
+def open_image(data, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens encoded bytes, a uint8 array [H,W], [H,W,1|3|4] or a PIL image as an upright "RGB" or "RGBA" image.
+
+    "RGBA" only where some pixel is transparent; of an animation the first frame. The pixels of a large JPEG are not read yet, so that
+    `shrink_on_load` can decode it at a reduced scale; `load` reads them.
+    Raises BadRecord for what is missing, corrupt, truncated or has more than `max_pixels` pixels by its header, which is not decoded.
+    """
+    if type(data) is Image.Image and data.mode in ("RGB", "RGBA"):  # decoded before
+        return data
+    image = _from_array(data) if isinstance(data, np.ndarray) else data
+    if not isinstance(image, Image.Image):
+        if not data:
+            raise BadRecord("empty image")
+        try:
+            image = Image.open(io.BytesIO(data))
+        except Image.DecompressionBombError:
+            raise BadRecord("image too large") from None
+        except Exception:  # Pillow's plugins raise almost any class on a broken file
+            raise BadRecord("corrupt image") from None
+    if image.width * image.height > max_pixels:
+        raise BadRecord("image too large")
+    if image.width * image.height == 0:
+        raise BadRecord("corrupt image")
+    if image.format == "JPEG" and image.mode == "RGB" and image.width * image.height > SMALL_PIXELS and _orientation(image) == 1:
+        return image
+    return _to_rgb(load(image))
+
+
+def load(image: Image.Image) -> Image.Image:
+    """Reads the pixels of an image that `open_image` returned; raises BadRecord when they are corrupt."""
+    try:
+        image.load()
+    except Exception:
+        raise BadRecord("corrupt image") from None
+    return image
+
+
+def shrink_on_load(image: Image.Image, box: tuple[float, float, float, float], size: int):
+    """Reads the pixels for a crop of `box` that is then resized to `size`; returns (image, box in its pixels).
+
+    A JPEG that is not read yet is decoded at 1/2, 1/4 or 1/8 of its scale when the crop keeps at least twice the wanted side: the final
+    resize still averages over pixels, and most of the decoding is saved.
+    """
+    left, top, right, bottom = box
+    room = min(right - left, bottom - top) / (2 * size)
+    if room >= 2 and isinstance(image, ImageFile.ImageFile) and image.format == "JPEG":
+        width, height = image.size
+        scale = 8 if room >= 8 else 4 if room >= 4 else 2
+        image.draft(image.mode, (width // scale, height // scale))
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, right * x, bottom * y)
+    return load(image), box
+
+
+def flatten(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Puts an "RGBA" image on a background colour; an "RGB" image is returned with its pixels read."""
+    if image.mode == "RGB":
+        return load(image)
+    canvas = Image.new("RGB", image.size, tuple(background))
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
+
+
+def decode_image(data, background: tuple[int, int, int] = WHITE, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes to uint8 [H,W,3], transparent pixels over `background`. Input and errors as in `open_image`."""
+    return np.asarray(flatten(open_image(data, max_pixels), background))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
+        raise BadRecord(f"unsupported array {array.dtype}{list(array.shape)}")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # broken EXIF does not make the picture unusable
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    try:
+        if _orientation(image) in range(2, 9):
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _to_8bit(image)
+        if image.mode in _ALPHA_MODES or "transparency" in image.info:
+            image = image.convert("RGBA")
+            return image if image.getextrema()[3][0] < 255 else image.convert("RGB")
+        return image.convert("RGB")
+    except Exception:
+        raise BadRecord("corrupt image") from None
+
+
+def _to_8bit(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float greys: Pillow's own conversion would clip at 255 instead of scaling."""
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode == "F":
+        top = 1.0 if values.max() <= 1 else 255.0
+    else:
+        top = 65535.0 if values.max() <= 65535 else float(values.max())
+    return Image.fromarray(np.clip(np.rint(values * (255 / top)), 0, 255).astype(np.uint8))

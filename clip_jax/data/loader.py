@@ -1,0 +1,282 @@
+"""The loader: batches through Grain, in which the batch at step t is a pure function of (seed, t).
+
+Row r of the global batch of step t is position t * batch_size + r of an endless index stream: each source shuffled anew every epoch,
+sources mixed by weight. A host computes only its own rows of that stream, so the number of hosts, worker processes and threads changes
+nothing, and a run starts at any step at no cost. All randomness of a view comes from (seed, epoch, example id).
+"""
+
+import functools
+import itertools
+import math
+import os
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from absl import flags
+
+from clip_jax.data import decode
+from clip_jax.data.sources import BadRecord, Record, Source, near
+from clip_jax.data.views import ImageView, TextView, make_example
+from clip_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+_PROBED = 256  # records that are tried before a source is called unusable, and counted before its share of bad ones is judged
+_GIVE_UP = 2048  # bad records in a row
+_SKIPPED = "_skipped"
+_RESERVED = {"example_id", "label", "source_id", "mask", _SKIPPED}
+
+
+class Loader:
+    """Endless iterator over this host's rows of the training batches, dicts of arrays [batch_size / hosts, ...].
+
+    A record that cannot be used is replaced by the next usable one in a fixed order, counted by reason in `skipped`, and an error once more
+    than `max_bad_share` of the records (of at least 256) were unusable. `step` is the step of the next batch: a loader made with it as
+    `start_step` goes on from there.
+    workers: processes, 0 = none (a script that uses them needs the `__main__` guard); threads: in each process; prefetch: batches that each
+    process keeps ready; cache_bytes: decoded pictures of at most 256 x 256 pixels are kept in memory up to this size in each process, if
+    the whole source promises to fit.
+    Raises UserError for wrong arguments and for a source without a usable record.
+    """
+
+    def __init__(self, source: Source, views: Sequence[ImageView | TextView], tokenizer, *, batch_size: int, seed: int, start_step: int = 0,
+                 host: int = 0, hosts: int = 1, workers: int = 0, threads: int | None = None, prefetch: int = 2,
+                 max_bad_share: float = 0.1, cache_bytes: int = 2**28):
+        import grain
+
+        _check_hosts(batch_size, host, hosts)
+        if start_step < 0 or workers < 0 or prefetch < 1 or not 0 <= max_bad_share <= 1:
+            raise UserError(f"loader: start_step={start_step} >= 0, workers={workers} >= 0, prefetch={prefetch} >= 1 and max_bad_share="
+                            f"{max_bad_share} in [0, 1] do not all hold")
+        self.step = start_step
+        self.skipped: Counter = Counter(source.broken)  # what was not used, by reason, since this loader was made
+        self._name, self._max_bad_share = source.name, max_bad_share
+        self._used, self._bad = 0, 0
+        examples = _TrainingExamples(source, views, tokenizer, cache_bytes, batch_size, seed, host, hosts)
+        rows = batch_size // hosts
+        if threads is None:
+            threads = 1 if workers else min(2, os.cpu_count() or 1)
+        dataset = (
+            grain.MapDataset.range(start_step * rows, 2**62 // rows * rows)
+            .map(examples)
+            .batch(rows, batch_fn=_stack)
+            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads) if threads else 0))
+        )
+        if workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts processes; in a library nobody has parsed them
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
+        self._iterator = iter(dataset)
+        self._finalizer = weakref.finalize(self, self._iterator.close)  # also at exit, while Grain can still clean up
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        skipped = batch.pop(_SKIPPED)
+        self.skipped.update(skipped)
+        self._bad += skipped.total()
+        self._used += len(batch["example_id"])
+        tried = self._bad + self._used
+        if tried >= _PROBED and self._bad > self._max_bad_share * tried:
+            raise UserError(f"{self._name}: {self._bad} of {tried} records are unusable ({_reasons(self.skipped)}), more than "
+                            f"max_bad_share={self._max_bad_share:g}")
+        self.step += 1
+        return batch
+
+    def close(self) -> None:
+        """Ends worker processes and threads; safe to call twice."""
+        self._finalizer()
+
+
+def iterate_once(source: Source, views: Sequence[ImageView | TextView], tokenizer, batch_size: int, host: int = 0, hosts: int = 1, *,
+                 threads: int | None = None, skipped: Counter | None = None) -> Iterator[Batch]:
+    """One pass in order, without randomness: this host's rows of each batch, [batch_size / hosts, ...], with a bool `mask`.
+
+    Rows where it is False are padding (zeros, example_id -1): after the last record, and in place of records that cannot be used, which
+    are counted by reason in `skipped` if a Counter is given. Raises UserError as `Loader` does, and for a view with a random operation.
+    """
+    import grain
+
+    _check_hosts(batch_size, host, hosts)
+    for view in views:
+        if isinstance(view, ImageView) and view.is_random:
+            raise UserError(f"view {view.name!r}: augment {list(view.augment)} is random; a pass over the data for evaluation needs "
+                            "deterministic operations, such as resize and center_crop")
+    examples = _EvaluationExamples(source, views, tokenizer, batch_size, host, hosts)
+    rows = batch_size // hosts
+    threads = min(2, os.cpu_count() or 1) if threads is None else threads
+    dataset = (
+        grain.MapDataset.range(math.ceil(len(source) / batch_size) * rows)
+        .map(examples)
+        .batch(rows, batch_fn=_stack)
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    )
+    return _unpack(dataset, skipped)
+
+
+def _unpack(dataset, skipped: Counter | None) -> Iterator[Batch]:
+    for batch in dataset:
+        reasons = batch.pop(_SKIPPED)
+        if skipped is not None:
+            skipped.update(reasons)
+        yield batch
+
+
+def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
+    if batch_size < 1 or hosts < 1 or batch_size % hosts:
+        raise UserError(f"batch_size={batch_size} must be a positive multiple of the number of hosts, {hosts}")
+    if not 0 <= host < hosts:
+        raise UserError(f"host={host} is not in 0..{hosts - 1}")
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+    skipped = sum((row.pop(_SKIPPED) for row in rows), Counter())
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]} | {_SKIPPED: skipped}
+
+
+def _reasons(skipped: Counter) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common(5))
+
+
+class _Examples:
+    """Makes examples by id. Keeps decoded small pictures and the ids of bad records; worker processes start with neither."""
+
+    def __init__(self, source: Source, views: Sequence[ImageView | TextView], tokenizer, cache_bytes: int):
+        names = [view.name for view in views]
+        if len(set(names)) < len(names) or set(names) & _RESERVED:
+            raise UserError(f"views: names {names} must differ from each other and from {', '.join(sorted(_RESERVED))}")
+        self.source, self.views, self.tokenizer = source, tuple(views), tokenizer
+        self._cache_bytes, self._cache, self._bad = cache_bytes, {}, {}
+        self._labelled, self._fields = False, set()
+        parts = getattr(source, "sources", [source])
+        self.starts = [0, *itertools.accumulate(len(part) for part in parts)]
+        probes = [self._probe(part) for part in range(len(parts))]
+        self._labelled = any("label" in example for example in probes)
+        self._check_templates()
+        self.blank = {key: np.zeros_like(value) for key, value in self._complete(probes[0]).items()} | {"example_id": np.int32(-1)}
+
+    def __getstate__(self):
+        return self.__dict__ | {"_cache": {}, "_bad": {}}
+
+    def candidates(self, part: int, example_id: int) -> Iterator[int]:
+        """All ids of one part of a mixture from `example_id` on, in steps that spread over it: bad records tend to lie together."""
+        start, length = self.starts[part], self.starts[part + 1] - self.starts[part]
+        step = next(s for s in range(max(1, round(0.618 * length)), length + 1) if math.gcd(s, length) == 1)
+        return (start + (example_id - start + k * step) % length for k in range(length))
+
+    def make(self, example_id: int, rng: np.random.Generator | None) -> Batch:
+        """The example; raises BadRecord."""
+        if example_id in self._bad:
+            raise BadRecord(self._bad[example_id])
+        try:
+            return self._complete(make_example(self._record(example_id), example_id, self.views, self.tokenizer, rng))
+        except BadRecord as bad:
+            self._bad[example_id] = bad.args[0]
+            raise
+
+    def _complete(self, example: Batch) -> Batch:
+        """All examples have the same keys, though only some parts of a mixture may be labelled."""
+        return {"label": np.int32(-1)} | example if self._labelled else example
+
+    def _record(self, example_id: int) -> Record:
+        if (record := self._cache.get(example_id)) is not None:
+            return record
+        record = self.source[example_id]
+        if self._cache_bytes > 0 and record.get("image") is not None:
+            image = decode.open_image(record["image"])
+            size = 4 * image.width * image.height + 2048
+            if image.width * image.height > decode.SMALL_PIXELS or (not self._cache and size * len(self.source) > self._cache_bytes):
+                self._cache_bytes = 0  # the pictures are large, or too many
+            else:
+                record = self._cache[example_id] = record | {"image": image}
+                self._cache_bytes -= size
+        return record
+
+    def _probe(self, part: int) -> Batch:
+        """The first usable example of a part, so that a source or view that cannot work fails now; raises UserError when there is none."""
+        reasons = Counter()
+        for example_id in itertools.islice(self.candidates(part, self.starts[part]), _PROBED):
+            try:
+                self._fields |= set(self._record(example_id))
+                return self.make(example_id, np.random.default_rng(0))
+            except BadRecord as bad:
+                reasons[bad.args[0]] += 1
+        self._check_templates()
+        raise UserError(f"{self.source.name}: no usable record among {reasons.total()} tried ({_reasons(reasons)}); fields: "
+                        f"{', '.join(sorted(self._fields)) or 'none'}")
+
+    def _check_templates(self) -> None:
+        """A field of a template that no record among some has is a mistake; in JSON a record need not have all fields."""
+        wanted = set().union(*(view.fields for view in self.views if isinstance(view, TextView)))
+        for example_id in range(min(len(self.source), _PROBED)):
+            if wanted <= self._fields:
+                return
+            try:
+                self._fields |= set(self.source[example_id])
+            except BadRecord:
+                continue
+        if missing := sorted(wanted - self._fields):
+            raise UserError(f"{self.source.name}: no record has the field {missing[0]!r} of a template{near(missing[0], self._fields)}; "
+                            f"fields: {', '.join(sorted(self._fields))}")
+
+
+class _TrainingExamples(_Examples):
+    """Maps a position in this host's stream of rows to an example."""
+
+    def __init__(self, source, views, tokenizer, cache_bytes, batch_size, seed, host, hosts):
+        super().__init__(source, views, tokenizer, cache_bytes)
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed={seed} is not in 0..2**32-1")
+        self._batch_size, self._seed, self._rows, self._first_row = batch_size, seed, batch_size // hosts, host * batch_size // hosts
+        self._index = _index_stream(self.starts, getattr(source, "weights", [1]), seed)
+
+    def __call__(self, position: int) -> Batch:
+        step, row = divmod(position, self._rows)
+        part, epoch, first_id = self._index[step * self._batch_size + self._first_row + row]
+        skipped = Counter()
+        for example_id in itertools.islice(self.candidates(part, first_id), _GIVE_UP):
+            rng = np.random.Generator(np.random.Philox(key=np.array([self._seed << 32 | epoch, example_id], np.uint64)))
+            try:
+                return self.make(example_id, rng) | {_SKIPPED: skipped}
+            except BadRecord as bad:
+                skipped[bad.args[0]] += 1
+        raise UserError(f"{self.source.name}: no usable record among {skipped.total()} tried ({_reasons(skipped)})")
+
+
+class _EvaluationExamples(_Examples):
+    """Maps a position in this host's stream of rows to an example or padding, and its mask."""
+
+    def __init__(self, source, views, tokenizer, batch_size, host, hosts):
+        super().__init__(source, views, tokenizer, cache_bytes=0)
+        self._batch_size, self._rows, self._first_row = batch_size, batch_size // hosts, host * batch_size // hosts
+
+    def __call__(self, position: int) -> Batch:
+        step, row = divmod(position, self._rows)
+        example_id = step * self._batch_size + self._first_row + row
+        if example_id >= len(self.source):
+            return self.blank | {"mask": np.False_, _SKIPPED: Counter()}
+        try:
+            return self.make(example_id, None) | {"mask": np.True_, _SKIPPED: Counter()}
+        except BadRecord as bad:
+            return self.blank | {"mask": np.False_, _SKIPPED: Counter({bad.args[0]: 1})}
+
+
+def _index_stream(starts: Sequence[int], weights: Sequence[float], seed: int):
+    """Endless (part, epoch, example id): each part in a new order every epoch, the parts mixed in proportion to the weights."""
+    import grain
+
+    parts = []
+    for part, (start, end) in enumerate(itertools.pairwise(starts)):
+        part_seed = int(np.random.SeedSequence((seed, part)).generate_state(1)[0])
+        part_stream = grain.MapDataset.range(start, end).seed(part_seed).shuffle().repeat()
+        parts.append(part_stream.map_with_index(functools.partial(_with_epoch, part, end - start)))
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+
+def _with_epoch(part: int, length: int, position: int, example_id: int) -> tuple[int, int, int]:
+    return part, position // length, int(example_id)
+

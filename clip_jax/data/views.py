@@ -1,0 +1,151 @@
+"""Views: what a method asks of the data for each example, and the function that makes an example out of a record."""
+
+import dataclasses
+import functools
+import string
+from collections.abc import Sequence
+
+import numpy as np
+
+from clip_jax.data import augment, decode
+from clip_jax.data.sources import BadRecord, Record
+from clip_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageView:
+    """An image as uint8 [size,size,3]; `augment` is in the language of `augment.py`. The default is CLIP's evaluation crop."""
+
+    name: str = "image"
+    size: int = 224
+    augment: tuple[str, ...] = ("resize", "center_crop")
+
+    def __post_init__(self):
+        object.__setattr__(self, "augment", tuple(self.augment))  # configs carry lists
+        augment.parse(self.augment, self.size)  # fails early
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that the view gives; uint8 (`dtype`)."""
+        return (self.size, self.size, 3)
+
+    dtype = np.dtype(np.uint8)
+
+    @property
+    def is_random(self) -> bool:
+        return any(augment.parse(self.augment, self.size).random)
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> np.ndarray:
+        if record.get("image") is None:
+            raise BadRecord("no image")
+        return np.asarray(augment.parse(self.augment, self.size)(decode.open_image(record["image"]), rng))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextView:
+    """Token ids int32 [context] of one caption.
+
+    Without templates it is one of the record's captions, drawn anew each epoch. Templates are strings with fields of the record in
+    braces, such as ("{name}", "{name}: {tags}"): one is drawn among those whose fields are all filled, and of a field that is a list a
+    random subset in random order, joined by commas. In evaluation (rng None) it is the first usable one, lists whole and in order.
+    """
+
+    name: str = "text"
+    context: int = 77
+    templates: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "templates", tuple(self.templates))
+        for template in self.templates:
+            _parse_template(template)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that the view gives; int32 (`dtype`)."""
+        return (self.context,)
+
+    dtype = np.dtype(np.int32)
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The record fields that the templates name."""
+        return frozenset(field for template in self.templates for _, field in _parse_template(template) if field)
+
+    def caption(self, record: Record, rng: np.random.Generator | None) -> str:
+        """The caption as text; raises BadRecord when no usable one is there."""
+        if not self.templates:
+            return _pick(_usable(record.get("texts") or ()), rng)
+        values = {field: _usable(_as_texts(record.get(field)), strict=False) for field in self.fields}
+        templates = [t for t in map(_parse_template, self.templates) if all(values[field] for _, field in t if field)]
+        parts = [literal + (_join(values[field], rng) if field else "") for literal, field in _pick(templates, rng)]
+        return _usable(["".join(parts)])[0]
+
+    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
+        return tokenizer([self.caption(record, rng)], self.context)[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"template {template!r}: {error}") from None
+    for _, field, spec, conversion in parts:
+        if field is not None and (not field or spec or conversion or "." in field or "[" in field):
+            raise UserError(f"template {template!r}: fields are written {{name}}, with nothing after the name")
+    if not any(field for _, field, _, _ in parts):
+        raise UserError(f"template {template!r} names no field; write one in braces, such as {{name}}")
+    return tuple((literal, field) for literal, field, _, _ in parts)
+
+
+def _as_texts(value) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, list | tuple) else [] if value is None else [str(value)]
+
+
+def _usable(texts: Sequence[str], strict: bool = True) -> list[str]:
+    """The texts that hold something and are UTF-8; raises BadRecord when there is none and `strict`."""
+    reason, usable = "empty caption", []
+    for text in texts:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "surrogateescape")
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                reason = "caption is not UTF-8"
+                continue
+        if text.strip():
+            usable.append(text)
+    if strict and not usable:
+        raise BadRecord(reason)
+    return usable
+
+
+def _pick(choices: Sequence, rng: np.random.Generator | None):
+    if not choices:
+        raise BadRecord("empty caption")
+    return choices[0 if rng is None or len(choices) == 1 else int(rng.random() * len(choices))]
+
+
+def _join(values: list[str], rng: np.random.Generator | None) -> str:
+    if rng is not None and len(values) > 1:
+        values = rng.permutation(values)[: 1 + int(rng.random() * len(values))].tolist()
+    return ", ".join(values)
+
+
+def make_example(record: Record, example_id: int, views: Sequence[ImageView | TextView], tokenizer,
+                 rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+    """One example: {view.name: array} and int32 scalars `example_id` and, where the record has them, `label` and `source_id`.
+
+    The views draw from `rng` in their order; None means evaluation. Raises BadRecord when a view cannot use the record.
+    """
+    if sum(isinstance(view, ImageView) for view in views) > 1 and record.get("image") is not None:
+        record = record | {"image": decode.load(decode.open_image(record["image"]))}  # decode once for all
+    example = {}
+    for view in views:
+        example[view.name] = view(record, rng) if isinstance(view, ImageView) else view(record, rng, tokenizer)
+    example["example_id"] = np.int32(example_id)
+    for key in ("label", "source_id"):
+        if key in record:
+            example[key] = np.int32(record[key])
+    return example

@@ -1,0 +1,1 @@
+"""Zero-shot classification, retrieval and linear probes, from nothing but a model's embeddings."""

@@ -1,0 +1,55 @@
+"""What an accuracy is to be read against: chance, and the nearest neighbour in pixels."""
+
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_QUERIES = 512
+
+
+def chance(classes: int, k: int = 1) -> float:
+    """Expected top-k accuracy of a random ranking of the classes."""
+    return min(k / classes, 1.0)
+
+
+def pixel_features(images: Iterable[np.ndarray], size: int = 16) -> np.ndarray:
+    """Pictures uint8 [H, W, 3] averaged down to size x size pixels: float32 [n, size * size * 3] in [-0.5, 0.5]."""
+    from PIL import Image
+
+    small = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX)) for image in images]
+    return np.asarray(small, np.float32).reshape(len(small), size * size * 3) / 255 - 0.5
+
+
+def nearest_classes(references, labels, queries, classes: int, k: int = 5, leave_out=None) -> np.ndarray:
+    """The k classes whose nearest reference picture is nearest in Euclidean distance, nearest first: int32 [n, min(k, classes)].
+
+    Args:
+        references: float [r, F]. labels: int [r], class of each. queries: float [n, F].
+        leave_out: int [n], a reference that does not count for this query (the query itself), -1 for none.
+    """
+    leave_out = np.full(len(queries), -1) if leave_out is None else np.asarray(leave_out)
+    references, labels = jnp.asarray(references, jnp.float32), jnp.asarray(labels, jnp.int32)
+    k = min(k, classes)
+    top = np.zeros((len(queries), k), np.int32)
+    rows = min(_QUERIES, max(len(queries), 1))
+    for start in range(0, len(queries), rows):
+        count = min(rows, len(queries) - start)
+        block = np.zeros((rows, queries.shape[1]), np.float32)
+        block[:count] = queries[start : start + count]
+        left = np.full(rows, -1, np.int32)
+        left[:count] = leave_out[start : start + count]
+        top[start : start + count] = np.asarray(_nearest(references, labels, block, left, classes, k))[:count]
+    return top
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "k"))
+def _nearest(references, labels, queries, leave_out, classes, k):
+    # Of |q - r|^2 the part |q|^2 is the same for every reference.
+    dots = jnp.matmul(queries, references.T, precision=jax.lax.Precision.HIGHEST)
+    closeness = 2 * dots - jnp.sum(references**2, axis=1)
+    closeness = jnp.where(jnp.arange(len(references)) == leave_out[:, None], -jnp.inf, closeness)
+    by_class = jax.ops.segment_max(closeness.T, labels, num_segments=classes).T
+    return jax.lax.top_k(by_class, k)[1]

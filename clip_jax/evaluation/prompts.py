@@ -1,0 +1,122 @@
+"""Class names and prompt templates of zero-shot classification.
+
+A template holds one `{}`, the place of the class name. The named sets lie in `templates.json`: "clip_80" and "clip_7" (CLIP's ensembles for
+ImageNet), "simple", "emoji", and sets of CLIP's for other data sets under the data set's name ("cifar10", "food101", "pets", ...).
+`class_names.json` holds the 1,000 names for ImageNet, in the order of the WordNet ids.
+"""
+
+import functools
+import json
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+from etils import epath
+
+from clip_jax.errors import UserError
+
+_FOLDER = epath.Path(__file__).parent
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@functools.cache
+def _data(file: str) -> dict:
+    return json.loads((_FOLDER / file).read_text())
+
+
+def template_sets() -> list[str]:
+    """Names that `load_templates` knows."""
+    data = _data("templates.json")
+    return [*data["templates"], *data["aliases"]]
+
+
+def load_templates(spec: str | Sequence[str]) -> tuple[str, ...]:
+    """Templates by the name of a set, from a text file with one template a line, or as given in a list.
+
+    Raises UserError for an unknown name, an empty file or list, and a template without exactly one `{}`.
+    """
+    if isinstance(spec, str):
+        data = _data("templates.json")
+        name = data["aliases"].get(spec, spec)
+        if name in data["templates"]:
+            return tuple(data["templates"][name])
+        templates = _lines(spec, f"templates={spec!r} is neither a set ({', '.join(template_sets())}) nor a readable text file")
+    else:
+        templates = list(spec)
+    if not templates:
+        raise UserError(f"templates={spec!r}: at least one is needed")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise UserError(f"template {template!r}: exactly one {{}} is needed, in the place of the class name")
+    return tuple(templates)
+
+
+def load_class_names(spec: str | Sequence[str]) -> list[str]:
+    """Class names by label: "imagenet", a text file with one name a line, or a list as given.
+
+    Raises UserError for an unknown name, an unreadable file, an empty list or an empty name.
+    """
+    if isinstance(spec, str):
+        known = _data("class_names.json")
+        if spec in known:
+            return list(known[spec])
+        names = _lines(spec, f"class_names={spec!r} is neither a list ({', '.join(known)}) nor a readable text file")
+    else:
+        names = [str(name) for name in spec]
+    if not names:
+        raise UserError("class_names: at least one is needed")
+    if any(not name.strip() for name in names):
+        raise UserError(f"class_names: the name of class {[not name.strip() for name in names].index(True)} is empty")
+    return names
+
+
+def _lines(path: str, error: str) -> list[str]:
+    try:
+        text = epath.Path(path).read_text()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(error) from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def resolve_duplicates(names: Sequence[str], duplicates: str = "error") -> tuple[list[str], list[int]]:
+    """Class names and, for each of the given labels, the class that it now belongs to.
+
+    Args:
+        names: class names by label.
+        duplicates: what becomes of classes with one name: "error" raises UserError that names them, "merge" makes them one class, "keep"
+            leaves them apart (of equal scores the lower label wins, so the later class is never predicted; published ImageNet figures
+            are computed this way).
+    """
+    if duplicates not in ("error", "merge", "keep"):
+        raise UserError(f"duplicates={duplicates!r}; allowed: error, merge, keep")
+    if duplicates == "keep":
+        return list(names), list(range(len(names)))
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated and duplicates == "error":
+        some = ", ".join(map(repr, repeated[:5])) + (f" and {len(repeated) - 5} more" if len(repeated) > 5 else "")
+        raise UserError(f"class_names: several classes have the name {some}; rename them, or set duplicates to merge or keep")
+    index = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return list(index), [index[name] for name in names]
+
+
+def canonicalize(text: str, keep: str = "") -> str:
+    """Text in the canonical form of SigLIP's evaluation: `_` becomes a space, no punctuation, lower case, single spaces.
+
+    Args:
+        keep: a string that stays as it is, "{}" in templates and "," in class names.
+    """
+    text = text.replace("_", " ")
+    parts = text.split(keep) if keep else [text]
+    return " ".join(keep.join(part.translate(_PUNCTUATION) for part in parts).lower().split())
+
+
+def class_prompts(class_names: Sequence[str], templates: Sequence[str], canonical: bool = False) -> list[str]:
+    """The prompts of all classes, those of the first class first: [classes * templates].
+
+    Args:
+        canonical: bring templates and names to SigLIP's canonical form first.
+    """
+    if canonical:
+        templates = [canonicalize(template, "{}") for template in templates]
+        class_names = [canonicalize(name, ",") for name in class_names]
+    return [template.replace("{}", name) for name in class_names for template in templates]

@@ -1,0 +1,474 @@
+"""Evaluation tasks: a model and sources of pictures in, a flat dict of metrics and the raw material of a report out.
+
+    result = emoji_task(model)
+    result.metrics["emoji/unseen_concept_unseen_vendor/top1"]      # 0.093
+    result = merge_results([result, zeroshot_task(model, make_source("/data/pets"), templates="pets", name="pets")])
+
+A model is anything with `embed_image(uint8 [n, size, size, 3])` and `embed_text(list[str])` that return float32 [n, ...], with
+`similarity(image embeddings, text embeddings) -> [n, m]`, and with `image_view`; `clip_jax.inference.Model` is one.
+
+Metrics (shares in [0, 1]; `<name>` is the argument `name` of a task; all keys are there after the task, unless a condition is named)
+
+    zeroshot_task    <name>/top1, top5, mean_per_class (top-1 averaged over the classes that have pictures), chance_top1, chance_top5,
+                     images, classes, skipped (unusable records)
+    retrieval_task   <name>/image_to_text_R@1, R@5, R@10, text_to_image_R@1, R@5, R@10, images, texts, skipped
+    probe_task       <name>/accuracy, val_accuracy, l2 (the chosen strength), images, classes, skipped
+    emoji_task       emoji/<cell>/..., or emoji_val/<cell>/... and emoji_test/<cell>/... for those subsets of the unseen concepts, where
+                     <cell> = {seen,unseen}_concept_{seen,unseen}_vendor, and for each cell
+        top1, top5                                   1-of-N over all concepts of the cell's side: N = all seen, or all unseen, concepts
+        top1_without_flags_clocks_keycaps, top5_...  the same N classes, fewer pictures
+        top1_without_compositions, top5_...          further without man/woman x role and families
+        chance_top1, chance_top5, classes, images, images_without_flags_clocks_keycaps, images_without_compositions
+        pixel_1nn_top1, pixel_1nn_top5 and the same with _without_...: nearest training picture at 16 x 16 pixels. Seen concepts only: it
+                                                     knows no picture of an unseen one. A training picture is not its own neighbour.
+        image_to_text_R@1, R@5, R@10, text_to_image_R@...   unseen concepts only: the cell's pictures against the names of those pictures
+      and emoji/skipped. The pictures of seen_concept_seen_vendor are pictures that the model was trained on: that cell measures memory.
+
+Artefacts: `EvalResult.artefacts` has four dicts, each from a name (a task's `name`, or "emoji/<cell>") to a dataclass below
+
+    "classification"   Classification: labels, top predictions and their scores, class names, pictures
+    "retrieval"        Retrieval: the best texts of every picture and the best pictures of every text
+    "similarity"       SimilarityMatrix: at most 48 pictures and their texts, with the similarity of every pair
+    "map"              EmbeddingMap: at most 2,000 pictures and their texts with their embeddings, for a 2-D map of both modalities;
+                       that of emoji_task is "emoji/unseen_concept", the pictures of all vendors together
+
+Pictures are not held: `Pictures` reads a record again when it is asked for one (`pictures[i]["image"]` is what the source gives).
+"""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from clip_jax.data.decode import decode_image
+from clip_jax.data.sources import BadRecord, Record, Source, make_source
+from clip_jax.errors import UserError
+from clip_jax.evaluation import baselines, zeroshot
+from clip_jax.evaluation.probe import linear_probe
+from clip_jax.evaluation.prompts import class_prompts, load_class_names, load_templates, resolve_duplicates
+from clip_jax.evaluation.retrieval import recall
+
+_MATRIX, _MAP = 48, 2000  # pictures in a similarity matrix, in a map
+
+
+class Pictures(Sequence):
+    """Records read on demand: item i is the record (a dict with "image") of the i-th picture; `where[i]` = (number of source, index)."""
+
+    def __init__(self, sources: Sequence[Source], where: np.ndarray):
+        self.sources, self.where = list(sources), np.asarray(where, np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return self.select(np.arange(len(self))[i])
+        number, index = self.where[i]
+        return self.sources[number][int(index)]
+
+    def select(self, rows) -> "Pictures":
+        """The pictures of `rows` (indices or a bool mask)."""
+        return Pictures(self.sources, self.where[rows])
+
+
+@dataclass
+class Classification:
+    """Zero-shot classification of N pictures among C classes."""
+
+    class_names: list[str]  # C
+    labels: np.ndarray  # int32 [N], index into class_names
+    top: np.ndarray  # int32 [N, min(5, C)], predicted classes, best first
+    scores: np.ndarray  # float32 like top: similarity, without the logit scale
+    pictures: Pictures  # N
+    group: list[str]  # N: what pictures may be coloured or filtered by (emoji: the vendor; else the class name)
+
+
+@dataclass
+class Retrieval:
+    """Retrieval among N pictures and M texts; a picture and a text belong together when their ids are equal."""
+
+    texts: list[str]  # M
+    image_ids: np.ndarray  # int32 [N]
+    text_ids: np.ndarray  # int32 [M]
+    image_to_text: np.ndarray  # int32 [N, min(10, M)], best texts of every picture
+    text_to_image: np.ndarray  # int32 [M, min(10, N)], best pictures of every text
+    pictures: Pictures  # N
+
+
+@dataclass
+class SimilarityMatrix:
+    """Similarity of n pictures (rows) and n texts (columns); text i belongs to picture i."""
+
+    values: np.ndarray  # float32 [n, n]
+    texts: list[str]
+    pictures: Pictures
+
+
+@dataclass
+class EmbeddingMap:
+    """Embeddings of n pictures and m texts in the common space, unit rows."""
+
+    images: np.ndarray  # float32 [n, E]
+    texts_embedded: np.ndarray  # float32 [m, E]
+    texts: list[str]  # m
+    text_of_image: np.ndarray  # int32 [n], index into texts
+    group: list[str]  # n: what points may be coloured by (emoji: the CLDR group, "animals-nature"; else class name or "")
+    pictures: Pictures  # n
+
+
+@dataclass
+class EvalResult:
+    """What a task gives: `metrics` name -> float, `artefacts` as the module's docstring lists them."""
+
+    metrics: dict[str, float]
+    artefacts: dict[str, dict] = field(default_factory=lambda: {"classification": {}, "retrieval": {}, "similarity": {}, "map": {}})
+
+
+def merge_results(results: Sequence[EvalResult]) -> EvalResult:
+    """One result with the metrics and artefacts of all; of two with the same name the later one stays."""
+    merged = EvalResult({})
+    for result in results:
+        merged.metrics |= result.metrics
+        for kind, items in result.artefacts.items():
+            merged.artefacts.setdefault(kind, {}).update(items)
+    return merged
+
+
+def zeroshot_task(
+    model,
+    source: Source,
+    class_names: str | Sequence[str] | None = None,
+    templates: str | Sequence[str] = ("{}",),
+    *,
+    name: str = "zeroshot",
+    duplicates: str = "error",
+    canonical: bool = False,
+    average: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 256,
+) -> EvalResult:
+    """Zero-shot classification of a labelled source.
+
+    Args:
+        class_names: by label, as `prompts.load_class_names` takes them; by default the source's own, with "_" read as a space.
+        templates: as `prompts.load_templates` takes them.
+        duplicates: "error", "merge" or "keep", see `prompts.resolve_duplicates`.
+        canonical: bring prompts to SigLIP's canonical form.
+        average: over a class's prompts: "embeddings" or "scores", see `zeroshot.make_classifier`.
+        limit: at most so many pictures, evenly spaced.
+
+    Raises UserError for missing or duplicate class names, records without a label, labels without a name, and no usable picture.
+    """
+    if class_names is None:
+        if source.class_names is None:
+            raise UserError(f"{name}: {source.name} does not name its classes; give class_names")
+        class_names = [class_name.replace("_", " ") for class_name in source.class_names]
+    class_names, class_of_label = resolve_duplicates(load_class_names(class_names), duplicates)
+    classifier = zeroshot.make_classifier(model, class_names, templates, canonical=canonical, average=average)
+    embedded = _embed(model, [source], batch_size, limit)
+    labels = np.asarray(class_of_label, np.int32)[_labels(embedded, source, name, len(class_of_label))]
+    top, scores = classifier.top(embedded.z)
+    metrics = {
+        "top1": zeroshot.accuracy(top, labels, 1),
+        "top5": zeroshot.accuracy(top, labels, 5),
+        "mean_per_class": np.nanmean(zeroshot.per_class_accuracy(top, labels, len(class_names))),
+        "chance_top1": baselines.chance(len(class_names), 1),
+        "chance_top5": baselines.chance(len(class_names), 5),
+        "images": len(labels),
+        "classes": len(class_names),
+        "skipped": embedded.skipped,
+    }
+    result = EvalResult({f"{name}/{key}": float(value) for key, value in metrics.items()})
+    groups = [class_names[i] for i in labels]
+    result.artefacts["classification"][name] = Classification(class_names, labels, top, scores, embedded.pictures, groups)
+    z_text = np.asarray(model.embed_text(class_prompts(class_names, load_templates(templates)[:1], canonical)))
+    result.artefacts["similarity"][name] = _similarity_matrix(model, embedded, labels, class_names, z_text)
+    result.artefacts["map"][name] = _embedding_map(embedded, labels, class_names, z_text, groups)
+    return result
+
+
+def retrieval_task(model, source: Source, *, name: str = "retrieval", limit: int | None = None, batch_size: int = 256) -> EvalResult:
+    """Retrieval in both directions between the pictures of a source and all their captions.
+
+    Args:
+        limit: at most so many pictures, evenly spaced, with all their captions.
+
+    Raises UserError when no picture is usable or there is no caption.
+    """
+    embedded = _embed(model, [source], batch_size, limit)
+    captions = [(image, text) for image, record in enumerate(embedded.records) for text in record["texts"] if text.strip()]
+    if not captions:
+        raise UserError(f"{name}: {source.name} has no captions")
+    text_ids, texts = np.asarray([image for image, _ in captions], np.int32), [text for _, text in captions]
+    image_ids = np.arange(len(embedded.records), dtype=np.int32)
+    z_text = np.asarray(model.embed_text(texts))
+    found = recall(embedded.z, z_text, image_ids, text_ids, similarity=model.similarity)
+    metrics = found.metrics | {"images": len(image_ids), "texts": len(texts), "skipped": embedded.skipped}
+    result = EvalResult({f"{name}/{key}": float(value) for key, value in metrics.items()})
+    result.artefacts["retrieval"][name] = Retrieval(texts, image_ids, text_ids, found.image_to_text, found.text_to_image, embedded.pictures)
+    captioned, first = np.unique(text_ids, return_index=True)  # of every picture its first caption
+    pairs, pair_texts, z_first = embedded.select(captioned), [texts[i] for i in first], z_text[first]
+    result.artefacts["similarity"][name] = _similarity_matrix(model, pairs, np.arange(len(first)), pair_texts, z_first)
+    result.artefacts["map"][name] = _embedding_map(pairs, np.arange(len(first)), pair_texts, z_first, [""] * len(first))
+    return result
+
+
+def probe_task(
+    model,
+    train: Source,
+    test: Source,
+    *,
+    val: Source | None = None,
+    name: str = "probe",
+    limit: int | None = None,
+    batch_size: int = 256,
+) -> EvalResult:
+    """Linear probe on the image embeddings of labelled sources, see `probe.linear_probe`; its strength is chosen on `val`.
+
+    Args:
+        val: by default a fifth of the training pictures.
+        limit: at most so many pictures of each source, evenly spaced.
+
+    Raises UserError for records without a label and sources without a usable picture.
+    """
+    sources = {"train": train, "val": val, "test": test}
+    parts = {part: _embed(model, [source], batch_size, limit) for part, source in sources.items() if source is not None}
+    z = {part: _vectors(embedded.z) for part, embedded in parts.items()}
+    labels = {part: _labels(embedded, sources[part], name) for part, embedded in parts.items()}
+    probe = linear_probe(z["train"], labels["train"], z["test"], labels["test"], z_val=z.get("val"), labels_val=labels.get("val"))
+    metrics = {
+        "accuracy": probe.accuracy,
+        "val_accuracy": probe.val_accuracy,
+        "l2": probe.l2,
+        "images": len(labels["test"]),
+        "classes": max(int(part.max()) for part in labels.values()) + 1,
+        "skipped": sum(embedded.skipped for embedded in parts.values()),
+    }
+    return EvalResult({f"{name}/{key}": float(value) for key, value in metrics.items()})
+
+
+def emoji_task(
+    model,
+    subset: str = "all",
+    *,
+    templates: str | Sequence[str] = ("{}",),
+    canonical: bool = False,
+    seen_pictures: int | None = 2048,
+    batch_size: int = 256,
+    open_split: Callable[[str], Source] | None = None,
+) -> EvalResult:
+    """The embedded emoji set's own protocol: {seen, unseen concept} x {seen, unseen vendor}, classes being the concepts' CLDR names.
+
+    Args:
+        subset: of the unseen concepts: "all", or cheaper "val" (to choose a checkpoint by) and "test", which leave out the seen cells.
+        templates: prompts; retrieval uses the first one alone.
+        canonical: bring prompts to SigLIP's canonical form.
+        seen_pictures: size of the evenly spaced sample of training pictures for the cell seen_concept_seen_vendor; None takes all.
+        open_split: split name -> Source with the fields of the emoji set; by default the embedded set's own splits.
+    """
+    open_split = open_split or functools.partial(make_source, "emoji")
+    if subset not in ("all", "val", "test"):
+        raise UserError(f"emoji: subset={subset!r}; allowed: all, val, test")
+    prefix, parts = ("emoji", ("val", "test")) if subset == "all" else (f"emoji_{subset}", (subset,))
+    result = EvalResult({})
+    unseen = {v: _embed(model, [open_split(f"{part}_{v}_vendor") for part in parts], batch_size) for v in ("seen", "unseen")}
+    names = sorted({record["name"] for embedded in unseen.values() for record in embedded.records})
+    classifier = zeroshot.make_classifier(model, names, templates, canonical=canonical)
+    z_text = np.asarray(model.embed_text(class_prompts(names, load_templates(templates)[:1], canonical)))
+    for vendor, embedded in unseen.items():
+        cell = f"{prefix}/unseen_concept_{vendor}_vendor"
+        labels = _add_emoji_cell(result, cell, classifier, names, embedded)
+        present = np.unique(labels)
+        texts = [names[i] for i in present]
+        found = recall(embedded.z, z_text[present], labels, present, similarity=model.similarity)
+        result.metrics |= {f"{cell}/{key}": value for key, value in found.metrics.items()}
+        result.artefacts["retrieval"][cell] = Retrieval(
+            texts, labels, present, found.image_to_text, found.text_to_image, embedded.pictures
+        )
+        result.artefacts["similarity"][cell] = _similarity_matrix(model, embedded, labels, names, z_text)
+    both = _join(*unseen.values())
+    groups = [record["group"] for record in both.records]
+    result.artefacts["map"][f"{prefix}/unseen_concept"] = _embedding_map(both, _emoji_labels(both.records, names), names, z_text, groups)
+    skipped = both.skipped
+
+    if subset == "all":
+        train, other = open_split("train"), open_split("train_unseen_vendor")
+        seen = {"seen": _embed(model, [train], batch_size, seen_pictures), "unseen": _embed(model, [other], batch_size)}
+        skipped += seen["seen"].skipped + seen["unseen"].skipped
+        references, records, rows = _pixels(Pictures([train], _everything([train])))
+        names = sorted({record["name"] for record in records + seen["unseen"].records})
+        classifier = zeroshot.make_classifier(model, names, templates, canonical=canonical)
+        reference_labels = _emoji_labels(records, names)
+        reference_of = {int(row): i for i, row in enumerate(rows)}
+        for vendor, embedded in seen.items():
+            cell = f"{prefix}/seen_concept_{vendor}_vendor"
+            labels = _add_emoji_cell(result, cell, classifier, names, embedded)
+            queries, _, _ = _pixels(embedded.pictures)
+            itself = [reference_of[int(i)] for _, i in embedded.pictures.where] if vendor == "seen" else None
+            top = baselines.nearest_classes(references, reference_labels, queries, len(names), leave_out=itself)
+            pixel = _emoji_accuracies(top, labels, embedded.records)
+            result.metrics |= {f"{cell}/pixel_1nn_{key}": value for key, value in pixel.items()}
+    result.metrics[f"{prefix}/skipped"] = float(skipped)
+    return result
+
+
+def _is_sign(record: Record) -> bool:
+    """Flags, clock faces and keycaps: symbols whose parts recur in every one of their kind."""
+    is_clock = record["subgroup"] == "time" and re.search(r"o.clock$|-thirty$", record["name"])
+    return record["group"] == "flags" or record["subgroup"] == "keycap" or bool(is_clock)
+
+
+def _is_composition(record: Record) -> bool:
+    """The signs, man or woman x role, and families."""
+    words = re.findall(r"\w+", record["name"])
+    is_gendered = len(words) > 1 and bool({"man", "woman", "men", "women"} & set(words))
+    is_family = record["subgroup"] == "family" or words[0] == "family"
+    return _is_sign(record) or is_family or (record["subgroup"].startswith("person") and is_gendered)
+
+
+def _emoji_accuracies(top: np.ndarray, labels: np.ndarray, records: Sequence[Record]) -> dict[str, float]:
+    metrics = {}
+    for suffix, left_out in (("", None), ("_without_flags_clocks_keycaps", _is_sign), ("_without_compositions", _is_composition)):
+        keep = np.asarray([left_out is None or not left_out(record) for record in records], bool)
+        for k in (1, 5):
+            metrics[f"top{k}{suffix}"] = zeroshot.accuracy(top[keep], labels[keep], k)
+    return metrics
+
+
+def _emoji_labels(records: Sequence[Record], names: Sequence[str]) -> np.ndarray:
+    label = {name: i for i, name in enumerate(names)}
+    return np.asarray([label[record["name"]] for record in records], np.int32)
+
+
+def _add_emoji_cell(result: EvalResult, cell: str, classifier: zeroshot.Classifier, names: list[str], embedded: "_Embedded") -> np.ndarray:
+    """Adds the classification of a cell to `result`; returns the labels int32 [n]."""
+    labels = _emoji_labels(embedded.records, names)
+    top, scores = classifier.top(embedded.z)
+    vendors = [record["vendor"] for record in embedded.records]
+    result.artefacts["classification"][cell] = Classification(names, labels, top, scores, embedded.pictures, vendors)
+    metrics = _emoji_accuracies(top, labels, embedded.records) | {
+        "chance_top1": baselines.chance(len(names), 1),
+        "chance_top5": baselines.chance(len(names), 5),
+        "classes": len(names),
+        "images": len(labels),
+        "images_without_flags_clocks_keycaps": sum(not _is_sign(record) for record in embedded.records),
+        "images_without_compositions": sum(not _is_composition(record) for record in embedded.records),
+    }
+    result.metrics |= {f"{cell}/{key}": float(value) for key, value in metrics.items()}
+    return labels
+
+
+# --- what the tasks share: reading, embedding, and the raw material of the report ---
+
+
+@dataclass
+class _Embedded:
+    z: np.ndarray  # float32 [n, ...]
+    records: list[Record]  # n, without the pictures
+    pictures: Pictures  # n
+    skipped: int
+
+    def select(self, rows: np.ndarray) -> "_Embedded":
+        return _Embedded(self.z[rows], [self.records[i] for i in rows], self.pictures.select(rows), self.skipped)
+
+
+def _join(a: _Embedded, b: _Embedded) -> _Embedded:
+    where = np.concatenate([a.pictures.where, b.pictures.where + [len(a.pictures.sources), 0]])
+    pictures = Pictures(a.pictures.sources + b.pictures.sources, where)
+    return _Embedded(np.concatenate([a.z, b.z]), a.records + b.records, pictures, a.skipped + b.skipped)
+
+
+def _everything(sources: Sequence[Source]) -> np.ndarray:
+    return np.asarray([(number, i) for number, source in enumerate(sources) for i in range(len(source))]).reshape(-1, 2)
+
+
+def _evenly(n: int, limit: int | None) -> np.ndarray:
+    """At most `limit` of the indices below n, evenly spaced."""
+    return np.arange(n) if limit is None or limit >= n else np.arange(limit) * n // limit
+
+
+def _read(pictures: Pictures, render: Callable[[Record], np.ndarray], batch_size: int) -> Iterator[tuple[list[int], list[Record], list]]:
+    """Yields batches (rows, records without pictures, rendered pictures) of the usable records; reads the next batch meanwhile."""
+
+    def read(row: int):
+        try:
+            record = pictures[row]
+            return row, {key: value for key, value in record.items() if key != "image"}, render(record)
+        except BadRecord:
+            return None
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        pending = []
+        for start in range(0, len(pictures) + batch_size, batch_size):
+            done = pending
+            pending = [pool.submit(read, row) for row in range(start, min(start + batch_size, len(pictures)))]
+            batch = [item for item in (future.result() for future in done) if item is not None]
+            if batch:
+                rows, records, rendered = (list(part) for part in zip(*batch, strict=True))
+                yield rows, records, rendered
+
+
+def _embed(model, sources: Sequence[Source], batch_size: int, limit: int | None = None) -> _Embedded:
+    """Embeds the pictures of the sources, in order. Raises UserError if none is usable."""
+    where = _everything(sources)
+    pictures = Pictures(sources, where[_evenly(len(where), limit)])
+    z, rows, records = [], [], []
+    for batch_rows, batch_records, images in _read(pictures, lambda record: model.image_view(record, None), batch_size):
+        z.append(np.asarray(model.embed_image(np.stack(images)), np.float32))
+        rows += batch_rows
+        records += batch_records
+    if not rows:
+        raise UserError(f"{' + '.join(source.name for source in sources)}: no usable picture among {len(pictures)} records")
+    return _Embedded(np.concatenate(z), records, pictures.select(rows), len(pictures) - len(rows))
+
+
+def _pixels(pictures: Pictures) -> tuple[np.ndarray, list[Record], np.ndarray]:
+    """Pixel features float32 [n, F] of the usable pictures, their records, and their indices in their source, int [n]."""
+    features, rows, records = [], [], []
+    for batch_rows, batch_records, images in _read(pictures, lambda record: decode_image(record["image"]), 256):
+        features.append(baselines.pixel_features(images))
+        rows += batch_rows
+        records += batch_records
+    return np.concatenate(features), records, pictures.where[rows, 1]
+
+
+def _labels(embedded: _Embedded, source: Source, task: str, classes: int | None = None) -> np.ndarray:
+    if any("label" not in record for record in embedded.records):
+        raise UserError(f"{task}: {source.name} has records without a label")
+    labels = np.asarray([record["label"] for record in embedded.records], np.int32)
+    if labels.min() < 0 or (classes is not None and labels.max() >= classes):
+        raise UserError(f"{task}: {source.name} has labels {labels.min()}..{labels.max()}, but there are names for 0..{(classes or 1) - 1}")
+    return labels
+
+
+def _vectors(z: np.ndarray) -> np.ndarray:
+    """One unit vector per example: float32 [n, E] from [n, ..., E] (the mean, where a method gives several)."""
+    return zeroshot.normalize(z.reshape(len(z), -1, z.shape[-1]).mean(1))
+
+
+def _similarity_matrix(model, embedded: _Embedded, text_of_image, texts: Sequence[str], z_text: np.ndarray) -> SimilarityMatrix:
+    """Of at most 48 pictures with different texts. text_of_image: int [n], index into texts."""
+    text_of_image = np.asarray(text_of_image)
+    _, rows = np.unique(text_of_image, return_index=True)
+    rows = rows[_evenly(len(rows), _MATRIX)]
+    columns = text_of_image[rows]
+    values = np.asarray(model.similarity(embedded.z[rows], z_text[columns]), np.float32)
+    return SimilarityMatrix(values, [texts[i] for i in columns], embedded.pictures.select(rows))
+
+
+def _embedding_map(embedded: _Embedded, text_of_image, texts: Sequence[str], z_text: np.ndarray, groups: Sequence[str]) -> EmbeddingMap:
+    """Of at most 2,000 pictures and their texts."""
+    rows = _evenly(len(embedded.records), _MAP)
+    columns, text_of_row = np.unique(np.asarray(text_of_image)[rows], return_inverse=True)
+    return EmbeddingMap(
+        _vectors(embedded.z[rows]),
+        _vectors(z_text[columns]),
+        [texts[i] for i in columns],
+        text_of_row.astype(np.int32),
+        [groups[i] for i in rows],
+        embedded.pictures.select(rows),
+    )

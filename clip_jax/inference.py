@@ -1,0 +1,115 @@
+"""A trained model in use: embeddings of pictures and texts, and zero-shot classification.
+
+    model = clip_jax.load("runs/clip")
+    z_image = model.embed_image([PIL.Image.open("cat.jpg")])
+    z_text = model.embed_text(["a photo of a cat", "a photo of a dog"])
+    probabilities = model.classify(images, ["cat", "dog"], templates=("a photo of a {}.",))
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from clip_jax import config as config_lib
+from clip_jax.methods.interface import make_method
+from clip_jax.training import checkpoint, sharding
+
+
+class Model:
+    """The towers of a method with their parameters, jitted and spread over the devices of a mesh.
+
+    Attributes:
+      config: the configuration it was trained with.
+      method: its :class:`~clip_jax.methods.interface.Method`.
+      tokenizer: its tokenizer.
+      image_view: how pictures are prepared, the method's evaluation view.
+    """
+
+    def __init__(self, config, method, params, extra, tokenizer, mesh=None):
+        self.config, self.method, self.tokenizer = config, method, tokenizer
+        self.params, self.extra = params, extra
+        self.image_view = method.eval_view
+        self.mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
+        self._whole = NamedSharding(self.mesh, PartitionSpec())
+        self._image = jax.jit(method.embed_image, out_shardings=self._whole)
+        self._text = jax.jit(method.embed_text, out_shardings=self._whole)
+        self._similarity = jax.jit(method.similarity)
+
+    def embed_image(self, images, batch_size=None):
+        """Unit rows, float32 ``[n, E]``, of ``images``: uint8 ``[n, size, size, 3]`` of the model's size, or a list of PIL images, uint8 arrays or encoded bytes.
+
+        Raises :class:`~clip_jax.data.sources.BadRecord` for a picture that cannot be decoded.
+        """
+        size = self.image_view.size
+        if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (size, size, 3)):
+            images = np.stack([self.image_view({"image": image}, None) for image in images]) if len(images) else np.zeros((0, size, size, 3), np.uint8)
+        return self._embed(self._image, images, batch_size)
+
+    def embed_text(self, texts, batch_size=None):
+        """Unit rows, float32 ``[n, E]``, of a list of strings."""
+        return self._embed(self._text, self.tokenizer(list(texts), self.config.model.text.context), batch_size)
+
+    def similarity(self, z_image, z_text):
+        """The method's similarity of image ``[n, E]`` and text ``[m, E]`` embeddings, float32 ``[n, m]``."""
+        return np.asarray(self._similarity(z_image, z_text))
+
+    def classify(self, images, class_names, templates=("{}",)):
+        """Zero-shot class probabilities, float32 ``[n, classes]``: softmax of the similarities times the model's logit scale, if it has one.
+
+        Args:
+          images: as :meth:`embed_image` takes them.
+          class_names: strings.
+          templates: prompts with ``{}`` in the place of the class name; their embeddings are averaged.
+        """
+        from clip_jax.evaluation.zeroshot import class_scores
+
+        scale = jnp.exp(self.params["logit_scale"]) if "logit_scale" in self.params else 100.0
+        return np.asarray(jax.nn.softmax(scale * class_scores(self, self.embed_image(images), class_names, templates), axis=1))
+
+    def _embed(self, function, inputs, batch_size):
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        # Few batch shapes, so that few are compiled: a power of two for little input.
+        batch = min(batch_size or self.config.eval.batch_size, 1 << max(len(inputs) - 1, 0).bit_length())
+        batch = -(-batch // parts) * parts
+        rows = []
+        with jax.set_mesh(self.mesh):
+            for start in range(0, max(len(inputs), 1), batch):
+                chunk = inputs[start : start + batch]
+                padded = np.concatenate([chunk, np.zeros((batch - len(chunk), *chunk.shape[1:]), chunk.dtype)])
+                on_device = jax.device_put(padded, sharding.batch_sharding(self.mesh))
+                rows.append(function(self.params, self.extra, on_device)[: len(chunk)])
+        return np.concatenate([np.asarray(r) for r in rows])
+
+
+def load(path, which="latest", ema=None, mesh=None):
+    """The :class:`Model` of a checkpoint.
+
+    Args:
+      path: a work folder, its ``checkpoints`` folder, or the folder of one step.
+      which: ``"latest"``, ``"best"``, or a step.
+      ema: take the moving average of the weights; by default what the configuration evaluates.
+      mesh: a mesh to spread it over; by default all devices, parameters on each.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    folder = checkpoint.find(path, which)
+    try:
+        meta = checkpoint.read_meta(folder)
+    except (OSError, ValueError) as error:
+        raise checkpoint.UserError(f"the checkpoint {str(folder)!r} is damaged: {error}") from None
+    config = config_lib.from_json(json.dumps(meta["config"]))
+    method = make_method(config)
+    ema = config.eval.ema if ema is None else ema
+    if ema and not config.optim.ema_decay:
+        raise checkpoint.UserError(f"{str(folder)!r} has no moving average of the weights: it was trained with optim.ema_decay=0")
+    mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
+    batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+    params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
+    target = {"ema" if ema else "params": params, "extra": extra}
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, sharding.state_shardings(target, mesh))
+    state = checkpoint.restore_arrays(folder, target)
+    return Model(config, method, state["ema" if ema else "params"], state["extra"], checkpoint.unpack_tokenizer(meta), mesh)

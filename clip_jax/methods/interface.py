@@ -1,0 +1,66 @@
+"""What a method is to the rest of the program: a frozen dataclass of pure functions, made by ``make(config)`` of its module."""
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from clip_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Method:
+    """The functions of a method. ``batch`` is a dict of arrays ``[B, ...]``, one entry per view, plus ``example_id`` int32 ``[B]``.
+
+    Attributes:
+      views: what the method asks of the data in training (``clip_jax.data.views``).
+      eval_view: the image view of evaluation and search.
+      init: ``(rng, batch) -> (params, extra)``; ``extra`` is everything without a gradient (teachers, queues, statistics).
+      encode: ``(params, extra, batch, rng, train) -> (features, extra)``, per example: may be called on micro-batches.
+        Randomness of an example must be folded from ``rng`` and its ``example_id``, so that a second pass replays it.
+      loss: ``(params, extra, features, batch, rng) -> (loss, metrics)`` over the global batch; float32 scalars.
+      embed_image: ``(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, E]``, unit rows.
+      embed_text: ``(params, extra, ids int32 [b, n]) -> float32 [b, E]``, unit rows.
+      prepare: ``(batch, rng) -> batch``: work on the whole batch on the device before encoding (mixup, masks).
+      update: ``(params, extra, features, step) -> extra`` after the optimizer's step, without gradient.
+      constrain: ``params -> params`` after the optimizer's step: projection onto the allowed set (the logit scale's clamp).
+      similarity: ``(image embeddings [n, ...], text embeddings [m, ...]) -> float32 [n, m]``.
+    """
+
+    views: tuple[Any, ...]
+    eval_view: Any
+    init: Callable
+    encode: Callable
+    loss: Callable
+    embed_image: Callable
+    embed_text: Callable
+    prepare: Callable = lambda batch, rng: batch
+    update: Callable = lambda params, extra, features, step: extra
+    constrain: Callable = lambda params: params
+    similarity: Callable = lambda z_image, z_text: jnp.matmul(z_image, z_text.T)
+
+
+def make_method(config):
+    """The method that ``config.method`` names: a module of ``clip_jax.methods``, or the import path of a module of the user's.
+
+    Raises UserError when there is no such module or it has no ``make``.
+    """
+    name = config.method
+    path = name if "." in name else f"clip_jax.methods.{name}"
+    try:
+        spec = importlib.util.find_spec(path)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None:
+        import clip_jax.methods
+
+        known = sorted({m.name for m in pkgutil.iter_modules(clip_jax.methods.__path__)} - {"interface"})
+        raise UserError(f"method={name!r} is neither a method ({', '.join(known)}) nor the import path of a module")
+    module = importlib.import_module(path)
+    if not hasattr(module, "make"):
+        raise UserError(f"method={name!r}: the module {path} has no function make(config)")
+    return module.make(config)

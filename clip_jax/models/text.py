@@ -1,0 +1,62 @@
+"""Text transformer with the switches that tell the published CLIP-like text towers apart."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from clip_jax.models.transformer import Block, MapHead, block_init, project
+
+POOLS = ("eot", "last", "first", "mean", "max", "map")
+
+
+class TextTransformer(nn.Module):
+    """Text tower: int32 ids ``[b, n]``, n at most ``context`` -> ``(embedding float32 [b, embed_dim], tokens [b, n, D])``.
+
+    The embedding is the pooled output after the last layer norm, projected unless ``embed_dim`` is 0, not normalised.
+
+    ``pool``: ``eot`` (the first token with the id ``eot_id``; CLIP), ``last`` (sticky EOS; SigLIP), ``first`` (BERT's
+    [CLS], FLIP), ``mean`` (over the tokens up to the end), ``max`` (over all positions), ``map``. With ``mask_padding``
+    no token attends to what follows the end-of-text token; under a causal mask the pooled token never does anyhow.
+    """
+
+    vocab_size: int
+    context: int
+    width: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    embed_dim: int
+    eot_id: int
+    proj_bias: bool = False
+    pool: str = "eot"
+    causal: bool = True
+    mask_padding: bool = False
+    act: str = "quick_gelu"
+    ln_eps: float = 1e-5
+    weight_init: str = "clip_text"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids, train=False):
+        del train  # no dropout in any of these towers; the argument is what every tower takes
+        b, n = ids.shape
+        x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype, name="embed")(ids)
+        pos = self.param("pos", nn.initializers.normal(0.01), (1, self.context, self.width))
+        x = x + pos[:, :n].astype(x.dtype)
+        end = jnp.argmax(ids == self.eot_id, axis=1)  # 0 when there is none, as in the published code
+        real = jnp.arange(n) <= end[:, None]
+        mask = real[:, None, None, :] if self.mask_padding else None
+        init = block_init(self.weight_init, self.width, self.mlp_dim, self.depth)
+        for i in range(self.depth):
+            x = Block(self.heads, self.mlp_dim, self.act, self.ln_eps, init, self.causal, self.dtype, name=f"block_{i}")(x, mask)
+        x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_final")(x)
+        pooled = {
+            "eot": lambda: jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0],
+            "last": lambda: x[:, -1],
+            "first": lambda: x[:, 0],
+            "mean": lambda: (x * real[..., None]).sum(1) / real.sum(1, keepdims=True).astype(x.dtype),
+            "max": lambda: x.max(1),
+            "map": lambda: MapHead(self.heads, self.mlp_dim, self.act, self.ln_eps, self.dtype, name="map")(x, mask),
+        }[self.pool]()
+        return project(pooled, self.embed_dim, self.proj_bias, self.dtype), x

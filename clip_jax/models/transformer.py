@@ -1,0 +1,128 @@
+"""The pre-LN transformer encoder that the image and text towers share.
+
+``x += MHA(LN(x)); x += W2 act(W1 LN(x))`` with a bias in every linear layer. Parameters are float32; matrix work runs in
+``dtype``; layer norms and softmax in float32.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clip_jax.models.common import ACTIVATIONS, shard_batch, torch_uniform
+
+
+@dataclass(frozen=True)
+class Init:
+    """Initialisers of one block's kernels and biases, by layer."""
+
+    qkv: Any
+    attn_out: Any
+    fc1: Any
+    fc2: Any
+    mlp_bias_1: Any = nn.initializers.zeros
+    mlp_bias_2: Any = nn.initializers.zeros
+
+
+def block_init(scheme, width, mlp_dim, depth):
+    """Initialisers of a block.
+
+    ``clip_image``: OpenAI's vision transformer, which keeps PyTorch's defaults (attention Xavier-uniform on the fused
+    ``[3D, D]`` matrix, the rest uniform in 1/sqrt(fan_in)). ``clip_text``: OpenAI's text transformer (normal, residual
+    branches scaled by depth). ``xavier``: big_vision (Xavier-uniform, MLP biases normal with 1e-6).
+    """
+    if scheme == "clip_image":
+        fused_xavier = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")  # bound sqrt(6 / 4D) on a [D, D] slice
+        return Init(fused_xavier, torch_uniform(width), torch_uniform(width), torch_uniform(mlp_dim), torch_uniform(width), torch_uniform(mlp_dim))
+    if scheme == "clip_text":
+        residual = nn.initializers.normal(width**-0.5 * (2 * depth) ** -0.5)
+        return Init(nn.initializers.normal(width**-0.5), residual, nn.initializers.normal((2 * width) ** -0.5), residual)
+    if scheme == "xavier":
+        xavier, small = nn.initializers.xavier_uniform(), nn.initializers.normal(1e-6)
+        return Init(xavier, xavier, xavier, xavier, small, small)
+    raise ValueError(f"unknown initialisation {scheme!r}")
+
+
+class Attention(nn.Module):
+    """Multi-head attention from ``x_q[b, q, D]`` to ``x_kv[b, k, D]``; ``mask`` (bool, broadcast to ``[b, H, q, k]``) is True where allowed."""
+
+    heads: int
+    inits: Init
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_q, x_kv, mask=None, causal=False):
+        width = x_q.shape[-1]
+
+        def project(name, x):
+            return nn.DenseGeneral((self.heads, width // self.heads), dtype=self.dtype, kernel_init=self.inits.qkv, name=name)(x)
+
+        q, k, v = project("query", x_q), project("key", x_kv), project("value", x_kv)
+        x = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.inits.attn_out, name="out")(x)
+
+
+class Mlp(nn.Module):
+    """``W2 act(W1 x + b1) + b2``."""
+
+    mlp_dim: int
+    act: str
+    inits: Init
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        x = nn.Dense(self.mlp_dim, dtype=self.dtype, kernel_init=self.inits.fc1, bias_init=self.inits.mlp_bias_1, name="fc1")(x)
+        x = ACTIVATIONS[self.act](x)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=self.inits.fc2, bias_init=self.inits.mlp_bias_2, name="fc2")(x)
+
+
+class Block(nn.Module):
+    """One pre-LN block, ``[b, n, D] -> [b, n, D]``."""
+
+    heads: int
+    mlp_dim: int
+    act: str
+    ln_eps: float
+    inits: Init
+    causal: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        x = shard_batch(x)
+        y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln1")(x)
+        x = x + Attention(self.heads, self.inits, self.dtype, name="attn")(y, y, mask, self.causal)
+        y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln2")(x)
+        return x + Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(y)
+
+
+class MapHead(nn.Module):
+    """Multi-head attention pooling with one learned query and an MLP (big_vision's MAP head), ``[b, n, D] -> [b, D]``."""
+
+    heads: int
+    mlp_dim: int
+    act: str
+    ln_eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        width = x.shape[-1]
+        init = block_init("xavier", width, self.mlp_dim, 1)
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
+        probe = jnp.tile(probe, (x.shape[0], 1, 1)).astype(x.dtype)
+        x = Attention(self.heads, init, self.dtype, name="attn")(probe, x, mask)
+        y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln")(x)
+        return (x + Mlp(self.mlp_dim, self.act, init, self.dtype, name="mlp")(y))[:, 0]
+
+
+def project(pooled, embed_dim, bias, dtype):
+    """The linear map ``proj`` of the calling tower into the shared space, float32 ``[b, embed_dim]``; none when ``embed_dim`` is 0."""
+    if embed_dim:
+        init = nn.initializers.normal(pooled.shape[-1] ** -0.5)
+        pooled = nn.Dense(embed_dim, use_bias=bias, dtype=dtype, kernel_init=init, name="proj")(pooled)
+    return pooled.astype(jnp.float32)

@@ -1,0 +1,141 @@
+"""What a run tells: one progress line, ``metrics.jsonl``, TensorBoard, Weights & Biases; and what a machine could do at most."""
+
+import collections
+import json
+import math
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from clip_jax.errors import UserError
+
+#: Dense bf16 FLOP/s at the peak of one device, from the vendors' data sheets, by the beginning of ``device_kind``.
+PEAK_FLOPS = {
+    "TPU v3": 61.5e12,  # a device is a core, half a chip
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops():
+    """bf16 FLOP/s at the peak of one device of this machine, or None when unknown (a CPU)."""
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+
+
+class Writer:
+    """Writes scalars to ``<workdir>/metrics.jsonl`` and, as configured, to TensorBoard and Weights & Biases."""
+
+    def __init__(self, workdir, config):
+        self.file = open(pathlib.Path(workdir) / "metrics.jsonl", "a")  # noqa: SIM115
+        self.sinks = []
+        if config.log.tensorboard:
+            import tensorboardX
+
+            board = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
+            self.sinks.append((lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()], board.close))
+        if config.log.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError(f"log.wandb={config.log.wandb!r} needs the package wandb: pip install 'clip-jax-pretraining[wandb]'") from None
+            run = wandb.init(project=config.log.wandb, dir=str(workdir), config=config.to_dict(), resume="allow", id=pathlib.Path(workdir).name)
+            self.sinks.append((lambda step, values: run.log(values, step=step), run.finish))
+
+    def write(self, step, values):
+        """Writes ``{name: number}`` of a step; a number that is not finite becomes null in the JSON file."""
+        values = {k: float(v) for k, v in values.items()}
+        row = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        print(json.dumps({"step": step, "time": round(time.time(), 3), **row}), file=self.file, flush=True)
+        for write, _ in self.sinks:
+            write(step, values)
+
+    def close(self):
+        self.file.close()
+        for _, close in self.sinks:
+            close()
+
+
+class Progress:
+    """Rates and means over the steps since the last report."""
+
+    def __init__(self, batch_size, steps, flops_per_step):
+        self.batch_size, self.steps = batch_size, steps
+        self.flops, self.peak = flops_per_step, peak_flops()
+        self.sums = collections.defaultdict(float)
+        self.done, self.waited, self.start = 0, 0.0, time.perf_counter()
+        self.recent = collections.deque(maxlen=20)  # (steps, seconds) of the last reports, for the time to go
+
+    def add(self, metrics, waited):
+        """Takes in one step's metrics and the seconds that it waited for data."""
+        for name, value in metrics.items():
+            self.sums[name] += float(value)
+        self.done += 1
+        self.waited += waited
+
+    def pause(self, seconds):
+        """Leaves out the time of something else than training (an evaluation)."""
+        self.start += seconds
+
+    def report(self, step):
+        """Mean metrics and rates since the last report, ``{name: float}``, and the progress line."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        values = {name: total / self.done for name, total in self.sums.items()}
+        values["images_per_s"] = self.done * self.batch_size / seconds
+        values["data_wait_share"] = self.waited / seconds
+        if self.peak and self.flops:
+            values["mfu"] = self.flops * self.done / seconds / (self.peak * jax.device_count())
+        self.recent.append((self.done, seconds))
+        pace = sum(s for _, s in self.recent) / sum(n for n, _ in self.recent)
+        values["eta_s"] = pace * (self.steps - step)
+        self.sums.clear()
+        self.done, self.waited, self.start = 0, 0.0, time.perf_counter()
+        return values, self.line(step, values)
+
+    def line(self, step, values):
+        accuracy = [v for k, v in values.items() if k.endswith("_acc")]
+        parts = [f"step {step:{len(str(self.steps))}}/{self.steps}", f"loss {values['loss']:.4f}"]
+        if accuracy:
+            parts.append(f"acc {np.mean(accuracy):.3f}")
+        if "logit_scale" in values:
+            parts.append(f"scale {values['logit_scale']:.1f}")
+        parts += [f"grad {values['grad_norm']:.2f}", f"params {values['param_norm']:.1f}", f"lr {values['lr']:.1e}"]
+        parts += [f"{values['images_per_s']:.0f} img/s", f"data wait {values['data_wait_share']:.0%}"]
+        if "mfu" in values:
+            parts.append(f"MFU {values['mfu']:.1%}")
+        if values.get("skipped"):
+            parts.append(f"skipped {values['skipped']:.0f}")
+        return " | ".join([*parts, f"ETA {duration(values['eta_s'])}"])
+
+
+def duration(seconds):
+    """``"1h02m"``, ``"3m05s"`` or ``"12s"``."""
+    seconds = int(round(seconds))
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def parameter_table(params):
+    """Parameters by part: a table of the two upper levels of the tree, and the total."""
+    from clu import parameter_overview
+
+    total = parameter_overview.count_parameters(params)
+    rows = []
+    for name, part in sorted(params.items()):
+        rows.append((name, parameter_overview.count_parameters({name: part})))
+        blocks = collections.Counter()
+        for child, tree in part.items() if isinstance(part, dict) else ():
+            group = "block_*" if child.startswith("block_") else child
+            blocks[group] += parameter_overview.count_parameters({child: tree})
+        rows += [(f"  {child}", count) for child, count in blocks.items()]
+    return "\n".join(f"  {name:<14}{count:>14,.0f}" for name, count in [*rows, ("total", total)])

@@ -1,0 +1,100 @@
+"""Optimizers, learning-rate schedules, and what is decayed, slowed down or frozen, by regular expression on parameter paths."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clip_jax.errors import UserError
+from clip_jax.training.sharding import path_name
+
+
+def make_schedule(optim, steps):
+    """``step -> learning rate``: linear warm-up to ``optim.lr``, reached by step ``warmup_steps``, then ``optim.schedule``, which ends at ``steps``."""
+    lr, warmup = optim.lr, optim.warmup_steps
+    rest = max(steps - warmup, 1)
+    after = {
+        "cosine": optax.cosine_decay_schedule(lr, rest),
+        "linear": optax.linear_schedule(lr, 0.0, rest),
+        "constant": optax.constant_schedule(lr),
+        # lr * sqrt(w / step) from the end of the warm-up on, continuous with it (Vaswani et al. 2017, section 5.3)
+        "rsqrt": lambda step: lr * jnp.sqrt(max(warmup, 1) / (step + max(warmup, 1))),
+    }[optim.schedule]
+    # The first step is not wasted on a rate of 0.
+    return optax.join_schedules([lambda step: lr * (step + 1) / warmup, after], [warmup]) if warmup else after
+
+
+def _matches(patterns, params):
+    """A pytree of bool: does one of the patterns find the parameter's path?"""
+    return jax.tree_util.tree_map_with_path(lambda path, _: any(re.search(p, path_name(path)) for p in patterns), params)
+
+
+def frozen(optim, params):
+    """A pytree of bool like ``params``: True where nothing is trained (``optim.freeze``, or a factor of 0 in ``optim.lr_mult``)."""
+    by_factor = jax.tree.map(lambda factor: factor == 0, _factors(optim, params))
+    return jax.tree.map(lambda a, b: a or b, _matches(optim.freeze, params), by_factor)
+
+
+def _factors(optim, params):
+    def factor(path, _):
+        return next((float(f) for pattern, f in optim.lr_mult if re.search(pattern, path_name(path))), 1.0)
+
+    return jax.tree_util.tree_map_with_path(factor, params)
+
+
+def make_optimizer(optim, steps, params):
+    """The gradient transformation of the section ``config.optim``.
+
+    Order: clipping of the global gradient norm, the optimizer's direction, decoupled weight decay, LAMB's trust ratio, the
+    factor of the path, the learning rate.
+
+    Args:
+      optim: the section; see :func:`clip_jax.config.base`.
+      steps: the number of training steps.
+      params: parameters or their shapes.
+
+    Raises:
+      UserError: a pattern of ``freeze`` or ``lr_mult`` finds no parameter, or nothing is left to train.
+    """
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for field, patterns in (("freeze", optim.freeze), ("lr_mult", [pattern for pattern, _ in optim.lr_mult])):
+        for pattern in patterns:
+            if not any(re.search(pattern, path) for path in paths):
+                raise UserError(f"optim.{field}: {pattern!r} finds no parameter; paths look like {paths[0]!r}, {paths[-1]!r}")
+    no_decay = _matches(optim.no_decay, params)
+    decay = optax.add_decayed_weights(optim.weight_decay, jax.tree.map(lambda x: not x, no_decay)) if optim.weight_decay else optax.identity()
+    direction = {
+        "adamw": lambda: [optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay],
+        "lamb": lambda: [optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay, optax.scale_by_trust_ratio()],
+        "adafactor": lambda: [scale_by_adafactor(momentum=optim.b1), decay],
+        "sgd": lambda: [optax.trace(optim.b1), decay],
+    }[optim.name]()
+    chain = [optax.clip_by_global_norm(optim.grad_clip_norm)] if optim.grad_clip_norm else []
+    chain += direction
+    if optim.lr_mult:
+        factors = _factors(optim, params)
+        # Masked leaves, the frozen ones, are not arrays.
+        chain.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f if isinstance(u, jax.Array) else u, updates, factors,
+                                                                     is_leaf=lambda u: isinstance(u, optax.MaskedNode))))  # fmt: skip
+    chain.append(optax.scale_by_learning_rate(make_schedule(optim, steps)))
+    tx = optax.chain(*chain)
+    is_frozen = frozen(optim, params)
+    if all(jax.tree.leaves(is_frozen)):
+        raise UserError(f"optim.freeze={optim.freeze} and optim.lr_mult={optim.lr_mult} leave no parameter to train")
+    if any(jax.tree.leaves(is_frozen)):
+        tx = optax.partition({"train": tx, "freeze": optax.set_to_zero()}, jax.tree.map(lambda f: "freeze" if f else "train", is_frozen))
+    return tx
+
+
+def scale_by_adafactor(min_dim_size_to_factor=32, decay_rate=0.8, beta2_cap=0.999, momentum=0.9, eps=1e-30):
+    """Adafactor's direction as big_vision trains with it (Zhai et al. 2022, "Scaling Vision Transformers", appendix):
+    factored second moments, no update clipping, first moment in bfloat16."""
+
+    def decay(step, exponent):
+        return jnp.minimum(beta2_cap, 1.0 - jnp.asarray(step + 1, jnp.float32) ** -exponent)
+
+    second = optax.scale_by_factored_rms(
+        decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor, epsilon=eps, decay_rate_fn=decay
+    )
+    return optax.chain(second, optax.ema(momentum, debias=False, accumulator_dtype=jnp.bfloat16) if momentum else optax.identity())

@@ -1,0 +1,83 @@
+"""The device mesh and how state and batches are laid out over it.
+
+One mesh with the axes ``data``, ``fsdp`` and ``tensor``; a batch is split over ``data`` and ``fsdp`` together; one list of
+rules says which dimension of a parameter goes over which axis. Optimizer state and moving averages carry the parameter's
+path as the end of their own, so the same rules hold for them.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from clip_jax.errors import UserError
+from clip_jax.models.common import BATCH_AXES
+
+AXES = ("data", "fsdp", "tensor")
+
+#: (regular expression that the path must contain, mesh axis of each dimension); the first that fits counts.
+RULES = (
+    (r"/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
+    (r"/(query|key|value)/bias$", ("tensor", None)),
+    (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
+    (r"/fc1/kernel$", ("fsdp", "tensor")),
+    (r"/fc1/bias$", ("tensor",)),
+    (r"/fc2/kernel$", ("tensor", "fsdp")),
+    (r"/embed/embedding$", ("tensor", "fsdp")),
+    (r"/patch/kernel$", (None, None, None, "fsdp")),
+    (r"/kernel$", ("fsdp", None)),
+)
+
+
+def make_mesh(sizes):
+    """The mesh of ``{"data": -1, "fsdp": 1, "tensor": 1}``; -1, at most once, takes what is left of all devices.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    count = jax.device_count()
+    shape = [sizes[axis] for axis in AXES]
+    given = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
+    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise UserError(f"mesh {given}: each size must be at least 1, and at most one may be -1")
+    known = int(np.prod([n for n in shape if n != -1]))
+    if count % known or (-1 not in shape and known != count):
+        raise UserError(f"mesh {given} does not fit {count} device(s)")
+    shape = [count // known if n == -1 else n for n in shape]
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def path_name(path):
+    """``"img/block_0/attn/query/kernel"`` of a path in a pytree."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _spec(path, shape, mesh):
+    for pattern, axes in RULES:
+        if re.search(pattern, path) and len(axes) == len(shape):
+            # A dimension that an axis does not divide is not split: the layout never decides whether a model is allowed.
+            return PartitionSpec(*(axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(axes, shape, strict=True)))
+    return PartitionSpec()
+
+
+def state_shardings(tree, mesh):
+    """``NamedSharding`` for every leaf of a pytree of arrays or shapes, by :data:`RULES`; what no rule names is on every device."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, _spec("/" + path_name(path), x.shape, mesh)), tree)
+
+
+def batch_sharding(mesh):
+    """The layout of arrays ``[batch, ...]``."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(batch_size, mesh, field="data.batch_size"):
+    """Raises UserError unless the devices that share a batch divide it."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise UserError(f"{field}={batch_size} is not divisible by the {parts} devices that share a batch (mesh data x fsdp)")
+
+
+def to_global(batch, mesh):
+    """The global arrays, sharded over the mesh, of this host's rows ``{name: ndarray [b, ...]}``."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}

@@ -1,0 +1,61 @@
+"""CLIP (Radford et al. 2021).
+
+    python -m clip_jax.train --config=configs/clip.py --workdir=runs/clip
+
+Variants, after a colon:
+  (none)   a small model on the embedded emoji pictures, made for 2 CPU cores; README.md gives its result
+  smoke    the same in a few steps, under a minute with compilation; the result is near chance
+  b32 b16 l14 l14_336
+           the paper's recipe on 400 M pairs: 32 epochs of batch 32,768. Give the data: --config.data=/data/pairs/{00000..41407}.tar
+           Expected ImageNet zero-shot top-1 (OpenAI's data): B/32 63.3, B/16 68.3, L/14 75.5, L/14@336 76.6 %
+"""
+
+from clip_jax import config
+from clip_jax.errors import UserError
+from clip_jax.models.towers import CLIP_SIZES
+
+# Learning rates: Radford et al. 2021, table 20 (l14_336: one more epoch of l14 at the higher resolution)
+PUBLISHED = {"b32": ("ViT-B/32", 5e-4), "b16": ("ViT-B/16", 5e-4), "l14": ("ViT-L/14", 4e-4), "l14_336": ("ViT-L/14@336", 2e-5)}
+LATER = {"rn50": "its ModifiedResNet image tower is not in this version"}
+
+
+def get_config(variant=""):
+    if variant in LATER:
+        raise UserError(f"configs/clip.py:{variant}: {LATER[variant]}")
+    if variant in PUBLISHED:
+        return published(*PUBLISHED[variant])
+    if variant not in ("", "smoke"):
+        raise config.unknown("configs/clip.py has no variant", variant, ["smoke", *PUBLISHED, *LATER])
+    c = embedded()
+    if variant == "smoke":
+        c.train.steps, c.train.log_steps, c.optim.warmup_steps = 10, 2, 2
+        c.data.batch_size = 64
+    return c
+
+
+def published(size, lr):
+    c = config.base()
+    image, text, c.model.embed_dim = CLIP_SIZES[size]
+    c.model.image.update(image)
+    c.model.text.update(text)
+    c.tokenizer = "clip_bpe"
+    c.data.batch_size, c.data.workers = 32768, 8
+    c.train.steps = 32 * 400_000_000 // 32768
+    c.optim.lr = lr
+    if size == "ViT-L/14@336":
+        c.train.steps //= 32
+    c.eval.tasks = ()
+    return c
+
+
+def embedded():
+    c = config.base()
+    c.data.templates = ("{name}", "{name}, {tags}", "{tags}", "{keywords}")
+    c.data.augment = ("random_background", "rrc(0.6, 1.0)", "flip")
+    c.model.embed_dim, c.model.dtype = 192, "float32"
+    tower = dict(width=192, heads=4, mlp_dim=768, act="gelu_tanh")
+    c.model.image.update(dict(tower, size=32, stem=(48, 96, 192), depth=3, pool="gap", cls_token=False, ln_pre=False))
+    c.model.text.update(dict(tower, context=12, depth=1))
+    c.optim.update(dict(lr=1e-3, warmup_steps=50, weight_decay=0.1, grad_clip_norm=1.0))
+    c.train.steps = 400
+    return c

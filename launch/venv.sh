@@ -1,0 +1,17 @@
+# Sourced by the other scripts, from the repository's root: make_venv [extra] makes $venv and installs the package with that extra.
+venv=${CLIP_JAX_VENV:-.venv}
+
+make_venv() {
+  local extra=${1:-} python
+  local stamp=$venv/.clip_jax${extra:+_$extra}
+  if [[ $stamp -nt setup.py ]]; then return; fi
+  for python in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
+    [[ -n $python ]] && command -v "$python" >/dev/null && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+    python=
+  done
+  if [[ -z $python ]]; then echo "error: no Python 3.11 or newer found (PYTHON=/path/to/python names one)" >&2; exit 2; fi
+  echo "installing into $venv ..."
+  [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
+  touch "$stamp"
+}

@@ -1,0 +1,45 @@
+"""Package of clip_jax; the distribution's name differs because clip-jax on PyPI is another project."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="clip-jax-pretraining",
+    version="0.1.0",
+    description="Pretraining of CLIP-like models in JAX: one trainer, many methods, any machine",
+    long_description=(Path(__file__).parent / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["clip_jax", "clip_jax.*"]),
+    package_data={
+        "clip_jax.data": ["vocab/*", "embedded/*/*/*"],
+        "clip_jax.evaluation": ["*.json", "*.html"],
+    },
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "array_record>=0.8",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.20",
+        "ftfy>=6",
+        "ml_collections>=1.1",
+        "clu>=0.0.12",
+        "safetensors>=0.5",
+        "pillow>=11",
+        "tensorboardX>=2.6",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda12]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "tf": ["tensorflow>=2.18"],
+        "wandb": ["wandb>=0.18"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "resvg-py>=0.1"],
+    },
+)

@@ -1,0 +1,36 @@
+"""Shared test set-up: CPU with 8 simulated devices, a persistent compilation cache, and the folder of golden fixtures."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Also for the processes that tests start: the same little programs are compiled again and again.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"clip_jax_test_cache_{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
+import pytest  # noqa: E402
+
+REPO = pathlib.Path(__file__).parent.parent
+GOLDEN = pathlib.Path(os.environ.get("CLIP_JAX_GOLDEN", REPO.parent / "shared" / "golden"))
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+
+def golden_files(pattern):
+    """Golden files or folders of a documented name: those of CLIP_JAX_GOLDEN, and the copies that come with the tests."""
+    found = {path.name: path for folder in (FIXTURES, GOLDEN) if folder.is_dir() for path in sorted(folder.glob(pattern))}
+    return [pytest.param(path, id=name) for name, path in found.items()] or [pytest.param(None, marks=pytest.mark.skip(f"no fixture {pattern}"))]
+
+
+@pytest.fixture
+def mesh8():
+    """A mesh of 8 simulated devices in use: data=2, fsdp=2, tensor=2."""
+    import jax
+
+    from clip_jax.training import sharding
+
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        yield mesh

@@ -1,0 +1,76 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_jax.evaluation import retrieval
+from clip_jax.evaluation.retrieval import recall, top_k
+
+TESTS = Path(__file__).parent
+
+
+def golden(name):
+    folder = Path(os.environ.get("CLIP_JAX_GOLDEN", TESTS.parent / ".." / "shared" / "golden"))
+    return np.load(folder / name if (folder / name).exists() else TESTS / "fixtures" / name)
+
+
+@pytest.mark.parametrize("block", [None, 7, 64])
+def test_golden_recall(block, monkeypatch):
+    if block:
+        monkeypatch.setattr(retrieval, "_QUERIES", block)
+        monkeypatch.setattr(retrieval, "_CANDIDATES", block)
+    data = golden("eval_retrieval.npz")
+    images = len(data["image_features"])
+    found = recall(data["image_features"], data["text_features"], np.arange(images), data["text_to_image_index"])
+    for direction in ("image_to_text", "text_to_image"):
+        for k in (1, 5, 10):
+            assert found.metrics[f"{direction}_R@{k}"] == pytest.approx(data[f"{direction}_r{k}"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("queries", "candidates"), [(5, 3), (5, 4), (100, 100)])
+def test_top_k_equals_a_stable_sort(queries, candidates, monkeypatch):
+    monkeypatch.setattr(retrieval, "_QUERIES", queries)
+    monkeypatch.setattr(retrieval, "_CANDIDATES", candidates)
+    rng = np.random.default_rng(0)
+    scores = rng.integers(-2, 3, (12, 17)).astype(np.float32)  # many ties
+    scores[scores == 0] *= rng.choice([-1, 1], (scores == 0).sum())  # zeros of both signs
+    indices, values = top_k(np.arange(12), np.arange(17), 6, lambda q, c: scores[q[:, None] % 12, c % 17])
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :6]
+    np.testing.assert_array_equal(indices, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(scores, expected, 1))
+
+
+def test_top_k_never_returns_padding(monkeypatch):
+    monkeypatch.setattr(retrieval, "_CANDIDATES", 4)
+    z = -np.ones((2, 3), np.float32)
+    indices, _ = top_k(z, np.ones((5, 3), np.float32), 9)  # padding would score 0, candidates score -3
+    np.testing.assert_array_equal(indices, [[0, 1, 2, 3, 4]] * 2)
+    for broken in (np.nan, -np.inf):
+        indices, _ = top_k(np.full((1, 3), broken, np.float32), np.ones((5, 3), np.float32), 3)
+        np.testing.assert_array_equal(indices, [[0, 1, 2]])
+
+
+def test_collapsed_embeddings_are_not_rewarded():
+    z = np.ones((20, 4), np.float32)
+    metrics = recall(z, z, np.arange(20), np.arange(20)).metrics
+    assert metrics["image_to_text_R@1"] == pytest.approx(1 / 20)
+    assert metrics["text_to_image_R@10"] == pytest.approx(10 / 20)
+
+
+def test_recall_with_several_matches_and_queries_without_any():
+    z_image = np.eye(4, dtype=np.float32)
+    z_text = np.array([[0, 1, 0, 0], [1, 0.5, 0, 0], [0, 0, 1, 0.9]], np.float32)
+    # Texts 0 and 1 belong to image 0, text 2 to images 2 and 3; image 1 has no text.
+    found = recall(z_image, z_text, [0, 1, 2, 2], [0, 0, 2], ks=(1, 2))
+    assert found.metrics == pytest.approx(
+        {"image_to_text_R@1": 1.0, "image_to_text_R@2": 1.0, "text_to_image_R@1": 2 / 3, "text_to_image_R@2": 1.0}
+    )
+    np.testing.assert_array_equal(found.text_to_image[0], [1, 0])
+
+
+def test_recall_uses_the_given_similarity():
+    z_image, z_text = np.array([[1.0], [2.0]]), np.array([[2.1], [1.1]])
+    distance = recall(z_image, z_text, [0, 1], [1, 0], ks=(1,), similarity=lambda a, b: -np.abs(a - b.T))
+    assert distance.metrics == {"image_to_text_R@1": 1.0, "text_to_image_R@1": 1.0}
+    assert recall(z_image, z_text, [0, 1], [1, 0], ks=(1,)).metrics["image_to_text_R@1"] == 0.5

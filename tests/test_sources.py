@@ -1,0 +1,342 @@
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.data import decode
+from clip_jax.data.sources import ArrayRecordSource, BadRecord, MemorySource, MixtureSource, make_source
+from clip_jax.errors import UserError
+
+
+def jpeg(value=0, size=8):
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (value, 255 - value, 0)).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def colour(record):
+    return int(decode.decode_image(record["image"])[0, 0, 0])
+
+
+def check(source, length):
+    """What every source must do: its length, images that decode, and a copy in a worker that reads the same."""
+    assert len(source) == length
+    copy = pickle.loads(pickle.dumps(source))
+    for index in range(length):
+        record = source[index]
+        assert decode.decode_image(record["image"]).dtype == np.uint8
+        assert isinstance(record["texts"], list) and all(isinstance(text, str) for text in record["texts"])
+        assert copy[index] == record
+    assert source.name and isinstance(source.broken, dict)
+
+
+# TFDS
+
+
+def write_tfds(folder, records, features, name="tiny", version="1.0.0", split="train"):
+    from clip_jax.data.build.tfds_writer import write_dataset
+
+    splits = records if isinstance(records, dict) else {split: records}
+    write_dataset(folder, name=name, version=version, features=features, splits=splits, description="", homepage="", citation="",
+                  license_text="")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_tfds(tmp_path_factory):
+    import tensorflow_datasets as tfds
+
+    features = {"picture": tfds.features.Image(), "caption": tfds.features.Text(), "tags": tfds.features.Sequence(tfds.features.Text()),
+                "kind": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["red_cat", "green dog"]), "score": np.float32}
+    records = [{"picture": jpeg(10 * i), "caption": f"thing {i} 문어", "tags": [f"t{j}" for j in range(i % 3)], "kind": "k", "label": i % 2,
+                "score": i / 4} for i in range(8)]
+    return write_tfds(tmp_path_factory.mktemp("tfds") / "tiny" / "1.0.0", {"train": records, "test": records[:3]}, features)
+
+
+def test_tfds_folder(tiny_tfds):
+    source = make_source(str(tiny_tfds))
+    check(source, 8)
+    record = source[5]
+    assert isinstance(record["image"], bytes) and abs(colour(record) - 50) < 6 and "picture" not in record
+    assert record["texts"] == ["thing 5 문어"] and record["tags"] == ["t0", "t1"] and record["score"] == 1.25
+    assert record["label"] == 1 and record["class_name"] == "green dog" and source.class_names == ["red_cat", "green dog"]
+    assert source[6]["tags"] == [] and source[0]["class_name"] == "red cat"
+
+
+def test_tfds_splits_versions_and_fields(tiny_tfds, monkeypatch):
+    assert len(make_source(str(tiny_tfds.parent), "test")) == 3
+    assert len(make_source(str(tiny_tfds), "train[:50%]+test")) == 7
+    assert make_source(str(tiny_tfds), text=["kind", "caption"])[0]["texts"] == ["k", "thing 0 문어"]
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_tfds.parent.parent))
+    assert len(make_source("tfds:tiny")) == 8
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(split="tset"), "no split 'tset' \\(did you mean 'test'\\?\\); splits: "),
+    (dict(split="test[:0]"), "split 'test\\[:0\\]' is empty"),
+    (dict(text="captoin"), "no field 'captoin' \\(did you mean 'caption'\\?\\); fields: "),
+    (dict(label="kind"), "label field 'kind' holds text"),
+])
+def test_tfds_mistakes(tiny_tfds, arguments, message):
+    with pytest.raises(UserError, match=message):
+        make_source(str(tiny_tfds), **arguments)
+
+
+def test_tfds_name_that_is_not_prepared(tiny_tfds, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_tfds.parent.parent))
+    with pytest.raises(UserError, match="tny: not prepared in .* \\(did you mean .tiny.\\?\\).*tfds build tny --file_format=array_record"):
+        make_source("tfds:tny")
+
+
+def test_tfds_configs(tmp_path, monkeypatch, tiny_tfds):
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "small").symlink_to(tiny_tfds.parent)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert len(make_source("tfds:many/small")) == 8
+    with pytest.raises(UserError, match="name one of its configurations: small"):
+        make_source("tfds:many")
+
+
+def test_tfds_in_tfrecord_format(tiny_tfds, tmp_path):
+    for file in tiny_tfds.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    info = json.loads((tmp_path / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="tfrecord, which cannot be read by index; prepare it with --file_format=array_record"):
+        make_source(str(tmp_path))
+
+
+def test_tfds_several_captions_of_one_image(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = {"image": tfds.features.Image(), "captions": tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64})}
+    records = [{"image": jpeg(), "captions": [{"text": f"caption {j}", "id": j} for j in range(i + 1)]} for i in range(3)]
+    source = make_source(str(write_tfds(tmp_path / "coco", records, features, name="coco")))
+    assert source[2]["texts"] == ["caption 0", "caption 1", "caption 2"] and source[0]["texts"] == ["caption 0"]
+
+
+def test_tfds_text_under_a_label_name_is_no_label(tmp_path):
+    import tensorflow_datasets as tfds
+
+    records = [{"image": jpeg(), "category": "animals", "title": "cat"}]
+    features = {"image": tfds.features.Image(), "category": tfds.features.Text(), "title": tfds.features.Text()}
+    record = make_source(str(write_tfds(tmp_path / "t", records, features)))[0]
+    assert "label" not in record and record["category"] == "animals"
+
+
+def test_embedded_emoji():
+    source = make_source("emoji", "val_seen_vendor")
+    record = source[0]
+    assert decode.decode_image(record["image"]).shape == (64, 64, 3)
+    assert record["texts"] == [record["name"]] and isinstance(record["tags"], list) and record["vendor"]
+
+
+def test_unknown_names():
+    with pytest.raises(UserError, match="emojis: no such file or folder \\(did you mean 'emoji'\\?\\); embedded sets: "):
+        make_source("emojis")
+
+
+# ArrayRecord
+
+
+def write_array_record(path, examples):
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+    def feature(value):
+        values = value if isinstance(value, list) else [value]
+        if isinstance(values[0], int):
+            return tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=values))
+        values = [v.encode() if isinstance(v, str) else v for v in values]
+        return tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=values))
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for example in examples:
+        if not isinstance(example, bytes):
+            features = tf_feature_pb2.Features(feature={key: feature(value) for key, value in example.items()})
+            example = tf_example_pb2.Example(features=features).SerializeToString()
+        writer.write(example)
+    writer.close()
+
+
+def test_array_record(tmp_path):
+    for shard in range(2):
+        examples = [{"jpeg_data": jpeg(10 * i + shard), "caption": f"{shard} {i}", "label": i, "tags": ["a", "b"]} for i in range(3)]
+        write_array_record(tmp_path / f"x.array_record-{shard:05d}-of-00002", examples)
+    for spec in (f"{tmp_path}/x.array_record*", str(tmp_path)):
+        source = make_source(spec)
+        check(source, 6)
+        assert source[4]["texts"] == ["1 1"] and source[4]["label"] == 1 and source[4]["tags"] == ["a", "b"]
+
+
+def test_array_record_with_a_malformed_record(tmp_path):
+    write_array_record(tmp_path / "x.array_record", [{"image": jpeg(), "text": "fine"}, b"\xff\xff\xff"])
+    source = make_source(str(tmp_path / "x.array_record"))
+    assert source[0]["texts"] == ["fine"]
+    with pytest.raises(BadRecord, match="malformed record"):
+        source[1]
+
+
+@pytest.mark.parametrize("content", [b"", b"not an array record" * 100])
+def test_array_record_that_is_none(tmp_path, content):
+    (tmp_path / "x.array_record").write_bytes(content)
+    with pytest.raises(UserError, match="x.array_record"):
+        make_source(str(tmp_path / "x.array_record"))
+
+
+def test_array_record_without_records(tmp_path):
+    write_array_record(tmp_path / "x.array_record", [])
+    with pytest.raises(UserError, match="no records"):
+        ArrayRecordSource([str(tmp_path / "x.array_record")])
+
+
+# Tables
+
+
+def write_pictures(folder, count):
+    (folder / "pictures").mkdir()
+    for i in range(count):
+        (folder / "pictures" / f"{i}.jpg").write_bytes(jpeg(10 * i))
+
+
+def test_csv(tmp_path):
+    write_pictures(tmp_path, 4)
+    (tmp_path / "a.csv").write_bytes('\ufefffilepath,caption,class,extra\r\n'
+                                     'pictures/0.jpg,"a cat, asleep",cat,1\r\n'
+                                     'pictures/1.jpg,"two\nlines and ""quotes""",dog,2\r\n'
+                                     '\r\n'
+                                     'pictures/2.jpg,문어,cat,3\r\n'
+                                     f'{tmp_path}/pictures/3.jpg,,dog,4\r\n'.encode())
+    source = make_source(str(tmp_path / "a.csv"))
+    check(source, 4)
+    assert [source[i]["texts"] for i in range(4)] == [["a cat, asleep"], ['two\nlines and "quotes"'], ["문어"], [""]]
+    assert [abs(colour(source[i]) - 10 * i) < 6 for i in range(4)] == [True] * 4
+    assert source.class_names == ["cat", "dog"] and [source[i]["label"] for i in range(4)] == [0, 1, 0, 1]
+    assert source[1]["extra"] == "2" and source[1]["class_name"] == "dog"
+    assert make_source(str(tmp_path / "a.csv"), text=("extra", "caption"))[0]["texts"] == ["1", "a cat, asleep"]
+
+
+def test_tsv_has_no_quoting(tmp_path):
+    write_pictures(tmp_path, 2)
+    (tmp_path / "a.tsv").write_text('title\tpath\tlabel\n"unbalanced\tpictures/0.jpg\t7\nfine\tpictures/1.jpg\t9\n')
+    source = make_source(str(tmp_path / "a.tsv"))
+    check(source, 2)
+    assert source[0]["texts"] == ['"unbalanced'] and source[1]["label"] == 9 and source.class_names is None
+
+
+def test_jsonl(tmp_path):
+    write_pictures(tmp_path, 3)
+    rows = [{"image": "pictures/0.jpg", "captions": ["one", "two"]}, {"image": "pictures/1.jpg", "captions": "only", "tags": ["x"]},
+            {"image": "pictures/2.jpg"}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    source = make_source(str(tmp_path / "{split}.jsonl"), "a")
+    check(source, 3)
+    assert [source[i]["texts"] for i in range(3)] == [["one", "two"], ["only"], []] and source[1]["tags"] == ["x"]
+
+
+def test_bad_rows_are_bad_records(tmp_path):
+    write_pictures(tmp_path, 1)
+    (tmp_path / "a.csv").write_bytes(b"path,text\npictures/0.jpg,fine\nnowhere.jpg,text\nonly one column\n,text\npictures/0.jpg,\xff\xfe\n"
+                                     b"pictures,x\n")
+    source = make_source(str(tmp_path / "a.csv"))
+    assert len(source) == 6 and source[0]["texts"] == ["fine"]
+    for index, reason in {1: "missing file", 2: "malformed row", 3: "malformed row", 5: "unreadable file"}.items():
+        with pytest.raises(BadRecord, match=reason):
+            source[index]
+    with pytest.raises(UnicodeEncodeError):  # invalid UTF-8 is kept as surrogates; the text view refuses it
+        source[4]["texts"][0].encode("utf-8")
+
+    (tmp_path / "a.jsonl").write_text('{"image": "pictures/0.jpg", "text": "fine"}\n{"image": "pictures\n[1]\n{"text": "x"}\n{"image":3}\n')
+    source = make_source(str(tmp_path / "a.jsonl"))
+    assert len(source) == 5 and source[0]["texts"] == ["fine"]
+    for index in range(1, 5):
+        with pytest.raises(BadRecord, match="malformed row"):
+            source[index]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.csv", b"", "no column for the image path; name it with image=..., columns: none"),
+    ("a.csv", b"foo,caption\n1,2\n", "no column for the image path.*columns: foo, caption"),
+    ("a.csv", b"path,caption\n", "no rows"),
+    ("a.jsonl", b"\n", "no column for the image path"),
+    ("a.csv", b'path,caption\nx,"' + b"y" * 200000, "field larger than field limit.*in the row that starts at byte 13"),
+])
+def test_unusable_tables(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        make_source(str(tmp_path / name))
+
+
+# Folders
+
+
+def test_class_folders(tmp_path):
+    for i, name in enumerate(["tabby_cat", "dog"]):
+        (tmp_path / "train" / name / "deep").mkdir(parents=True)
+        (tmp_path / "train" / name / "a.jpg").write_bytes(jpeg(50 * i))
+        (tmp_path / "train" / name / "deep" / "b.PNG").write_bytes(jpeg(50 * i + 20))
+        (tmp_path / "train" / name / "notes.md").write_text("not a picture")
+    (tmp_path / "train" / "tabby_cat" / "a.txt").write_text("my cat\n")
+    (tmp_path / "train" / "empty").mkdir()
+    for source in (make_source(str(tmp_path)), make_source(str(tmp_path / "train")), make_source(f"{tmp_path}/{{split}}")):
+        check(source, 4)
+        assert source.class_names == ["dog", "tabby_cat"] and [source[i]["label"] for i in range(4)] == [0, 0, 1, 1]
+        assert [source[i]["texts"] for i in range(4)] == [["dog"], ["dog"], ["my cat"], ["tabby cat"]]
+        assert [abs(colour(source[i]) - c) < 6 for i, c in enumerate((50, 70, 0, 20))] == [True] * 4
+    with pytest.raises(UserError, match="no split 'val'"):
+        make_source(str(tmp_path), "val")
+
+
+def test_flat_folder_with_captions_beside(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    (tmp_path / "b.jpg").write_bytes(jpeg())
+    (tmp_path / "a.txt").write_text("a cat")
+    source = make_source(str(tmp_path))
+    check(source, 2)
+    assert source[0]["texts"] == ["a cat"] and source[1]["texts"] == [] and "label" not in source[0] and source.class_names is None
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda p: p / "missing", "no such file or folder"),
+    (lambda p: p, "no pictures"),
+    (lambda p: p / "*.tar", "no such file"),
+    (lambda p: p / "{00000..00003}.tar", "00000.tar: no such file"),
+    (lambda p: p / "*.array_record*", "no such file"),
+    (lambda p: p / "a.tar.gz", "decompress it"),
+    (lambda p: p / "a.xyz", "not a kind of data that is known"),
+    (lambda p: p / "a.csv", "no such file"),
+])
+def test_missing_or_empty_paths(tmp_path, make, message):
+    (tmp_path / "a.xyz").write_bytes(b"?")
+    with pytest.raises(UserError, match=message) as error:
+        make_source(str(make(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+# Memory and mixtures
+
+
+def test_memory():
+    check(MemorySource([{"image": jpeg(), "texts": ["x"]}, {"image": jpeg()}]), 2)
+    with pytest.raises(UserError, match="empty"):
+        MemorySource([])
+
+
+def test_mixture(tmp_path):
+    for name, count in (("a", 2), ("b", 3)):
+        (tmp_path / name / "c").mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / name / "c" / f"{i}.jpg").write_bytes(jpeg(i))
+    source = make_source(f"{tmp_path}/a*3 + {tmp_path}/b*0.5 + {tmp_path}/a")
+    check(source, 7)
+    assert [source[i]["source_id"] for i in range(7)] == [0, 0, 1, 1, 1, 2, 2]
+    assert source.weights == [3.0, 0.5, 1.0] and source.class_names == ["c"]
+    with pytest.raises(UserError, match="weights must be positive"):
+        make_source(f"{tmp_path}/a*0 + {tmp_path}/b")
+    with pytest.raises(UserError, match="nowhere: no such file"):
+        make_source(f"{tmp_path}/a + nowhere")
+    assert isinstance(source, MixtureSource)

@@ -1,0 +1,208 @@
+import io
+import json
+import os
+import pickle
+import tarfile
+import tracemalloc
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.data import decode, webdataset
+from clip_jax.data.sources import BadRecord, make_source
+from clip_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def png(value, size=32):
+    """A picture that does not compress, so that a cut hits pictures and not only padding."""
+    pixels = np.random.default_rng(value).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    pixels[0, 0] = value
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, members, form=tarfile.USTAR_FORMAT):
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_shard(path, start=0, count=5, **extra):
+    members = []
+    for i in range(start, start + count):
+        meta = json.dumps({"caption": f"json {i}", "width": i, "label": "not a number"}).encode()
+        members += [(f"{i:05d}.png", png(i)), (f"{i:05d}.txt", f"caption {i} 문어".encode()), (f"{i:05d}.json", meta)]
+        members += [(f"{i:05d}.{key}", value) for key, value in extra.items()]
+    write_tar(path, members)
+
+
+def value(record):
+    return int(decode.decode_image(record["image"])[0, 0, 0])
+
+
+@pytest.mark.parametrize("spec", ["{}", "{}/*.tar", "{}/{{00000..00002}}.tar", "{}/0000{{0..2}}.tar"])
+def test_img2dataset_layout(tmp_path, spec):
+    for shard in range(3):
+        write_shard(tmp_path / f"{shard:05d}.tar", 5 * shard, 5)
+    source = make_source(spec.format(tmp_path))
+    assert len(source) == 15 and not source.broken
+    copy = pickle.loads(pickle.dumps(source))
+    for i in (14, 0, 7, 4, 5):
+        record = source[i]
+        assert value(record) == i and record["texts"] == [f"caption {i} 문어"] and record["width"] == i
+        assert copy[i] == record
+    assert "label" not in source[0] or source[0]["label"] == "not a number"  # the JSON's own field, not a class
+
+
+def test_fields_can_be_chosen_and_classes_are_read(tmp_path):
+    write_shard(tmp_path / "a.tar", cls=b"7\n")
+    source = make_source(str(tmp_path / "a.tar"), text="caption")
+    assert source[2]["texts"] == ["json 2"] and source[2]["label"] == 7
+    with pytest.raises(UserError, match="no field 'captoin' \\(did you mean 'caption'"):
+        make_source(str(tmp_path / "a.tar"), text="captoin")
+
+
+def test_without_txt_the_caption_is_the_json_s(tmp_path):
+    write_tar(tmp_path / "a.tar", [("a.jpg", png(3)), ("a.json", b'{"caption": "from json"}')])
+    assert make_source(str(tmp_path / "a.tar"))[0]["texts"] == ["from json"]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_folders_dots_and_long_names(tmp_path, form):
+    stem = "folder.v1/" + "x" * 90
+    members = [(f"{stem}{i}.{end}", data) for i in range(3) for end, data in (("jpg", png(i)), ("seg.png", b"other"), ("txt", b"c%d" % i))]
+    write_tar(tmp_path / "a.tar", members, form)
+    source = make_source(str(tmp_path / "a.tar"))
+    assert len(source) == 3 and [value(source[i]) for i in range(3)] == [0, 1, 2] and source[2]["texts"] == ["c2"]
+
+
+def test_the_shard_is_gone_through_once(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a.tar")
+    make_source(str(tmp_path / "a.tar"))
+    assert (tmp_path / "a.tar.index").exists()
+    monkeypatch.setattr(webdataset, "_scan", lambda shard: pytest.fail("indexed again"))
+    source = make_source(str(tmp_path / "a.tar"))
+    assert len(source) == 5 and value(source[3]) == 3
+
+
+def test_a_changed_shard_is_indexed_again(tmp_path):
+    write_shard(tmp_path / "a.tar", count=5)
+    make_source(str(tmp_path / "a.tar"))
+    write_shard(tmp_path / "a.tar", start=3, count=7)
+    source = make_source(str(tmp_path / "a.tar"))
+    assert len(source) == 7 and value(source[0]) == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"x" * 100, b"x" * 6000])
+def test_a_damaged_index_is_made_again(tmp_path, damage):
+    write_shard(tmp_path / "a.tar")
+    make_source(str(tmp_path / "a.tar"))
+    (tmp_path / "a.tar.index").write_bytes(damage)
+    assert value(make_source(str(tmp_path / "a.tar"))[4]) == 4
+
+
+def test_the_index_goes_to_the_cache_folder_where_shards_are_read_only(tmp_path, cache_folder, monkeypatch):
+    write_shard(tmp_path / "a.tar")
+    replace = os.replace
+
+    def refuse_beside_the_shard(source, target):
+        if "cache" not in target:
+            os.remove(source)
+            raise PermissionError(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_beside_the_shard)
+    assert value(make_source(str(tmp_path / "a.tar"))[1]) == 1
+    assert len(list((cache_folder / "webdataset").iterdir())) == 1 and not (tmp_path / "a.tar.index").exists()
+    monkeypatch.setattr(webdataset, "_scan", lambda shard: pytest.fail("indexed again"))
+    assert len(make_source(str(tmp_path / "a.tar"))) == 5
+
+
+def test_without_any_writable_place_the_index_is_held_in_memory(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a.tar")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    source = make_source(str(tmp_path / "a.tar"))
+    assert [value(source[i]) for i in range(5)] == list(range(5))
+    assert value(pickle.loads(pickle.dumps(source))[2]) == 2
+
+
+def test_a_shard_cut_anywhere_gives_its_complete_samples(tmp_path):
+    write_shard(tmp_path / "whole.tar", count=6)
+    data = (tmp_path / "whole.tar").read_bytes()
+    whole = make_source(str(tmp_path / "whole.tar"))
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        ends = [member.offset_data + member.size for member in tar if member.name.endswith("json")]
+        after = [-(-end // 512) * 512 for end in ends]
+    for cut in sorted({*range(after[1], after[4], 301), *ends, *after[1:5], *(e + 512 for e in ends[1:5])}):
+        (tmp_path / "cut.tar").write_bytes(data[:cut])
+        os.utime(tmp_path / "cut.tar", ns=(cut, cut))
+        source = make_source(str(tmp_path / "cut.tar"))
+        assert len(source) == sum(end <= cut for end in ends), cut
+        assert source.broken == {"truncated shard": 1}
+        last = source[len(source) - 1]
+        assert last == whole[len(source) - 1]
+
+
+def test_a_broken_shard_among_others_is_counted(tmp_path):
+    write_shard(tmp_path / "0.tar")
+    write_shard(tmp_path / "1.tar", 5)
+    data = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(data[: len(data) // 2])
+    (tmp_path / "2.tar").write_bytes(b"")
+    (tmp_path / "3.tar").write_bytes(b"this is no tar file" * 1000)
+    source = make_source(f"{tmp_path}/*.tar")
+    assert 5 < len(source) < 10 and source.broken == {"truncated shard": 1, "unreadable shard": 2}
+    assert [value(source[i]) for i in range(len(source))] == list(range(len(source)))
+    assert make_source(f"{tmp_path}/*.tar").broken == source.broken  # the same from the kept index
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no tar file" * 1000, bytes(10240)])
+def test_nothing_usable(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(UserError, match="a.tar: no usable sample in 1 shards"):
+        make_source(str(tmp_path / "a.tar"))
+
+
+def test_samples_without_image_are_counted(tmp_path):
+    write_tar(tmp_path / "a.tar", [("a.txt", b"alone"), ("b.jpg", png(1)), ("b.txt", b"pair"), ("c.jpg", png(2))])
+    source = make_source(str(tmp_path / "a.tar"))
+    assert len(source) == 2 and source.broken == {"sample without image": 1}
+    assert source[0]["texts"] == ["pair"] and source[1]["texts"] == []
+
+
+def test_bad_members_are_bad_records(tmp_path):
+    members = {"a.jpg": png(1), "a.txt": b"x", "a.json": b"{broken", "b.jpg": png(2), "b.txt": b"y", "b.cls": b"?"}
+    write_tar(tmp_path / "a.tar", members.items())
+    source = make_source(str(tmp_path / "a.tar"))
+    for index, reason in ((0, "malformed json"), (1, "unknown label")):
+        with pytest.raises(BadRecord, match=reason):
+            source[index]
+
+
+def test_a_shard_that_vanishes_later_is_a_bad_record(tmp_path):
+    write_shard(tmp_path / "a.tar")
+    source = make_source(str(tmp_path / "a.tar"))
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(BadRecord, match="unreadable file"):
+        pickle.loads(pickle.dumps(source))[0]  # as in a process that has not opened it yet
+
+
+def test_reading_does_not_hold_the_index_in_memory(tmp_path):
+    write_tar(tmp_path / "a.tar", [(f"{i:06d}.jpg", b"x") for i in range(4000)])
+    make_source(str(tmp_path / "a.tar"))
+    tracemalloc.start()
+    source = make_source(str(tmp_path / "a.tar"))
+    assert source[3999]["image"] == b"x"
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 50_000  # the index has 256,000 bytes

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.data.build.packages import Package, fetch, npm, read_tar
-from clip_jax.data.build.pictures import render_svg, to_webp
+from clip_jax.data.build.pictures import render_svg, to_square, to_webp
 from clip_jax.data.build.tfds_writer import write_dataset
 from clip_jax.errors import UserError
 
@@ -129,7 +129,7 @@ class Concept:
     hexcode: str
     name: str  # CLDR short name, English
     tags: list[str]  # CLDR keywords, by emojibase
-    keywords: list[str]  # emojilib; none for the nine skin-tone and hair components
+    keywords: list[str]  # emojilib; none for a dozen concepts
     group: str
     subgroup: str
     names: list[str]  # CLDR short name in each of LOCALES
@@ -376,7 +376,7 @@ def records(concepts: list[Concept], cache: Path) -> dict[str, list[dict[str, An
                 continue
             splits[split_of(concept.hexcode, vendor.name)].append(
                 {
-                    "image": io.BytesIO(to_webp(picture(), SIZE)),
+                    "image": io.BytesIO(to_webp(to_square(picture()), SIZE)),
                     "vendor": vendor.name,
                     "concept": concept.hexcode,
                     "name": concept.name,

@@ -3,7 +3,7 @@
     python -m clip_jax.data.build.openclipart [--cache FOLDER] [--out FOLDER]
 
 Needs `apt-get` and `dpkg-deb` (to fetch the pinned Debian packages that are not in the cache folder, and to open them), Pillow and
-resvg-py. This is alt-text as ALIGN means it: nearly half of the captions say nothing of their picture ("gramastar" 1,375 times, "Part
+resvg-py. This is alt-text as ALIGN means it: more than half of the captions say nothing of their picture ("gramastar" 1,375 times, "Part
 of the Flat Icon Collection ..."), others are Italian or French, carry numbers, or name the author. Nothing of that is removed.
 
 The `test` split is for measuring, so its captions are informative and its pictures are of one title only (`is_informative`): a fifth
@@ -99,8 +99,8 @@ def to_picture(png: bytes, svg: bytes) -> bytes | None:
 DESCRIPTION = """\
 Open Clip Art Library 0.18: pictures with the titles that their authors gave them, as raw as alt-text from the web. One record is
 one distinct picture without its transparent margin, WebP, longer side at most 96 pixels. caption is the title as it stands, or the
-description or file name where there is none; about half of the captions in train are boilerplate. test holds out pictures whose
-title is informative and occurs once. folder is usable as a coarse label. Read it with
+description or file name where there is none; more than half of the captions in train are boilerplate. test holds out pictures
+whose title is informative and occurs once. folder is usable as a coarse label. Read it with
 tfds.builder_from_directory(folder).as_data_source(split); tf.data does not decode WebP, so give tfds.decode.SkipDecoding() for the
 image there."""
 CITATION = "Open Clip Art Library, release 0.18, as packaged by Debian (openclipart 1:0.18+dfsg-19); authors in the file names."

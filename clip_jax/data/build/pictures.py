@@ -17,6 +17,16 @@ def render_svg(svg: str, side: int | None = None) -> bytes:
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, skip_system_fonts=True))
 
 
+def to_square(image: Any) -> Any:
+    """Returns a PIL image in the middle of a transparent square of its longer side."""
+    from PIL import Image
+
+    side = max(image.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def to_webp(image: Any, side: int) -> bytes:
     """Returns a PIL image as WebP bytes that decode to four channels, shrunk until its longer side is at most `side` pixels."""
     from PIL import Image

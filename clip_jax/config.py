@@ -242,14 +242,15 @@ def validate(config):
         raise UserError(f"optim.warmup_steps={config.optim.warmup_steps} is more than train.steps={config.train.steps}")
     if config.eval.ema and not config.optim.ema_decay:
         raise UserError("eval.ema=True needs optim.ema_decay above 0")
-    for key in ("optim.freeze", "optim.no_decay", "optim.lr_mult"):
-        for entry in _get(config, key):
-            pattern = entry[0] if key == "optim.lr_mult" and isinstance(entry, tuple) and len(entry) == 2 else entry
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError):
-                shape = "pairs (regular expression, factor)" if key == "optim.lr_mult" else "regular expressions"
-                raise UserError(f"{key}: {entry!r} is not allowed; it holds {shape}") from None
+    for entry in config.optim.lr_mult:
+        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], int | float)):
+            raise UserError(f"optim.lr_mult: {entry!r} is not allowed; it holds pairs (regular expression, factor)")
+    patterns = {"optim.freeze": config.optim.freeze, "optim.no_decay": config.optim.no_decay, "optim.lr_mult": [p for p, _ in config.optim.lr_mult]}
+    for key, entry in ((key, entry) for key, entries in patterns.items() for entry in entries):
+        try:
+            re.compile(entry)
+        except (re.error, TypeError):
+            raise UserError(f"{key}: {entry!r} is not a regular expression") from None
 
 
 def _get(config, key):

@@ -23,7 +23,6 @@ def test_probe_solves_what_is_linearly_separable_whatever_the_scale():
 
 def test_fit_is_the_minimum_of_the_documented_objective():
     from jax import tree
-    from jax.test_util import check_grads  # noqa: F401  (fails early where jax is too old)
 
     from clip_jax.evaluation.probe import _fit
 

@@ -1,26 +1,18 @@
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
+from conftest import golden_files
 
 from clip_jax.evaluation import retrieval
 from clip_jax.evaluation.retrieval import recall, top_k
 
-TESTS = Path(__file__).parent
-
-
-def golden(name):
-    folder = Path(os.environ.get("CLIP_JAX_GOLDEN", TESTS.parent / ".." / "shared" / "golden"))
-    return np.load(folder / name if (folder / name).exists() else TESTS / "fixtures" / name)
-
 
 @pytest.mark.parametrize("block", [None, 7, 64])
-def test_golden_recall(block, monkeypatch):
+@pytest.mark.parametrize("file", golden_files("eval_retrieval*.npz"))
+def test_golden_recall(file, block, monkeypatch):
     if block:
         monkeypatch.setattr(retrieval, "_QUERIES", block)
         monkeypatch.setattr(retrieval, "_CANDIDATES", block)
-    data = golden("eval_retrieval.npz")
+    data = np.load(file)
     images = len(data["image_features"])
     found = recall(data["image_features"], data["text_features"], np.arange(images), data["text_to_image_index"])
     for direction in ("image_to_text", "text_to_image"):

@@ -1,25 +1,17 @@
 import gzip
 import json
 import lzma
-import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import golden_files
 
 from clip_jax.data.tokenizers import METADATA_FILE, SHIPPED_CLIP_BPE, make_tokenizer
 from clip_jax.data.train_tokenizer import file_texts, main, source_texts, train
 from clip_jax.errors import UserError
 
-TESTS = Path(__file__).parent
 BERT_PIECES = "[PAD] [UNK] [CLS] [SEP] [MASK] a cat ##s cafe un ##aff ##able , ! [ ] cls 猫 ?".split()
-
-
-def golden_items():
-    folder = Path(os.environ.get("CLIP_JAX_GOLDEN", TESTS.parent / ".." / "shared" / "golden"))
-    file = folder / "tokenizer_clip_bpe.json"
-    return json.loads((file if file.exists() else TESTS / "fixtures" / file.name).read_text())["items"]
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +33,16 @@ def wordpiece_spec(tmp_path):
 # --- CLIP BPE ---
 
 
-def test_clip_bpe_golden_ids(clip_bpe):
-    items = golden_items()
+@pytest.mark.parametrize("file", golden_files("tokenizer_clip_bpe*.json"))
+def test_clip_bpe_golden_ids(file, clip_bpe):
+    items = json.loads(file.read_text())["items"]
     assert [item["text"] for item in items if clip_bpe.encode(item["text"]) != item["bpe_ids"]] == []
     np.testing.assert_array_equal(clip_bpe([item["text"] for item in items], 77), [item["ids"] for item in items])
 
 
-def test_clip_bpe_golden_ids_of_the_openai_release():
-    items = golden_items()
+@pytest.mark.parametrize("file", golden_files("tokenizer_clip_bpe*.json"))
+def test_clip_bpe_golden_ids_of_the_openai_release(file):
+    items = json.loads(file.read_text())["items"]
     ids = make_tokenizer("clip_bpe?specials=openai")([item["text"] for item in items], 77)
     np.testing.assert_array_equal(ids, [item.get("ids_openai_release", item["ids"]) for item in items])
 

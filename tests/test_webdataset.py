@@ -40,7 +40,7 @@ def write_tar(path, members, form=tarfile.USTAR_FORMAT):
 def write_shard(path, start=0, count=5, **extra):
     members = []
     for i in range(start, start + count):
-        meta = json.dumps({"caption": f"json {i}", "width": i, "label": "not a number"}).encode()
+        meta = json.dumps({"caption": f"json {i}", "width": i, "label": "not a number", "source_id": "x"}).encode()
         members += [(f"{i:05d}.png", png(i)), (f"{i:05d}.txt", f"caption {i} 문어".encode()), (f"{i:05d}.json", meta)]
         members += [(f"{i:05d}.{key}", value) for key, value in extra.items()]
     write_tar(path, members)
@@ -61,7 +61,7 @@ def test_img2dataset_layout(tmp_path, spec):
         record = source[i]
         assert value(record) == i and record["texts"] == [f"caption {i} 문어"] and record["width"] == i
         assert copy[i] == record
-    assert "label" not in source[0] or source[0]["label"] == "not a number"  # the JSON's own field, not a class
+    assert "label" not in source[0] and "source_id" not in source[0]  # the JSON's fields of these names are something else
 
 
 def test_fields_can_be_chosen_and_classes_are_read(tmp_path):

@@ -1,7 +1,7 @@
 """Trains a SentencePiece model on the texts of any data source.
 
     python -m clip_jax.data.train_tokenizer --source='/data/cc3m/{00000..00331}.tar' --out=cc3m.model --vocab-size=32000
-    python -m clip_jax.train --config=configs/clip.py --config.data.tokenizer=sentencepiece:cc3m.model
+    python -m clip_jax.train --config=configs/clip.py --config.tokenizer=sentencepiece:cc3m.model
 
 Unigram pieces with byte fallback (no text is ever unknown), NFKC and case folding inside the model. The control symbols are
 `<pad>` 0, `</s>` 1 (end of text), `<unk>` 2, `<s>` 3 and `<mask>` 4; a caption that spells one of them does not become its id.
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--split", default="train", help="split of the source (default: train)")
     add("--fields", default="texts", help="record fields to read, 'texts,name*3': captions only by default")
     add("--add-texts", nargs="*", default=[], help="further texts: a text file with one a line, or JSON; .gz and .xz are unpacked")
-    add("--out", required=True, help="file to write, my.model; used as --config.data.tokenizer=sentencepiece:my.model")
+    add("--out", required=True, help="file to write, my.model; used as --config.tokenizer=sentencepiece:my.model")
     add("--vocab-size", type=int, default=4096, help="number of ids, with 5 control symbols and 256 bytes (default: 4096)")
     add("--character-coverage", type=float, default=0.9995, help="share of characters with their own pieces (default: 0.9995)")
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Evaluation tasks: a model and sources of pictures in, a flat dict of metrics and the raw material of a report out.
 
     result = emoji_task(model)
-    result.metrics["emoji/unseen_concept_unseen_vendor/top1"]      # 0.093
+    result.metrics["emoji/unseen_concept_unseen_vendor/top1"]
     result = merge_results([result, zeroshot_task(model, make_source("/data/pets"), templates="pets", name="pets")])
 
 A model is anything with `embed_image(uint8 [n, size, size, 3])` and `embed_text(list[str])` that return float32 [n, ...], with

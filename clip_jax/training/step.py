@@ -72,7 +72,7 @@ def make_step(config, method, tx):
             return loss, (features, extra, metrics)
 
         (loss, (features, extra, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = method.constrain(optax.apply_updates(state.params, updates))
         new = TrainState(
@@ -89,7 +89,7 @@ def make_step(config, method, tx):
             **metrics,
             "loss": loss,
             "grad_norm": grad_norm,
-            "param_norm": optax.global_norm(new.params),
+            "param_norm": optax.tree.norm(new.params),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "bad_steps": new.bad_steps,
         }

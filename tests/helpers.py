@@ -1,0 +1,38 @@
+"""A tiny run on the embedded pictures, shared by the tests of whole runs."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from conftest import REPO
+
+TINY = [
+    "model.embed_dim=16", "model.image.width=32", "model.image.heads=2", "model.image.mlp_dim=64", "model.image.depth=1", "model.image.stem=()",
+    "model.image.patch=8", "model.image.size=16", "model.text.width=32", "model.text.heads=2", "model.text.mlp_dim=64", "model.text.depth=1",
+    "data.batch_size=16", "train.steps=6", "train.log_steps=1", "optim.warmup_steps=1", "checkpoint.steps=2", "checkpoint.keep=2",
+    "eval.tasks=()", "eval.report=false", "log.tensorboard=false",
+]  # fmt: skip
+
+
+def tiny_config(*overrides):
+    from clip_jax import config
+
+    return config.load(str(REPO / "configs" / "clip.py"), [*TINY, *overrides])
+
+
+def losses(workdir):
+    """``{step: loss}`` of metrics.jsonl; of a step that was done twice, the last."""
+    rows = map(json.loads, (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def train_command(workdir, *overrides, config="configs/clip.py"):
+    return [sys.executable, "-m", "clip_jax.train", f"--config={config}", f"--workdir={workdir}", *(f"--config.{o}" for o in [*TINY, *overrides])]
+
+
+def run(command, **kwargs):
+    """Runs a command from the repository's root on one CPU device; returns the finished process with its output."""
+    env = {**os.environ, "XLA_FLAGS": "", **kwargs.pop("env", {})}
+    return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600, **kwargs)

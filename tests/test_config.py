@@ -1,0 +1,121 @@
+"""Configurations: every shipped variant, overrides from the command line, the one-line errors, and storage."""
+
+import pathlib
+
+import pytest
+from conftest import REPO
+
+from clip_jax import config
+from clip_jax.errors import UserError
+
+CLIP = str(REPO / "configs" / "clip.py")
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_is_valid_and_short(path):
+    for variant in ("", "smoke"):
+        config.validate(config.load(f"{path}:{variant}"))
+    assert len(path.read_text().splitlines()) <= 80
+
+
+def test_published_recipe():
+    c = config.load(f"{CLIP}:l14")
+    assert (c.data.batch_size, c.optim.lr, c.optim.weight_decay, c.optim.warmup_steps) == (32768, 4e-4, 0.2, 2000)
+    assert (c.optim.b1, c.optim.b2, c.optim.eps) == (0.9, 0.98, 1e-6)
+    assert (c.model.image.width, c.model.text.width, c.model.embed_dim, c.tokenizer) == (1024, 768, 768, "clip_bpe")
+    assert c.train.steps * c.data.batch_size == pytest.approx(32 * 400e6, rel=1e-3)
+
+
+def test_overrides_take_the_type_of_the_field():
+    c = config.load(
+        CLIP,
+        ["optim.lr=3e-4", "train.steps=1e3", "optim.lr_mult=(('^img', 0.1),)", "data.augment=rrc(0.5, 1.0),flip", "data.source=/data/x.csv",
+         "eval.ema=true", "model.image.stem=(8, 16)", "mesh={'fsdp': 2}", "seed=7"],
+    )  # fmt: skip
+    assert (c.optim.lr, c.train.steps, c.seed, c.eval.ema, c.mesh.fsdp, c.mesh.data) == (3e-4, 1000, 7, True, 2, -1)
+    assert c.optim.lr_mult == (("^img", 0.1),) and c.data.augment == ("rrc(0.5, 1.0)", "flip") and c.model.image.stem == (8, 16)
+
+
+def test_a_path_for_the_section_data_is_its_source():
+    assert config.load(CLIP, ["data=/data/cc3m/*.tar"]).data.source == "/data/cc3m/*.tar"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optim.lrr=1", "unknown config key 'optim.lrr'; did you mean 'optim.lr'"),
+        ("optmi.lr=1", "did you mean 'optim.lr'"),
+        ("optim.lr.x=1", "unknown config key 'optim.lr.x'"),
+        ("train.steps=ten", "'train.steps' is of type int, got 'ten'"),
+        ("train.steps=1.5", "'train.steps' is of type int"),
+        ("optim.lr=fast", "'optim.lr' is of type float"),
+        ("eval.ema=maybe", "'eval.ema' is of type bool"),
+        ("optim=3", "'optim' is a section"),
+    ],
+)
+def test_wrong_overrides(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        config.load(CLIP, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spec, message", [("configs/none.py", "there is no file"), (f"{CLIP}:b33", "did you mean 'b32'"), (f"{CLIP}:rn50", "not in this version")])
+def test_wrong_config_files(spec, message):
+    with pytest.raises(UserError, match=message):
+        config.load(spec)
+
+
+def test_a_config_file_without_get_config(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("x = 1\n")
+    with pytest.raises(UserError, match="has no function get_config"):
+        config.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.batch_size=0", "data.batch_size=0: must be at least 1"),
+        ("optim.b2=1.0", "optim.b2=1.0: must be at least 0 and below 1"),
+        ("optim.lr=nan", "optim.lr=nan"),
+        ("optim.name=adam", "optim.name 'adam': did you mean 'adamw'"),
+        ("optim.schedule=cos", "did you mean 'cosine'|allowed are"),
+        ("model.dtype=bf16", "model.dtype 'bf16'"),
+        ("optim.warmup_steps=100000", "is more than train.steps"),
+        ("eval.ema=true", "needs optim.ema_decay"),
+        ("optim.freeze=('(',)", "not a regular expression"),
+        ("optim.lr_mult=('img',)", "pairs"),
+    ],
+)
+def test_impossible_values(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        config.validate(config.load(CLIP, [override]))
+    assert "\n" not in str(error.value)
+
+
+def test_storage_keeps_every_value():
+    c = config.load(f"{CLIP}:b16", ["optim.lr_mult=(('a', 0.5), ('b', 0.0))"])
+    restored = config.from_json(config.to_json(c))
+    assert restored == c and config.differences(c, restored) == []
+
+
+def test_differences_name_the_fields():
+    a, b = config.load(CLIP), config.load(CLIP, ["optim.lr=1", "model.embed_dim=64"])
+    assert config.differences(a, b) == [("model.embed_dim", a.model.embed_dim, 64), ("optim.lr", a.optim.lr, 1.0)]
+    assert [key for key, _, _ in config.differences(a, b, ("model",))] == ["model.embed_dim"]
+
+
+def test_resolve_takes_the_vocabulary_from_the_tokenizer():
+    class Tokenizer:
+        vocab_size, eot_id = 100, 7
+
+    c = config.base()
+    assert config.resolve(c, Tokenizer).model.text.vocab_size == 100 and c.model.text.vocab_size == 0
+    c.model.text.vocab_size = 99
+    with pytest.raises(UserError, match="model.text.vocab_size=99, but the tokenizer"):
+        config.resolve(c, Tokenizer)
+
+
+def test_configs_open_with_their_command():
+    for path in pathlib.Path(REPO / "configs").glob("*.py"):
+        assert f"python -m clip_jax.train --config=configs/{path.name}" in path.read_text()

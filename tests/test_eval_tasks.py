@@ -1,0 +1,339 @@
+import zlib
+
+import numpy as np
+import pytest
+
+from clip_jax.data.sources import BadRecord, MemorySource
+from clip_jax.data.views import ImageView
+from clip_jax.errors import UserError
+from clip_jax.evaluation.tasks import (
+    EvalResult,
+    Pictures,
+    emoji_task,
+    merge_results,
+    probe_task,
+    retrieval_task,
+    zeroshot_task,
+)
+
+SIZE = 8
+
+
+def picture(key, noise=0):
+    """A picture of uint8 noise that is a function of `key`."""
+    rng = np.random.default_rng(zlib.crc32(str(key).encode()))
+    return np.clip(rng.integers(0, 256, (SIZE, SIZE, 3)) + noise, 0, 255).astype(np.uint8)
+
+
+class OracleModel:
+    """Knows the text of every picture: both get the same random unit vector. Other pictures and texts get vectors of their own."""
+
+    image_view = ImageView(size=SIZE)
+
+    def __init__(self, text_of_picture=()):
+        self.text_of_picture = {image.tobytes(): text for image, text in text_of_picture}
+        self.image_calls, self.text_calls = [], []
+
+    def _vector(self, key):
+        z = np.random.default_rng(zlib.crc32(key)).normal(size=16)
+        return (z / np.linalg.norm(z)).astype(np.float32)
+
+    def embed_image(self, images):
+        assert images.dtype == np.uint8 and images.shape[1:] == (SIZE, SIZE, 3)
+        self.image_calls.append(len(images))
+        keys = (self.text_of_picture.get(image.tobytes()) for image in images)
+        return np.stack([self._vector(image.tobytes() if key is None else key.encode()) for key, image in zip(keys, images, strict=True)])
+
+    def embed_text(self, texts):
+        self.text_calls.append(list(texts))
+        return np.stack([self._vector(text.encode()) for text in texts])
+
+    def similarity(self, z_image, z_text):
+        return z_image @ z_text.T
+
+
+class Flaky(MemorySource):
+    """A source some of whose records cannot be read."""
+
+    def __init__(self, records, bad):
+        super().__init__(records, "flaky")
+        self.bad = bad
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise BadRecord("corrupt image")
+        return super().__getitem__(index)
+
+
+# --- zero-shot classification ---
+
+NAMES = ["cat", "dog", "hot_dog", "bird", "fish", "frog", "goat"]
+
+
+def labelled(n=21, wrong=()):
+    """Records with labels i % 7, and an oracle for them that takes the pictures in `wrong` for cats."""
+    records = [{"image": picture(i), "label": i % 7} for i in range(n)]
+    known = [(r["image"], "cat" if i in wrong else NAMES[r["label"]].replace("_", " ")) for i, r in enumerate(records)]
+    return records, OracleModel(known)
+
+
+def test_zeroshot_task():
+    records, model = labelled(wrong=(1, 2, 8))  # of the dogs two of three, of the hot dogs one of three
+    result = zeroshot_task(model, MemorySource(records, class_names=NAMES), name="pets", batch_size=8)
+    m = result.metrics
+    assert m["pets/top1"] == pytest.approx(18 / 21)
+    assert m["pets/mean_per_class"] == pytest.approx((5 + 1 / 3 + 2 / 3) / 7)
+    assert (m["pets/chance_top1"], m["pets/chance_top5"]) == (pytest.approx(1 / 7), pytest.approx(5 / 7))
+    assert (m["pets/images"], m["pets/classes"], m["pets/skipped"]) == (21, 7, 0)
+    assert all(type(value) is float for value in m.values())
+    assert model.image_calls == [8, 8, 5]
+
+    table = result.artefacts["classification"]["pets"]
+    assert table.class_names[2] == "hot dog"
+    assert table.top.shape == table.scores.shape == (21, 5)
+    assert table.top[1, 0] == 0 and table.labels[1] == 1
+    assert (table.pictures[4]["image"] == records[4]["image"]).all()
+    matrix = result.artefacts["similarity"]["pets"]
+    assert matrix.values.shape == (7, 7) and matrix.values.argmax(1).tolist()[3:] == [3, 4, 5, 6]
+    assert [p["label"] for p in matrix.pictures] == list(range(7)) and matrix.texts == table.class_names
+    points = result.artefacts["map"]["pets"]
+    assert points.images.shape == (21, 16) and points.texts_embedded.shape == (7, 16)
+    assert [points.texts[i] for i in points.text_of_image] == [NAMES[i % 7].replace("_", " ") for i in range(21)]
+
+
+def test_zeroshot_task_with_templates_duplicates_and_a_limit():
+    records, _ = labelled()
+    model = OracleModel([(r["image"], "a cat" if r["label"] in (0, 3) else "a dog") for r in records if r["label"] in (0, 1, 3)])
+    source = MemorySource(records)
+    names = ["cat", "dog", "x", "cat", "y", "z", "w"]
+    with pytest.raises(UserError, match="'cat'"):
+        zeroshot_task(model, source, names)
+    merged = zeroshot_task(model, source, names, ["a {}"], duplicates="merge")
+    assert merged.metrics["zeroshot/classes"] == 6
+    table = merged.artefacts["classification"]["zeroshot"]
+    assert (table.top[table.labels == 0, 0] == 0).all() and (table.labels == 0).sum() == 6
+    assert model.text_calls[0] == ["a cat", "a dog", "a x", "a y", "a z", "a w"]
+    limited = zeroshot_task(model, source, names, ["a {}"], duplicates="keep", limit=7)
+    assert limited.metrics["zeroshot/images"] == 7
+    assert [int(i) for _, i in limited.artefacts["classification"]["zeroshot"].pictures.where] == [0, 3, 6, 9, 12, 15, 18]
+
+
+def test_unusable_records_are_skipped_and_counted():
+    records, model = labelled()
+    records[3] = {"image": b"no picture", "label": 3}
+    result = zeroshot_task(model, Flaky(records, bad={0, 20}), NAMES, batch_size=4)
+    assert (result.metrics["zeroshot/images"], result.metrics["zeroshot/skipped"]) == (18, 3)
+    pictures = result.artefacts["classification"]["zeroshot"].pictures
+    assert [p["label"] for p in pictures][:4] == [1, 2, 4, 5]
+
+
+def test_zeroshot_task_refuses():
+    records, model = labelled()
+    with pytest.raises(UserError, match="does not name its classes"):
+        zeroshot_task(model, MemorySource(records))
+    with pytest.raises(UserError, match=r"labels 0\.\.6, but there are names for 0\.\.1"):
+        zeroshot_task(model, MemorySource(records), ["cat", "dog"])
+    with pytest.raises(UserError, match="without a label"):
+        zeroshot_task(model, MemorySource([{"image": picture(0)}]), ["cat", "dog"])
+    with pytest.raises(UserError, match="no usable picture among 2 records"):
+        zeroshot_task(model, Flaky(records[:2], bad={0, 1}), NAMES)
+
+
+# --- retrieval and probe ---
+
+
+def test_retrieval_task():
+    records = [{"image": picture(i), "texts": [f"first {i}", " ", f"second {i}"]} for i in range(30)]
+    records[7]["texts"] = []
+    model = OracleModel([(r["image"], r["texts"][-1]) for r in records if r["texts"]])
+    result = retrieval_task(model, MemorySource(records), name="coco", batch_size=16)
+    m = result.metrics
+    assert (m["coco/images"], m["coco/texts"], m["coco/skipped"]) == (30, 58, 0)
+    assert m["coco/image_to_text_R@1"] == 1.0  # any caption of the picture will do
+    assert 0.5 <= m["coco/text_to_image_R@1"] < 0.7  # every second caption is known, the others are up to chance
+    found = result.artefacts["retrieval"]["coco"]
+    assert found.image_to_text.shape == (30, 10) and found.text_to_image.shape == (58, 10)
+    assert all(found.texts[found.image_to_text[i, 0]] == f"second {i}" for i in range(30) if i != 7)
+    matrix = result.artefacts["similarity"]["coco"]
+    assert matrix.texts == [f"first {i}" for i in range(30) if i != 7]
+    assert matrix.pictures[7]["texts"][0] == "first 8"
+    with pytest.raises(UserError, match="no captions"):
+        retrieval_task(model, MemorySource([{"image": picture(0)}]))
+
+
+def test_probe_task():
+    rng = np.random.default_rng(0)
+
+    def source(n):
+        labels = rng.integers(0, 3, n)
+        return MemorySource([{"image": np.clip(picture(f"class{y}") + rng.integers(-9, 9, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8),
+                              "label": int(y)} for y in labels])  # fmt: skip
+
+    class PixelModel(OracleModel):
+        def embed_image(self, images):
+            return images.reshape(len(images), -1).astype(np.float32) / 255
+
+    result = probe_task(PixelModel(), source(60), source(30), val=source(30), name="p")
+    assert result.metrics["p/accuracy"] == result.metrics["p/val_accuracy"] == 1.0
+    assert (result.metrics["p/images"], result.metrics["p/classes"]) == (30, 3)
+    random = MemorySource([{"image": picture(f"r{i}"), "label": i % 2} for i in range(60)])
+    assert probe_task(PixelModel(), random, source(30)).metrics["probe/accuracy"] < 0.9
+
+
+def test_merge_results():
+    a, b = EvalResult({"x": 1.0, "y": 2.0}), EvalResult({"y": 3.0})
+    a.artefacts["map"]["one"], b.artefacts["map"]["two"] = 1, 2
+    merged = merge_results([a, b])
+    assert merged.metrics == {"x": 1.0, "y": 3.0}
+    assert merged.artefacts["map"] == {"one": 1, "two": 2}
+    assert a.artefacts["map"] == {"one": 1}
+
+
+def test_pictures_reads_from_several_sources():
+    sources = [MemorySource([{"image": picture(i), "name": f"{s}{i}"} for i in range(3)]) for s in "ab"]
+    pictures = Pictures(sources, np.array([[1, 2], [0, 0], [1, 0]]))
+    assert [p["name"] for p in pictures] == ["b2", "a0", "b0"]
+    assert pictures.select(np.array([True, False, True]))[1]["name"] == "b0"
+    assert [p["name"] for p in pictures[1:]] == ["a0", "b0"]
+
+
+# --- the emoji protocol ---
+
+SEEN = "red apple,tiger,flag: Chile,one o’clock,eleven-thirty,keycap: 3,woman pilot,pilot,family: man & boy,watch".split(",")
+UNSEEN = {
+    "val": ["octopus", "flag: Peru", "man judge", "mug", "same name"],
+    "test": ["tree", "two o’clock", "family", "men wrestling", "same name"],
+}
+KIND = {
+    ("flags", "country-flag"): ("flag",),
+    ("travel-places", "time"): ("one", "two", "eleven", "watch"),
+    ("symbols", "keycap"): ("keycap",),
+    ("people-body", "person-role"): ("woman", "man", "men", "pilot"),
+    ("people-body", "person-symbol"): ("family",),
+}
+
+
+def emoji_record(name, vendor, key=None, noise=0):
+    first = name.replace("-", " ").split()[0].strip(":")
+    group, subgroup = next((kind for kind, words in KIND.items() if first in words), ("animals-nature", "animal-marine"))
+    return {"image": picture(key or (name, vendor), noise), "name": name, "texts": [name], "vendor": vendor, "group": group,
+            "subgroup": subgroup, "concept": name.upper()}  # fmt: skip
+
+
+def emoji_splits():
+    """Vendors noto and twemoji draw alike but for one grey level; emojione draws the seen concepts like noto, but for the last two."""
+    splits = {"train": [emoji_record(n, v, n, noise) for n in SEEN for v, noise in (("noto", 0), ("twemoji", 1))]}
+    splits["train_unseen_vendor"] = [emoji_record(n, "emojione", n if n in SEEN[:-2] else None, 2) for n in SEEN]
+    for part, names in UNSEEN.items():
+        splits[f"{part}_seen_vendor"] = [emoji_record(n, v) for n in names for v in ("noto", "twemoji")]
+        splits[f"{part}_unseen_vendor"] = [emoji_record(n, "emojione") for n in names]
+    return splits
+
+
+def emoji_oracle(splits, fails=()):
+    """Knows every picture, but takes those in `fails` for an octopus."""
+    records = [r for split in splits.values() for r in split]
+    return OracleModel([(r["image"], "octopus" if (r["name"], r["vendor"]) in fails else r["name"]) for r in records])
+
+
+def run_emoji(model, splits, *args, **kwargs):
+    opened = []
+
+    def open_split(name):
+        opened.append(name)
+        return MemorySource(splits[name], name)
+
+    return emoji_task(model, *args, open_split=open_split, **kwargs), opened
+
+
+def test_emoji_task_counts_classes_and_kinds():
+    splits = emoji_splits()
+    model = emoji_oracle(splits)
+    m = run_emoji(model, splits)[0].metrics
+    for cell, classes, images, no_signs, no_compositions in [
+        ("unseen_concept_seen_vendor", 9, 20, 16, 10),  # "same name" is one class
+        ("unseen_concept_unseen_vendor", 9, 10, 8, 5),
+        ("seen_concept_seen_vendor", 10, 20, 12, 8),
+        ("seen_concept_unseen_vendor", 10, 10, 6, 4),
+    ]:
+        assert m[f"emoji/{cell}/top1"] == m[f"emoji/{cell}/top5"] == m[f"emoji/{cell}/top1_without_compositions"] == 1.0
+        assert m[f"emoji/{cell}/classes"] == classes
+        assert m[f"emoji/{cell}/images"] == images
+        assert m[f"emoji/{cell}/images_without_flags_clocks_keycaps"] == no_signs
+        assert m[f"emoji/{cell}/images_without_compositions"] == no_compositions
+        assert m[f"emoji/{cell}/chance_top1"] == pytest.approx(1 / classes)
+        assert m[f"emoji/{cell}/chance_top5"] == pytest.approx(5 / classes)
+    assert m["emoji/skipped"] == 0
+    assert sum(model.image_calls) == 60  # every picture once
+    assert all(type(value) is float for value in m.values())
+
+
+def test_emoji_task_leaves_pictures_out_but_no_classes():
+    splits = emoji_splits()
+    fails = {("flag: Peru", "emojione"), ("man judge", "emojione")}
+    m = run_emoji(emoji_oracle(splits, fails), splits)[0].metrics
+    cell = "emoji/unseen_concept_unseen_vendor"
+    assert m[f"{cell}/top1"] == pytest.approx(0.8)
+    assert m[f"{cell}/top1_without_flags_clocks_keycaps"] == pytest.approx(7 / 8)
+    assert m[f"{cell}/top1_without_compositions"] == 1.0
+    assert m[f"{cell}/image_to_text_R@1"] == pytest.approx(0.8)
+    assert m["emoji/unseen_concept_seen_vendor/top1"] == 1.0
+
+
+def test_emoji_task_pixel_baseline():
+    m = run_emoji(emoji_oracle(emoji_splits()), emoji_splits())[0].metrics
+    assert m["emoji/seen_concept_seen_vendor/pixel_1nn_top1"] == 1.0  # found in the other vendor's picture, not in itself
+    assert m["emoji/seen_concept_unseen_vendor/pixel_1nn_top1"] == pytest.approx(0.8)
+    assert not any("pixel" in key for key in m if "unseen_concept" in key)
+    alone = emoji_splits()
+    alone["train"] = [r for r in alone["train"] if r["vendor"] == "noto"]
+    assert run_emoji(emoji_oracle(alone), alone)[0].metrics["emoji/seen_concept_seen_vendor/pixel_1nn_top1"] == 0.0
+
+
+@pytest.mark.parametrize("subset", ["val", "test"])
+def test_emoji_task_on_a_subset_reads_nothing_else(subset):
+    splits = emoji_splits()
+    result, opened = run_emoji(emoji_oracle(splits), splits, subset)
+    assert set(opened) == {f"{subset}_seen_vendor", f"{subset}_unseen_vendor"}
+    cell = f"emoji_{subset}/unseen_concept_unseen_vendor"
+    assert result.metrics[f"{cell}/classes"] == 5 and result.metrics[f"{cell}/top1"] == 1.0
+    assert not any("/seen_concept" in key for key in result.metrics)
+
+
+def test_emoji_task_samples_the_training_pictures():
+    splits = emoji_splits()
+    model = emoji_oracle(splits)
+    result, _ = run_emoji(model, splits, seen_pictures=7)
+    assert result.metrics["emoji/seen_concept_seen_vendor/images"] == 7
+    assert result.metrics["emoji/seen_concept_seen_vendor/classes"] == 10
+    assert sum(model.image_calls) == 47
+
+
+def test_emoji_task_artefacts():
+    splits = emoji_splits()
+    result, _ = run_emoji(emoji_oracle(splits), splits)
+    cells = {f"emoji/{c}_concept_{v}_vendor" for c in ("seen", "unseen") for v in ("seen", "unseen")}
+    assert set(result.artefacts["classification"]) == cells
+    assert set(result.artefacts["retrieval"]) == set(result.artefacts["similarity"]) == {c for c in cells if "unseen_concept" in c}
+    assert set(result.artefacts["map"]) == {"emoji/unseen_concept"}
+    table = result.artefacts["classification"]["emoji/unseen_concept_seen_vendor"]
+    for i, record in enumerate(table.pictures):
+        assert table.class_names[table.labels[i]] == record["name"] and table.group[i] == record["vendor"]
+    found = result.artefacts["retrieval"]["emoji/unseen_concept_unseen_vendor"]
+    for i, record in enumerate(found.pictures):
+        assert found.texts[found.image_to_text[i, 0]] == record["name"]
+    points = result.artefacts["map"]["emoji/unseen_concept"]
+    assert len(points.images) == len(points.group) == 30
+    for i, record in enumerate(points.pictures):
+        assert points.texts[points.text_of_image[i]] == record["name"] and points.group[i] == record["group"]
+
+
+def test_emoji_task_skips_and_refuses():
+    splits = emoji_splits()
+    splits["val_seen_vendor"][0]["image"] = b""
+    splits["train"][0]["image"] = b"broken"
+    m = run_emoji(emoji_oracle(emoji_splits()), splits)[0].metrics
+    assert m["emoji/skipped"] == 2
+    assert m["emoji/unseen_concept_seen_vendor/images"] == 19
+    with pytest.raises(UserError, match="allowed: all, val, test"):
+        run_emoji(OracleModel(), splits, "train")

@@ -1,0 +1,490 @@
+import base64
+import io
+import json
+import os
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.errors import UserError
+from clip_jax.evaluation import report
+from clip_jax.evaluation.tasks import Classification, EmbeddingMap, EvalResult, Pictures, Retrieval, SimilarityMatrix
+
+EVIL = """</script><script>alert(1)</script><!--data--><img src=x onerror="alert('x')"> & 'quotes' "double" """
+COLOURS = [(255, 0, 0), (0, 160, 0), (0, 0, 255), (255, 200, 0), (120, 0, 120), (0, 0, 0)]
+
+
+def make_pictures(n, broken=()):
+    """n pictures of one colour each."""
+    records = [{"image": b"not a picture" if i in broken else np.full((20, 20, 3), COLOURS[i % 6], np.uint8)} for i in range(n)]
+    return Pictures([MemorySource(records)] if n else [], np.stack([np.zeros(n, int), np.arange(n)], 1))
+
+
+def make_classification(n=6, names=("cat", "dog", "fox"), groups=("a", "b")):
+    rng = np.random.default_rng(0)
+    scores = np.sort(rng.random((n, len(names))), axis=1)[:, ::-1].astype(np.float32)
+    top = np.argsort(rng.random((n, len(names))), axis=1).astype(np.int32)
+    labels = np.arange(n, dtype=np.int32) % len(names)
+    return Classification(list(names), labels, top, scores, make_pictures(n), [groups[i % len(groups)] for i in range(n)])
+
+
+def make_retrieval(texts=("cat", "dog", "fox")):
+    n = len(texts)
+    ranks = np.asarray([[(i + k) % n for k in range(n)] for i in range(n)], np.int32)  # the right one first
+    return Retrieval(list(texts), np.arange(n), np.arange(n), ranks, ranks, make_pictures(n))
+
+
+def make_map(n=6, texts=("cat", "dog", "fox"), groups=("a", "b")):
+    rng = np.random.default_rng(0)
+    images, text = rng.normal(size=(n, 8)) + 1, rng.normal(size=(len(texts), 8)) - 1
+    of_image = np.arange(n, dtype=np.int32) % len(texts)
+    return EmbeddingMap(images, text, list(texts), of_image, [groups[i % len(groups)] for i in range(n)], make_pictures(n))
+
+
+def make_result(metrics=None, name="pets", texts=("cat", "dog", "fox"), groups=("a", "b")):
+    similarity = SimilarityMatrix(np.eye(len(texts), dtype=np.float32), list(texts), make_pictures(len(texts)))
+    result = EvalResult(metrics or {f"{name}/top1": 0.5, f"{name}/top5": 1.0, f"{name}/images": 6.0, f"{name}/classes": 3.0})
+    result.artefacts = {
+        "classification": {name: make_classification(names=texts, groups=groups)},
+        "retrieval": {name: make_retrieval(texts)},
+        "similarity": {name: similarity},
+        "map": {name: make_map(texts=texts, groups=groups)},
+    }
+    return result
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, the text of the page without scripts and styles, and the data of the script; fails on bad nesting."""
+
+    VOID = {"meta", "img", "input", "source"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.words, self.scripts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+        self.data = json.loads(self.scripts[0])
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+            if tag == "script":
+                self.scripts.append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "script" in self.open:
+            self.scripts[-1] += data
+        elif "style" not in self.open:
+            self.words.append(data)
+
+    def find(self, tag, **wanted):
+        names = {key.rstrip("_").replace("_", "-"): value for key, value in wanted.items()}
+        return [a for t, a in self.elements if t == tag and all(a.get(key) == value for key, value in names.items())]
+
+
+def render(result, **options):
+    return Page(report.render(result, **{"title": "a title"} | options))
+
+
+def write_metrics(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def data_uris(text, kind):
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(rf"data:image/{kind};base64,([\w+/=]+)", text)]
+
+
+# The page as a whole
+
+
+def test_page_is_whole_and_loads_nothing(tmp_path):
+    metrics = write_metrics(tmp_path / "metrics.jsonl", [{"step": 1, "time": 1.0, "loss": 2.5}, {"step": 2, "time": 2.0, "loss": 2.0}])
+    path = report.write_report(tmp_path / "new" / "r.html", make_result(), title="t", config={"optim": {"lr": 0.1}}, metrics_jsonl=metrics)
+    text = path.read_text("utf-8")
+    page = Page(text)
+    anchors = [a["href"] for a in page.find("a")]
+    assert anchors == ["#results", "#training", "#predictions", "#retrieval", "#similarity", "#map", "#all-metrics", "#configuration"]
+    assert all(page.find("section", id=anchor[1:]) for anchor in anchors)
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "iframe", "object") and "href" not in attributes or tag == "a"
+        for name in ("src", "srcset"):
+            assert attributes.get(name, "data:image/").startswith("data:image/")
+    assert re.findall(r"url\((?!data:image/)|@import|https?:|fetch\(|XMLHttpRequest", text) == []
+    assert os.listdir(path.parent) == ["r.html"]
+    assert "optim.lr 0.1" in page.text
+
+
+@pytest.mark.parametrize("content", [EvalResult({}), EvalResult({}, {}), EvalResult({"x": float("nan")})])
+def test_page_of_nothing(content, tmp_path):
+    page = render(content, metrics_jsonl=tmp_path / "missing.jsonl", config={})
+    assert "There are no metrics of a training run" in page.text
+    assert not page.find("section", id="map") and not page.find("section", id="configuration")
+
+
+def test_empty_artefacts():
+    empty = make_pictures(0)
+    no, none = np.zeros((0, 1), np.int32), np.zeros(0, np.int32)
+    result = EvalResult({})
+    result.artefacts = {
+        "classification": {"x": Classification([], none, no, no, empty, [])},
+        "retrieval": {"x": Retrieval([], none, none, no, no, empty)},
+        "similarity": {"x": SimilarityMatrix(np.zeros((0, 0), np.float32), [], empty)},
+        "map": {"x": EmbeddingMap(np.zeros((0, 4)), np.zeros((0, 4)), [], none, [], empty)},
+    }
+    page = render(result)
+    assert page.data["maps"] == page.data["matrices"] == []
+    for sentence in ("There are no pictures.", "There is no picture with a text.", "no finite similarity", "too few embeddings"):
+        assert sentence in page.text
+
+
+def test_untrusted_text_stays_text(tmp_path):
+    metrics = write_metrics(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1.0, EVIL: 2.0}, {"step": 1, EVIL + "/top1": 0.5}])
+    result = make_result({EVIL: 1.0, EVIL + "/top1": 0.5}, name=EVIL, texts=(EVIL, EVIL + "2", "fox"), groups=(EVIL, "b"))
+    page = render(result, title=EVIL, config={EVIL: {EVIL: EVIL}}, metrics_jsonl=metrics)
+    harmless = render(make_result())
+    assert len(page.find("script")) == len(harmless.find("script")) == 2
+    assert not [a for _, attributes in page.elements for a in attributes if a.startswith("on")]
+    assert not [a for a in page.find("img") if not a["src"].startswith("data:image/")]
+    shown = " ".join(EVIL.split())
+    assert page.text.count(shown) > 20
+    assert page.data["maps"][0]["texts"][0] == page.data["matrices"][0]["texts"][0] == shown
+    assert page.data["maps"][0]["groups"][0] == shown
+    assert len(page.find("i", title=shown)) > 3  # of thumbnails
+
+
+def test_unusual_characters(tmp_path):
+    texts = ("문어 🐙 עברית", "bad \udcff bytes\0", "long " * 1000)
+    path = report.write_report(tmp_path / "r.html", make_result(texts=texts), title="ümlaut \udcff", config={"k": "\udcff"})
+    page = Page(path.read_text("utf-8"))
+    assert "문어 🐙 עברית" in page.text and "bad ? bytes" in page.text and "\0" not in page.text
+    long = page.data["maps"][0]["texts"][2]
+    assert len(long) == 120 and long.endswith("long…")
+
+
+def test_old_page_stays_when_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "r.html"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.os, "replace", fail)
+    with pytest.raises(UserError, match=r"r\.html' cannot be written: No space left on device"):
+        report.write_report(path, EvalResult({}), title="t")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["r.html"]
+    with pytest.raises(UserError, match="cannot be written"):
+        report.write_report(path / "below_a_file.html", EvalResult({}), title="t")
+
+
+def test_size_with_a_full_map_of_emoji(tmp_path):
+    source = make_source("emoji", "train")
+    n, classes = 2000, 395
+    rng = np.random.default_rng(0)
+    pictures = Pictures([source], np.stack([np.zeros(n, int), np.arange(n)], 1))
+    texts = [f"a name of usual length, {i}" for i in range(classes)]
+    of_image = rng.integers(classes, size=n)
+    result = EvalResult({})
+    result.artefacts["map"]["emoji"] = EmbeddingMap(rng.normal(size=(n, 16)), rng.normal(size=(classes, 16)), texts, of_image,
+                                                    [str(i % 10) for i in range(n)], pictures)  # fmt: skip
+    path = report.write_report(tmp_path / "r.html", result, title="t")
+    assert 300_000 < path.stat().st_size < 2_000_000
+
+
+# Headline numbers
+
+
+def emoji_metrics(prefix="emoji", cells=report._CELLS):
+    metrics = {f"{prefix}/skipped": 0.0}
+    for i, (concept, vendor) in enumerate(cells):
+        cell = {"top1": 0.1 + i / 10, "top5": 0.15 + i / 10, "chance_top1": 0.0026, "chance_top5": 0.013, "classes": 384.0, "images": 275.0,
+                "top1_without_flags_clocks_keycaps": 0.31, "top5_without_flags_clocks_keycaps": 0.32,
+                "images_without_compositions": 0.0, "images_without_flags_clocks_keycaps": 200.0, "top1_without_compositions": 0.0,
+                "top5_without_compositions": 0.0}  # fmt: skip
+        if concept == "seen":
+            cell |= {"pixel_1nn_top1": 0.44, "pixel_1nn_top5": 0.6}
+        else:
+            cell |= {f"{d}_R@{k}": 0.7 for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+        metrics |= {f"{prefix}/{concept}_concept_{vendor}_vendor/{key}": value for key, value in cell.items()}
+    return metrics
+
+
+def test_emoji_headline():
+    text = render(EvalResult(emoji_metrics())).text
+    numbers_of = {"Seen concepts, seen vendors": "10.0 % 15.0 %", "Seen concepts, unseen vendor": "20.0 % 25.0 %",
+                  "Unseen concepts, seen vendors": "30.0 % 35.0 %", "Unseen concepts, unseen vendor": "40.0 % 45.0 %"}  # fmt: skip
+    for cell, numbers in numbers_of.items():
+        pixel = "44.0 % 60.0 %" if cell.startswith("Seen") else "– –"
+        middle = rf"{cell} [^%]* top-1 top-5 model {numbers} chance 0.26 % 1.3 % nearest in pixels {pixel} 275 pictures, 384 names"
+        assert re.search(middle, text), cell
+    assert "(± 5.8)" in text  # 196 sqrt(0.4 0.6 / 275)
+    assert "These very pictures were trained on" in text
+    row = "10.0 % / 15.0 % 275 pictures, pixels 44.0 % 31.0 % / 32.0 % 200 pictures –"  # nothing is left without compositions
+    assert row in text
+    assert text.count("70.0 % " * 6) == 2 and "Other metrics" not in text
+
+
+def test_headline_of_a_subset_has_its_cells_only():
+    text = render(EvalResult(emoji_metrics("emoji_val", report._CELLS[2:]))).text
+    assert "Naming emoji (validation concepts)" in text and "Seen concepts, seen vendors" not in text
+    assert "10.0 % 15.0 %" in text and "trained on" not in text.split("All metrics")[0].split("Without compositions")[0]
+
+
+def test_headline_of_other_tasks():
+    metrics = {"pets/top1": 0.5, "pets/top5": 0.905, "pets/mean_per_class": 0.25, "pets/chance_top1": 0.027, "pets/chance_top5": 0.13,
+               "pets/images": 3669.0, "pets/classes": 37.0, "pets/skipped": 2.0, "a/b/accuracy": 0.8, "a/b/val_accuracy": float("nan"),
+               "a/b/l2": 1e-4, "a/b/images": 100.0, "mine/score": 12.5, "alone": 3.0}  # fmt: skip
+    metrics |= {f"coco/{d}_R@{k}": k / 100 for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)} | {"coco/texts": 25010.0}
+    text = render(EvalResult(metrics)).text
+    assert "pets 50.0 % (± 1.6) 90.5 % 25.0 % 2.7 % 13.0 % 3,669 37 2" in text
+    assert "coco 1.0 % 5.0 % 10.0 % 1.0 % 5.0 % 10.0 % 25,010" in text
+    assert "a/b 80.0 % (± 7.8) – 0.0001 100" in text
+    assert "Other metrics mine/score 12.5 alone 3" in text
+
+
+# Training curves
+
+
+def test_read_metrics(tmp_path):
+    rows = [
+        {"step": 10, "time": 1, "loss": 3.0, "lr": 0.1},
+        {"step": 20, "time": 2, "loss": 2.0, "lr": 0.2},
+        {"step": 20, "time": 2, "val/top1": 0.1},
+        {"step": 10, "time": 3, "loss": None, "lr": 0.3, "text": "x", "list": [1]},  # the resumed run
+        {"step": 5, "loss": float("nan")},
+        {"step": "7", "loss": 1.0},
+        [1, 2],
+    ]
+    path = write_metrics(tmp_path / "metrics.jsonl", rows)
+    with open(path, "ab") as file:
+        file.write(b'\xff\xfe\n\n{"step": 30, "loss": 1.')
+    training, evaluation = report.read_metrics(path)
+    assert training == {"loss": [(5, None), (10, None), (20, 2.0)], "lr": [(10, 0.3), (20, 0.2)]}
+    assert evaluation == {"val/top1": [(20, 0.1)]}
+    assert report.read_metrics(tmp_path / "missing") == ({}, {})
+
+
+def test_curves(tmp_path):
+    rows = [{"step": step, "loss": None if step == 5 else 10.0 - step, "image_to_text_acc": 0.1, "text_to_image_acc": 0.2, "odd": None,
+             "grad_norm": 1e4 if step == 3 else 1.0} for step in range(1, 10)]  # fmt: skip
+    rows += [{"step": 4, "emoji_val/unseen_concept_seen_vendor/top1": 0.25, "emoji_val/unseen_concept_seen_vendor/chance_top1": 0.1}]
+    page = render(EvalResult({}), metrics_jsonl=write_metrics(tmp_path / "metrics.jsonl", rows))
+    charts = {a["aria-label"].removesuffix(" over steps"): a for a in page.find("svg")}
+    assert list(charts) == ["Loss", "Accuracy in the batch", "Gradient norm", "Top-1"]
+    loss, accuracy, gradient, top1 = page.data["charts"]
+    assert (loss["first"], loss["last"]) == (1, 9)
+    assert loss["curves"] == [["loss", list(range(1, 10)), [9, 8, 7, 6, None, 4, 3, 2, 1]]]
+    assert [name for name, *_ in accuracy["curves"]] == ["picture → text", "text → picture"]
+    assert top1["curves"] == [["Unseen concepts, seen vendors (validation)", [4], [0.25]]]
+    line = page.find("path", class_="line c0")[0]["d"]
+    points = [[tuple(map(float, point.split())) for point in piece.split("L")] for piece in line.split("M")[1:]]
+    assert [len(piece) for piece in points] == [4, 4]  # a gap where the loss was not finite
+    flat = sum(points, [])
+    assert flat[0][0] == 46 and flat[-1][0] == 346 and flat[0][1] == 10  # the plotting area
+    assert np.allclose(np.diff([x for x, _ in points[0]]), 37.5)
+    assert np.allclose(np.diff([y for _, y in points[0]]), 150 / 9, atol=0.11)  # from 0 to 9
+    assert "Gradient norm 1 logarithmic" in page.text and "1 more curves odd No finite value was logged." in page.text
+    assert "Unseen concepts, seen vendors (validation)" in page.text
+
+
+@pytest.mark.parametrize("values", [[0.0], [5.0], [-3.0, -3.0], [1e-30, 1e30], [-1e-9, 1e9], [0, 1]])
+def test_curves_of_any_range(values, tmp_path):
+    rows = [{"step": i, "loss": value} for i, value in enumerate(values)]
+    page = render(EvalResult({}), metrics_jsonl=write_metrics(tmp_path / "metrics.jsonl", rows))
+    marks = page.find("circle")
+    assert len(marks) == len(values)
+    assert all(46 <= float(mark["cx"]) <= 346 and 10 <= float(mark["cy"]) <= 160 for mark in marks)
+
+
+def test_long_runs_are_thinned(tmp_path):
+    rows = [{"step": step, "loss": float(step % 2)} for step in range(1, 8001)]
+    page = render(EvalResult({}), metrics_jsonl=write_metrics(tmp_path / "metrics.jsonl", rows))
+    [[_, steps, values]] = page.data["charts"][0]["curves"]
+    assert len(steps) == 400 and steps[0] == 20 and steps[-1] == 8000 and set(values) == {0.5}
+    assert "each point is a mean" in page.text
+
+
+def test_ticks_are_round():
+    assert report._ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert report._ticks(1, 1000, 5) == [200, 400, 600, 800, 1000]
+    assert report._log_ticks(-1.5, 1) == pytest.approx([0.1, 1, 10])
+    assert [report._steps(step) for step in (200, 9999, 20000, 1.5e6)] == ["200", "9999", "20k", "1.5M"]
+
+
+# Pictures
+
+
+def test_thumbnails_lie_where_their_tags_say():
+    page = report._Page()
+    name, tag = page.thumbnails(make_pictures(70, broken=(40,)), [*range(1, 70), 5], 16)
+    [sheet] = data_uris(page.sheets[0], "webp")
+    assert sheet.size == (32 * 16, 3 * 16)  # 69 tiles, the repeated one once
+    for row in (1, 32, 33, 69):
+        x, y = map(int, re.search(r"--x:(\d+);--y:(\d+)", tag(row, "")).groups())
+        assert np.allclose(sheet.getpixel((16 * x + 8, 16 * y + 8)), COLOURS[row % 6], atol=30)
+        assert (x, y) == ((row - 1) % 32, (row - 1) // 32)
+    x, y = map(int, re.search(r"--x:(\d+);--y:(\d+)", tag(40, "")).groups())
+    assert sheet.getpixel((16 * x + 8, 16 * y + 8)) == (255, 255, 255)  # not readable
+    assert f'class="t {name}"' in tag(1, "") and "calc(32*var(--s)) calc(3*var(--s))" in page.sheets[0]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (300, 200)])
+def test_thumbnails_keep_the_shape_of_a_picture(shape):
+    pictures = Pictures([MemorySource([{"image": np.zeros((*shape, 3), np.uint8)}])], np.zeros((1, 2), int))
+    thumbnail = report._thumbnail(pictures, 0, 64)
+    dark = np.argwhere(thumbnail[..., 0] < 128)
+    assert thumbnail.shape == (64, 64, 3)
+    height, width = np.ptp(dark, axis=0) + 1
+    expected = [max(1, round(62 * side / max(shape))) for side in shape]
+    assert [height, width] == expected
+
+
+# Predictions
+
+
+def test_gallery_takes_the_most_confident_of_every_name():
+    n = 200
+    labels = np.arange(n, dtype=np.int32) % 40
+    right = np.arange(n) < 120
+    top = np.stack([np.where(right, labels, (labels + 1) % 40), (labels + 2) % 40], 1).astype(np.int32)
+    scores = np.stack([1 + np.arange(n) / n, np.ones(n)], 1).astype(np.float32)  # the later, the more confident
+    names = [f"n{i:02d}" for i in range(40)]
+    result = EvalResult({})
+    result.artefacts["classification"]["x"] = Classification(names, labels, top, scores, make_pictures(n), ["g"] * n)
+    page = render(result)
+    assert "Right: 120 of 200 pictures" in page.text and "Wrong: 80 of 200 pictures" in page.text
+    cards = [thumbnail["title"] for thumbnail in page.find("i", class_="t t0")]
+    assert cards[:24] == [names[row % 40] for row in range(119, 95, -1)]
+    assert cards[24:] == [names[row % 40] for row in range(199, 175, -1)]
+    assert len(page.find("li", class_="hit")) == 24
+    assert not page.find("select", data_filter="group")  # there is one group only
+
+
+def test_gallery_repeats_names_only_when_they_run_out():
+    chosen = report._most_confident(np.arange(10), np.arange(10.0), np.asarray([0] * 9 + [1]))
+    assert chosen.tolist() == list(range(9, -1, -1))
+    many = report._most_confident(np.arange(100), -np.arange(100.0), np.asarray([0] * 99 + [1]))
+    assert len(many) == 24 and many[-1] == 99 and many[:23].tolist() == list(range(23))
+
+
+def test_gallery_with_scores_that_are_not_finite():
+    item = make_classification()
+    item.scores[0], item.scores[1], item.scores[2, 0] = np.nan, np.inf, -np.inf
+    result = EvalResult({})
+    result.artefacts["classification"]["x"] = item
+    page = render(result)
+    assert len(page.find("div", class_="card")) == 6
+    assert page.text.count("–") == 3 + 3 + 1
+    assert [len(page.find("div", class_="card", data_group=str(i))) for i in range(2)] == [3, 3]
+    assert len(page.find("select", data_filter="group")) == 1
+
+
+def test_gallery_with_a_single_class():
+    result, scores = EvalResult({}), np.full((2, 1), 0.5, np.float32)
+    item = Classification(["cat"], np.zeros(2, int), np.zeros((2, 1), int), scores, make_pictures(2), ["", ""])
+    result.artefacts["classification"]["x"] = item
+    assert "Right: 2 of 2 pictures cat cat 0.500 cat cat 0.500 Wrong: 0 of 2 pictures None." in render(result).text
+
+
+# Retrieval, similarity, map
+
+
+def test_retrieval_marks_the_right_ones():
+    ranks = np.asarray([[1, 0], [1, 2], [0, 1]], np.int32)
+    item = Retrieval(["cat", "dog", "fox"], np.asarray([0, 1, 5]), np.asarray([0, 1, 1]), ranks, ranks, make_pictures(3))
+    result = EvalResult({})
+    result.artefacts["retrieval"]["x"] = item
+    page = render(result)
+    # Texts: 0 finds picture 1, 0 (hit); 1 finds 1 (hit), 2; 2 (also of picture 1) finds 0, 1 (hit). Picture 2 has no text and is no query.
+    assert [a.get("class") for a in page.find("span")][:6] == [None, "hit", "hit", None, None, "hit"]
+    assert [a.get("class") for a in page.find("li")] == [None, "hit", "hit", "hit"]
+    assert len(page.find("div", class_="card")) == 2 and page.find("i", title="a picture without a text")
+
+
+def test_similarity_colours():
+    values = np.asarray([[1.0, 0.0], [0.5, np.nan]], np.float32)
+    result = EvalResult({})
+    result.artefacts["similarity"]["x"] = SimilarityMatrix(values, ["cat", "dog"], make_pictures(2))
+    text = report.render(result, title="t")
+    ramp_dark, ramp_light, dark, light = data_uris(text, "png")
+    assert light.size == (2, 2) and ramp_light.size == (128, 1)
+    pixels = [light.getpixel((x, y)) for y in (0, 1) for x in (0, 1)]
+    assert pixels[0] == (*report._LIGHT_MAP[-1], 255) == ramp_light.getpixel((127, 0))
+    assert pixels[1] == (*report._LIGHT_MAP[0], 255) == ramp_light.getpixel((0, 0))
+    assert pixels[2] == (*report._LIGHT_MAP[2], 255) and pixels[3][3] == 0
+    assert dark.getpixel((0, 0)) == (*report._DARK_MAP[-1], 255) == ramp_dark.getpixel((127, 0))
+    page = Page(text)
+    assert page.data["matrices"] == [{"values": [[1.0, 0.0], [0.5, None]], "texts": ["cat", "dog"]}]
+    assert "on the diagonal 1, elsewhere 0.25; in 50.0 % of the rows" in page.text
+
+
+def test_map_projects_both_views():
+    rng = np.random.default_rng(0)
+    plane = np.linalg.qr(rng.normal(size=(6, 2)))[0].T  # two directions of six
+    flat = rng.normal(size=(30, 2)) @ plane
+    gap = 50 * np.linalg.svd(plane)[2][-1]  # at a right angle to them
+    texts = flat[::10] + gap
+    item = EmbeddingMap(flat, texts, ["a", "b", "c"], np.arange(30) // 10, [f"g{i % 12:02d}" for i in range(30)], make_pictures(30))
+    result = EvalResult({})
+    result.artefacts["map"]["x"] = item
+    [data] = render(result).data["maps"]
+    joint, centred = (np.asarray(view["points"]).reshape(-1, 2) for view in data["views"])
+    assert np.ptp(joint[:, 0]) == 1000 and abs(joint[:30, 0].mean() - joint[30:, 0].mean()) > 900  # the gap is the main direction
+    assert np.ptp(joint[:30, 0]) < 50
+    wanted = np.concatenate([flat - flat.mean(0), texts - texts.mean(0)])
+    distance = np.linalg.norm(wanted[:, None] - wanted, axis=-1)
+    drawn = np.linalg.norm(centred[:, None] - centred, axis=-1)
+    assert np.allclose(drawn / drawn.max(), distance / distance.max(), atol=0.005)  # a plane stays what it is
+    assert data["views"][1]["share"] == "100.0\u202f%"
+    assert data["images"] == 30 and data["textOfImage"] == [0] * 10 + [1] * 10 + [2] * 10
+    # Twelve groups, ten colours: the nine most frequent have their own.
+    assert data["groups"] == [f"g{i:02d}" for i in range(9)] + ["other"]
+    assert data["group"][:12] == [*range(9), 9, 9, 9] and data["group"][30:] == [0, 9, 8]
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(images=np.zeros((6, 3, 8))), "An example has several embeddings"),
+        (dict(texts_embedded=np.full((3, 8), np.nan)), "not finite"),
+        (dict(texts_embedded=np.zeros((0, 8)), texts=[]), "too few"),
+    ],
+)
+def test_map_is_left_out_with_a_reason(change, sentence):
+    item = make_map()
+    for name, value in change.items():
+        setattr(item, name, value)
+    result = EvalResult({})
+    result.artefacts["map"]["x"] = item
+    page = render(result)
+    assert sentence in page.text and page.data["maps"] == []
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_map_of_collapsed_and_narrow_embeddings(width):
+    item = make_map()
+    item.images, item.texts_embedded = np.ones((6, width)), np.ones((3, width))
+    result = EvalResult({})
+    result.artefacts["map"]["x"] = item
+    [data] = render(result).data["maps"]
+    assert set(data["views"][0]["points"]) == {500}
+
+
+def test_panels_begin_with_the_cell_that_says_most():
+    names = [f"emoji/{c}_concept_{v}_vendor" for c, v in report._CELLS]
+    text = report._panels(dict.fromkeys(names), lambda item: "", "")
+    assert re.findall("<h3>(.*?)</h3>", text) == [report._title(name) for name in reversed(names)]
+    assert report._title(names[3]) == "Unseen concepts, unseen vendor"

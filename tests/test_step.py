@@ -1,0 +1,140 @@
+"""The train step: the same on one and on eight devices, moving average, constraints, frozen parts, updates that are not finite, memory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_config
+
+from clip_jax import train
+from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.errors import UserError
+from clip_jax.training import sharding
+from clip_jax.training.step import make_init, make_step
+
+BATCH = {
+    "image": np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8),
+    "text": np.random.default_rng(1).integers(10, 4000, (16, 12), np.int32),
+    "example_id": np.arange(16, dtype=np.int32),
+}
+
+
+def setup(*overrides):
+    from clip_jax import config
+    from clip_jax.methods.interface import make_method
+
+    c = config.resolve(tiny_config(*overrides), make_tokenizer("sentencepiece"))
+    return c, make_method(c)
+
+
+def run_steps(c, method, sizes, steps=3, devices=None):
+    """Metrics of each step, and the last state, on a mesh."""
+    mesh = sharding.make_mesh(sizes) if devices is None else jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1), sharding.AXES)
+    with jax.set_mesh(mesh):
+        init, tx = make_init(c, method, BATCH)
+        shardings = sharding.state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
+        state = jax.jit(init, out_shardings=shardings)(jax.random.key(c.seed))
+        batch = sharding.to_global(BATCH, mesh)
+        step, _, _ = train.compile_step(c, method, tx, state, batch)
+        history = []
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+            history.append(jax.device_get(metrics))
+    return history, state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    c, method = setup("optim.ema_decay=0.5", "model.image.patch_drop=0.25")
+    return (c, method, *run_steps(c, method, None, devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("sizes", [dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=4, tensor=1), dict(data=2, fsdp=2, tensor=2)], ids=str)
+def test_any_mesh_gives_the_result_of_one_device(one_device, sizes):
+    c, method, expected, expected_state = one_device
+    history, state = run_steps(c, method, sizes)
+    for a, b in zip(history, expected, strict=True):
+        for name in ("loss", "grad_norm", "param_norm", "logit_scale"):
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-4, err_msg=name)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)  # Adam divides by the gradient's size: rounding of a tiny one shows
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_state_is_spread_over_the_mesh():
+    c, method = setup()
+    _, state = run_steps(c, method, dict(data=1, fsdp=4, tensor=2), steps=1)
+    kernel = state.params["img"]["block_0"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    moments = [x for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state) if sharding.path_name(path).endswith("img/block_0/mlp/fc1/kernel")]
+    assert len(moments) == 2 and all(x.sharding == kernel.sharding for x in moments)
+
+
+def test_the_moving_average_follows_the_weights(one_device):
+    c, method, _, _ = one_device
+    _, after_one = run_steps(c, method, None, steps=1, devices=jax.devices()[:1])
+    init, _ = make_init(c, method, BATCH)
+    start = jax.jit(init)(jax.random.key(c.seed)).params
+    for e, p0, p1 in zip(*map(jax.tree.leaves, (after_one.ema, start, after_one.params)), strict=True):
+        np.testing.assert_allclose(e, 0.5 * p0 + 0.5 * p1, atol=1e-6)
+
+
+@pytest.mark.parametrize("start, expected", [(6.0, np.log(100)), (-1.0, 0.0)])
+def test_the_logit_scale_is_clamped_after_a_step(start, expected):
+    c, method = setup(f"model.logit_scale_init={start}", "optim.lr=1e-6")
+    _, state = run_steps(c, method, None, steps=1, devices=jax.devices()[:1])
+    np.testing.assert_allclose(state.params["logit_scale"], expected, atol=1e-4)
+
+
+def test_frozen_parameters_do_not_move():
+    c, method = setup("optim.freeze=^img/")
+    init, _ = make_init(c, method, BATCH)
+    start = jax.jit(init)(jax.random.key(c.seed)).params
+    _, state = run_steps(c, method, None, steps=2, devices=jax.devices()[:1])
+    for a, b in zip(jax.tree.leaves(start["img"]), jax.tree.leaves(state.params["img"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(start["txt"]), jax.tree.leaves(state.params["txt"]), strict=True))
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted():
+    c, method = setup()
+
+    def bad_loss(params, extra, features, batch, rng):
+        loss, metrics = method.loss(params, extra, features, batch, rng)
+        return jnp.where(batch["example_id"][0] == -1, jnp.nan, 1.0) * loss, metrics
+
+    bad = dataclasses.replace(method, loss=bad_loss)
+    init, tx = make_init(c, bad, BATCH)
+    state = jax.jit(init)(jax.random.key(0))
+    step = jax.jit(make_step(c, bad, tx))
+    poison = {**BATCH, "example_id": -np.ones(16, np.int32)}
+    after, metrics = step(state, poison)
+    assert metrics["bad_steps"] == 1 and after.step == 1
+    for a, b in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((after.params, after.opt_state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    after, metrics = step(after, poison)
+    assert metrics["bad_steps"] == 2
+    after, metrics = step(after, BATCH)
+    assert metrics["bad_steps"] == 0 and np.isfinite(metrics["loss"])
+
+
+def test_the_state_is_donated():
+    c, method = setup()
+    init, tx = make_init(c, method, BATCH)
+    state = jax.jit(init)(jax.random.key(0))
+    memory = jax.jit(make_step(c, method, tx), donate_argnums=0).lower(state, BATCH).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+
+
+@pytest.mark.parametrize("sizes, message", [(dict(data=3, fsdp=1, tensor=1), "does not fit 8"), (dict(data=-1, fsdp=-1, tensor=1), "at most one may be -1")])
+def test_impossible_meshes(sizes, message):
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(sizes)
+
+
+def test_a_batch_that_the_devices_do_not_divide(mesh8):
+    sharding.check_batch(16, mesh8)
+    with pytest.raises(UserError, match="data.batch_size=18 is not divisible by the 4 devices"):
+        sharding.check_batch(18, mesh8)

@@ -29,28 +29,39 @@ def emoji(model, subset="all", templates=("{}",)):
     return emoji_task(model, subset, templates=templates)
 
 
-def zeroshot(model, source, split="test", classes=None, templates="simple", name="zeroshot", duplicates="error", canonical=False,
+def _open(source, split, **fields):
+    """The source; without a split its "test", or the only one it has."""
+    fields = {name: value or None for name, value in fields.items()}
+    if split:
+        return make_source(source, split, **fields)
+    try:
+        return make_source(source, "test", **fields)
+    except UserError:
+        return make_source(source, "train", **fields)
+
+
+def zeroshot(model, source, split="", classes=None, templates="simple", name="zeroshot", duplicates="error", canonical=False,
              label="", image="", limit=None):  # fmt: skip
     """Zero-shot classification of any labelled source; ``classes``: the source's own, a name, a file with one per line, or a list."""
     from clip_jax.evaluation.tasks import zeroshot_task
 
-    data = make_source(source, split, image=image or None, label=label or None)
+    data = _open(source, split, image=image, label=label)
     return zeroshot_task(model, data, classes, templates, name=name, duplicates=duplicates, canonical=canonical, limit=limit)
 
 
-def retrieval(model, source, split="test", name="retrieval", image="", text="", limit=None):
+def retrieval(model, source, split="", name="retrieval", image="", text="", limit=None):
     """Image-text retrieval R@1, 5, 10 in both directions; pictures with several captions count as the published protocols have it."""
     from clip_jax.evaluation.tasks import retrieval_task
 
-    return retrieval_task(model, make_source(source, split, image=image or None, text=text or None), name=name, limit=limit)
+    return retrieval_task(model, _open(source, split, image=image, text=text), name=name, limit=limit)
 
 
-def probe(model, train, test, train_split="train", test_split="test", name="probe", image="", label="", limit=None):
+def probe(model, train, test, train_split="train", test_split="", name="probe", image="", label="", limit=None):
     """Linear probe on the image embeddings."""
     from clip_jax.evaluation.tasks import probe_task
 
-    fields = dict(image=image or None, label=label or None)
-    return probe_task(model, make_source(train, train_split, **fields), make_source(test, test_split, **fields), name=name, limit=limit)
+    fields = dict(image=image, label=label)
+    return probe_task(model, _open(train, train_split, **fields), _open(test, test_split, **fields), name=name, limit=limit)
 
 
 TASKS = {"emoji": emoji, "zeroshot": zeroshot, "retrieval": retrieval, "probe": probe}
@@ -127,7 +138,7 @@ def main(argv=None):
     parser.add_argument("--which", default="latest", help="latest (default), best, or a step")
     parser.add_argument("--task", action="append", help="may be given several times")
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="evaluate the moving average of the weights")
-    parser.add_argument("--report", nargs="?", const="", metavar="PATH", help="write an HTML page (default: report.html in the work folder)")
+    parser.add_argument("--report", nargs="?", const="", metavar="PATH", help="write an HTML page (report.html in the work folder)")
     parser.add_argument("--json", metavar="PATH", help="write all metrics as JSON")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)

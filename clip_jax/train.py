@@ -4,17 +4,30 @@ The whole of it, top to bottom: configuration -> source, tokenizer, method -> me
 -> loop with metrics, evaluation and checkpoints. The same command again goes on from the newest checkpoint.
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError
 
-logger = logging.getLogger("clip_jax")
+if TYPE_CHECKING:  # JAX takes seconds to import, and wrong input is answered before
+    from jax.sharding import Mesh
+    from ml_collections import ConfigDict
+
+    from clip_jax.data.tokenizers import Tokenizer
+    from clip_jax.methods.interface import Method
+    from clip_jax.training.checkpoint import Checkpointer
+    from clip_jax.training.metrics import Writer
 
 
 def parse_args(argv):
@@ -51,11 +64,14 @@ def prepare_workdir(workdir):
 
 def make_parts(config):
     """``(config, source, tokenizer, method)``, checked, without touching a device; raises UserError."""
+    from clip_jax import evaluate
     from clip_jax.data.sources import make_source
     from clip_jax.data.tokenizers import make_tokenizer
     from clip_jax.methods.interface import make_method
 
     config_lib.validate(config)
+    for task in (*config.eval.tasks, *config.eval.train_tasks):
+        evaluate.parse_task(task)
     tokenizer = make_tokenizer(config.tokenizer)
     config = config_lib.resolve(config, tokenizer)
     method = make_method(config)
@@ -97,7 +113,7 @@ def init_or_restore(config, method, mesh, checkpointer, batch):
 
 
 def compile_step(config, method, tx, state, batch):
-    """The compiled step; the state is donated, its layout stays. Also what it costs: ``(step, FLOPs or None, bytes per device or None)``."""
+    """``(step, FLOPs or None, bytes per device or None)``: the compiled step, which keeps the state's layout and its memory, and its cost."""
     import jax
 
     from clip_jax.training.step import make_step
@@ -122,22 +138,40 @@ def describe(config, source, mesh, state, flops, size, seconds):
     steps, batch = config.train.steps, config.data.batch_size
     gigaflops = f"{flops / batch / 1e9:.2f} GFLOP per example (forward and backward)" if flops else "FLOPs unknown"
     memory = f"{size / 2**20:,.0f} MiB per device" if size else "memory unknown"
-    yield f"devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} host(s); mesh {dict(mesh.shape)}"
+    machine = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} host(s)"
+    yield f"devices: {machine}; mesh {dict(mesh.shape)}"
     yield f"data: {config.data.source!r} {config.data.split!r}, {len(source):,} records"
     yield "parameters:\n" + metrics.parameter_table(state.params)
     yield f"step compiled in {seconds:.1f} s: {gigaflops}, {memory}"
     yield f"{steps:,} steps of {batch:,}: {steps * batch:,} examples, {steps * batch / len(source):.1f} epochs; from step {int(state.step)}"
 
 
-def make_model(config, method, state, tokenizer, mesh):
-    """The model of a state, as evaluation takes it."""
-    from clip_jax.inference import Model
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last."""
 
-    return Model(config, method, state.ema if config.eval.ema else state.params, state.extra, tokenizer, mesh)
+    config: ConfigDict
+    method: Method
+    tokenizer: Tokenizer
+    mesh: Mesh
+    checkpointer: Checkpointer
+    writer: Writer
+    say: Callable[[str], None]
+
+    def evaluate(self, state, tasks):
+        """The EvalResult of a state, its metrics written down."""
+        from clip_jax import evaluate
+        from clip_jax.inference import Model
+
+        params = state.ema if self.config.eval.ema else state.params
+        result = evaluate.run(Model(self.config, self.method, params, state.extra, self.tokenizer, self.mesh), tasks, self.say)
+        if result.metrics:
+            self.writer.write(int(state.step), result.metrics)
+        return result
 
 
 def train(config, workdir, say=print):
-    """Trains; returns the metrics of the last evaluation. Raises UserError."""
+    """Trains and evaluates; returns the metrics of the last evaluation. Raises UserError."""
     workdir = prepare_workdir(workdir)
     config, source, tokenizer, method = make_parts(config)
 
@@ -148,91 +182,83 @@ def train(config, workdir, say=print):
 
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch_size, mesh)
-    (workdir / "config.json").write_text(config_lib.to_json(config))
-    checkpointer = checkpoint.Checkpointer(workdir, config, tokenizer)
-    shapes = {
-        view.name: jax.ShapeDtypeStruct((config.data.batch_size, *view.shape), view.dtype, sharding=sharding.batch_sharding(mesh))
-        for view in method.views
-    }
-    with jax.set_mesh(mesh):
+    layout = sharding.batch_sharding(mesh)
+    shapes = {v.name: jax.ShapeDtypeStruct((config.data.batch_size, *v.shape), v.dtype, sharding=layout) for v in method.views}
+    with jax.set_mesh(mesh), closing(checkpoint.Checkpointer(workdir, config, tokenizer)) as checkpointer:
         state, tx = init_or_restore(config, method, mesh, checkpointer, shapes)
-        first = int(state.step)
-        loader = make_loader(config, source, tokenizer, method, first)
-        say("reading the first batch and compiling the step ...")
-        batch = sharding.to_global(next(loader), mesh) if first < config.train.steps else None
-        if batch is not None:
-            start = time.perf_counter()
-            step_fn, flops, size = compile_step(config, method, tx, state, batch)
-            for line in describe(config, source, mesh, state, flops, size, time.perf_counter() - start):
-                say(line)
-            state = loop(config, workdir, method, tokenizer, mesh, checkpointer, loader, batch, step_fn, flops, state, say)
-        result = evaluate.run(make_model(config, method, state, tokenizer, mesh), config.eval.tasks, say)
-        if not result.metrics and not config.eval.tasks:
-            say("no evaluation: eval.tasks is empty")
+        (workdir / "config.json").write_text(config_lib.to_json(config))
+        with closing(metrics.Writer(workdir, config)) as writer:
+            run = Run(config, method, tokenizer, mesh, checkpointer, writer, say)
+            if int(state.step) < config.train.steps:
+                state = loop(run, source, tx, state)
+            else:
+                say(f"the run in {workdir} is complete: {int(state.step)} of {config.train.steps} steps")
+            result = run.evaluate(state, config.eval.tasks)
         checkpointer.save(int(state.step), state, result.metrics)
         checkpointer.wait()
-        checkpointer.close()
     if config.eval.report:
         say(f"report: {evaluate.write_report(workdir, config, result)}")
-    say(f"done: checkpoints, metrics.jsonl, tensorboard and config.json are in {workdir}")
+    say(f"done: checkpoints, metrics.jsonl, config.json are in {workdir}")
     return result.metrics
 
 
-def loop(config, workdir, method, tokenizer, mesh, checkpointer, loader, batch, step_fn, flops, state, say):
+def loop(run, source, tx, state):
     """The steps up to ``config.train.steps``; host work happens one step behind the devices. Returns the last state."""
     import jax
 
-    from clip_jax import evaluate
     from clip_jax.training import metrics, sharding
 
-    steps = config.train.steps
-    writer = metrics.Writer(workdir, config)
+    config, say = run.config, run.say
+    steps, first = config.train.steps, int(state.step)
+    loader = make_loader(config, source, run.tokenizer, run.method, first)
+    say("reading the first batch and compiling the step ...")
+    batch = sharding.to_global(next(loader), run.mesh)
+    start = time.perf_counter()
+    step_fn, flops, size = compile_step(config, run.method, tx, state, batch)
+    for line in describe(config, source, run.mesh, state, flops, size, time.perf_counter() - start):
+        say(line)
     progress = metrics.Progress(config.data.batch_size, steps, flops)
-    first, waited, behind = int(state.step), 0.0, None
-    saved = time.monotonic()
+    saved, behind = time.monotonic(), None
 
     def account(step, values, waited):
         """Takes in the metrics of a step that the devices have finished, or are about to."""
         values = jax.device_get(values)
         progress.add(values, waited)
         if values["bad_steps"] >= config.train.max_bad_steps:
+            since = step - int(values["bad_steps"]) + 1
             raise UserError(
-                f"the loss or a gradient was not finite in steps {step - int(values['bad_steps']) + 1} to {step}; their updates were skipped."
-                f" The checkpoints in {checkpointer.folder} are from before or untouched by them"
+                f"the loss or a gradient was not finite in steps {since} to {step}; their updates were skipped,"
+                f" so the newest checkpoint in {run.checkpointer.folder} is still good: lower the learning rate and start again"
             )
         if step % config.train.log_steps == 0 or step in (first + 1, steps):
             values, line = progress.report(step)
-            values["skipped"] = sum(loader.skipped.values())
-            writer.write(step, values)
+            run.writer.write(step, {**values, "skipped": sum(loader.skipped.values())})
             say(line)
 
-    try:
+    with closing(loader):
         for step in range(first + 1, steps + 1):
             state, values = step_fn(state, batch)
             if behind:
                 account(*behind)
-            behind = (step, values, waited)
+            waited = 0.0
             if step < steps:
                 start = time.perf_counter()
                 rows = next(loader)
                 waited = time.perf_counter() - start
-                batch = sharding.to_global(rows, mesh)
-            result = {}
+                batch = sharding.to_global(rows, run.mesh)
+            behind, result = (step, values, waited), {}
             if config.eval.steps and step % config.eval.steps == 0 and step < steps:
                 account(*behind)
                 behind, start = None, time.perf_counter()
-                result = evaluate.run(make_model(config, method, state, tokenizer, mesh), config.eval.train_tasks, say).metrics
-                writer.write(step, result)
+                result = run.evaluate(state, config.eval.train_tasks).metrics
                 progress.pause(time.perf_counter() - start)
             by_steps = config.checkpoint.steps and step % config.checkpoint.steps == 0
             by_minutes = config.checkpoint.minutes and time.monotonic() - saved > 60 * config.checkpoint.minutes
             if (by_steps or by_minutes or (result and config.checkpoint.best)) and step < steps:
-                checkpointer.save(step, state, result)
+                run.checkpointer.save(step, state, result)
                 saved = time.monotonic()
         if behind:
             account(*behind)
-    finally:
-        writer.close()
     return state
 
 

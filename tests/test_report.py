@@ -296,7 +296,7 @@ def test_curves(tmp_path):
     assert flat[0][0] == 46 and flat[-1][0] == 346 and flat[0][1] == 10  # the plotting area
     assert np.allclose(np.diff([x for x, _ in points[0]]), 37.5)
     assert np.allclose(np.diff([y for _, y in points[0]]), 150 / 9, atol=0.11)  # from 0 to 9
-    assert "Gradient norm 1 logarithmic" in page.text and "1 more curves odd No finite value was logged." in page.text
+    assert "Gradient norm 1 logarithmic" in page.text and "More curves (1) odd No finite value was logged." in page.text
     assert "Unseen concepts, seen vendors (validation)" in page.text
 
 

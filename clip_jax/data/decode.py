@@ -33,6 +33,7 @@ def open_image(data, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise BadRecord("image too large") from None
         except Exception:  # Pillow's plugins raise almost any class on a broken file
             raise BadRecord("corrupt image") from None
+        image.decodermaxblock = len(data)  # all in one piece: the decoder need not stop and go on
     if image.width * image.height > max_pixels:
         raise BadRecord("image too large")
     if image.width * image.height == 0:

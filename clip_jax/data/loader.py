@@ -25,8 +25,8 @@ Batch = dict[str, np.ndarray]
 
 _PROBED = 256  # records that are tried before a source is called unusable, and counted before its share of bad ones is judged
 _GIVE_UP = 2048  # bad records in a row
-_SKIPPED = "_skipped"
-_RESERVED = {"example_id", "label", "source_id", "mask", _SKIPPED}
+_SMALL_SOURCE = 2**16  # up to here an explicit permutation: Grain's shuffle by index costs up to milliseconds an index in a small range
+_RESERVED = {"example_id", "label", "source_id", "mask"}
 
 
 class Loader:
@@ -54,16 +54,11 @@ class Loader:
         self.skipped: Counter = Counter(source.broken)  # what was not used, by reason, since this loader was made
         self._name, self._max_bad_share = source.name, max_bad_share
         self._used, self._bad = 0, 0
-        examples = _TrainingExamples(source, views, tokenizer, cache_bytes, batch_size, seed, host, hosts)
-        rows = batch_size // hosts
+        batches = _TrainingBatches(source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed)
         if threads is None:
             threads = 1 if workers else min(2, os.cpu_count() or 1)
-        dataset = (
-            grain.MapDataset.range(start_step * rows, 2**62 // rows * rows)
-            .map(examples)
-            .batch(rows, batch_fn=_stack)
-            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads) if threads else 0))
-        )
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads) if threads else 0)
+        dataset = grain.MapDataset.range(start_step, 2**62).map(batches).to_iter_dataset(reading)
         if workers:
             if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts processes; in a library nobody has parsed them
                 flags.FLAGS.mark_as_parsed()
@@ -75,8 +70,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
-        skipped = batch.pop(_SKIPPED)
+        batch, skipped = next(self._iterator)
         self.skipped.update(skipped)
         self._bad += skipped.total()
         self._used += len(batch["example_id"])
@@ -106,21 +100,14 @@ def iterate_once(source: Source, views: Sequence[ImageView | TextView], tokenize
         if isinstance(view, ImageView) and view.is_random:
             raise UserError(f"view {view.name!r}: augment {list(view.augment)} is random; a pass over the data for evaluation needs "
                             "deterministic operations, such as resize and center_crop")
-    examples = _EvaluationExamples(source, views, tokenizer, batch_size, host, hosts)
-    rows = batch_size // hosts
+    batches = _EvaluationBatches(source, views, tokenizer, 0, batch_size, host, hosts)
     threads = min(2, os.cpu_count() or 1) if threads is None else threads
-    dataset = (
-        grain.MapDataset.range(math.ceil(len(source) / batch_size) * rows)
-        .map(examples)
-        .batch(rows, batch_fn=_stack)
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
-    )
-    return _unpack(dataset, skipped)
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return _unpack(grain.MapDataset.range(math.ceil(len(source) / batch_size)).map(batches).to_iter_dataset(reading), skipped)
 
 
 def _unpack(dataset, skipped: Counter | None) -> Iterator[Batch]:
-    for batch in dataset:
-        reasons = batch.pop(_SKIPPED)
+    for batch, reasons in dataset:
         if skipped is not None:
             skipped.update(reasons)
         yield batch
@@ -133,34 +120,45 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
         raise UserError(f"host={host} is not in 0..{hosts - 1}")
 
 
-def _stack(rows: Sequence[Batch]) -> Batch:
-    skipped = sum((row.pop(_SKIPPED) for row in rows), Counter())
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]} | {_SKIPPED: skipped}
-
-
 def _reasons(skipped: Counter) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common(5))
 
 
-class _Examples:
-    """Makes examples by id. Keeps decoded small pictures and the ids of bad records; worker processes start with neither."""
+class _Batches:
+    """Makes batches out of examples. Keeps decoded small pictures and the ids of bad records; worker processes start with neither."""
 
-    def __init__(self, source: Source, views: Sequence[ImageView | TextView], tokenizer, cache_bytes: int):
+    def __init__(self, source: Source, views: Sequence[ImageView | TextView], tokenizer, cache_bytes: int, batch_size: int, host: int,
+                 hosts: int):
         names = [view.name for view in views]
         if len(set(names)) < len(names) or set(names) & _RESERVED:
             raise UserError(f"views: names {names} must differ from each other and from {', '.join(sorted(_RESERVED))}")
         self.source, self.views, self.tokenizer = source, tuple(views), tokenizer
+        self.batch_size, self.rows = batch_size, range(host * batch_size // hosts, (host + 1) * batch_size // hosts)
         self._cache_bytes, self._cache, self._bad = cache_bytes, {}, {}
         self._labelled, self._fields = False, set()
         parts = getattr(source, "sources", [source])
         self.starts = [0, *itertools.accumulate(len(part) for part in parts)]
         probes = [self._probe(part) for part in range(len(parts))]
-        self._labelled = any("label" in example for example in probes)
+        self._labelled = source.class_names is not None or any("label" in example for example in probes)
         self._check_templates()
         self.blank = {key: np.zeros_like(value) for key, value in self._complete(probes[0]).items()} | {"example_id": np.int32(-1)}
 
     def __getstate__(self):
         return self.__dict__ | {"_cache": {}, "_bad": {}}
+
+    def __call__(self, step: int) -> tuple[Batch, Counter]:
+        """This host's rows of a step's batch, and what was skipped for it by reason."""
+        skipped = Counter()
+        batch = {key: np.empty((len(self.rows), *value.shape), value.dtype) for key, value in self.blank.items()}
+        for i, row in enumerate(self.rows):  # example by example, which spares the memory for all of them at once
+            example = self.example(step * self.batch_size + row, skipped)
+            for key, array in batch.items():
+                array[i] = example[key]
+        return batch, skipped
+
+    def example(self, position: int, skipped: Counter) -> Batch:
+        """The example at a position of the pass over the data; counts what it skips."""
+        raise NotImplementedError
 
     def candidates(self, part: int, example_id: int) -> Iterator[int]:
         """All ids of one part of a mixture from `example_id` on, in steps that spread over it: bad records tend to lie together."""
@@ -201,7 +199,7 @@ class _Examples:
         reasons = Counter()
         for example_id in itertools.islice(self.candidates(part, self.starts[part]), _PROBED):
             try:
-                self._fields |= set(self._record(example_id))
+                self._fields |= set(self.source[example_id])
                 return self.make(example_id, np.random.default_rng(0))
             except BadRecord as bad:
                 reasons[bad.args[0]] += 1
@@ -224,45 +222,41 @@ class _Examples:
                             f"fields: {', '.join(sorted(self._fields))}")
 
 
-class _TrainingExamples(_Examples):
-    """Maps a position in this host's stream of rows to an example."""
+class _TrainingBatches(_Batches):
+    """Batches of the endless, shuffled stream of examples."""
 
-    def __init__(self, source, views, tokenizer, cache_bytes, batch_size, seed, host, hosts):
-        super().__init__(source, views, tokenizer, cache_bytes)
+    def __init__(self, source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed):
+        super().__init__(source, views, tokenizer, cache_bytes, batch_size, host, hosts)
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed} is not in 0..2**32-1")
-        self._batch_size, self._seed, self._rows, self._first_row = batch_size, seed, batch_size // hosts, host * batch_size // hosts
-        self._index = _index_stream(self.starts, getattr(source, "weights", [1]), seed)
+        self._seed, self._index = seed, _index_stream(self.starts, getattr(source, "weights", [1]), seed)
 
-    def __call__(self, position: int) -> Batch:
-        step, row = divmod(position, self._rows)
-        part, epoch, first_id = self._index[step * self._batch_size + self._first_row + row]
-        skipped = Counter()
+    def example(self, position: int, skipped: Counter) -> Batch:
+        part, epoch, first_id = self._index[position]
         for example_id in itertools.islice(self.candidates(part, first_id), _GIVE_UP):
             rng = np.random.Generator(np.random.Philox(key=np.array([self._seed << 32 | epoch, example_id], np.uint64)))
             try:
-                return self.make(example_id, rng) | {_SKIPPED: skipped}
+                return self.make(example_id, rng)
             except BadRecord as bad:
                 skipped[bad.args[0]] += 1
-        raise UserError(f"{self.source.name}: no usable record among {skipped.total()} tried ({_reasons(skipped)})")
+        raise UserError(f"{self.source.name}: no usable record among {_GIVE_UP} tried in a row ({_reasons(skipped)})")
 
 
-class _EvaluationExamples(_Examples):
-    """Maps a position in this host's stream of rows to an example or padding, and its mask."""
+class _EvaluationBatches(_Batches):
+    """Batches of one pass in order, with `mask`."""
 
-    def __init__(self, source, views, tokenizer, batch_size, host, hosts):
-        super().__init__(source, views, tokenizer, cache_bytes=0)
-        self._batch_size, self._rows, self._first_row = batch_size, batch_size // hosts, host * batch_size // hosts
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.blank |= {"mask": np.False_}
 
-    def __call__(self, position: int) -> Batch:
-        step, row = divmod(position, self._rows)
-        example_id = step * self._batch_size + self._first_row + row
+    def example(self, example_id: int, skipped: Counter) -> Batch:
         if example_id >= len(self.source):
-            return self.blank | {"mask": np.False_, _SKIPPED: Counter()}
+            return self.blank
         try:
-            return self.make(example_id, None) | {"mask": np.True_, _SKIPPED: Counter()}
+            return self.make(example_id, None) | {"mask": np.True_}
         except BadRecord as bad:
-            return self.blank | {"mask": np.False_, _SKIPPED: Counter({bad.args[0]: 1})}
+            skipped[bad.args[0]] += 1
+            return self.blank
 
 
 def _index_stream(starts: Sequence[int], weights: Sequence[float], seed: int):
@@ -271,12 +265,24 @@ def _index_stream(starts: Sequence[int], weights: Sequence[float], seed: int):
 
     parts = []
     for part, (start, end) in enumerate(itertools.pairwise(starts)):
-        part_seed = int(np.random.SeedSequence((seed, part)).generate_state(1)[0])
-        part_stream = grain.MapDataset.range(start, end).seed(part_seed).shuffle().repeat()
-        parts.append(part_stream.map_with_index(functools.partial(_with_epoch, part, end - start)))
+        part_seed, ids = int(np.random.SeedSequence((seed, part)).generate_state(1)[0]), grain.MapDataset.range(start, end)
+        if end - start > _SMALL_SOURCE:
+            parts.append(ids.seed(part_seed).shuffle().repeat().map_with_index(functools.partial(_with_epoch, part, end - start)))
+        else:
+            parts.append(ids.repeat().map_with_index(functools.partial(_shuffled_with_epoch, part, start, end - start, part_seed)))
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
 
 
 def _with_epoch(part: int, length: int, position: int, example_id: int) -> tuple[int, int, int]:
     return part, position // length, int(example_id)
+
+
+def _shuffled_with_epoch(part: int, start: int, length: int, seed: int, position: int, _: int) -> tuple[int, int, int]:
+    epoch, place = divmod(position, length)
+    return part, epoch, start + int(_permutation(seed, epoch, length)[place])
+
+
+@functools.lru_cache(maxsize=32)
+def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(length)
 

@@ -31,6 +31,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".
 _IMAGE_NAMES = ("image", "image_path", "filepath", "file_path", "path", "file_name", "filename", "file", "img", "image/encoded",
                 "image_bytes", "jpg", "png", "webp")
 _TEXT_NAMES = ("captions", "caption", "texts", "text", "captions/text", "title", "alt_text", "sentence", "sentences", "name", "description")
+_CANONICAL = {"image", "texts", "label", "source_id"}  # a data set's own fields of these names give way
 _LABEL_NAMES = ("label", "class_id", "class", "category", "target")
 
 
@@ -83,14 +84,15 @@ class BaseSource:
     def _canonical(self, raw: Mapping[str, Any]) -> Record:
         """The record with the chosen fields under their canonical names; bytes other than the image become str."""
         image, texts, label = self._fields
-        record = {key: _plain(value) for key, value in raw.items() if key != image}
+        values = {key: _plain(value) for key, value in raw.items() if key != image}
+        record = {key: value for key, value in values.items() if key not in _CANONICAL and key != label}
         if image in raw:
             record["image"] = raw[image]
-        if label in record:
-            record["label"] = self._label(record.pop(label))
+        if values.get(label) is not None:
+            record["label"] = self._label(values[label])
         if self.class_names is not None and 0 <= record.get("label", -1) < len(self.class_names):  # TFDS has -1 where it is unknown
             record["class_name"] = self.class_names[record["label"]].replace("_", " ")
-        captions = itertools.chain.from_iterable(_as_list(record.get(text)) for text in texts)
+        captions = itertools.chain.from_iterable(_as_list(values.get(text)) for text in texts)
         record["texts"] = [str(c) for c in captions] if texts else _as_list(record.get("class_name"))
         return record
 

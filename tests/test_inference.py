@@ -1,0 +1,139 @@
+"""A checkpoint in use: clip_jax.load, embeddings, classification; and the command clip_jax.evaluate."""
+
+import json
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+from helpers import tiny_config
+
+import clip_jax
+from clip_jax import evaluate, train
+from clip_jax.errors import UserError
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    config = tiny_config("train.steps=4", "optim.ema_decay=0.5", "model.text.pool=mean")
+    train.train(config, workdir, lambda line: None)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def model(trained):
+    return clip_jax.load(trained)
+
+
+def pictures(n):
+    rng = np.random.default_rng(0)
+    return [PIL.Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)) for _ in range(n)]
+
+
+def test_embeddings_are_unit_rows_whatever_the_batch(model):
+    images = pictures(5)
+    z = model.embed_image(images)
+    assert z.shape == (5, 16) and z.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(model.embed_image(images, batch_size=8), np.concatenate([model.embed_image(images[:2]), model.embed_image(images[2:])]), atol=1e-5)
+    texts = ["a cat", "", "a very long text " * 50, "문어"]
+    t = model.embed_text(texts)
+    np.testing.assert_allclose(np.linalg.norm(t, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(model.embed_text(texts[2:]), t[2:], atol=1e-5)
+    assert model.embed_text([]).shape == (0, 16) and model.embed_image([]).shape == (0, 16)
+    np.testing.assert_allclose(model.similarity(z, t), z @ t.T, atol=1e-5)
+
+
+def test_pictures_may_be_pil_arrays_or_bytes(model, tmp_path):
+    image = pictures(1)[0]
+    image.save(tmp_path / "x.png")
+    z = model.embed_image([image, np.asarray(image), (tmp_path / "x.png").read_bytes()])
+    np.testing.assert_allclose(z[1:], z[[0, 0]], atol=1e-6)
+
+
+def test_classify_gives_probabilities(model):
+    images = pictures(3)
+    p = model.classify(images, ["cat", "dog", "house"], templates=("a {}", "the {}"))
+    assert p.shape == (3, 3)
+    np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
+    mean = sum(model.embed_text([t.format(c) for c in ("cat", "dog", "house")]) for t in ("a {}", "the {}"))
+    scores = model.embed_image(images) @ (mean / np.linalg.norm(mean, axis=1, keepdims=True)).T
+    assert (p.argmax(1) == scores.argmax(1)).all()
+
+
+def test_a_copied_step_folder_is_enough(trained, model, tmp_path):
+    shutil.copytree(trained / "checkpoints" / "4", tmp_path / "elsewhere")
+    other = clip_jax.load(tmp_path / "elsewhere")
+    np.testing.assert_array_equal(other.embed_text(["a cat"]), model.embed_text(["a cat"]))
+    assert other.tokenizer.fingerprint() == model.tokenizer.fingerprint()
+
+
+def test_steps_and_the_moving_average(trained, model):
+    text = ["a cat"]
+    assert not np.allclose(clip_jax.load(trained, 2).embed_text(text), model.embed_text(text))
+    assert not np.allclose(clip_jax.load(trained, ema=True).embed_text(text), model.embed_text(text))
+
+
+@pytest.mark.parametrize("which, message", [("3", "no checkpoint of step 3"), ("best", "no checkpoint in .* has a metric to be best by")])
+def test_checkpoints_that_are_not_there(trained, which, message):
+    with pytest.raises(UserError, match=message):
+        clip_jax.load(trained, which)
+
+
+def test_folders_without_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="is no folder"):
+        clip_jax.load(tmp_path / "none")
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        clip_jax.load(tmp_path)
+
+
+def class_folder(path, n=6):
+    for name in ("cat", "dog"):
+        (path / name).mkdir(parents=True)
+        for i, image in enumerate(pictures(n)):
+            image.save(path / name / f"{i}.png")
+    return path
+
+
+def test_evaluate_command_on_a_folder(trained, tmp_path, capsys):
+    data = class_folder(tmp_path / "data")
+    task = f"zeroshot(source='{data}', templates='clip_7', name='pets')"
+    probe = f"probe(train='{data}', test='{data}')"
+    code = evaluate.main([f"--checkpoint={trained}", f"--task={task}", f"--task={probe}", f"--json={tmp_path}/m.json", f"--report={tmp_path}/r.html"])
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert metrics["pets/images"] == 12 and metrics["pets/classes"] == 2 and 0 <= metrics["pets/top1"] <= 1 and "probe/accuracy" in metrics
+    assert "pets/top1" in out.out and (tmp_path / "r.html").read_text().lstrip().lower().startswith("<!doctype html>")
+
+
+def test_retrieval_task_counts_every_caption(trained, tmp_path):
+    for i, image in enumerate(pictures(4)):
+        image.save(tmp_path / f"{i}.png")
+    rows = [{"image": f"{i}.png", "caption": [f"number {i}", f"picture {i}"]} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = evaluate.run(clip_jax.load(trained), [f"retrieval(source='{tmp_path}/data.jsonl')"], lambda line: None)
+    assert result.metrics["retrieval/images"] == 4 and result.metrics["retrieval/texts"] == 8
+    assert result.metrics["retrieval/image_to_text_R@10"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ("zeroshoot(source='x')", "did you mean 'zeroshot'"),
+        ("zeroshot(sorce='x')", "it is zeroshot"),
+        ("zeroshot(source=x)", "cannot read"),
+        ("emoji(subset='train')", "subset='train'"),
+    ],
+)
+def test_wrong_tasks(trained, task, message, capsys):
+    assert evaluate.main([f"--checkpoint={trained}", f"--task={task}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_class_lists_with_duplicates_are_refused(trained, tmp_path, capsys):
+    (tmp_path / "classes.txt").write_text("cat\ncat\n")
+    data = class_folder(tmp_path / "data")
+    assert evaluate.main([f"--checkpoint={trained}", f"--task=zeroshot(source='{data}', classes='{tmp_path}/classes.txt')"]) == 2
+    assert "cat" in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""Whole runs: what they print and write, resume, kill -9, what is refused, a full disk."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPO
+from helpers import losses, run, tiny_config, train_command
+
+from clip_jax import train
+from clip_jax.errors import UserError
+from clip_jax.training import checkpoint
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """``(work folder, finished process)`` of an uninterrupted run of 8 steps, as a user starts it."""
+    workdir = tmp_path_factory.mktemp("finished")
+    process = run(train_command(workdir, "train.steps=8", "log.tensorboard=true"))
+    assert process.returncode == 0, process.stderr
+    return workdir, process
+
+
+def test_what_a_run_prints_and_writes(finished):
+    workdir, process = finished
+    for text in ("devices: 1 x cpu", "mesh {'data': 1", "parameters:", "logit_scale", "GFLOP per example", "MiB per device", "8 steps of 16: 128 examples"):
+        assert text in process.stdout
+    line = next(line for line in process.stdout.splitlines() if line.startswith("step 8/8"))
+    for text in ("loss", "acc", "scale", "grad", "params", "lr", "img/s", "data wait", "ETA"):
+        assert text in line
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert {"loss", "logit_scale", "grad_norm", "param_norm", "lr", "images_per_s", "data_wait_share", "skipped", "eta_s"} <= rows[-1].keys()
+    assert any((workdir / "tensorboard").glob("events*")) and (workdir / "config.json").is_file()
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == ["6", "8"]
+
+
+def test_the_same_command_again_has_nothing_to_do(finished):
+    workdir, _ = finished
+    before = losses(workdir)
+    assert train.train(tiny_config("train.steps=8", "mesh.data=1", "mesh.fsdp=-1"), workdir, say=lambda line: None) == {}
+    assert losses(workdir) == before
+
+
+def test_kill_and_resume_is_bit_identical(finished, tmp_path):
+    """kill -9 somewhere after the first checkpoint; the same command again; the losses are those of the run that was not killed."""
+    command = train_command(tmp_path, "train.steps=8", "log.tensorboard=true")
+    process = subprocess.Popen(command, cwd=REPO, env=run_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/8"):
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    again = run(command)
+    assert again.returncode == 0, again.stderr
+    first = int(again.stdout.split("from step ")[1].split()[0])
+    assert 0 <= first < 8, "the killed run had not finished"
+    expected, got = losses(finished[0]), losses(tmp_path)
+    assert {step: got[step] for step in expected} == expected
+
+
+def run_env():
+    import os
+
+    return {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+
+
+def test_resume_on_another_mesh_goes_on_with_the_same_batches(finished, tmp_path):
+    config = tiny_config("train.steps=8", "mesh={'data': 2, 'fsdp': 2, 'tensor': 2}")
+
+    def stop_at_5(line):
+        if line.startswith("step 5/8"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path, stop_at_5)
+    time.sleep(1)
+    config = tiny_config("train.steps=8", "mesh={'data': 4, 'fsdp': 1, 'tensor': 2}")
+    train.train(config, tmp_path, lambda line: None)
+    expected, got = losses(finished[0]), losses(tmp_path)
+    np.testing.assert_allclose([got[s] for s in sorted(expected)], [expected[s] for s in sorted(expected)], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.image.width=64", "model.image.width was 32, is now 64"),
+        ("tokenizer=clip_bpe", "tokenizer was 'sentencepiece', is now 'clip_bpe'"),
+        ("optim.name=sgd", "optim.name was 'adamw', is now 'sgd'"),
+        ("data.batch_size=32", "data.batch_size was 16, is now 32"),
+    ],
+)
+def test_another_model_or_tokenizer_is_refused(finished, override, message):
+    with pytest.raises(UserError, match=message):
+        train.train(tiny_config(override), finished[0], lambda line: None)
+    assert checkpoint.find(finished[0]).name == "8", "the checkpoints are still there"
+
+
+def test_another_tokenizer_under_the_same_name_is_refused(finished, monkeypatch):
+    from clip_jax.data import tokenizers
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "fingerprint", lambda self: "other")
+    with pytest.raises(UserError, match="tokenizer 'sentencepiece' has other files"):
+        train.train(tiny_config(), finished[0], lambda line: None)
+
+
+def damage(folder):
+    """Cuts the largest file of a checkpoint in half."""
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+    config = tiny_config("train.steps=4")
+    train.train(config, tmp_path, lambda line: None)
+    expected = losses(tmp_path)
+    damage(tmp_path / "checkpoints" / "4")
+    lines = []
+    train.train(config, tmp_path, lines.append)
+    assert "is damaged" in caplog.text and any("from step 2" in line for line in lines)
+    assert losses(tmp_path) == expected
+
+
+def test_a_half_written_checkpoint_is_not_picked_up(tmp_path):
+    config = tiny_config("train.steps=2")
+    train.train(config, tmp_path, lambda line: None)
+    (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-1" / "state").mkdir(parents=True)
+    assert checkpoint.find(tmp_path).name == "2"
+    lines = []
+    train.train(tiny_config("train.steps=3"), tmp_path, lines.append)
+    assert any("from step 2" in line for line in lines)
+
+
+def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
+    from clip_jax import evaluate
+    from clip_jax.evaluation.tasks import EvalResult
+
+    scores = iter([0.3, 0.9, 0.1, 0.2, 0.25])
+    monkeypatch.setattr(evaluate, "run", lambda model, tasks, say: EvalResult({"score": next(scores)}))
+    config = tiny_config("train.steps=5", "checkpoint.best=score", "checkpoint.keep=1", "checkpoint.steps=0", "eval.steps=1", "eval.train_tasks=('emoji',)")
+    train.train(config, tmp_path, lambda line: None)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["2", "5"]
+    assert checkpoint.find(tmp_path, "best").name == "2" and checkpoint.find(tmp_path).name == "5"
+
+
+def test_a_loss_that_stays_nan_stops_the_run(tmp_path):
+    config = tiny_config("train.steps=30", "optim.lr=1e30", "optim.weight_decay=0", "train.max_bad_steps=3", "checkpoint.steps=1")
+    with pytest.raises(UserError, match=r"not finite in steps \d+ to \d+; their updates were skipped"):
+        train.train(config, tmp_path, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["data.batch_size=18"], "data.batch_size=18 is not divisible by the 8 devices"),
+        (["mesh.data=3"], "does not fit 8 device"),
+        (["model.image.size=20"], "model.image.size=20 is not divisible by the patch size 8"),
+        (["data.source=/nowhere/x.tar"], "/nowhere/x.tar"),
+        (["method=clipp"], "method='clipp' is neither a method"),
+        (["tokenizer=bpe"], "bpe"),
+        (["data.augment=rcc(0.5, 1.0)"], "did you mean 'rrc'"),
+        (["data.templates=({nme})"], "nme"),
+        (["eval.tasks=zeroshott(source='x')"], "unknown task 'zeroshott': did you mean 'zeroshot'"),
+    ],
+)
+def test_wrong_input_is_one_line_before_anything_is_written(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        train.train(tiny_config(*overrides), tmp_path, lambda line: None)
+    assert "\n" not in str(error.value) and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_command_ends_with_one_line_and_status_2(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    base = ["--config=configs/clip.py"]
+    for arguments, message in (
+        ([*base, f"--workdir={file}/run"], "cannot be written"),
+        ([*base, "--workdir=x", "--config.optim.lrr=1"], "did you mean 'optim.lr'"),
+        ([*base, "--workdir=x", "--lr=1"], "unknown argument '--lr=1'"),
+        ([*base, "--workdir=x", "--config.optim.lr"], "has no value"),
+    ):
+        assert train.main(arguments) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+
+
+def test_a_full_disk_stops_with_one_line_and_keeps_the_earlier_checkpoint(tmp_path):
+    """The limit on the size of a file stands for the disk's: writing beyond it fails in the same places."""
+    first = run(train_command(tmp_path, "train.steps=2"))
+    assert first.returncode == 0, first.stderr
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    second = run(train_command(tmp_path, "train.steps=4"), preexec_fn=limit, env={"JAX_ENABLE_COMPILATION_CACHE": "false"})
+    assert second.returncode == 2, second.stderr
+    error = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and "could not save checkpoint" in error[0] and "last good checkpoint is" in error[0] and "/checkpoints/2" in error[0]
+    assert checkpoint.find(tmp_path).name == "2"
+    third = run(train_command(tmp_path, "train.steps=4"))
+    assert third.returncode == 0 and "from step 2" in third.stdout
+
+
+def test_train_reads_in_one_sitting():
+    assert len((REPO / "clip_jax" / "train.py").read_text().splitlines()) < 400
+
+
+def test_commands_start_without_importing_jax():
+    """--help and wrong input answer at once: importing JAX alone takes seconds."""
+    code = "import sys, clip_jax.train, clip_jax.config; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
+
+
+def test_eight_devices_are_simulated():
+    assert jax.device_count() == 8

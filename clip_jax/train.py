@@ -267,7 +267,7 @@ def main(argv=None):
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         train(*parse_args(argv), say=lambda line: print(line, flush=True))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that is gone
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

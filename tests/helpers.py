@@ -11,7 +11,8 @@ from conftest import REPO
 TINY = [
     "model.embed_dim=16", "model.image.width=32", "model.image.heads=2", "model.image.mlp_dim=64", "model.image.depth=1", "model.image.stem=()",
     "model.image.patch=8", "model.image.size=16", "model.text.width=32", "model.text.heads=2", "model.text.mlp_dim=64", "model.text.depth=1",
-    "data.batch_size=16", "train.steps=6", "train.log_steps=1", "optim.warmup_steps=1", "checkpoint.steps=2", "checkpoint.keep=2",
+    "data.batch_size=16", "train.steps=6", "train.log_steps=1", "optim.warmup_steps=0", "checkpoint.steps=2", "checkpoint.keep=2", "optim.schedule=constant",
+    # a constant learning rate: runs of any length are one program, compiled once
     "eval.tasks=()", "eval.report=false", "log.tensorboard=false",
 ]  # fmt: skip
 

@@ -98,6 +98,25 @@ def test_seeds_and_epochs_differ():
     assert len({image.tobytes() for image in images}) == 4
 
 
+@pytest.mark.parametrize("length", [2**16, 2**16 + 2])  # the two ways of shuffling
+def test_large_sources_are_shuffled_anew_every_epoch(length):
+    class Many(MemorySource):
+        def __len__(self):
+            return length
+
+        def __getitem__(self, index):
+            return {"texts": [str(index)]}
+
+    source = Many(records(1))
+    iterator = loader(source, [TextView("text", 8)], batch_size=2 * length, threads=0)
+    ids = next(iterator)["example_id"]
+    np.testing.assert_array_equal(np.sort(ids[:length]), np.arange(length))
+    np.testing.assert_array_equal(np.sort(ids[length:]), np.arange(length))
+    assert (ids[:length] == ids[length:]).mean() < 0.001
+    for epoch in (ids[:length], ids[length:]):
+        assert abs(np.corrcoef(epoch, np.arange(length))[0, 1]) < 0.02
+
+
 def test_one_record():
     batch = next(loader(MemorySource(records(1)), batch_size=4))
     assert batch["example_id"].tolist() == [0] * 4
@@ -167,6 +186,15 @@ def test_worker_processes_change_nothing(reference, tmp_path):
     restarted = loader(source, max_bad_share=0.5, workers=2, start_step=5)
     assert_equal(take(restarted, 4), batches[5:])
     restarted.close()
+
+
+def test_a_closed_loader_says_so():
+    iterator = loader(MemorySource(records(4)))
+    next(iterator)
+    iterator.close()
+    iterator.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
 
 
 def test_worker_processes_report_a_source_that_goes_bad():

@@ -135,6 +135,12 @@ def test_embedded_emoji():
     assert record["texts"] == [record["name"]] and isinstance(record["tags"], list) and record["vendor"]
 
 
+@pytest.mark.parametrize("spec", ["", "  ", "emoji + "])
+def test_empty_names(spec):
+    with pytest.raises(UserError, match="no data set is named|emoji \\+: no such file"):
+        make_source(spec)
+
+
 def test_unknown_names():
     with pytest.raises(UserError, match="emojis: no such file or folder \\(did you mean 'emoji'\\?\\); embedded sets: "):
         make_source("emojis")

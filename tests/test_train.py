@@ -125,6 +125,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     train.train(config, tmp_path, lines.append)
     assert "is damaged" in caplog.text and any("from step 2" in line for line in lines)
     assert losses(tmp_path) == expected
+    for step in (2, 4):
+        damage(tmp_path / "checkpoints" / str(step))
+    with pytest.raises(UserError, match="none of the checkpoints .* can be read"):
+        train.train(config, tmp_path, lines.append)
 
 
 def test_a_half_written_checkpoint_is_not_picked_up(tmp_path):
@@ -197,7 +201,7 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_earlier_checkpoint(tmp_pa
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (380_000, 380_000))
 
     second = run(train_command(tmp_path, "train.steps=4"), preexec_fn=limit, env={"JAX_ENABLE_COMPILATION_CACHE": "false"})
     assert second.returncode == 2, second.stderr

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import os
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,9 +36,9 @@ class Loader:
     A record that cannot be used is replaced by the next usable one in a fixed order, counted by reason in `skipped`, and an error once more
     than `max_bad_share` of the records (of at least 256) were unusable. `step` is the step of the next batch: a loader made with it as
     `start_step` goes on from there.
-    workers: processes, 0 = none (a script that uses them needs the `__main__` guard); threads: in each process; prefetch: batches that each
-    process keeps ready; cache_bytes: decoded pictures of at most 256 x 256 pixels are kept in memory up to this size in each process, if
-    the whole source promises to fit.
+    workers: processes, 0 = none (a script that uses them needs the `__main__` guard); threads: in each process, by default one where small
+    pictures are kept in memory, else one per core; prefetch: batches that each process keeps ready; cache_bytes: decoded pictures of at
+    most 256 x 256 pixels are kept in memory up to this size in each process, if the whole source promises to fit.
     Raises UserError for wrong arguments and for a source without a usable record.
     """
 
@@ -56,21 +57,23 @@ class Loader:
         self._used, self._bad = 0, 0
         batches = _TrainingBatches(source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed)
         if threads is None:
-            threads = 1 if workers else min(2, os.cpu_count() or 1)
+            threads = 1 if workers or batches.keeps_pictures else _threads()
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads) if threads else 0)
         dataset = grain.MapDataset.range(start_step, 2**62).map(batches).to_iter_dataset(reading)
         if workers:
             if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts processes; in a library nobody has parsed them
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
-        self._iterator = iter(dataset)
-        self._finalizer = weakref.finalize(self, self._iterator.close)  # also at exit, while Grain can still clean up
+        self._open = [iter(dataset)]
+        self._close = weakref.finalize(self, _close, self._open)  # also at exit, and before Grain's own modules are taken apart
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        batch, skipped = next(self._iterator)
+        if not self._open:
+            raise ValueError("the loader is closed")
+        batch, skipped = next(self._open[0])
         self.skipped.update(skipped)
         self._bad += skipped.total()
         self._used += len(batch["example_id"])
@@ -83,7 +86,17 @@ class Loader:
 
     def close(self) -> None:
         """Ends worker processes and threads; safe to call twice."""
-        self._finalizer()
+        self._close()
+
+
+def _close(iterators: list) -> None:
+    while iterators:
+        iterators.pop().close()
+
+
+def _threads() -> int:
+    """Pillow decodes and resizes without the interpreter's lock; beyond some threads the rest of the work is what counts."""
+    return min(8, os.cpu_count() or 1)
 
 
 def iterate_once(source: Source, views: Sequence[ImageView | TextView], tokenizer, batch_size: int, host: int = 0, hosts: int = 1, *,
@@ -101,7 +114,7 @@ def iterate_once(source: Source, views: Sequence[ImageView | TextView], tokenize
             raise UserError(f"view {view.name!r}: augment {list(view.augment)} is random; a pass over the data for evaluation needs "
                             "deterministic operations, such as resize and center_crop")
     batches = _EvaluationBatches(source, views, tokenizer, 0, batch_size, host, hosts)
-    threads = min(2, os.cpu_count() or 1) if threads is None else threads
+    threads = _threads() if threads is None else threads
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return _unpack(grain.MapDataset.range(math.ceil(len(source) / batch_size)).map(batches).to_iter_dataset(reading), skipped)
 
@@ -138,6 +151,7 @@ class _Batches:
         self._labelled, self._fields = False, set()
         parts = getattr(source, "sources", [source])
         self.starts = [0, *itertools.accumulate(len(part) for part in parts)]
+        self._strides = [_stride(len(part)) for part in parts]
         probes = [self._probe(part) for part in range(len(parts))]
         self._labelled = source.class_names is not None or any("label" in example for example in probes)
         self._check_templates()
@@ -145,6 +159,10 @@ class _Batches:
 
     def __getstate__(self):
         return self.__dict__ | {"_cache": {}, "_bad": {}}
+
+    @property
+    def keeps_pictures(self) -> bool:
+        return bool(self._cache)
 
     def __call__(self, step: int) -> tuple[Batch, Counter]:
         """This host's rows of a step's batch, and what was skipped for it by reason."""
@@ -162,9 +180,8 @@ class _Batches:
 
     def candidates(self, part: int, example_id: int) -> Iterator[int]:
         """All ids of one part of a mixture from `example_id` on, in steps that spread over it: bad records tend to lie together."""
-        start, length = self.starts[part], self.starts[part + 1] - self.starts[part]
-        step = next(s for s in range(max(1, round(0.618 * length)), length + 1) if math.gcd(s, length) == 1)
-        return (start + (example_id - start + k * step) % length for k in range(length))
+        start, length, stride = self.starts[part], self.starts[part + 1] - self.starts[part], self._strides[part]
+        return (start + (example_id - start + k * stride) % length for k in range(length))
 
     def make(self, example_id: int, rng: np.random.Generator | None) -> Batch:
         """The example; raises BadRecord."""
@@ -222,6 +239,10 @@ class _Batches:
                             f"fields: {', '.join(sorted(self._fields))}")
 
 
+def _stride(length: int) -> int:
+    return next(s for s in range(max(1, round(0.618 * length)), length + 1) if math.gcd(s, length) == 1)
+
+
 class _TrainingBatches(_Batches):
     """Batches of the endless, shuffled stream of examples."""
 
@@ -229,14 +250,18 @@ class _TrainingBatches(_Batches):
         super().__init__(source, views, tokenizer, cache_bytes, batch_size, host, hosts)
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed} is not in 0..2**32-1")
-        self._seed, self._index = seed, _index_stream(self.starts, getattr(source, "weights", [1]), seed)
+        import grain
+
+        self._seed = seed
+        streams = [_Stream(part, start, end - start, seed) for part, (start, end) in enumerate(itertools.pairwise(self.starts))]
+        mixed = [grain.MapDataset.range(2**62).map(stream.__getitem__) for stream in streams]
+        self._index = streams[0] if len(streams) == 1 else grain.MapDataset.mix(mixed, source.weights)
 
     def example(self, position: int, skipped: Counter) -> Batch:
         part, epoch, first_id = self._index[position]
         for example_id in itertools.islice(self.candidates(part, first_id), _GIVE_UP):
-            rng = np.random.Generator(np.random.Philox(key=np.array([self._seed << 32 | epoch, example_id], np.uint64)))
             try:
-                return self.make(example_id, rng)
+                return self.make(example_id, _random(self._seed, epoch, example_id))
             except BadRecord as bad:
                 skipped[bad.args[0]] += 1
         raise UserError(f"{self.source.name}: no usable record among {_GIVE_UP} tried in a row ({_reasons(skipped)})")
@@ -259,30 +284,40 @@ class _EvaluationBatches(_Batches):
             return self.blank
 
 
-def _index_stream(starts: Sequence[int], weights: Sequence[float], seed: int):
-    """Endless (part, epoch, example id): each part in a new order every epoch, the parts mixed in proportion to the weights."""
-    import grain
+class _Stream:
+    """Endless (part, epoch, example id) of one part of a mixture, by position: all its ids in a new order every epoch."""
 
-    parts = []
-    for part, (start, end) in enumerate(itertools.pairwise(starts)):
-        part_seed, ids = int(np.random.SeedSequence((seed, part)).generate_state(1)[0]), grain.MapDataset.range(start, end)
-        if end - start > _SMALL_SOURCE:
-            parts.append(ids.seed(part_seed).shuffle().repeat().map_with_index(functools.partial(_with_epoch, part, end - start)))
-        else:
-            parts.append(ids.repeat().map_with_index(functools.partial(_shuffled_with_epoch, part, start, end - start, part_seed)))
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+    def __init__(self, part: int, start: int, length: int, seed: int):
+        import grain
 
+        self._part, self._start, self._length = part, start, length
+        self._seed = int(np.random.SeedSequence((seed, part)).generate_state(1)[0])
+        self._shuffled = grain.MapDataset.range(start, start + length).seed(self._seed).shuffle().repeat()
 
-def _with_epoch(part: int, length: int, position: int, example_id: int) -> tuple[int, int, int]:
-    return part, position // length, int(example_id)
-
-
-def _shuffled_with_epoch(part: int, start: int, length: int, seed: int, position: int, _: int) -> tuple[int, int, int]:
-    epoch, place = divmod(position, length)
-    return part, epoch, start + int(_permutation(seed, epoch, length)[place])
+    def __getitem__(self, position: int) -> tuple[int, int, int]:
+        epoch, place = divmod(position, self._length)
+        if self._length <= _SMALL_SOURCE:
+            return self._part, epoch, self._start + int(_permutation(self._seed, epoch, self._length)[place])
+        return self._part, epoch, int(self._shuffled[position])
 
 
 @functools.lru_cache(maxsize=32)
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(length)
 
+
+class _Randomness(threading.local):
+    """Generators by (seed, epoch, example id): each thread has one, whose state is set, which is much cheaper than a new one each time."""
+
+    def __init__(self):
+        self._bits = np.random.Philox(key=0)
+        self._generator = np.random.Generator(self._bits)
+        self._state = self._bits.state  # counter 0, nothing buffered
+
+    def __call__(self, seed: int, epoch: int, example_id: int) -> np.random.Generator:
+        self._state["state"]["key"][:] = seed << 32 | epoch, example_id
+        self._bits.state = self._state
+        return self._generator
+
+
+_random = _Randomness()

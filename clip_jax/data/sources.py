@@ -445,6 +445,8 @@ def make_source(spec: str, split: str = "train", *, image: str | None = None, te
     `split` is a split of a TFDS data set, slices such as "train[:90%]" included; in all others it replaces "{split}" in the spec, or is a
     sub-folder of a folder. Raises UserError when there is no such data, or nothing in it.
     """
+    if not spec.strip():
+        raise UserError("data: no data set is named; give a name such as emoji, or a path")
     parts = [part.strip() for part in spec.split(" + ")]
     weights = [re.fullmatch(r"(.+)\*(\d+(?:\.\d+)?)", part) for part in parts]
     if len(parts) > 1:

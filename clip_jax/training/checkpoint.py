@@ -30,7 +30,7 @@ class Checkpointer:
 
     def __init__(self, workdir, config, tokenizer):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer = config, _pack(tokenizer)
         policies = [checkpoint_managers.LatestN(config.checkpoint.keep)]
         if best := config.checkpoint.best:
             sign, name = (-1, best[1:]) if best.startswith("-") else (1, best)
@@ -54,32 +54,30 @@ class Checkpointer:
             "jax": jax.__version__,
             "step": step,
             "config": json.loads(config_lib.to_json(self.config)),
-            "tokenizer": _pack(self.tokenizer),
+            "tokenizer": self.tokenizer,
             "metrics": metrics,
         }
-        with self._failure(step):
+        with _SaveFailure(self, step):
             self.manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)), metrics=metrics or None
             )
 
     def wait(self):
         """Blocks until everything is on disk; raises UserError when it could not be written."""
-        with self._failure("the newest"):
+        with _SaveFailure(self, "the newest"):
             self.manager.wait_until_finished()
 
     def close(self):
         self.manager.close()
 
-    def _failure(self, step):
-        return _SaveFailure(self, step)
-
     def restore(self, state):
         """The newest usable state with the shapes and shardings of ``state`` (a TrainState of ShapeDtypeStruct), or None if there is none.
 
-        A damaged checkpoint is passed over, with a warning, for the one before. Raises UserError when the run in the folder
-        was made with a configuration or tokenizer that does not fit, naming the fields.
+        A damaged checkpoint is passed over, with a warning, for the one before. Raises UserError when none is left, and when the
+        run in the folder was made with a configuration or tokenizer that does not fit, naming the fields.
         """
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
             try:
                 meta = read_meta(self.folder / str(step))
             except (OSError, ValueError) as error:
@@ -88,8 +86,10 @@ class Checkpointer:
             self._check(meta)
             try:
                 return restore_arrays(self.folder / str(step), state)
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:  # what Orbax raises for a damaged array is a bare Exception
                 logger.warning("checkpoint %s/%d is damaged (%s); trying the one before", self.folder, step, _line(error))
+        if steps:
+            raise UserError(f"none of the checkpoints in {self.folder} can be read ({', '.join(map(str, steps))}); use another --workdir")
         return None
 
     def _check(self, meta):
@@ -98,7 +98,7 @@ class Checkpointer:
         if changed:
             what = "; ".join(f"{key} was {a!r}, is now {b!r}" for key, a, b in changed)
             raise UserError(f"{self.folder} holds a run that this configuration cannot continue: {what}. Use another --workdir")
-        if meta["tokenizer"]["fingerprint"] != self.tokenizer.fingerprint():
+        if meta["tokenizer"]["fingerprint"] != self.tokenizer["fingerprint"]:
             raise UserError(
                 f"{self.folder} holds a run that this configuration cannot continue: tokenizer {self.config.tokenizer!r} has other files than"
                 " those it was trained with. Use another --workdir"

@@ -95,8 +95,12 @@ def main():
                 if turn >= 2:
                     seconds[name].append(time.process_time() - start)
         rate = {name: batch / statistics.median(times) for name, times in seconds.items()}
-        print(f"{f'{width}x{height}':>10} {f'{min_area:g}-1':>8} " + "".join(f"{rate[name]:18.0f}" for name in pipelines)
-              + f"{rate['clip_jax loader'] / rate['Pillow']:16.2f}", flush=True)
+        print(
+            f"{f'{width}x{height}':>10} {f'{min_area:g}-1':>8} "
+            + "".join(f"{rate[name]:18.0f}" for name in pipelines)
+            + f"{rate['clip_jax loader'] / rate['Pillow']:16.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -47,18 +47,13 @@ def base():
     c.model.dtype = "bfloat16"  # of matrix work; weights, norms, softmax and losses stay float32
     c.model.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]
     c.model.image_std = (0.26862954, 0.26130258, 0.27577711)
-    c.model.image = ConfigDict(
-        dict(
-            kind="vit", size=224, patch=32, width=768, depth=12, heads=12, mlp_dim=3072, pool="cls", cls_token=True, ln_pre=True,
-            patch_bias=False, posemb="learn", act="quick_gelu", ln_eps=1e-5, weight_init="clip_image", stem=(), patch_drop=0.0, proj_bias=False,
-        )
-    )  # fmt: skip
-    c.model.text = ConfigDict(
-        dict(
-            kind="transformer", vocab_size=0, eot_id=-1, context=77, width=512, depth=12, heads=8, mlp_dim=2048, pool="eot", causal=True,
-            mask_padding=False, act="quick_gelu", ln_eps=1e-5, weight_init="clip_text", proj_bias=False,
-        )
-    )  # vocab_size and eot_id are taken from the tokenizer # fmt: skip
+    # docs of the fields: clip_jax/models/vit.py and clip_jax/models/text.py
+    c.model.image = ConfigDict(dict(kind="vit", size=224, patch=32, width=768, depth=12, heads=12, mlp_dim=3072, pool="cls"))
+    c.model.image.update(dict(cls_token=True, ln_pre=True, patch_bias=False, posemb="learn", act="quick_gelu", ln_eps=1e-5))
+    c.model.image.update(dict(weight_init="clip_image", stem=(), patch_drop=0.0, proj_bias=False))
+    c.model.text = ConfigDict(dict(kind="transformer", context=77, width=512, depth=12, heads=8, mlp_dim=2048, pool="eot"))
+    c.model.text.update(dict(causal=True, mask_padding=False, act="quick_gelu", ln_eps=1e-5, weight_init="clip_text", proj_bias=False))
+    c.model.text.update(dict(vocab_size=0, eot_id=-1))  # taken from the tokenizer
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw | lamb | adafactor | sgd
@@ -224,11 +219,14 @@ def resolve(config, tokenizer):
 
 def validate(config):
     """Checks the values that no other part checks when it is built; raises UserError for the first that is wrong."""
-    for key, low in (
-        ("data.batch_size", 1), ("train.steps", 1), ("train.log_steps", 1), ("train.max_bad_steps", 1), ("checkpoint.keep", 1),
-        ("checkpoint.steps", 0), ("checkpoint.minutes", 0), ("eval.steps", 0), ("eval.batch_size", 1), ("optim.lr", 0), ("optim.warmup_steps", 0),
-        ("optim.weight_decay", 0), ("optim.grad_clip_norm", 0), ("optim.eps", 0), ("data.workers", 0), ("data.threads", 1), ("data.prefetch", 1),
-    ):  # fmt: skip
+    at_least_1 = (
+        "data.batch_size data.threads data.prefetch train.steps train.log_steps train.max_bad_steps checkpoint.keep eval.batch_size"
+    )
+    at_least_0 = (
+        "checkpoint.steps checkpoint.minutes eval.steps optim.lr optim.warmup_steps optim.weight_decay optim.grad_clip_norm optim.eps"
+        " data.workers data.cache_mb"
+    )
+    for key, low in [(key, 1) for key in at_least_1.split()] + [(key, 0) for key in at_least_0.split()]:
         value = _get(config, key)
         if not value >= low:
             raise UserError(f"{key}={value}: must be at least {low}")
@@ -245,7 +243,11 @@ def validate(config):
     for entry in config.optim.lr_mult:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], int | float)):
             raise UserError(f"optim.lr_mult: {entry!r} is not allowed; it holds pairs (regular expression, factor)")
-    patterns = {"optim.freeze": config.optim.freeze, "optim.no_decay": config.optim.no_decay, "optim.lr_mult": [p for p, _ in config.optim.lr_mult]}
+    patterns = {
+        "optim.freeze": config.optim.freeze,
+        "optim.no_decay": config.optim.no_decay,
+        "optim.lr_mult": [p for p, _ in config.optim.lr_mult],
+    }
     for key, entry in ((key, entry) for key, entries in patterns.items() for entry in entries):
         try:
             re.compile(entry)

@@ -1,9 +1,9 @@
 """A trained model in use: embeddings of pictures and texts, and zero-shot classification.
 
-    model = clip_jax.load("runs/clip")
-    z_image = model.embed_image([PIL.Image.open("cat.jpg")])
-    z_text = model.embed_text(["a photo of a cat", "a photo of a dog"])
-    probabilities = model.classify(images, ["cat", "dog"], templates=("a photo of a {}.",))
+model = clip_jax.load("runs/clip")
+z_image = model.embed_image([PIL.Image.open("cat.jpg")])
+z_text = model.embed_text(["a photo of a cat", "a photo of a dog"])
+probabilities = model.classify(images, ["cat", "dog"], templates=("a photo of a {}.",))
 """
 
 import json
@@ -39,13 +39,19 @@ class Model:
         self._similarity = jax.jit(method.similarity)
 
     def embed_image(self, images, batch_size=None):
-        """Unit rows, float32 ``[n, E]``, of ``images``: uint8 ``[n, size, size, 3]`` of the model's size, or a list of PIL images, uint8 arrays or encoded bytes.
+        """Unit rows, float32 ``[n, E]``, of pictures.
+
+        ``images``: uint8 ``[n, size, size, 3]`` of the model's size, or a list of PIL images, uint8 arrays or encoded bytes.
 
         Raises :class:`~clip_jax.data.sources.BadRecord` for a picture that cannot be decoded.
         """
         size = self.image_view.size
         if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (size, size, 3)):
-            images = np.stack([self.image_view({"image": image}, None) for image in images]) if len(images) else np.zeros((0, size, size, 3), np.uint8)
+            images = (
+                np.stack([self.image_view({"image": image}, None) for image in images])
+                if len(images)
+                else np.zeros((0, size, size, 3), np.uint8)
+            )
         return self._embed(self._image, images, batch_size)
 
     def embed_text(self, texts, batch_size=None):
@@ -57,7 +63,7 @@ class Model:
         return np.asarray(self._similarity(z_image, z_text))
 
     def classify(self, images, class_names, templates=("{}",)):
-        """Zero-shot class probabilities, float32 ``[n, classes]``: softmax of the similarities times the model's logit scale, if it has one.
+        """Zero-shot class probabilities, float32 ``[n, classes]``: softmax of similarities times the logit scale.
 
         Args:
           images: as :meth:`embed_image` takes them.

@@ -65,6 +65,7 @@ def prepare_workdir(workdir):
 def make_parts(config):
     """``(config, source, tokenizer, method)``, checked, without touching a device; raises UserError."""
     from clip_jax import evaluate
+    from clip_jax.data.loader import check_source
     from clip_jax.data.sources import make_source
     from clip_jax.data.tokenizers import make_tokenizer
     from clip_jax.methods.interface import make_method
@@ -77,6 +78,7 @@ def make_parts(config):
     method = make_method(config)
     data = config.data
     source = make_source(data.source, data.split, image=data.image or None, text=data.text or None, label=data.label or None)
+    check_source(source, method.views, tokenizer)
     return config, source, tokenizer, method
 
 
@@ -113,7 +115,7 @@ def init_or_restore(config, method, mesh, checkpointer, batch):
 
 
 def compile_step(config, method, tx, state, batch):
-    """``(step, FLOPs or None, bytes per device or None)``: the compiled step, which keeps the state's layout and its memory, and its cost."""
+    """``(step, FLOPs or None, bytes per device or None)``: the compiled step, which reuses the state's memory, and its cost."""
     import jax
 
     from clip_jax.training.step import make_step

@@ -23,7 +23,9 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 def golden_files(pattern):
     """Golden files or folders of a documented name: those of CLIP_JAX_GOLDEN, and the copies that come with the tests."""
     found = {path.name: path for folder in (FIXTURES, GOLDEN) if folder.is_dir() for path in sorted(folder.glob(pattern))}
-    return [pytest.param(path, id=name) for name, path in found.items()] or [pytest.param(None, marks=pytest.mark.skip(f"no fixture {pattern}"))]
+    return [pytest.param(path, id=name) for name, path in found.items()] or [
+        pytest.param(None, marks=pytest.mark.skip(f"no fixture {pattern}"))
+    ]
 
 
 @pytest.fixture

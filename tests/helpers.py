@@ -8,13 +8,13 @@ import sys
 
 from conftest import REPO
 
-TINY = [
-    "model.embed_dim=16", "model.image.width=32", "model.image.heads=2", "model.image.mlp_dim=64", "model.image.depth=1", "model.image.stem=()",
-    "model.image.patch=8", "model.image.size=16", "model.text.width=32", "model.text.heads=2", "model.text.mlp_dim=64", "model.text.depth=1",
-    "data.batch_size=16", "train.steps=6", "train.log_steps=1", "optim.warmup_steps=0", "checkpoint.steps=2", "checkpoint.keep=2", "optim.schedule=constant",
-    # a constant learning rate: runs of any length are one program, compiled once
-    "eval.tasks=()", "eval.report=false", "log.tensorboard=false",
-]  # fmt: skip
+# A constant learning rate: runs of any length are one program, compiled once.
+TINY = """
+    model.embed_dim=16 model.image.stem=() model.image.patch=8 model.image.size=16 model.image.width=32 model.image.heads=2
+    model.image.mlp_dim=64 model.image.depth=1 model.text.width=32 model.text.heads=2 model.text.mlp_dim=64 model.text.depth=1
+    data.batch_size=16 train.steps=6 train.log_steps=1 optim.schedule=constant optim.warmup_steps=0 checkpoint.steps=2 checkpoint.keep=2
+    eval.tasks=() eval.report=false log.tensorboard=false
+""".split()
 
 
 def tiny_config(*overrides):
@@ -30,7 +30,14 @@ def losses(workdir):
 
 
 def train_command(workdir, *overrides, config="configs/clip.py"):
-    return [sys.executable, "-m", "clip_jax.train", f"--config={config}", f"--workdir={workdir}", *(f"--config.{o}" for o in [*TINY, *overrides])]
+    return [
+        sys.executable,
+        "-m",
+        "clip_jax.train",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *(f"--config.{o}" for o in [*TINY, *overrides]),
+    ]
 
 
 def run(command, **kwargs):

@@ -25,8 +25,11 @@ def test_golden_clip_evaluation(path):
         kind, number = key.rsplit("_", 1)
         if kind.startswith(("clip_eval", "siglip_squash")):
             size = int(kind.split("_")[-1])
-            spec, mean, std = ((("resize", "center_crop"), augment.CLIP_MEAN, augment.CLIP_STD) if kind.startswith("clip")
-                               else (("squash",), (0.5,) * 3, (0.5,) * 3))
+            spec, mean, std = (
+                (("resize", "center_crop"), augment.CLIP_MEAN, augment.CLIP_STD)
+                if kind.startswith("clip")
+                else (("squash",), (0.5,) * 3, (0.5,) * 3)
+            )
             image = augment.parse(spec, size)(decode.open_image(golden[f"png_{number}"].tobytes()), None)
             got = augment.normalize(np.asarray(image), mean, std).transpose(2, 0, 1)
             np.testing.assert_allclose(got, golden[key], atol=1e-5)
@@ -50,12 +53,37 @@ def test_golden_big_vision_squash(path):
     assert compared
 
 
-WHOLE = ["rrc", "rrc(0.5, 1.0, ratio=(0.8, 1.25), interpolation='bilinear')", "squash", "squash(interpolation='bilinear', antialias=False)",
-         "pad", "pad(color=(1, 2, 3))", "center_crop", "random_crop"]
-AFTER_CROP = ["flip", "flip(p=1)", "jitter", "jitter(0.4, 0.4, 0.4, 0.1, p=0.8)", "jitter(0.0, 0.0, 0.0, 0.5)", "gray(1.0)", "blur",
-              "blur(1.0, 1.0, p=1)", "solarize(1.0, 100)", "autoaugment", "randaugment", "randaugment(3, 15, fill=(0, 0, 0))"]
-CHAINS = [("resize", "center_crop"), ("resize(40)", "random_crop"), ("squash(50)", "random_crop", "flip"), ("background((1,2,3))", "rrc"),
-          ("random_background", "rrc")]
+WHOLE = [
+    "rrc",
+    "rrc(0.5, 1.0, ratio=(0.8, 1.25), interpolation='bilinear')",
+    "squash",
+    "squash(interpolation='bilinear', antialias=False)",
+    "pad",
+    "pad(color=(1, 2, 3))",
+    "center_crop",
+    "random_crop",
+]
+AFTER_CROP = [
+    "flip",
+    "flip(p=1)",
+    "jitter",
+    "jitter(0.4, 0.4, 0.4, 0.1, p=0.8)",
+    "jitter(0.0, 0.0, 0.0, 0.5)",
+    "gray(1.0)",
+    "blur",
+    "blur(1.0, 1.0, p=1)",
+    "solarize(1.0, 100)",
+    "autoaugment",
+    "randaugment",
+    "randaugment(3, 15, fill=(0, 0, 0))",
+]
+CHAINS = [
+    ("resize", "center_crop"),
+    ("resize(40)", "random_crop"),
+    ("squash(50)", "random_crop", "flip"),
+    ("background((1,2,3))", "rrc"),
+    ("random_background", "rrc"),
+]
 
 
 @pytest.mark.parametrize("spec", [(text,) for text in WHOLE] + [("rrc", text) for text in AFTER_CROP] + CHAINS)
@@ -67,8 +95,9 @@ def test_every_operation_gives_the_size_and_follows_the_generator(spec, shape):
     np.testing.assert_array_equal(results[0], results[1])
 
 
-@pytest.mark.parametrize("text", ["rrc(0.1, 0.5)", "random_crop", "flip", "jitter", "gray(0.5)", "blur", "solarize(0.5)", "autoaugment",
-                                  "randaugment"])
+@pytest.mark.parametrize(
+    "text", ["rrc(0.1, 0.5)", "random_crop", "flip", "jitter", "gray(0.5)", "blur", "solarize(0.5)", "autoaugment", "randaugment"]
+)
 def test_random_operations_vary_with_the_seed(text):
     spec = (text,) if text[:2] == "rr" or "crop" in text else ("squash", text)
     assert len({run(spec, 32, seed=seed).tobytes() for seed in range(30)}) > 1
@@ -148,27 +177,30 @@ def test_policies_have_their_tables():
         assert (np.asarray(augment._distort(picture(), name, 0.9, 1, (0, 0, 0))) != np.asarray(picture())).any(), name
 
 
-@pytest.mark.parametrize(("spec", "message"), [
-    (("rrcc",), "unknown operation 'rrcc'; did you mean 'rrc'"),
-    (("rrc", "flop"), "did you mean 'flip'"),
-    (("rrc(",), "cannot read 'rrc\\('"),
-    (("__import__('os').system('true')",), "cannot read"),
-    (("rrc(min_area=open('x'))",), "cannot read"),
-    (("[1]",), "cannot read"),
-    (("rrc(0.9, 1.0, (0.5, 2), 32, 'bicubic', 7)",), "does not fit rrc"),
-    (("rrc(0.9, min_area=0.5)",), "does not fit"),
-    (("rrc(area=0.5)",), "does not fit"),
-    (("rrc(0.9, 0.5)",), "0 < min <= max <= 1"),
-    (("rrc(interpolation='cubic')",), "bicubic"),
-    (("rrc", "flip(2)"), "not a probability"),
-    (("rrc", "jitter(hue=0.7)"), "hue <= 0.5"),
-    (("rrc", "jitter('a')"), "jitter"),
-    (("rrc", "randaugment(magnitude=31)"), "magnitude"),
-    (("rrc", "solarize(threshold='x', p=0.01)"), "solarize"),
-    (("resize",), "gives 38x32 pixels from a 48x40 image, the view needs 32x32"),
-    ((), "gives 48x40"),
-    (("center_crop(16)",), "gives 16x16"),
-])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (("rrcc",), "unknown operation 'rrcc'; did you mean 'rrc'"),
+        (("rrc", "flop"), "did you mean 'flip'"),
+        (("rrc(",), "cannot read 'rrc\\('"),
+        (("__import__('os').system('true')",), "cannot read"),
+        (("rrc(min_area=open('x'))",), "cannot read"),
+        (("[1]",), "cannot read"),
+        (("rrc(0.9, 1.0, (0.5, 2), 32, 'bicubic', 7)",), "does not fit rrc"),
+        (("rrc(0.9, min_area=0.5)",), "does not fit"),
+        (("rrc(area=0.5)",), "does not fit"),
+        (("rrc(0.9, 0.5)",), "0 < min <= max <= 1"),
+        (("rrc(interpolation='cubic')",), "bicubic"),
+        (("rrc", "flip(2)"), "not a probability"),
+        (("rrc", "jitter(hue=0.7)"), "hue <= 0.5"),
+        (("rrc", "jitter('a')"), "jitter"),
+        (("rrc", "randaugment(magnitude=31)"), "magnitude"),
+        (("rrc", "solarize(threshold='x', p=0.01)"), "solarize"),
+        (("resize",), "gives 38x32 pixels from a 48x40 image, the view needs 32x32"),
+        ((), "gives 48x40"),
+        (("center_crop(16)",), "gives 16x16"),
+    ],
+)
 def test_mistakes_are_one_clear_line(spec, message):
     with pytest.raises(UserError, match=message) as error:
         augment.parse(spec, 32)

@@ -59,7 +59,10 @@ def test_wrong_overrides(override, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("spec, message", [("configs/none.py", "there is no file"), (f"{CLIP}:b33", "did you mean 'b32'"), (f"{CLIP}:rn50", "not in this version")])
+@pytest.mark.parametrize(
+    "spec, message",
+    [("configs/none.py", "there is no file"), (f"{CLIP}:b33", "did you mean 'b32'"), (f"{CLIP}:rn50", "not in this version")],
+)
 def test_wrong_config_files(spec, message):
     with pytest.raises(UserError, match=message):
         config.load(spec)

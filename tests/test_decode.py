@@ -36,8 +36,16 @@ def test_truncated(form, keep):
         decode.decode_image(data[: int(keep * len(data))])
 
 
-@pytest.mark.parametrize(("data", "reason"), [(b"", "empty image"), (None, "empty image"), (b"not an image", "corrupt image"),
-                                              (b"\x89PNG\r\n\x1a\n" + bytes(64), "corrupt image"), (bytes(1000), "corrupt image")])
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty image"),
+        (None, "empty image"),
+        (b"not an image", "corrupt image"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(64), "corrupt image"),
+        (bytes(1000), "corrupt image"),
+    ],
+)
 def test_unusable_bytes(data, reason):
     with pytest.raises(BadRecord, match=reason):
         decode.decode_image(data)
@@ -134,9 +142,16 @@ def test_exif_orientation(orientation, size):
     exif = Image.Exif()
     exif[0x0112] = orientation
     decoded = decode.decode_image(encode(Image.fromarray(pixels), "JPEG", quality=95, exif=exif)).astype(int)
-    by_hand = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-               5: lambda a: a.transpose(1, 0, 2), 6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
-               7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1], 8: lambda a: a.transpose(1, 0, 2)[::-1]}
+    by_hand = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+        7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1],
+        8: lambda a: a.transpose(1, 0, 2)[::-1],
+    }
     expected = by_hand[orientation](pixels)
     assert decoded.shape == expected.shape
     assert np.abs(decoded - expected).mean() < 4

@@ -36,7 +36,9 @@ def test_embeddings_are_unit_rows_whatever_the_batch(model):
     z = model.embed_image(images)
     assert z.shape == (5, 16) and z.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(model.embed_image(images, batch_size=8), np.concatenate([model.embed_image(images[:2]), model.embed_image(images[2:])]), atol=1e-5)
+    np.testing.assert_allclose(
+        model.embed_image(images, batch_size=8), np.concatenate([model.embed_image(images[:2]), model.embed_image(images[2:])]), atol=1e-5
+    )
     texts = ["a cat", "", "a very long text " * 50, "문어"]
     t = model.embed_text(texts)
     np.testing.assert_allclose(np.linalg.norm(t, axis=1), 1, rtol=1e-5)
@@ -100,7 +102,9 @@ def test_evaluate_command_on_a_folder(trained, tmp_path, capsys):
     data = class_folder(tmp_path / "data")
     task = f"zeroshot(source='{data}', templates='clip_7', name='pets')"
     probe = f"probe(train='{data}', test='{data}')"
-    code = evaluate.main([f"--checkpoint={trained}", f"--task={task}", f"--task={probe}", f"--json={tmp_path}/m.json", f"--report={tmp_path}/r.html"])
+    code = evaluate.main(
+        [f"--checkpoint={trained}", f"--task={task}", f"--task={probe}", f"--json={tmp_path}/m.json", f"--report={tmp_path}/r.html"]
+    )
     out = capsys.readouterr()
     assert code == 0, out.err
     metrics = json.loads((tmp_path / "m.json").read_text())

@@ -70,7 +70,11 @@ def test_contents():
     source = MemorySource(records(20, label=4))
     batch = next(loader(source))
     assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
-        "image": ((8, 8, 8, 3), np.uint8), "text": ((8, 16), np.int32), "example_id": ((8,), np.int32), "label": ((8,), np.int32)}
+        "image": ((8, 8, 8, 3), np.uint8),
+        "text": ((8, 16), np.int32),
+        "example_id": ((8,), np.int32),
+        "label": ((8,), np.int32),
+    }
     for i, text, label in zip(batch["example_id"], batch["text"], batch["label"], strict=True):
         assert Bytes().decode(text) in (str(i), f"n {i}") and label == 4
 
@@ -84,7 +88,7 @@ def test_every_epoch_has_every_example_once_in_a_new_order():
 
 def test_batches_run_across_epochs_of_any_length():
     ids = np.concatenate([b["example_id"] for b in take(loader(MemorySource(records(5)), batch_size=7), 10)])
-    assert all(sorted(ids[i: i + 5]) == list(range(5)) for i in range(0, 70, 5))
+    assert all(sorted(ids[i : i + 5]) == list(range(5)) for i in range(0, 70, 5))
 
 
 def test_seeds_and_epochs_differ():
@@ -137,8 +141,9 @@ def test_again(reference):
     assert_equal(take(loader(source, max_bad_share=0.5), 9), batches)
 
 
-@pytest.mark.parametrize("arguments", [dict(threads=0), dict(threads=1), dict(threads=4, prefetch=6), dict(cache_bytes=0),
-                                       dict(cache_bytes=100_000)])
+@pytest.mark.parametrize(
+    "arguments", [dict(threads=0), dict(threads=1), dict(threads=4, prefetch=6), dict(cache_bytes=0), dict(cache_bytes=100_000)]
+)
 def test_threads_and_cache_change_nothing(reference, arguments):
     source, batches = reference
     assert_equal(take(loader(source, max_bad_share=0.5, **arguments), 9), batches)
@@ -229,9 +234,13 @@ def test_mixture_of_labelled_and_unlabelled():
 # Bad records
 
 
-BAD = {"corrupt image": {"image": encoded(3)[:60]}, "empty image": {"image": b""}, "no image": {"image": None},
-       "empty caption": {"texts": [" \n"]},
-       "caption is not UTF-8": {"texts": [b"\xff\xfe".decode("utf-8", "surrogateescape")]}}
+BAD = {
+    "corrupt image": {"image": encoded(3)[:60]},
+    "empty image": {"image": b""},
+    "no image": {"image": None},
+    "empty caption": {"texts": [" \n"]},
+    "caption is not UTF-8": {"texts": [b"\xff\xfe".decode("utf-8", "surrogateescape")]},
+}
 
 
 @pytest.mark.parametrize("reason", BAD)
@@ -429,15 +438,18 @@ def test_one_pass_refuses_random_views():
 # Arguments
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (dict(batch_size=8, hosts=3), "batch_size=8 must be a positive multiple of the number of hosts, 3"),
-    (dict(batch_size=0), "batch_size=0"),
-    (dict(host=2, hosts=2), "host=2 is not in 0..1"),
-    (dict(seed=-1), "seed=-1"),
-    (dict(start_step=-1), "start_step=-1"),
-    (dict(prefetch=0), "prefetch=0"),
-    (dict(max_bad_share=2), "max_bad_share"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(batch_size=8, hosts=3), "batch_size=8 must be a positive multiple of the number of hosts, 3"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(host=2, hosts=2), "host=2 is not in 0..1"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(start_step=-1), "start_step=-1"),
+        (dict(prefetch=0), "prefetch=0"),
+        (dict(max_bad_share=2), "max_bad_share"),
+    ],
+)
 def test_wrong_arguments(arguments, message):
     with pytest.raises(UserError, match=message):
         loader(MemorySource(records(4)), **arguments)

@@ -62,7 +62,10 @@ def open_clip_params(folder):
             for name, k, b in zip(("query", "key", "value"), qkv, qkv_bias, strict=True)
         }
         attn["out"] = {"kernel": w[f"{prefix}.attn.out_proj.weight"].T.reshape(heads, -1, width), "bias": w[f"{prefix}.attn.out_proj.bias"]}
-        mlp = {ours: {"kernel": w[f"{prefix}.mlp.{n}.weight"].T, "bias": w[f"{prefix}.mlp.{n}.bias"]} for ours, n in (("fc1", "c_fc"), ("fc2", "c_proj"))}
+        mlp = {
+            ours: {"kernel": w[f"{prefix}.mlp.{n}.weight"].T, "bias": w[f"{prefix}.mlp.{n}.bias"]}
+            for ours, n in (("fc1", "c_fc"), ("fc2", "c_proj"))
+        }
         return {"ln1": norm(f"{prefix}.ln_1"), "ln2": norm(f"{prefix}.ln_2"), "attn": attn, "mlp": mlp}
 
     def norm(name):
@@ -78,7 +81,10 @@ def open_clip_params(folder):
             "ln_pre": norm("visual.ln_pre"),
             "ln_post": norm("visual.ln_post"),
             "proj": {"kernel": w["visual.proj"]},
-            **{f"block_{i}": block(f"visual.transformer.resblocks.{i}", vision["width"] // vision["head_width"]) for i in range(vision["layers"])},
+            **{
+                f"block_{i}": block(f"visual.transformer.resblocks.{i}", vision["width"] // vision["head_width"])
+                for i in range(vision["layers"])
+            },
         },
         "txt": {
             "embed": {"embedding": w["token_embedding.weight"]},
@@ -93,8 +99,8 @@ def open_clip_params(folder):
     model.embed_dim, model.dtype, act = c["embed_dim"], "float32", "quick_gelu" if c["quick_gelu"] else "gelu"
     model.image.update(dict(size=vision["image_size"], patch=vision["patch_size"], width=vision["width"], depth=vision["layers"],
                             heads=vision["width"] // vision["head_width"], mlp_dim=4 * vision["width"], act=act))  # fmt: skip
-    model.text.update(dict(vocab_size=text["vocab_size"], eot_id=text["vocab_size"] - 1, context=text["context_length"], width=text["width"],
-                           depth=text["layers"], heads=text["heads"], mlp_dim=4 * text["width"], act=act))  # fmt: skip
+    model.text.update(dict(vocab_size=text["vocab_size"], eot_id=text["vocab_size"] - 1, context=text["context_length"], act=act))
+    model.text.update(dict(width=text["width"], depth=text["layers"], heads=text["heads"], mlp_dim=4 * text["width"]))
     return params, model
 
 

@@ -11,7 +11,11 @@ from clip_jax import config
 from clip_jax.errors import UserError
 from clip_jax.training import optimizers
 
-PARAMS = {"img": {"proj": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}, "txt": {"ln": {"scale": jnp.ones(3)}}, "logit_scale": jnp.ones(())}
+PARAMS = {
+    "img": {"proj": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}},
+    "txt": {"ln": {"scale": jnp.ones(3)}},
+    "logit_scale": jnp.ones(()),
+}
 GRADS = jax.tree.map(lambda x: 0.1 * jnp.arange(1.0, x.size + 1).reshape(x.shape), PARAMS)
 
 
@@ -42,7 +46,9 @@ def test_adamw_is_its_formula():
 @pytest.mark.parametrize("path", golden_files("optim_lamb_optax.npz"))
 def test_lamb_golden(path):
     g = np.load(path)
-    o = optim(name="lamb", b1=float(g["beta1"]), b2=float(g["beta2"]), eps=float(g["eps"]), weight_decay=float(g["weight_decay"]), no_decay=())
+    o = optim(
+        name="lamb", b1=float(g["beta1"]), b2=float(g["beta2"]), eps=float(g["eps"]), weight_decay=float(g["weight_decay"]), no_decay=()
+    )
     o.lr = float(g["lr"])
     params = {name: jnp.asarray(g[f"init_{name}"]) for name in ("kernel", "bias")}
     tx = optimizers.make_optimizer(o, 100, params)
@@ -91,7 +97,12 @@ def test_freeze_leaves_parameters_alone_and_costs_no_state():
 def test_lr_mult_scales_the_update_and_zero_freezes():
     plain, _ = after(optim(name="sgd", weight_decay=0.0), steps=1)
     slow, _ = after(optim(name="sgd", weight_decay=0.0, lr_mult=(("bias$", 0.5), ("^img", 0.1), ("^logit", 0))), steps=1)
-    for path, factor in ((("img", "proj", "bias"), 0.5), (("img", "proj", "kernel"), 0.1), (("txt", "ln", "scale"), 1.0), (("logit_scale",), 0.0)):
+    for path, factor in (
+        (("img", "proj", "bias"), 0.5),
+        (("img", "proj", "kernel"), 0.1),
+        (("txt", "ln", "scale"), 1.0),
+        (("logit_scale",), 0.0),
+    ):
         a, b = plain, slow
         for key in path:
             a, b = a[key], b[key]
@@ -106,7 +117,11 @@ def test_clipping_by_the_global_norm():
 
 @pytest.mark.parametrize(
     "changes, message",
-    [(dict(freeze=("^image",)), "optim.freeze: '.image' finds no parameter"), (dict(lr_mult=(("x9", 0.1),)), "optim.lr_mult: 'x9'"), (dict(freeze=(".",)), "leave no parameter")],
+    [
+        (dict(freeze=("^image",)), "optim.freeze: '.image' finds no parameter"),
+        (dict(lr_mult=(("x9", 0.1),)), "optim.lr_mult: 'x9'"),
+        (dict(freeze=(".",)), "leave no parameter"),
+    ],
 )
 def test_patterns_that_cannot_be_meant(changes, message):
     with pytest.raises(UserError, match=message):

@@ -40,8 +40,9 @@ def write_tfds(folder, records, features, name="tiny", version="1.0.0", split="t
     from clip_jax.data.build.tfds_writer import write_dataset
 
     splits = records if isinstance(records, dict) else {split: records}
-    write_dataset(folder, name=name, version=version, features=features, splits=splits, description="", homepage="", citation="",
-                  license_text="")
+    write_dataset(
+        folder, name=name, version=version, features=features, splits=splits, description="", homepage="", citation="", license_text=""
+    )
     return folder
 
 
@@ -49,10 +50,25 @@ def write_tfds(folder, records, features, name="tiny", version="1.0.0", split="t
 def tiny_tfds(tmp_path_factory):
     import tensorflow_datasets as tfds
 
-    features = {"picture": tfds.features.Image(), "caption": tfds.features.Text(), "tags": tfds.features.Sequence(tfds.features.Text()),
-                "kind": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["red_cat", "green dog"]), "score": np.float32}
-    records = [{"picture": jpeg(10 * i), "caption": f"thing {i} 문어", "tags": [f"t{j}" for j in range(i % 3)], "kind": "k", "label": i % 2,
-                "score": i / 4} for i in range(8)]
+    features = {
+        "picture": tfds.features.Image(),
+        "caption": tfds.features.Text(),
+        "tags": tfds.features.Sequence(tfds.features.Text()),
+        "kind": tfds.features.Text(),
+        "label": tfds.features.ClassLabel(names=["red_cat", "green dog"]),
+        "score": np.float32,
+    }
+    records = [
+        {
+            "picture": jpeg(10 * i),
+            "caption": f"thing {i} 문어",
+            "tags": [f"t{j}" for j in range(i % 3)],
+            "kind": "k",
+            "label": i % 2,
+            "score": i / 4,
+        }
+        for i in range(8)
+    ]
     return write_tfds(tmp_path_factory.mktemp("tfds") / "tiny" / "1.0.0", {"train": records, "test": records[:3]}, features)
 
 
@@ -74,12 +90,15 @@ def test_tfds_splits_versions_and_fields(tiny_tfds, monkeypatch):
     assert len(make_source("tfds:tiny")) == 8
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (dict(split="tset"), "no split 'tset' \\(did you mean 'test'\\?\\); splits: "),
-    (dict(split="test[:0]"), "split 'test\\[:0\\]' is empty"),
-    (dict(text="captoin"), "no field 'captoin' \\(did you mean 'caption'\\?\\); fields: "),
-    (dict(label="kind"), "label field 'kind' holds text"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(split="tset"), "no split 'tset' \\(did you mean 'test'\\?\\); splits: "),
+        (dict(split="test[:0]"), "split 'test\\[:0\\]' is empty"),
+        (dict(text="captoin"), "no field 'captoin' \\(did you mean 'caption'\\?\\); fields: "),
+        (dict(label="kind"), "label field 'kind' holds text"),
+    ],
+)
 def test_tfds_mistakes(tiny_tfds, arguments, message):
     with pytest.raises(UserError, match=message):
         make_source(str(tiny_tfds), **arguments)
@@ -211,12 +230,14 @@ def write_pictures(folder, count):
 
 def test_csv(tmp_path):
     write_pictures(tmp_path, 4)
-    (tmp_path / "a.csv").write_bytes('\ufefffilepath,caption,class,extra\r\n'
-                                     'pictures/0.jpg,"a cat, asleep",cat,1\r\n'
-                                     'pictures/1.jpg,"two\nlines and ""quotes""",dog,2\r\n'
-                                     '\r\n'
-                                     'pictures/2.jpg,문어,cat,3\r\n'
-                                     f'{tmp_path}/pictures/3.jpg,,dog,4\r\n'.encode())
+    (tmp_path / "a.csv").write_bytes(
+        "\ufefffilepath,caption,class,extra\r\n"
+        'pictures/0.jpg,"a cat, asleep",cat,1\r\n'
+        'pictures/1.jpg,"two\nlines and ""quotes""",dog,2\r\n'
+        "\r\n"
+        "pictures/2.jpg,문어,cat,3\r\n"
+        f"{tmp_path}/pictures/3.jpg,,dog,4\r\n".encode()
+    )
     source = make_source(str(tmp_path / "a.csv"))
     check(source, 4)
     assert [source[i]["texts"] for i in range(4)] == [["a cat, asleep"], ['two\nlines and "quotes"'], ["문어"], [""]]
@@ -236,8 +257,11 @@ def test_tsv_has_no_quoting(tmp_path):
 
 def test_jsonl(tmp_path):
     write_pictures(tmp_path, 3)
-    rows = [{"image": "pictures/0.jpg", "captions": ["one", "two"]}, {"image": "pictures/1.jpg", "captions": "only", "tags": ["x"]},
-            {"image": "pictures/2.jpg"}]
+    rows = [
+        {"image": "pictures/0.jpg", "captions": ["one", "two"]},
+        {"image": "pictures/1.jpg", "captions": "only", "tags": ["x"]},
+        {"image": "pictures/2.jpg"},
+    ]
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     source = make_source(str(tmp_path / "{split}.jsonl"), "a")
     check(source, 3)
@@ -246,8 +270,9 @@ def test_jsonl(tmp_path):
 
 def test_bad_rows_are_bad_records(tmp_path):
     write_pictures(tmp_path, 1)
-    (tmp_path / "a.csv").write_bytes(b"path,text\npictures/0.jpg,fine\nnowhere.jpg,text\nonly one column\n,text\npictures/0.jpg,\xff\xfe\n"
-                                     b"pictures,x\n")
+    (tmp_path / "a.csv").write_bytes(
+        b"path,text\npictures/0.jpg,fine\nnowhere.jpg,text\nonly one column\n,text\npictures/0.jpg,\xff\xfe\npictures,x\n"
+    )
     source = make_source(str(tmp_path / "a.csv"))
     assert len(source) == 6 and source[0]["texts"] == ["fine"]
     for index, reason in {1: "missing file", 2: "malformed row", 3: "malformed row", 5: "unreadable file"}.items():
@@ -264,13 +289,16 @@ def test_bad_rows_are_bad_records(tmp_path):
             source[index]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.csv", b"", "no column for the image path; name it with image=..., columns: none"),
-    ("a.csv", b"foo,caption\n1,2\n", "no column for the image path.*columns: foo, caption"),
-    ("a.csv", b"path,caption\n", "no rows"),
-    ("a.jsonl", b"\n", "no column for the image path"),
-    ("a.csv", b'path,caption\nx,"' + b"y" * 200000, "field larger than field limit.*in the row that starts at byte 13"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "no column for the image path; name it with image=..., columns: none"),
+        ("a.csv", b"foo,caption\n1,2\n", "no column for the image path.*columns: foo, caption"),
+        ("a.csv", b"path,caption\n", "no rows"),
+        ("a.jsonl", b"\n", "no column for the image path"),
+        ("a.csv", b'path,caption\nx,"' + b"y" * 200000, "field larger than field limit.*in the row that starts at byte 13"),
+    ],
+)
 def test_unusable_tables(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -306,16 +334,19 @@ def test_flat_folder_with_captions_beside(tmp_path):
     assert source[0]["texts"] == ["a cat"] and source[1]["texts"] == [] and "label" not in source[0] and source.class_names is None
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda p: p / "missing", "no such file or folder"),
-    (lambda p: p, "no pictures"),
-    (lambda p: p / "*.tar", "no such file"),
-    (lambda p: p / "{00000..00003}.tar", "00000.tar: no such file"),
-    (lambda p: p / "*.array_record*", "no such file"),
-    (lambda p: p / "a.tar.gz", "decompress it"),
-    (lambda p: p / "a.xyz", "not a kind of data that is known"),
-    (lambda p: p / "a.csv", "no such file"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "missing", "no such file or folder"),
+        (lambda p: p, "no pictures"),
+        (lambda p: p / "*.tar", "no such file"),
+        (lambda p: p / "{00000..00003}.tar", "00000.tar: no such file"),
+        (lambda p: p / "*.array_record*", "no such file"),
+        (lambda p: p / "a.tar.gz", "decompress it"),
+        (lambda p: p / "a.xyz", "not a kind of data that is known"),
+        (lambda p: p / "a.csv", "no such file"),
+    ],
+)
 def test_missing_or_empty_paths(tmp_path, make, message):
     (tmp_path / "a.xyz").write_bytes(b"?")
     with pytest.raises(UserError, match=message) as error:

@@ -68,7 +68,11 @@ def test_state_is_spread_over_the_mesh():
     _, state = run_steps(c, method, dict(data=1, fsdp=4, tensor=2), steps=1)
     kernel = state.params["img"]["block_0"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
-    moments = [x for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state) if sharding.path_name(path).endswith("img/block_0/mlp/fc1/kernel")]
+    moments = [
+        x
+        for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if sharding.path_name(path).endswith("img/block_0/mlp/fc1/kernel")
+    ]
     assert len(moments) == 2 and all(x.sharding == kernel.sharding for x in moments)
 
 
@@ -128,7 +132,9 @@ def test_the_state_is_donated():
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
 
 
-@pytest.mark.parametrize("sizes, message", [(dict(data=3, fsdp=1, tensor=1), "does not fit 8"), (dict(data=-1, fsdp=-1, tensor=1), "at most one may be -1")])
+@pytest.mark.parametrize(
+    "sizes, message", [(dict(data=3, fsdp=1, tensor=1), "does not fit 8"), (dict(data=-1, fsdp=-1, tensor=1), "at most one may be -1")]
+)
 def test_impossible_meshes(sizes, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(sizes)

@@ -20,8 +20,12 @@ from clip_jax.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC,
-            "lanczos": Image.Resampling.LANCZOS}
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 _OPERATIONS: dict[str, Callable] = {}
 
 
@@ -60,8 +64,8 @@ def parse(spec: tuple[str, ...], size: int) -> Pipeline:
         function = _OPERATIONS[name]
         parameters = list(inspect.signature(function).parameters)
         is_random = "rng" in parameters
-        settable = parameters[2 if is_random else 1:]
-        if len(args) > len(settable) or not set(kwargs) <= set(settable) or set(settable[:len(args)]) & set(kwargs):
+        settable = parameters[2 if is_random else 1 :]
+        if len(args) > len(settable) or not set(kwargs) <= set(settable) or set(settable[: len(args)]) & set(kwargs):
             raise UserError(f"augment: {text!r} does not fit {name}({', '.join(settable)})")
         kwargs = dict(zip(settable, args)) | kwargs  # noqa: B905 - fewer arguments than parameters is normal
         if "size" in settable:
@@ -72,8 +76,10 @@ def parse(spec: tuple[str, ...], size: int) -> Pipeline:
     pipeline = Pipeline(tuple(steps), tuple(random))
     result = pipeline(Image.new("RGB", (48, 40)), np.random.default_rng(0)).size
     if result != (size, size):
-        raise UserError(f"augment: {list(spec)} gives {result[0]}x{result[1]} pixels from a 48x40 image, the view needs {size}x{size}; "
-                        "end it with rrc, squash, center_crop, random_crop or pad")
+        raise UserError(
+            f"augment: {list(spec)} gives {result[0]}x{result[1]} pixels from a 48x40 image, the view needs {size}x{size}; "
+            "end it with rrc, squash, center_crop, random_crop or pad"
+        )
     return pipeline
 
 
@@ -198,8 +204,11 @@ def center_crop(image, size=None):
 def random_crop(image, rng, size=None):
     """Crops size x size pixels at a random place; a smaller image gets a black border."""
     x, y = rng.random(2).tolist()
-    return _crop(image, size, *(int(u * (side - size + 1)) if side > size else round((side - size) / 2)
-                                for u, side in ((x, image.width), (y, image.height))))
+    return _crop(
+        image,
+        size,
+        *(int(u * (side - size + 1)) if side > size else round((side - size) / 2) for u, side in ((x, image.width), (y, image.height))),
+    )
 
 
 def _crop(image, size, left, top):
@@ -349,8 +358,22 @@ def _affine(image, matrix, fill):
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=fill)
 
 
-_RANDAUGMENT = ("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast", "sharpness",
-                "posterize", "solarize", "autocontrast", "equalize")
+_RANDAUGMENT = (
+    "identity",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "rotate",
+    "brightness",
+    "color",
+    "contrast",
+    "sharpness",
+    "posterize",
+    "solarize",
+    "autocontrast",
+    "equalize",
+)
 
 
 def _policy(table: str) -> tuple[tuple[tuple[str, float, int], ...], ...]:

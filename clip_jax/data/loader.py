@@ -5,6 +5,7 @@ sources mixed by weight. A host computes only its own rows of that stream, so th
 nothing, and a run starts at any step at no cost. All randomness of a view comes from (seed, epoch, example id).
 """
 
+import abc
 import functools
 import itertools
 import math
@@ -42,15 +43,31 @@ class Loader:
     Raises UserError for wrong arguments and for a source without a usable record.
     """
 
-    def __init__(self, source: Source, views: Sequence[ImageView | TextView], tokenizer, *, batch_size: int, seed: int, start_step: int = 0,
-                 host: int = 0, hosts: int = 1, workers: int = 0, threads: int | None = None, prefetch: int = 2,
-                 max_bad_share: float = 0.1, cache_bytes: int = 2**28):
+    def __init__(
+        self,
+        source: Source,
+        views: Sequence[ImageView | TextView],
+        tokenizer,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        host: int = 0,
+        hosts: int = 1,
+        workers: int = 0,
+        threads: int | None = None,
+        prefetch: int = 2,
+        max_bad_share: float = 0.1,
+        cache_bytes: int = 2**28,
+    ):
         import grain
 
         _check_hosts(batch_size, host, hosts)
         if start_step < 0 or workers < 0 or prefetch < 1 or not 0 <= max_bad_share <= 1:
-            raise UserError(f"loader: start_step={start_step} >= 0, workers={workers} >= 0, prefetch={prefetch} >= 1 and max_bad_share="
-                            f"{max_bad_share} in [0, 1] do not all hold")
+            raise UserError(
+                f"loader: start_step={start_step} >= 0, workers={workers} >= 0, prefetch={prefetch} >= 1 and max_bad_share="
+                f"{max_bad_share} in [0, 1] do not all hold"
+            )
         self.step = start_step
         self.skipped: Counter = Counter(source.broken)  # what was not used, by reason, since this loader was made
         self._name, self._max_bad_share = source.name, max_bad_share
@@ -79,8 +96,10 @@ class Loader:
         self._used += len(batch["example_id"])
         tried = self._bad + self._used
         if tried >= _PROBED and self._bad > self._max_bad_share * tried:
-            raise UserError(f"{self._name}: {self._bad} of {tried} records are unusable ({_reasons(self.skipped)}), more than "
-                            f"max_bad_share={self._max_bad_share:g}")
+            raise UserError(
+                f"{self._name}: {self._bad} of {tried} records are unusable ({_reasons(self.skipped)}), more than "
+                f"max_bad_share={self._max_bad_share:g}"
+            )
         self.step += 1
         return batch
 
@@ -99,8 +118,17 @@ def _threads() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def iterate_once(source: Source, views: Sequence[ImageView | TextView], tokenizer, batch_size: int, host: int = 0, hosts: int = 1, *,
-                 threads: int | None = None, skipped: Counter | None = None) -> Iterator[Batch]:
+def iterate_once(
+    source: Source,
+    views: Sequence[ImageView | TextView],
+    tokenizer,
+    batch_size: int,
+    host: int = 0,
+    hosts: int = 1,
+    *,
+    threads: int | None = None,
+    skipped: Counter | None = None,
+) -> Iterator[Batch]:
     """One pass in order, without randomness: this host's rows of each batch, [batch_size / hosts, ...], with a bool `mask`.
 
     Rows where it is False are padding (zeros, example_id -1): after the last record, and in place of records that cannot be used, which
@@ -111,12 +139,19 @@ def iterate_once(source: Source, views: Sequence[ImageView | TextView], tokenize
     _check_hosts(batch_size, host, hosts)
     for view in views:
         if isinstance(view, ImageView) and view.is_random:
-            raise UserError(f"view {view.name!r}: augment {list(view.augment)} is random; a pass over the data for evaluation needs "
-                            "deterministic operations, such as resize and center_crop")
+            raise UserError(
+                f"view {view.name!r}: augment {list(view.augment)} is random; a pass over the data for evaluation needs "
+                "deterministic operations, such as resize and center_crop"
+            )
     batches = _EvaluationBatches(source, views, tokenizer, 0, batch_size, host, hosts)
     threads = _threads() if threads is None else threads
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return _unpack(grain.MapDataset.range(math.ceil(len(source) / batch_size)).map(batches).to_iter_dataset(reading), skipped)
+
+
+def check_source(source: Source, views: Sequence[ImageView | TextView], tokenizer) -> None:
+    """Raises the UserError that a loader would for a source and views that do not go together, without starting one."""
+    _EvaluationBatches(source, views, tokenizer, 0, 1, 0, 1)
 
 
 def _unpack(dataset, skipped: Counter | None) -> Iterator[Batch]:
@@ -137,11 +172,12 @@ def _reasons(skipped: Counter) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common(5))
 
 
-class _Batches:
+class _Batches(abc.ABC):
     """Makes batches out of examples. Keeps decoded small pictures and the ids of bad records; worker processes start with neither."""
 
-    def __init__(self, source: Source, views: Sequence[ImageView | TextView], tokenizer, cache_bytes: int, batch_size: int, host: int,
-                 hosts: int):
+    def __init__(
+        self, source: Source, views: Sequence[ImageView | TextView], tokenizer, cache_bytes: int, batch_size: int, host: int, hosts: int
+    ):
         names = [view.name for view in views]
         if len(set(names)) < len(names) or set(names) & _RESERVED:
             raise UserError(f"views: names {names} must differ from each other and from {', '.join(sorted(_RESERVED))}")
@@ -174,9 +210,9 @@ class _Batches:
                 array[i] = example[key]
         return batch, skipped
 
+    @abc.abstractmethod
     def example(self, position: int, skipped: Counter) -> Batch:
         """The example at a position of the pass over the data; counts what it skips."""
-        raise NotImplementedError
 
     def candidates(self, part: int, example_id: int) -> Iterator[int]:
         """All ids of one part of a mixture from `example_id` on, in steps that spread over it: bad records tend to lie together."""
@@ -221,8 +257,10 @@ class _Batches:
             except BadRecord as bad:
                 reasons[bad.args[0]] += 1
         self._check_templates()
-        raise UserError(f"{self.source.name}: no usable record among {reasons.total()} tried ({_reasons(reasons)}); fields: "
-                        f"{', '.join(sorted(self._fields)) or 'none'}")
+        raise UserError(
+            f"{self.source.name}: no usable record among {reasons.total()} tried ({_reasons(reasons)}); fields: "
+            f"{', '.join(sorted(self._fields)) or 'none'}"
+        )
 
     def _check_templates(self) -> None:
         """A field of a template that no record among some has is a mistake; in JSON a record need not have all fields."""
@@ -235,8 +273,10 @@ class _Batches:
             except BadRecord:
                 continue
         if missing := sorted(wanted - self._fields):
-            raise UserError(f"{self.source.name}: no record has the field {missing[0]!r} of a template{near(missing[0], self._fields)}; "
-                            f"fields: {', '.join(sorted(self._fields))}")
+            raise UserError(
+                f"{self.source.name}: no record has the field {missing[0]!r} of a template{near(missing[0], self._fields)}; "
+                f"fields: {', '.join(sorted(self._fields))}"
+            )
 
 
 def _stride(length: int) -> int:

@@ -28,8 +28,22 @@ Record = dict[str, Any]
 EMBEDDED = Path(__file__).parent / "embedded"
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # Names that fields have in practice, best first. Compared in lower case.
-_IMAGE_NAMES = ("image", "image_path", "filepath", "file_path", "path", "file_name", "filename", "file", "img", "image/encoded",
-                "image_bytes", "jpg", "png", "webp")
+_IMAGE_NAMES = (
+    "image",
+    "image_path",
+    "filepath",
+    "file_path",
+    "path",
+    "file_name",
+    "filename",
+    "file",
+    "img",
+    "image/encoded",
+    "image_bytes",
+    "jpg",
+    "png",
+    "webp",
+)
 _TEXT_NAMES = ("captions", "caption", "texts", "text", "captions/text", "title", "alt_text", "sentence", "sentences", "name", "description")
 _CANONICAL = {"image", "texts", "label", "source_id"}  # a data set's own fields of these names give way
 _LABEL_NAMES = ("label", "class_id", "class", "category", "target")
@@ -78,8 +92,11 @@ class BaseSource:
         for field in filter(None, (image, *texts, label)):
             if field not in names:
                 raise UserError(f"{self.name}: no field {field!r}{near(field, names)}; fields: {', '.join(names)}")
-        self._fields = (image or _first(_IMAGE_NAMES, names), texts or tuple(filter(None, [_first(_TEXT_NAMES, names)])),
-                        label or _first(_LABEL_NAMES, names))
+        self._fields = (
+            image or _first(_IMAGE_NAMES, names),
+            texts or tuple(filter(None, [_first(_TEXT_NAMES, names)])),
+            label or _first(_LABEL_NAMES, names),
+        )
 
     def _canonical(self, raw: Mapping[str, Any]) -> Record:
         """The record with the chosen fields under their canonical names; bytes other than the image become str."""
@@ -125,7 +142,7 @@ def _first(candidates: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def near(word: str, words: Iterable[str]) -> str:
-    """" (did you mean 'x'?)" for an error message, empty when nothing is close."""
+    """ " (did you mean 'x'?)" for an error message, empty when nothing is close."""
     match = difflib.get_close_matches(word, list(words), 1)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
@@ -190,8 +207,10 @@ class TfdsSource(BaseSource):
         try:
             self._data = builder.as_data_source(split, decoders={key: tfds.decode.SkipDecoding() for key in images})
         except NotImplementedError:
-            raise UserError(f"{self.name}: prepared as {builder.info.file_format.value}, which cannot be read by index; prepare it with "
-                            "--file_format=array_record") from None
+            raise UserError(
+                f"{self.name}: prepared as {builder.info.file_format.value}, which cannot be read by index; prepare it with "
+                "--file_format=array_record"
+            ) from None
         except ValueError as error:
             raise UserError(f"{self.name}: split {split!r} is empty or not a split: {str(error).splitlines()[0]}") from None
         self._drop_text_label(self._data[0], asked=label is not None)
@@ -361,16 +380,20 @@ class FolderSource(BaseSource):
         super().__init__(os.fspath(folder))
         self._folder, classes, self._paths, self._labels = os.fspath(folder), [], [], array.array("q")
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            paths = [entry.name] if entry.is_file() else sorted(
-                os.path.relpath(os.path.join(root, file), folder) for root, _, files in os.walk(entry.path) for file in files)
+            paths = (
+                [entry.name]
+                if entry.is_file()
+                else sorted(os.path.relpath(os.path.join(root, file), folder) for root, _, files in os.walk(entry.path) for file in files)
+            )
             paths = [path for path in paths if path.lower().endswith(IMAGE_EXTENSIONS)]
             self._paths += paths
             self._labels.extend([-1 if entry.is_file() else len(classes)] * len(paths))
             if paths and not entry.is_file():
                 classes.append(entry.name)
         if not self._paths:
-            raise UserError(f"{folder}: no pictures ({', '.join(IMAGE_EXTENSIONS)}), tar shards, ArrayRecord files or dataset_info.json "
-                            "in it")
+            raise UserError(
+                f"{folder}: no pictures ({', '.join(IMAGE_EXTENSIONS)}), tar shards, ArrayRecord files or dataset_info.json in it"
+            )
         if classes:
             self._set_classes(classes)
 
@@ -429,8 +452,9 @@ def _is_image(data: bytes) -> bool:
     return data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or data[8:12] == b"WEBP"
 
 
-def make_source(spec: str, split: str = "train", *, image: str | None = None, text: str | Sequence[str] | None = None,
-                label: str | None = None) -> Source:
+def make_source(
+    spec: str, split: str = "train", *, image: str | None = None, text: str | Sequence[str] | None = None, label: str | None = None
+) -> Source:
     """Builds a source from a string. `image`, `text` (one name, or several) and `label` name the fields where their usual names do not fit.
 
     spec is one of
@@ -450,8 +474,10 @@ def make_source(spec: str, split: str = "train", *, image: str | None = None, te
     parts = [part.strip() for part in spec.split(" + ")]
     weights = [re.fullmatch(r"(.+)\*(\d+(?:\.\d+)?)", part) for part in parts]
     if len(parts) > 1:
-        sources = [make_source(match[1].strip() if match else part, split, image=image, text=text, label=label)
-                   for match, part in zip(weights, parts, strict=True)]
+        sources = [
+            make_source(match[1].strip() if match else part, split, image=image, text=text, label=label)
+            for match, part in zip(weights, parts, strict=True)
+        ]
         return MixtureSource(sources, [float(match[2]) if match else 1.0 for match in weights])
     fields = dict(image=image, text=text, label=label)
     if spec.startswith("tfds:"):
@@ -492,7 +518,7 @@ def _expand(pattern: str) -> list[str]:
     """Files of a path with wildcards, or with ranges such as {00000..00099}, every one of which must exist."""
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         low, high = match.groups()
-        parts = [f"{pattern[:match.start()]}{i:0{len(low)}d}{pattern[match.end():]}" for i in range(int(low), int(high) + 1)]
+        parts = [f"{pattern[: match.start()]}{i:0{len(low)}d}{pattern[match.end() :]}" for i in range(int(low), int(high) + 1)]
         return [file for part in parts for file in _expand(part)]
     files = [pattern] if os.path.isfile(pattern) else sorted(file for file in glob.glob(pattern) if os.path.isfile(file))
     if not files:
@@ -508,8 +534,10 @@ def _tfds_folder(name: str) -> Path:
     if configs:
         raise UserError(f"tfds:{name}: name one of its configurations: {', '.join(sorted(configs))}")
     known = sorted(path.name for path in root.glob("*")) if root.is_dir() else []
-    raise UserError(f"tfds:{name}: not prepared in {root}{near(name, known)}; set TFDS_DATA_DIR, or prepare it with: tfds build {name} "
-                    f"--file_format=array_record --data_dir={root}")
+    raise UserError(
+        f"tfds:{name}: not prepared in {root}{near(name, known)}; set TFDS_DATA_DIR, or prepare it with: tfds build {name} "
+        f"--file_format=array_record --data_dir={root}"
+    )
 
 
 def _newest_version(folder: Path) -> Path | None:

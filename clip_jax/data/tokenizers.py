@@ -128,8 +128,15 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.file).write_bytes(self.data)
         metadata = {
-            "kind": self.kind, "file": self.file, "options": self.options, "fingerprint": self.fingerprint(),
-            "vocab_size": self.vocab_size, "pad_id": self.pad_id, "eot_id": self.eot_id, "sot_id": self.sot_id, "mask_id": self.mask_id,
+            "kind": self.kind,
+            "file": self.file,
+            "options": self.options,
+            "fingerprint": self.fingerprint(),
+            "vocab_size": self.vocab_size,
+            "pad_id": self.pad_id,
+            "eot_id": self.eot_id,
+            "sot_id": self.sot_id,
+            "mask_id": self.mask_id,
         }
         (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n")
 

@@ -133,8 +133,9 @@ def _join(values: list[str], rng: np.random.Generator | None) -> str:
     return ", ".join(values)
 
 
-def make_example(record: Record, example_id: int, views: Sequence[ImageView | TextView], tokenizer,
-                 rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+def make_example(
+    record: Record, example_id: int, views: Sequence[ImageView | TextView], tokenizer, rng: np.random.Generator | None = None
+) -> dict[str, np.ndarray]:
     """One example: {view.name: array} and int32 scalars `example_id` and, where the record has them, `label` and `source_id`.
 
     The views draw from `rng` in their order; None means evaluation. Raises BadRecord when a view cannot use the record.

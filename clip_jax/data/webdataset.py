@@ -67,7 +67,7 @@ class WebDatasetSource(BaseSource):
         start = min(offset for offset, size in spans if size >= 0)
         end = max(offset + size for offset, size in spans if size >= 0)
         data = self._files.read(self._shards[shard], start, end - start)  # a sample's members lie one after the other
-        image, txt, meta, cls = (data[offset - start: offset - start + size] if size >= 0 else None for offset, size in spans)
+        image, txt, meta, cls = (data[offset - start : offset - start + size] if size >= 0 else None for offset, size in spans)
         try:
             record = dict(json.loads(meta)) if meta is not None else {}
         except (ValueError, TypeError):
@@ -128,7 +128,7 @@ def _scan(shard: str) -> tuple[np.ndarray, Counter]:
                 if not keys or keys[-1] != (folder, stem):
                     keys.append((folder, stem))
                     rows.append([0, -1] * len(_SLOTS))
-                rows[-1][2 * slot: 2 * slot + 2] = member.offset_data, member.size
+                rows[-1][2 * slot : 2 * slot + 2] = member.offset_data, member.size
             with open(shard, "rb") as file:
                 file.seek(tar.offset)
                 clean = file.read(512) == bytes(512)  # the end-of-archive mark

@@ -315,7 +315,7 @@ def _emoji_results(cells: Mapping[tuple[str, str], Mapping[str, float]], skipped
                 continue
             against = "" if pixel is None else f", pixels {_percent(pixel)}"
             row.append(
-                f'<b>{_percent(m[f"top1{suffix}"])}</b> / {_percent(m.get(f"top5{suffix}"))}'
+                f"<b>{_percent(m[f'top1{suffix}'])}</b> / {_percent(m.get(f'top5{suffix}'))}"
                 f'<span class="small">{_number(count)} pictures{against}</span>'
             )
         subsets.append(row)
@@ -563,7 +563,7 @@ def _gallery(page: _Page, item: "Classification") -> str:
             note = f'<span class="small">{_text(group)}</span>' if len(groups) > 1 and group != str(name) else ""
             cards.append(
                 f'<div class="card" data-group="{groups.index(group)}">{thumbnail(row, name)}'
-                f'<div><b>{_text(name)}</b>{note}<ol>{"".join(guesses)}</ol></div></div>'
+                f"<div><b>{_text(name)}</b>{note}<ol>{''.join(guesses)}</ol></div></div>"
             )
         count = int(is_right.sum()) if kind == "right" else int((~is_right).sum())
         content = f'<div class="cards">{"".join(cards)}</div>' if cards else "<p>None.</p>"

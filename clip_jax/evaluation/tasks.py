@@ -286,9 +286,7 @@ def emoji_task(
         texts = [names[i] for i in present]
         found = recall(embedded.z, z_text[present], labels, present, similarity=model.similarity)
         result.metrics |= {f"{cell}/{key}": value for key, value in found.metrics.items()}
-        result.artefacts["retrieval"][cell] = Retrieval(
-            texts, labels, present, found.image_to_text, found.text_to_image, embedded.pictures
-        )
+        result.artefacts["retrieval"][cell] = Retrieval(texts, labels, present, found.image_to_text, found.text_to_image, embedded.pictures)
         result.artefacts["similarity"][cell] = _similarity_matrix(model, embedded, labels, names, z_text)
     both = _join(*unseen.values())
     groups = [record["group"] for record in both.records]

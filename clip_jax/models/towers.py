@@ -32,7 +32,9 @@ def image_tower(model):
     """The image tower of the section ``config.model``; raises UserError as :func:`_make` does."""
     size, patch = model.image.size, 2 ** len(model.image.stem) if model.image.stem else model.image.patch
     if size % patch:
-        raise UserError(f"model.image.size={size} is not divisible by the patch size {patch}" + (" (2 ** len(stem))" if model.image.stem else ""))
+        raise UserError(
+            f"model.image.size={size} is not divisible by the patch size {patch}" + (" (2 ** len(stem))" if model.image.stem else "")
+        )
     if model.image.pool not in vit.POOLS:
         raise UserError(f"model.image.pool={model.image.pool!r}: allowed are {', '.join(vit.POOLS)}")
     if model.image.pool == "cls" and not model.image.cls_token:

@@ -35,7 +35,9 @@ def block_init(scheme, width, mlp_dim, depth):
     """
     if scheme == "clip_image":
         fused_xavier = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")  # bound sqrt(6 / 4D) on a [D, D] slice
-        return Init(fused_xavier, torch_uniform(width), torch_uniform(width), torch_uniform(mlp_dim), torch_uniform(width), torch_uniform(mlp_dim))
+        return Init(
+            fused_xavier, torch_uniform(width), torch_uniform(width), torch_uniform(mlp_dim), torch_uniform(width), torch_uniform(mlp_dim)
+        )
     if scheme == "clip_text":
         residual = nn.initializers.normal(width**-0.5 * (2 * depth) ** -0.5)
         return Init(nn.initializers.normal(width**-0.5), residual, nn.initializers.normal((2 * width) ** -0.5), residual)
@@ -46,7 +48,10 @@ def block_init(scheme, width, mlp_dim, depth):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from ``x_q[b, q, D]`` to ``x_kv[b, k, D]``; ``mask`` (bool, broadcast to ``[b, H, q, k]``) is True where allowed."""
+    """Multi-head attention from ``x_q[b, q, D]`` to ``x_kv[b, k, D]``.
+
+    The bool ``mask``, broadcast to ``[b, H, q, k]``, is True where attention is allowed.
+    """
 
     heads: int
     inits: Init

@@ -30,7 +30,7 @@ def patches(x, size, stride):
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of non-overlapping patches, ``[b, h, w, c] -> [b, h/P, w/P, D]``; the kernel has a convolution's shape ``[P, P, c, D]``."""
+    """Linear embedding of patches, ``[b, h, w, c] -> [b, h/P, w/P, D]``; the kernel has a convolution's shape ``[P, P, c, D]``."""
 
     width: int
     patch: int

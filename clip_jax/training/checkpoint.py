@@ -99,10 +99,8 @@ class Checkpointer:
             what = "; ".join(f"{key} was {a!r}, is now {b!r}" for key, a, b in changed)
             raise UserError(f"{self.folder} holds a run that this configuration cannot continue: {what}. Use another --workdir")
         if meta["tokenizer"]["fingerprint"] != self.tokenizer["fingerprint"]:
-            raise UserError(
-                f"{self.folder} holds a run that this configuration cannot continue: tokenizer {self.config.tokenizer!r} has other files than"
-                " those it was trained with. Use another --workdir"
-            )
+            what = f"the files of the tokenizer {self.config.tokenizer!r} are others than it was trained with"
+            raise UserError(f"{self.folder} holds a run that this configuration cannot continue: {what}. Use another --workdir")
         changed = [c for c in config_lib.differences(old, self.config) if c[0].split(".")[0] not in ("log", "eval", "checkpoint", "mesh")]
         for key, a, b in changed:
             logger.warning("the run is continued with another %s: it was %r, is now %r", key, a, b)
@@ -131,9 +129,7 @@ def _line(error):
 
 def restore_arrays(folder, target):
     """The arrays of checkpoint ``folder`` that a pytree of ShapeDtypeStruct names, with its dtypes and shardings; others are not read."""
-    args = ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-    )
+    args = ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(pathlib.Path(folder).absolute() / "state", args=args)
 

@@ -47,8 +47,12 @@ class Writer:
             try:
                 import wandb
             except ImportError:
-                raise UserError(f"log.wandb={config.log.wandb!r} needs the package wandb: pip install 'clip-jax-pretraining[wandb]'") from None
-            run = wandb.init(project=config.log.wandb, dir=str(workdir), config=config.to_dict(), resume="allow", id=pathlib.Path(workdir).name)
+                raise UserError(
+                    f"log.wandb={config.log.wandb!r} needs the package wandb: pip install 'clip-jax-pretraining[wandb]'"
+                ) from None
+            run = wandb.init(
+                project=config.log.wandb, dir=str(workdir), config=config.to_dict(), resume="allow", id=pathlib.Path(workdir).name
+            )
             self.sinks.append((lambda step, values: run.log(values, step=step), run.finish))
 
     def write(self, step, values):

@@ -11,7 +11,7 @@ from clip_jax.training.sharding import path_name
 
 
 def make_schedule(optim, steps):
-    """``step -> learning rate``: linear warm-up to ``optim.lr``, reached by step ``warmup_steps``, then ``optim.schedule``, which ends at ``steps``."""
+    """``step -> learning rate``: linear warm-up to ``optim.lr`` in ``warmup_steps``, then ``optim.schedule``, which ends at ``steps``."""
     lr, warmup = optim.lr, optim.warmup_steps
     rest = max(steps - warmup, 1)
     after = {
@@ -43,6 +43,16 @@ def _factors(optim, params):
     return jax.tree_util.tree_map_with_path(factor, params)
 
 
+def _scale_by_factors(factors):
+    """Multiplies each update by its factor; a frozen parameter has a MaskedNode in the place of an update."""
+
+    def scale(updates, _):
+        is_masked = lambda u: isinstance(u, optax.MaskedNode)  # noqa: E731
+        return jax.tree.map(lambda u, f: u if is_masked(u) else u * f, updates, factors, is_leaf=is_masked)
+
+    return optax.stateless(scale)
+
+
 def make_optimizer(optim, steps, params):
     """The gradient transformation of the section ``config.optim``.
 
@@ -63,7 +73,9 @@ def make_optimizer(optim, steps, params):
             if not any(re.search(pattern, path) for path in paths):
                 raise UserError(f"optim.{field}: {pattern!r} finds no parameter; paths look like {paths[0]!r}, {paths[-1]!r}")
     no_decay = _matches(optim.no_decay, params)
-    decay = optax.add_decayed_weights(optim.weight_decay, jax.tree.map(lambda x: not x, no_decay)) if optim.weight_decay else optax.identity()
+    decay = (
+        optax.add_decayed_weights(optim.weight_decay, jax.tree.map(lambda x: not x, no_decay)) if optim.weight_decay else optax.identity()
+    )
     direction = {
         "adamw": lambda: [optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay],
         "lamb": lambda: [optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay, optax.scale_by_trust_ratio()],
@@ -73,10 +85,7 @@ def make_optimizer(optim, steps, params):
     chain = [optax.clip_by_global_norm(optim.grad_clip_norm)] if optim.grad_clip_norm else []
     chain += direction
     if optim.lr_mult:
-        factors = _factors(optim, params)
-        # Masked leaves, the frozen ones, are not arrays.
-        chain.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f if isinstance(u, jax.Array) else u, updates, factors,
-                                                                     is_leaf=lambda u: isinstance(u, optax.MaskedNode))))  # fmt: skip
+        chain.append(_scale_by_factors(_factors(optim, params)))
     chain.append(optax.scale_by_learning_rate(make_schedule(optim, steps)))
     tx = optax.chain(*chain)
     is_frozen = frozen(optim, params)

@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import clip_jax
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError
 
@@ -175,6 +176,7 @@ class Run:
 def train(config, workdir, say=print):
     """Trains and evaluates; returns the metrics of the last evaluation. Raises UserError."""
     workdir = prepare_workdir(workdir)
+    say(f"clip_jax {clip_jax.__version__}: {config.method} on {config.data.source}, work folder {workdir}")
     config, source, tokenizer, method = make_parts(config)
 
     import jax

@@ -50,9 +50,9 @@ def test_published_parameter_counts(size, image_count, text_count):
     assert count(text_tower(model), jnp.zeros((1, 77), jnp.int32)) == text_count
 
 
-def open_clip_params(folder):
-    """The golden open_clip model as our parameters, by the map of the canonical tree."""
-    w = load_file(folder / "model.safetensors")
+def open_clip_params(folder, file="model.safetensors"):
+    """The golden open_clip model, or the gradients in its layout, as our parameters, by the map of the canonical tree."""
+    w = load_file(folder / file)
 
     def block(prefix, heads):
         width = w[f"{prefix}.ln_1.weight"].shape[0]
@@ -121,13 +121,15 @@ def test_golden_open_clip_vit(folder):
         loss, _ = infonce(l2_normalize(z_image), l2_normalize(z_text), scale)
         return loss, (z_image, z_text, scale * l2_normalize(z_image) @ l2_normalize(z_text).T)
 
-    (loss, (z_image, z_text, logits)), grad = jax.jit(jax.value_and_grad(forward, argnums=1, has_aux=True))(params, images)
+    (loss, (z_image, z_text, logits)), (grads, grad) = jax.jit(jax.value_and_grad(forward, argnums=(0, 1), has_aux=True))(params, images)
     tolerance = dict(rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(z_image, io["image_embed_unnormalised"], **tolerance)
     np.testing.assert_allclose(z_text, io["text_embed_unnormalised"], **tolerance)
     np.testing.assert_allclose(logits, io["logits_per_image"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(loss, io["loss"], **tolerance)
     np.testing.assert_allclose(grad.transpose(0, 3, 1, 2), io["grad_pixel_values"], **tolerance)
+    expected_grads, _ = open_clip_params(folder, "grads.safetensors")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), grads, expected_grads)
 
 
 def embed(model, ids):

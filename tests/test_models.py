@@ -184,6 +184,17 @@ def test_image_switches(switches, tokens):
     assert ("bias" in params.get("patch", {})) == switches.get("patch_bias", False)
 
 
+def test_a_text_tower_without_blocks_is_a_bag_of_words():
+    model = tiny()
+    model.text.update(dict(depth=0, pool="mean"))
+    module = text_tower(model)
+    ids = np.array([[5, 9, 63, 0], [9, 5, 63, 0]])
+    params = module.init(jax.random.key(0), ids)
+    params["params"]["pos"] = jnp.zeros_like(params["params"]["pos"])
+    z = module.apply(params, ids)[0]
+    np.testing.assert_allclose(z[0], z[1], atol=1e-6)
+
+
 def test_overlapping_patches_are_a_convolution():
     x = jax.random.normal(jax.random.key(0), (2, 9, 9, 3))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 5))

@@ -39,7 +39,7 @@ def block_init(scheme, width, mlp_dim, depth):
             fused_xavier, torch_uniform(width), torch_uniform(width), torch_uniform(mlp_dim), torch_uniform(width), torch_uniform(mlp_dim)
         )
     if scheme == "clip_text":
-        residual = nn.initializers.normal(width**-0.5 * (2 * depth) ** -0.5)
+        residual = nn.initializers.normal(width**-0.5 * (2 * max(depth, 1)) ** -0.5)
         return Init(nn.initializers.normal(width**-0.5), residual, nn.initializers.normal((2 * width) ** -0.5), residual)
     if scheme == "xavier":
         xavier, small = nn.initializers.xavier_uniform(), nn.initializers.normal(1e-6)

@@ -235,8 +235,8 @@ def loop(run, source, tx, state):
                 f" so the newest checkpoint in {run.checkpointer.folder} is still good: lower the learning rate and start again"
             )
         if step % config.train.log_steps == 0 or step in (first + 1, steps):
-            values, line = progress.report(step)
-            run.writer.write(step, {**values, "skipped": sum(loader.skipped.values())})
+            values, line = progress.report(step, loader.skipped.total())
+            run.writer.write(step, values)
             say(line)
 
     with closing(loader):

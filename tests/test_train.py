@@ -9,6 +9,7 @@ import time
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 from conftest import REPO
 from helpers import losses, run, tiny_config, train_command
@@ -241,3 +242,19 @@ def test_commands_start_without_importing_jax():
 
 def test_eight_devices_are_simulated():
     assert jax.device_count() == 8
+
+
+def test_bad_records_are_counted_in_the_progress_line(tmp_path):
+    """One picture of eight is cut in half: the run goes on without it and says so; with a stricter limit it stops."""
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        PIL.Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    whole = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(f"{i}.png,number {i}\n" for i in range(8)))
+    data = [f"data.source={tmp_path}/pairs.csv", "data.templates=()", "data.augment=rrc(0.5, 1.0)"]
+    lines = []
+    train.train(tiny_config("train.steps=2", "data.max_bad_share=0.5", *data), tmp_path / "run", lines.append)
+    assert any("| skipped " in line for line in lines if line.startswith("step 2/2"))
+    with pytest.raises(UserError, match="records are unusable .*more than max_bad_share=0.01"):
+        train.train(tiny_config("train.steps=40", "data.max_bad_share=0.01", *data), tmp_path / "strict", lines.append)

@@ -90,12 +90,13 @@ class Progress:
         """Leaves out the time of something else than training (an evaluation)."""
         self.start += seconds
 
-    def report(self, step):
-        """Mean metrics and rates since the last report, ``{name: float}``, and the progress line."""
+    def report(self, step, skipped=0):
+        """Mean metrics and rates since the last report, ``{name: float}``, and the progress line; ``skipped``: unusable records so far."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         values = {name: total / self.done for name, total in self.sums.items()}
         values["images_per_s"] = self.done * self.batch_size / seconds
         values["data_wait_share"] = self.waited / seconds
+        values["skipped"] = skipped
         if self.peak and self.flops:
             values["mfu"] = self.flops * self.done / seconds / (self.peak * jax.device_count())
         self.recent.append((self.done, seconds))
@@ -116,7 +117,7 @@ class Progress:
         parts += [f"{values['images_per_s']:.0f} img/s", f"data wait {values['data_wait_share']:.0%}"]
         if "mfu" in values:
             parts.append(f"MFU {values['mfu']:.1%}")
-        if values.get("skipped"):
+        if values["skipped"]:
             parts.append(f"skipped {values['skipped']:.0f}")
         return " | ".join([*parts, f"ETA {duration(values['eta_s'])}"])
 

@@ -20,6 +20,7 @@ Every sequence is `[SOT] text [EOT] padding...`, cut so that EOT stays last. Opt
 Padding is never to be found by `ids == pad_id` (CLIP pads with 0, which is also the id of "!"): use `Tokenizer.lengths`.
 """
 
+import abc
 import functools
 import gzip
 import hashlib
@@ -43,7 +44,7 @@ _CACHED_TEXTS = 16_384  # encoded texts kept per process
 _MAX_CHARS = 100_000  # far beyond any context; keeps one broken record from stalling the loader
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Common part of all tokenizers. Picklable; `==` and `hash` go by `fingerprint()`.
 
     Attributes:
@@ -71,12 +72,13 @@ class Tokenizer:
 
     # --- what a kind of tokenizer defines ---
 
+    @abc.abstractmethod
     def _encode(self, text: str) -> list[int]:
-        raise NotImplementedError
+        """Ids of `text` without special tokens."""
 
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens (SOT, EOT, PAD, mask) are left out."""
-        raise NotImplementedError
 
     # --- what they share ---
 

@@ -16,7 +16,6 @@ family, with EmojiOne v2 held out:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -30,7 +29,7 @@ from typing import Any
 
 from clip_jax.data.build.packages import Package, fetch, npm, read_tar
 from clip_jax.data.build.pictures import render_svg, to_square, to_webp
-from clip_jax.data.build.tfds_writer import write_dataset
+from clip_jax.data.build.tfds_writer import command, write_dataset
 from clip_jax.errors import UserError
 
 VERSION = "1.0.0"
@@ -421,14 +420,5 @@ def build(cache: Path, out: Path = OUT) -> dict[str, int]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=Path("~/.cache/clip_jax").expanduser(), help="where packages are kept")
-    parser.add_argument("--out", type=Path, default=OUT, help="the prepared TFDS folder to (re)place")
-    args = parser.parse_args()
-    for split, count in build(args.cache, args.out).items():
-        print(f"{split:20} {count:6}")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, build, OUT)

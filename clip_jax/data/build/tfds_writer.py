@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,13 @@ def write_dataset(
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return {info.name: info.num_examples for info in infos}
+
+
+def command(doc: str, build: Callable[[Path, Path], Mapping[str, int]], out: Path) -> None:
+    """The command line of a builder: `build(cache folder, output folder)` gives the records of each split, which are printed."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=Path("~/.cache/clip_jax").expanduser(), help="where packages are kept")
+    parser.add_argument("--out", type=Path, default=out, help="the prepared TFDS folder to (re)place")
+    args = parser.parse_args()
+    for split, count in build(args.cache, args.out).items():
+        print(f"{split:20} {count:6}")

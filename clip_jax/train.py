@@ -197,6 +197,8 @@ def train(config, workdir, say=print):
                 state = loop(run, source, tx, state)
             else:
                 say(f"the run in {workdir} is complete: {int(state.step)} of {config.train.steps} steps")
+            if not config.checkpoint.best:  # nothing that goes wrong in the evaluation costs the training
+                checkpointer.save(int(state.step), state, {})
             result = run.evaluate(state, config.eval.tasks)
         checkpointer.save(int(state.step), state, result.metrics)
         checkpointer.wait()

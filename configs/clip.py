@@ -60,5 +60,6 @@ def embedded():
     c.optim.update(dict(lr=3e-3, warmup_steps=50, weight_decay=0.1, grad_clip_norm=1.0))
     c.train.steps = 900
     c.eval.transform = ("resize(36)", "center_crop")  # random crops have shown training the pictures enlarged
-    c.eval.steps, c.eval.train_tasks = 300, ("emoji(subset='val')",)
+    c.checkpoint.steps = c.eval.steps = 300
+    c.eval.train_tasks = ("emoji(subset='val')",)
     return c

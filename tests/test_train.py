@@ -258,3 +258,10 @@ def test_bad_records_are_counted_in_the_progress_line(tmp_path):
     assert any("| skipped " in line for line in lines if line.startswith("step 2/2"))
     with pytest.raises(UserError, match="records are unusable .*more than max_bad_share=0.01"):
         train.train(tiny_config("train.steps=40", "data.max_bad_share=0.01", *data), tmp_path / "strict", lines.append)
+
+
+def test_an_evaluation_that_fails_costs_no_training(tmp_path):
+    tasks = f"eval.tasks=(\"zeroshot(source='{tmp_path}/nowhere')\",)"
+    with pytest.raises(UserError, match="nowhere"):
+        train.train(tiny_config("train.steps=3", "checkpoint.steps=0", tasks), tmp_path / "run", lambda line: None)
+    assert checkpoint.find(tmp_path / "run").name == "3"

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 # may wait at a time; with one thread per core or device it can lock up for good.
 _simulated = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
 if _simulated:
-    os.environ.setdefault("NPROC", str(max(8 * int(_simulated[1]), os.cpu_count() or 1)))
+    os.environ.setdefault("NPROC", str(max(64 * int(_simulated[1]), os.cpu_count() or 1)))
 
 
 def __getattr__(name):

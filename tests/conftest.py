@@ -13,8 +13,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import pytest  # noqa: E402
 
-import clip_jax  # noqa: E402, F401 - before JAX: it sets the number of threads that simulated devices need
-
 REPO = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(os.environ.get("CLIP_JAX_GOLDEN", REPO.parent / "shared" / "golden"))
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"

@@ -27,10 +27,12 @@ def infonce(z_image, z_text, scale, smoothing=0.0):
     """
     logits = scale * jnp.matmul(z_image, z_text.T, preferred_element_type=jnp.float32)
     index = jnp.arange(logits.shape[0])
+    # Not jnp.diagonal: its gradient is a scatter, for which the partitioner gathers indices over all devices.
+    positives = index[:, None] == index
 
     def direction(logits_BB):
         log_p = jax.nn.log_softmax(logits_BB, axis=1)
-        loss = -((1 - smoothing) * jnp.diagonal(log_p) + smoothing * log_p.mean(1)).mean()
+        loss = -((1 - smoothing) * jnp.sum(log_p, axis=1, where=positives) + smoothing * log_p.mean(1)).mean()
         return loss, (jnp.argmax(logits_BB, axis=1) == index).mean()
 
     loss_i2t, acc_i2t = direction(logits)

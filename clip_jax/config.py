@@ -24,6 +24,7 @@ def base():
     """Every field that a configuration has, with the defaults of CLIP; each field with its meaning."""
     c = ConfigDict()
     c.method = "clip"  # a module of clip_jax.methods, or the import path of your own
+    c.micro_batches = 1  # encode the batch in so many parts: less memory, the same result (full-batch negatives), a third more compute
     c.seed = 0  # initialisation, order of the data, augmentation: everything random follows from it
     c.tokenizer = "sentencepiece"  # sentencepiece[:model] | clip_bpe[:vocabulary] | wordpiece:vocabulary | folder of a saved one
 
@@ -45,6 +46,9 @@ def base():
     c.model.logit_scale_init = 2.6593  # ln(1 / 0.07)
     c.model.logit_scale_max = 4.6052  # ln 100
     c.model.dtype = "bfloat16"  # of matrix work; weights, norms, softmax and losses stay float32
+    c.model.remat = "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full (whole blocks)
+    c.model.scan = False  # one compiled block run depth times, weights stacked: compiles in a fraction of the time
+    c.model.attention = "auto"  # auto (fused by cuDNN on a GPU where it can) | plain | cudnn
     c.model.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]
     c.model.image_std = (0.26862954, 0.26130258, 0.27577711)
     # docs of the fields: clip_jax/models/vit.py and clip_jax/models/text.py
@@ -74,6 +78,7 @@ def base():
     c.train.steps = 1000
     c.train.log_steps = 50  # a progress line and metrics every so many steps, and the first one
     c.train.max_bad_steps = 20  # stop after so many steps in a row with a loss or gradient that is not finite
+    c.train.stall_minutes = 20.0  # stop when data, a step, an evaluation or a checkpoint takes longer; 0: never
 
     c.checkpoint = ConfigDict()
     c.checkpoint.steps = 1000  # save every so many steps; 0: only by minutes and at the end

@@ -1,4 +1,4 @@
-"""InfoNCE: golden values and gradients, the oracles of clip.md, and the same result on a mesh."""
+"""Contrastive losses: golden values and gradients, the oracles of clip.md, exactness of tiles, the same result on a mesh, memory."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from conftest import golden_files
 
+from clip_jax.losses import contrastive, pairwise
 from clip_jax.losses.contrastive import cross_entropy, infonce
 from clip_jax.models.common import l2_normalize
-from clip_jax.training.sharding import batch_sharding
+from clip_jax.training.sharding import batch_sharding, make_mesh
 
 
 def loss(z_image, z_text, log_scale, smoothing=0.0):
@@ -39,6 +40,62 @@ def test_golden_label_smoothing(path):
     np.testing.assert_allclose(value, g["loss_sum"], rtol=1e-4, atol=1e-5)
     for grad, name in zip(grads, ("image", "text", "temperature"), strict=True):
         np.testing.assert_allclose(grad, g[f"grad_{name}_of_sum"], rtol=1e-4, atol=1e-5)
+
+
+def check_golden(path, fn, args, grads, rtol=1e-4, atol=1e-5):
+    """Value and gradients of ``fn`` of the named arrays of a file; gradients by the names of the arguments."""
+    g = np.load(path)
+    value, found = jax.value_and_grad(fn, argnums=tuple(range(len(grads))))(*(g[name] for name in args))
+    np.testing.assert_allclose(value, g["loss"], rtol=rtol, atol=atol)
+    for grad, name in zip(found, grads, strict=True):
+        np.testing.assert_allclose(grad, g[name], rtol=rtol, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("path", golden_files("loss_siglip_*.npz"))
+def test_golden_sigmoid(path):
+    check_golden(
+        path,
+        lambda image, text, log_scale, bias: contrastive.sigmoid(image, text, jnp.exp(log_scale), bias)[0],
+        ("image_features", "text_features", "log_scale", "bias"),
+        ("grad_image", "grad_text", "grad_log_scale", "grad_bias"),
+    )
+
+
+def same_label(_, labels_a, labels_b, i, j):
+    """UniCL's targets: the same class, or the same example when it has none."""
+    return (i == j) | ((labels_a[:, None] == labels_b) & (labels_a[:, None] > 0))
+
+
+@pytest.mark.parametrize("path", golden_files("loss_unicl_*.npz"))
+def test_golden_targets_from_labels(path):
+    check_golden(
+        path,
+        lambda image, text, scale, labels: contrastive.soft_infonce(image, text, scale, same_label, (), labels, labels)[0],
+        ("image_features", "text_features", "scale", "labels"),
+        ("grad_image", "grad_text", "grad_scale"),
+    )
+
+
+@pytest.mark.parametrize("path", golden_files("loss_zerovl_mixup.npz"))
+def test_golden_mixed_targets(path):
+    def mixed(lam, _, last, i, j):
+        return lam * (i == j) + (1 - lam) * (i + j == last)
+
+    def loss_fn(image, text, tau, lam):
+        return contrastive.soft_infonce(image, text, 1 / tau, mixed, lam, (), jnp.full(len(image), len(image) - 1))[0]
+
+    args, grads = ("image_features", "text_features", "tau", "lam"), ("grad_image", "grad_text", "grad_tau")
+    check_golden(path, loss_fn, args, grads, rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", golden_files("loss_filip_paper_*.npz"))
+def test_golden_late_interaction(path):
+    check_golden(
+        path,
+        lambda image, text, log_scale, mask: contrastive.filip(image, text, mask, jnp.exp(log_scale))[0],
+        ("image_tokens", "text_tokens", "log_scale", "text_mask"),
+        ("grad_image_tokens", "grad_text_tokens", "grad_log_scale"),
+    )
 
 
 def test_equal_embeddings_give_ln_b():
@@ -75,14 +132,83 @@ def test_bfloat16_features_give_a_float32_loss():
     np.testing.assert_allclose(value, exact, rtol=1e-4)
 
 
-def test_sharded_value_and_gradients_equal_one_device(mesh8):
-    args = unit(0, 32, 16), unit(1, 32, 16), jnp.float32(2.5)
-    expected, expected_grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(*args)
-    sharded = [jax.device_put(x, batch_sharding(mesh8)) for x in args[:2]]
-    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*sharded, args[2])
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
+def similar(temperature, a, b, i, j):
+    """Soft targets with a gradient in everything that they are made of."""
+    return jnp.exp(a @ b.T / temperature) + (i == j)
+
+
+LOSSES = {
+    "infonce": lambda a, b, s, t: infonce(a, b, s, 0.1, jnp.linspace(0, 1, len(a)))[0],
+    "soft_infonce": lambda a, b, s, t: contrastive.soft_infonce(a, b, s, similar, t, b, a)[0],
+    "sigmoid": lambda a, b, s, t: contrastive.sigmoid(a, b, s, -t)[0],
+    "filip": lambda a, b, s, t: (
+        t * contrastive.filip(a.reshape(len(a), 2, -1), b.reshape(len(b), 2, -1), jnp.arange(len(b) * 2).reshape(-1, 2) % 3 != 1, s)[0]
+    ),
+}
+
+
+def plain(a, b, s, t):
+    """The four losses with whole matrices."""
+    n, logits, own = len(a), s * a @ b.T, jnp.eye(len(a))
+    w = jnp.linspace(0, 1, n)
+    smooth = 0.9 * own + 0.1 / n
+    y = jnp.exp(b @ a.T / t) + own
+    u, v, m = a.reshape(n, 2, -1), b.reshape(n, 2, -1), jnp.arange(n * 2).reshape(-1, 2) % 3 != 1
+    tokens = jnp.einsum("ipd,jld->ijpl", u, v)
+    of_image = jnp.where(m[None, :, None], tokens, -jnp.inf).max(3).mean(2)
+    of_text = (tokens.max(2) * m).sum(2) / m.sum(1)
+    return {
+        "infonce": 0.5 * (w * (cross_entropy(logits, smooth) + cross_entropy(logits.T, smooth))).mean(),
+        "soft_infonce": 0.5 * (cross_entropy(logits, y / y.sum(1, keepdims=True)) + cross_entropy(logits.T, (y / y.sum(0)).T)).mean(),
+        "sigmoid": -jax.nn.log_sigmoid((2 * own - 1) * (logits - t)).sum(1).mean(),
+        "filip": t * 0.5 * (cross_entropy(s * of_image, own) + cross_entropy(s * of_text.T, own)).mean(),
+    }
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("b, spread", [(37, False), (40, True), (36, True)], ids=["uneven tiles", "8 devices", "4 of 8 devices"])
+def test_tiles_give_value_and_gradients_of_the_whole_matrix(monkeypatch, mesh8, name, b, spread):
+    monkeypatch.setattr(pairwise, "TILE_ENTRIES", 16 if name != "filip" else 64)
+    args = unit(0, b, 16), unit(1, b, 16), jnp.float32(9.0), jnp.float32(0.5)
+    expected, expected_grads = jax.value_and_grad(lambda *args: plain(*args)[name], argnums=(0, 1, 2, 3))(*args)
+    rows = batch_sharding(mesh8) if spread else None
+    args = *(jax.device_put(x, rows) for x in args[:2]), *args[2:]
+    value, grads = jax.jit(jax.value_and_grad(LOSSES[name], argnums=(0, 1, 2, 3)))(*args)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     for a, b in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_and_columns_may_differ_in_number(mesh8):
+    def tile(scale, a, b, i, j):
+        return pairwise.Tile(row_lse={"x": scale * a @ b.T}, col_sum=i + 100 * j)
+
+    a, b = unit(0, 24, 8), unit(1, 56, 8)
+    out = jax.jit(lambda a, b: pairwise.pairwise(tile, jnp.float32(3.0), a, b))(a, b)
+    np.testing.assert_allclose(out.row_lse["x"], jax.scipy.special.logsumexp(3 * a @ b.T, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(out.row_max["x"], (3 * a @ b.T).max(1), rtol=1e-5)
+    np.testing.assert_allclose(out.col_sum, (np.arange(24)[:, None] + 100 * np.arange(56)).sum(0), rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def temporary_mib():
+    """Compiled temporary memory of InfoNCE and its gradient on each of 8 devices, D=512, by batch size."""
+    mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
+    rows = batch_sharding(mesh)
+
+    def measure(b):
+        z, scale = jax.ShapeDtypeStruct((b, 512), jnp.float32, sharding=rows), jax.ShapeDtypeStruct((), jnp.float32)
+        with jax.set_mesh(mesh):
+            fn = jax.jit(jax.value_and_grad(lambda *args: infonce(*args)[0], argnums=(0, 1, 2)), out_shardings=(None, (rows, rows, None)))
+            return fn.lower(z, z, scale).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+    return {b: measure(b) for b in (16_384, 32_768, 131_072)}
+
+
+def test_memory_is_bounded_and_grows_no_faster_than_the_batch(temporary_mib):
+    assert temporary_mib[16_384] < 40
+    assert temporary_mib[32_768] <= 2 * temporary_mib[16_384]
+    assert temporary_mib[131_072] <= 8 * temporary_mib[16_384]
 
 
 def test_cross_entropy_takes_soft_targets():

@@ -1,11 +1,16 @@
 """Contrastive losses as pure functions of features. Logits and losses are float32 whatever the features' dtype.
 
-Under ``jax.jit`` with the batch sharded over a mesh the functions below are the losses of the global batch: the partitioner
-inserts the collectives.
+Under ``jax.jit`` with the batch sharded over a mesh the functions below are the losses of the global batch. None of them holds
+the matrix of all pairs, forward or backward: see :mod:`clip_jax.losses.pairwise`.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
 
 
 def cross_entropy(logits, targets):
@@ -13,28 +18,141 @@ def cross_entropy(logits, targets):
     return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
-def infonce(z_image, z_text, scale, smoothing=0.0):
+def infonce(z_image, z_text, scale, smoothing=0.0, weights=None):
     """InfoNCE over the global batch: the mean of both directions (CLIP: Radford et al. 2021, figure 3; ALIGN: twice this).
 
     Args:
       z_image, z_text: unit vectors ``[B, E]``; row i of one belongs to row i of the other.
       scale: ``exp(logit_scale)``, scalar.
       smoothing: label smoothing; the target is ``1 - smoothing`` on the diagonal plus ``smoothing / B`` everywhere.
+      weights: of the examples' losses, ``[B]``, for both directions; the sum is divided by B all the same.
 
     Returns:
       ``(loss, metrics)``: a float32 scalar, and the accuracy in the batch of both directions, ``image_to_text_acc`` and
       ``text_to_image_acc``.
     """
-    logits = scale * jnp.matmul(z_image, z_text.T, preferred_element_type=jnp.float32)
-    index = jnp.arange(logits.shape[0])
-    # Not jnp.diagonal: its gradient is a scatter, for which the partitioner gathers indices over all devices.
-    positives = index[:, None] == index
+    z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
+    positive = scale * jnp.sum(z_image * z_text, axis=1)
+    negatives = pairwise(_negatives_tile, scale, z_image, z_text)
+    losses = [jnp.logaddexp(lse, positive) - (1 - smoothing) * positive for lse in (negatives.row_lse, negatives.col_lse)]
+    if smoothing:
+        losses[0] -= smoothing * scale * z_image @ z_text.mean(0)
+        losses[1] -= smoothing * scale * z_text @ z_image.mean(0)
+    return _mean(losses, weights), _accuracies(positive, negatives)
 
-    def direction(logits_BB):
-        log_p = jax.nn.log_softmax(logits_BB, axis=1)
-        loss = -((1 - smoothing) * jnp.sum(log_p, axis=1, where=positives) + smoothing * log_p.mean(1)).mean()
-        return loss, (jnp.argmax(logits_BB, axis=1) == index).mean()
 
-    loss_i2t, acc_i2t = direction(logits)
-    loss_t2i, acc_t2i = direction(logits.T)
-    return 0.5 * (loss_i2t + loss_t2i), {"image_to_text_acc": acc_i2t, "text_to_image_acc": acc_t2i}
+def soft_infonce(z_image, z_text, scale, target_fn, target_params, image_targets, text_targets, weights=None):
+    """InfoNCE against soft targets that are a function of the pair: UniCL's labels, ZeroVL's mixtures, OTTER's matchings.
+
+    Args:
+      z_image, z_text, scale, weights: as for :func:`infonce`.
+      target_fn: pure function ``(target_params, image_targets [t, ...], text_targets [u, ...], i [t, 1], j [1, u])`` to a tile
+        ``[t, u]`` of the target, not negative and with a positive sum over each row and column. The target of image i is its
+        row, that of text j its column, each divided by its sum.
+      target_params, image_targets, text_targets: pytrees of arrays; of the last two with leading axis B. They get a gradient.
+
+    Returns:
+      ``(loss, metrics)`` as :func:`infonce`.
+    """
+    z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
+    positive = scale * jnp.sum(z_image * z_text, axis=1)
+    tile_fn = functools.partial(_soft_tile, target_fn)
+    out = pairwise(tile_fn, (scale, target_params), (z_image, image_targets), (z_text, text_targets))
+    losses = [
+        jnp.logaddexp(lse, positive) - sums["logits"] / sums["targets"]
+        for lse, sums in ((out.row_lse, out.row_sum), (out.col_lse, out.col_sum))
+    ]
+    return _mean(losses, weights), _accuracies(positive, out)
+
+
+def sigmoid(z_image, z_text, scale, bias):
+    """SigLIP's loss (Zhai et al. 2023, equation 1): every pair a binary decision; the sum over all pairs divided by B.
+
+    Args:
+      z_image, z_text: unit vectors ``[B, E]``.
+      scale, bias: scalars; a pair's logit is ``scale * <z_image, z_text> + bias``.
+
+    Returns:
+      ``(loss, metrics)`` as :func:`infonce`.
+    """
+    z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
+    similarity = jnp.sum(z_image * z_text, axis=1)
+    out = pairwise(_sigmoid_tile, (scale, bias), (z_image, lax.stop_gradient(similarity)), (z_text, lax.stop_gradient(similarity)))
+    ahead = {name: (x["ahead"] == 0).mean() for name, x in (("image_to_text_acc", out.row_sum), ("text_to_image_acc", out.col_sum))}
+    return out.row_sum["loss"].mean() + jax.nn.softplus(-(scale * similarity + bias)).mean(), ahead
+
+
+def filip(image_tokens, text_tokens, text_mask, scale):
+    """FILIP's token-wise late interaction (Yao et al. 2022, equations 3 to 6), mean of both directions.
+
+    An image scores a text by the mean over its tokens of the best text token, a text an image by the mean over its real
+    tokens of the best image token.
+
+    Args:
+      image_tokens, text_tokens: unit vectors ``[B, P, D]`` and ``[B, L, D]``.
+      text_mask: bool ``[B, L]``, True for real tokens, at least one in each text.
+      scale: scalar.
+
+    Returns:
+      ``(loss, metrics)`` as :func:`infonce`.
+    """
+    entry_size = image_tokens.shape[1] * text_tokens.shape[1]
+    rows, cols = image_tokens, (text_tokens, text_mask)
+    own = jax.vmap(lambda u, v, m: _late_interaction(u[None], v[None], m[None]))(image_tokens, text_tokens, text_mask)
+    positives = [scale * x[:, 0, 0] for x in own]
+    out = pairwise(_filip_tile, scale, rows, cols, entry_size)
+    losses = [jnp.logaddexp(lse, positive) - positive for lse, positive in zip((out.row_lse, out.col_lse), positives, strict=True)]
+    accuracies = _accuracies(positives[0], out), _accuracies(positives[1], out)
+    return _mean(losses), {name: accuracies[k][name] for k, name in enumerate(accuracies[0])}
+
+
+def _mean(losses, weights=None):
+    return 0.5 * sum(jnp.mean(x if weights is None else weights * x) for x in losses)
+
+
+def _accuracies(positive, negatives):
+    """Shares of the rows and of the columns whose positive pair beats every negative; a tie is lost."""
+    return {
+        "image_to_text_acc": (positive > negatives.row_max).mean(),
+        "text_to_image_acc": (positive > negatives.col_max).mean(),
+    }
+
+
+def _similarity(a, b):
+    return jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)  # a scale of 100 makes the error of bfloat16 passes visible
+
+
+def _negatives_tile(scale, z_image, z_text, i, j):
+    logits = jnp.where(i == j, EXCLUDED, scale * _similarity(z_image, z_text))
+    return Tile(row_lse=logits, col_lse=logits)
+
+
+def _soft_tile(target_fn, params, rows, cols, i, j):
+    (scale, target_params), (z_image, image_targets), (z_text, text_targets) = params, rows, cols
+    logits = scale * _similarity(z_image, z_text)
+    targets = target_fn(target_params, image_targets, text_targets, i, j).astype(jnp.float32)
+    negatives, sums = jnp.where(i == j, EXCLUDED, logits), {"logits": targets * logits, "targets": targets}
+    return Tile(negatives, negatives, sums, sums)
+
+
+def _sigmoid_tile(params, rows, cols, i, j):
+    (scale, bias), (z_image, own_row), (z_text, own_col) = params, rows, cols
+    similarity = _similarity(z_image, z_text)
+    negative = i != j
+    loss = jnp.where(negative, jax.nn.softplus(scale * similarity + bias), 0.0)
+    fixed = lax.stop_gradient(similarity)
+    row = {"loss": loss, "ahead": negative & (fixed >= own_row[:, None])}
+    return Tile(row_sum=row, col_sum={"ahead": negative & (fixed >= own_col)})
+
+
+def _late_interaction(image_tokens, text_tokens, text_mask):
+    """Scores ``[t, u]`` of images for texts, and of texts for images."""
+    similarity = jnp.einsum("ipd,jld->ijpl", image_tokens, text_tokens, preferred_element_type=jnp.float32)
+    of_image = jnp.where(text_mask[None, :, None], similarity, EXCLUDED).max(3).mean(2)
+    of_text = jnp.sum(similarity.max(2), axis=2, where=text_mask[None]) / text_mask.sum(1)
+    return of_image, of_text
+
+
+def _filip_tile(scale, image_tokens, text, i, j):
+    of_image, of_text = (jnp.where(i == j, EXCLUDED, scale * x) for x in _late_interaction(image_tokens, *text))
+    return Tile(row_lse=of_image, col_lse=of_text)

@@ -225,11 +225,12 @@ def resolve(config, tokenizer):
 def validate(config):
     """Checks the values that no other part checks when it is built; raises UserError for the first that is wrong."""
     at_least_1 = (
-        "data.batch_size data.threads data.prefetch train.steps train.log_steps train.max_bad_steps checkpoint.keep eval.batch_size"
+        "micro_batches data.batch_size data.threads data.prefetch train.steps train.log_steps train.max_bad_steps checkpoint.keep"
+        " eval.batch_size"
     )
     at_least_0 = (
-        "checkpoint.steps checkpoint.minutes eval.steps optim.lr optim.warmup_steps optim.weight_decay optim.grad_clip_norm optim.eps"
-        " data.workers data.cache_mb"
+        "train.stall_minutes checkpoint.steps checkpoint.minutes eval.steps optim.lr optim.warmup_steps optim.weight_decay"
+        " optim.grad_clip_norm optim.eps data.workers data.cache_mb"
     )
     for key, low in [(key, 1) for key in at_least_1.split()] + [(key, 0) for key in at_least_0.split()]:
         value = _get(config, key)

@@ -19,15 +19,15 @@ ACTIVATIONS = {
 }
 
 
-def shard_batch(x):
-    """Constrains ``x[b, ...]`` to be split over the batch axes of the mesh in use (``jax.set_mesh``); identity without a mesh.
+def shard_batch(x, axis=0):
+    """Constrains the batch axis of ``x`` to be split over the batch axes of the mesh in use (``jax.set_mesh``); identity without one.
 
     Left to itself the partitioner may gather activations on every device; one constraint at the input of every block
     prevents that.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *(None,) * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, BATCH_AXES))
 
 
 def l2_normalize(x, axis=-1):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from clip_jax.models.common import shard_batch
 from clip_jax.training import optimizers
 
 
@@ -51,6 +52,66 @@ def make_init(config, method, batch):
     return init, tx
 
 
+def make_gradients(method, micro_batches):
+    """``gradients(params, extra, batch, rng, view) -> (loss, metrics, features, extra, grads)`` of ``loss(encode(view(params)))``.
+
+    With several micro-batches the loss is still that of the whole batch, with all its negatives (gradient caching, Gao et al.
+    2021): all parts are encoded without a gradient, the loss gives the gradient of the features, and each part is encoded
+    again to carry it to the parameters. Memory is that of one part and all features; the work is that of one forward pass
+    more. The result is the same but for rounding, except under statistics over the batch inside ``encode`` (BatchNorm).
+    """
+
+    def whole(params, extra, batch, rng, view):
+        def loss_fn(params):
+            params = view(params)
+            features, new_extra = method.encode(params, extra, batch, rng, train=True)
+            loss, metrics = method.loss(params, new_extra, features, batch, rng)
+            return loss, (metrics, features, new_extra)
+
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return loss, *aux, grads
+
+    def in_parts(params, extra, batch, rng, view):
+        def part(x):
+            # Every k-th row: each device takes part in each micro-batch with rows that it has.
+            return shard_batch(jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), axis=1)
+
+        def join(x):
+            return shard_batch(jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]))
+
+        def encode(extra, part):
+            features, extra = method.encode(view(params), extra, part, rng, train=True)
+            return extra, features
+
+        parts = jax.tree.map(part, batch)
+        new_extra, features = jax.lax.scan(encode, extra, parts)
+        leaves, treedef = jax.tree.flatten(jax.tree.map(join, features))
+        floats = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]  # masks and indices carry no gradient
+
+        def loss_fn(params, with_gradient):
+            with_gradient = iter(with_gradient)
+            joined = treedef.unflatten([next(with_gradient) if f else x for x, f in zip(leaves, floats, strict=True)])
+            return method.loss(view(params), new_extra, joined, batch, rng)
+
+        chosen = [x for x, f in zip(leaves, floats, strict=True) if f]
+        (loss, metrics), (grads, d_features) = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(params, chosen)
+
+        def add(grads, part):
+            part, d_part = part
+
+            def encode_again(params):
+                found = jax.tree.leaves(method.encode(view(params), extra, part, rng, train=True)[0])
+                return [x for x, f in zip(found, floats, strict=True) if f]
+
+            _, transpose = jax.vjp(encode_again, params)
+            return jax.tree.map(jnp.add, grads, transpose(d_part)[0]), None
+
+        grads, _ = jax.lax.scan(add, grads, (parts, [part(x) for x in d_features]))
+        return loss, metrics, treedef.unflatten(leaves), new_extra, grads
+
+    return whole if micro_batches == 1 else in_parts
+
+
 def make_step(config, method, tx):
     """``step(state, batch) -> (state, metrics)``; metrics are float32 scalars.
 
@@ -58,20 +119,18 @@ def make_step(config, method, tx):
     """
     schedule = optimizers.make_schedule(config.optim, config.train.steps)
     decay = config.optim.ema_decay
+    gradients = make_gradients(method, config.micro_batches)
 
     def step(state, batch):
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
         batch = method.prepare(batch, rng)
         is_frozen = optimizers.frozen(config.optim, state.params)
 
-        def loss_fn(params):
+        def view(params):
             # Without a gradient of frozen parameters the compiler leaves their whole backward pass out.
-            params = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, is_frozen)
-            features, extra = method.encode(params, state.extra, batch, rng, train=True)
-            loss, metrics = method.loss(params, extra, features, batch, rng)
-            return loss, (features, extra, metrics)
+            return jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, is_frozen)
 
-        (loss, (features, extra, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        loss, metrics, features, extra, grads = gradients(state.params, state.extra, batch, rng, view)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = method.constrain(optax.apply_updates(state.params, updates))

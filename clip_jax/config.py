@@ -18,6 +18,8 @@ from clip_jax.errors import UserError
 OPTIMIZERS = ("adamw", "lamb", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
+REMATS = ("none", "dots", "full")
+ATTENTIONS = ("auto", "plain", "cudnn")
 
 
 def base():
@@ -239,11 +241,14 @@ def validate(config):
     for key in ("optim.b1", "optim.b2", "optim.ema_decay", "data.max_bad_share"):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
-    for key, allowed in (("optim.name", OPTIMIZERS), ("optim.schedule", SCHEDULES), ("model.dtype", DTYPES)):
+    choices = {"optim.name": OPTIMIZERS, "optim.schedule": SCHEDULES, "model.dtype": DTYPES, "model.remat": REMATS}
+    for key, allowed in (choices | {"model.attention": ATTENTIONS}).items():
         if _get(config, key) not in allowed:
             raise unknown(key, _get(config, key), allowed)
     if config.optim.warmup_steps > config.train.steps:
         raise UserError(f"optim.warmup_steps={config.optim.warmup_steps} is more than train.steps={config.train.steps}")
+    if config.model.scan and config.optim.name == "lamb":
+        raise UserError("model.scan=True stacks the layers, but optim.name='lamb' needs the norm of each: set model.scan=False")
     if config.eval.ema and not config.optim.ema_decay:
         raise UserError("eval.ema=True needs optim.ema_decay above 0")
     for entry in config.optim.lr_mult:

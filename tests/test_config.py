@@ -68,6 +68,11 @@ def test_wrong_config_files(spec, message):
         config.load(spec)
 
 
+def test_layerwise_norms_need_separate_layers():
+    with pytest.raises(UserError, match="model.scan=True stacks the layers"):
+        config.validate(config.load(CLIP, ["model.scan=true", "optim.name=lamb"]))
+
+
 def test_a_config_file_without_get_config(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("x = 1\n")
@@ -82,6 +87,9 @@ def test_a_config_file_without_get_config(tmp_path):
         ("optim.b2=1.0", "optim.b2=1.0: must be at least 0 and below 1"),
         ("optim.lr=nan", "optim.lr=nan"),
         ("optim.name=adam", "optim.name 'adam': did you mean 'adamw'"),
+        ("model.remat=yes", "model.remat 'yes': allowed are none, dots, full"),
+        ("model.attention=flash", "model.attention 'flash': allowed are"),
+        ("micro_batches=0", "micro_batches=0: must be at least 1"),
         ("optim.schedule=cos", "did you mean 'cosine'|allowed are"),
         ("model.dtype=bf16", "model.dtype 'bf16'"),
         ("optim.warmup_steps=100000", "is more than train.steps"),

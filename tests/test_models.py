@@ -14,6 +14,7 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.models.common import l2_normalize, sincos_2d
 from clip_jax.models.towers import CLIP_SIZES, image_tower, text_tower
+from clip_jax.models.transformer import stack_blocks, unstack_blocks
 from clip_jax.models.vit import drop_patches, patches
 
 
@@ -246,3 +247,42 @@ def test_impossible_towers(part, change, message):
     model[part].update(change)
     with pytest.raises(UserError, match=message):
         image_tower(model), text_tower(model)
+
+
+def run_tower(name, model, params, inputs):
+    """Embedding and gradient of a tower."""
+    tower = {"image": image_tower, "text": text_tower}[name](model)
+
+    def fn(params):
+        embedding = tower.apply({"params": params}, inputs)[0]
+        return (embedding**2).sum(), embedding
+
+    (_, embedding), grads = jax.jit(jax.value_and_grad(fn, has_aux=True))(params)
+    return embedding, grads
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+@pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "dots"), (True, "full")])
+def test_scan_and_remat_change_nothing_but_the_layout(name, scan, remat):
+    model = tiny()
+    inputs = {"image": jax.random.normal(jax.random.key(1), (3, 16, 16, 3)), "text": jnp.arange(30).reshape(3, 10)}[name]
+    params = {"image": image_tower, "text": text_tower}[name](model).init(jax.random.key(0), inputs)["params"]
+    expected, expected_grads = run_tower(name, model, params, inputs)
+    model.scan, model.remat = scan, remat
+    embedding, grads = run_tower(name, model, stack_blocks(params) if scan else params, inputs)
+    np.testing.assert_allclose(embedding, expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), unstack_blocks(grads) if scan else grads, expected_grads
+    )
+
+
+def test_scanned_layers_start_different_and_as_large_as_single_ones():
+    model = tiny()
+    model.scan = True
+    stacked = image_tower(model).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    assert stacked["block"]["mlp"]["fc1"]["kernel"].shape == (2, 32, 64)
+    first, second = (unstack_blocks(stacked)[f"block_{i}"] for i in range(2))
+    assert not np.allclose(first["mlp"]["fc1"]["kernel"], second["mlp"]["fc1"]["kernel"])
+    model.scan = False
+    single = image_tower(model).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]["block_0"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.std(), b.std(), rtol=0.2, atol=0.02), first, single)

@@ -80,15 +80,16 @@ def test_any_mesh_and_micro_batches_give_the_result_of_one_device(one_device, da
     assert history[-1]["loss"] < history[0]["loss"]
 
 
-def test_state_is_spread_over_the_mesh():
-    c, method = setup()
+@pytest.mark.parametrize("scan, block", [(False, "block_0"), (True, "block")])
+def test_state_is_spread_over_the_mesh(scan, block):
+    c, method = setup(f"model.scan={scan}")
     _, state = run_steps(c, method, dict(data=1, fsdp=4, tensor=2), steps=1)
-    kernel = state.params["img"]["block_0"]["mlp"]["fc1"]["kernel"]
+    kernel = state.params["img"][block]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
     moments = [
         x
         for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
-        if sharding.path_name(path).endswith("img/block_0/mlp/fc1/kernel")
+        if sharding.path_name(path).endswith(f"img/{block}/mlp/fc1/kernel")
     ]
     assert len(moments) == 2 and all(x.sharding == kernel.sharding for x in moments)
 
@@ -139,6 +140,21 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
     assert metrics["bad_steps"] == 2
     after, metrics = step(after, BATCH)
     assert metrics["bad_steps"] == 0 and np.isfinite(metrics["loss"])
+
+
+def temporary_bytes(*overrides):
+    """Of the compiled step, on one device."""
+    c, method = setup("model.image.depth=6", "model.text.depth=6", "data.batch_size=64", *overrides)
+    batch = {name: jax.ShapeDtypeStruct((64, *x.shape[1:]), x.dtype) for name, x in BATCH.items()}
+    init, tx = make_init(c, method, batch)
+    state = jax.eval_shape(init, jax.random.key(0))
+    return jax.jit(make_step(c, method, tx), donate_argnums=0).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_micro_batches_and_recomputation_save_memory():
+    plain = temporary_bytes()
+    assert temporary_bytes("micro_batches=4") < 0.6 * plain
+    assert temporary_bytes("model.remat=full", "model.scan=true") < 0.6 * plain
 
 
 def test_the_state_is_donated():

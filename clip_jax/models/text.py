@@ -1,11 +1,12 @@
 """Text transformer with the switches that tell the published CLIP-like text towers apart."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from clip_jax.models.transformer import Block, MapHead, block_init, project
+from clip_jax.models.transformer import Block, MapHead, apply_blocks, block_init, project
 
 POOLS = ("eot", "last", "first", "mean", "max", "map")
 
@@ -36,6 +37,9 @@ class TextTransformer(nn.Module):
     ln_eps: float = 1e-5
     weight_init: str = "clip_text"
     dtype: Any = jnp.float32
+    remat: str = "none"
+    scan: bool = False
+    attention: str = "plain"
 
     @nn.compact
     def __call__(self, ids, train=False):
@@ -48,8 +52,8 @@ class TextTransformer(nn.Module):
         real = jnp.arange(n) <= end[:, None]
         mask = real[:, None, None, :] if self.mask_padding else None
         init = block_init(self.weight_init, self.width, self.mlp_dim, self.depth)
-        for i in range(self.depth):
-            x = Block(self.heads, self.mlp_dim, self.act, self.ln_eps, init, self.causal, self.dtype, name=f"block_{i}")(x, mask)
+        block = functools.partial(Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, self.causal, self.dtype, self.attention)
+        x = apply_blocks(self, lambda name: block(name=name), x, mask)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_final")(x)
         pooled = {
             "eot": lambda: jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0],

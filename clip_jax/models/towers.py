@@ -56,9 +56,10 @@ def _make(kinds, model, which):
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in model[which].items()}
     kind = fields.pop("kind")
+    shared = {name: model[name] for name in ("embed_dim", "remat", "scan", "attention")} | {"dtype": jnp.dtype(model.dtype)}
     if kind not in kinds:
         raise UserError(f"model.{which}.kind={kind!r} is not there (yet): allowed are {', '.join(kinds)}")
-    known = {f.name for f in dataclasses.fields(kinds[kind])} - {"parent", "name", "dtype", "embed_dim"}
+    known = {f.name for f in dataclasses.fields(kinds[kind])} - {"parent", "name", *shared}
     for name in set(fields) - known:
         near = difflib.get_close_matches(name, known, 1)
         raise UserError(f"model.{which}.{name} is no field of a {kind!r} tower" + (f"; did you mean {near[0]!r}?" if near else ""))
@@ -66,4 +67,4 @@ def _make(kinds, model, which):
         raise UserError(f"model.{which}.act={fields['act']!r}: allowed are {', '.join(ACTIVATIONS)}")
     if fields["width"] % fields["heads"]:
         raise UserError(f"model.{which}.width={fields['width']} is not divisible by model.{which}.heads={fields['heads']}")
-    return kinds[kind](**fields, embed_dim=model.embed_dim, dtype=jnp.dtype(model.dtype))
+    return kinds[kind](**fields, **shared)

@@ -4,6 +4,7 @@
 ``dtype``; layer norms and softmax in float32.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,14 @@ def block_init(scheme, width, mlp_dim, depth):
     raise ValueError(f"unknown initialisation {scheme!r}")
 
 
+def implementation(attention, q):
+    """The implementation of ``jax.nn.dot_product_attention`` for ``model.attention``: ``auto`` is cuDNN's fused one where it can be."""
+    if attention == "auto":
+        fits = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+        attention = "cudnn" if fits else "plain"
+    return {"plain": "xla", "cudnn": "cudnn"}[attention]
+
+
 class Attention(nn.Module):
     """Multi-head attention from ``x_q[b, q, D]`` to ``x_kv[b, k, D]``.
 
@@ -56,6 +65,7 @@ class Attention(nn.Module):
     heads: int
     inits: Init
     dtype: Any = jnp.float32
+    attention: str = "plain"
 
     @nn.compact
     def __call__(self, x_q, x_kv, mask=None, causal=False):
@@ -65,7 +75,7 @@ class Attention(nn.Module):
             return nn.DenseGeneral((self.heads, width // self.heads), dtype=self.dtype, kernel_init=self.inits.qkv, name=name)(x)
 
         q, k, v = project("query", x_q), project("key", x_kv), project("value", x_kv)
-        x = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+        x = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation(self.attention, q))
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.inits.attn_out, name="out")(x)
 
 
@@ -95,14 +105,64 @@ class Block(nn.Module):
     inits: Init
     causal: bool = False
     dtype: Any = jnp.float32
+    attention: str = "plain"
 
     @nn.compact
     def __call__(self, x, mask=None):
         x = shard_batch(x)
         y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln1")(x)
-        x = x + Attention(self.heads, self.inits, self.dtype, name="attn")(y, y, mask, self.causal)
+        x = x + Attention(self.heads, self.inits, self.dtype, self.attention, name="attn")(y, y, mask, self.causal)
         y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln2")(x)
         return x + Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(y)
+
+
+#: What of a block is kept for the backward pass, by the name of ``model.remat``; the rest is computed again.
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the linear layers, not the attention weights
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def apply_blocks(tower, block, x, mask=None):
+    """Runs ``block`` ``tower.depth`` times inside the compact method of ``tower``, as its fields ``scan`` and ``remat`` say.
+
+    Parameters are ``block_0``, ``block_1``, ...; with ``scan`` they are stacked, ``[depth, ...]`` under ``block``.
+
+    Args:
+      tower: the calling module.
+      block: function ``name -> Block``.
+      x: ``[b, n, D]``.
+      mask: as :class:`Block` takes it.
+    """
+
+    def call(block, x, mask):
+        return block(x, mask)
+
+    if tower.remat != "none":
+        call = nn.remat(call, policy=REMAT[tower.remat], prevent_cse=not tower.scan)
+    if not tower.scan:
+        for i in range(tower.depth):
+            x = call(block(f"block_{i}"), x, mask)
+        return x
+    layers = nn.scan(
+        lambda block, x, mask: (call(block, x, mask), None), variable_axes={"params": 0}, split_rngs={"params": True},
+        in_axes=nn.broadcast, length=tower.depth,
+    )  # fmt: skip
+    return layers(block("block"), x, mask)[0]
+
+
+def stack_blocks(tower):
+    """A tower's parameters with ``block_0``, ``block_1``, ... stacked under ``block``, as ``model.scan`` has them."""
+    names = sorted((name for name in tower if re.fullmatch(r"block_\d+", name)), key=lambda name: int(name.removeprefix("block_")))
+    rest = {name: x for name, x in tower.items() if name not in names}
+    return {**rest, "block": jax.tree.map(lambda *layers: jnp.stack(layers), *(tower[name] for name in names))}
+
+
+def unstack_blocks(tower):
+    """The reverse of :func:`stack_blocks`."""
+    rest, stacked = {name: x for name, x in tower.items() if name != "block"}, tower["block"]
+    depth = len(jax.tree.leaves(stacked)[0])
+    return rest | {f"block_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}
 
 
 class MapHead(nn.Module):

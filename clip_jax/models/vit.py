@@ -1,5 +1,6 @@
 """Vision transformer with the switches that tell the published CLIP-like image towers apart."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.models.common import ACTIVATIONS, sincos_2d
-from clip_jax.models.transformer import Block, MapHead, block_init, project
+from clip_jax.models.transformer import Block, MapHead, apply_blocks, block_init, project
 
 POOLS = ("cls", "gap", "mean_all", "map")
 
@@ -98,6 +99,9 @@ class VisionTransformer(nn.Module):
     stem: tuple[int, ...] = ()
     patch_drop: float = 0.0
     dtype: Any = jnp.float32
+    remat: str = "none"
+    scan: bool = False
+    attention: str = "plain"
 
     @nn.compact
     def __call__(self, images, train=False, keys=None):
@@ -123,8 +127,8 @@ class VisionTransformer(nn.Module):
         if self.ln_pre:
             x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")(x)
         init = block_init(self.weight_init, width, self.mlp_dim, self.depth)
-        for i in range(self.depth):
-            x = Block(self.heads, self.mlp_dim, self.act, self.ln_eps, init, dtype=self.dtype, name=f"block_{i}")(x)
+        block = functools.partial(Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, dtype=self.dtype, attention=self.attention)
+        x = apply_blocks(self, lambda name: block(name=name), x)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_post")(x)
         pooled = {
             "cls": lambda: x[:, 0],

@@ -5,11 +5,13 @@ rules says which dimension of a parameter goes over which axis. Optimizer state 
 path as the end of their own, so the same rules hold for them.
 """
 
+import collections
+import functools
 import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import UserError
 from clip_jax.models.common import BATCH_AXES
@@ -43,8 +45,40 @@ def make_mesh(sizes):
     known = int(np.prod([n for n in shape if n != -1]))
     if count % known or (-1 not in shape and known != count):
         raise UserError(f"mesh {given} does not fit {count} device(s)")
-    shape = [count // known if n == -1 else n for n in shape]
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    shape = tuple(count // known if n == -1 else n for n in shape)
+    axis_types = (AxisType.Auto,) * len(AXES)
+    mesh = jax.make_mesh(shape, AXES, axis_types=axis_types)
+    if jax.process_count() > 1 and not _in_order(mesh):
+        # The order that suits the network best would give a host rows that do not lie together in the batch.
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=axis_types)
+        if not _in_order(mesh):
+            raise UserError(f"mesh {given} does not fit {jax.local_device_count()} device(s) on each of {jax.process_count()} hosts")
+    return mesh
+
+
+def _parts_by_host(mesh):
+    """Which of the parts that a batch is split into each process has, ``{process: [part, ...]}``."""
+    parts = collections.defaultdict(set)
+    for part, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+        for device in devices:
+            parts[device.process_index].add(part)
+    return {process: sorted(part) for process, part in sorted(parts.items())}
+
+
+def _in_order(mesh):
+    """Do the processes, one after the other, have equal contiguous shares of a batch? Those of one tensor-parallel group have the same."""
+    shares = sorted(set(map(tuple, _parts_by_host(mesh).values())))
+    together = [part for share in shares for part in share]
+    return together == list(range(len(together))) and len(set(map(len, shares))) == 1
+
+
+@functools.cache
+def host_share(mesh):
+    """``(index, count)``: a batch is read in ``count`` equal shares, of which this process needs number ``index``."""
+    parts = _parts_by_host(mesh)
+    shares = sorted(set(map(tuple, parts.values())))
+    return shares.index(tuple(parts[jax.process_index()])), len(shares)
 
 
 def path_name(path):
@@ -54,6 +88,8 @@ def path_name(path):
 
 def _spec(path, shape, mesh):
     for pattern, axes in RULES:
+        if "/block/" in path:  # model.scan: the layers are stacked
+            axes = (None, *axes)
         if re.search(pattern, path) and len(axes) == len(shape):
             # A dimension that an axis does not divide is not split: the layout never decides whether a model is allowed.
             return PartitionSpec(*(axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(axes, shape, strict=True)))
@@ -70,14 +106,15 @@ def batch_sharding(mesh):
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch(batch_size, mesh, field="data.batch_size"):
-    """Raises UserError unless the devices that share a batch divide it."""
+def check_batch(batch_size, mesh, field="data.batch_size", micro_batches=1):
+    """Raises UserError unless the devices that share a batch divide each of its micro-batches."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % parts:
-        raise UserError(f"{field}={batch_size} is not divisible by the {parts} devices that share a batch (mesh data x fsdp)")
+    if batch_size % (parts * micro_batches):
+        times = f" times micro_batches={micro_batches}" if micro_batches > 1 else ""
+        raise UserError(f"{field}={batch_size} is not divisible by the {parts} devices that share a batch (mesh data x fsdp){times}")
 
 
 def to_global(batch, mesh):
-    """The global arrays, sharded over the mesh, of this host's rows ``{name: ndarray [b, ...]}``."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+    """The global arrays ``[batch, ...]``, sharded over the mesh, of this host's share of the rows ``{name: ndarray [b, ...]}``."""
+    sharding, (_, count) = batch_sharding(mesh), host_share(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:])) for name, x in batch.items()}

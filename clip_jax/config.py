@@ -35,6 +35,7 @@ def base():
     c.data.split = "train"
     c.data.image = c.data.text = c.data.label = ""  # names of the fields; empty: found by themselves
     c.data.templates = ()  # captions made from fields of a record, e.g. ("{name}", "{tags}"); empty: the captions as they are
+    c.data.word_dropout = 0.0  # each word of a caption is left out with this chance
     c.data.augment = ("rrc(0.9, 1.0)",)  # clip.md: random square crop; docs/data.md lists the transforms
     c.data.batch_size = 256  # global
     c.data.workers = 0  # processes that prepare examples, on each host; 0: threads of the main process
@@ -238,7 +239,7 @@ def validate(config):
         value = _get(config, key)
         if not value >= low:
             raise UserError(f"{key}={value}: must be at least {low}")
-    for key in ("optim.b1", "optim.b2", "optim.ema_decay", "data.max_bad_share"):
+    for key in ("optim.b1", "optim.b2", "optim.ema_decay", "data.max_bad_share", "data.word_dropout"):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
     choices = {"optim.name": OPTIMIZERS, "optim.schedule": SCHEDULES, "model.dtype": DTYPES, "model.remat": REMATS}

@@ -44,6 +44,8 @@ def published(size, lr):
     c.optim.lr = lr
     if size == "ViT-L/14@336":
         c.train.steps //= 32
+    if size.startswith("ViT-L"):  # fits 256 chips of 16 GB: docs/scaling.md
+        c.model.remat, c.model.scan = "full", True
     c.eval.tasks = ()
     return c
 

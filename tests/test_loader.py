@@ -354,6 +354,19 @@ def test_templates():
 
 
 @pytest.mark.parametrize("text", ["plain", "", "{", "{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>10}", "{0}}"])
+def test_word_dropout_leaves_words_out_in_training_only():
+    view, text, tokenizer = TextView(context=64, word_dropout=0.5), "one two three four five six seven eight", Bytes()
+
+    def caption(text, seed=None):
+        return tokenizer.decode(view({"texts": [text]}, None if seed is None else np.random.default_rng(seed), tokenizer))
+
+    words = [caption(text, seed).split() for seed in range(200)]
+    assert all(w and set(w) <= set(text.split()) for w in words)
+    assert 3.5 < np.mean([len(w) for w in words]) < 5.5
+    assert caption(text) == text
+    assert {caption("one", seed) for seed in range(9)} == {"one"}
+
+
 def test_template_mistakes(text):
     with pytest.raises(UserError, match="template"):
         TextView(templates=(text,))

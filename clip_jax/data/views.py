@@ -48,11 +48,13 @@ class TextView:
     Without templates it is one of the record's captions, drawn anew each epoch. Templates are strings with fields of the record in
     braces, such as ("{name}", "{name}: {tags}"): one is drawn among those whose fields are all filled, and of a field that is a list a
     random subset in random order, joined by commas. In evaluation (rng None) it is the first usable one, lists whole and in order.
+    In training each word is left out with the chance `word_dropout`, but never all of them (random deletion, Wei & Zou 2019).
     """
 
     name: str = "text"
     context: int = 77
     templates: tuple[str, ...] = ()
+    word_dropout: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "templates", tuple(self.templates))
@@ -81,7 +83,13 @@ class TextView:
         return _usable(["".join(parts)])[0]
 
     def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
-        return tokenizer([self.caption(record, rng)], self.context)[0]
+        caption = self.caption(record, rng)
+        if self.word_dropout and rng is not None:
+            words = caption.split()
+            kept = rng.random(len(words)) >= self.word_dropout
+            kept[rng.integers(len(words))] = True
+            caption = " ".join(word for word, keep in zip(words, kept, strict=True) if keep)
+        return tokenizer([caption], self.context)[0]
 
 
 @functools.lru_cache(maxsize=1024)

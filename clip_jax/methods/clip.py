@@ -57,7 +57,7 @@ def make(config):
     return Method(
         views=(
             ImageView("image", model.image.size, tuple(config.data.augment)),
-            TextView("text", model.text.context, tuple(config.data.templates)),
+            TextView("text", model.text.context, tuple(config.data.templates), config.data.word_dropout),
         ),
         eval_view=ImageView("image", model.image.size, tuple(config.eval.transform)),
         init=init,

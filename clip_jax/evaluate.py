@@ -20,6 +20,7 @@ from clip_jax import config as config_lib
 from clip_jax.data.augment import parse_call
 from clip_jax.data.sources import make_source
 from clip_jax.errors import UserError
+from clip_jax.training import faults, hosts
 
 
 def emoji(model, subset="all", templates=("{}",)):
@@ -140,28 +141,31 @@ def main(argv=None):
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="evaluate the moving average of the weights")
     parser.add_argument("--report", nargs="?", const="", metavar="PATH", help="write an HTML page (report.html in the work folder)")
     parser.add_argument("--json", metavar="PATH", help="write all metrics as JSON")
+    hosts.add_arguments(parser)
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    try:
-        for task in args.task or ():
-            parse_task(task)
-        from clip_jax.inference import load
+    return faults.command(lambda: evaluate(args))
 
-        model = load(args.checkpoint, args.which, args.ema)
-        tasks = args.task or model.config.eval.tasks
-        if not tasks:
-            raise UserError("the run was configured with no evaluation tasks: name some with --task")
-        result = run(model, tasks, lambda line: print(line, flush=True))
-        if args.json:
-            pathlib.Path(args.json).write_text(json.dumps(result.metrics, indent=1, sort_keys=True))
-        if args.report is not None:
-            folder = pathlib.Path(args.checkpoint)
-            folder = next((p for p in (folder, *folder.parents[:2]) if (p / "metrics.jsonl").is_file()), folder)
-            print(f"report: {write_report(folder, model.config, result, args.report)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+def evaluate(args):
+    """The work of the command; ``args``: its parsed arguments. Raises UserError."""
+    for task in args.task or ():
+        parse_task(task)
+    hosts.start(hosts.from_arguments(args))
+    from clip_jax.inference import load
+
+    model = load(args.checkpoint, args.which, args.ema)
+    tasks = args.task or model.config.eval.tasks
+    if not tasks:
+        raise UserError("the run was configured with no evaluation tasks: name some with --task")
+    result = run(model, tasks, hosts.say)
+    if hosts.is_first() and args.json:
+        pathlib.Path(args.json).write_text(json.dumps(result.metrics, indent=1, sort_keys=True))
+    if hosts.is_first() and args.report is not None:
+        folder = pathlib.Path(args.checkpoint)
+        folder = next((p for p in (folder, *folder.parents[:2]) if (p / "metrics.jsonl").is_file()), folder)
+        print(f"report: {write_report(folder, model.config, result, args.report)}")
+    hosts.wait("reported")  # by the first one
 
 
 if __name__ == "__main__":

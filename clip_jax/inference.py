@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as config_lib
 from clip_jax.methods.interface import make_method
-from clip_jax.training import checkpoint, sharding
+from clip_jax.training import checkpoint, faults, sharding
 
 
 class Model:
@@ -26,6 +26,9 @@ class Model:
       method: its :class:`~clip_jax.methods.interface.Method`.
       tokenizer: its tokenizer.
       image_view: how pictures are prepared, the method's evaluation view.
+      host_share: ``(index, count)``, which of ``count`` shares of the pictures this host prepares, see :meth:`embed_image_share`.
+
+    Of several hosts each has to make each call, with the same arguments, and gets the same result.
     """
 
     def __init__(self, config, method, params, extra, tokenizer, mesh=None):
@@ -33,9 +36,10 @@ class Model:
         self.params, self.extra = params, extra
         self.image_view = method.eval_view
         self.mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
-        self._whole = NamedSharding(self.mesh, PartitionSpec())
-        self._image = jax.jit(method.embed_image, out_shardings=self._whole)
-        self._text = jax.jit(method.embed_text, out_shardings=self._whole)
+        self.host_share = sharding.host_share(self.mesh)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        self._image = jax.jit(method.embed_image, out_shardings=whole)
+        self._text = jax.jit(method.embed_text, out_shardings=whole)
         self._similarity = jax.jit(method.similarity)
 
     def embed_image(self, images, batch_size=None):
@@ -53,6 +57,15 @@ class Model:
                 else np.zeros((0, size, size, 3), np.uint8)
             )
         return self._embed(self._image, images, batch_size)
+
+    def embed_image_share(self, images):
+        """Unit rows, float32 ``[count * n, E]``, of the shares ``[n, size, size, 3]`` that the hosts prepared, one after the other."""
+        count = self.host_share[1]
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // count
+        padded = _padded(images, -(-len(images) // parts) * parts)
+        with jax.set_mesh(self.mesh), faults.stage("evaluation"):
+            z = np.asarray(self._image(self.params, self.extra, sharding.to_global({"image": padded}, self.mesh)["image"]))
+        return z.reshape(count, len(padded), *z.shape[1:])[:, : len(images)].reshape(-1, *z.shape[1:])
 
     def embed_text(self, texts, batch_size=None):
         """Unit rows, float32 ``[n, E]``, of a list of strings."""
@@ -80,14 +93,17 @@ class Model:
         # Few batch shapes, so that few are compiled: a power of two for little input.
         batch = min(batch_size or self.config.eval.batch_size, 1 << max(len(inputs) - 1, 0).bit_length())
         batch = -(-batch // parts) * parts
-        rows = []
-        with jax.set_mesh(self.mesh):
+        layout, rows = sharding.batch_sharding(self.mesh), []
+        with jax.set_mesh(self.mesh), faults.stage("evaluation"):
             for start in range(0, max(len(inputs), 1), batch):
-                chunk = inputs[start : start + batch]
-                padded = np.concatenate([chunk, np.zeros((batch - len(chunk), *chunk.shape[1:]), chunk.dtype)])
-                on_device = jax.device_put(padded, sharding.batch_sharding(self.mesh))
-                rows.append(function(self.params, self.extra, on_device)[: len(chunk)])
-        return np.concatenate([np.asarray(r) for r in rows])
+                padded = _padded(inputs[start : start + batch], batch)
+                on_devices = jax.make_array_from_callback(padded.shape, layout, padded.__getitem__)
+                rows.append(function(self.params, self.extra, on_devices))
+            return np.concatenate([np.asarray(r) for r in rows])[: len(inputs)]
+
+
+def _padded(rows, length):
+    return np.concatenate([rows, np.zeros((length - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
 def load(path, which="latest", ema=None, mesh=None):

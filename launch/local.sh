@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 # Trains and evaluates on this machine, from nothing but Python 3.11+ and pip:
-#   bash launch/local.sh [configs/clip.py[:variant]] [--workdir=runs/NAME] [--config.FIELD=VALUE ...]
-# Uses a virtual environment in .venv (made if it is not there; CLIP_JAX_VENV names another) and a GPU if there is one.
+#   bash launch/local.sh [--processes N] [configs/clip.py[:variant]] [--workdir=runs/NAME] [--config.FIELD=VALUE ...]
+# Uses a virtual environment in .venv (made if it is not there; CLIP_JAX_VENV names another) and a GPU if there is one. With --processes
+# several processes share the work as hosts do, over loopback, each with one GPU or the CPU. clip_jax/train.py lists the exit statuses.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 
+module=(clip_jax.train)
+case ${1:-} in
+  --processes=*) module=(clip_jax.training.hosts "$1" clip_jax.train); shift ;;
+  --processes) module=(clip_jax.training.hosts "--processes=${2:-}" clip_jax.train); shift $(($# > 1 ? 2 : 1)) ;;
+esac
 config=configs/clip.py
 if [[ $# -gt 0 && $1 != --* ]]; then config=$1; shift; fi
 name=$(basename "${config%%:*}" .py)
@@ -16,7 +22,12 @@ for argument in "$@"; do
 done
 
 make_venv $(command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo gpu)
-"$venv/bin/python" -m clip_jax.train --config="$config" --workdir="$workdir" "$@"
+(trap - INT; exec "$venv/bin/python" -m "${module[@]}" --config="$config" --workdir="$workdir" "$@") &
+trap 'kill -TERM $!' TERM
+trap : INT # the terminal sends Ctrl-C to the run as well
+status=0
+while kill -0 $! 2>/dev/null; do wait $! && status=0 || status=$?; done # a signal ends a wait too
+[[ $status == 0 ]] || exit "$status"
 echo
 echo "evaluate again:   $venv/bin/python -m clip_jax.evaluate --checkpoint=$workdir"
 echo "look at it:       $workdir/report.html"

@@ -5,7 +5,8 @@
     result = merge_results([result, zeroshot_task(model, make_source("/data/pets"), templates="pets", name="pets")])
 
 A model is anything with `embed_image(uint8 [n, size, size, 3])` and `embed_text(list[str])` that return float32 [n, ...], with
-`similarity(image embeddings, text embeddings) -> [n, m]`, and with `image_view`; `clip_jax.inference.Model` is one.
+`similarity(image embeddings, text embeddings) -> [n, m]`, and with `image_view`; `clip_jax.inference.Model` is one. On several hosts it
+also has `host_share` and `embed_image_share`: each host reads and decodes its share of the pictures, and all have the same result.
 
 Metrics (shares in [0, 1]; `<name>` is the argument `name` of a task; all keys are there after the task, unless a condition is named)
 
@@ -51,6 +52,7 @@ from clip_jax.evaluation import baselines, zeroshot
 from clip_jax.evaluation.probe import linear_probe
 from clip_jax.evaluation.prompts import class_prompts, load_class_names, load_templates, resolve_duplicates
 from clip_jax.evaluation.retrieval import recall
+from clip_jax.training import hosts
 
 _MATRIX, _MAP = 48, 2000  # pictures in a similarity matrix, in a map
 
@@ -389,8 +391,12 @@ def _evenly(n: int, limit: int | None) -> np.ndarray:
     return np.arange(n) if limit is None or limit >= n else np.arange(limit) * n // limit
 
 
-def _read(pictures: Pictures, render: Callable[[Record], np.ndarray], batch_size: int) -> Iterator[tuple[list[int], list[Record], list]]:
-    """Yields batches (rows, records without pictures, rendered pictures) of the usable records; reads the next batch meanwhile."""
+def _read(
+    pictures: Pictures, render: Callable[[Record], np.ndarray], batch_size: int, share: range | None = None
+) -> Iterator[tuple[list[int], list[Record], list]]:
+    """Yields (rows, records without pictures, rendered pictures) of the usable ones of every `batch_size` rows, in order; reads the next
+    batch meanwhile. share: rows, by default all."""
+    share = range(len(pictures)) if share is None else share
 
     def read(row: int):
         try:
@@ -400,35 +406,62 @@ def _read(pictures: Pictures, render: Callable[[Record], np.ndarray], batch_size
             return None
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        pending = []
-        for start in range(0, len(pictures) + batch_size, batch_size):
+        pending = [pool.submit(read, row) for row in share[:batch_size]]
+        for start in range(batch_size, len(share) + batch_size, batch_size):
             done = pending
-            pending = [pool.submit(read, row) for row in range(start, min(start + batch_size, len(pictures)))]
+            pending = [pool.submit(read, row) for row in share[start : start + batch_size]]
             batch = [item for item in (future.result() for future in done) if item is not None]
-            if batch:
-                rows, records, rendered = (list(part) for part in zip(*batch, strict=True))
-                yield rows, records, rendered
+            yield tuple(list(part) for part in zip(*batch, strict=True)) if batch else ([], [], [])
 
 
 def _embed(model, sources: Sequence[Source], batch_size: int, limit: int | None = None) -> _Embedded:
     """Embeds the pictures of the sources, in order. Raises UserError if none is usable."""
     where = _everything(sources)
     pictures = Pictures(sources, where[_evenly(len(where), limit)])
-    z, rows, records = [], [], []
-    for batch_rows, batch_records, images in _read(pictures, lambda record: model.image_view(record, None), batch_size):
-        z.append(np.asarray(model.embed_image(np.stack(images)), np.float32))
-        rows += batch_rows
-        records += batch_records
+    shared = len(pictures) and getattr(model, "host_share", (0, 1))[1] > 1
+    z, rows, records = (_embed_share if shared else _embed_all)(model, pictures, batch_size)
     if not rows:
         raise UserError(f"{' + '.join(source.name for source in sources)}: no usable picture among {len(pictures)} records")
     return _Embedded(np.concatenate(z), records, pictures.select(rows), len(pictures) - len(rows))
+
+
+def _embed_all(model, pictures: Pictures, batch_size: int) -> tuple[list[np.ndarray], list[int], list[Record]]:
+    """Embeddings (in parts), rows and records of the usable pictures."""
+    z, rows, records = [], [], []
+    for batch_rows, batch_records, images in _read(pictures, lambda record: model.image_view(record, None), batch_size):
+        if images:
+            z.append(np.asarray(model.embed_image(np.stack(images)), np.float32))
+        rows += batch_rows
+        records += batch_records
+    return z, rows, records
+
+
+def _embed_share(model, pictures: Pictures, batch_size: int) -> tuple[list[np.ndarray], list[int], list[Record]]:
+    """The same where every host reads only its share: all take part in equally many batches, and tell each other the records."""
+    index, count = model.host_share
+    length, size = -(-len(pictures) // count), -(-batch_size // count)
+    share = range(len(pictures))[index * length : (index + 1) * length]
+    batches = _read(pictures, lambda record: model.image_view(record, None), size, share)
+    z, rows, records = [], [], []
+    for _ in range(0, length, size):
+        batch_rows, batch_records, images = next(batches, ([], [], []))
+        blank = np.zeros((size - len(images), model.image_view.size, model.image_view.size, 3), np.uint8)
+        z_batch = model.embed_image_share(np.concatenate([np.stack(images), blank]) if images else blank)
+        z.append(z_batch.reshape(count, size, *z_batch.shape[1:]))
+        rows.append(batch_rows + [-1] * len(blank))
+        records += batch_records
+    shares = dict(hosts.gather((index, (np.concatenate(rows), records))))  # hosts of one tensor-parallel group have the same share
+    rows = np.concatenate([shares[i][0] for i in range(count)])
+    z = np.stack(z, axis=1).reshape(len(rows), *z[0].shape[2:])
+    return [z[rows >= 0]], rows[rows >= 0].tolist(), [record for i in range(count) for record in shares[i][1]]
 
 
 def _pixels(pictures: Pictures) -> tuple[np.ndarray, list[Record], np.ndarray]:
     """Pixel features float32 [n, F] of the usable pictures, their records, and their indices in their source, int [n]."""
     features, rows, records = [], [], []
     for batch_rows, batch_records, images in _read(pictures, lambda record: decode_image(record["image"]), 256):
-        features.append(baselines.pixel_features(images))
+        if images:
+            features.append(baselines.pixel_features(images))
         rows += batch_rows
         records += batch_records
     return np.concatenate(features), records, pictures.where[rows, 1]

@@ -237,7 +237,7 @@ def _around(plan, visit, staying, moving):
 
 
 def _cut(plan, tree):
-    """Arrays ``[n, ...]`` as ``[tiles, t, ...]``: as few tiles as their greatest side allows, the last one filled up with copies of the last row."""
+    """Arrays ``[n, ...]`` as ``[tiles, t, ...]``: as few as their side allows, the last one filled up with copies of the last row."""
 
     def cut(x):
         n = len(x)

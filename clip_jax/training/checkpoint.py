@@ -1,7 +1,8 @@
 """Checkpoints through Orbax: asynchronous, sharded, and each complete in itself.
 
 ``<workdir>/checkpoints/<step>/`` holds the state and a ``meta`` item with the configuration, the tokenizer's files, the
-versions and the metrics, so that one such folder is enough to evaluate, resume or export.
+versions and the metrics, so that one such folder is enough to evaluate, resume or export. Of several hosts each writes what
+its devices hold, into one folder that all share.
 """
 
 import base64
@@ -18,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 import clip_jax
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError
+from clip_jax.training import faults, hosts
 
 #: Fields that decide what the saved arrays are and mean: a run cannot go on with other values.
 IDENTITY = ("method", "model", "tokenizer", "optim.name", "optim.freeze", "optim.ema_decay", "seed", "data.batch_size")
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves and restores the states of one run in ``<workdir>/checkpoints``."""
+    """Saves and restores the states of one run in ``<workdir>/checkpoints``. A context manager; every host has to make each call."""
 
     def __init__(self, workdir, config, tokenizer):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
@@ -57,18 +59,29 @@ class Checkpointer:
             "tokenizer": self.tokenizer,
             "metrics": metrics,
         }
-        with _SaveFailure(self, step):
+        with faults.stage("checkpoint"), _SaveFailure(self, step):
             self.manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)), metrics=metrics or None
             )
 
     def wait(self):
         """Blocks until everything is on disk; raises UserError when it could not be written."""
-        with _SaveFailure(self, "the newest"):
+        with faults.stage("checkpoint"), _SaveFailure(self, "the newest"):
             self.manager.wait_until_finished()
 
-    def close(self):
-        self.manager.close()
+    def newest(self):
+        """The folder of the newest complete checkpoint, or None."""
+        steps = [int(p.name) for p in self.folder.glob("*") if p.name.isdigit()]
+        return self.folder / str(max(steps)) if steps else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        # After an error on one host of several the others may never come to what closing waits for.
+        if kind is None or hosts.count() == 1:
+            with faults.stage("checkpoint"):
+                self.manager.close()
 
     def restore(self, state):
         """The newest usable state with the shapes and shardings of ``state`` (a TrainState of ShapeDtypeStruct), or None if there is none.
@@ -76,18 +89,22 @@ class Checkpointer:
         A damaged checkpoint is passed over, with a warning, for the one before. Raises UserError when none is left, and when the
         run in the folder was made with a configuration or tokenizer that does not fit, naming the fields.
         """
-        steps = sorted(self.manager.all_steps(), reverse=True)
-        for step in steps:
-            try:
-                meta = read_meta(self.folder / str(step))
-            except (OSError, ValueError) as error:
-                logger.warning("checkpoint %s/%d is damaged (%s); trying the one before", self.folder, step, _line(error))
-                continue
-            self._check(meta)
-            try:
-                return restore_arrays(self.folder / str(step), state)
-            except Exception as error:  # what Orbax raises for a damaged array is a bare Exception
-                logger.warning("checkpoint %s/%d is damaged (%s); trying the one before", self.folder, step, _line(error))
+        with faults.stage("checkpoint"):
+            steps = hosts.gather(sorted(self.manager.all_steps(), reverse=True))[0]
+            for step in steps:
+                found, problem = None, ""
+                try:
+                    self._check(read_meta(self.folder / str(step)))
+                    found = restore_arrays(self.folder / str(step), state)
+                except UserError:
+                    raise
+                except Exception as error:  # what Orbax raises for a damaged array is a bare Exception
+                    problem = _line(error)
+                # What one host cannot read is damaged for all of them.
+                if not any(problems := hosts.gather(problem)):
+                    return found
+                problem = next(filter(None, problems))
+                logger.warning("checkpoint %s/%d is damaged (%s); trying the one before", self.folder, step, problem)
         if steps:
             raise UserError(f"none of the checkpoints in {self.folder} can be read ({', '.join(map(str, steps))}); use another --workdir")
         return None
@@ -116,10 +133,10 @@ class _SaveFailure:
         return self
 
     def __exit__(self, kind, error, _):
-        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
+        if isinstance(error, UserError) or not isinstance(error, Exception) or faults.is_loss(error):
             return
-        good = sorted(int(p.name) for p in self.checkpointer.folder.glob("*") if p.name.isdigit())
-        last = f"the last good checkpoint is {self.checkpointer.folder / str(good[-1])}" if good else "there is no earlier one"
+        good = self.checkpointer.newest()
+        last = f"the last good checkpoint is {good}" if good else "there is no earlier one"
         raise UserError(f"could not save checkpoint {self.step} ({_line(error)}); {last}") from error
 
 
@@ -127,16 +144,21 @@ def _line(error):
     return " ".join(str(error).split())[:300]
 
 
+def _alone():
+    """Each host reads for itself: were it to wait for the others, one that finds damage would leave them waiting."""
+    return ocp.options.MultiprocessingOptions(active_processes={jax.process_index()}, primary_host=jax.process_index())
+
+
 def restore_arrays(folder, target):
     """The arrays of checkpoint ``folder`` that a pytree of ShapeDtypeStruct names, with its dtypes and shardings; others are not read."""
     args = ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
         return checkpointer.restore(pathlib.Path(folder).absolute() / "state", args=args)
 
 
 def read_meta(folder):
     """The ``meta`` item of one checkpoint folder, a dict; raises OSError or ValueError when it is not there or damaged."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
         return checkpointer.restore(pathlib.Path(folder).absolute() / "meta", args=ocp.args.JsonRestore())
 
 

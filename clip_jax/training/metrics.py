@@ -9,35 +9,26 @@ import time
 import jax
 import numpy as np
 
+from clip_jax import hardware
 from clip_jax.errors import UserError
-
-#: Dense bf16 FLOP/s at the peak of one device, from the vendors' data sheets, by the beginning of ``device_kind``.
-PEAK_FLOPS = {
-    "TPU v3": 61.5e12,  # a device is a core, half a chip
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+from clip_jax.training import hosts
 
 
 def peak_flops():
     """bf16 FLOP/s at the peak of one device of this machine, or None when unknown (a CPU)."""
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    chip = hardware.chip_of(jax.devices()[0].device_kind)
+    return chip and chip.flops / chip.devices
 
 
 class Writer:
-    """Writes scalars to ``<workdir>/metrics.jsonl`` and, as configured, to TensorBoard and Weights & Biases."""
+    """Writes scalars to ``<workdir>/metrics.jsonl`` and, as configured, to TensorBoard and Weights & Biases; of several hosts one does."""
 
     def __init__(self, workdir, config):
-        self.file = open(pathlib.Path(workdir) / "metrics.jsonl", "a")  # noqa: SIM115
         self.sinks = []
+        if not hosts.is_first():
+            return
+        file = open(pathlib.Path(workdir) / "metrics.jsonl", "a")  # noqa: SIM115
+        self.sinks.append((lambda step, values: _write_row(file, step, values), file.close))
         if config.log.tensorboard:
             import tensorboardX
 
@@ -58,15 +49,17 @@ class Writer:
     def write(self, step, values):
         """Writes ``{name: number}`` of a step; a number that is not finite becomes null in the JSON file."""
         values = {k: float(v) for k, v in values.items()}
-        row = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        print(json.dumps({"step": step, "time": round(time.time(), 3), **row}), file=self.file, flush=True)
         for write, _ in self.sinks:
             write(step, values)
 
     def close(self):
-        self.file.close()
         for _, close in self.sinks:
             close()
+
+
+def _write_row(file, step, values):
+    row = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    print(json.dumps({"step": step, "time": round(time.time(), 3), **row}), file=file, flush=True)
 
 
 class Progress:

@@ -32,12 +32,11 @@ RULES = (
 )
 
 
-def make_mesh(sizes):
-    """The mesh of ``{"data": -1, "fsdp": 1, "tensor": 1}``; -1, at most once, takes what is left of all devices.
+def mesh_shape(sizes, count):
+    """The sizes of all axes on ``count`` devices, of ``{"data": -1, "fsdp": 1, "tensor": 1}``; -1, at most once, takes what is left.
 
     Raises UserError when the sizes do not multiply to the number of devices.
     """
-    count = jax.device_count()
     shape = [sizes[axis] for axis in AXES]
     given = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
@@ -45,15 +44,22 @@ def make_mesh(sizes):
     known = int(np.prod([n for n in shape if n != -1]))
     if count % known or (-1 not in shape and known != count):
         raise UserError(f"mesh {given} does not fit {count} device(s)")
-    shape = tuple(count // known if n == -1 else n for n in shape)
-    axis_types = (AxisType.Auto,) * len(AXES)
-    mesh = jax.make_mesh(shape, AXES, axis_types=axis_types)
-    if jax.process_count() > 1 and not _in_order(mesh):
+    return tuple(count // known if n == -1 else n for n in shape)
+
+
+def make_mesh(sizes, devices=None):
+    """The mesh of :func:`mesh_shape` over all devices, or over ``devices``, which need not be there. Raises UserError as it does."""
+    devices = devices or jax.devices()
+    shape, axis_types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(AXES)
+    mesh = jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+    hosts = len({device.process_index for device in devices})
+    if hosts > 1 and not _in_order(mesh):
         # The order that suits the network best would give a host rows that do not lie together in the batch.
-        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=axis_types)
         if not _in_order(mesh):
-            raise UserError(f"mesh {given} does not fit {jax.local_device_count()} device(s) on each of {jax.process_count()} hosts")
+            given = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+            raise UserError(f"mesh {given} does not fit {len(devices) // hosts} device(s) on each of {hosts} hosts")
     return mesh
 
 

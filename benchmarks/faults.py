@@ -1,0 +1,142 @@
+"""Does a run come through kill -9 and SIGTERM at random moments without a lost or changed step?
+
+    python benchmarks/faults.py [--rounds=20] [--processes=1,2] [--seed=0] [--json=faults.json]
+
+For each number of processes: an undisturbed run of a tiny model on the embedded data; then the same run, ended in each round by a random
+signal to one process or to all, in training or while a checkpoint is written, and started again by the same command. Prints a table;
+the exit status is 1 unless every process ended with the status it should (clip_jax/training/faults.py) and every step that was done, in
+whatever round, has the loss of the undisturbed run. On 2 CPU cores a round takes 10 to 30 s, nearly all of it starting up.
+"""
+
+import argparse
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from clip_jax.training import faults, hosts
+
+REPO = pathlib.Path(__file__).parent.parent
+TIMEOUT = 300
+# A constant learning rate, since the runs differ in length, and checkpoints so frequent that some are being written when a signal comes.
+CONFIG = """
+    model.embed_dim=16 model.image.stem=() model.image.patch=8 model.image.size=16 model.image.width=32 model.image.heads=2
+    model.image.mlp_dim=64 model.image.depth=1 model.text.width=32 model.text.heads=2 model.text.mlp_dim=64 model.text.depth=1
+    data.batch_size=16 train.log_steps=1 optim.schedule=constant optim.warmup_steps=0 checkpoint.steps=2 train.stall_minutes=0.5
+    eval.tasks=() eval.report=false log.tensorboard=false
+""".split()
+
+
+class Failure(Exception):
+    """Something that must not happen."""
+
+
+def start(processes, workdir, steps):
+    """The processes of a run, ``list[Popen]``."""
+    command = ["clip_jax.train", f"--config={REPO / 'configs' / 'clip.py'}", f"--workdir={workdir}"]
+    command += [f"--config.{override}" for override in [*CONFIG, f"train.steps={steps}"]]
+    return hosts.spawn(processes, command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(children, allowed):
+    """Waits for the processes; returns their statuses. Raises Failure for one that hangs or is not among those ``allowed`` for each."""
+    try:
+        errors = [child.communicate(timeout=TIMEOUT)[1] for child in children]
+    except subprocess.TimeoutExpired:
+        raise Failure(f"a process did not end within {TIMEOUT} s") from None
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+    statuses = [child.returncode for child in children]
+    if any(status not in expected for status, expected in zip(statuses, allowed, strict=True)):
+        raise Failure(f"exit statuses {statuses}, allowed for each are {allowed}:\n" + "\n".join(errors))
+    return statuses
+
+
+def losses(workdir):
+    """``{step: [loss each time it was done]}``."""
+    file, found = workdir / "metrics.jsonl", {}
+    for row in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
+        found.setdefault(row["step"], []).append(row["loss"])
+    return found
+
+
+def is_saving(workdir):
+    """Is a checkpoint being written?"""
+    return any(".orbax-checkpoint-tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+
+
+def disturb(rng, processes, workdir, steps):
+    """One round: a run that is ended after some of its steps; returns what happened, a dict."""
+    number, moment = rng.choice((signal.SIGKILL, signal.SIGTERM)), rng.choice(("training", "saving"))
+    targets = rng.choice([list(range(processes)), *([process] for process in range(processes))])
+    done = sum(map(len, losses(workdir).values()))
+    children, end = start(processes, workdir, steps), done + rng.randint(1, 4)
+    waiting = time.monotonic()
+    while all(child.poll() is None for child in children) and time.monotonic() - waiting < TIMEOUT:
+        if sum(map(len, losses(workdir).values())) >= end and (moment == "training" or is_saving(workdir)):
+            break
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.03))
+    for target in targets:
+        children[target].send_signal(number)
+    lost = [-signal.SIGKILL if process in targets else faults.LOST for process in range(processes)]
+    ended = [faults.PREEMPTED] * processes if number == signal.SIGTERM else lost
+    statuses = finish(children, [(status, 0) for status in ended])
+    step = max(losses(workdir), default=0)
+    return dict(processes=processes, signal=number.name, targets=targets, moment=moment, reached=step, statuses=statuses)
+
+
+def check(expected, workdir, steps):
+    """Raises Failure for a step that is missing or was ever done with another result."""
+    found = losses(workdir)
+    for step in range(1, steps + 1):
+        if step not in found:
+            raise Failure(f"step {step} is lost")
+        if wrong := [loss for loss in found[step] if loss != expected[step][0]]:
+            raise Failure(f"step {step} has the loss {wrong[0]} instead of {expected[step][0]}")
+
+
+def main(argv=None):
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="for each number of processes")
+    parser.add_argument("--processes", default="1,2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="PATH")
+    args = parser.parse_args(argv)
+    rng, rows, steps = random.Random(args.seed), [], 4 * args.rounds + 2
+    print(f"{'processes':>9} {'round':>5} {'signal':>8} {'to':>6} {'during':>9} {'last step':>9} {'statuses':>10}")
+    try:
+        for processes in map(int, args.processes.split(",")):
+            with tempfile.TemporaryDirectory() as folder:
+                calm, disturbed = pathlib.Path(folder, "calm"), pathlib.Path(folder, "disturbed")
+                finish(start(processes, calm, steps), [(0,)] * processes)
+                for number in range(1, args.rounds + 1):
+                    row = disturb(rng, processes, disturbed, steps)
+                    rows.append(row)
+                    to, statuses = (",".join(map(str, row[key])) for key in ("targets", "statuses"))
+                    print(
+                        f"{processes:9} {number:5} {row['signal']:>8} {to:>6} {row['moment']:>9} {row['reached']:9} {statuses:>10}",
+                        flush=True,
+                    )
+                finish(start(processes, disturbed, steps), [(0,)] * processes)
+                check(losses(calm), disturbed, steps)
+                repeated = sum(map(len, losses(disturbed).values())) - steps
+                print(f"{processes} process(es): all {steps} steps as in the undisturbed run, {repeated} of them done more than once")
+    except Failure as failure:
+        print(f"FAILED: {failure}")
+        return 1
+    finally:
+        if args.json:
+            pathlib.Path(args.json).write_text(json.dumps({"seed": args.seed, "rounds": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""Compiling for machines that are not there: costs read from programs, errors, whole runs of the command."""
+
+import importlib.util
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import REPO
+from helpers import TINY
+
+from clip_jax import compile as compile_lib
+from clip_jax import config, hardware
+from clip_jax.errors import UserError
+from clip_jax.training.cost import hlo_cost, jaxpr_flops
+
+CLIP = str(REPO / "configs" / "clip.py")
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # the command itself turns it off
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """What the command sets for libtpu stays out of the processes that other tests start."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def matmul(x, w):
+    return x @ w
+
+
+def scanned(x, ws):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, ws)[0]
+
+
+def nested(x, ws):
+    return jax.lax.scan(lambda h, _: (scanned(h, ws), None), x, length=3)[0]
+
+
+def gradient(x, ws):
+    return jax.grad(lambda ws: scanned(x, ws).sum())(ws)
+
+
+def branches(x, ws):
+    return jax.lax.cond(x[0, 0] > 0, lambda: scanned(x, ws), lambda: x @ ws[0])
+
+
+X, W, WS = (16, 32), (32, 32), (5, 32, 32)
+ONE = 2 * 16 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    "function, shapes, products",
+    [(matmul, (X, W), 1), (scanned, (X, WS), 5), (nested, (X, WS), 15), (gradient, (X, WS), 15), (branches, (X, WS), 5)],
+)
+def test_flops_count_every_round_of_a_loop(function, shapes, products):
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    cost = hlo_cost(jax.jit(function).lower(*arguments).compile().as_text())
+    assert (cost.flops, cost.unknown_loops) == (products * 2 * 16 * 32 * 32, 0)
+    assert jaxpr_flops(jax.make_jaxpr(function)(*arguments)) == cost.flops
+
+
+def test_flops_of_convolutions_leave_out_the_padding():
+    x, k = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+
+    def convolve(padding):
+        function = jax.jit(lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")))
+        return hlo_cost(function.lower(x, k).compile().as_text()).flops
+
+    assert convolve("VALID") == 2 * 2 * 6 * 6 * 5 * 9 * 3
+    assert convolve("SAME") == 2 * 2 * (8 * 3 - 2) ** 2 * 5 * 3
+
+
+def test_traffic_of_a_fusion_that_takes_a_slice():
+    """A loop reads one layer of the stacked weights in each round, not all of them."""
+    text = jax.jit(lambda x, ws: jax.lax.scan(lambda h, w: (h * w, None), x, ws)[0]).lower(jnp.ones(1000), jnp.ones((50, 1000))).compile()
+    assert 4 * 3 * 50 * 1000 <= hlo_cost(text.as_text()).traffic < 4 * 6 * 50 * 1000
+
+
+HLO = """HloModule step, num_partitions=8
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%begin (p0: bf16[4,8]) -> (bf16[4,8], bf16[32,8]) {
+  %p0 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %gather.1 = bf16[32,8]{1,0} all-gather(%p0), channel_id=1, replica_groups=mesh['x'=4,'y'=2] {'x','y'}, dimensions={0}, backend_config={"async_collective_fusion_config":{}}
+  ROOT %start = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%go_on (p1: bf16[4,8]) -> bf16[32,8] {
+  %p1 = bf16[4,8]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[32,8]{1,0} all-gather(%p1), channel_id=1, replica_groups=mesh['x'=4,'y'=2] {'x','y'}, dimensions={0}, backend_config={"async_collective_fusion_config":{}}
+}
+
+%all-reduce-scatter.1 (p2: f32[8,16]) -> f32[4,16] {
+  %p2 = f32[8,16]{1,0} parameter(0)
+  %reduced = f32[8,16]{1,0} all-reduce(%p2), channel_id=2, replica_groups=[4,2]<=[8], to_apply=%sum
+  %zero.1 = s32[] constant(0)
+  ROOT %mine = f32[4,16]{1,0} dynamic-slice(%reduced, %zero.1, %zero.1), dynamic_slice_sizes={4,16}
+}
+
+%body (state: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %state = (s32[], f32[8,16]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = f32[8,16]{1,0} get-tuple-element(%state), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %gram = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %y = f32[8,16]{1,0} dot(%gram, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %z = f32[8,16]{1,0} all-reduce(%y), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%sum, metadata={op_name="jit(step)/sum"}
+  ROOT %out = (s32[], f32[8,16]{1,0}) tuple(%next, %z)
+}
+
+%condition (state.1: (s32[], f32[8,16])) -> pred[] {
+  %state.1 = (s32[], f32[8,16]{1,0}) parameter(0)
+  %count = s32[] get-tuple-element(%state.1), index=0
+  %limit = s32[] constant(9)
+  ROOT %more = pred[] compare(%count, %limit), direction=LT
+}
+
+ENTRY %main (q0: f32[8,16], q1: bf16[4,8]) -> f32[8,16] {
+  %q0 = f32[8,16]{1,0} parameter(0)
+  %q1 = bf16[4,8]{1,0} parameter(1)
+  %two = s32[] constant(2)
+  %two.copy = s32[]{:T(128)S(6)} copy(%two)
+  %first = (s32[], f32[8,16]{1,0}) tuple(%two.copy, %q0)
+  %loop = (s32[], /*index=1*/f32[8,16]{1,0}) while(%first), condition=%condition, body=%body
+  %gather-start = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) fusion(%q1), kind=kCustom, calls=%begin
+  %gather-done = bf16[32,8]{1,0} fusion(%q1), kind=kCustom, calls=%go_on
+  %half = f32[4,16]{1,0} fusion(%q0), kind=kCustom, calls=%all-reduce-scatter.1
+  %all = f32[8,16]{1,0} all-reduce(%q0), channel_id=4, replica_groups={}, to_apply=%sum
+  %permute = ((f32[8,16]{1,0}), f32[8,16]{1,0}) collective-permute-start(%q0), source_target_pairs={{0,1},{1,0}}
+  %permute.1 = f32[8,16]{1,0} collective-permute-done(%permute)
+  ROOT %result = f32[8,16]{1,0} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_program():
+    cost = hlo_cost(HLO)
+    found = {(c.kind, c.shape, c.group): (n, c.sent) for c, n in cost.collectives.items()}
+    assert found == {
+        ("all-reduce", "f32[8,16]", 4): (7, 2 * 3 / 4 * 512),  # from 2 to 9
+        ("all-gather", "bf16[4,8]", 8): (1, 7 * 64),  # one, although two fusions show it
+        ("reduce-scatter", "f32[8,16]", 2): (1, 1 / 2 * 512),
+        ("all-reduce", "f32[8,16]", 8): (1, 2 * 7 / 8 * 512),
+        ("collective-permute", "f32[8,16]", 8): (1, 512),
+    }
+    assert cost.sent == sum(n * sent for n, sent in found.values())
+    assert cost.flops == 7 * 2 * (8 * 8 * 16 + 8 * 16 * 8) and cost.unknown_loops == 0
+    assert {c.name for c in cost.collectives} == {"jit(step)/sum", ""}
+
+
+def test_a_counter_may_take_larger_steps():
+    assert hlo_cost(HLO.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")).flops == 4 * 2 * (8 * 8 * 16 + 8 * 16 * 8)
+
+
+@pytest.mark.parametrize(
+    "old, new", [("direction=LT", "direction=NE"), ("add(%i, %one)", "multiply(%i, %one)"), ("copy(%two)", "partition-id()")]
+)
+def test_a_loop_of_unknown_length_is_told(old, new):
+    cost = hlo_cost(HLO.replace(old, new))
+    assert cost.unknown_loops == 1 and cost.flops == 2 * (8 * 8 * 16 + 8 * 16 * 8)
+
+
+def test_memory_on_the_chip_is_no_traffic():
+    text = """ENTRY %main (p: f32[64,128]) -> f32[128] {
+  %p = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %near = ((f32[64,128]{1,0:T(8,128)}), f32[1,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:1], [0:128]}
+  %near.1 = f32[1,128]{1,0:T(8,128)S(1)} slice-done(%near)
+  %twice = f32[1,128]{1,0:T(8,128)S(1)} add(%near.1, %near.1)
+  %far = (f32[1,128]{1,0:T(8,128)}, f32[1,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%twice)
+  %far.1 = f32[1,128]{1,0:T(8,128)} copy-done(%far)
+  ROOT %out = f32[128]{0:T(128)} bitcast(%far.1)
+}
+"""
+    assert hlo_cost(text).traffic == 2 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("v5f:2x2", "'v5f': did you mean 'v5p'"),
+        ("a100x8", "'a100x8': allowed are v3, v4, v5e, v5p, v6e, tpu7x, gpu"),
+        ("v5e", "each of the 2 directions, such as v5e:4x4"),
+        ("v5e:2x2x2", "each of the 2 directions, such as v5e:4x4"),
+        ("v5p:0x2x2", "each of the 3 directions, such as v5p:4x4x4"),
+        ("gpu:h100", "such as gpu:h100x8"),
+        ("gpu:h10x8", "GPU 'h10': did you mean 'h100'"),
+    ],
+)
+def test_topologies_that_do_not_exist(name, message):
+    with pytest.raises(UserError, match=message) as error:
+        compile_lib.parse_topology(name)
+    assert "\n" not in str(error.value)
+
+
+def test_topologies():
+    tpu, gpu = compile_lib.parse_topology("v5p:2x2x4"), compile_lib.parse_topology("gpu:h100x16")
+    assert (tpu.chip, tpu.count, gpu.chip, gpu.count, gpu.shape) == (hardware.TPUS["v5p"], 16, hardware.GPUS["h100"], 16, None)
+
+
+def test_chips_by_their_name_in_jax():
+    kinds = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x", "TPU v4": "v4"}
+    assert {kind: hardware.chip_of(kind) for kind in kinds} == {kind: hardware.TPUS[name] for kind, name in kinds.items()}
+    assert hardware.chip_of("NVIDIA H100 80GB HBM3") is hardware.GPUS["h100"] and hardware.chip_of("cpu") is None
+
+
+def test_without_the_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert command("--topology=v5e:2x2") == 2
+    assert capsys.readouterr().err == "error: --topology=v5e:2x2 needs the TPU compiler: pip install 'clip-jax-pretraining[tpu]'\n"
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [("--config.optim.lrr=1", "did you mean 'optim.lr'"), ("--confg.seed=1", "unknown argument"), ("--config.seed", "unknown argument")],
+)
+def test_wrong_flags(flag, message, capsys):
+    assert command("--topology=gpu:h100x8", flag) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def command(*flags, tiny=TINY):
+    """The exit status of the command with the tiny model."""
+    return compile_lib.main([f"--config={CLIP}", *(f"--config.{o}" for o in tiny), *flags])
+
+
+def figures(tmp_path, *flags, status=0):
+    assert command(f"--json={tmp_path / 'figures.json'}", *flags) == status
+    return json.loads((tmp_path / "figures.json").read_text())
+
+
+def test_gpus_get_what_follows_from_shapes(tmp_path, capsys):
+    whole = figures(tmp_path, "--topology=gpu:h100x1")
+    parts = figures(tmp_path, "--topology=gpu:h100x8", "--config.mesh.fsdp=2")
+    assert parts["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert parts["flops"] == whole["flops"] / 8 and parts["model_flops"] == whole["model_flops"] == whole["flops"]
+    program = compile_lib.make_program(config.load(CLIP, TINY))
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)]
+    assert whole["memory"]["state"] == sum(sizes) and sum(sizes) / 2 < parts["memory"]["state"] < sum(sizes) / 1.8
+    assert "activations come on top and are not estimated" in capsys.readouterr().out
+
+
+def test_the_schedule():
+    topology, c = compile_lib.parse_topology("gpu:h100x8"), config.load(CLIP, ["train.steps=7200", "data.batch_size=64"])
+    times = compile_lib.schedule(topology, c, 0.5, flops=0.5 * 8 * 989e12 / 4)
+    assert times == dict(seconds=0.5, mfu=0.25, examples_per_second=128, hours=1.0, chip_hours=8.0)
+
+
+@needs_libtpu
+def test_a_tiny_model_on_four_chips(tmp_path, capsys):
+    result = figures(tmp_path, "--topology=v5e:2x2")
+    memory = result["memory"]
+    assert result["fits"] and result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1} and result["unknown_loops"] == 0
+    assert memory["alias"] >= 0.9 * memory["state"], "the state's memory is used again"
+    assert memory["argument"] >= memory["state"] + memory["batch"] and memory["temp"] > 0
+    assert result["flops"] == pytest.approx(result["model_flops"] / 4, rel=0.05)
+    # The gradients of all parameters, a third of the state (AdamW), are summed over the four chips.
+    summed = sum(c["count"] * c["sent"] for c in result["collectives"] if c["kind"] == "all-reduce")
+    assert summed == pytest.approx(2 * 3 / 4 * memory["state"] / 3, rel=0.5) and {c["group"] for c in result["collectives"]} == {4}
+    assert 0 < result["estimate"]["at_best"]["seconds"] < result["estimate"]["one_by_one"]["seconds"]
+    assert "it fits" in capsys.readouterr().out
+
+
+@needs_libtpu
+def test_every_loop_of_a_step_is_counted(tmp_path):
+    """Two micro-batches of scanned blocks: one forward pass more than the model's own, a third of its work."""
+    flags = "micro_batches=2 model.scan=true model.image.depth=4 model.text.depth=3 mesh.fsdp=2".split()
+    result = figures(tmp_path, "--topology=v5e:2x2", *(f"--config.{f}" for f in flags))
+    assert result["flops"] * 4 == pytest.approx(result["model_flops"] * 4 / 3, rel=0.02) and result["unknown_loops"] == 0
+
+
+@needs_libtpu
+def test_what_does_not_fit(tmp_path, capsys):
+    result = figures(tmp_path, "--topology=v5e:2x2", f"--config.data.batch_size={2**27}", status=1)
+    output = capsys.readouterr().out
+    assert not result["fits"] and "Ran out of memory on HBM" in result["compiler"] and result["compiler"] in output
+    assert "--config.model.remat=full" in output and "--config.micro_batches=" in output
+
+
+@needs_libtpu
+def test_a_slice_that_cannot_be_built(capsys):
+    assert command("--topology=v5e:3x3") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --topology=v5e:3x3: ") and error.count("\n") == 1
+
+
+def test_variants_are_named_the_cheapest_first():
+    topology, c = compile_lib.parse_topology("v5e:4x4"), config.load(CLIP, ["data.batch_size=4096"])
+    tries = [overrides for overrides, _ in compile_lib.variants(c, topology, 8e9, 40e9)]
+    assert tries[0] == ["mesh.fsdp=16"] and tries[1:3] == [["model.remat=dots"], ["model.remat=full"]]
+    assert tries[3:] == [["micro_batches=8"], ["micro_batches=8", "model.remat=full"]]  # 8 GB + 40 GB / 8 is below 90 % of 16 GiB
+    c.model.scan = True
+    tries = [overrides for overrides, _ in compile_lib.variants(c, topology, 1e9, 1e15)]
+    assert tries[0] == ["model.scan=false"]
+    assert ["micro_batches=256"] in tries, "as many as there are examples on a chip, where nothing is enough"
+
+
+def test_search_stops_at_the_first_that_fits(monkeypatch):
+    compiled = []
+
+    def fake(program, devices):
+        compiled.append((program.config.model.remat, program.config.micro_batches))
+        if program.config.micro_batches == 1:
+            raise compile_lib.DoesNotFit("RESOURCE_EXHAUSTED: total memory required (24.00G) exceeds available HBM (15.75G).")
+        return {"memory": {"total": 1e9}}
+
+    monkeypatch.setattr(compile_lib, "compile_for_tpu", fake)
+    args = compile_lib.parse_args([f"--config={CLIP}", "--topology=v5e:2x2", *(f"--config.{o}" for o in TINY)])
+    tries = [(["model.remat=full"], ""), (["micro_batches=2"], ""), (["micro_batches=4"], "")]
+    said = []
+    found = compile_lib.search(args, compile_lib.parse_topology("v5e:2x2"), None, tries, said.append)
+    assert found["overrides"] == ["micro_batches=2"] and compiled == [("full", 1), ("none", 2)]
+    assert "24.00G" in said[0] and "6%" in said[1]
+
+
+def test_the_size_that_the_compiler_wanted():
+    error = compile_lib.DoesNotFit("RESOURCE_EXHAUSTED: E1000: HLO temporaries (1.50T) exceeds available HBM (15.75G).\nSee the manual")
+    assert error.temporary == 1.5 * 2**40 and str(error).endswith("(15.75G).")
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("variant, flags", [("b16", []), ("l14", ["--config.model.remat=full", "--config.model.scan=true"])])
+def test_pods(variant, flags, tmp_path):
+    path = tmp_path / "figures.json"
+    assert compile_lib.main([f"--config={CLIP}:{variant}", "--topology=v5e:16x16", f"--json={path}", *flags]) == 0
+    result = json.loads(path.read_text())
+    assert result["memory"]["total"] < 0.9 * 16 * 2**30
+    embeddings = 32768 * config.load(f"{CLIP}:{variant}").model.embed_dim * 4
+    for c in result["collectives"]:
+        assert c["kind"] != "all-gather" or c["sent"] < embeddings, f"gathers activations over the batch: {c}"

@@ -1,0 +1,245 @@
+"""Several hosts: how they find each other, who reads which rows; two real processes have the results of one."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import REPO
+from helpers import losses, run, train_command
+
+from clip_jax.errors import UserError
+from clip_jax.training import hosts, sharding
+
+
+def parse(*flags):
+    parser = argparse.ArgumentParser()
+    hosts.add_arguments(parser)
+    return hosts.from_arguments(parser.parse_args(flags))
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_flags_and_environment(monkeypatch):
+    assert parse() is None
+    expected = hosts.Cluster("10.0.0.1:1234", 4, 3)
+    assert parse("--coordinator=10.0.0.1:1234", "--processes=4", "--process=3") == expected
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.1:1234")
+    assert parse() is None, "JAX needs it with SLURM and Cloud TPU too"
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", "3")
+    assert parse() == expected
+    assert parse("--process=0") == hosts.Cluster("10.0.0.1:1234", 4, 0)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--processes=2", "--process=0"], "--coordinator .* is missing"),
+        (["--coordinator=a:1"], "--coordinator is given without --processes"),
+        (["--coordinator=a:1", "--processes=2"], "--process .* is missing"),
+        (["--coordinator=a:1", "--processes=two", "--process=0"], "--processes=two: a whole number"),
+        (["--coordinator=a", "--processes=2", "--process=0"], "--coordinator=a: HOST:PORT"),
+        (["--coordinator=a:1", "--processes=2", "--process=2"], r"--process=2 is not in 0\.\.1"),
+    ],
+)
+def test_incomplete_flags_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(*flags)
+
+
+def test_where_jax_finds_the_others_by_itself(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    hosts.start()
+    hosts.start(hosts.Cluster("a:1", 1, 0))
+    assert not calls, "a batch script is one process, and so is a job step of one task"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    hosts.start(timeout=7)
+    assert calls.pop() == {"heartbeat_timeout_seconds": 7}
+    monkeypatch.delenv("SLURM_PROCID")
+    monkeypatch.setattr(hosts.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    hosts.start()
+    assert not calls, "a TPU that is not to be used"
+    monkeypatch.delenv("JAX_PLATFORMS")
+    hosts.start()
+    assert calls.pop() == {"heartbeat_timeout_seconds": 100}
+    monkeypatch.setattr(hosts.glob, "glob", lambda pattern: [])
+    hosts.start(hosts.Cluster("a:1", 2, 1))
+    arguments = calls.pop()
+    assert arguments.pop("cluster_detection_method") == "deactivate"
+    assert arguments == dict(coordinator_address="a:1", num_processes=2, process_id=1, heartbeat_timeout_seconds=100)
+
+
+def test_one_host_starts_without_jax():
+    code = "import sys; from clip_jax.training import faults, hosts; hosts.start(); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
+
+
+def fake_mesh(shape, processes):
+    """A mesh with devices of the given processes, in this order."""
+    devices = np.array([types.SimpleNamespace(process_index=p, id=i) for i, p in enumerate(processes)], object).reshape(shape)
+    return types.SimpleNamespace(devices=devices, shape=dict(zip(sharding.AXES, shape, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "shape, processes, in_order, shares",
+    [
+        ((4, 1, 1), [0, 0, 1, 1], True, 2),
+        ((2, 1, 2), [0, 0, 1, 1], True, 2),
+        ((1, 2, 2), [0, 0, 1, 1], True, 2),
+        ((1, 1, 4), [0, 0, 1, 1], True, 1),  # both have all rows
+        ((2, 1, 4), [0, 0, 1, 1, 2, 2, 3, 3], True, 2),
+        ((4, 1, 1), [0, 1, 0, 1], False, None),
+        ((4, 1, 1), [1, 1, 0, 0], True, 2),
+        ((2, 1, 3), [0, 0, 1, 1, 2, 2], False, None),  # process 1 has a part of both rows
+    ],
+)
+def test_which_rows_a_host_reads(monkeypatch, shape, processes, in_order, shares):
+    mesh = fake_mesh(shape, processes)
+    assert sharding._in_order(mesh) == in_order
+    if not in_order:
+        return
+    index = sharding.host_share.__wrapped__
+    for process in set(processes):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        where, count = index(mesh)
+        assert count == shares
+        mine = np.array(processes).reshape(-1, shape[2])
+        rows = [row for row in range(len(mine)) if process in mine[row]]
+        assert rows == list(range(where * len(mine) // count, (where + 1) * len(mine) // count))
+
+
+def together(module, *arguments, **kwargs):
+    """A command in two processes on this machine; returns the finished launcher."""
+    return run([sys.executable, "-m", "clip_jax.training.hosts", "--processes=2", module, *arguments], **kwargs)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The losses of a run of 8 steps in one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    process = run(train_command(workdir, "train.steps=8"))
+    assert process.returncode == 0, process.stderr
+    return losses(workdir)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """``(work folder, finished process)`` of a run of 5 steps in two processes, by the command that a user gives."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "venv" / "bin").mkdir(parents=True)
+    python = folder / "venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    for name in (".clip_jax", ".clip_jax_gpu"):
+        (folder / "venv" / name).touch()  # "installed"
+    _, _, _, config, *rest = train_command(folder / "run", "train.steps=5")
+    command = ["bash", "launch/local.sh", "--processes", "2", config.removeprefix("--config="), *rest]
+    process = run(command, env={"CLIP_JAX_VENV": str(folder / "venv")})
+    assert process.returncode == 0, process.stderr
+    return folder / "run", process
+
+
+def test_two_processes_have_the_losses_of_one_and_one_of_them_speaks(alone, pair):
+    workdir, process = pair
+    got = losses(workdir)
+    np.testing.assert_allclose([got[step] for step in range(1, 6)], [alone[step] for step in range(1, 6)], rtol=1e-5)
+    lines = [
+        line for line in process.stdout.splitlines() if line and not line.startswith(("  ", "[Gloo]"))
+    ]  # of tables and of each process
+    assert len(set(lines)) == len(lines), "said twice"
+    assert any("devices: 2 x cpu" in line and "2 host(s)" in line for line in lines)
+    rows = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [1, 2, 3, 4, 5]
+
+
+def test_what_two_processes_began_one_goes_on_with(alone, pair, tmp_path):
+    subprocess.run(["cp", "-r", pair[0], tmp_path / "run"], check=True)
+    process = run(train_command(tmp_path / "run", "train.steps=8"))
+    assert process.returncode == 0 and "from step 5" in process.stdout, process.stderr
+    got = losses(tmp_path / "run")
+    np.testing.assert_allclose([got[step] for step in range(1, 9)], [alone[step] for step in range(1, 9)], rtol=1e-5)
+
+
+def test_tensor_parallelism_over_hosts_and_a_damaged_checkpoint(alone, pair, tmp_path):
+    """Both processes need all rows; both pass over the newest checkpoint, of which one file is cut."""
+    subprocess.run(["cp", "-r", pair[0], tmp_path / "run"], check=True)
+    newest = tmp_path / "run" / "checkpoints" / "5"
+    path = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    arguments = train_command(tmp_path / "run", "train.steps=6", "mesh={'data': 1, 'tensor': 2}")[2:]
+    process = together(*arguments)
+    assert process.returncode == 0 and "from step 4" in process.stdout, process.stderr
+    assert process.stderr.count("is damaged") == 1, "said once"
+    got = losses(tmp_path / "run")
+    np.testing.assert_allclose([got[step] for step in range(1, 7)], [alone[step] for step in range(1, 7)], rtol=1e-5)
+
+
+def test_evaluation_is_shared_and_its_results_are_the_same(pair, tmp_path):
+    """13 pictures, one of them unreadable: the shares of the hosts are not equal, and neither are their batches."""
+    rng = np.random.default_rng(0)
+    captions = ["file,title"]
+    for i in range(13):
+        folder = tmp_path / "pictures" / ("cat", "dog", "owl")[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(folder / f"{i}.png")
+        captions.append(f"{folder.name}/{i}.png,{folder.name} number {i}")
+    (tmp_path / "pictures" / "cat" / "3.png").write_bytes(b"no picture")
+    (tmp_path / "pictures" / "pairs.csv").write_text("\n".join(captions))
+    tasks = [
+        f"zeroshot(source='{tmp_path}/pictures', templates=('a {{}}.',))",
+        f"retrieval(source='{tmp_path}/pictures/pairs.csv', image='file', text='title')",
+    ]
+    arguments = [f"--checkpoint={pair[0]}", *(f"--task={task}" for task in tasks)]
+    results = []
+    for name, command in (("one", [sys.executable, "-m", "clip_jax.evaluate"]), ("two", None)):
+        rest = [*arguments, f"--json={tmp_path}/{name}.json"]
+        process = run([*command, *rest]) if command else together("clip_jax.evaluate", *rest)
+        assert process.returncode == 0, process.stderr
+        results.append(json.loads((tmp_path / f"{name}.json").read_text()))
+        assert process.stdout.count("zeroshot/top1") == 1
+    assert results[0]["zeroshot/images"] == 12 and results[0]["zeroshot/skipped"] == 1
+    assert results[1] == pytest.approx(results[0], abs=1e-6)
+
+
+def test_hosts_that_do_not_share_a_folder_are_told_so(tmp_path):
+    """Process 1 runs in another folder, to which the relative --workdir belongs."""
+    code = f"""
+import os, sys
+process = [int(a[-1]) for a in sys.argv if a.startswith("--process=")][0]
+os.makedirs(f"{tmp_path}/{{process}}/run")
+os.chdir(f"{tmp_path}/{{process}}")
+from clip_jax.training import faults, hosts
+def work():
+    import argparse
+    parser = argparse.ArgumentParser()
+    hosts.add_arguments(parser)
+    hosts.start(hosts.from_arguments(parser.parse_args()))
+    hosts.check_shared("run")
+sys.exit(faults.command(work))
+"""
+    (tmp_path / "unshared.py").write_text(code)
+    process = together("unshared", env={"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])})
+    assert process.returncode == 2, process.stderr
+    assert "run is not one folder for all hosts (process 1 sees another one)" in process.stderr
+
+
+def test_the_launcher_refuses_nonsense(capsys):
+    for arguments in (["--processes=0", "clip_jax.train"], ["--processes=2"], ["clip_jax.train"]):
+        assert hosts.main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on TPU or GPU node pools of a Google Kubernetes Engine cluster, as a JobSet; kubectl must point at the cluster:
 #   bash launch/gke.sh run --name=clip --image=REGISTRY/clip_jax --accelerator=tpu-v5-lite-podslice --topology=4x8 \
-#     -- --config=configs/clip.py:b16 --workdir=gs://bucket/clip
+#     -- --config=configs/clip.py:b16 --workdir=/mnt/bucket/clip
 #   bash launch/gke.sh run --name=clip --image=REGISTRY/clip_jax --accelerator=nvidia-h100-80gb --nodes=4 -- ...
 #
 # run      applies the manifest; with --dry-run prints it. What follows -- goes to python -m clip_jax.train.

@@ -2,7 +2,7 @@
 # Trains on a Cloud TPU slice of any type and size, through the queued resources of gcloud:
 #   bash launch/tpu.sh create --name=clip --zone=us-central2-b --type=v4-32 --spot
 #   bash launch/tpu.sh setup  --name=clip --zone=us-central2-b
-#   bash launch/tpu.sh run    --name=clip --zone=us-central2-b -- --config=configs/clip.py:b16 --workdir=gs://bucket/clip
+#   bash launch/tpu.sh run    --name=clip --zone=us-central2-b -- --config=configs/clip.py:b16 --workdir=/mnt/bucket/clip
 #
 # create   requests the slice: --type=v5litepod-256 and --spot, --reserved or neither (on demand); --version=RUNTIME, by default the one
 #          that fits the type. Other options go to gcloud (--service-account=..., --network=..., --valid-until-duration=6h)

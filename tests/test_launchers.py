@@ -22,7 +22,7 @@ from conftest import REPO
 SCRIPTS = ("common.sh", "tpu.sh", "gke.sh", "slurm.sh")
 TRAIN = [
     "--config=configs/clip.py:b16",
-    "--workdir=gs://bucket/clip",
+    "--workdir=/mnt/bucket/clip",
     "--config.data.augment=('flip', 'rrc(0.5, 1.0)')",
     """it's "quoted" \\ $HOME $(touch oops) `touch oops` * & ; | < > # ~ !""",
     "two\nlines",

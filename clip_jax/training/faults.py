@@ -33,6 +33,10 @@ class Stopped(BaseException):
         self.status = status
 
 
+class Lost(Exception):
+    """Another process is not there."""
+
+
 class Signals:
     """Answers SIGTERM and SIGINT: at once by :class:`Stopped`, or, within :meth:`deferred`, by ``status`` alone. The second kills.
 
@@ -159,6 +163,8 @@ def command(function):
         return 0
     except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that is gone
         status, line = 2, f"error: {error}"
+    except Lost as error:
+        status, line = LOST, f"error: {error}"
     except Stopped as stopped:
         status, line = stopped.status, str(stopped)
     except Exception as error:

@@ -87,7 +87,7 @@ def start(cluster=None, timeout=100):
       timeout: seconds without a sign of life after which a process counts as dead.
 
     Raises:
-      UserError: they do not find each other.
+      clip_jax.training.faults.Lost: they do not find each other, which may help itself: a host that is taken away comes back.
     """
     managed = _on_slurm() or _on_cloud_tpu()
     if not managed and (cluster is None or cluster.processes == 1):
@@ -109,7 +109,7 @@ def start(cluster=None, timeout=100):
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=timeout)
     except (RuntimeError, ValueError) as error:
         where = f"at {cluster.coordinator}" if cluster else "that Cloud TPU or SLURM names"
-        raise UserError(f"the processes do not find each other {where}: {' '.join(str(error).split())[:300]}") from None
+        raise faults.Lost(f"the processes do not find each other {where}: {' '.join(str(error).split())[:300]}") from None
     if jax.process_count() > 1:
         faults.answer_abort()
 

@@ -87,7 +87,9 @@ def disturb(rng, processes, workdir, steps):
         children[target].send_signal(number)
     lost = [-signal.SIGKILL if process in targets else faults.LOST for process in range(processes)]
     ended = [faults.PREEMPTED] * processes if number == signal.SIGTERM else lost
-    statuses = finish(children, [(status, 0) for status in ended])
+    # Outside of the steps the processes do not agree on an end: one that first sees another gone says that.
+    also = (0, faults.LOST) if number == signal.SIGTERM and processes > 1 else (0,)
+    statuses = finish(children, [(status, *also) for status in ended])
     step = max(losses(workdir), default=0)
     return dict(processes=processes, signal=number.name, targets=targets, moment=moment, reached=step, statuses=statuses)
 

@@ -71,6 +71,11 @@ class Signals:
         self._deferred = True
         try:
             yield
+        except Exception as error:
+            self._deferred = False
+            if is_loss(error):  # the others may have ended by the signal that came here too
+                self._raise()
+            raise
         finally:
             self._deferred = False
         self._raise()

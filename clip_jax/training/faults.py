@@ -175,6 +175,9 @@ def command(function):
     except Exception as error:
         if not _several():
             raise
+        stopped = _stopped_before(error)
+        if is_loss(error) and stopped:
+            _leave(stopped.status, str(stopped))
         if is_loss(error):
             reason = " ".join(str(error).split())[:300]
             end(LOST, f"error: another process is lost ({reason}); this one was {_where()}")
@@ -184,6 +187,13 @@ def command(function):
         _leave(status, line)
     print(line, file=sys.stderr)
     return status
+
+
+def _stopped_before(error):
+    """The :class:`Stopped` on whose way out ``error`` was raised, because the others had left already; or None."""
+    while error and not isinstance(error, Stopped):
+        error = error.__context__
+    return error
 
 
 def _several():

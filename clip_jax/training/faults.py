@@ -25,6 +25,10 @@ _WORDS = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 _TOGETHER_SECONDS = 10
 
 
+_OUTSIDE = "outside of the training steps: the newest checkpoint is as it was"
+_asked = 0  # the exit status that a signal has asked this process for
+
+
 class Stopped(BaseException):
     """The run was told to stop; like KeyboardInterrupt no Exception, so that nothing takes it for an error of its own."""
 
@@ -57,13 +61,14 @@ class Signals:
             signal.signal(number, handler)
 
     def _answer(self, number, _):
-        self.status = PREEMPTED if number == signal.SIGTERM else INTERRUPTED
+        global _asked
+        self.status = _asked = PREEMPTED if number == signal.SIGTERM else INTERRUPTED
         signal.signal(number, signal.SIG_DFL)
         self._raise()
 
     def _raise(self):
         if self.status and not self._deferred:
-            raise Stopped(self.status, "outside of the training steps: the newest checkpoint is as it was")
+            raise Stopped(self.status, _OUTSIDE)
 
     @contextlib.contextmanager
     def deferred(self):
@@ -71,11 +76,6 @@ class Signals:
         self._deferred = True
         try:
             yield
-        except Exception as error:
-            self._deferred = False
-            if is_loss(error):  # the others may have ended by the signal that came here too
-                self._raise()
-            raise
         finally:
             self._deferred = False
         self._raise()
@@ -135,6 +135,13 @@ def end(status, line, stacks=False):
     os._exit(status)
 
 
+def _end_lost(reason):
+    """Ends a process without the others; they may have ended by the signal that came here too, and that is the status then."""
+    if _asked:
+        end(_asked, str(Stopped(_asked, _OUTSIDE)))
+    end(LOST, f"error: another process is lost ({reason}); this one was {_where()}")
+
+
 _leaving = None  # the exit status of a process that is already about to end
 _handlers = []  # the C library keeps no reference
 
@@ -149,7 +156,7 @@ def answer_abort():
     def answer(_):
         if _leaving is not None:
             os._exit(_leaving)
-        end(LOST, f"error: another process is lost (the reason stands above); this one was {_where()}")
+        _end_lost("the reason stands above")
 
     _handlers.append(answer)
     ctypes.CDLL(None).signal(signal.SIGABRT, answer)
@@ -175,25 +182,14 @@ def command(function):
     except Exception as error:
         if not _several():
             raise
-        stopped = _stopped_before(error)
-        if is_loss(error) and stopped:
-            _leave(stopped.status, str(stopped))
         if is_loss(error):
-            reason = " ".join(str(error).split())[:300]
-            end(LOST, f"error: another process is lost ({reason}); this one was {_where()}")
+            _end_lost(" ".join(str(error).split())[:300])
         traceback.print_exc()
         status, line = 1, f"error: {error}"
     if _several():
         _leave(status, line)
     print(line, file=sys.stderr)
     return status
-
-
-def _stopped_before(error):
-    """The :class:`Stopped` on whose way out ``error`` was raised, because the others had left already; or None."""
-    while error and not isinstance(error, Stopped):
-        error = error.__context__
-    return error
 
 
 def _several():

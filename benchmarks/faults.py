@@ -85,11 +85,12 @@ def disturb(rng, processes, workdir, steps):
     time.sleep(rng.uniform(0, 0.03))
     for target in targets:
         children[target].send_signal(number)
-    lost = [-signal.SIGKILL if process in targets else faults.LOST for process in range(processes)]
-    ended = [faults.PREEMPTED] * processes if number == signal.SIGTERM else lost
-    # Outside of the steps the processes do not agree on an end: one that first sees another gone says that.
-    also = (0, faults.LOST) if number == signal.SIGTERM and processes > 1 else (0,)
-    statuses = finish(children, [(status, *also) for status in ended])
+    if number == signal.SIGTERM:
+        # A process that got none ends with the others by agreement, or, outside of the steps, when it sees that they are gone.
+        allowed = [(faults.PREEMPTED, 0) if process in targets else (faults.PREEMPTED, faults.LOST, 0) for process in range(processes)]
+    else:
+        allowed = [(-signal.SIGKILL if process in targets else faults.LOST, 0) for process in range(processes)]
+    statuses = finish(children, allowed)
     step = max(losses(workdir), default=0)
     return dict(processes=processes, signal=number.name, targets=targets, moment=moment, reached=step, statuses=statuses)
 

@@ -1,9 +1,9 @@
 """Images per second and core: JPEG -> random resized crop to 224, by our loader, by Pillow as torchvision calls it, and by torchvision.
 
-    python benchmarks/loader.py
+    python benchmarks/loader.py [--rounds 1] [--json=FILE]
 
-One table, all figures from one run, about 25 s. Times are CPU time of this process, which works on one thread; the pipelines take turns
-batch by batch, and the median batch counts. torchvision has a column where it is installed.
+One table, all figures from one run, about 25 s; ``--rounds`` is a factor of how long it takes. Times are CPU time of this process, which
+works on one thread; the pipelines take turns batch by batch, and the median batch counts. torchvision has a column where it is installed.
 """
 
 import io
@@ -12,6 +12,7 @@ import random
 import statistics
 import time
 
+import common
 import numpy as np
 from PIL import Image
 
@@ -74,6 +75,9 @@ def our_pipeline(jpegs, min_area, batch):
 
 
 def main():
+    parser = common.make_parser(__doc__, "loader")
+    parser.add_argument("--rounds", type=float, default=1.0, help="a factor of the batches that each pipeline makes (default: %(default)s)")
+    args = parser.parse_args()
     pipelines = {"clip_jax loader": our_pipeline, "Pillow": pillow_pipeline}
     try:
         import torchvision  # noqa: F401
@@ -81,26 +85,25 @@ def main():
         pipelines["torchvision"] = torchvision_pipeline
     except ImportError:
         pass
-    print(f"{'JPEG':>10} {'area':>8} " + "".join(f"{name:>18}" for name in pipelines) + f"{'ours / Pillow':>16}   (images/s per core)")
+    columns = {"JPEG": ">10", "area": ">8", **dict.fromkeys(pipelines, ">18.0f"), "ours / Pillow": ">16.2f"}
+    report = common.Report(columns, unit="images/s per core")
+    report.header()
     rng = np.random.default_rng(0)
     random.seed(0)
     for width, height, min_area, batch, rounds in CASES:
         jpegs = [synthetic_jpeg(width, height, rng) for _ in range(8)]
         running = {name: make(jpegs, min_area, batch) for name, make in pipelines.items()}
         seconds = {name: [] for name in pipelines}
-        for turn in range(rounds + 2):
+        for turn in range(math.ceil(args.rounds * rounds) + 2):
             for name, iterator in running.items():
                 start = time.process_time()
                 assert next(iterator).shape == (batch, SIZE, SIZE, 3)
                 if turn >= 2:
                     seconds[name].append(time.process_time() - start)
         rate = {name: batch / statistics.median(times) for name, times in seconds.items()}
-        print(
-            f"{f'{width}x{height}':>10} {f'{min_area:g}-1':>8} "
-            + "".join(f"{rate[name]:18.0f}" for name in pipelines)
-            + f"{rate['clip_jax loader'] / rate['Pillow']:16.2f}",
-            flush=True,
-        )
+        rate["ours / Pillow"] = rate["clip_jax loader"] / rate["Pillow"]
+        report.add(JPEG=f"{width}x{height}", area=f"{min_area:g}-1", **rate)
+    report.write(args.json)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -40,6 +41,24 @@ def test_flags_and_environment(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "3")
     assert parse() == expected
     assert parse("--process=0") == hosts.Cluster("10.0.0.1:1234", 4, 0)
+
+
+ALONE = """
+import functools, sys, jax
+from clip_jax.training import faults, hosts
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, initialization_timeout=2)
+sys.exit(faults.command(lambda: hosts.start(hosts.Cluster("127.0.0.1:{port}", 2, {process}))))
+"""
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_host_that_does_not_find_the_others_says_so(process):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ended = run([sys.executable, "-c", ALONE.format(port=port, process=process)])
+    assert ended.returncode == 43
+    assert f"in the stage 'waiting for the other processes at 127.0.0.1:{port}'" in ended.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,6 @@ class Stopped(BaseException):
         self.status = status
 
 
-class Lost(Exception):
-    """Another process is not there."""
-
-
 class Signals:
     """Answers SIGTERM and SIGINT: at once by :class:`Stopped`, or, within :meth:`deferred`, by ``status`` alone. The second kills.
 
@@ -146,11 +142,14 @@ _leaving = None  # the exit status of a process that is already about to end
 _handlers = []  # the C library keeps no reference
 
 
-def answer_abort():
-    """Makes the abort by which JAX ends a process that has lost another one a line and status 43.
+def answer_abort(answers=True):
+    """Makes the abort by which JAX ends a process that does not find or has lost another one a line and status 43, or no longer.
 
-    When the coordination service misses a process it calls abort() in a thread of its own, which no Python handler survives.
+    The coordination service calls abort(), later in a thread of its own, which no Python handler survives.
     """
+    if not answers:
+        ctypes.CDLL(None).signal(signal.SIGABRT, None)
+        return
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def answer(_):
@@ -175,8 +174,6 @@ def command(function):
         return 0
     except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that is gone
         status, line = 2, f"error: {error}"
-    except Lost as error:
-        status, line = LOST, f"error: {error}"
     except Stopped as stopped:
         status, line = stopped.status, str(stopped)
     except Exception as error:

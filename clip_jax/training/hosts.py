@@ -86,8 +86,8 @@ def start(cluster=None, timeout=100):
       cluster: a :class:`Cluster`, or None to find out: on Cloud TPU and in a SLURM job step JAX knows.
       timeout: seconds without a sign of life after which a process counts as dead.
 
-    Raises:
-      clip_jax.training.faults.Lost: they do not find each other, which may help itself: a host that is taken away comes back.
+    When they do not find each other within JAX's five minutes the process ends with status 43 (:mod:`clip_jax.training.faults`):
+    a host that was taken away may come back. Raises UserError when the machine's own description of the cluster is not complete.
     """
     managed = _on_slurm() or _on_cloud_tpu()
     if not managed and (cluster is None or cluster.processes == 1):
@@ -105,13 +105,15 @@ def start(cluster=None, timeout=100):
     )  # fmt: skip
     if not managed:
         arguments["cluster_detection_method"] = "deactivate"
+    where = f"at {cluster.coordinator}" if cluster else "that Cloud TPU or SLURM names"
+    faults.answer_abort()
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=timeout)
-    except (RuntimeError, ValueError) as error:
-        where = f"at {cluster.coordinator}" if cluster else "that Cloud TPU or SLURM names"
-        raise faults.Lost(f"the processes do not find each other {where}: {' '.join(str(error).split())[:300]}") from None
-    if jax.process_count() > 1:
-        faults.answer_abort()
+        with faults.stage(f"waiting for the other processes {where}"):
+            jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=timeout)
+    except ValueError as error:
+        raise UserError(f"the cluster {where} cannot be joined: {' '.join(str(error).split())[:300]}") from None
+    if jax.process_count() == 1:
+        faults.answer_abort(False)
 
 
 def count():

@@ -1,0 +1,71 @@
+"""The benchmarks' tables, files and pictures, and that both sides of a comparison are the same model. No figure is checked here."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from clip_jax import config as config_lib
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import common  # noqa: E402
+import train_step  # noqa: E402
+
+COMMANDS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name != "common.py")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_benchmark_is_documented_and_explains_itself(name):
+    assert f"benchmarks/{name}" in (BENCHMARKS / "README.md").read_text()
+    help_text = subprocess.run([sys.executable, BENCHMARKS / name, "--help"], capture_output=True, text=True)
+    assert help_text.returncode == 0 and "--json" in help_text.stdout, help_text.stderr
+
+
+def test_report_is_a_table_and_a_file(tmp_path, capsys):
+    report = common.Report({"batch": ">8,", "time": ">6.2f"}, dtype="float32")
+    report.header()
+    report.add(batch=4096, time=1.234, more="kept")
+    report.add(batch=8192, time=None)
+    report.write(tmp_path / "new" / "x.json")
+    assert capsys.readouterr().out.splitlines()[:3] == ["   batch    time", "   4,096    1.23", "   8,192       -"]
+    written = json.loads((tmp_path / "new" / "x.json").read_text())
+    assert written["rows"] == [{"batch": 4096, "time": 1.234, "more": "kept"}, {"batch": 8192, "time": None}]
+    assert written["dtype"] == "float32" and written["versions"]["jax"] and written["command"].startswith("python ")
+
+
+@pytest.mark.parametrize("log_y", [False, True])
+def test_line_chart_draws_every_line_inside_of_its_axes(tmp_path, log_y):
+    series = {"a < b": [(8, 1.0), (16, 20.0), (256, 300.0)], "c": [(8, 2.0), (256, 2.0)]}
+    common.line_chart(tmp_path / "x.svg", "title & more", "chips", "ms", series, log_y)
+    root = ElementTree.parse(tmp_path / "x.svg").getroot()
+    lines = [line.get("points").split() for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(points) for points in lines] == [3, 2]
+    points = [tuple(map(float, point.split(","))) for line in lines for point in line]
+    assert all(70 <= x <= 540 and 40 <= y <= 345 for x, y in points)
+    assert points[0][1] > points[1][1] > points[2][1] and points[3][1] == points[4][1]  # upwards is more
+    assert "title & more" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_unknown_argument_is_refused(capsys):
+    parser = common.make_parser("doc", "name")
+    assert common.parse(parser, ["--config.a.b=1"]).overrides == ["a.b=1"]
+    with pytest.raises(SystemExit):
+        common.parse(parser, ["--batchs=3"])
+    assert "'--batchs=3'" in capsys.readouterr().err
+
+
+def test_open_clip_gets_our_sizes():
+    config = config_lib.load("configs/clip.py:b32")
+    config = config.copy_and_resolve_references().unlock()
+    config.model.text.update(dict(vocab_size=49408, eot_id=49407))
+    assert train_step.open_clip_model(config) == dict(
+        embed_dim=512, quick_gelu=True,
+        vision_cfg=dict(layers=12, width=768, head_width=64, mlp_ratio=4.0, patch_size=32, image_size=224),
+        text_cfg=dict(layers=12, width=512, heads=8, mlp_ratio=4.0, context_length=77, vocab_size=49408),
+    )  # fmt: skip
+    config.model.image.pool = "gap"
+    assert train_step.open_clip_model(config) is None

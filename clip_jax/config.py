@@ -28,7 +28,10 @@ def base():
     c.method = "clip"  # a module of clip_jax.methods, or the import path of your own
     c.micro_batches = 1  # encode the batch in so many parts: less memory, the same result (full-batch negatives), a third more compute
     c.seed = 0  # initialisation, order of the data, augmentation: everything random follows from it
-    c.tokenizer = "sentencepiece"  # sentencepiece[:model] | clip_bpe[:vocabulary] | wordpiece:vocabulary | folder of a saved one
+    c.tokenizer = "sentencepiece"  # sentencepiece[:FILE] | clip_bpe[:FILE] | wordpiece:FILE | unifont[:FILE] | folder of a saved one
+    c.init_from = ""  # start from these weights: a checkpoint, or weights of others (docs/checkpoints.md); a run that goes on ignores it
+    c.init_from_params = ()  # of them only parameters whose path one of these regular expressions finds, e.g. ("^img/",); empty: all
+    c.init_from_resize = False  # position embeddings of images are resized where they do not fit
 
     c.data = ConfigDict()
     c.data.source = "emoji"  # see docs/data.md; --config.data=PATH is short for --config.data.source=PATH
@@ -48,19 +51,21 @@ def base():
     c.model.embed_dim = 512
     c.model.logit_scale_init = 2.6593  # ln(1 / 0.07)
     c.model.logit_scale_max = 4.6052  # ln 100
+    c.model.logit_bias_init = -10.0  # siglip
+    c.model.temperature_init = 1.0  # align, which divides by it
     c.model.dtype = "bfloat16"  # of matrix work; weights, norms, softmax and losses stay float32
     c.model.remat = "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full (whole blocks)
     c.model.scan = False  # one compiled block run depth times, weights stacked: compiles in a fraction of the time
     c.model.attention = "auto"  # auto (fused by cuDNN on a GPU where it can) | plain | cudnn
     c.model.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]
     c.model.image_std = (0.26862954, 0.26130258, 0.27577711)
-    # docs of the fields: clip_jax/models/vit.py and clip_jax/models/text.py
+    # docs of the fields: clip_jax/models/vit.py and clip_jax/models/text.py; of another kind of tower: its module
     c.model.image = ConfigDict(dict(kind="vit", size=224, patch=32, width=768, depth=12, heads=12, mlp_dim=3072, pool="cls"))
     c.model.image.update(dict(cls_token=True, ln_pre=True, patch_bias=False, posemb="learn", act="quick_gelu", ln_eps=1e-5))
-    c.model.image.update(dict(weight_init="clip_image", stem=(), patch_drop=0.0, proj_bias=False))
+    c.model.image.update(dict(weight_init="clip_image", stem=(), patch_drop=0.0, proj=True, proj_bias=False))
     c.model.text = ConfigDict(dict(kind="transformer", context=77, width=512, depth=12, heads=8, mlp_dim=2048, pool="eot"))
-    c.model.text.update(dict(causal=True, mask_padding=False, act="quick_gelu", ln_eps=1e-5, weight_init="clip_text", proj_bias=False))
-    c.model.text.update(dict(vocab_size=0, eot_id=-1))  # taken from the tokenizer
+    c.model.text.update(dict(causal=True, mask_padding=False, act="quick_gelu", ln_eps=1e-5, weight_init="clip_text"))
+    c.model.text.update(dict(proj=True, proj_bias=False, vocab_size=0, eot_id=-1))  # taken from the tokenizer
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw | lamb | adafactor | sgd
@@ -250,6 +255,8 @@ def validate(config):
         raise UserError(f"optim.warmup_steps={config.optim.warmup_steps} is more than train.steps={config.train.steps}")
     if config.model.scan and config.optim.name == "lamb":
         raise UserError("model.scan=True stacks the layers, but optim.name='lamb' needs the norm of each: set model.scan=False")
+    if (config.init_from_params or config.init_from_resize) and not config.init_from:
+        raise UserError("init_from_params and init_from_resize need init_from")
     if config.eval.ema and not config.optim.ema_decay:
         raise UserError("eval.ema=True needs optim.ema_decay above 0")
     for entry in config.optim.lr_mult:
@@ -259,6 +266,7 @@ def validate(config):
         "optim.freeze": config.optim.freeze,
         "optim.no_decay": config.optim.no_decay,
         "optim.lr_mult": [p for p, _ in config.optim.lr_mult],
+        "init_from_params": config.init_from_params,
     }
     for key, entry in ((key, entry) for key, entries in patterns.items() for entry in entries):
         try:
@@ -274,7 +282,10 @@ def _get(config, key):
 
 
 def differences(old, new, sections=None):
-    """The fields in which two configurations differ, ``[(key, old value, new value)]``; of some sections or fields only, if given."""
-    old, new = ({k: _get(c, k) for k in _keys(c) if not isinstance(_get(c, k), ConfigDict)} for c in (old, new))
+    """The fields in which two configurations differ, ``[(key, old value, new value)]``; of some sections or fields only, if given.
+
+    A field that one of them lacks, as it was added later, counts as its default.
+    """
+    base_, old, new = ({k: _get(c, k) for k in _keys(c) if not isinstance(_get(c, k), ConfigDict)} for c in (base(), old, new))
     keys = [k for k in sorted(old | new) if sections is None or any(k == s or k.startswith(s + ".") for s in sections)]
-    return [(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]
+    return [(k, old.get(k), new.get(k)) for k in keys if old.get(k, base_.get(k)) != new.get(k, base_.get(k))]

@@ -61,7 +61,7 @@ def test_wrong_overrides(override, message):
 
 @pytest.mark.parametrize(
     "spec, message",
-    [("configs/none.py", "there is no file"), (f"{CLIP}:b33", "did you mean 'b32'"), (f"{CLIP}:rn50", "not in this version")],
+    [("configs/none.py", "there is no file"), (f"{CLIP}:b33", "did you mean 'b32'"), (f"{CLIP}:rn5", "did you mean 'rn50'")],
 )
 def test_wrong_config_files(spec, message):
     with pytest.raises(UserError, match=message):

@@ -7,15 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden_files
+from helpers import tiny_config
 from safetensors.numpy import load_file
 
 from clip_jax import config
 from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
+from clip_jax.methods.interface import make_method
 from clip_jax.models.common import l2_normalize, sincos_2d
-from clip_jax.models.towers import CLIP_SIZES, image_tower, text_tower
+from clip_jax.models.towers import image_tower, text_tower, use_size
 from clip_jax.models.transformer import stack_blocks, unstack_blocks
+from clip_jax.models.two_tower import TwoTower
 from clip_jax.models.vit import drop_patches, patches
+from clip_jax.training import sharding
+from clip_jax.training.step import make_init, make_step
 
 
 def tiny(**image):
@@ -31,24 +36,48 @@ def count(module, *inputs):
     return sum(x.size for x in jax.tree.leaves(shapes))
 
 
+# conventions.md, section 4: image tower, text tower, all with logit scale and bias; None: only the total is published
 @pytest.mark.parametrize(
-    "size, image_count, text_count",
+    "size, image_count, text_count, total",
     [
-        ("ViT-B/32", 87_849_216, 63_428_096),
-        ("ViT-B/16", 86_192_640, 63_428_096),
-        ("ViT-L/14", 303_966_208, 123_650_304),
-        ("ViT-L/14@336", 427_944_193 - 123_650_304 - 1, 123_650_304),
-        ("ViT-H/14", 632_076_800, 354_032_640),
+        ("ViT-B/32", 87_849_216, 63_428_096, 151_277_313),
+        ("ViT-B/16", 86_192_640, 63_428_096, 149_620_737),
+        ("ViT-L/14", 303_966_208, 123_650_304, 427_616_513),
+        ("ViT-L/14@336", None, 123_650_304, 427_944_193),
+        ("ViT-H/14", 632_076_800, 354_032_640, 986_109_441),
+        ("RN50", 38_316_896, 63_690_240, 102_007_137),
+        ("RN101", None, None, 119_688_033),
+        ("RN50x4", None, None, 178_300_601),
+        ("SigLIP-B/16-224", 92_884_224, 110_271_744, 203_155_970),
+        ("SigLIP-L/16-256", None, None, 652_150_786),
+        ("SigLIP-So400m/14-224", None, None, 877_360_306),
+        ("SigLIP2-B/16-256", None, None, 375_234_050),
     ],
 )
-def test_published_parameter_counts(size, image_count, text_count):
+def test_published_parameter_counts(size, image_count, text_count, total):
+    c = config.base()
+    use_size(c.model, size)
+    vocabulary = {"SigLIP-": 32_000, "SigLIP2": 256_000}.get(size[:7], 49_408)
+    c.model.text.update(dict(vocab_size=vocabulary, eot_id=1))
+    c.method = "siglip" if size.startswith("SigLIP") else "clip"
+    params, _ = jax.eval_shape(make_method(c).init, jax.random.key(0), shapes_of_batch(c.model))
+    counts = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+    assert sum(counts.values()) == total
+    assert image_count in (None, counts["img"]) and text_count in (None, counts["txt"])
+
+
+def shapes_of_batch(model):
+    size = model.image.size
+    return {"image": jax.ShapeDtypeStruct((2, size, size, 3), np.uint8), "text": jax.ShapeDtypeStruct((2, model.text.context), np.int32)}
+
+
+@pytest.mark.parametrize("tower, total", [("SigLIP-B/16-224", 93_474_817), ("SigLIP-L/16-256", 316_681_985)])
+def test_one_tower_for_pixels_and_text_has_the_published_parameter_count(tower, total):
     model = config.base().model
-    image, text, model.embed_dim = CLIP_SIZES[size]
-    model.image.update(image)
-    model.text.update(text)
-    model.text.update(dict(vocab_size=49408, eot_id=49407))
-    assert count(image_tower(model), jnp.zeros((1, model.image.size, model.image.size, 3))) == image_count
-    assert count(text_tower(model), jnp.zeros((1, 77), jnp.int32)) == text_count
+    use_size(model, tower)
+    model.image.update(dict(size=224, proj=True, proj_bias=True))  # CLIPPO
+    model.embed_dim = 768
+    assert count(image_tower(model), jnp.zeros((1, 224, 224, 3))) + 1 == total
 
 
 def open_clip_params(folder, file="model.safetensors"):
@@ -236,8 +265,13 @@ def test_bfloat16_compute_keeps_float32_weights():
         ("image", dict(size=20), "not divisible by the patch size 8"),
         ("image", dict(heads=5), "not divisible by model.image.heads=5"),
         ("image", dict(pool="avg"), "model.image.pool='avg'"),
-        ("image", dict(kind="resnet"), "model.image.kind='resnet'"),
+        ("image", dict(kind="resent"), "model.image.kind='resent'"),
         ("image", dict(act="gleu"), "model.image.act='gleu'"),
+        ("image", dict(weight_init="xaver"), "model.image.weight_init='xaver'"),
+        ("image", dict(posemb="sincos"), "model.image.posemb='sincos': allowed are learn, sincos2d"),
+        ("image", dict(proj=False), "model.image.proj=False needs model.embed_dim=32, the width of the tower, not 16"),
+        ("image", dict(kind="resnet", size=48), "model.image.size=48 is not divisible by .* 32, the stride of a 'resnet' tower"),
+        ("image", dict(kind="efficientnet"), "model.image.act is no field of a 'efficientnet' tower"),
         ("image", dict(cls_token=False), "needs model.image.cls_token=True"),
         ("text", dict(pool="eos"), "model.text.pool='eos'"),
     ],
@@ -247,6 +281,31 @@ def test_impossible_towers(part, change, message):
     model[part].update(change)
     with pytest.raises(UserError, match=message):
         image_tower(model), text_tower(model)
+
+
+def test_big_vision_initialisation():
+    model = config.base().model
+    use_size(model, "SigLIP-B/16-224")
+    tower = dict(width=64, depth=1, heads=2, mlp_dim=128)
+    model.embed_dim = 64
+    model.image.update(dict(tower, size=128))
+    model.text.update(dict(tower, vocab_size=1000, eot_id=1))
+    image = jax.jit(image_tower(model).init)(jax.random.key(0), jnp.zeros((1, 128, 128, 3)))["params"]
+    text = jax.jit(text_tower(model).init)(jax.random.key(0), jnp.zeros((1, 64), jnp.int32))["params"]
+    assert "proj" not in image and text["proj"]["bias"].shape == (64,)
+    for x, std in (
+        (image["patch"]["kernel"], (16 * 16 * 3) ** -0.5), (image["pos"], 64**-0.5), (text["pos"], 64**-0.5),
+        (text["embed"]["embedding"], 64**-0.5), (text["block_0"]["mlp"]["fc1"]["kernel"], (2 / (64 + 128)) ** 0.5),
+    ):  # fmt: skip
+        np.testing.assert_allclose(x.std(), std, rtol=0.04)
+
+
+def test_a_field_that_was_added_later_counts_as_its_default():
+    old, new = config.base().unlock(), config.base()
+    del old.model.logit_bias_init, old.model.image["proj"]
+    assert config.differences(old, new) == []
+    new.model.image.proj = False
+    assert config.differences(old, new, ["model"]) == [("model.image.proj", None, False)]
 
 
 def run_tower(name, model, params, inputs):
@@ -286,3 +345,61 @@ def test_scanned_layers_start_different_and_as_large_as_single_ones():
     model.scan = False
     single = image_tower(model).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]["block_0"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a.std(), b.std(), rtol=0.2, atol=0.02), first, single)
+
+
+RESNET = dict(kind="resnet", size=32, layers=(1,), width=16)
+EFFICIENTNET = dict(kind="efficientnet", size=32, stages=((8, 2, 3, 1, 1),), proj=False)
+BERT = dict(kind="bert", context=12, vocab_size=64, eot_id=63, width=32, depth=1, heads=2, mlp_dim=64, dropout=0.1)
+
+
+@pytest.mark.parametrize("method, image, text, devices, micro_batches", [("clip", RESNET, None, 8, 1), ("align", EFFICIENTNET, BERT, 1, 2)])
+def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
+    """Through the engine: the same on one and on eight devices; micro-batches have statistics, and so a result, of their own."""
+    c = tiny_config("optim.lr=1e-4", f"model.embed_dim={8 if image is EFFICIENTNET else 16}")
+    c.method, c.model.image = method, image
+    c.model.text = text or dict(c.model.text, vocab_size=64, eot_id=63)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (16, 32, 32, 3), np.uint8),
+        "text": rng.integers(1, 64, (16, 12), np.int32),
+        "example_id": np.arange(16, dtype=np.int32),
+    }
+
+    start = jax.jit(make_init(c, make_method(c), batch)[0])(jax.random.key(0))
+
+    def run(devices=1, micro_batches=1):
+        c.micro_batches, method = micro_batches, make_method(c)
+        tx = make_init(c, method, batch)[1]
+        mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            state = jax.device_put(start, sharding.state_shardings(start, mesh))
+            step = jax.jit(make_step(c, method, tx))
+            for _ in range(2):
+                state, metrics = step(state, sharding.to_global(batch, mesh))
+        return jax.device_get((state, metrics))
+
+    state, metrics = run()
+    assert np.isfinite(metrics["grad_norm"]) and metrics["bad_steps"] == 0
+    for a, b in zip(jax.tree.leaves(start.extra["batch_stats"]), jax.tree.leaves(state.extra["batch_stats"]), strict=True):
+        assert (a != b).any()
+    other, other_metrics = run(devices, micro_batches)
+    if devices > 1:
+        np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), other.extra, state.extra)
+    else:
+        assert np.isfinite(other_metrics["grad_norm"]) and other_metrics["loss"] != metrics["loss"]
+        np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=0.3)
+        assert any((a != b).any() for a, b in zip(jax.tree.leaves(other.extra), jax.tree.leaves(state.extra), strict=True))
+
+    method = make_method(c)
+    embed = jax.jit(method.embed_image)
+    z = embed(state.params, state.extra, batch["image"])
+    np.testing.assert_allclose(embed(state.params, state.extra, batch["image"][:3]), z[:3], rtol=1e-4, atol=1e-5)
+    assert np.abs(z - embed(state.params, start.extra, batch["image"])).max() > 1e-4, "the running statistics are used"
+
+
+def test_towers_without_batch_norm_have_no_state():
+    c = config.base()
+    c.model = tiny()
+    params, extra = TwoTower(c.model).init(jax.random.key(0), {"image": jnp.zeros((1, 16, 16, 3)), "text": jnp.zeros((1, 10), jnp.int32)})
+    assert extra == {} and params.keys() == {"img", "txt"}

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from clip_jax.models.transformer import Block, MapHead, apply_blocks, block_init, project
+from clip_jax.models.transformer import Block, MapHead, apply_blocks, at, block_init, only_at, project
 
 POOLS = ("eot", "last", "first", "mean", "max", "map")
 
@@ -14,7 +14,8 @@ POOLS = ("eot", "last", "first", "mean", "max", "map")
 class TextTransformer(nn.Module):
     """Text tower: int32 ids ``[b, n]``, n at most ``context`` -> ``(embedding float32 [b, embed_dim], tokens [b, n, D])``.
 
-    The embedding is the pooled output after the last layer norm, projected unless ``embed_dim`` is 0, not normalised.
+    The embedding is the pooled output after the last layer norm, projected unless ``embed_dim`` is 0, not normalised. Without
+    ``tokens`` None comes in their place, which saves work where one of them is pooled.
 
     ``pool``: ``eot`` (the first token with the id ``eot_id``; CLIP), ``last`` (sticky EOS; SigLIP), ``first`` (BERT's
     [CLS], FLIP), ``mean`` (over the tokens up to the end), ``max`` (over all positions), ``map``. With ``mask_padding``
@@ -40,27 +41,29 @@ class TextTransformer(nn.Module):
     remat: str = "none"
     scan: bool = False
     attention: str = "plain"
+    tokens: bool = True
 
     @nn.compact
-    def __call__(self, ids, train=False):
-        del train  # no dropout in any of these towers; the argument is what every tower takes
+    def __call__(self, ids, train=False, keys=None):
+        del train, keys  # no dropout in any of these towers; the arguments are what every tower takes
         b, n = ids.shape
-        x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype, name="embed")(ids)
-        pos = self.param("pos", nn.initializers.normal(0.01), (1, self.context, self.width))
+        stds = (self.width**-0.5,) * 2 if self.weight_init == "xavier" else (0.02, 0.01)
+        embed_init, pos_init = map(nn.initializers.normal, stds)
+        x = nn.Embed(self.vocab_size, self.width, embedding_init=embed_init, dtype=self.dtype, name="embed")(ids)
+        pos = self.param("pos", pos_init, (1, self.context, self.width))
         x = x + pos[:, :n].astype(x.dtype)
         end = jnp.argmax(ids == self.eot_id, axis=1)  # 0 when there is none, as in the published code
         real = jnp.arange(n) <= end[:, None]
         mask = real[:, None, None, :] if self.mask_padding else None
         init = block_init(self.weight_init, self.width, self.mlp_dim, self.depth)
         block = functools.partial(Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, self.causal, self.dtype, self.attention)
-        x = apply_blocks(self, lambda name: block(name=name), x, mask)
+        position = {"eot": end, "last": n - 1, "first": 0}.get(self.pool)
+        only = only_at(self, position)
+        x = apply_blocks(self, lambda name: block(name=name), x, mask, only)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_final")(x)
         pooled = {
-            "eot": lambda: jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0],
-            "last": lambda: x[:, -1],
-            "first": lambda: x[:, 0],
             "mean": lambda: (x * real[..., None]).sum(1) / real.sum(1, keepdims=True).astype(x.dtype),
             "max": lambda: x.max(1),
             "map": lambda: MapHead(self.heads, self.mlp_dim, self.act, self.ln_eps, self.dtype, name="map")(x, mask),
-        }[self.pool]()
-        return project(pooled, self.embed_dim, self.proj_bias, self.dtype), x
+        }.get(self.pool, lambda: (x if only is not None else at(x, position))[:, 0])()
+        return project(pooled, self.embed_dim, self.proj_bias, self.dtype), x if self.tokens else None

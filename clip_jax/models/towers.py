@@ -6,65 +6,128 @@ import difflib
 import jax.numpy as jnp
 
 from clip_jax.errors import UserError
-from clip_jax.models import text, vit
+from clip_jax.models import bert, efficientnet, resnet, text, vit
 from clip_jax.models.common import ACTIVATIONS
+from clip_jax.models.transformer import WEIGHT_INITS
 
-IMAGE_TOWERS = {"vit": vit.VisionTransformer}
-TEXT_TOWERS = {"transformer": text.TextTransformer}
+IMAGE_TOWERS = {"vit": vit.VisionTransformer, "resnet": resnet.ModifiedResNet, "efficientnet": efficientnet.EfficientNet}
+TEXT_TOWERS = {"transformer": text.TextTransformer, "bert": bert.BertTower}
+CHOICES = {"act": ACTIVATIONS, "weight_init": WEIGHT_INITS, "posemb": vit.POSEMBS, "padding": efficientnet.PADDINGS}
+SHARED = ("embed_dim", "dtype", "remat", "scan", "attention")  # fields of ``config.model`` that a tower takes where it has them
 
-_VIT_B = dict(width=768, depth=12, heads=12, mlp_dim=3072)
-_VIT_L = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
-_TEXT_512 = dict(width=512, depth=12, heads=8, mlp_dim=2048)
-_TEXT_768 = dict(width=768, depth=12, heads=12, mlp_dim=3072)
-_TEXT_1024 = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
-
-#: Published CLIP sizes: name -> (image tower, text tower, embedding dimension). Radford et al. 2021, table 20; H/14 of open_clip.
-CLIP_SIZES = {
-    "ViT-B/32": (dict(_VIT_B, patch=32, size=224), _TEXT_512, 512),
-    "ViT-B/16": (dict(_VIT_B, patch=16, size=224), _TEXT_512, 512),
-    "ViT-L/14": (dict(_VIT_L, patch=14, size=224), _TEXT_768, 768),
-    "ViT-L/14@336": (dict(_VIT_L, patch=14, size=336), _TEXT_768, 768),
-    "ViT-H/14": (dict(width=1280, depth=32, heads=16, mlp_dim=5120, patch=14, size=224), _TEXT_1024, 1024),
-}
+_B = dict(width=768, depth=12, heads=12, mlp_dim=3072)
+_L = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
+_H = dict(width=1280, depth=32, heads=16, mlp_dim=5120, act="gelu")
+_SO400M = dict(width=1152, depth=27, heads=16, mlp_dim=4304)
 
 
-def image_tower(model):
-    """The image tower of the section ``config.model``; raises UserError as :func:`_make` does."""
-    size, patch = model.image.size, 2 ** len(model.image.stem) if model.image.stem else model.image.patch
-    if size % patch:
-        raise UserError(
-            f"model.image.size={size} is not divisible by the patch size {patch}" + (" (2 ** len(stem))" if model.image.stem else "")
-        )
-    if model.image.pool not in vit.POOLS:
-        raise UserError(f"model.image.pool={model.image.pool!r}: allowed are {', '.join(vit.POOLS)}")
-    if model.image.pool == "cls" and not model.image.cls_token:
-        raise UserError("model.image.pool='cls' needs model.image.cls_token=True")
-    return _make(IMAGE_TOWERS, model, "image")
+def _text(width, depth=12):
+    return dict(kind="transformer", context=77, width=width, depth=depth, heads=width // 64, mlp_dim=4 * width)
 
 
-def text_tower(model):
-    """The text tower of the section ``config.model``; raises UserError as :func:`_make` does."""
-    if model.text.pool not in text.POOLS:
-        raise UserError(f"model.text.pool={model.text.pool!r}: allowed are {', '.join(text.POOLS)}")
-    return _make(TEXT_TOWERS, model, "text")
+def _siglip(tower, patch, size, context=64):
+    """Zhai et al. 2023: attention pooling without a projection; bidirectional text, its last token projected."""
+    shared = dict(tower, act="gelu_tanh", ln_eps=1e-6, weight_init="xavier")
+    image = dict(kind="vit", size=size, patch=patch, pool="map", cls_token=False, ln_pre=False, patch_bias=True, proj=False)
+    text = dict(kind="transformer", context=context, pool="last", causal=False, proj_bias=True)
+    return dict(image, **shared), dict(text, **shared), tower["width"]
 
 
-def _make(kinds, model, which):
-    """Builds a tower from ``model[which]``; every one of its fields but ``kind`` is an argument of the tower's module.
+def _align(width_coefficient, depth_coefficient, proj, text_width, text_depth, embed_dim):
+    """Jia et al. 2021, section 5; BERT's own dropout."""
+    image = dict(kind="efficientnet", size=289, width_coefficient=width_coefficient, depth_coefficient=depth_coefficient, proj=proj)
+    return image, dict(_text(text_width, text_depth), kind="bert", context=64, dropout=0.1), embed_dim
 
-    Raises UserError for an unknown kind, activation or field, and for a width that the heads do not divide.
+
+#: Published sizes: name -> (image tower, text tower, embedding dimension); what is not said is the default of the tower's module.
+#: CLIP: Radford et al. 2021, tables 19 and 20; H/14: open_clip; SigLIP, SigLIP 2: the released models of big_vision;
+#: ALIGN: Jia et al. 2021; embedding dimensions of B3 and B7: coyo-align; of L2: its width, an assumption.
+SIZES = {
+    "ViT-B/32": (dict(_B, kind="vit", patch=32, size=224), _text(512), 512),
+    "ViT-B/16": (dict(_B, kind="vit", patch=16, size=224), _text(512), 512),
+    "ViT-L/14": (dict(_L, kind="vit", patch=14, size=224), _text(768), 768),
+    "ViT-L/14@336": (dict(_L, kind="vit", patch=14, size=336), _text(768), 768),
+    "ViT-H/14": (dict(_H, kind="vit", patch=14, size=224), dict(_text(1024, 24), act="gelu"), 1024),
+    "RN50": (dict(kind="resnet", size=224, layers=(3, 4, 6, 3), width=64), _text(512), 1024),
+    "RN101": (dict(kind="resnet", size=224, layers=(3, 4, 23, 3), width=64), _text(512), 512),
+    "RN50x4": (dict(kind="resnet", size=288, layers=(4, 6, 10, 6), width=80), _text(640), 640),
+    "SigLIP-B/16-224": _siglip(_B, 16, 224),
+    "SigLIP-L/16-256": _siglip(_L, 16, 256),
+    "SigLIP-So400m/14-224": _siglip(_SO400M, 14, 224, context=16),
+    "SigLIP2-B/16-256": _siglip(_B, 16, 256),
+    "ALIGN-B3-mini": _align(1.2, 1.4, True, 256, 4, 640),
+    "ALIGN-B7-base": _align(2.0, 3.1, False, 768, 12, 640),
+    "ALIGN-L2-large": _align(4.3, 5.3, False, 1024, 24, 1376),
+}  # fmt: skip
+
+#: EfficientNets, name -> (width coefficient, depth coefficient): Tan & Le 2019; L2: Xie et al. 2020.
+EFFICIENTNETS = {
+    "B0": (1.0, 1.0), "B1": (1.0, 1.1), "B2": (1.1, 1.2), "B3": (1.2, 1.4), "B4": (1.4, 1.8), "B5": (1.6, 2.2), "B6": (1.8, 2.6),
+    "B7": (2.0, 3.1), "L2": (4.3, 5.3),
+}  # fmt: skip
+
+
+def use_size(model, name):
+    """Makes the towers of the section ``config.model`` those of the published size ``name``, with every field that they have."""
+    image, text, model.embed_dim = SIZES[name]
+    model.image = all_fields(IMAGE_TOWERS, image)
+    model.text = all_fields(TEXT_TOWERS, dict(text, vocab_size=0, eot_id=-1))  # these two come from the tokenizer
+    for section in (model.image, model.text):
+        section.lock()
+
+
+def all_fields(kinds, given):
+    """The fields ``given`` of a tower of one of the ``kinds``, and the defaults of its module for the others."""
+    defaults = {f.name: f.default for f in dataclasses.fields(kinds[given["kind"]]) if f.default is not dataclasses.MISSING}
+    return {k: v for k, v in defaults.items() if k not in (*SHARED, "tokens", "parent", "name")} | given
+
+
+def image_tower(model, tokens=True):
+    """The image tower of the section ``config.model``, which gives its tokens or not; raises UserError as :func:`_make` does."""
+    image, what, stride = model.image, "", 1
+    if image.kind == "vit":
+        what, stride = (" (2 ** len(stem))", 2 ** len(image.stem)) if image.get("stem") else ("", image.patch)
+        if image.get("pool", "cls") == "cls" and not image.get("cls_token", True):
+            raise UserError("model.image.pool='cls' needs model.image.cls_token=True")
+    elif image.kind == "resnet":
+        what, stride = ", the stride of a 'resnet' tower", 32
+    if image.size % stride:
+        raise UserError(f"model.image.size={image.size} is not divisible by the patch size {stride}{what}")
+    return _make(IMAGE_TOWERS, model, "image", CHOICES | {"pool": vit.POOLS}, tokens)
+
+
+def text_tower(model, tokens=True):
+    """The text tower of the section ``config.model``, which gives its tokens or not; raises UserError as :func:`_make` does."""
+    if model.text.context > model.text.get("positions", model.text.context):
+        raise UserError(f"model.text.context={model.text.context} is more than model.text.positions={model.text.positions}")
+    return _make(TEXT_TOWERS, model, "text", CHOICES | {"pool": text.POOLS}, tokens)
+
+
+def _make(kinds, model, which, choices, tokens):
+    """Builds a tower from ``model[which]``: but for ``kind`` and ``proj`` its fields are arguments of the tower's module.
+
+    ``proj=False`` leaves the projection out. Raises UserError for an unknown kind or field, for a value that is none of the
+    ``choices`` of its field, for a width that the heads do not divide, and for a tower without projection whose width is not
+    ``model.embed_dim``.
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in model[which].items()}
     kind = fields.pop("kind")
-    shared = {name: model[name] for name in ("embed_dim", "remat", "scan", "attention")} | {"dtype": jnp.dtype(model.dtype)}
     if kind not in kinds:
-        raise UserError(f"model.{which}.kind={kind!r} is not there (yet): allowed are {', '.join(kinds)}")
-    known = {f.name for f in dataclasses.fields(kinds[kind])} - {"parent", "name", *shared}
-    for name in set(fields) - known:
+        raise UserError(f"model.{which}.kind={kind!r} is not there: allowed are {', '.join(kinds)}")
+    known = {f.name for f in dataclasses.fields(kinds[kind])} - {"parent", "name"}
+    shared = {name: model[name] for name in SHARED if name in known} | {"dtype": jnp.dtype(model.dtype)}
+    shared |= {"tokens": tokens} if "tokens" in known else {}
+    known = known - {*SHARED, "tokens"} | ({"proj"} if "proj_bias" in known else set())
+    for name in sorted(set(fields) - known):
         near = difflib.get_close_matches(name, known, 1)
         raise UserError(f"model.{which}.{name} is no field of a {kind!r} tower" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if fields["act"] not in ACTIVATIONS:
-        raise UserError(f"model.{which}.act={fields['act']!r}: allowed are {', '.join(ACTIVATIONS)}")
-    if fields["width"] % fields["heads"]:
+    for name in fields.keys() & choices.keys():
+        if fields[name] not in choices[name]:
+            raise UserError(f"model.{which}.{name}={fields[name]!r}: allowed are {', '.join(choices[name])}")
+    if "heads" in fields and fields["width"] % fields["heads"]:
         raise UserError(f"model.{which}.width={fields['width']} is not divisible by model.{which}.heads={fields['heads']}")
-    return kinds[kind](**fields, **shared)
+    projected = fields.pop("proj", True)
+    tower = kinds[kind](**fields, **shared | ({} if projected else {"embed_dim": 0}))
+    if not projected and tower.width != model.embed_dim:
+        raise UserError(f"model.{which}.proj=False needs model.embed_dim={tower.width}, the width of the tower, not {model.embed_dim}")
+    return tower

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from clip_jax.models.common import ACTIVATIONS, shard_batch, torch_uniform
 
+WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert")
+
 
 @dataclass(frozen=True)
 class Init:
@@ -32,7 +34,7 @@ def block_init(scheme, width, mlp_dim, depth):
 
     ``clip_image``: OpenAI's vision transformer, which keeps PyTorch's defaults (attention Xavier-uniform on the fused
     ``[3D, D]`` matrix, the rest uniform in 1/sqrt(fan_in)). ``clip_text``: OpenAI's text transformer (normal, residual
-    branches scaled by depth). ``xavier``: big_vision (Xavier-uniform, MLP biases normal with 1e-6).
+    branches scaled by depth). ``xavier``: big_vision (Xavier-uniform, MLP biases normal with 1e-6). ``bert``: truncated normal.
     """
     if scheme == "clip_image":
         fused_xavier = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")  # bound sqrt(6 / 4D) on a [D, D] slice
@@ -45,7 +47,8 @@ def block_init(scheme, width, mlp_dim, depth):
     if scheme == "xavier":
         xavier, small = nn.initializers.xavier_uniform(), nn.initializers.normal(1e-6)
         return Init(xavier, xavier, xavier, xavier, small, small)
-    raise ValueError(f"unknown initialisation {scheme!r}")
+    assert scheme == "bert", scheme
+    return Init(*[nn.initializers.truncated_normal(0.02)] * 4)
 
 
 def implementation(attention, q):
@@ -96,7 +99,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-LN block, ``[b, n, D] -> [b, n, D]``."""
+    """One pre-LN block, ``[b, n, D] -> [b, n, D]``; with a position ``only`` (see :func:`at`) the output there alone, ``[b, 1, D]``."""
 
     heads: int
     mlp_dim: int
@@ -108,10 +111,16 @@ class Block(nn.Module):
     attention: str = "plain"
 
     @nn.compact
-    def __call__(self, x, mask=None):
+    def __call__(self, x, mask=None, only=None):
         x = shard_batch(x)
         y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln1")(x)
-        x = x + Attention(self.heads, self.inits, self.dtype, self.attention, name="attn")(y, y, mask, self.causal)
+        queries, causal = y, self.causal
+        if only is not None:
+            x, queries = at(x, only), at(y, only)
+            if causal:
+                before = (jnp.arange(y.shape[1]) <= jnp.reshape(only, (-1, 1)))[:, None, None, :]
+                mask, causal = before if mask is None else before & mask, False
+        x = x + Attention(self.heads, self.inits, self.dtype, self.attention, name="attn")(queries, y, mask, causal)
         y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln2")(x)
         return x + Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(y)
 
@@ -123,7 +132,7 @@ REMAT = {
 }
 
 
-def apply_blocks(tower, block, x, mask=None):
+def apply_blocks(tower, block, x, mask=None, only=None):
     """Runs ``block`` ``tower.depth`` times inside the compact method of ``tower``, as its fields ``scan`` and ``remat`` say.
 
     Parameters are ``block_0``, ``block_1``, ...; with ``scan`` they are stacked, ``[depth, ...]`` under ``block``.
@@ -131,17 +140,19 @@ def apply_blocks(tower, block, x, mask=None):
     Args:
       tower: the calling module.
       block: function ``name -> Block``.
-      x: ``[b, n, D]``.
-      mask: as :class:`Block` takes it.
+      x: ``[b, n, D]``, or whatever pytree a block takes and gives.
+      mask: as :class:`Block` takes it, or whatever pytree every block takes.
+      only: the position of which alone the output is wanted, see :func:`only_at`: of the last block the rest is not computed.
     """
 
-    def call(block, x, mask):
-        return block(x, mask)
+    def maybe_remat(call):
+        return call if tower.remat == "none" else nn.remat(call, policy=REMAT[tower.remat], prevent_cse=not tower.scan)
 
-    if tower.remat != "none":
-        call = nn.remat(call, policy=REMAT[tower.remat], prevent_cse=not tower.scan)
+    call = maybe_remat(lambda block, x, mask: block(x, mask))
     if not tower.scan:
         for i in range(tower.depth):
+            if i == tower.depth - 1 and only is not None:
+                call = maybe_remat(lambda block, x, mask: block(x, mask, only))
             x = call(block(f"block_{i}"), x, mask)
         return x
     layers = nn.scan(
@@ -149,6 +160,21 @@ def apply_blocks(tower, block, x, mask=None):
         in_axes=nn.broadcast, length=tower.depth,
     )  # fmt: skip
     return layers(block("block"), x, mask)[0]
+
+
+def at(x, position):
+    """The token of ``x[b, n, D]`` at a position, an int for all or int32 ``[b]``: ``[b, 1, D]``."""
+    if isinstance(position, int):
+        return x[:, position : position + 1]
+    return jnp.take_along_axis(x, position[:, None, None], axis=1)
+
+
+def only_at(tower, position):
+    """``position`` if nothing but the output there is asked of a tower, so that its last block need not compute the rest; or None.
+
+    Of 12 blocks that is 7 % of the work: the queries, the MLP and the output projection of all tokens but one.
+    """
+    return None if tower.tokens or tower.scan or not tower.depth else position
 
 
 def stack_blocks(tower):

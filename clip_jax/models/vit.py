@@ -7,10 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.common import ACTIVATIONS, sincos_2d
-from clip_jax.models.transformer import Block, MapHead, apply_blocks, block_init, project
+from clip_jax.models.common import ACTIVATIONS, sincos_2d, torch_conv
+from clip_jax.models.transformer import Block, MapHead, apply_blocks, block_init, only_at, project
 
 POOLS = ("cls", "gap", "mean_all", "map")
+POSEMBS = ("learn", "sincos2d")
 
 
 def patches(x, size, stride):
@@ -37,11 +38,11 @@ class PatchEmbed(nn.Module):
     patch: int
     bias: bool
     dtype: Any = jnp.float32
+    kernel_init: Any = torch_conv
 
     @nn.compact
     def __call__(self, x):
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default of a convolution
-        kernel = self.param("kernel", init, (self.patch, self.patch, x.shape[-1], self.width))
+        kernel = self.param("kernel", self.kernel_init, (self.patch, self.patch, x.shape[-1], self.width))
         y = patches(x.astype(self.dtype), self.patch, self.patch) @ kernel.reshape(-1, self.width).astype(self.dtype)
         if self.bias:
             y += self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
@@ -73,7 +74,8 @@ class ConvStem(nn.Module):
 class VisionTransformer(nn.Module):
     """Image tower: normalised ``[b, size, size, 3]`` -> ``(embedding float32 [b, embed_dim], tokens [b, n, D])``.
 
-    The embedding is the pooled output after the last layer norm, projected unless ``embed_dim`` is 0, not normalised.
+    The embedding is the pooled output after the last layer norm, projected unless ``embed_dim`` is 0, not normalised. Without
+    ``tokens`` None comes in their place, which saves work where one of them is pooled.
 
     ``pool``: ``cls`` (class token), ``gap`` (mean of patch tokens), ``mean_all`` (mean of all tokens, FLIP), ``map``
     (attention pooling, SigLIP). ``cls_token`` may be on without being pooled. ``patch_drop`` keeps a random part of the
@@ -102,13 +104,15 @@ class VisionTransformer(nn.Module):
     remat: str = "none"
     scan: bool = False
     attention: str = "plain"
+    tokens: bool = True
 
     @nn.compact
     def __call__(self, images, train=False, keys=None):
         if self.stem:
             x = ConvStem(tuple(self.stem), self.width, self.act, self.dtype, name="stem")(images)
         else:
-            x = PatchEmbed(self.width, self.patch, self.patch_bias, self.dtype, name="patch")(images)
+            init = nn.initializers.lecun_normal() if self.weight_init == "xavier" else torch_conv
+            x = PatchEmbed(self.width, self.patch, self.patch_bias, self.dtype, init, name="patch")(images)
         b, rows, cols, width = x.shape
         x = x.reshape(b, rows * cols, width)
         scale = nn.initializers.normal(width**-0.5)
@@ -128,7 +132,8 @@ class VisionTransformer(nn.Module):
             x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")(x)
         init = block_init(self.weight_init, width, self.mlp_dim, self.depth)
         block = functools.partial(Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, dtype=self.dtype, attention=self.attention)
-        x = apply_blocks(self, lambda name: block(name=name), x)
+        only = only_at(self, 0 if self.pool == "cls" else None)
+        x = apply_blocks(self, lambda name: block(name=name), x, only=only)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_post")(x)
         pooled = {
             "cls": lambda: x[:, 0],
@@ -136,7 +141,7 @@ class VisionTransformer(nn.Module):
             "mean_all": lambda: x.mean(1),
             "map": lambda: MapHead(self.heads, self.mlp_dim, self.act, self.ln_eps, self.dtype, name="map")(x),
         }[self.pool]()
-        return project(pooled, self.embed_dim, self.proj_bias, self.dtype), x
+        return project(pooled, self.embed_dim, self.proj_bias, self.dtype), x if self.tokens else None
 
 
 def drop_patches(x, drop, keys):

@@ -1,0 +1,120 @@
+"""EfficientNet without its top convolution, as ALIGN's image tower (Tan & Le 2019; Jia et al. 2021, section 4.2)."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from clip_jax.models.common import BatchNorm, drop, shard_batch
+from clip_jax.models.transformer import REMAT, project
+
+#: Stages of B0 as (channels, blocks, kernel, stride, expansion); the coefficients scale channels and blocks.
+STAGES = ((16, 1, 3, 1, 1), (24, 2, 3, 2, 6), (40, 2, 5, 2, 6), (80, 3, 3, 2, 6), (112, 3, 5, 1, 6), (192, 4, 5, 2, 6), (320, 1, 3, 1, 6))
+STEM = 32
+PADDINGS = ("same", "even")
+INIT = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+# Of a depthwise kernel [k, k, 1, c] the fan-in is what the fan-out of one of its filters is.
+DEPTHWISE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
+
+
+def scaled(channels, coefficient):
+    """Channels times the width coefficient, rounded to a multiple of 8 that is not below 90 % of it."""
+    channels = channels * coefficient
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * channels else rounded + 8
+
+
+def conv(x, features, size, stride, padding, dtype, name, depthwise=False):
+    """A convolution without bias. A stride of 2 pads as TensorFlow's SAME does, by ``even`` as that does for an even size."""
+    if padding == "even" and stride == 2:
+        pad = [(size // 2 - 1, size // 2)] * 2
+    else:
+        pad = "SAME"
+    groups, init = (x.shape[-1], DEPTHWISE_INIT) if depthwise else (1, INIT)
+    return nn.Conv(
+        features, (size, size), stride, pad, feature_group_count=groups, use_bias=False, dtype=dtype, kernel_init=init, name=name
+    )(x)  # fmt: skip
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck: 1x1 expansion, depthwise convolution, squeeze and excitation, 1x1 projection; a residual where shapes allow.
+
+    ``drop_rate``: stochastic depth, the chance in training that an example skips the block.
+    """
+
+    features: int
+    size: int
+    stride: int
+    expansion: int
+    index: int
+    drop_rate: float
+    padding: str = "same"
+    bn_group: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train=False, keys=None):
+        def norm(y, name):
+            return BatchNorm(0.99, 1e-3, self.bn_group, self.dtype, name=name)(y, train)
+
+        x = y = shard_batch(x)
+        width = x.shape[-1]
+        if self.expansion != 1:
+            y = conv(y, width * self.expansion, 1, 1, self.padding, self.dtype, "expand_conv")
+            y = nn.silu(norm(y, "expand_bn"))
+        y = conv(y, y.shape[-1], self.size, self.stride, self.padding, self.dtype, "depthwise_conv", depthwise=True)
+        y = nn.silu(norm(y, "depthwise_bn"))
+        squeezed = nn.Dense(max(1, width // 4), dtype=self.dtype, kernel_init=INIT, name="se_reduce")(y.mean((1, 2)))
+        excited = nn.Dense(y.shape[-1], dtype=self.dtype, kernel_init=INIT, name="se_expand")(nn.silu(squeezed))
+        y = y * nn.sigmoid(excited)[:, None, None]
+        y = norm(conv(y, self.features, 1, 1, self.padding, self.dtype, "project_conv"), "project_bn")
+        if self.stride == 1 and width == self.features:
+            y = x + drop(y, self.drop_rate, keys if train else None, self.index, whole=True)
+        return y
+
+
+class EfficientNet(nn.Module):
+    """Image tower: normalised ``[b, size, size, 3]`` -> ``(embedding float32 [b, embed_dim], feature map [b, n, width])``.
+
+    The embedding is the mean of the last block's output, projected unless ``embed_dim`` is 0, not normalised. Block i of N is
+    dropped with the chance ``stochastic_depth * i / N``.
+
+    ``padding``: ``same`` (TensorFlow, the published training code) or ``even`` (Hugging Face's AlignModel); they differ where a
+    stride of 2 meets an odd size. ``bn_group`` as ``group`` of :class:`~clip_jax.models.common.BatchNorm`.
+    """
+
+    size: int
+    embed_dim: int
+    width_coefficient: float = 1.0
+    depth_coefficient: float = 1.0
+    stages: tuple[tuple[int, ...], ...] = STAGES
+    stochastic_depth: float = 0.2
+    padding: str = "same"
+    bn_group: int = 0
+    proj_bias: bool = True
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @property
+    def width(self):
+        """Channels of the last block."""
+        return scaled(self.stages[-1][0], self.width_coefficient)
+
+    @nn.compact
+    def __call__(self, images, train=False, keys=None):
+        x = conv(images.astype(self.dtype), scaled(STEM, self.width_coefficient), 3, 2, self.padding, self.dtype, "stem_conv")
+        x = nn.silu(BatchNorm(0.99, 1e-3, self.bn_group, self.dtype, name="stem_bn")(x, train))
+        block = MBConv if self.remat == "none" else nn.remat(MBConv, static_argnums=2, policy=REMAT[self.remat])
+        repeats = [math.ceil(blocks * self.depth_coefficient) for _, blocks, *_ in self.stages]
+        i = 0
+        for (channels, _, size, stride, expansion), blocks in zip(self.stages, repeats, strict=True):
+            features = scaled(channels, self.width_coefficient)
+            for j in range(blocks):
+                rate = self.stochastic_depth * i / sum(repeats)
+                x = block(
+                    features, size, 1 if j else stride, expansion, i, rate, self.padding, self.bn_group, self.dtype, name=f"mbconv_{i}"
+                )(x, train, keys)  # fmt: skip
+                i += 1
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        return project(x.mean(1), self.embed_dim, self.proj_bias, self.dtype), x

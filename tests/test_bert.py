@@ -1,0 +1,102 @@
+"""BERT as a text tower: golden outputs, padding, layout and recomputation, dropout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden_files
+from test_models import run_tower, tiny
+
+import clip_jax
+from clip_jax.errors import UserError
+from clip_jax.models.common import drop, l2_normalize
+from clip_jax.models.towers import text_tower
+from clip_jax.models.transformer import stack_blocks, unstack_blocks
+
+BERT = dict(kind="bert", context=8, positions=10, vocab_size=64, eot_id=63, width=32, depth=2, heads=2, mlp_dim=64)
+IDS = np.array([[5, 9, 63, 0, 0, 0], [5, 9, 8, 7, 63, 0], [5, 11, 12, 13, 14, 63]])
+
+
+def tiny_bert(**fields):
+    model = tiny()
+    model.text = dict(BERT, **fields)
+    return model
+
+
+@pytest.mark.parametrize("folder", golden_files("hf_align"))
+def test_golden_text_tower_of_align(folder):
+    model, io = clip_jax.load(folder), np.load(folder / "io.npz")
+    z = text_tower(model.config.model).apply({"params": model.params["txt"]}, io["input_ids"])[0]
+    np.testing.assert_allclose(l2_normalize(z), io["text_embed"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad_id", [-1, 0])
+def test_padding_is_not_attended_to(pad_id):
+    tower = text_tower(tiny_bert(pad_id=pad_id))
+    params = tower.init(jax.random.key(0), IDS)
+    z = tower.apply(params, IDS)[0]
+    np.testing.assert_allclose(z[0], tower.apply(params, IDS[:1, :3])[0][0], atol=1e-5)
+    other = np.where(IDS == 0, 17, IDS)  # what follows the end of the text; for a given pad_id no padding any more
+    assert (np.abs(tower.apply(params, other)[0] - z).max(1) < 1e-5).tolist() == ([True] * 3 if pad_id < 0 else [False, False, True])
+
+
+def test_the_embedding_is_the_projected_state_of_the_first_token():
+    tower = text_tower(tiny_bert())
+    variables = tower.init(jax.random.key(0), IDS)
+    z, tokens = tower.apply(variables, IDS)
+    proj = variables["params"]["proj"]
+    np.testing.assert_allclose(z, tokens[:, 0] @ proj["kernel"] + proj["bias"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(tokens.mean(-1), np.zeros(IDS.shape), atol=1e-5)  # a layer norm ends each block
+    assert variables["params"]["bert"]["pos"].shape == (1, 10, 32) and variables["params"]["bert"]["type"].shape == (2, 32)
+    std = 0.02 * 0.8796  # of a normal distribution with 0.02 cut at two of them, as BERT starts
+    np.testing.assert_allclose(variables["params"]["bert"]["embed"]["embedding"].std(), std, rtol=0.05)
+
+
+def test_scan_and_recomputation_change_nothing_but_the_layout():
+    model = tiny_bert()
+    params = text_tower(model).init(jax.random.key(0), IDS)["params"]
+    expected, expected_grads = run_tower("text", model, params, IDS)
+    model.scan, model.remat = True, "full"
+    embedding, grads = run_tower("text", model, {**params, "bert": stack_blocks(params["bert"])}, IDS)
+    np.testing.assert_allclose(embedding, expected, rtol=1e-5, atol=1e-5)
+    grads = {**grads, "bert": unstack_blocks(grads["bert"])}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, expected_grads)
+
+
+def test_dropout_keeps_the_mean_and_follows_the_keys():
+    keys = jax.random.split(jax.random.key(0), 8)
+    x = jnp.ones((8, 100, 10))
+    y = drop(x, 0.1, keys, 2)
+    np.testing.assert_allclose(y.mean(), 1, atol=0.02)
+    np.testing.assert_allclose((y == 0).mean(), 0.1, atol=0.02)
+    assert (y[0] != y[1]).any()
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_dropout_acts_in_training_differs_by_layer_and_is_replayed_on_a_part(scan):
+    model = tiny_bert(dropout=0.5)
+    model.scan, model.remat = scan, "full" if scan else "none"
+    tower, keys = text_tower(model), jax.random.split(jax.random.key(1), 3)
+    params = tower.init(jax.random.key(0), IDS)
+    trained = jax.jit(lambda ids, keys: tower.apply(params, ids, train=True, keys=keys)[0])
+    z = trained(IDS, keys)
+    np.testing.assert_allclose(trained(IDS[1:], keys[1:]), z[1:], rtol=1e-4, atol=1e-5)
+    plain = text_tower(tiny_bert() if not scan else model).apply(params, IDS)[0]
+    np.testing.assert_array_equal(tower.apply(params, IDS, keys=keys)[0], plain)
+    assert np.abs(z - plain).min(1).max() > 1e-4
+
+
+def test_the_layers_of_a_scan_drop_what_single_layers_drop():
+    model, keys = tiny_bert(dropout=0.5), jax.random.split(jax.random.key(1), 3)
+    params = text_tower(model).init(jax.random.key(0), IDS)["params"]
+    expected = text_tower(model).apply({"params": params}, IDS, train=True, keys=keys)[0]
+    model.scan = True
+    stacked = {**params, "bert": stack_blocks(params["bert"])}
+    np.testing.assert_allclose(
+        text_tower(model).apply({"params": stacked}, IDS, train=True, keys=keys)[0], expected, rtol=1e-4, atol=1e-5
+    )  # fmt: skip
+
+
+def test_more_tokens_than_positions():
+    with pytest.raises(UserError, match="model.text.context=11 is more than model.text.positions=10"):
+        text_tower(tiny_bert(context=11))

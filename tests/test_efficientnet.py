@@ -1,0 +1,149 @@
+"""EfficientNet as ALIGN's image tower: sizes, golden outputs, padding, stochastic depth."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden_files
+from test_models import tiny
+
+import clip_jax
+from clip_jax.models.common import drop, l2_normalize
+from clip_jax.models.efficientnet import EfficientNet, conv, scaled
+from clip_jax.models.towers import EFFICIENTNETS, image_tower
+
+EFFICIENTNET = dict(kind="efficientnet", size=32, stages=((8, 2, 3, 1, 1), (16, 2, 5, 2, 4)), proj=False)
+
+
+# B3, B7 and L2: align.md's figures; the others are those of the published models without top convolution and classifier.
+@pytest.mark.parametrize(
+    "name, parameters, width, blocks",
+    [
+        ("B0", 3_595_388, 320, 16), ("B1", 6_101_024, 320, 23), ("B2", 7_202_562, 352, 23), ("B3", 10_103_336, 384, 26),
+        ("B4", 16_742_216, 448, 32), ("B5", 27_288_112, 512, 39), ("B6", 39_403_992, 576, 45), ("B7", 62_143_440, 640, 55),
+        ("L2", 467_219_796, 1376, 88),
+    ],
+)  # fmt: skip
+def test_published_sizes(name, parameters, width, blocks):
+    tower = EfficientNet(64, 0, *EFFICIENTNETS[name])
+    shapes = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
+    assert tower.width == width == shapes[f"mbconv_{blocks - 1}"]["project_conv"]["kernel"].shape[-1]
+    assert sum(name.startswith("mbconv_") for name in shapes) == blocks
+
+
+def test_published_stage_widths():
+    base = (32, 16, 24, 40, 80, 112, 192, 320)  # align.md: stem and stages
+    assert [scaled(c, 2.0) for c in base] == [64, 32, 48, 80, 160, 224, 384, 640]
+    assert [scaled(c, 4.3) for c in base] == [136, 72, 104, 176, 344, 480, 824, 1376]
+
+
+@pytest.mark.parametrize("folder", golden_files("hf_align"))
+def test_golden_image_tower_of_align(folder):
+    model, io = clip_jax.load(folder), np.load(folder / "io.npz")
+    variables = {"params": model.params["img"], "batch_stats": model.extra["batch_stats"]["img"]}
+    tower = image_tower(model.config.model)
+
+    @jax.jit
+    def embed(images):
+        return l2_normalize(tower.apply(variables, images)[0])
+
+    def loss(images):
+        params = {"temperature": model.params["temperature"]}
+        features = {"image": embed(images), "text": io["text_embed"]}
+        return 0.5 * model.method.loss(params, {}, features, {}, None)[0]  # transformers averages both directions
+
+    images = io["pixel_values_nchw"].transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(embed(images), io["image_embed"], rtol=1e-4, atol=5e-5)
+    logits = embed(images) @ io["text_embed"].T / model.params["temperature"]
+    np.testing.assert_allclose(logits, io["logits_per_image"], rtol=2e-4, atol=1e-4)
+    value, grad = jax.jit(jax.value_and_grad(loss))(images)
+    np.testing.assert_allclose(value, io["loss"], rtol=2e-4)
+    np.testing.assert_allclose(
+        grad.transpose(0, 3, 1, 2), io["grad_pixel_values"], rtol=1e-3, atol=1e-3 * abs(io["grad_pixel_values"]).max()
+    )
+
+
+def efficientnet(**fields):
+    model = tiny()
+    model.image, model.embed_dim = dict(EFFICIENTNET, **fields), 16
+    return image_tower(model)
+
+
+@pytest.mark.parametrize("size, same, even", [(48, (0, 1), (0, 1)), (289, (1, 1), (0, 1))])
+def test_a_stride_of_two_pads_as_tensorflow_or_as_for_an_even_size(size, same, even):
+    x = jax.random.normal(jax.random.key(0), (1, size, size, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    for padding, pad in (("same", same), ("even", even)):
+
+        class Conv(nn.Module):
+            @nn.compact
+            def __call__(self, x, padding=padding):
+                return conv(x, 4, 3, 2, padding, jnp.float32, "conv")
+
+        padded = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
+        expected = jax.lax.conv_general_dilated(padded, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        found = Conv().apply({"params": {"conv": {"kernel": kernel}}}, x)
+        assert found.shape == expected.shape and found.shape[1] == (size + sum(pad) - 3) // 2 + 1
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_projection_is_optional():
+    for proj in (False, True):
+        (embedding, tokens), variables = jax.eval_shape(
+            efficientnet(proj=proj).init_with_output, jax.random.key(0), jnp.zeros((2, 32, 32, 3))
+        )  # fmt: skip
+        assert embedding.shape == (2, 16) and tokens.shape == (2, 8 * 8, 16)
+        assert ("proj" in variables["params"]) == proj
+    assert {name: x.shape for name, x in variables["params"]["proj"].items()} == {"kernel": (16, 16), "bias": (16,)}
+
+
+def test_depthwise_kernels_start_as_large_as_their_filters_ask_for():
+    params = jax.jit(efficientnet().init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    for kernel, fan in ((params["mbconv_2"]["depthwise_conv"]["kernel"], 25), (params["mbconv_3"]["expand_conv"]["kernel"], 64)):
+        np.testing.assert_allclose(kernel.std(), (2 / fan) ** 0.5, rtol=0.1)
+
+
+def test_stochastic_depth_drops_whole_examples_by_their_keys():
+    x, keys = jnp.ones((512, 2, 2, 3)), jax.random.split(jax.random.key(0), 512)
+    y = drop(x, 0.25, keys, 3, whole=True)
+    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)} and (y == y[:, :1, :1, :1]).all()
+    np.testing.assert_allclose((y == 0).mean(), 0.25, atol=0.05)
+    np.testing.assert_array_equal(y[100:], drop(x[100:], 0.25, keys[100:], 3, whole=True))
+    assert (y != drop(x, 0.25, keys, 4, whole=True)).any()
+    assert drop(x, 0.25, None, 3, whole=True) is x
+
+
+def test_stochastic_depth_acts_in_training_only_and_spares_the_first_block():
+    images, keys = jax.random.normal(jax.random.key(0), (8, 32, 32, 3)), jax.random.split(jax.random.key(0), 8)
+
+    def run(stages, train, keys, **fields):
+        tower = efficientnet(stages=stages, stochastic_depth=0.9, **fields)
+        variables = jax.jit(tower.init)(jax.random.key(0), images)
+        apply = jax.jit(lambda keys: tower.apply(variables, images, train=train, keys=keys, mutable=["batch_stats"])[0][0])
+        return apply(keys)
+
+    stages = ((32, 1, 3, 1, 1), (16, 2, 3, 2, 4))  # the first and the third of three blocks have a residual
+    assert (run(stages, True, keys) != run(stages, True, None)).any()
+    np.testing.assert_array_equal(run(stages, False, keys), run(stages, False, None))
+    alone = ((32, 1, 3, 1, 1), (16, 1, 3, 2, 4))
+    np.testing.assert_array_equal(run(alone, True, keys), run(alone, True, None))
+
+
+def test_recomputation_replays_the_dropped_blocks():
+    images, keys = jax.random.normal(jax.random.key(0), (8, 32, 32, 3)), jax.random.split(jax.random.key(0), 8)
+    model = tiny()
+    model.image = dict(EFFICIENTNET, stochastic_depth=0.9)
+    variables = jax.jit(image_tower(model).init)(jax.random.key(0), images)
+
+    def run():
+        def fn(params):
+            (z, _), new = image_tower(model).apply({**variables, "params": params}, images, True, keys, mutable=["batch_stats"])
+            return jnp.sin(z).sum(), new
+
+        return jax.jit(jax.grad(fn, has_aux=True))(variables["params"])
+
+    expected = run()
+    model.remat = "full"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), run(), expected)

@@ -1,0 +1,110 @@
+"""CLIP's modified ResNet and BatchNorm: golden outputs and running statistics, initialisation, statistics of groups and on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden_files
+from test_models import tiny
+
+import clip_jax
+from clip_jax.errors import UserError
+from clip_jax.models.common import BatchNorm
+from clip_jax.models.towers import image_tower
+from clip_jax.training.sharding import batch_sharding, make_mesh
+
+RESNET = dict(kind="resnet", size=32, layers=(1, 2), width=16)
+
+
+def resnet(**fields):
+    model = tiny()
+    model.image = dict(RESNET, **fields)
+    return image_tower(model)
+
+
+@pytest.mark.parametrize("folder", golden_files("openclip_rn"))
+def test_golden_open_clip_resnet(folder):
+    model, io, after = clip_jax.load(folder), np.load(folder / "io.npz"), np.load(folder / "train_mode.npz")
+    tower, images = image_tower(model.config.model), io["pixel_values_nchw"].transpose(0, 2, 3, 1)
+    variables = {"params": model.params["img"], "batch_stats": model.extra["batch_stats"]["img"]}
+    np.testing.assert_allclose(jax.jit(tower.apply)(variables, images)[0], io["image_embed_unnormalised"], rtol=1e-4, atol=5e-5)
+    train = jax.jit(lambda images: tower.apply(variables, images, train=True, mutable=["batch_stats"]))
+    (embedding, _), new = train(images)
+    np.testing.assert_allclose(embedding, after["image_embed_unnormalised"], rtol=1e-4, atol=5e-5)
+    expected = {name.removeprefix("bn_after.visual."): after[name] for name in after.files if name.startswith("bn_after.")}
+    assert len(expected) == 2 * 19 == len(jax.tree.leaves(new["batch_stats"]))
+    for name, x in expected.items():
+        *block, norm, statistic = name.replace("downsample.1", "downsample_bn").replace("layer", "layer_").split(".")
+        found = new["batch_stats"]["_".join(block) or "stem"][norm][statistic.removeprefix("running_")]
+        np.testing.assert_allclose(found, x, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_initialisation():
+    params = jax.jit(resnet().init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    block = params["layer_2_1"]
+    assert not block["bn3"]["scale"].any() and (block["bn2"]["scale"] == 1).all()
+    assert params["layer_2_0"].keys() - block.keys() == {"downsample_conv", "downsample_bn"}
+    bound = (3 * 3 * 32) ** -0.5
+    assert 0.98 * bound < np.abs(block["conv2"]["kernel"]).max() < bound
+    np.testing.assert_allclose(params["pool"]["query"]["kernel"].std(), 128**-0.5, rtol=0.02)
+
+
+def test_recomputation_changes_neither_result_nor_statistics():
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    model = tiny()
+    model.image = RESNET
+    variables = jax.jit(image_tower(model).init)(jax.random.key(0), images)
+
+    def run():
+        tower = image_tower(model)
+
+        def fn(params):
+            (z, _), new = tower.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+            return jnp.sin(z).sum(), new
+
+        return jax.jit(jax.grad(fn, has_aux=True))(variables["params"])
+
+    expected = run()
+    model.remat = "full"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), run(), expected)
+
+
+def batch_norm(x, train=True, **fields):
+    norm = BatchNorm(decay=0.75, **fields)
+    start = {"params": {"scale": jnp.full(3, 2.0), "bias": jnp.ones(3)}, "batch_stats": {"mean": jnp.full(3, 0.5), "var": jnp.full(3, 4.0)}}
+    y, new = norm.apply(start, x, train, mutable=["batch_stats"])
+    return y, new["batch_stats"]
+
+
+def test_batch_norm_follows_its_formula():
+    x = np.random.default_rng(0).normal(3, 2, (4, 5, 6, 3)).astype(np.float32)
+    y, new = batch_norm(x)
+    np.testing.assert_allclose(y, 2 * (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5) + 1, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(new["mean"], 0.75 * 0.5 + 0.25 * x.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(new["var"], 0.75 * 4 + 0.25 * x.var((0, 1, 2), ddof=1), rtol=1e-5)
+    y, new = batch_norm(x, train=False)
+    np.testing.assert_allclose(y, 2 * (x - 0.5) / np.sqrt(4 + 1e-5) + 1, rtol=1e-5)
+    assert (new["mean"] == 0.5).all() and (new["var"] == 4).all()
+
+
+def test_statistics_of_groups_are_those_of_each_group():
+    x = np.random.default_rng(0).normal(3, 2, (6, 5, 5, 3)).astype(np.float32)
+    y, new = batch_norm(x, group=2)
+    parts = [batch_norm(part) for part in np.split(x, 3)]
+    np.testing.assert_allclose(y, np.concatenate([p[0] for p in parts]), rtol=1e-4, atol=1e-5)
+    for name, found in new.items():
+        np.testing.assert_allclose(found, np.mean([p[1][name] for p in parts], axis=0), rtol=1e-5)
+    with pytest.raises(UserError, match="bn_group=4 does not divide the 6 examples"):
+        batch_norm(x, group=4)
+
+
+@pytest.mark.parametrize("group", [0, 2])
+def test_a_mesh_has_the_statistics_of_the_whole_batch(mesh8, group):
+    images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
+    tower = resnet(bn_group=group)
+    variables = jax.jit(tower.init)(jax.random.key(0), images)
+    run = jax.jit(lambda x: tower.apply(variables, x, train=True, mutable=["batch_stats"]))
+    with jax.set_mesh(make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])):
+        expected = run(images)
+    found = run(jax.device_put(images, batch_sharding(mesh8)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), jax.device_get(found), jax.device_get(expected))

@@ -3,7 +3,7 @@
 Needs nothing but the checkpoint. Without ``--task`` it runs the tasks that the run was configured with. A task is written as a
 call with literals (docs/evaluation.md):
 
-    emoji(subset='all')
+    emoji(subset='all', language='en')
     zeroshot(source='/data/pets', split='test', classes='pets.txt', templates='clip_80', name='pets')
     retrieval(source='flickr.jsonl', split='test', name='flickr')
     probe(train='/data/cifar/train', test='/data/cifar/test', name='cifar')
@@ -23,11 +23,11 @@ from clip_jax.errors import UserError
 from clip_jax.training import faults, hosts
 
 
-def emoji(model, subset="all", templates=("{}",)):
-    """The embedded protocol: {seen, unseen concepts} x {seen, unseen vendor}."""
+def emoji(model, subset="all", templates=("{}",), language="en"):
+    """The embedded protocol: {seen, unseen concepts} x {seen, unseen vendor}, names in one of 28 languages."""
     from clip_jax.evaluation.tasks import emoji_task
 
-    return emoji_task(model, subset, templates=templates)
+    return emoji_task(model, subset, language, templates=templates)
 
 
 def _open(source, split, **fields):
@@ -101,7 +101,7 @@ CELLS = [(c, v) for c in ("seen", "unseen") for v in ("seen", "unseen")]
 def summary(metrics):
     """The lines that tell the main numbers of a task: for the emoji protocol its table, for others every metric."""
     rest = dict(metrics)
-    for prefix in ("emoji", "emoji_val", "emoji_test"):
+    for prefix in dict.fromkeys(key.split("/")[0] for key in metrics if key.startswith("emoji")):
         cells = [(c, v, f"{prefix}/{c}_concept_{v}_vendor") for c, v in CELLS if f"{prefix}/{c}_concept_{v}_vendor/top1" in metrics]
         if not cells:
             continue

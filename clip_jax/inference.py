@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as config_lib
+from clip_jax.data.views import TextView
 from clip_jax.methods.interface import make_method
 from clip_jax.training import checkpoint, faults, sharding
 
@@ -35,6 +36,7 @@ class Model:
         self.config, self.method, self.tokenizer = config, method, tokenizer
         self.params, self.extra = params, extra
         self.image_view = method.eval_view
+        self._context = next(view.context for view in method.views if isinstance(view, TextView))
         self.mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
         self.host_share = sharding.host_share(self.mesh)
         whole = NamedSharding(self.mesh, PartitionSpec())
@@ -69,7 +71,9 @@ class Model:
 
     def embed_text(self, texts, batch_size=None):
         """Unit rows, float32 ``[n, E]``, of a list of strings."""
-        return self._embed(self._text, self.tokenizer(list(texts), self.config.model.text.context), batch_size)
+        if self.tokenizer is None:
+            raise checkpoint.UserError("these weights came without a tokenizer: give one, clip_jax.load(path, tokenizer=...)")
+        return self._embed(self._text, list(texts), batch_size, lambda part: self.tokenizer(part, self._context))
 
     def similarity(self, z_image, z_text):
         """The method's similarity of image ``[n, E]`` and text ``[m, E]`` embeddings, float32 ``[n, m]``."""
@@ -85,10 +89,14 @@ class Model:
         """
         from clip_jax.evaluation.zeroshot import class_scores
 
-        scale = jnp.exp(self.params["logit_scale"]) if "logit_scale" in self.params else 100.0
+        scale = 100.0
+        if "logit_scale" in self.params:
+            scale = jnp.exp(self.params["logit_scale"])
+        elif "temperature" in self.params:  # ALIGN's, a divisor
+            scale = 1 / self.params["temperature"]
         return np.asarray(jax.nn.softmax(scale * class_scores(self, self.embed_image(images), class_names, templates), axis=1))
 
-    def _embed(self, function, inputs, batch_size):
+    def _embed(self, function, inputs, batch_size, prepare=lambda part: part):
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         # Few batch shapes, so that few are compiled: a power of two for little input.
         batch = min(batch_size or self.config.eval.batch_size, 1 << max(len(inputs) - 1, 0).bit_length())
@@ -96,7 +104,7 @@ class Model:
         layout, rows = sharding.batch_sharding(self.mesh), []
         with jax.set_mesh(self.mesh), faults.stage("evaluation"):
             for start in range(0, max(len(inputs), 1), batch):
-                padded = _padded(inputs[start : start + batch], batch)
+                padded = _padded(prepare(inputs[start : start + batch]), batch)
                 on_devices = jax.make_array_from_callback(padded.shape, layout, padded.__getitem__)
                 rows.append(function(self.params, self.extra, on_devices))
             return np.concatenate([np.asarray(r) for r in rows])[: len(inputs)]
@@ -106,18 +114,30 @@ def _padded(rows, length):
     return np.concatenate([rows, np.zeros((length - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
-def load(path, which="latest", ema=None, mesh=None):
-    """The :class:`Model` of a checkpoint.
+def load(path, which="latest", ema=None, mesh=None, **options):
+    """The :class:`Model` of a checkpoint, or of weights of OpenAI's CLIP, open_clip, Hugging Face or big_vision.
 
     Args:
-      path: a work folder, its ``checkpoints`` folder, or the folder of one step.
+      path: a work folder, its ``checkpoints`` folder, or the folder of one step; or a weight file or folder of others.
       which: ``"latest"``, ``"best"``, or a step.
       ema: take the moving average of the weights; by default what the configuration evaluates.
       mesh: a mesh to spread it over; by default all devices, parameters on each.
+      options: for weights of others, those of :func:`clip_jax.interop.load.load`: ``act``, ``heads``, ``size``, ``tokenizer``.
 
     Raises:
       UserError: there is no such checkpoint, or it cannot be read.
     """
+    from clip_jax.interop import load as interop
+    from clip_jax.interop.recognize import is_foreign
+
+    if is_foreign(path):
+        imported = interop.load(path, mesh=mesh, **options)
+        if interop.is_image_tower(imported.config):
+            raise checkpoint.UserError(f"{str(path)!r} holds an image tower alone, which embeds no texts: start a run from it (init_from)")
+        method = make_method(imported.config)
+        return Model(imported.config, method, imported.params, imported.extra, imported.tokenizer, mesh)
+    if options:
+        raise checkpoint.UserError(f"{str(path)!r} is a checkpoint of clip_jax, which takes no {', '.join(options)}")
     folder = checkpoint.find(path, which)
     try:
         meta = checkpoint.read_meta(folder)

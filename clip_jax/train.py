@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import clip_jax
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError
-from clip_jax.training import faults, hosts
+from clip_jax.training import faults, hosts, init_from
 
 #: What a host may wish of all: to save now; greater is an exit status to stop with.
 SAVE = 1
@@ -104,8 +104,11 @@ def make_loader(config, source, tokenizer, method, mesh, start_step):
     )  # fmt: skip
 
 
-def init_or_restore(config, method, mesh, checkpointer, batch):
-    """``(state, optimizer)`` on the mesh: the newest checkpoint's, or a new one that no single device ever holds whole."""
+def init_or_restore(config, method, mesh, checkpointer, batch, tokenizer, say):
+    """``(state, optimizer)`` on the mesh: the newest checkpoint's, or a new one that no single device ever holds whole.
+
+    A new one has the weights that ``config.init_from`` names.
+    """
     import jax
 
     from clip_jax.training import sharding
@@ -119,6 +122,9 @@ def init_or_restore(config, method, mesh, checkpointer, batch):
     state = checkpointer.restore(shapes)
     if state is None:
         state = jax.jit(init, out_shardings=shardings)(rng)
+        if config.init_from:
+            state, line = init_from.start(config, state, tokenizer)
+            say(line)
     return state, tx
 
 
@@ -203,6 +209,7 @@ def train(config, workdir, say=print, cluster=None):
     """
     workdir = prepare_workdir(workdir)
     config, source, tokenizer, method = make_parts(config)
+    init_from.check_path(config, workdir)
     limit = 60 * config.train.stall_minutes
     hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
     hosts.check_shared(workdir)
@@ -226,7 +233,7 @@ def train(config, workdir, say=print, cluster=None):
         jax.set_mesh(mesh),
         checkpoint.Checkpointer(workdir, config, tokenizer) as checkpointer,
     ):
-        state, tx = init_or_restore(config, method, mesh, checkpointer, shapes)
+        state, tx = init_or_restore(config, method, mesh, checkpointer, shapes, tokenizer, say)
         if hosts.is_first():
             (workdir / "config.json").write_text(config_lib.to_json(config))
         with closing(metrics.Writer(workdir, config)) as writer:

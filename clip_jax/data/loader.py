@@ -20,7 +20,7 @@ from absl import flags
 
 from clip_jax.data import decode
 from clip_jax.data.sources import BadRecord, Record, Source, near
-from clip_jax.data.views import ImageView, TextView, make_example
+from clip_jax.data.views import ImageView, RenderView, TextView, make_example
 from clip_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -28,7 +28,8 @@ Batch = dict[str, np.ndarray]
 _PROBED = 256  # records that are tried before a source is called unusable, and counted before its share of bad ones is judged
 _GIVE_UP = 2048  # bad records in a row
 _SMALL_SOURCE = 2**16  # up to here an explicit permutation: Grain's shuffle by index costs up to milliseconds an index in a small range
-_RESERVED = {"example_id", "label", "source_id", "mask"}
+_RESERVED = {"example_id", "label", "source_id", "text_pair", "mask"}
+_MISSING = {"label": -1, "text_pair": 0}  # in batches where a record of another part of the mixture has them
 
 
 class Loader:
@@ -181,15 +182,20 @@ class _Batches(abc.ABC):
         names = [view.name for view in views]
         if len(set(names)) < len(names) or set(names) & _RESERVED:
             raise UserError(f"views: names {names} must differ from each other and from {', '.join(sorted(_RESERVED))}")
+        for view in views:
+            if isinstance(view, TextView) and isinstance(view, RenderView) == bool(tokenizer.vocab_size):
+                needed = "a font, tokenizer=unifont" if tokenizer.vocab_size else "token ids, which no font gives"
+                raise UserError(f"view {view.name!r} needs {needed}, but the tokenizer is {tokenizer.kind}")
         self.source, self.views, self.tokenizer = source, tuple(views), tokenizer
         self.batch_size, self.rows = batch_size, range(host * batch_size // hosts, (host + 1) * batch_size // hosts)
         self._cache_bytes, self._cache, self._bad = cache_bytes, {}, {}
-        self._labelled, self._fields = False, set()
+        self._missing, self._fields = {}, set()
         parts = getattr(source, "sources", [source])
         self.starts = [0, *itertools.accumulate(len(part) for part in parts)]
         self._strides = [_stride(len(part)) for part in parts]
         probes = [self._probe(part) for part in range(len(parts))]
-        self._labelled = source.class_names is not None or any("label" in example for example in probes)
+        found = set().union(*probes) | ({"label"} if source.class_names is not None else set())
+        self._missing = {key: np.int32(value) for key, value in _MISSING.items() if key in found}
         self._check_templates()
         self.blank = {key: np.zeros_like(value) for key, value in self._complete(probes[0]).items()} | {"example_id": np.int32(-1)}
 
@@ -230,8 +236,8 @@ class _Batches(abc.ABC):
             raise
 
     def _complete(self, example: Batch) -> Batch:
-        """All examples have the same keys, though only some parts of a mixture may be labelled."""
-        return {"label": np.int32(-1)} | example if self._labelled else example
+        """All examples have the same keys, though only some parts of a mixture may be labelled, or pairs of texts."""
+        return self._missing | example
 
     def _record(self, example_id: int) -> Record:
         if (record := self._cache.get(example_id)) is not None:

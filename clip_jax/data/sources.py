@@ -9,13 +9,15 @@ import array
 import bisect
 import csv
 import difflib
+import functools
 import glob
 import itertools
 import json
+import lzma
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -214,6 +216,7 @@ class TfdsSource(BaseSource):
         except ValueError as error:
             raise UserError(f"{self.name}: split {split!r} is empty or not a split: {str(error).splitlines()[0]}") from None
         self._drop_text_label(self._data[0], asked=label is not None)
+        self._names = _names_by_concept(os.fspath(folder))
 
     def __len__(self) -> int:
         return len(self._data)
@@ -222,7 +225,19 @@ class TfdsSource(BaseSource):
         raw = {}
         for key, value in self._data[index].items():
             raw |= {f"{key}/{sub}": item for sub, item in value.items()} if isinstance(value, dict) else {key: value}
-        return self._canonical(raw)
+        return self._canonical(raw | self._names.get(_plain(raw.get("concept")), {}))
+
+
+@functools.cache
+def _names_by_concept(folder: str) -> dict[str, dict[str, str]]:
+    """Names in other languages that lie beside the records (the embedded emoji's), by concept: {"name_ko": "문어", "name_zh_hant": ...}."""
+    path = os.path.join(folder, "names_i18n.json.xz")
+    if not os.path.exists(path):
+        return {}
+    with lzma.open(path) as file:
+        data = json.load(file)
+    fields = ["name_" + locale.replace("-", "_") for locale in data["locales"]]
+    return {concept: dict(zip(fields, names, strict=True)) for concept, names in data["names"].items()}
 
 
 class MixtureSource(BaseSource):
@@ -448,6 +463,72 @@ def read_file(path: str) -> bytes:
         raise BadRecord("unreadable file") from None
 
 
+# Where a sentence ends: marks and closing quotes or brackets, then a space and no lower-case letter; after full-width marks anything.
+_SENTENCE_END = re.compile(r"""[.!?…؟।]+["'”’»)\]]* (?=[^a-z])|[。！？]+[」』”’）]* ?(?=.)""")
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, each on one line. Marks alone decide: an abbreviation before a capital ends a sentence, too."""
+    text, ends = " ".join(text.split()), [0]
+    ends += [match.end() for match in _SENTENCE_END.finditer(text)]
+    return [text[start:end].strip() for start, end in itertools.pairwise([*ends, len(text)]) if start < end]
+
+
+class SentencePairSource(BaseSource):
+    """Pairs of consecutive sentences of plain text, the text/text pairs of CLIPPO: `sentences`, two strings, and `text_pair`, 1.
+
+    Of .jsonl files the field `text` of each line is a document; of others, a paragraph, up to a blank line or 64 KiB. Of a document with n
+    sentences there are n - 1 records. 40 bytes a document are held in memory; the files are read through once.
+    """
+
+    def __init__(self, files: Sequence[str], name: str = "text"):
+        super().__init__(name)
+        self._paths, self._files = list(files), FileReader()
+        spans = array.array("q")
+        for number, path in enumerate(self._paths):
+            with open(path, "rb") as file:
+                for start, document in self._documents(path, file):
+                    if (pairs := len(self._sentences(path, document)) - 1) > 0:
+                        spans.extend((number, start, len(document), pairs))
+        self._spans = np.frombuffer(spans, np.int64).reshape(-1, 4)
+        self._ends = self._spans[:, 3].cumsum()
+        if not len(self._spans):
+            raise UserError(f"{name}: no document with two sentences" + (" in a field 'text'" if self._is_json(path) else ""))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        document = int(np.searchsorted(self._ends, index, "right"))
+        number, start, size, pairs = self._spans[document].tolist()
+        path, first = self._paths[number], index - int(self._ends[document]) + pairs
+        sentences = self._sentences(path, self._files.read(path, start, size))[first : first + 2]
+        if len(sentences) < 2:
+            raise BadRecord("changed file")
+        return {"sentences": sentences, "texts": sentences, "text_pair": 1}
+
+    @staticmethod
+    def _is_json(path: str) -> bool:
+        return path.endswith((".jsonl", ".json"))
+
+    def _documents(self, path: str, lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+        """Yields (offset, bytes) of every document."""
+        start, document = 0, b""
+        for line in lines:
+            document += line
+            if self._is_json(path) or not line.strip() or len(document) > 2**16:
+                yield start, document
+                start, document = start + len(document), b""
+        yield start, document
+
+    def _sentences(self, path: str, document: bytes) -> list[str]:
+        text = document.decode("utf-8", "replace")
+        if self._is_json(path):
+            row = _loads(text)
+            text = row.get("text") if isinstance(row, dict) else None
+        return split_sentences(text) if isinstance(text, str) else []
+
+
 def _is_image(data: bytes) -> bool:
     return data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or data[8:12] == b"WEBP"
 
@@ -465,6 +546,8 @@ def make_source(
         *.tar, {00000..00099}.tar, a folder   WebDataset shards as img2dataset writes them
         *.csv, *.tsv, *.jsonl                 a table with image paths
         a folder with one sub-folder a class  pictures
+        text:FILE                             pairs of consecutive sentences of .txt or .jsonl files (CLIPPO's text/text pairs)
+        SPEC?index=FOLDER                     what `clip_jax.data.filter` kept of it
         SPEC*3 + SPEC*1                       a mixture: numbers of examples in this proportion, 1 if not given
     `split` is a split of a TFDS data set, slices such as "train[:90%]" included; in all others it replaces "{split}" in the spec, or is a
     sub-folder of a folder. Raises UserError when there is no such data, or nothing in it.
@@ -480,8 +563,14 @@ def make_source(
         ]
         return MixtureSource(sources, [float(match[2]) if match else 1.0 for match in weights])
     fields = dict(image=image, text=text, label=label)
+    if match := re.fullmatch(r"(.+)\?index=(.+)", spec):
+        from clip_jax.data.filter import IndexedSource
+
+        return IndexedSource(make_source(match[1], split, **fields), match[2])
     if spec.startswith("tfds:"):
         return TfdsSource(_tfds_folder(spec.removeprefix("tfds:")), split, name=spec, **fields)
+    if spec.startswith("text:"):
+        return SentencePairSource(_expand(spec.removeprefix("text:").replace("{split}", split)), spec)
     if embedded := _newest_version(EMBEDDED / spec) if re.fullmatch(r"\w+", spec) else None:
         return TfdsSource(embedded, split, name=spec, **fields)
     if prepared := _newest_version(Path(spec)):

@@ -1,4 +1,4 @@
-"""Text to token ids: SentencePiece (default), CLIP BPE and BERT WordPiece behind one interface.
+"""Text to token ids: SentencePiece (default), CLIP BPE and BERT WordPiece behind one interface; or, without tokens, to pictures.
 
     tokenizer = make_tokenizer("sentencepiece")                       # the small model that ships with the package
     ids = tokenizer(["a red apple", "octopus"], context=16)           # int32 [2, 16]
@@ -10,6 +10,8 @@ A tokenizer is given by a spec, `kind[:path][?option=value&option=value]`, or by
     sentencepiece:/path/spm.model     any SentencePiece model; `?lower=true` where the model itself does not lower-case (c4_en, mC4, Gemma)
     clip_bpe                          the vocabulary of OpenAI CLIP, 49,408 ids
     wordpiece:/path/vocab.txt         uncased BERT
+    siglip:/path/spiece.model         SigLIP's: a SentencePiece model or its tokenizer.json, without punctuation, padded with EOT
+    unifont[:/path/unifont.hex]       no tokenizer: the font that draws texts as pictures, `clip_jax.data.render.Font` (CLIPPO)
 
 Every sequence is `[SOT] text [EOT] padding...`, cut so that EOT stays last. Options of every kind:
 
@@ -27,6 +29,7 @@ import hashlib
 import html
 import inspect
 import json
+import string
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
@@ -38,36 +41,84 @@ from clip_jax.errors import UserError
 VOCAB_FOLDER = epath.Path(__file__).parent / "vocab"
 SHIPPED_SENTENCEPIECE = VOCAB_FOLDER / "emoji_4k.model"
 SHIPPED_CLIP_BPE = VOCAB_FOLDER / "bpe_simple_vocab_16e6.txt.gz"
+SHIPPED_UNIFONT = VOCAB_FOLDER / "unifont-15.0.01.hex.gz"
 METADATA_FILE = "clip_jax_tokenizer.json"
 
 _CACHED_TEXTS = 16_384  # encoded texts kept per process
 _MAX_CHARS = 100_000  # far beyond any context; keeps one broken record from stalling the loader
 
 
-class Tokenizer(abc.ABC):
-    """Common part of all tokenizers. Picklable; `==` and `hash` go by `fingerprint()`.
+class TextInput(abc.ABC):
+    """What turns texts into a model's input, and is kept with its weights. Picklable; `==` and `hash` go by `fingerprint()`.
 
     Attributes:
         vocab_size: number of ids; every id is in [0, vocab_size).
         pad_id, eot_id: int. `eot_id` is defined even when `eot=False`.
         sot_id: int, or None when no SOT is prepended.
         mask_id: int, or None when the vocabulary has no mask token.
-        special_ids: ids that never stand for text (a masked language model neither selects nor draws them).
     """
 
     kind: ClassVar[str]
-    file: ClassVar[str]  # name of the vocabulary inside a saved folder
+    file: ClassVar[str]  # name of the data inside a saved folder
 
     vocab_size: int
     pad_id: int
     eot_id: int
     sot_id: int | None
     mask_id: int | None
-    special_ids: frozenset[int]
 
     def __init__(self, data: bytes, **options):
         """Args: data: content of the vocabulary file; options: the complete settings, which `save` and `fingerprint` record."""
         self.data, self.options = data, options
+
+    @abc.abstractmethod
+    def __call__(self, texts: Sequence[str], context: int) -> np.ndarray:
+        """The model's input [len(texts), ...]; `context` is its size: tokens in a sequence, pixels of a side."""
+
+    def fingerprint(self) -> str:
+        """Hex digest of kind, settings and vocabulary: equal exactly when two tokenizers give the same ids."""
+        settings = json.dumps([self.kind, self.options], sort_keys=True).encode()
+        return hashlib.sha256(settings + b"\0" + self.data).hexdigest()
+
+    def save(self, folder) -> None:
+        """Writes the vocabulary and `clip_jax_tokenizer.json` into `folder` (made if absent); `make_tokenizer(folder)` reads them."""
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.file).write_bytes(self.data)
+        metadata = {
+            "kind": self.kind,
+            "file": self.file,
+            "options": self.options,
+            "fingerprint": self.fingerprint(),
+            "vocab_size": self.vocab_size,
+            "pad_id": self.pad_id,
+            "eot_id": self.eot_id,
+            "sot_id": self.sot_id,
+            "mask_id": self.mask_id,
+        }
+        (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n")
+
+    def __reduce__(self):
+        return functools.partial(type(self), **self.options), (self.data,)
+
+    def __eq__(self, other):
+        return isinstance(other, TextInput) and self.fingerprint() == other.fingerprint()
+
+    def __hash__(self):
+        return hash(self.fingerprint())
+
+    def __repr__(self):
+        options = ", ".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{type(self).__name__}(vocab_size={self.vocab_size}, {options}, fingerprint={self.fingerprint()[:12]})"
+
+
+class Tokenizer(TextInput):
+    """Common part of all tokenizers. `special_ids` never stand for text: a masked language model neither selects nor draws them."""
+
+    special_ids: frozenset[int]
+
+    def __init__(self, data: bytes, **options):
+        super().__init__(data, **options)
         self._cache: dict[str, list[int]] = {}
 
     # --- what a kind of tokenizer defines ---
@@ -119,41 +170,19 @@ class Tokenizer(abc.ABC):
         is_eot = ids == self.eot_id
         return np.where(is_eot.any(-1), is_eot.argmax(-1) + 1, ids.shape[-1]).astype(np.int32)
 
-    def fingerprint(self) -> str:
-        """Hex digest of kind, settings and vocabulary: equal exactly when two tokenizers give the same ids."""
-        settings = json.dumps([self.kind, self.options], sort_keys=True).encode()
-        return hashlib.sha256(settings + b"\0" + self.data).hexdigest()
 
-    def save(self, folder) -> None:
-        """Writes the vocabulary and `clip_jax_tokenizer.json` into `folder` (made if absent); `make_tokenizer(folder)` reads them."""
-        folder = epath.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.file).write_bytes(self.data)
-        metadata = {
-            "kind": self.kind,
-            "file": self.file,
-            "options": self.options,
-            "fingerprint": self.fingerprint(),
-            "vocab_size": self.vocab_size,
-            "pad_id": self.pad_id,
-            "eot_id": self.eot_id,
-            "sot_id": self.sot_id,
-            "mask_id": self.mask_id,
-        }
-        (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-    def __reduce__(self):
-        return functools.partial(type(self), **self.options), (self.data,)
 
-    def __eq__(self, other):
-        return isinstance(other, Tokenizer) and self.fingerprint() == other.fingerprint()
+def canonicalize(text: str, keep: str = "") -> str:
+    """Text in the canonical form of SigLIP's evaluation: `_` becomes a space, no punctuation, lower case, single spaces.
 
-    def __hash__(self):
-        return hash(self.fingerprint())
-
-    def __repr__(self):
-        options = ", ".join(f"{k}={v}" for k, v in self.options.items())
-        return f"{type(self).__name__}(vocab_size={self.vocab_size}, {options}, fingerprint={self.fingerprint()[:12]})"
+    Args:
+        keep: a string that stays as it is, "{}" in templates and "," in class names.
+    """
+    text = text.replace("_", " ")
+    parts = text.split(keep) if keep else [text]
+    return " ".join(keep.join(part.translate(_PUNCTUATION) for part in parts).lower().split())
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -189,6 +218,50 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids if int(i) not in self.special_ids])
+
+
+class SiglipTokenizer(Tokenizer):
+    """SigLIP's tokenizer as released: a SentencePiece model, or the `tokenizer.json` that Hugging Face made of one.
+
+    Texts are padded with EOT ("sticky EOT": the last token, which is pooled, is always EOT).
+
+    Args:
+        clean: what is done to a text before: "canonical" (SigLIP in open_clip and transformers: lower case, no punctuation, single
+            spaces) or "lower" (SigLIP and SigLIP 2 in big_vision).
+    """
+
+    kind, file = "siglip", "vocabulary"
+    _EOT = ("</s>", "<eos>")
+
+    def __init__(self, data: bytes, *, eot: bool = True, pad_with_eot: bool = True, clean: str = "canonical"):
+        super().__init__(data, eot=eot, pad_with_eot=pad_with_eot, clean=clean)
+        if clean not in ("canonical", "lower"):
+            raise UserError(f"clean={clean!r} is unknown; allowed: canonical, lower")
+        if data[:1] == b"{":
+            from tokenizers import Tokenizer as HfTokenizer
+
+            try:
+                model = HfTokenizer.from_str(data.decode())
+            except Exception as e:  # the library raises nothing more specific
+                raise UserError(f"the file is not a tokenizer.json ({e})") from e
+            ids = {piece: model.token_to_id(piece) for piece in (*self._EOT, "<pad>", "<unk>", "<bos>", "<s>", "<mask>")}
+            eot_ids = [ids[piece] for piece in self._EOT if ids[piece] is not None]
+            if not eot_ids:
+                raise UserError(f"the tokenizer.json has none of the pieces {', '.join(self._EOT)}, one of which is needed as end of text")
+            self.eot_id, self.vocab_size = eot_ids[0], model.get_vocab_size()
+            self.special_ids = frozenset(i for i in ids.values() if i is not None and i != ids["<unk>"])
+            self._ids, self._text = lambda text: model.encode(text, add_special_tokens=False).ids, model.decode
+        else:
+            model = SentencePieceTokenizer(data)
+            self.eot_id, self.vocab_size, self.special_ids = model.eot_id, model.vocab_size, model.special_ids
+            self._ids, self._text = model._encode, model.decode
+        self.pad_id, self.sot_id, self.mask_id = self.eot_id, None, None
+
+    def _encode(self, text: str) -> list[int]:
+        return self._ids(canonicalize(text) if self.options["clean"] == "canonical" else text.lower())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._text([int(i) for i in ids if int(i) not in self.special_ids])
 
 
 class ClipBpeTokenizer(Tokenizer):
@@ -310,35 +383,42 @@ class WordPieceTokenizer(Tokenizer):
         return self._model.decode([int(i) for i in ids if int(i) not in self.special_ids])
 
 
-_KINDS: dict[str, tuple[type[Tokenizer], epath.Path | None]] = {
-    "sentencepiece": (SentencePieceTokenizer, SHIPPED_SENTENCEPIECE),
-    "clip_bpe": (ClipBpeTokenizer, SHIPPED_CLIP_BPE),
-    "wordpiece": (WordPieceTokenizer, None),
-}
+@functools.cache
+def _kinds() -> dict[str, tuple[type[TextInput], epath.Path | None]]:
+    """Class and shipped file by kind."""
+    from clip_jax.data.render import Font  # which is a TextInput itself
+
+    return {
+        "sentencepiece": (SentencePieceTokenizer, SHIPPED_SENTENCEPIECE),
+        "siglip": (SiglipTokenizer, None),
+        "clip_bpe": (ClipBpeTokenizer, SHIPPED_CLIP_BPE),
+        "wordpiece": (WordPieceTokenizer, None),
+        "unifont": (Font, SHIPPED_UNIFONT),
+    }
 
 
-def make_tokenizer(spec: str) -> Tokenizer:
+def make_tokenizer(spec: str) -> TextInput:
     """Makes the tokenizer of `spec` (grammar in the module docstring), or reads the folder that `Tokenizer.save` wrote.
 
     Raises UserError if the kind, an option or its value is unknown, or a file is missing or of another format.
     """
     name, _, options = str(spec).partition("?")
     kind, _, path = name.partition(":")
-    if kind not in _KINDS:
+    if kind not in _kinds():
         return _load(epath.Path(spec))
-    cls, shipped = _KINDS[kind]
+    cls, shipped = _kinds()[kind]
     file = epath.Path(path) if path else shipped
     if file is None:
         raise UserError(f"tokenizer {spec!r} needs the path of its vocabulary: '{kind}:/path/{cls.file}'")
     return _make(cls, file, _parse_options(cls, options, spec))
 
 
-def _load(folder: epath.Path) -> Tokenizer:
+def _load(folder: epath.Path) -> TextInput:
     if not (folder / METADATA_FILE).exists():
-        raise UserError(f"tokenizer {str(folder)!r} is neither a kind ({', '.join(_KINDS)}) nor a folder that holds {METADATA_FILE}")
+        raise UserError(f"tokenizer {str(folder)!r} is neither a kind ({', '.join(_kinds())}) nor a folder that holds {METADATA_FILE}")
     try:
         metadata = json.loads((folder / METADATA_FILE).read_text())
-        cls = _KINDS[metadata["kind"]][0]
+        cls = _kinds()[metadata["kind"]][0]
         tokenizer = _make(cls, folder / metadata["file"], metadata["options"])
         saved = metadata["fingerprint"]
     except (json.JSONDecodeError, KeyError, TypeError) as e:
@@ -348,7 +428,7 @@ def _load(folder: epath.Path) -> Tokenizer:
     return tokenizer
 
 
-def _make(cls: type[Tokenizer], file: epath.Path, options: dict) -> Tokenizer:
+def _make(cls: type[TextInput], file: epath.Path, options: dict) -> TextInput:
     try:
         data = file.read_bytes()
     except OSError as e:
@@ -359,7 +439,7 @@ def _make(cls: type[Tokenizer], file: epath.Path, options: dict) -> Tokenizer:
         raise UserError(f"tokenizer {cls.kind}: {file}: {e}") from e
 
 
-def _parse_options(cls: type[Tokenizer], text: str, spec: str) -> dict:
+def _parse_options(cls: type[TextInput], text: str, spec: str) -> dict:
     allowed = {name: p.default for name, p in inspect.signature(cls).parameters.items() if name != "data"}
     options = {}
     for item in filter(None, text.split("&")):

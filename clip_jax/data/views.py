@@ -35,7 +35,7 @@ class ImageView:
     def is_random(self) -> bool:
         return any(augment.parse(self.augment, self.size).random)
 
-    def __call__(self, record: Record, rng: np.random.Generator | None) -> np.ndarray:
+    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer=None) -> np.ndarray:
         if record.get("image") is None:
             raise BadRecord("no image")
         return np.asarray(augment.parse(self.augment, self.size)(decode.open_image(record["image"]), rng))
@@ -92,6 +92,38 @@ class TextView:
         return tokenizer([caption], self.context)[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class RenderView(TextView):
+    """A caption drawn as a picture, uint8 [context, context, 1]: `context` is in pixels, the tokenizer a `render.Font`.
+
+    Of a pair of sentences (`sources.SentencePairSource`) it is the second one. One channel, which the device repeats: a third of the memory
+    and of the transfer of three equal ones.
+    """
+
+    context: int = 224
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.context, self.context, 1)
+
+    dtype = np.dtype(np.uint8)
+
+    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
+        if "sentences" not in record:
+            return super().__call__(record, rng, tokenizer)
+        return tokenizer(record["sentences"][1:], self.context)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOrTextView(ImageView):
+    """As `ImageView`; of a pair of sentences the first one, drawn by the tokenizer, a `render.Font`."""
+
+    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer=None) -> np.ndarray:
+        if "sentences" not in record:
+            return super().__call__(record, rng)
+        return np.broadcast_to(tokenizer(record["sentences"][:1], self.size)[0], self.shape)
+
+
 @functools.lru_cache(maxsize=1024)
 def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
     try:
@@ -144,17 +176,15 @@ def _join(values: list[str], rng: np.random.Generator | None) -> str:
 def make_example(
     record: Record, example_id: int, views: Sequence[ImageView | TextView], tokenizer, rng: np.random.Generator | None = None
 ) -> dict[str, np.ndarray]:
-    """One example: {view.name: array} and int32 scalars `example_id` and, where the record has them, `label` and `source_id`.
+    """One example: {view.name: array} and int32 scalars `example_id` and, where the record has them, `label`, `source_id`, `text_pair`.
 
     The views draw from `rng` in their order; None means evaluation. Raises BadRecord when a view cannot use the record.
     """
     if sum(isinstance(view, ImageView) for view in views) > 1 and record.get("image") is not None:
         record = record | {"image": decode.load(decode.open_image(record["image"]))}  # decode once for all
-    example = {}
-    for view in views:
-        example[view.name] = view(record, rng) if isinstance(view, ImageView) else view(record, rng, tokenizer)
+    example = {view.name: view(record, rng, tokenizer) for view in views}
     example["example_id"] = np.int32(example_id)
-    for key in ("label", "source_id"):
+    for key in ("label", "source_id", "text_pair"):
         if key in record:
             example[key] = np.int32(record[key])
     return example

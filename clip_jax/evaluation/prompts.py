@@ -7,16 +7,15 @@ ImageNet), "simple", "emoji", and sets of CLIP's for other data sets under the d
 
 import functools
 import json
-import string
 from collections import Counter
 from collections.abc import Sequence
 
 from etils import epath
 
+from clip_jax.data.tokenizers import canonicalize
 from clip_jax.errors import UserError
 
 _FOLDER = epath.Path(__file__).parent
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @functools.cache
@@ -97,17 +96,6 @@ def resolve_duplicates(names: Sequence[str], duplicates: str = "error") -> tuple
         raise UserError(f"class_names: several classes have the name {some}; rename them, or set duplicates to merge or keep")
     index = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return list(index), [index[name] for name in names]
-
-
-def canonicalize(text: str, keep: str = "") -> str:
-    """Text in the canonical form of SigLIP's evaluation: `_` becomes a space, no punctuation, lower case, single spaces.
-
-    Args:
-        keep: a string that stays as it is, "{}" in templates and "," in class names.
-    """
-    text = text.replace("_", " ")
-    parts = text.split(keep) if keep else [text]
-    return " ".join(keep.join(part.translate(_PUNCTUATION) for part in parts).lower().split())
 
 
 def class_prompts(class_names: Sequence[str], templates: Sequence[str], canonical: bool = False) -> list[str]:

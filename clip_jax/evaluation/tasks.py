@@ -15,7 +15,7 @@ Metrics (shares in [0, 1]; `<name>` is the argument `name` of a task; all keys a
     retrieval_task   <name>/image_to_text_R@1, R@5, R@10, text_to_image_R@1, R@5, R@10, images, texts, skipped
     probe_task       <name>/accuracy, val_accuracy, l2 (the chosen strength), images, classes, skipped
     emoji_task       emoji/<cell>/..., or emoji_val/<cell>/... and emoji_test/<cell>/... for those subsets of the unseen concepts, where
-                     <cell> = {seen,unseen}_concept_{seen,unseen}_vendor, and for each cell
+                     <cell> = {seen,unseen}_concept_{seen,unseen}_vendor (names in Korean: emoji_ko, emoji_val_ko, ...), and for each cell
         top1, top5                                   1-of-N over all concepts of the cell's side: N = all seen, or all unseen, concepts
         top1_without_flags_clocks_keycaps, top5_...  the same N classes, fewer pictures
         top1_without_compositions, top5_...          further without man/woman x role and families
@@ -46,7 +46,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clip_jax.data.decode import decode_image
-from clip_jax.data.sources import BadRecord, Record, Source, make_source
+from clip_jax.data.sources import BadRecord, Record, Source, make_source, near
 from clip_jax.errors import UserError
 from clip_jax.evaluation import baselines, zeroshot
 from clip_jax.evaluation.probe import linear_probe
@@ -256,6 +256,7 @@ def probe_task(
 def emoji_task(
     model,
     subset: str = "all",
+    language: str = "en",
     *,
     templates: str | Sequence[str] = ("{}",),
     canonical: bool = False,
@@ -267,6 +268,7 @@ def emoji_task(
 
     Args:
         subset: of the unseen concepts: "all", or cheaper "val" (to choose a checkpoint by) and "test", which leave out the seen cells.
+        language: of the names, a locale of the set such as "ko"; metrics of any but "en" are called emoji_ko/..., emoji_val_ko/...
         templates: prompts; retrieval uses the first one alone.
         canonical: bring prompts to SigLIP's canonical form.
         seen_pictures: size of the evenly spaced sample of training pictures for the cell seen_concept_seen_vendor; None takes all.
@@ -276,14 +278,21 @@ def emoji_task(
     if subset not in ("all", "val", "test"):
         raise UserError(f"emoji: subset={subset!r}; allowed: all, val, test")
     prefix, parts = ("emoji", ("val", "test")) if subset == "all" else (f"emoji_{subset}", (subset,))
+    field = "name"
+    if language != "en":
+        prefix, field = f"{prefix}_{language}", "name_" + language.replace("-", "_")
     result = EvalResult({})
     unseen = {v: _embed(model, [open_split(f"{part}_{v}_vendor") for part in parts], batch_size) for v in ("seen", "unseen")}
-    names = sorted({record["name"] for embedded in unseen.values() for record in embedded.records})
+    records = [record for embedded in unseen.values() for record in embedded.records]
+    if missing := [record for record in records if field not in record]:
+        known = sorted(key.removeprefix("name_").replace("_", "-") for key in missing[0] if key.startswith("name_"))
+        raise UserError(f"emoji: language={language!r}: no such names{near(language, known)}; allowed: {', '.join(known) or 'en'}")
+    names = sorted({record[field] for record in records})
     classifier = zeroshot.make_classifier(model, names, templates, canonical=canonical)
     z_text = np.asarray(model.embed_text(class_prompts(names, load_templates(templates)[:1], canonical)))
     for vendor, embedded in unseen.items():
         cell = f"{prefix}/unseen_concept_{vendor}_vendor"
-        labels = _add_emoji_cell(result, cell, classifier, names, embedded)
+        labels = _add_emoji_cell(result, cell, classifier, names, field, embedded)
         present = np.unique(labels)
         texts = [names[i] for i in present]
         found = recall(embedded.z, z_text[present], labels, present, similarity=model.similarity)
@@ -292,7 +301,8 @@ def emoji_task(
         result.artefacts["similarity"][cell] = _similarity_matrix(model, embedded, labels, names, z_text)
     both = _join(*unseen.values())
     groups = [record["group"] for record in both.records]
-    result.artefacts["map"][f"{prefix}/unseen_concept"] = _embedding_map(both, _emoji_labels(both.records, names), names, z_text, groups)
+    both_labels = _emoji_labels(both.records, names, field)
+    result.artefacts["map"][f"{prefix}/unseen_concept"] = _embedding_map(both, both_labels, names, z_text, groups)
     skipped = both.skipped
 
     if subset == "all":
@@ -300,13 +310,13 @@ def emoji_task(
         seen = {"seen": _embed(model, [train], batch_size, seen_pictures), "unseen": _embed(model, [other], batch_size)}
         skipped += seen["seen"].skipped + seen["unseen"].skipped
         references, records, rows = _pixels(Pictures([train], _everything([train])))
-        names = sorted({record["name"] for record in records + seen["unseen"].records})
+        names = sorted({record[field] for record in records + seen["unseen"].records})
         classifier = zeroshot.make_classifier(model, names, templates, canonical=canonical)
-        reference_labels = _emoji_labels(records, names)
+        reference_labels = _emoji_labels(records, names, field)
         reference_of = {int(row): i for i, row in enumerate(rows)}
         for vendor, embedded in seen.items():
             cell = f"{prefix}/seen_concept_{vendor}_vendor"
-            labels = _add_emoji_cell(result, cell, classifier, names, embedded)
+            labels = _add_emoji_cell(result, cell, classifier, names, field, embedded)
             queries, _, _ = _pixels(embedded.pictures)
             itself = [reference_of[int(i)] for _, i in embedded.pictures.where] if vendor == "seen" else None
             top = baselines.nearest_classes(references, reference_labels, queries, len(names), leave_out=itself)
@@ -339,14 +349,16 @@ def _emoji_accuracies(top: np.ndarray, labels: np.ndarray, records: Sequence[Rec
     return metrics
 
 
-def _emoji_labels(records: Sequence[Record], names: Sequence[str]) -> np.ndarray:
+def _emoji_labels(records: Sequence[Record], names: Sequence[str], field: str) -> np.ndarray:
     label = {name: i for i, name in enumerate(names)}
-    return np.asarray([label[record["name"]] for record in records], np.int32)
+    return np.asarray([label[record[field]] for record in records], np.int32)
 
 
-def _add_emoji_cell(result: EvalResult, cell: str, classifier: zeroshot.Classifier, names: list[str], embedded: "_Embedded") -> np.ndarray:
-    """Adds the classification of a cell to `result`; returns the labels int32 [n]."""
-    labels = _emoji_labels(embedded.records, names)
+def _add_emoji_cell(
+    result: EvalResult, cell: str, classifier: zeroshot.Classifier, names: list[str], field: str, embedded: "_Embedded"
+) -> np.ndarray:
+    """Adds the classification of a cell to `result`; returns the labels int32 [n]. field: of the records, with their name."""
+    labels = _emoji_labels(embedded.records, names, field)
     top, scores = classifier.top(embedded.z)
     vendors = [record["vendor"] for record in embedded.records]
     result.artefacts["classification"][cell] = Classification(names, labels, top, scores, embedded.pictures, vendors)

@@ -18,7 +18,7 @@ def cross_entropy(logits, targets):
     return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
-def infonce(z_image, z_text, scale, smoothing=0.0, weights=None):
+def infonce(z_image, z_text, scale, smoothing=0.0, weights=None, kinds=None):
     """InfoNCE over the global batch: the mean of both directions (CLIP: Radford et al. 2021, figure 3; ALIGN: twice this).
 
     Args:
@@ -26,10 +26,11 @@ def infonce(z_image, z_text, scale, smoothing=0.0, weights=None):
       scale: ``exp(logit_scale)``, scalar.
       smoothing: label smoothing; the target is ``1 - smoothing`` on the diagonal plus ``smoothing / B`` everywhere.
       weights: of the examples' losses, ``[B]``, for both directions; the sum is divided by B all the same.
+      kinds: ``{name: bool [B]}``, kinds of examples whose accuracies are to be told apart.
 
     Returns:
       ``(loss, metrics)``: a float32 scalar, and the accuracy in the batch of both directions, ``image_to_text_acc`` and
-      ``text_to_image_acc``.
+      ``text_to_image_acc``; with ``kinds`` in their place ``<name>_acc``, their mean over the examples of a kind, 0 without any.
     """
     z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
     positive = scale * jnp.sum(z_image * z_text, axis=1)
@@ -38,7 +39,10 @@ def infonce(z_image, z_text, scale, smoothing=0.0, weights=None):
     if smoothing:
         losses[0] -= smoothing * scale * z_image @ z_text.mean(0)
         losses[1] -= smoothing * scale * z_text @ z_image.mean(0)
-    return _mean(losses, weights), _accuracies(positive, negatives)
+    if kinds is None:
+        return _mean(losses, weights), _accuracies(positive, negatives)
+    won = ((positive > negatives.row_max).astype(jnp.float32) + (positive > negatives.col_max)) / 2
+    return _mean(losses, weights), {f"{name}_acc": jnp.sum(won * kind) / jnp.maximum(jnp.sum(kind), 1) for name, kind in kinds.items()}
 
 
 def soft_infonce(z_image, z_text, scale, target_fn, target_params, image_targets, text_targets, weights=None):

@@ -1,0 +1,179 @@
+"""Our models in open_clip and transformers: random weights of the published sizes, exported, loaded there, the same embeddings?
+
+    python benchmarks/parity.py --sizes ViT-B/32,RN50,SigLIP-B/16-224 --torch-python /path/to/python
+
+For each size and target ``clip_jax.interop.export`` writes a folder and another interpreter (``--torch-python``) loads it with the
+library's own functions: weights, preprocessing and tokenizer. Both sides embed the same pictures and texts in float32 on the CPU;
+``image`` and ``text`` are the largest differences of the unit vectors' entries; ``apart`` is how far two different inputs are apart at
+least (the largest difference of their entries), without which nothing would be shown; ``same ids``: do both tokenizers agree, up to
+the end of text? Exits with 1 when a difference is above --tolerance.
+
+Every parameter is random, also biases, gains and running statistics. SigLIP has the tokenizer that ships with us, whose vocabulary of
+4,096 pieces takes the place of 32,000; and for open_clip ``gelu``, which timm's B/16 has there (docs/checkpoints.md).
+"""
+
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import common
+
+COLUMNS = {"model": "<16", "target": "<10", "parameters": ">13,", "image": ">9.1e", "text": ">9.1e", "apart": ">8.1e"}
+COLUMNS |= {"same ids": ">9", "seconds": ">8.1f"}
+SIZES = "ViT-B/32,ViT-B/16,ViT-L/14,RN50,RN101,RN50x4,SigLIP-B/16-224"
+TEXTS = ["a photo of a cat", "Hello, World!", "zwölf  Boxkämpfer & a <dog>", "an astronaut riding a horse " * 30]
+IMAGES = 4
+
+
+def make_model(size, target):
+    """Our model of a published size with random weights."""
+    import jax
+    import numpy as np
+
+    from clip_jax import config as config_lib
+    from clip_jax.data.tokenizers import make_tokenizer
+    from clip_jax.inference import Model
+    from clip_jax.methods.interface import make_method
+    from clip_jax.models.towers import use_size
+
+    config = config_lib.base()
+    use_size(config.model, size)
+    config.model.dtype, config.tokenizer = "float32", "clip_bpe"
+    if size.startswith("SigLIP"):
+        config.method, config.tokenizer = "siglip", "sentencepiece?lower=true&pad_with_eot=true"
+        config.model.image_mean = config.model.image_std = (0.5, 0.5, 0.5)
+        config.eval.transform = ("squash",)
+        if target == "open_clip":
+            config.model.image.act = "gelu"
+    tokenizer = make_tokenizer(config.tokenizer)
+    config = config_lib.resolve(config, tokenizer)
+    method = make_method(config)
+    batch = {view.name: np.zeros((2, *view.shape), view.dtype) for view in method.views}
+
+    rng = np.random.default_rng(0)
+
+    def random(path, x):
+        if jax.tree_util.keystr(path).endswith(("scale']", "var']")):
+            return 0.5 + rng.random(x.shape, np.float32)
+        # Kernels of the size that keeps activations as large as they are.
+        return rng.standard_normal(x.shape, np.float32) * (1 / math.sqrt(math.prod(x.shape[:-1])) if x.ndim > 1 else 0.1)
+
+    shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
+    params, extra = jax.tree_util.tree_map_with_path(random, shapes)
+    return Model(config, method, params | {"logit_scale": np.float32(2.0)}, extra, tokenizer)
+
+
+def theirs(folder, target, inputs, out):
+    """In the other interpreter: the embeddings of an exported folder."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    arrays = np.load(inputs)
+    pictures, texts = [Image.fromarray(x) for x in arrays["images"]], arrays["texts"].tolist()
+    if target == "open_clip":
+        import open_clip
+
+        model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        pixels = torch.stack([transform(picture) for picture in pictures])
+        ids = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
+        embed = model.eval().encode_image, model.encode_text
+    else:
+        import transformers
+
+        model = transformers.AutoModel.from_pretrained(folder).eval()
+        pixels = transformers.AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt")["pixel_values"]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+        embed = [lambda x: pooled(model.get_image_features(x)), lambda x: pooled(model.get_text_features(x))]
+    with torch.no_grad():
+        z = [torch.nn.functional.normalize(f(x).float(), dim=-1).numpy() for f, x in zip(embed, (pixels, ids), strict=True)]
+    np.savez(out, image=z[0], text=z[1], ids=ids.numpy(), parameters=sum(p.numel() for p in model.parameters()), **versions())
+
+
+def pictures(size):
+    """uint8 ``[n, size, size, 3]``: a few large patches of colour and noise, as noise alone looks the same everywhere."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (IMAGES, 3, 3, 3)).repeat(-(-size // 3), 1).repeat(-(-size // 3), 2)[:, :size, :size]
+    return np.clip(coarse + rng.normal(0, 20, coarse.shape), 0, 255).astype(np.uint8)
+
+
+def pooled(features):
+    """transformers 5 gives an object around the embeddings, earlier versions the tensor."""
+    return getattr(features, "pooler_output", features)
+
+
+def versions():
+    import importlib.metadata
+
+    found = {}
+    for name in ("torch", "open_clip_torch", "transformers", "timm"):
+        try:
+            found[f"version_{name}"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def measure(size, target, args, report):
+    """Adds a row; returns whether it is within the tolerance."""
+    import numpy as np
+
+    from clip_jax.interop.export import export
+
+    start, folder = time.perf_counter(), tempfile.mkdtemp()
+    try:
+        model = make_model(size, target)
+        export(model, target, f"{folder}/model")
+        pixels = pictures(model.image_view.size)
+        np.savez(f"{folder}/in.npz", images=pixels, texts=TEXTS)
+        command = [args.torch_python, __file__, "--theirs", f"{folder}/model", target, f"{folder}/in.npz", f"{folder}/out.npz"]
+        done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"error: {size} in {target}: " + done.stderr[-2000:])
+        found = dict(np.load(f"{folder}/out.npz"))
+        z = {"image": model.embed_image(pixels), "text": model.embed_text(TEXTS)}
+        differences = {name: float(np.abs(x - found[name]).max()) for name, x in z.items()}
+        apart = min(float(np.abs(x[i] - x[j]).max()) for x in z.values() for i in range(len(x)) for j in range(i))
+        context = model.config.model.text.context
+        ids = model.tokenizer(TEXTS, context)
+        looked_at = np.arange(context) < model.tokenizer.lengths(ids)[:, None]
+        same = bool((np.where(looked_at, ids, 0) == np.where(looked_at, found["ids"], 0)).all())
+        about = {name: str(x) for name, x in found.items() if name.startswith("version_")}
+        report.add(**{
+            "model": size, "target": target, "parameters": int(found["parameters"]), "apart": apart, "same ids": str(same),
+            "seconds": time.perf_counter() - start, **differences, **about,
+        })  # fmt: skip
+        return max(differences.values()) <= args.tolerance and same
+    finally:
+        shutil.rmtree(folder)
+
+
+def main():
+    if sys.argv[1:2] == ["--theirs"]:
+        return theirs(*sys.argv[2:])
+    parser = common.make_parser(__doc__, "parity")
+    parser.add_argument("--sizes", default=SIZES, help="split by commas (default: %(default)s)")
+    parser.add_argument("--targets", default="open_clip,hf", help="open_clip, hf (default: %(default)s)")
+    parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has the libraries (default: this one)")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="of the unit vectors' entries (default: %(default)s)")
+    args = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    report = common.Report(COLUMNS, torch_python=str(pathlib.Path(args.torch_python)), tolerance=args.tolerance)
+    report.header()
+    pairs = [(size, target) for size in args.sizes.split(",") for target in args.targets.split(",")]
+    pairs = [pair for pair in pairs if pair[1] == "open_clip" or not pair[0].startswith("RN")]  # transformers has no CLIP ResNet
+    within = [measure(size, target, args, report) for size, target in pairs]
+    report.write(args.json)
+    return 0 if all(within) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""Our models for others: ``python -m clip_jax.interop.export --checkpoint=runs/clip --to=open_clip|hf --out=FOLDER``.
+
+``open_clip`` writes a folder for ``open_clip.create_model_and_transforms("local-dir:FOLDER")``, ``hf`` one for transformers'
+``CLIPModel``, ``SiglipModel`` or ``AlignModel.from_pretrained("FOLDER")`` with ``AutoProcessor``: weights in float32, the
+configuration, the preprocessing and the tokenizer. docs/checkpoints.md says what fits.
+
+What is written is read again as an import reads it, and has to describe the same model: what the target has no place for is an
+error, never left out.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+
+from clip_jax import config as config_lib
+from clip_jax.data import augment
+from clip_jax.errors import UserError
+from clip_jax.interop import configs, export_tokenizer, layouts, load
+from clip_jax.interop.layouts import hf, open_clip
+from clip_jax.methods.interface import Method
+
+WEIGHTS = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors"}
+TARGETS = tuple(WEIGHTS)
+HF_ACTS = {ours: theirs for theirs, ours in configs.ACTS.items() if theirs != "gelu_new"}
+HF_RESAMPLE = {name: number for number, name in configs.RESAMPLE.items()}
+#: timm's ViTs with attention pooling by (patch, width, depth, MLP): the name before the size, and the sizes that there are.
+TIMM_SIGLIP = {
+    (16, 768, 12, 3072): ("vit_base_patch16_siglip", (224, 256, 384, 512)),
+    (32, 768, 12, 3072): ("vit_base_patch32_siglip", (256,)),
+    (16, 1024, 24, 4096): ("vit_large_patch16_siglip", (256, 384, 512)),
+    (14, 1152, 27, 4304): ("vit_so400m_patch14_siglip", (224, 378, 384)),
+    (16, 1152, 27, 4304): ("vit_so400m_patch16_siglip", (256, 384, 512)),
+    (16, 1536, 40, 6144): ("vit_giantopt_patch16_siglip", (256, 384)),
+}
+#: Fields of the towers that matter in training only.
+TRAINING = {"weight_init", "patch_drop", "dropout", "bn_group"}
+
+
+def export(model, to, out, tokenizer=True):
+    """Writes a :class:`clip_jax.inference.Model` into the folder ``out``, which must be new or empty.
+
+    Args:
+      model: the model.
+      to: ``"open_clip"`` or ``"hf"``.
+      out: the folder.
+      tokenizer: also write the tokenizer.
+
+    Returns lines that say what was written. Raises UserError, in one line and before anything is written, for a model or
+    tokenizer that the target cannot express.
+    """
+    from safetensors.numpy import save_file
+
+    if to not in TARGETS:
+        raise config_lib.unknown("--to: there is no target", to, TARGETS)
+    out = check_out(out)
+    config, arrays = model.config.copy_and_resolve_references().unlock(), _arrays(model)
+    load.shapes(config)  # gives the towers all their fields
+    if model.method.similarity is not Method.similarity:
+        raise UserError(f"--to={to} cannot express method={config.method!r}: its similarity is not a dot product")
+    make = {"open_clip": _open_clip, "hf": _hf}[to]
+    files, entries, note = make(config, arrays)
+    theirs = layouts.save(entries, arrays)
+    _same_model(config, files, theirs, to)
+    layouts.check(entries, theirs, arrays)
+    notes = [note] if note else []
+    if not tokenizer or model.tokenizer is None:
+        notes.append("note: without a tokenizer")
+    elif to == "open_clip":
+        text_cfg = files["open_clip_config.json"]["model_cfg"]["text_cfg"]
+        files |= export_tokenizer.for_open_clip(model.tokenizer, config.model.text.context, text_cfg)
+    else:
+        files |= export_tokenizer.for_hf(model.tokenizer, config.model.text.context)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (out / name).write_bytes(content if isinstance(content, bytes) else (json.dumps(content, indent=1) + "\n").encode())
+    save_file(theirs, out / WEIGHTS[to], metadata={"format": "pt"})
+    count = sum(math.prod(x.shape) for path, x in arrays.items() if path.startswith("params/"))
+    return [f"written: {out}: {count:,} parameters; {', '.join(sorted([WEIGHTS[to], *files]))}", *notes]
+
+
+def check_out(out):
+    """The folder to write; raises UserError unless it is new or empty."""
+    out = pathlib.Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out} is there already: give a new folder")
+    return out
+
+
+def _arrays(model):
+    """``{path: array}`` of parameters and running statistics, layers not stacked."""
+    import jax
+
+    from clip_jax.models.transformer import unstack_blocks
+    from clip_jax.training.sharding import path_name
+
+    params = model.params
+    if model.config.model.scan:
+        params = {name: unstack_blocks(x) if isinstance(x, dict) and "block" in x else x for name, x in params.items()}
+    tree = {"params": params, "extra": model.extra}
+    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _open_clip(config, arrays):
+    """``(files, layout, note or None)`` for open_clip."""
+    image, text = _towers(config, "open_clip", {"vit", "resnet"}, {"transformer"})
+    timm = image.get("pool") == "map"
+    acts = [tower["act"] for tower in (image, text) if "act" in tower]
+    pools = {"eot": "argmax" if text["eot_id"] == text["vocab_size"] - 1 else "eos", "last": "last", "first": "first"}
+    size, steps = image["size"], _steps(config)
+    if timm:
+        name, sizes = TIMM_SIGLIP.get(tuple(image[field] for field in ("patch", "width", "depth", "mlp_dim")), ("", ()))
+        if size not in sizes:
+            raise UserError(
+                "--to=open_clip: timm, whose towers open_clip takes for attention pooling, has none of this patch, width, depth and size; "
+                "--to=hf can express it"
+            )
+        vision = dict(image_size=size, timm_model_name=f"{name}_{size}", timm_pool="map", timm_proj="linear" if image["proj"] else "none")
+        vision |= dict(timm_model_pretrained=False, timm_proj_bias=image["proj_bias"])
+    elif image["kind"] == "resnet":
+        vision = dict(image_size=size, layers=list(image["layers"]), width=image["width"])
+    else:
+        vision = dict(
+            _open_clip_transformer(image), image_size=size, patch_size=image["patch"], head_width=image["width"] // image["heads"]
+        )
+        vision |= dict(pool_type="avg" if image["pool"] == "gap" else "tok", no_ln_pre=not image["ln_pre"])
+    cfg = {
+        "embed_dim": config.model.embed_dim,
+        "quick_gelu": "quick_gelu" in acts,
+        "vision_cfg": vision,
+        "text_cfg": _open_clip_transformer(text)
+        | dict(context_length=text["context"], vocab_size=text["vocab_size"], heads=text["heads"], proj_bias=text["proj_bias"])
+        | dict(pool_type=pools.get(text["pool"], "argmax"), eos_id=text["eot_id"], no_causal_mask=not text["causal"]),
+    }
+    if timm:
+        cfg["custom_text"] = True
+    if "params/logit_bias" in arrays:
+        cfg["init_logit_bias"] = -10.0
+    filter_ = steps["filter"] if steps["filter"] in ("bicubic", "bilinear") else "bicubic"
+    preprocess = dict(mean=list(config.model.image_mean), std=list(config.model.image_std), interpolation=filter_)
+    preprocess |= dict(size=size, mode="RGB", resize_mode="shortest" if steps["keep"] else "squash")
+    entries = open_clip.entries(arrays, custom_text=timm, timm=timm)
+    files = {"open_clip_config.json": {"model_cfg": cfg, "preprocess_cfg": preprocess}}
+    return files, entries, _preprocessing_note(config, steps, (size, filter_))
+
+
+def _open_clip_transformer(tower):
+    ratio = tower["mlp_dim"] / tower["width"]
+    if int(ratio * tower["width"]) < tower["mlp_dim"]:  # as open_clip rounds
+        ratio = math.nextafter(ratio, math.inf)
+    fields = dict(width=tower["width"], layers=tower["depth"], mlp_ratio=ratio)
+    fields["norm_kwargs"] = {"eps": tower["ln_eps"]}
+    return fields | ({"act_kwargs": {"approximate": "tanh"}} if tower["act"] == "gelu_tanh" else {})
+
+
+def _hf(config, arrays):
+    """``(files, layout, note or None)`` for transformers."""
+    if config.method == "align":
+        cfg, entries = _hf_align(config), hf.align_entries
+    elif "params/logit_bias" in arrays:
+        cfg, entries = _hf_siglip(config), hf.siglip_entries
+    else:
+        cfg, entries = _hf_clip(config), hf.clip_entries
+    size, steps = config.model.image.size, _steps(config)
+    edge, crop = steps["edge"], steps["keep"] or steps["edge"] != size
+    kinds = {"siglip": "Siglip", "align": "EfficientNet"} if not steps["keep"] else {}
+    preprocessor = {
+        "image_processor_type": f"{kinds.get(cfg['model_type'], 'CLIP')}ImageProcessor",
+        "do_resize": True, "size": {"shortest_edge": edge} if steps["keep"] else {"height": edge, "width": edge},
+        "resample": HF_RESAMPLE[steps["filter"]], "do_center_crop": crop, "crop_size": {"height": size, "width": size},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
+        "do_normalize": True, "image_mean": list(config.model.image_mean), "image_std": list(config.model.image_std),
+    }  # fmt: skip
+    note = _preprocessing_note(config, steps, (edge, steps["filter"]))
+    return {"config.json": cfg, "preprocessor_config.json": preprocessor}, entries(arrays), note
+
+
+def _hf_clip(config):
+    image, text = _towers(config, "CLIPModel of transformers", {"vit"}, {"transformer"})
+    vision = dict(_hf_transformer(image), image_size=image["size"], patch_size=image["patch"])
+    text = dict(_hf_transformer(text), vocab_size=text["vocab_size"], max_position_embeddings=text["context"], eos_token_id=text["eot_id"])
+    text |= dict(bos_token_id=text["eos_token_id"] - 1, pad_token_id=0)
+    cfg = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=config.model.embed_dim)
+    return _hf_sections(cfg, vision, text, "clip", projection_dim=config.model.embed_dim)
+
+
+def _hf_siglip(config):
+    image, text = _towers(config, "SiglipModel of transformers", {"vit"}, {"transformer"})
+    vision = dict(_hf_transformer(image), image_size=image["size"], patch_size=image["patch"])
+    text = dict(_hf_transformer(text), vocab_size=text["vocab_size"], max_position_embeddings=text["context"])
+    text |= dict(projection_size=config.model.embed_dim, eos_token_id=1, pad_token_id=1, bos_token_id=1)
+    return _hf_sections(dict(architectures=["SiglipModel"], model_type="siglip"), vision, text, "siglip")
+
+
+def _hf_align(config):
+    image, text = _towers(config, "AlignModel of transformers", {"efficientnet"}, {"bert"})
+    columns = ("out_channels", "num_block_repeats", "kernel_sizes", "strides", "expand_ratios")
+    stages = [list(column) for column in zip(*image["stages"], strict=True)]
+    vision = dict(zip(columns, stages, strict=True), image_size=image["size"], hidden_dim=config.model.embed_dim)
+    vision |= {name: image[name] for name in ("width_coefficient", "depth_coefficient")}
+    vision["in_channels"] = [32, *vision["out_channels"][:-1]]
+    text = dict(_hf_transformer(text), vocab_size=text["vocab_size"], max_position_embeddings=text["positions"])
+    text |= dict(type_vocab_size=config.model.text.types, pad_token_id=config.model.text.pad_id)
+    cfg = dict(architectures=["AlignModel"], model_type="align", projection_dim=config.model.embed_dim)
+    return _hf_sections(cfg, vision, text, "align")
+
+
+def _hf_transformer(tower):
+    return dict(
+        hidden_size=tower["width"], num_hidden_layers=tower["depth"], num_attention_heads=tower["heads"],
+        intermediate_size=tower["mlp_dim"], layer_norm_eps=tower["ln_eps"], hidden_act=HF_ACTS.get(tower["act"], tower["act"]),
+    )  # fmt: skip
+
+
+def _hf_sections(cfg, vision, text, kind, **shared):
+    sections = {
+        "vision_config": vision | {"model_type": f"{kind}_vision_model"},
+        "text_config": text | {"model_type": f"{kind}_text_model"},
+    }
+    return cfg | {"torch_dtype": "float32"} | {name: section | shared for name, section in sections.items()}
+
+
+def _towers(config, target, images, texts):
+    """The fields of the two towers; raises UserError for a method or kind of tower that the target does not have."""
+    if "text" not in config.model:
+        raise UserError(f"{target} cannot express method={config.method!r}: it has no model whose texts are pictures")
+    for which, kinds in (("image", images), ("text", texts)):
+        if config.model[which].kind not in kinds:
+            found = f"model.{which}.kind={config.model[which].kind!r}"
+            raise UserError(f"{target} cannot express {found}: its {which} tower is of the kind {' or '.join(sorted(kinds))}")
+    if config.model.image.get("stem"):
+        raise UserError(f"{target} cannot express model.image.stem={tuple(config.model.image.stem)}: it embeds patches by one convolution")
+    return config.model.image.to_dict(), config.model.text.to_dict()
+
+
+def _same_model(config, files, theirs, to):
+    """Raises UserError, naming the field, unless what is written is read as the model that it is."""
+    if to == "open_clip":
+        content = files["open_clip_config.json"]
+        again = configs.open_clip(json.loads(json.dumps(content["model_cfg"])), content["preprocess_cfg"], theirs)
+    else:
+        cfg = files["config.json"]
+        make = {"clip": configs.hf_clip, "siglip": configs.hf_siglip, "align": configs.hf_align}[cfg["model_type"]]
+        again = make(cfg, files["preprocessor_config.json"])
+    load.shapes(again)
+    ignored = set(TRAINING)
+    text = config.model.text
+    if text.get("causal") and text.get("pool") == "eot":
+        ignored.add("mask_padding")  # what follows the end is not attended to anyhow
+    if text.get("pool") in ("last", "first") and not text.mask_padding or text.get("pad_id", -1) >= 0:
+        ignored.add("eot_id")
+    for key, ours, found in config_lib.differences(config, again, ["model.image", "model.text", "model.embed_dim"]):
+        section, name = key.rsplit(".", 1)
+        if name in ignored or section == "model.text" and name == "context" and config.method == "align":
+            continue
+        raise UserError(f"--to={to} cannot express {key}={ours!r}: such a model there has {found!r}")
+
+
+def _steps(config):
+    """The preprocessing in the terms of others.
+
+    Returns ``{"keep": is the ratio kept, "edge": pixels that the shorter side, or both, are resized to, "filter", "exact"}``; not
+    ``exact`` is what has more to it.
+    """
+    found = dict(keep=True, edge=config.model.image.size, filter="bicubic", exact=True)
+    for name, args, kwargs in (augment.parse_call(step, "eval.transform") for step in config.eval.transform):
+        if name in ("resize", "squash"):
+            found |= dict(keep=name == "resize", filter=kwargs.get("interpolation", "bicubic"))
+            found["edge"] = (args[0] if args else kwargs.get("size")) or found["edge"]
+            found["exact"] &= len(args) < 2 and kwargs.get("antialias", True)
+        else:
+            found["exact"] &= name == "center_crop" and not (args or kwargs)
+    return found
+
+
+def _preprocessing_note(config, steps, written):
+    """A line when the target resizes pictures in another way, ``written``: its edge and filter; else None."""
+    if steps["exact"] and written == (steps["edge"], steps["filter"]):
+        return None
+    what = f"{'shorter side' if steps['keep'] else 'both sides'} to {written[0]} pixels, {written[1]}, antialiased, center crop"
+    return f"note: the preprocessing {', '.join(config.eval.transform)} has no equal there; written is the nearest: {what}"
+
+
+def main(argv=None):
+    """The command; returns the exit status: 0, or 2 after a one-line error."""
+    from clip_jax.training import faults
+
+    parser = argparse.ArgumentParser(
+        prog="clip_jax.interop.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="work folder, checkpoint, or weights of others")
+    parser.add_argument("--which", default="latest", help="latest, best, or a step (default: %(default)s)")
+    parser.add_argument("--to", required=True, choices=TARGETS)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--without-tokenizer", action="store_true", help="leave the tokenizer out")
+    args = parser.parse_args(argv)
+    return faults.command(lambda: _run(args))
+
+
+def _run(args):
+    from clip_jax import inference
+
+    check_out(args.out)
+    model = inference.load(args.checkpoint, args.which)
+    print("\n".join(export(model, args.to, args.out, tokenizer=not args.without_tokenizer)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""State dicts of OpenAI's CLIP and of open_clip; the image tower may be a ViT, a ModifiedResNet, or timm's ViT (SigLIP)."""
+
+import re
+
+from clip_jax.interop.layouts import CONV, LINEAR_OUT, TABLE, VECTOR, batch_norm, depth, entry, fused, linear, norm, present
+
+#: What else is in OpenAI's archives; counters of PyTorch's batch norms.
+IGNORED = ("input_resolution", "context_length", "vocab_size", r"(.*\.)?attn_mask", r".*\.num_batches_tracked")
+
+
+def entries(ours, custom_text=False, timm=False):
+    """Of paths of ours (``{path: ...}``).
+
+    Args:
+      ours: the paths of our parameters.
+      custom_text: the text tower has the prefix ``text.`` and a linear layer as projection (``CustomTextCLIP``).
+      timm: the image tower is timm's.
+    """
+    image = _timm(ours) if timm else _resnet(ours) if "params/img/stem/conv1/kernel" in ours else _vit(ours)
+    prefix = "text." if custom_text else ""
+    scalars = [entry(name, f"params/{name}") for name in ("logit_scale", "logit_bias")]
+    return present([*image, *_text(ours, prefix, custom_text), *scalars], ours)
+
+
+def _blocks(theirs, ours, count):
+    for i in range(count):
+        t, o = f"{theirs}.resblocks.{i}", f"{ours}/block_{i}"
+        yield from norm(f"{t}.ln_1", f"{o}/ln1")
+        yield from fused(f"{t}.attn.in_proj_weight", f"{t}.attn.in_proj_bias", f"{o}/attn")
+        yield from linear(f"{t}.attn.out_proj", f"{o}/attn/out", LINEAR_OUT)
+        yield from norm(f"{t}.ln_2", f"{o}/ln2")
+        yield from linear(f"{t}.mlp.c_fc", f"{o}/mlp/fc1")
+        yield from linear(f"{t}.mlp.c_proj", f"{o}/mlp/fc2")
+
+
+def _vit(ours):
+    img = "params/img"
+    return [
+        entry("visual.conv1.weight", f"{img}/patch/kernel", CONV),
+        entry("visual.class_embedding", f"{img}/cls", VECTOR),
+        entry("visual.positional_embedding", f"{img}/pos", TABLE),
+        *norm("visual.ln_pre", f"{img}/ln_pre"),
+        *_blocks("visual.transformer", img, depth(ours, img)),
+        *norm("visual.ln_post", f"{img}/ln_post"),
+        entry("visual.proj", f"{img}/proj/kernel"),
+    ]
+
+
+def _text(ours, prefix, custom_text):
+    txt = "params/txt"
+    # A projection with a bias is a linear layer, one without a bare matrix (in, out).
+    projection = (
+        linear(f"{prefix}text_projection", f"{txt}/proj")
+        if f"{txt}/proj/bias" in ours
+        else [entry(f"{prefix}text_projection", f"{txt}/proj/kernel")]
+    )
+    return [
+        entry(f"{prefix}token_embedding.weight", f"{txt}/embed/embedding"),
+        entry(f"{prefix}positional_embedding", f"{txt}/pos", TABLE),
+        *_blocks(f"{prefix}transformer", txt, depth(ours, txt)),
+        *norm(f"{prefix}ln_final", f"{txt}/ln_final"),
+        *projection,
+    ]
+
+
+def _resnet(ours):
+    def conv_norm(theirs, ours, i):
+        return [entry(f"{theirs}conv{i}.weight", f"params/{ours}/conv{i}/kernel", CONV), *batch_norm(f"{theirs}bn{i}", f"{ours}/bn{i}")]
+
+    for i in (1, 2, 3):
+        yield from conv_norm("visual.", "img/stem", i)
+    for layer, j in sorted({(int(m[1]), int(m[2])) for path in ours if (m := re.match(r"params/img/layer_(\d+)_(\d+)/", path))}):
+        t, o = f"visual.layer{layer}.{j}", f"img/layer_{layer}_{j}"
+        for i in (1, 2, 3):
+            yield from conv_norm(f"{t}.", o, i)
+        yield entry(f"{t}.downsample.0.weight", f"params/{o}/downsample_conv/kernel", CONV)
+        yield from batch_norm(f"{t}.downsample.1", f"{o}/downsample_bn")
+    pool = "params/img/pool"
+    yield entry("visual.attnpool.positional_embedding", f"{pool}/pos", TABLE)
+    for name, path in (("q", "query"), ("k", "key"), ("v", "value")):
+        yield from linear(f"visual.attnpool.{name}_proj", f"{pool}/{path}")
+    yield from linear("visual.attnpool.c_proj", f"{pool}/out", LINEAR_OUT)
+
+
+def _timm(ours):
+    trunk, img = "visual.trunk", "params/img"
+    yield entry(f"{trunk}.patch_embed.proj.weight", f"{img}/patch/kernel", CONV)
+    yield entry(f"{trunk}.patch_embed.proj.bias", f"{img}/patch/bias")
+    yield entry(f"{trunk}.pos_embed", f"{img}/pos")
+    for i in range(depth(ours, img)):
+        t, o = f"{trunk}.blocks.{i}", f"{img}/block_{i}"
+        yield from norm(f"{t}.norm1", f"{o}/ln1")
+        yield from fused(f"{t}.attn.qkv.weight", f"{t}.attn.qkv.bias", f"{o}/attn")
+        yield from linear(f"{t}.attn.proj", f"{o}/attn/out", LINEAR_OUT)
+        yield from norm(f"{t}.norm2", f"{o}/ln2")
+        yield from linear(f"{t}.mlp.fc1", f"{o}/mlp/fc1")
+        yield from linear(f"{t}.mlp.fc2", f"{o}/mlp/fc2")
+    yield from norm(f"{trunk}.norm", f"{img}/ln_post")
+    pool, map_ = f"{trunk}.attn_pool", f"{img}/map"
+    yield entry(f"{pool}.latent", f"{map_}/probe")
+    yield from linear(f"{pool}.q", f"{map_}/attn/query")
+    yield from fused(f"{pool}.kv.weight", f"{pool}.kv.bias", f"{map_}/attn", ("key", "value"))
+    yield from linear(f"{pool}.proj", f"{map_}/attn/out", LINEAR_OUT)
+    yield from norm(f"{pool}.norm", f"{map_}/ln")
+    yield from linear(f"{pool}.mlp.fc1", f"{map_}/mlp/fc1")
+    yield from linear(f"{pool}.mlp.fc2", f"{map_}/mlp/fc2")
+    yield from linear("visual.head.proj", f"{img}/proj")

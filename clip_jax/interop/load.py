@@ -1,0 +1,252 @@
+"""Models of others in our form: ``python -m clip_jax.interop.load --from=PATH --workdir=OUT [--act=gelu]``.
+
+PATH is a weight file or folder of OpenAI's CLIP, open_clip, Hugging Face (CLIPModel, SiglipModel, AlignModel) or big_vision;
+docs/checkpoints.md says what loads and what to look out for. The result is a work folder as training leaves it, for
+``clip_jax.load``, ``clip_jax.evaluate`` and ``clip_jax.search``.
+"""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+
+from clip_jax import config as config_lib
+from clip_jax.errors import UserError
+from clip_jax.interop import layouts, recognize
+
+POS = "params/img/pos"
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A model of others in our form.
+
+    Attributes:
+      config: the configuration; of an image tower alone it has no section ``model.text``.
+      params, extra: as ``Method.init`` gives them (``{"img": ...}`` of an image tower alone), float32, sharded.
+      tokenizer: the tokenizer that came with it, or None.
+      summary: lines that say what was loaded and what was assumed.
+    """
+
+    config: Any
+    params: Any
+    extra: Any
+    tokenizer: Any
+    summary: list[str]
+
+
+def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
+    """The :class:`Imported` model of a weight file or folder of others.
+
+    Args:
+      path: see the module's docstring.
+      act: the activation (``quick_gelu``, ``gelu``, ``gelu_tanh``), needed for a bare state dict that is not OpenAI's.
+      heads: ``(image, text)`` heads, where the widths are not those of published models.
+      size: pixels of a side; other than the model's own, its position embeddings are resized.
+      tokenizer: a spec (clip_jax.data.tokenizers); by default the one in the folder, or CLIP's if its vocabulary fits.
+      mesh: where the parameters go, by the rules of training/sharding.py; by default on every device.
+
+    Raises UserError, in one line, for what cannot be loaded; nothing is loaded then.
+    """
+    foreign = recognize.recognize(path, act, heads, size)
+    config, tensors = foreign.config, foreign.tensors
+    tokenizer = _tokenizer(foreign, tokenizer)
+    ours = shapes(config)
+    entries = foreign.entries(ours)
+    layouts.check(entries, tensors, ours, foreign.ignored, str(foreign.file))
+    summary = [*_describe(foreign, config, ours, tokenizer), *foreign.notes]
+    if size and size != config.model.image.size:
+        if POS not in ours or config.model.image.kind != "vit":
+            raise UserError(
+                f"--size={size}: only learned positions of a ViT can be resized; this model takes {config.model.image.size} pixels"
+            )
+        summary.append(f"position embeddings resized from {config.model.image.size} to {size} pixels")
+        tensors = _resize(config, entries, tensors, ours, size, foreign.kind)
+        ours = shapes(config)
+    found = layouts.load(entries, tensors, _placed(ours, mesh))
+    tree = _nested(found)
+    return Imported(config.lock(), tree["params"], tree.get("extra", {}), tokenizer, summary)
+
+
+def is_image_tower(config):
+    """Is it the configuration of an image tower alone, which embeds no texts?"""
+    return "text" not in config.model and config.method != "clippo"
+
+
+def shapes(config):
+    """``{path: ShapeDtypeStruct}`` of the parameters and running statistics of a configuration, whose towers get all their fields."""
+    import jax
+
+    from clip_jax.methods.interface import make_method
+    from clip_jax.models import towers
+    from clip_jax.training.sharding import path_name
+
+    for which, kinds in (("image", towers.IMAGE_TOWERS), ("text", towers.TEXT_TOWERS)):
+        if which in config.model:
+            config.model[which] = towers.all_fields(kinds, config.model[which].to_dict())
+    if is_image_tower(config):
+        size = config.model.image.size
+        image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+        tree = {"params": {"img": jax.eval_shape(towers.image_tower(config.model).init, jax.random.key(0), image)["params"]}}
+    else:
+        method = make_method(config)
+        batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+        tree = dict(zip(("params", "extra"), jax.eval_shape(method.init, jax.random.key(0), batch), strict=True))
+    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _placed(ours, mesh):
+    import jax
+
+    from clip_jax.training import sharding
+
+    mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
+    tree = sharding.state_shardings(_nested(ours), mesh)
+    shardings = {sharding.path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in ours.items()}
+
+
+def _nested(flat):
+    from flax import traverse_util
+
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _resize(config, entries, tensors, ours, size, kind):
+    """The tensors with position embeddings for pictures of ``size`` pixels, which is set in the configuration."""
+    from clip_jax.interop.readers import Tensor
+    from clip_jax.models.towers import image_tower
+
+    entry, old, image = next(e for e in entries if POS in e.ours), ours[POS].shape, config.model.image
+    image.size = size
+    image_tower(config.model)  # raises for a size that the patch does not divide
+    first, grid = int(image.cls_token), size // image.patch
+
+    def read():
+        ((_, pos),) = entry.load(tensors[entry.theirs].read(), {POS: old})
+        return entry.save({POS: resize_positions(pos.astype(np.float32), grid, first, bicubic=kind != "big_vision")})
+
+    shape = entry.shape({POS: (1, first + grid**2, old[2])})
+    return tensors | {entry.theirs: Tensor(shape, np.dtype(np.float32), read)}
+
+
+def resize_positions(pos, grid, first=0, bicubic=True):
+    """Position embeddings float32 ``[1, first + old * old, D]`` for another grid, ``[1, first + grid * grid, D]``.
+
+    Args:
+      pos: the embeddings, rows of the grid after each other.
+      grid: patches on a side.
+      first: rows before the grid (the class token), which stay as they are.
+      bicubic: bicubic with antialiasing, as open_clip does; else as big_vision does, linear between the corners' positions.
+    """
+    old, width = math.isqrt(pos.shape[1] - first), pos.shape[2]
+    x = np.asarray(pos[0, first:], np.float32).reshape(old, old, width)
+    if bicubic:
+        import jax
+
+        x = np.asarray(jax.image.resize(x, (grid, grid, width), "cubic", antialias=True))
+    else:
+        at = np.arange(grid)[:, None] * ((old - 1) / max(grid - 1, 1))
+        weights = np.maximum(0, 1 - np.abs(at - np.arange(old))).astype(np.float32)
+        x = np.einsum("ai,bj,ijd->abd", weights, weights, x)
+    return np.concatenate([pos[:, :first], x.reshape(1, grid * grid, width)], axis=1)
+
+
+def _tokenizer(foreign, spec):
+    """The tokenizer of a spec, or what belongs to the model; None when there is none. Its name is put into the configuration."""
+    from clip_jax.data.tokenizers import make_tokenizer
+    from clip_jax.interop.tokenizer import find
+
+    config, text = foreign.config, foreign.config.model.get("text", {})
+    tokenizer = (
+        make_tokenizer(spec)
+        if spec
+        else None
+        if is_image_tower(config)
+        else find(foreign.file.parent, config.method, text.get("vocab_size"))
+    )
+    config.tokenizer = spec or (tokenizer.kind if tokenizer else "")
+    if tokenizer is None or "vocab_size" not in text:
+        return tokenizer
+    if tokenizer.vocab_size > text.vocab_size:
+        raise UserError(
+            f"the tokenizer {config.tokenizer!r} has {tokenizer.vocab_size} ids, the text tower of {foreign.file} only {text.vocab_size}"
+        )
+    if text.eot_id == -1:
+        text.eot_id = tokenizer.eot_id
+    elif text.eot_id != tokenizer.eot_id:
+        raise UserError(f"the tokenizer {config.tokenizer!r} ends texts with {tokenizer.eot_id}, {foreign.file} with {text.eot_id}")
+    return tokenizer
+
+
+def _describe(foreign, config, ours, tokenizer):
+    image, text = config.model.image, config.model.get("text", {})
+    count = sum(math.prod(x.shape) for path, x in ours.items() if path.startswith("params/"))
+    sizes = " ".join(f"{name}={image[name]}" for name in ("size", "patch", "width", "depth", "layers", "heads") if name in image)
+    lines = [f"{foreign.kind} from {foreign.file}: {count:,} parameters; method {config.method}", f"image tower: {image.kind} {sizes}"]
+    if text:
+        sizes = " ".join(f"{name}={text[name]}" for name in ("context", "vocab_size", "width", "depth", "heads"))
+        lines.append(f"text tower: {text.kind} {sizes}")
+    acts = {name: tower["act"] for name, tower in (("image", image), ("text", text)) if "act" in tower}
+    lines.append(f"activation: {', '.join(f'{name} {act}' for name, act in acts.items()) or 'none to choose'}")
+    mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (config.model.image_mean, config.model.image_std))
+    lines.append(f"preprocessing: {', '.join(config.eval.transform)}; mean ({mean}), std ({std})")
+    lines.append(
+        f"tokenizer: {config.tokenizer or 'none'}" + (f", {tokenizer.vocab_size:,} ids" if tokenizer and tokenizer.vocab_size else "")
+    )
+    return lines
+
+
+def write(imported, workdir):
+    """Writes an :class:`Imported` model as checkpoint 0 of a work folder; raises UserError when there is a checkpoint already."""
+    from clip_jax.training import checkpoint
+
+    workdir = pathlib.Path(workdir)
+    if is_image_tower(imported.config):
+        raise UserError("an image tower alone makes no checkpoint: name its file in --config.init_from of a run")
+    if (workdir / "checkpoints").exists():
+        raise UserError(f"--workdir={workdir}: there are checkpoints in it already")
+    if imported.tokenizer is None:
+        raise UserError("the model came without a tokenizer: give --tokenizer=SPEC, such as clip_bpe or sentencepiece:/path/to.model")
+    with checkpoint.Checkpointer(workdir, imported.config, imported.tokenizer) as checkpointer:
+        checkpointer.save(0, {"params": imported.params, "extra": imported.extra}, {})
+        checkpointer.wait()
+
+
+def main(argv=None):
+    """The command; returns the exit status: 0, or 2 after a one-line error."""
+    from clip_jax.training import faults
+
+    parser = argparse.ArgumentParser(
+        prog="clip_jax.interop.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--from", dest="source", required=True, metavar="PATH", help="weight file, or folder")
+    parser.add_argument("--workdir", required=True, metavar="OUT", help="where the checkpoint goes")
+    parser.add_argument("--act", help=f"activation of a bare state dict: {', '.join(recognize.ACTS)}")
+    parser.add_argument("--heads", type=_pair, metavar="IMAGE,TEXT", help="attention heads, where they cannot be told")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="resize the position embeddings for pictures of this size")
+    parser.add_argument("--tokenizer", metavar="SPEC", help="by default the one beside the weights")
+    args = parser.parse_args(argv)
+    return faults.command(lambda: _run(args))
+
+
+def _pair(text):
+    image, text = map(int, text.split(","))
+    return image, text
+
+
+def _run(args):
+    imported = load(args.source, args.act, args.heads, args.size, args.tokenizer)
+    write(imported, args.workdir)
+    print("\n".join(imported.summary))
+    print(
+        f"written: {args.workdir}; use it with clip_jax.load({args.workdir!r}) or python -m clip_jax.evaluate --checkpoint={args.workdir}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The tokenizer that belongs to a model of others, by the files beside its weights."""
+
+import json
+import pathlib
+
+from clip_jax.data import tokenizers
+from clip_jax.errors import UserError
+
+CLIP_VOCABULARY = 49408
+GEMMA_VOCABULARY = 256_000
+
+
+def find(folder, method, vocab_size):
+    """The tokenizer in a folder, or CLIP's or CLIPPO's own where they fit; None when there is none.
+
+    Args:
+      folder: with the weights.
+      method: of the model.
+      vocab_size: of its text tower, or None.
+
+    Raises UserError for a damaged file.
+    """
+    folder = pathlib.Path(folder)
+    if method == "clippo":
+        return tokenizers.make_tokenizer("unifont")
+    if method == "siglip":
+        return _siglip(folder, vocab_size)
+    if method == "align":
+        return _of_json(folder) if not (folder / "vocab.txt").is_file() else tokenizers.make_tokenizer(f"wordpiece:{folder / 'vocab.txt'}")
+    if (folder / "merges.txt").is_file():
+        return tokenizers.make_tokenizer(f"clip_bpe:{folder / 'merges.txt'}")
+    if (folder / "tokenizer.json").is_file():
+        return _of_json(folder)
+    return tokenizers.make_tokenizer("clip_bpe") if vocab_size == CLIP_VOCABULARY else None
+
+
+def _siglip(folder, vocab_size):
+    """Bare lower-case words as in open_clip and transformers; of SigLIP 2 (Gemma's vocabulary) lower-case text as in big_vision."""
+    clean = "lower" if vocab_size == GEMMA_VOCABULARY else "canonical"
+    for name in ("tokenizer.json", "spiece.model", "tokenizer.model"):
+        if (folder / name).is_file():
+            return tokenizers.make_tokenizer(f"siglip:{folder / name}?clean={clean}")
+    return None
+
+
+def _of_json(folder):
+    """CLIP's or BERT's tokenizer of a ``tokenizer.json``."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        model = json.loads(file.read_text())["model"]
+        if model.get("type", "BPE") == "WordPiece":
+            vocab = sorted(model["vocab"], key=model["vocab"].get)
+            return tokenizers.WordPieceTokenizer("\n".join(vocab).encode())
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not a tokenizer of Hugging Face ({type(error).__name__}: {error})") from None
+    return tokenizers.ClipBpeTokenizer("\n".join(["#version: 0.2", *merges]).encode())

@@ -1,0 +1,71 @@
+"""CLIPPO: Tschannen et al. 2023, "CLIPPO: Image-and-Language Understanding from Pixels Only".
+
+One vision transformer for both inputs: captions are drawn as pictures (``clip_jax/data/render.py``, in a tokenizer's place) and go through
+the encoder of the images, patch embedding, position embedding, pooling and projection included. InfoNCE over the global batch, the mean of
+both directions; the logit scale holds the logarithm. With a mixture of data such as ``"pairs.jsonl*3 + text:c4.jsonl*1"`` a quarter of each
+batch are pairs of consecutive sentences, both drawn, under the same loss and among each other's negatives (section 3.2 of the paper).
+
+As in big_vision the logit scale has no bound unless ``model.logit_scale_max`` sets one. There embeddings are divided by their norm plus
+1e-8, here by the norm: float32 shows no difference for any norm above 0.1.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clip_jax.data.views import ImageOrTextView, ImageView, RenderView
+from clip_jax.errors import UserError
+from clip_jax.losses.contrastive import infonce
+from clip_jax.methods.interface import Method
+from clip_jax.models.common import l2_normalize, shard_batch
+from clip_jax.models.towers import image_tower
+
+
+def make(config):
+    """The CLIPPO method of a configuration; raises UserError for a tower that cannot be built and a tokenizer that does not draw."""
+    model, size = config.model, config.model.image.size
+    if "text" in model:
+        raise UserError("method='clippo' has one tower for images and texts, but the configuration has a section model.text")
+    if size < 32 or size % 16:
+        raise UserError(f"model.image.size={size}: method='clippo' draws texts in rows of 16 pixels: a multiple of 16 from 32 on is needed")
+    tower = image_tower(model)
+    mean, std = (np.asarray(x, np.float32) * 255 for x in (model.image_mean, model.image_std))
+
+    def apply(params, images, **kwargs):
+        images = (shard_batch(images).astype(jnp.float32) - mean) / std  # repeats the one channel of a drawn text
+        return l2_normalize(tower.apply({"params": params["img"]}, images, **kwargs)[0])
+
+    def init(rng, batch):
+        params = {
+            "img": tower.init(rng, batch["image"].astype(jnp.float32))["params"],
+            "logit_scale": jnp.asarray(model.logit_scale_init, jnp.float32),
+        }
+        return params, {}
+
+    def encode(params, extra, batch, rng, train):
+        # One pass for both, an example's two pictures side by side: so every device keeps its own rows.
+        images = jnp.stack([batch["image"], jnp.broadcast_to(batch["text"], batch["image"].shape)], axis=1)
+        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i)))(batch["example_id"]).reshape(-1)
+        z = apply(params, images.reshape(-1, *images.shape[2:]), train=train, keys=keys).reshape(len(images), 2, -1)
+        return {"image": z[:, 0], "text": z[:, 1]}, extra
+
+    def loss(params, extra, features, batch, rng):
+        scale = jnp.exp(params["logit_scale"])
+        is_pair = batch["text_pair"] == 1 if "text_pair" in batch else None
+        kinds = None if is_pair is None else {"image_text": ~is_pair, "text_text": is_pair}
+        value, metrics = infonce(features["image"], features["text"], scale, kinds=kinds)
+        return value, {**metrics, "logit_scale": scale}
+
+    return Method(
+        views=(
+            ImageOrTextView("image", size, tuple(config.data.augment)),
+            RenderView("text", size, tuple(config.data.templates), config.data.word_dropout),
+        ),
+        eval_view=ImageView("image", size, tuple(config.eval.transform)),
+        init=init,
+        encode=encode,
+        loss=loss,
+        embed_image=lambda params, extra, images: apply(params, images),
+        embed_text=lambda params, extra, texts: apply(params, texts),
+        constrain=lambda params: {**params, "logit_scale": jnp.minimum(params["logit_scale"], model.logit_scale_max)},
+    )

@@ -1,0 +1,257 @@
+"""Starting a run from weights that are there: ``config.init_from``, a checkpoint of ours or weights of others, or a part of them.
+
+Which parameters are taken ``config.init_from_params`` says, regular expressions on their paths; each has to find something, and
+everything found has to be in the source, with its shape. Layers are ``block_0``, ``block_1``, ... in these paths, also with
+``model.scan``. Running statistics (BatchNorm) go with the parameters of the same path.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from clip_jax import config as config_lib
+from clip_jax.errors import UserError
+
+#: Fields that change what a tower computes but not the shapes of its weights.
+SILENT = ("act", "ln_eps", "heads", "posemb", "padding", "causal", "mask_padding")
+POS = "img/pos"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights to start from.
+
+    Attributes:
+      path: as given.
+      config: their configuration.
+      shapes: ``{path: ShapeDtypeStruct}``, layers not stacked; running statistics under ``batch_stats/``.
+      load: ``{path: ShapeDtypeStruct with sharding} -> {path: array}``; only what is named, and what cannot be read without it, is read.
+      fingerprint: of the tokenizer, or None.
+      bicubic: how its positions are to be resized, see :func:`clip_jax.interop.load.resize_positions`.
+    """
+
+    path: str
+    config: Any
+    shapes: dict
+    load: Callable
+    fingerprint: str | None = None
+    bicubic: bool = True
+
+
+def check_path(config, workdir):
+    """Raises UserError, before a device is touched, when a new run in ``workdir`` would not find what it is to start from."""
+    from clip_jax.interop import recognize
+    from clip_jax.training import checkpoint
+
+    if not config.init_from or any((workdir / "checkpoints").glob("[0-9]*")):  # a run that goes on needs it no more
+        return
+    if recognize.is_foreign(config.init_from):
+        _recognize(config.init_from)
+    else:
+        try:
+            checkpoint.find(config.init_from)
+        except UserError as error:
+            command = f"python -m clip_jax.train --config=configs/clip.py --workdir={config.init_from}"
+            raise UserError(f"init_from: {error}; make it first, for instance: {command}") from None
+
+
+def start(config, state, tokenizer):
+    """``(TrainState, line)``: a fresh state with the weights of ``config.init_from``, where and laid out as they were, and what was taken.
+
+    Raises UserError, in one line, when a pattern finds nothing, something is missing or of another shape, and when the source was
+    trained with another activation, epsilon, number of heads, mask, normalisation of images, or tokenizer.
+    """
+    import jax
+
+    from clip_jax.interop import recognize
+
+    source = _foreign(config.init_from) if recognize.is_foreign(config.init_from) else _own(config.init_from)
+    current = _flat(state.params, state.extra, config.model.scan)
+    chosen = _choose(config, current, source)
+    _check_meaning(config, source, chosen, tokenizer)
+    targets = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in chosen.items()}
+    resized = _check_shapes(config, source, targets)
+    found = source.load(targets | {path: _whole(source.shapes[path], targets[path]) for path in resized})
+    for path in resized:
+        found[path] = _resize(found[path], targets[path], config.model.image, source.bicubic)
+    params, stats = _nested(current | {path: found[path] for path in targets}, config.model.scan)
+    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+    extra = state.extra | ({"batch_stats": stats} if stats else {})
+    count = sum(x.size for path, x in targets.items() if not path.startswith("batch_stats/"))
+    line = f"started from {config.init_from}: {count:,} parameters" + ("; position embeddings resized" if resized else "")
+    return state.replace(params=params, extra=extra, ema=None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)), line
+
+
+def _flat(params, extra, scan):
+    """``{path: array or shape}`` of parameters, layers not stacked, and of running statistics."""
+    import jax
+
+    from clip_jax.models.transformer import unstack_blocks
+    from clip_jax.training.sharding import path_name
+
+    if scan:
+        params = {name: unstack_blocks(x) if isinstance(x, dict) and "block" in x else x for name, x in params.items()}
+    tree = params | ({"batch_stats": extra["batch_stats"]} if "batch_stats" in extra else {})
+    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _nested(flat, scan):
+    """``(params, running statistics)``: the reverse of :func:`_flat`."""
+    from flax import traverse_util
+
+    from clip_jax.models.transformer import stack_blocks
+
+    tree = traverse_util.unflatten_dict(flat, sep="/")
+    stats = tree.pop("batch_stats", {})
+    if scan:
+        tree = {name: stack_blocks(x) if isinstance(x, dict) and "block_0" in x else x for name, x in tree.items()}
+    return tree, stats
+
+
+def _choose(config, current, source):
+    """Those of the run's arrays that ``init_from_params`` finds."""
+    from clip_jax.interop.layouts import list_names
+
+    params = [path for path in current if not path.startswith("batch_stats/")]
+    for pattern in config.init_from_params:
+        if not any(re.search(pattern, path) for path in params):
+            raise UserError(f"init_from_params: {pattern!r} finds no parameter; paths look like {params[0]!r}, {params[-1]!r}")
+    patterns = config.init_from_params or ("",)
+    chosen = {path: x for path, x in current.items() if any(re.search(p, path.removeprefix("batch_stats/")) for p in patterns)}
+    if missing := chosen.keys() - source.shapes.keys():
+        raise UserError(f"init_from: {source.path} has no {list_names(missing)}; init_from_params chooses what is taken")
+    return chosen
+
+
+def _check_meaning(config, source, chosen, tokenizer):
+    """Raises UserError when the weights would mean another thing than where they come from."""
+    ours, theirs, problems = config.model, source.config.model, []
+    for which, prefix in (("image", "img/"), ("text", "txt/")):
+        if which not in ours or which not in theirs or not any(path.startswith(prefix) for path in chosen):
+            continue
+        for field in SILENT:
+            a, b = ours[which].get(field), theirs[which].get(field)
+            if a is not None and b is not None and a != b:
+                problems.append(f"model.{which}.{field}={b!r} there, {a!r} here")
+        if which == "image":
+            fields = ("image_mean", "image_std")
+            problems += [f"model.{f}={tuple(theirs[f])} there, {tuple(ours[f])} here" for f in fields if not _close(ours[f], theirs[f])]
+    if "txt/embed/embedding" in chosen and source.fingerprint not in (None, tokenizer.fingerprint()):
+        problems.append(f"the tokenizer {source.config.tokenizer!r} there is another than {config.tokenizer!r} here")
+    if problems:
+        raise UserError(f"init_from: {source.path} contradicts the configuration: {'; '.join(problems)}")
+
+
+def _close(a, b):
+    return all(abs(x - y) < 1e-4 for x, y in zip(a, b, strict=True))
+
+
+def _check_shapes(config, source, targets):
+    """The paths that have to be resized; raises UserError for other shapes than those of the run."""
+    from clip_jax.interop.layouts import list_names, shape_text
+
+    differ = {path: source.shapes[path].shape for path, x in targets.items() if source.shapes[path].shape != x.shape}
+    resized = [path for path in differ if path == POS and config.init_from_resize and config.model.image.kind == "vit"]
+    if rest := differ.keys() - set(resized):
+        notes = {path: f"{shape_text(differ[path])} there, {shape_text(targets[path].shape)} here" for path in rest}
+        hint = "; init_from_resize=True resizes the positions of images" if rest == {POS} and config.model.image.kind == "vit" else ""
+        raise UserError(f"init_from: {source.path}: other shapes: {list_names(notes)}{hint}")
+    return resized
+
+
+def _whole(shape, target):
+    """An array of the source's shape on every device of the target's."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(target.sharding.mesh, PartitionSpec()))
+
+
+def _resize(pos, target, image, bicubic):
+    import jax
+    import numpy as np
+
+    from clip_jax.interop.load import resize_positions
+
+    first = int(image.cls_token)
+    grid = round((target.shape[1] - first) ** 0.5)
+    new = resize_positions(np.asarray(pos), grid, first, bicubic)
+    return jax.make_array_from_callback(target.shape, target.sharding, new.astype(target.dtype).__getitem__)
+
+
+def _recognize(path):
+    from clip_jax.interop import recognize
+
+    try:
+        return recognize.recognize(path)
+    except UserError as error:
+        hint = f"; import it first: python -m clip_jax.interop.load --from={path} --workdir=..." if "give --" in str(error) else ""
+        raise UserError(f"init_from: {error}{hint}") from None
+
+
+def _foreign(path):
+    """The Source of weights of others."""
+    from clip_jax.interop import layouts
+    from clip_jax.interop import load as interop
+
+    foreign = _recognize(path)
+    ours = interop.shapes(foreign.config)
+    entries = foreign.entries(ours)
+    layouts.check(entries, foreign.tensors, ours, foreign.ignored, f"init_from: {foreign.file}")
+    full = {p.removeprefix("params/").removeprefix("extra/"): p for p in ours}
+
+    def load(targets):
+        wanted = {full[path]: x for path, x in targets.items()}
+        used = [e for e in entries if any(p in wanted for p in e.ours)]
+        some = next(iter(targets.values()))
+        placed = {p: wanted[p] if p in wanted else _whole(ours[p], some) for e in used for p in e.ours}  # fused ones are read whole
+        found = layouts.load(used, foreign.tensors, placed)
+        return {path: found[full[path]] for path in targets}
+
+    shapes = {path: ours[p] for path, p in full.items()}
+    return Source(str(path), foreign.config, shapes, load, bicubic=foreign.kind != "big_vision")
+
+
+def _own(path):
+    """The Source of a checkpoint of ours: the moving average of its weights when its configuration evaluates that."""
+    import jax
+
+    from clip_jax.methods.interface import make_method
+    from clip_jax.training import checkpoint, sharding
+
+    try:
+        folder = checkpoint.find(path)
+        meta = checkpoint.read_meta(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"init_from: the checkpoint {str(path)!r} is damaged: {error}") from None
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    config = config_lib.from_json(json.dumps(meta["config"]))
+    method = make_method(config)
+    batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+    params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
+    scan, weights = config.model.scan, "ema" if config.eval.ema else "params"
+    unstacked = jax.eval_shape(lambda params, extra: _flat(params, extra, scan), params, extra)
+
+    def load(targets):
+        # Stacked layers are read together; a leaf is read when one of its layers is wanted.
+        names = {re.sub(r"/block_\d+/", "/block/", name) if scan else name for name in targets}
+        tree = _only({weights: params, "extra": extra}, lambda p: re.sub(rf"^({weights}|extra)/", "", p) in names)
+        mesh = next(iter(targets.values())).sharding.mesh
+        placed = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding.state_shardings(tree, mesh)
+        )  # fmt: skip
+        state = checkpoint.restore_arrays(folder, placed)
+        found = _flat(state.get(weights, {}), state.get("extra", {}), scan)
+        return {name: jax.device_put(found[name], x.sharding) for name, x in targets.items()}
+
+    return Source(str(path), config, unstacked, load, meta["tokenizer"]["fingerprint"])
+
+
+def _only(tree, keep):
+    """The leaves of nested dicts whose path ``keep`` wants."""
+    from flax import traverse_util
+
+    return traverse_util.unflatten_dict({p: x for p, x in traverse_util.flatten_dict(tree, sep="/").items() if keep(p)}, sep="/")

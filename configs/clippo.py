@@ -1,0 +1,71 @@
+"""CLIPPO (Tschannen et al. 2023): one tower, texts drawn as pictures with a font, no tokenizer.
+
+    python -m clip_jax.train --config=configs/clippo.py --workdir=runs/clippo
+
+Variants, after a colon:
+  (none)   a small model on the embedded emoji, named in 28 languages, evaluated in English and Korean; made for 2 CPU cores
+           its accuracy has not been measured yet; nor whether 1,200 steps are enough
+  smoke    the same in a few steps; the result is near chance
+  b16 l16  the paper's recipe, 100,000 steps of batch 10,240 without augmentation, but for the rate's linear cooldown in the last 10,000.
+           Give the data: --config.data=/data/pairs/{00000..41407}.tar; with a quarter of text pairs, and 333,000 steps,
+           --config.data="/data/pairs/*.tar*3 + text:/data/c4/*.jsonl*1". Published font: unifont_9.0.06 (--config.tokenizer=unifont:FILE).
+           Expected ImageNet zero-shot top-1 (published, LAION-400M): B/16 53.6 %; on YFCC, 250,000 steps: 43.4, with text pairs 44.8 %
+"""
+
+from clip_jax import config
+
+SIZES = {
+    "b16": dict(width=768, depth=12, heads=12, mlp_dim=3072),
+    "l16": dict(width=1024, depth=24, heads=16, mlp_dim=4096),
+}
+LANGUAGES = "bn da de en en_gb es es_mx et fi fr hi hu it ja ko lt ms nb nl pl pt ru sv th uk vi zh zh_hant".split()
+
+
+def get_config(variant=""):
+    if variant not in ("", "smoke", *SIZES):
+        raise config.unknown("configs/clippo.py has no variant", variant, ["smoke", *SIZES])
+    c = config.base()
+    c.method, c.tokenizer = "clippo", "unifont"  # the font stands in the tokenizer's place; unifont:FILE is another one
+    with c.unlocked():
+        del c.model.text
+    c.model.image_mean = c.model.image_std = (0.5, 0.5, 0.5)  # to [-1, 1]
+    c.model.logit_scale_init, c.model.logit_scale_max = 2.3026, float("inf")  # ln 10; no bound
+    c.model.image.update(dict(patch=16, pool="map", cls_token=False, ln_pre=False, patch_bias=True, proj_bias=True))
+    c.model.image.update(dict(act="gelu_tanh", ln_eps=1e-6, weight_init="xavier"))
+    if variant in SIZES:
+        return published(c, SIZES[variant])
+    embedded(c)
+    if variant == "smoke":
+        c.train.steps, c.train.log_steps, c.optim.warmup_steps, c.eval.steps = 10, 2, 2, 0
+        c.data.batch_size, c.eval.tasks = 64, c.eval.train_tasks
+    return c
+
+
+def published(c, size):
+    c.model.image.update(size)
+    c.model.embed_dim = 768
+    c.data.augment = c.eval.transform = ("squash(interpolation='bilinear', antialias=False)",)
+    c.data.batch_size, c.data.workers, c.train.steps = 10240, 8, 100_000
+    c.optim.update(dict(name="adafactor", lr=1e-3, schedule="rsqrt", warmup_steps=10_000, grad_clip_norm=1.0))
+    c.optim.weight_decay, c.optim.no_decay = 0.1, ("^(?!.*/kernel$)",)  # times the rate: big_vision's 1e-4, which it does not multiply
+    c.eval.tasks = ()
+    return c
+
+
+def embedded(c):
+    names = tuple(f"{{name_{language}}}" for language in LANGUAGES)
+    # Of 70 captions 30 are in English, 15 in Korean, and one in each of the other languages (two in some that are written in two ways).
+    c.data.templates = ("{name}",) * 20 + ("{name}, {tags}",) * 8 + ("{name_ko}",) * 14 + names
+    c.data.augment = ("random_background(0.5)", "rrc(0.5, 1.0)", "flip", "jitter(0.2, 0.2, 0.2, 0.0)")
+    c.data.batch_size = 128
+    c.model.embed_dim, c.model.dtype = 128, "float32"
+    tower = dict(width=128, heads=2, mlp_dim=512, size=64, stem=(8, 16, 64, 128), depth=3)  # size: four rows of about eight letters
+    c.model.image.update(tower)
+    # At a rate above 5e-4 from the start all embeddings stay the same.
+    c.optim.update(dict(lr=1e-3, warmup_steps=300, weight_decay=0.1, grad_clip_norm=1.0))
+    c.train.steps = 1200
+    c.eval.transform = ("resize(72)", "center_crop")  # random crops have shown training the pictures enlarged
+    c.checkpoint.steps = c.eval.steps = 400
+    c.eval.train_tasks = ("emoji(subset='val')", "emoji(subset='val', language='ko')")
+    c.eval.tasks = ("emoji", "emoji(language='ko')")
+    return c

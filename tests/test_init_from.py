@@ -1,0 +1,181 @@
+"""Runs that start from weights: whole, in part, of others, resized, sharded; and what is refused in one line."""
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from helpers import tiny_config
+
+import clip_jax
+from clip_jax import train
+from clip_jax.errors import UserError
+from clip_jax.interop.export import export
+from clip_jax.training import checkpoint, init_from, sharding
+
+CLASSIC = """model.image.pool=cls model.image.cls_token=true model.image.ln_pre=true model.text.pool=eot model.text.causal=true
+    model.text.mask_padding=false model.image.act=gelu model.text.act=gelu tokenizer=clip_bpe""".split()
+
+
+def flat(params):
+    return {path: np.asarray(x) for path, x in traverse_util.flatten_dict(params, sep="/").items()}
+
+
+def begin(workdir, *overrides, save=True):
+    """``(state, lines)`` of a run that has made no step, saved as its checkpoint 0."""
+    config, _, tokenizer, method = train.make_parts(tiny_config(*overrides))
+    init_from.check_path(config, workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    batch = {v.name: jax.ShapeDtypeStruct((config.data.batch_size, *v.shape), v.dtype) for v in method.views}
+    lines = []
+    with jax.set_mesh(mesh), checkpoint.Checkpointer(workdir, config, tokenizer) as checkpointer:
+        state, _ = train.init_or_restore(config, method, mesh, checkpointer, batch, tokenizer, lines.append)
+        if save:
+            checkpointer.save(0, state, {})
+            checkpointer.wait()
+    return state, lines
+
+
+def run(workdir, *overrides):
+    state, lines = begin(workdir, *overrides, save=False)
+    return flat(state.params), lines
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A work folder whose weights are not those of the seed, and its parameters."""
+    workdir = tmp_path_factory.mktemp("source") / "run"
+    return workdir, flat(begin(workdir, "seed=7")[0].params)
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """An open_clip folder of a tiny model, and its parameters in our form."""
+    folder = tmp_path_factory.mktemp("foreign")
+    begin(folder / "run", "seed=7", *CLASSIC)
+    model = clip_jax.load(folder / "run")
+    export(model, "open_clip", folder / "model")
+    return folder / "model", flat(model.params)
+
+
+def same(found, expected):
+    """The paths whose arrays are equal."""
+    return {path for path, x in found.items() if path in expected and np.array_equal(x, expected[path])}
+
+
+def test_a_run_starts_from_a_checkpoint(source, tmp_path):
+    workdir, params = source
+    found, lines = run(tmp_path, f"init_from={workdir}")
+    assert same(found, params) == set(found)
+    count = sum(x.size for x in params.values())
+    assert lines == [f"started from {workdir}: {count:,} parameters"]
+
+
+def test_a_part_of_a_checkpoint(source, tmp_path):
+    workdir, params = source
+    found, _ = run(tmp_path, f"init_from={workdir}", "init_from_params=^img/,^logit_scale$")
+    moved = {path for path in found if np.ptp(found[path])}  # not all equal, as gains and biases at the start
+    assert same(found, params) & moved == {path for path in moved if path.startswith("img/")}
+
+
+def test_layers_that_are_stacked_on_one_side_only(source, tmp_path):
+    workdir, params = source
+    stacked = flat(begin(tmp_path / "a", f"init_from={workdir}", "model.scan=true")[0].params)
+    np.testing.assert_array_equal(stacked["img/block/mlp/fc1/kernel"][0], params["img/block_0/mlp/fc1/kernel"])
+    again, _ = run(tmp_path / "b", f"init_from={tmp_path / 'a'}", "init_from_params=/block_0/attn/,^txt/embed/")
+    moved = {path for path in again if np.ptp(again[path])}
+    assert same(again, params) & moved == {path for path in moved if "/attn/" in path or "txt/embed/" in path}
+
+
+def test_weights_of_others(foreign, tmp_path):
+    folder, params = foreign
+    found, _ = run(tmp_path / "all", f"init_from={folder}", *CLASSIC)
+    assert same(found, params) == set(found)
+    found, _ = run(tmp_path / "part", f"init_from={folder}", "init_from_params=attn/query/kernel$", *CLASSIC)
+    moved = {path for path in found if np.ptp(found[path])}
+    assert same(found, params) & moved == {path for path in moved if "attn/query/kernel" in path}, "a part of a fused matrix"
+
+
+@pytest.mark.parametrize("name", ["source", "foreign"])
+def test_positions_are_resized_on_request_only(name, request, tmp_path):
+    folder, params = request.getfixturevalue(name)
+    larger = ["model.image.size=32", f"init_from={folder}", "init_from_params=^img/", *(CLASSIC if name == "foreign" else [])]
+    with pytest.raises(UserError, match=r"other shapes: img/pos \(.* there, .* here\); init_from_resize=True resizes"):
+        run(tmp_path / "a", *larger)
+    found, lines = run(tmp_path / "b", "init_from_resize=true", *larger)
+    assert lines[0].endswith("position embeddings resized") and found["img/pos"].shape[1] - params["img/pos"].shape[1] == 12
+    assert same(found, params) >= {path for path in found if path.startswith("img/")} - {"img/pos"}
+    np.testing.assert_allclose(found["img/pos"].mean(1), params["img/pos"].mean(1), atol=0.1)
+
+
+def test_everything_goes_to_its_devices_only(source, tmp_path):
+    mesh = ["mesh.fsdp=2", "mesh.tensor=2"]
+    fresh, _ = begin(tmp_path / "fresh", *mesh, save=False)
+    started, _ = begin(tmp_path / "started", f"init_from={source[0]}", *mesh, save=False)
+    assert same(flat(started.params), source[1]) == set(source[1])
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, fresh, started))
+    kernel = started.params["img"]["block_0"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def test_the_moving_average_starts_from_the_same_weights(source, tmp_path):
+    state, _ = begin(tmp_path, f"init_from={source[0]}", "optim.ema_decay=0.5", save=False)
+    assert same(flat(state.ema), source[1]) == set(source[1])
+    assert state.ema["logit_scale"] is not state.params["logit_scale"]
+
+
+def test_running_statistics_go_with_the_parameters(tmp_path, monkeypatch):
+    plain = tiny_config
+
+    def resnet(*overrides):
+        config = plain(*overrides).unlock()
+        config.model.image = dict(kind="resnet", size=32, layers=(1, 1, 1, 1), width=16)
+        return config.lock()
+
+    monkeypatch.setitem(globals(), "tiny_config", resnet)
+    init = train.init_or_restore
+    with monkeypatch.context() as patch:
+
+        def moved(*args):
+            state, tx = init(*args)
+            return state.replace(extra=jax.tree.map(lambda x: x + 0.5, state.extra)), tx
+
+        patch.setattr(train, "init_or_restore", moved)
+        begin(tmp_path / "source")
+    started, _ = begin(tmp_path / "run", f"init_from={tmp_path / 'source'}", "init_from_params=^img/stem/", save=False)
+    stats = flat(started.extra["batch_stats"]["img"])
+    assert stats["stem/bn1/mean"][0] == 0.5 and stats["layer_1_0/bn1/mean"][0] == 0.0
+
+
+def test_a_run_that_goes_on_does_not_start_again(tmp_path):
+    before, _ = begin(tmp_path, "seed=3")
+    found, lines = run(tmp_path, "seed=3", "init_from=/no/such/folder")
+    assert same(found, flat(before.params)) == set(found) and not lines
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["init_from=/no/such/folder"], "init_from: there is no checkpoint: '/no/such/folder' is no folder"),
+        (["init_from_params=^img/"], "need init_from"),
+        (["init_from={source}", "init_from_params=^img/,^nothing/"], r"init_from_params: '\^nothing/' finds no parameter; paths look like"),
+        (["init_from={source}", "init_from_params=("], "init_from_params: '\\(' is not a regular expression"),
+        (["init_from={source}", "model.image.width=64"], r"other shapes: img/.* \(.*32 there, .*64 here\)"),
+        (["init_from={source}", "model.text.depth=2"], r"has no txt/block_1/.*; init_from_params chooses"),
+        (["init_from={source}", "model.image.act=quick_gelu"], "model.image.act='gelu_tanh' there, 'quick_gelu' here"),
+        (["init_from={source}", "model.image_mean=(0.5,0.5,0.5)"], r"model.image_mean=\(0.48.* there, \(0.5, 0.5, 0.5\) here"),
+        (["init_from={source}", "tokenizer=sentencepiece?pad_with_eot=true"], "the tokenizer 'sentencepiece' there is another"),
+        (["init_from={foreign}", "init_from_params=^img/block", "model.image.act=quick_gelu"], "model.image.act='gelu' there"),
+        (["init_from={foreign}", "init_from_params=^img/"], "model.image.act='gelu' there, 'gelu_tanh' here"),
+    ],
+)
+def test_what_is_refused_in_one_line(source, foreign, tmp_path, overrides, message):
+    overrides = [override.format(source=source[0], foreign=foreign[0]) for override in overrides]
+    with pytest.raises(UserError, match=message) as error:
+        run(tmp_path, *overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bare_state_dict_says_to_import_it_first(foreign, tmp_path):
+    (tmp_path / "open_clip_model.safetensors").write_bytes((foreign[0] / "open_clip_model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="give --act=.* import it first: python -m clip_jax.interop.load"):
+        run(tmp_path / "run", f"init_from={tmp_path}")

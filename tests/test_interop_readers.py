@@ -1,0 +1,248 @@
+"""Weight files of others: every format's values, and one clear line for files that are cut off, damaged, or not to be trusted.
+
+The fixtures torch_script.pt and torch_training.pt were written by PyTorch 2.13: a scripted module (torch.jit.save), float16, and a
+training checkpoint (torch.save) with a state dict whose names begin with "module.", views, and an optimizer's state.
+"""
+
+import io
+import json
+import os
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import FIXTURES
+from safetensors.numpy import save_file
+
+from clip_jax.errors import UserError
+from clip_jax.interop.readers import read
+
+ARRAYS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "half": np.arange(5, dtype=np.float16) / 3,
+    "brain": (np.arange(5) / 3).astype(ml_dtypes.bfloat16),
+    "scalar": np.array(2.5, np.float32),
+    "count": np.arange(3),
+    "empty": np.zeros((0, 4), np.float32),
+}
+
+
+def assert_same(tensors, arrays):
+    assert tensors.keys() == arrays.keys()
+    for name, expected in arrays.items():
+        found = tensors[name].read()
+        assert tensors[name].shape == found.shape == expected.shape and tensors[name].dtype == found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+def safetensors_file(folder, arrays=ARRAYS, name="model.safetensors"):
+    save_file(arrays, folder / name, metadata={"format": "pt"})
+    return folder / name
+
+
+def test_safetensors(tmp_path):
+    assert_same(read(safetensors_file(tmp_path)), ARRAYS)
+
+
+def test_a_tensor_is_a_view_of_the_file_and_lets_go_of_it(tmp_path):
+    big = {f"w{i}": np.full(2**20, i, np.float32) for i in range(3)}
+    tensors = read(safetensors_file(tmp_path, big))
+    x = tensors["w1"].read()
+    assert not x.flags.owndata and not x.flags.writeable and mapped(tmp_path) == 1
+    del x
+    assert mapped(tmp_path) == 0, "only names were read, and what was read is gone"
+
+
+def mapped(folder):
+    return sum(str(folder) in line for line in open("/proc/self/maps"))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed], ids=["stored", "compressed"])
+def test_npz_with_bfloat16_as_numpy_stores_it(tmp_path, save):
+    arrays = ARRAYS | {"fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "params/x/kernel": np.ones((2, 2), np.float32)}
+    save(tmp_path / "x.npz", **arrays)
+    assert np.load(tmp_path / "x.npz")["brain"].dtype == np.dtype("V2"), "NumPy has no name for bfloat16"
+    assert_same(read(tmp_path / "x.npz"), arrays)
+
+
+def test_a_training_checkpoint_of_pytorch():
+    tensors = read(FIXTURES / "torch_training.pt")
+    assert {"logit_scale", "visual.lin.weight", "resblocks.1.lin.bias"} < tensors.keys() and len(tensors) == 15, "no optimizer state"
+    np.testing.assert_array_equal(tensors["logit_scale"].read(), np.float32(2.5))
+    np.testing.assert_array_equal(tensors["resblocks.0.lin.weight"].read(), np.arange(10.0, 16.0).reshape(2, 3))
+    np.testing.assert_array_equal(tensors["transposed"].read(), np.arange(6.0).reshape(2, 3).T)
+    np.testing.assert_array_equal(tensors["part"].read(), np.arange(12.0).reshape(3, 4)[1:, 1:3])
+    np.testing.assert_array_equal(tensors["shared"].read(), np.ones(2))
+    assert tensors["brain"].dtype == ml_dtypes.bfloat16 and tensors["brain"].read().tolist() == [0, 1, 2]
+    assert tensors["input_resolution"].read() == 224
+
+
+def test_a_scripted_module_of_pytorch():
+    tensors = read(FIXTURES / "torch_script.pt")
+    assert tensors["visual.lin.weight"].dtype == np.float16
+    np.testing.assert_array_equal(tensors["resblocks.1.lin.weight"].read(), np.arange(20.0, 26.0).reshape(2, 3))
+    np.testing.assert_array_equal(tensors["logit_scale"].read(), np.float16(2.5))
+
+
+def shards(folder):
+    safetensors_file(folder, {"a": ARRAYS["a"]}, "model-00001-of-00002.safetensors")
+    safetensors_file(folder, {"half": ARRAYS["half"]}, "model-00002-of-00002.safetensors")
+    where = {"a": "model-00001-of-00002.safetensors", "half": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder / "model.safetensors.index.json"
+
+
+def test_shards(tmp_path):
+    assert_same(read(shards(tmp_path)), {name: ARRAYS[name] for name in ("a", "half")})
+
+
+def test_shards_that_are_missing_or_do_not_hold_what_the_index_says(tmp_path):
+    index = shards(tmp_path)
+    content = json.loads(index.read_text())
+    content["weight_map"]["b"] = "model-00002-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="1 tensors are not in the files where they should be, 'b' first"):
+        read(index)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="1 of its 2 weight files are missing: model-00002-of-00002.safetensors"):
+        read(index)
+    index.write_text("[]")
+    with pytest.raises(UserError, match="not an index"):
+        read(index)
+
+
+def torch_file(path, content, storages=(), compression=zipfile.ZIP_STORED):
+    """A file as torch.save lays it out, around any pickle."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", content)
+        for name, data in storages:
+            archive.writestr(f"archive/data/{name}", data)
+    return path
+
+
+class Evil:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("name", ["state_dict.pt", "pytorch_model.bin"])
+@pytest.mark.parametrize("where", ["as the file", "inside a state dict", "in a build"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path, name, where):
+    mark = tmp_path / "it ran"
+    evil = Evil(os.system, f"touch '{mark}'")
+    content = {
+        "as the file": evil,
+        "inside a state dict": {"visual.proj": evil},
+        "in a build": {"x": Evil(eval, f"open({str(mark)!r}, 'w')")},
+    }
+    path = torch_file(tmp_path / name, pickle.dumps(content[where], protocol=2))
+    with pytest.raises(
+        UserError, match=r"refused, because it asks for (posix\.system|__builtin__\.eval|builtins\.eval): .* code is never run"
+    ):
+        read(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("attack", ["getattr", "names that look like torch's", "a call of an allowed name"])
+def test_allowed_names_lead_nowhere_else(tmp_path, attack):
+    # Pickle's opcodes, by hand: c = global, ( = mark, t = tuple, R = call, . = end.
+    content = {
+        "getattr": b"cbuiltins\ngetattr\n(ccollections\nOrderedDict\nV__class__\ntR.",
+        "names that look like torch's": b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n.",
+        "a call of an allowed name": b"c__torch__.os\nsystem\n(Vtouch x\ntR.",
+    }[attack]
+    with pytest.raises(UserError, match="refused|damaged"):
+        read(torch_file(tmp_path / "x.pt", content))
+
+
+def rebuild(storage_bytes, offset, shape, strides):
+    """The pickle of ``{"w": tensor}`` in PyTorch's words."""
+    out = io.BytesIO()
+    out.write(b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n")
+    out.write(b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ")
+    out.write(pickle.dumps(offset, 2)[2:-1] + pickle.dumps(shape, 2)[2:-1] + pickle.dumps(strides, 2)[2:-1])
+    out.write(b"\x89ccollections\nOrderedDict\n)RtRs.")
+    return out.getvalue()
+
+
+def test_a_tensor_that_goes_beyond_its_data_is_refused(tmp_path):
+    data = [("0", np.arange(4, dtype=np.float32).tobytes())]
+    good = read(torch_file(tmp_path / "a.pt", rebuild(16, 1, (3,), (1,)), data))["w"].read()
+    np.testing.assert_array_equal(good, [1, 2, 3])
+    for offset, shape, strides in ((2, (3,), (1,)), (0, (3,), (2,)), (0, (2, 2), (-1, 1)), (0, (10**6, 10**6), (1, 1))):
+        with pytest.raises(UserError, match="goes beyond its data"):
+            read(torch_file(tmp_path / "a.pt", rebuild(16, offset, shape, strides), data))
+    with pytest.raises(UserError, match="no data for the storage '0'"):
+        read(torch_file(tmp_path / "a.pt", rebuild(16, 0, (3,), (1,))))
+    with pytest.raises(UserError, match="compressed"):
+        read(torch_file(tmp_path / "a.pt", rebuild(16, 0, (3,), (1,)), data, zipfile.ZIP_DEFLATED))
+
+
+def npz_with_objects(path):
+    np.savez(path, x=np.array([{"a": 1}], dtype=object))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "neither a safetensors"),
+        (b"GIF89a.....................", "neither a safetensors.*it begins with b'GIF89a"),
+        (b"<!DOCTYPE html><html>Not Found", "neither a safetensors"),
+        ((10**6).to_bytes(8, "little") + b'{"a": ', "the file is cut off: its header alone has 1,000,000 bytes, the file 14"),
+        ((6).to_bytes(8, "little") + b'{"a": ', "header is damaged"),
+        ((2).to_bytes(8, "little") + b"{}", "there is no tensor"),
+        (pickle.dumps({"a": 1}), "before version 1.6, or another pickle"),
+        (b"PK\x03\x04 and nothing more", "cut off or damaged"),
+    ],
+)
+def test_files_of_another_kind(tmp_path, content, message):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read(tmp_path / "model.safetensors")
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_truncated_files(tmp_path):
+    path = safetensors_file(tmp_path)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(UserError, match="the file is cut off: it should have"):
+        read(path)
+    for name in ("torch_training.pt", "torch_script.pt"):
+        (tmp_path / name).write_bytes((FIXTURES / name).read_bytes()[:-500])
+        with pytest.raises(UserError, match="cut off or damaged"):
+            read(tmp_path / name)
+    np.savez(tmp_path / "x.npz", **ARRAYS)
+    (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:900])
+    with pytest.raises(UserError, match="cut off or damaged"):
+        read(tmp_path / "x.npz")
+
+
+def test_headers_that_lie(tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(UserError, match="the size of 'a' does not fit its shape"):
+        read(tmp_path / "a.safetensors")
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(UserError, match="F8_E4M3"):
+        read(tmp_path / "a.safetensors")
+
+
+def test_python_objects_in_npz_are_refused(tmp_path):
+    npz_with_objects(tmp_path / "x.npz")
+    with pytest.raises(UserError, match="'x.npy' holds Python objects"):
+        read(tmp_path / "x.npz")
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path / "none.safetensors")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(UserError, match="neither an .npz nor a PyTorch file"):
+        read(tmp_path / "x.zip")

@@ -328,7 +328,7 @@ def test_ticks_are_round():
 
 
 def test_thumbnails_lie_where_their_tags_say():
-    page = report._Page()
+    page = report.Page()
     name, tag = page.thumbnails(make_pictures(70, broken=(40,)), [*range(1, 70), 5], 16)
     [sheet] = data_uris(page.sheets[0], "webp")
     assert sheet.size == (32 * 16, 3 * 16)  # 69 tiles, the repeated one once

@@ -56,13 +56,17 @@ def write_report(
     Returns: `path`.
     Raises UserError when it cannot be written.
     """
+    return write_page(path, render(result, title=title, config=config, metrics_jsonl=metrics_jsonl))
+
+
+def write_page(path: str | os.PathLike, page: str) -> Path:
+    """Writes a page as one piece; makes its folder. Raises UserError when it cannot be written."""
     path = Path(path)
-    content = render(result, title=title, config=config, metrics_jsonl=metrics_jsonl).encode("utf-8", "replace")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content)
+            temporary.write_bytes(page.encode("utf-8", "replace"))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -73,7 +77,7 @@ def write_report(
 
 def render(result: "EvalResult", *, title: str, config: Mapping | None = None, metrics_jsonl: str | os.PathLike | None = None) -> str:
     """The page as a string; arguments as of `write_report`."""
-    page = _Page()
+    page = Page()
     artefacts = result.artefacts
     sections = {
         "Results": _results(result.metrics),
@@ -85,20 +89,11 @@ def render(result: "EvalResult", *, title: str, config: Mapping | None = None, m
         "All metrics": _all_metrics(result.metrics),
         "Configuration": _configuration(config or {}),
     }
-    sections = {name: content for name, content in sections.items() if content}
-    parts = {
-        "title": _text(title),
-        "sheets": "\n".join(page.sheets),
-        "nav": " ".join(f'<a href="#{_slug(name)}">{name}</a>' for name in sections),
-        "sections": "\n".join(f'<section id="{_slug(name)}"><h2>{name}</h2>{content}</section>' for name, content in sections.items()),
-        # In a script element only "</" and "<!--" mean anything.
-        "data": json.dumps(page.data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
-    }
-    return re.sub(r"<!--(\w+)-->", lambda match: parts[match[1]], _SKELETON.read_text("utf-8"))
+    return page.html(title, {name: content for name, content in sections.items() if content})
 
 
 @dataclass
-class _Page:
+class Page:
     """What sections add to the page besides their own HTML: sheets of thumbnails as CSS rules, and data for the script."""
 
     sheets: list[str] = field(default_factory=list)
@@ -125,6 +120,18 @@ class _Page:
             return f'<i class="t {name}" style="--x:{x};--y:{y}" role="img" aria-label="{_text(label)}" title="{_text(label)}"></i>'
 
         return name, tag
+
+    def html(self, title: str, sections: Mapping[str, str]) -> str:
+        """The whole page. title: untrusted; sections: name -> HTML."""
+        parts = {
+            "title": _text(title),
+            "sheets": "\n".join(self.sheets),
+            "nav": " ".join(f'<a href="#{_slug(name)}">{name}</a>' for name in sections),
+            "sections": "\n".join(f'<section id="{_slug(name)}"><h2>{name}</h2>{content}</section>' for name, content in sections.items()),
+            # In a script element only "</" and "<!--" mean anything.
+            "data": json.dumps(self.data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        }
+        return re.sub(r"<!--(\w+)-->", lambda match: parts[match[1]], _SKELETON.read_text("utf-8"))
 
 
 # --- pictures ---
@@ -403,7 +410,7 @@ def read_metrics(path: str | os.PathLike) -> tuple[dict[str, Series], dict[str, 
     return tuple({name: sorted(values.items()) for name, values in kind.items()} for kind in (training, evaluation))
 
 
-def _training(page: _Page, path: Path) -> str:
+def _training(page: Page, path: Path) -> str:
     training, evaluation = read_metrics(path)
     if not training and not evaluation:
         return "<p>There are no metrics of a training run beside the checkpoint, hence no curves.</p>"
@@ -435,7 +442,7 @@ def _metric_title(metric: str) -> str:
     return metric if title is None else title[0].upper() + title[1:]
 
 
-def _chart(page: _Page, title: str, curves: Mapping[str, Series], named: bool = False) -> str:
+def _chart(page: Page, title: str, curves: Mapping[str, Series], named: bool = False) -> str:
     """A line chart as SVG, with a legend where there are several curves or they are `named`; adds its numbers for tooltips to the page."""
     thin = {name: _thinned(series) for name, series in curves.items()}
     steps = [step for series in thin.values() for step, _ in series]
@@ -537,7 +544,7 @@ are most similar to the picture and their similarity; <mark>the true name</mark>
 the second. No two pictures of one name are shown while there are other names.</p>"""
 
 
-def _gallery(page: _Page, item: "Classification") -> str:
+def _gallery(page: Page, item: "Classification") -> str:
     labels, top, scores = np.asarray(item.labels), np.asarray(item.top), np.asarray(item.scores, np.float32)
     if not len(labels):
         return "<p>There are no pictures.</p>"
@@ -596,7 +603,7 @@ _RETRIEVAL_INTRO = """<p>A sample of the queries, evenly spaced and not chosen b
 <mark>right ones</mark> are marked.</p>"""
 
 
-def _retrieval(page: _Page, item: "Retrieval") -> str:
+def _retrieval(page: Page, item: "Retrieval") -> str:
     image_ids, text_ids = np.asarray(item.image_ids), np.asarray(item.text_ids)
     texts = _evenly(np.flatnonzero(np.isin(text_ids, image_ids)), _QUERIES)
     images = _evenly(np.flatnonzero(np.isin(image_ids, text_ids)), _QUERIES)
@@ -639,7 +646,7 @@ _LIGHT_MAP = ((250, 250, 248), (190, 219, 222), (94, 165, 184), (36, 100, 145), 
 _DARK_MAP = ((24, 27, 34), (28, 62, 96), (32, 118, 140), (112, 184, 150), (246, 233, 160))
 
 
-def _similarity(page: _Page, item: "SimilarityMatrix") -> str:
+def _similarity(page: Page, item: "SimilarityMatrix") -> str:
     values = np.asarray(item.values, np.float32)
     finite = values[np.isfinite(values)]
     if values.ndim != 2 or not finite.size:
@@ -692,7 +699,7 @@ contrastive model keeps pictures and texts in separate regions, the modality gap
 it is seen whether both are arranged alike. Point at a picture to see it and the text that belongs to it.</p>"""
 
 
-def _map(page: _Page, item: "EmbeddingMap") -> str:
+def _map(page: Page, item: "EmbeddingMap") -> str:
     images, texts = np.asarray(item.images, np.float64), np.asarray(item.texts_embedded, np.float64)
     if images.ndim != 2 or texts.ndim != 2:
         return "<p>An example has several embeddings here (one per token), so there is no map of points.</p>"

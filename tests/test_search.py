@@ -1,0 +1,207 @@
+"""Search: exact top-k over the devices, its memory, what is kept beside the data, queries, the command and its page, bad input."""
+
+import base64
+import io
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from helpers import tiny_config
+
+import clip_jax
+from clip_jax import search, train
+from clip_jax.data.sources import make_source
+from clip_jax.errors import UserError
+from clip_jax.training import sharding
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("search")
+    train.train(tiny_config("train.steps=2", "checkpoint.steps=1", "model.text.pool=mean"), workdir, lambda line: None)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def model(workdir):
+    return clip_jax.load(workdir)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        image = PIL.Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((32, 24))
+        image.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"number {i // 2} <&>")
+    return folder
+
+
+def mesh(devices):
+    return sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:devices])
+
+
+def unit(n, e=16, seed=0):
+    z = np.random.default_rng(seed).standard_normal((n, e)).astype(np.float32)
+    return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("n, k, q", [(1, 3, 1), (7, 7, 2), (1000, 10, 300), (4099, 50, 3)])
+def test_the_search_is_exact_on_any_number_of_devices(devices, n, k, q, monkeypatch):
+    monkeypatch.setattr(search, "_BLOCK", 128)
+    search.program.cache_clear()
+    z, queries = unit(n), unit(q, seed=1)
+    rows, values = search.Bank(z, mesh(devices)).search(queries, k)
+    scores = queries @ z.T
+    assert rows.shape == values.shape == (q, min(k, n)) and rows.dtype == np.int32
+    np.testing.assert_allclose(values, -np.sort(-scores, axis=1)[:, :k], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(scores, rows, 1), values, atol=1e-5)
+    assert all(len(set(row)) == len(row) for row in rows.tolist())
+    search.program.cache_clear()
+
+
+def test_of_equal_scores_the_lower_row_comes_first():
+    z = np.repeat(unit(2), [20, 30], axis=0)[np.random.default_rng(0).permutation(50)]
+    for devices in (1, 8):
+        rows, values = search.Bank(z, mesh(devices)).search(z[:1], 40)
+        same = np.flatnonzero((z == z[0]).all(1))
+        assert rows[0, : len(same)].tolist() == same.tolist()
+        assert sorted(rows[0, len(same) :]) == rows[0, len(same) :].tolist()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_million_embeddings_are_searched_without_their_matrix_of_scores(devices):
+    n, e, q, on = 2**20, 512, 256, mesh(devices)
+    bank = jax.ShapeDtypeStruct((n, e), np.float32, sharding=sharding.batch_sharding(on))
+    compiled = search.program(on, 100).lower(bank, jax.ShapeDtypeStruct((q, e), np.float32), 10**6).compile()
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes < n * e * 4 / devices + 2**20
+    assert memory.temp_size_in_bytes < 2**26 < q * n * 4 / devices  # neither a copy of the bank, nor the scores of all its rows
+
+
+def test_queries_are_unit_vectors_of_sums_and_differences(model):
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    cat, red, big, dog = model.embed_text(["a cat", "red", "big", "a dog"])
+    image = model.embed_image([picture])[0]
+    plain = search.make_queries(model, ["a cat"], [("q.png", picture)])
+    np.testing.assert_allclose([q.z for q in plain], [cat, image], atol=1e-6)
+    text, both = search.make_queries(model, ["a cat"], [("q.png", picture)], ["red", "big"], ["a dog"])
+    for query, z in ((text, cat), (both, image)):
+        expected = z + red + big - dog
+        np.testing.assert_allclose(query.z, expected / np.linalg.norm(expected), atol=1e-5)
+    assert (text.label, both.label) == ("a cat + red + big - a dog", "q.png + red + big - a dog")
+
+
+def test_the_index_holds_every_usable_picture_and_every_text_once(model, photos):
+    (photos / "3.png").write_bytes(b"broken")
+    source = make_source(str(photos))
+    images = search.make_index(model, source, "images", str(photos))
+    assert images.where.tolist() == [[i, 0] for i in range(9) if i != 3] and sum(images.skipped.values()) == 1
+    np.testing.assert_allclose(images.z[3], model.embed_image([source[4]["image"]])[0], atol=1e-5)
+    texts = search.make_index(model, source, "texts", str(photos))
+    assert texts.where.tolist() == [[i, 0] for i in (0, 2, 4, 6, 8)]
+    np.testing.assert_allclose(texts.z, model.embed_text([f"number {i} <&>" for i in range(5)]), atol=1e-5)
+
+
+def make_index(model, photos, **options):
+    """The index and whether it was made anew."""
+    lines = []
+    index = search.make_index(model, make_source(str(photos)), "images", str(photos), say=lines.append, **options)
+    return index, any("embedded" in line for line in lines)
+
+
+def test_embeddings_are_kept_beside_the_data_until_data_or_weights_change(model, workdir, photos):
+    first, is_new = make_index(model, photos)
+    assert is_new and [path.name for path in photos.parent.iterdir() if path.name == "cache"] == []
+    (place,) = (photos / ".clip_jax_search").iterdir()
+    again, is_new = make_index(model, photos)
+    assert not is_new and np.array_equal(again.z, first.z) and isinstance(again.z, np.memmap)
+    earlier, is_new = make_index(clip_jax.load(workdir, 1), photos)
+    assert is_new and not np.allclose(earlier.z, first.z) and not make_index(model, photos)[1]
+    PIL.Image.new("RGB", (9, 9)).save(photos / "9.png")  # a picture more
+    assert make_index(model, photos)[1] and len(make_index(model, photos)[0].z) == 10
+    PIL.Image.new("RGB", (9, 9), "red").save(photos / "9.png")  # another picture of the same name
+    assert make_index(model, photos)[1] and not make_index(model, photos)[1]
+    (place / "meta.json").write_text("{")
+    assert make_index(model, photos)[1]
+    assert len(list((photos / ".clip_jax_search").iterdir())) == 2  # one of each checkpoint, nothing left over
+
+
+def test_an_index_of_another_checkpoint_or_other_data_is_refused(model, workdir, photos, tmp_path):
+    assert make_index(model, photos, folder=tmp_path / "index")[1] and not make_index(model, photos, folder=tmp_path / "index")[1]
+    with pytest.raises(UserError, match="was made with another checkpoint"):
+        make_index(clip_jax.load(workdir, 1), photos, folder=tmp_path / "index")
+    shutil.copytree(photos, tmp_path / "other")
+    (tmp_path / "other" / "3.txt").write_text("another text")
+    with pytest.raises(UserError, match="was made of another data set"):
+        make_index(model, tmp_path / "other", folder=tmp_path / "index")
+    with pytest.raises(UserError, match="was made of images, not of texts"):
+        search.make_index(model, make_source(str(photos)), "texts", str(photos), folder=tmp_path / "index")
+
+
+def run(workdir, photos, *arguments):
+    return search.main([f"--checkpoint={workdir}", f"--images={photos}", *arguments])
+
+
+def test_the_command_finds_pictures_and_writes_a_page(workdir, model, photos, tmp_path, capsys):
+    page = tmp_path / "found.html"
+    arguments = ["--text=<b>cat", f"--image={photos}/4.png", "--image=#6", "--k=4", f"--html={page}", f"--json={tmp_path}/found.json"]
+    assert run(workdir, photos, *arguments) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [q["query"] for q in found] == ["<b>cat", f"{photos}/4.png", "#6 number 3 <&>"]
+    assert [[hit["record"] for hit in q["found"]][0] for q in found[1:]] == [4, 6]  # a picture is most like itself
+    assert found[1]["found"][0]["score"] == pytest.approx(1, abs=1e-4) and found[1]["found"][0]["path"].endswith("4.png")
+    z = model.embed_image([(photos / f"{i}.png").read_bytes() for i in range(9)])
+    best = np.argsort(-(z @ model.embed_text(["<b>cat"])[0]))[:4]
+    assert [hit["record"] for hit in found[0]["found"]] == best.tolist()
+    assert all(f"{rank:>4}  {hit['score']:6.3f}  #{hit['record']}" in printed for rank, hit in enumerate(found[0]["found"], 1))
+    text = page.read_text()
+    assert (
+        text.lower().startswith("<!doctype html>") and "<b>cat" not in text and "&lt;b&gt;cat" in text and "number 2 &lt;&amp;&gt;" in text
+    )
+    assert text.count('<i class="t t0"') == 3 * 4 + 2  # results, and the queries that are pictures
+    (sheet,) = re.findall(r"data:image/webp;base64,([\w+/=]+)", text)
+    assert PIL.Image.open(io.BytesIO(base64.b64decode(sheet))).size == (14 * 128, 128)
+
+
+def test_the_command_finds_texts_of_the_data_or_of_a_file(workdir, model, photos, tmp_path, capsys):
+    assert run(workdir, photos, "--image=#2", "--find=texts", "--k=2", f"--json={tmp_path}/found.json") == 0
+    z = model.embed_text([f"number {i} <&>" for i in range(5)]) @ model.embed_image([(photos / "2.png").read_bytes()])[0]
+    hits = json.loads((tmp_path / "found.json").read_text())[0]["found"]
+    assert [hit["text"] for hit in hits] == [f"number {i} <&>" for i in np.argsort(-z)[:2]]
+    (tmp_path / "lines.txt").write_text("a cat\n\na dog\n")
+    arguments = ["--text=a dog", "--find=texts", f"--texts={tmp_path}/lines.txt", f"--html={tmp_path}/x.html"]
+    assert run(workdir, photos, *arguments, f"--json={tmp_path}/found.json") == 0
+    assert [hit["text"] for hit in json.loads((tmp_path / "found.json").read_text())[0]["found"]] == ["a dog", "a cat"]
+    assert "a dog" in capsys.readouterr().out and "a cat" in (tmp_path / "x.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "nothing is asked: give --text or --image"),
+        (["--text=a", "--k=0"], "--k=0: must be at least 1"),
+        (["--text=a", "--texts=x"], "--texts needs --find=texts"),
+        (["--text=a", "--find=texts", "--texts=/nowhere"], "--texts=/nowhere cannot be read: No such file or directory"),
+        (["--image=/nowhere.png"], "--image=/nowhere.png: missing file"),
+        (["--image=#9"], "has the records #0 to #8"),
+        (["--image={}/0.txt"], "0.txt: corrupt image"),
+        (["--text=a", "--checkpoint=/nowhere"], "'/nowhere' is no folder"),
+        (["--text=a", "--images=/nowhere"], "/nowhere: no such file or folder"),
+        (["--text=a", "--index={}/0.txt/x"], "the embeddings cannot be kept in"),
+        (["--text=a", "--html={}/0.txt/x"], "cannot be written: File exists"),
+    ],
+)
+def test_bad_input_is_one_clear_line(workdir, photos, capsys, arguments, message):
+    assert run(workdir, photos, *(a.format(photos) for a in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 import clip_jax
 from clip_jax import config as config_lib
+from clip_jax import init_from
 from clip_jax.errors import UserError
-from clip_jax.training import faults, hosts, init_from
+from clip_jax.training import faults, hosts
 
 #: What a host may wish of all: to save now; greater is an exit status to stop with.
 SAVE = 1

@@ -7,10 +7,10 @@ from flax import traverse_util
 from helpers import tiny_config
 
 import clip_jax
-from clip_jax import train
+from clip_jax import init_from, train
 from clip_jax.errors import UserError
 from clip_jax.interop.export import export
-from clip_jax.training import checkpoint, init_from, sharding
+from clip_jax.training import checkpoint, sharding
 
 CLASSIC = """model.image.pool=cls model.image.cls_token=true model.image.ln_pre=true model.text.pool=eot model.text.causal=true
     model.text.mask_padding=false model.image.act=gelu model.text.act=gelu tokenizer=clip_bpe""".split()

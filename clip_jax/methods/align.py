@@ -10,10 +10,8 @@ would turn the loss around.
 
 import jax.numpy as jnp
 
-from clip_jax.data.views import ImageView, TextView
 from clip_jax.losses.contrastive import infonce
-from clip_jax.methods.interface import Method
-from clip_jax.models.two_tower import TwoTower
+from clip_jax.methods.interface import two_tower_method
 
 SMOOTHING = 0.1
 LOWEST_TEMPERATURE = 1e-3
@@ -21,11 +19,6 @@ LOWEST_TEMPERATURE = 1e-3
 
 def make(config):
     """The ALIGN method of a configuration; raises UserError for towers that cannot be built."""
-    model, towers = config.model, TwoTower(config.model)
-
-    def init(rng, batch):
-        params, extra = towers.init(rng, batch)
-        return {**params, "temperature": jnp.asarray(model.temperature_init, jnp.float32)}, extra
 
     def loss(params, extra, features, batch, rng):
         scale = 1 / params["temperature"]
@@ -35,16 +28,4 @@ def make(config):
     def constrain(params):
         return {**params, "temperature": jnp.maximum(params["temperature"], LOWEST_TEMPERATURE)}
 
-    return Method(
-        views=(
-            ImageView("image", model.image.size, config.data.augment),
-            TextView("text", model.text.context, config.data.templates, config.data.word_dropout),
-        ),
-        eval_view=ImageView("image", model.image.size, config.eval.transform),
-        init=init,
-        encode=towers.encode,
-        loss=loss,
-        embed_image=towers.embed_image,
-        embed_text=towers.embed_text,
-        constrain=constrain,
-    )
+    return two_tower_method(config, ("temperature",), loss, constrain=constrain)

@@ -7,19 +7,12 @@ step, as in open_clip; the paper clips so that logits are not scaled by more tha
 
 import jax.numpy as jnp
 
-from clip_jax.data.views import ImageView, TextView
 from clip_jax.losses.contrastive import infonce
-from clip_jax.methods.interface import Method
-from clip_jax.models.two_tower import TwoTower
+from clip_jax.methods.interface import two_tower_method
 
 
 def make(config):
     """The CLIP method of a configuration; raises UserError for towers that cannot be built."""
-    model, towers = config.model, TwoTower(config.model)
-
-    def init(rng, batch):
-        params, extra = towers.init(rng, batch)
-        return {**params, "logit_scale": jnp.asarray(model.logit_scale_init, jnp.float32)}, extra
 
     def loss(params, extra, features, batch, rng):
         scale = jnp.exp(params["logit_scale"])
@@ -27,18 +20,6 @@ def make(config):
         return value, {**metrics, "logit_scale": scale}
 
     def constrain(params):
-        return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0.0, model.logit_scale_max)}
+        return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0.0, config.model.logit_scale_max)}
 
-    return Method(
-        views=(
-            ImageView("image", model.image.size, config.data.augment),
-            TextView("text", model.text.context, config.data.templates, config.data.word_dropout),
-        ),
-        eval_view=ImageView("image", model.image.size, config.eval.transform),
-        init=init,
-        encode=towers.encode,
-        loss=loss,
-        embed_image=towers.embed_image,
-        embed_text=towers.embed_text,
-        constrain=constrain,
-    )
+    return two_tower_method(config, ("logit_scale",), loss, constrain=constrain)

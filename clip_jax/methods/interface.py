@@ -9,7 +9,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
+from clip_jax.models.two_tower import TwoTower
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,35 @@ class Method:
     update: Callable = lambda params, extra, features, step: extra
     constrain: Callable = lambda params: params
     similarity: Callable = lambda z_image, z_text: jnp.matmul(z_image, z_text.T)
+
+
+def two_tower_method(config, scalars, loss, **fields):
+    """A method whose encoding is that of the two towers of ``config.model``, of an image and a text, and no more.
+
+    Args:
+      config: the configuration.
+      scalars: names of scalar parameters, which start at ``config.model.<name>_init``.
+      loss: as of :class:`Method`; ``features`` are the unit rows ``image`` and ``text``, float32 ``[B, E]``.
+      fields: more fields of :class:`Method`.
+
+    Raises UserError for towers that cannot be built.
+    """
+    model, data, towers = config.model, config.data, TwoTower(config.model)
+
+    def init(rng, batch):
+        params, extra = towers.init(rng, batch)
+        return params | {name: jnp.asarray(model[f"{name}_init"], jnp.float32) for name in scalars}, extra
+
+    return Method(
+        views=(ImageView("image", model.image.size, data.augment), TextView("text", model.text.context, data.templates, data.word_dropout)),
+        eval_view=ImageView("image", model.image.size, config.eval.transform),
+        init=init,
+        encode=towers.encode,
+        loss=loss,
+        embed_image=towers.embed_image,
+        embed_text=towers.embed_text,
+        **fields,
+    )
 
 
 def make_method(config):

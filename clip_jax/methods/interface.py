@@ -27,8 +27,10 @@ class Method:
       loss: ``(params, extra, features, batch, rng) -> (loss, metrics)`` over the global batch; float32 scalars.
       embed_image: ``(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, E]``, unit rows.
       embed_text: ``(params, extra, ids int32 [b, n]) -> float32 [b, E]``, unit rows.
+      heads: ``(params, extra, features, batch, rng) -> (features, extra)``: what between ``encode`` and ``loss`` needs the global
+        batch and changes ``extra``: heads with BatchNorm.
       prepare: ``(batch, rng) -> batch``: work on the whole batch on the device before encoding (mixup, masks).
-      update: ``(params, extra, features, step) -> extra`` after the optimizer's step, without gradient.
+      update: ``(params, extra, features, step) -> extra`` after the optimizer's step, without gradient; the features of ``heads``.
       constrain: ``params -> params`` after the optimizer's step: projection onto the allowed set (the logit scale's clamp).
       similarity: ``(image embeddings [n, ...], text embeddings [m, ...]) -> float32 [n, m]``.
     """
@@ -40,6 +42,7 @@ class Method:
     loss: Callable
     embed_image: Callable
     embed_text: Callable
+    heads: Callable = lambda params, extra, features, batch, rng: (features, extra)
     prepare: Callable = lambda batch, rng: batch
     update: Callable = lambda params, extra, features, step: extra
     constrain: Callable = lambda params: params

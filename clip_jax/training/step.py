@@ -53,7 +53,7 @@ def make_init(config, method, batch):
 
 
 def make_gradients(method, micro_batches):
-    """``gradients(params, extra, batch, rng, view) -> (loss, metrics, features, extra, grads)`` of ``loss(encode(view(params)))``.
+    """``gradients(params, extra, batch, rng, view) -> (loss, metrics, features, extra, grads)`` of ``loss(heads(encode(view(params))))``.
 
     With several micro-batches the loss is still that of the whole batch, with all its negatives (gradient caching, Gao et al.
     2021): all parts are encoded without a gradient, the loss gives the gradient of the features, and each part is encoded
@@ -61,12 +61,16 @@ def make_gradients(method, micro_batches):
     more. The result is the same but for rounding, except under statistics over the batch inside ``encode`` (BatchNorm).
     """
 
+    def finish(params, extra, features, batch, rng):
+        features, extra = method.heads(params, extra, features, batch, rng)
+        loss, metrics = method.loss(params, extra, features, batch, rng)
+        return loss, (metrics, features, extra)
+
     def whole(params, extra, batch, rng, view):
         def loss_fn(params):
             params = view(params)
             features, new_extra = method.encode(params, extra, batch, rng, train=True)
-            loss, metrics = method.loss(params, new_extra, features, batch, rng)
-            return loss, (metrics, features, new_extra)
+            return finish(params, new_extra, features, batch, rng)
 
         (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return loss, *aux, grads
@@ -91,10 +95,10 @@ def make_gradients(method, micro_batches):
         def loss_fn(params, with_gradient):
             with_gradient = iter(with_gradient)
             joined = treedef.unflatten([next(with_gradient) if f else x for x, f in zip(leaves, floats, strict=True)])
-            return method.loss(view(params), new_extra, joined, batch, rng)
+            return finish(view(params), new_extra, joined, batch, rng)
 
         chosen = [x for x, f in zip(leaves, floats, strict=True) if f]
-        (loss, metrics), (grads, d_features) = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(params, chosen)
+        (loss, aux), (grads, d_features) = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(params, chosen)
 
         def add(grads, part):
             part, d_part = part
@@ -107,7 +111,7 @@ def make_gradients(method, micro_batches):
             return jax.tree.map(jnp.add, grads, transpose(d_part)[0]), None
 
         grads, _ = jax.lax.scan(add, grads, (parts, [part(x) for x in d_features]))
-        return loss, metrics, treedef.unflatten(leaves), new_extra, grads
+        return loss, *aux, grads
 
     return whole if micro_batches == 1 else in_parts
 

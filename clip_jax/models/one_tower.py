@@ -1,0 +1,180 @@
+"""One transformer for images, texts, and both at once: attention masks on the concatenated sequence tell the passes apart."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from clip_jax.errors import UserError
+from clip_jax.models.common import ACTIVATIONS, torch_conv
+from clip_jax.models.transformer import WEIGHT_INITS, Block, apply_blocks, block_init
+from clip_jax.models.vit import ConvStem, PatchEmbed, patches
+
+#: Who attends to whom on the sequence [CLS, patches, CLS, words], in the notation of OneR, F(queries | keys and values):
+#:   block_diagonal      F(I|I), F(T|T): each modality to itself, as if encoded alone
+#:   off_diagonal        F(I|T), F(T|I): each to the other one alone; both move on together, layer by layer
+#:   off_diagonal_self   the same, but the other one's states are those that it has under block_diagonal
+#:   full                F(I,T|I,T)
+#:   full_one_cls        the same, but no one attends to the text's CLS, so that the image's is that of both
+MODES = ("block_diagonal", "off_diagonal", "off_diagonal_self", "full", "full_one_cls")
+
+_SHARED = ("dtype", "remat", "scan", "attention")  # fields of ``config.model`` itself
+
+
+def real_tokens(ids, eot_id):
+    """bool ``[b, n]``: True up to the first token with the id ``eot_id``."""
+    return jnp.arange(ids.shape[1]) <= jnp.argmax(ids == eot_id, axis=1)[:, None]
+
+
+class ImageTokens(nn.Module):
+    """Patch embeddings with positions, ``[b, size, size, 3] -> [b, n, D]``; ``hidden`` ones, bool ``[b, n]``, are a learned vector."""
+
+    width: int
+    patch: int
+    stem: tuple[int, ...]
+    act: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images, hidden=None):
+        if self.stem:
+            if hidden is not None:  # its convolutions overlap: a neighbour's would show what is hidden
+                side = images.shape[1] // self.patch
+                grid = hidden.reshape(-1, side, side).repeat(self.patch, 1).repeat(self.patch, 2)
+                images = jnp.where(grid[..., None], 0, images)
+            x = ConvStem(tuple(self.stem), self.width, self.act, self.dtype, name="stem")(images)
+        else:
+            x = PatchEmbed(self.width, self.patch, True, self.dtype, torch_conv, name="patch")(images)
+        x = x.reshape(len(x), -1, self.width)
+        return _hide_and_place(self, x, hidden, x.shape[1])
+
+
+class TextTokens(nn.Module):
+    """Word embeddings with positions, int32 ``[b, n] -> [b, n, D]``; ``hidden`` ones, bool ``[b, n]``, are a learned vector."""
+
+    width: int
+    vocab_size: int
+    context: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, ids, hidden=None):
+        x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype, name="embed")(ids)
+        return _hide_and_place(self, x, hidden, self.context)
+
+
+def _hide_and_place(tokens, x, hidden, positions):
+    normal = nn.initializers.normal(0.02)
+    if hidden is not None:
+        x = jnp.where(hidden[..., None], tokens.param("mask", normal, (tokens.width,)).astype(x.dtype), x)
+    return x + tokens.param("pos", normal, (1, positions, tokens.width))[:, : x.shape[1]].astype(x.dtype)
+
+
+class OneTower(nn.Module):
+    """A pre-LN transformer whose weights, CLS token included, images and texts share; apart from it each has its embedding and positions.
+
+    Before the tokens of each modality stands the CLS token, without a position. With ``type_embedding`` a learned vector of the
+    modality is added to all its tokens. The patch size is ``patch``, or with a ``stem`` of convolutions ``2 ** len(stem)``.
+    """
+
+    size: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    vocab_size: int
+    context: int
+    stem: tuple[int, ...] = ()
+    act: str = "gelu"
+    ln_eps: float = 1e-6
+    weight_init: str = "xavier"
+    type_embedding: bool = True
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    scan: bool = False
+    attention: str = "plain"
+
+    @property
+    def patch_size(self):
+        return 2 ** len(self.stem) if self.stem else self.patch
+
+    @nn.compact
+    def __call__(self, images=None, ids=None, real=None, mode="block_diagonal", hidden_patches=None, hidden_words=None):
+        """States after the last layer norm, ``{"image": [b, 1 + n, D], "text": [b, 1 + m, D]}``, the CLS token first.
+
+        Args:
+          images: normalised ``[b, size, size, 3]``, or None: texts alone.
+          ids: int32 ``[b, m]``, m at most ``context``, or None: images alone.
+          real: bool ``[b, m]``, False at padding, to which no token attends.
+          mode: one of :data:`MODES`; one modality alone attends to itself.
+          hidden_patches, hidden_words: bool ``[b, n]`` and ``[b, m]``, or None: tokens in whose place a learned vector stands.
+        """
+        normal = nn.initializers.normal(0.02)
+        cls = self.param("cls", normal, (1, 1, self.width))
+        kind = self.param("type", normal, (2, self.width)) if self.type_embedding else jnp.zeros((2, self.width))
+        streams = {}
+        if images is not None:
+            tokens = ImageTokens(self.width, self.patch_size, self.stem, self.act, self.dtype, name="img")(images, hidden_patches)
+            streams["image"] = kind[0], tokens, jnp.ones(tokens.shape[:2], bool)
+        if ids is not None:
+            tokens = TextTokens(self.width, self.vocab_size, self.context, self.dtype, name="txt")(ids, hidden_words)
+            streams["text"] = kind[1], tokens, real
+        parts = [
+            jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.width)), x], axis=1) + k.astype(x.dtype)
+            for k, x, _ in streams.values()
+        ]
+        x, mask = jnp.concatenate(parts, axis=1), None
+        lengths = [part.shape[1] for part in parts]
+        if ids is not None:
+            keys = jnp.concatenate([jnp.pad(r, ((0, 0), (1, 0)), constant_values=True) for _, _, r in streams.values()], axis=1)
+            mask = attention_mask(mode, lengths, keys)
+        if mode == "off_diagonal_self":  # the second copy is what the first one attends to
+            x = jnp.concatenate([x, x], axis=1)
+        init = block_init(self.weight_init, self.width, self.mlp_dim, self.depth)
+        block = functools.partial(Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, dtype=self.dtype, attention=self.attention)
+        x = apply_blocks(self, lambda name: block(name=name), x, mask)
+        x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_post")(x)
+        starts = [0, *lengths]
+        return {name: x[:, start : start + length] for name, start, length in zip(streams, starts, lengths, strict=False)}
+
+
+def attention_mask(mode, lengths, keys):
+    """Who may attend to whom, bool ``[b, 1, q, k]``: one of :data:`MODES` on segments of the ``lengths``; ``keys``: bool ``[b, k]``."""
+    segment = np.repeat(np.arange(len(lengths)), lengths)
+    same = segment[:, None] == segment
+    if mode == "off_diagonal_self":
+        nobody = np.zeros_like(same)
+        allowed, keys = np.block([[nobody, ~same], [nobody, same]]), jnp.tile(keys, (1, 2))
+    elif mode == "full_one_cls":
+        allowed = np.broadcast_to(np.arange(len(segment)) != lengths[0], same.shape)
+    else:
+        allowed = {"block_diagonal": same, "off_diagonal": ~same, "full": np.ones_like(same)}[mode]
+    return (allowed & keys[:, None, :])[:, None]
+
+
+def patch_pixels(images, patch):
+    """The pixels of each patch, float32 ``[b, n, patch * patch * 3]``."""
+    x = patches(images.astype(jnp.float32), patch, patch)
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def one_tower(model, **fields):
+    """The tower of the sections ``model.image`` (its own fields) and ``model.text`` (``context``, ``vocab_size``); raises UserError."""
+    image, text = {k: tuple(v) if isinstance(v, list) else v for k, v in model.image.items()}, model.text
+    known = {f.name for f in dataclasses.fields(OneTower)} - {"parent", "name", "vocab_size", "context", *fields, *_SHARED}
+    for name in sorted(set(image) - known):
+        raise UserError(f"model.image.{name} is no field of a tower for images and texts; there are {', '.join(sorted(known))}")
+    for name, choices in (("act", ACTIVATIONS), ("weight_init", WEIGHT_INITS)):
+        if name in image and image[name] not in choices:
+            raise UserError(f"model.image.{name}={image[name]!r}: allowed are {', '.join(choices)}")
+    if image["width"] % image["heads"]:
+        raise UserError(f"model.image.width={image['width']} is not divisible by model.image.heads={image['heads']}")
+    shared = {name: model[name] for name in _SHARED} | {"dtype": jnp.dtype(model.dtype)}
+    tower = OneTower(**image, vocab_size=text.vocab_size, context=text.context, **shared, **fields)
+    if tower.size % tower.patch_size:
+        raise UserError(f"model.image.size={tower.size} is not divisible by the patch size {tower.patch_size}")
+    return tower

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from clip_jax.models.common import BatchNorm, drop, shard_batch
+from clip_jax.models.conv import Conv
 from clip_jax.models.transformer import REMAT, project
 
 #: Stages of B0 as (channels, blocks, kernel, stride, expansion); the coefficients scale channels and blocks.
@@ -27,14 +28,8 @@ def scaled(channels, coefficient):
 
 def conv(x, features, size, stride, padding, dtype, name, depthwise=False):
     """A convolution without bias. A stride of 2 pads as TensorFlow's SAME does, by ``even`` as that does for an even size."""
-    if padding == "even" and stride == 2:
-        pad = [(size // 2 - 1, size // 2)] * 2
-    else:
-        pad = "SAME"
-    groups, init = (x.shape[-1], DEPTHWISE_INIT) if depthwise else (1, INIT)
-    return nn.Conv(
-        features, (size, size), stride, pad, feature_group_count=groups, use_bias=False, dtype=dtype, kernel_init=init, name=name
-    )(x)  # fmt: skip
+    pad = ((size // 2 - 1, size // 2),) * 2 if padding == "even" and stride == 2 else None
+    return Conv(features, size, stride, pad, depthwise, dtype, DEPTHWISE_INIT if depthwise else INIT, name=name)(x)
 
 
 class MBConv(nn.Module):

@@ -1,0 +1,56 @@
+"""Convolutions: both forms of the depthwise one, with their gradients, against lax; the padding; the memory of the gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from clip_jax.models import conv
+
+
+@pytest.mark.parametrize("form", [conv._native, conv.depthwise])
+@pytest.mark.parametrize(("size", "stride", "side"), [(3, 1, 6), (3, 2, 7), (3, 2, 8), (5, 2, 8), (5, 1, 5)])
+def test_values_and_gradients_are_those_of_lax(form, size, stride, side):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, side, side, 4)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 1, 4)), jnp.float32)
+    padding = conv.same_padding(size, stride, side, side)
+
+    def reference(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4
+        )  # fmt: skip
+
+    expected = reference(x, kernel)
+    np.testing.assert_allclose(form(stride, padding, x, kernel), expected, atol=1e-5)
+    weights = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
+    found, wanted = (
+        jax.grad(lambda x, kernel, f=f: (f(x, kernel) * weights).sum(), (0, 1))(x, kernel)
+        for f in (functools.partial(form, stride, padding), reference)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_the_gradient_keeps_one_image_and_not_one_for_each_tap():
+    x, kernel = jnp.zeros((8, 32, 32, 64)), jnp.zeros((5, 5, 1, 64))
+    padding = conv.same_padding(5, 1, 32, 32)
+
+    def through(layers):
+        def f(x):
+            for _ in range(layers):
+                x = jnp.sin(conv.depthwise(1, padding, x, kernel))
+            return x.sum()
+
+        return jax.jit(jax.grad(f)).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    assert through(8) - through(4) <= 4 * 3 * x.nbytes  # 4 layers more; 25 taps each would be 100 images
+
+
+def test_a_tpu_gets_the_native_form():
+    text = jax.jit(lambda x, k: conv.depthwise(1, ((1, 1), (1, 1)), x, k)).trace(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 1, 2)))
+    assert "stablehlo.convolution" in text.lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.convolution" not in text.lower(lowering_platforms=("cpu",)).as_text()

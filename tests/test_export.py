@@ -16,6 +16,7 @@ from clip_jax.data.tokenizers import SHIPPED_SENTENCEPIECE, make_tokenizer
 from clip_jax.errors import UserError
 from clip_jax.inference import Model
 from clip_jax.interop import clip_benchmark, export, export_tokenizer, load
+from clip_jax.interop.tokenizer import find as find_tokenizer
 from clip_jax.methods.interface import make_method
 from clip_jax.training import checkpoint
 
@@ -180,7 +181,7 @@ def written(tokenizer, context=77):
 
 
 @pytest.mark.parametrize("spec", ["sentencepiece", SIGLIP_TOKENIZER, "sentencepiece?sot=true", "siglip:{spm}", "siglip:{spm}?clean=lower"])
-def test_sentencepiece_gives_the_same_ids(spec):
+def test_sentencepiece_gives_the_same_ids(spec, tmp_path):
     ours = make_tokenizer(spec.format(spm=SHIPPED_SENTENCEPIECE))
     theirs, config = written(ours)
     for text in TEXTS:
@@ -189,6 +190,11 @@ def test_sentencepiece_gives_the_same_ids(spec):
     assert theirs.token_to_id(config["eos_token"]) == ours.eot_id
     assert theirs.token_to_id(config["pad_token"]) == (ours.eot_id if ours.options["pad_with_eot"] else ours.pad_id)
     assert config["model_max_length"] == 77
+    if ours.options["pad_with_eot"]:  # a SigLIP model's: loaded again it cleans texts as before
+        for name, content in export_tokenizer.for_hf(ours, 77).items():
+            (tmp_path / name).write_text(json.dumps(content))
+        again = find_tokenizer(tmp_path, "siglip", None)
+        assert again(TEXTS, 300).tolist() == ours(TEXTS, 300).tolist()
 
 
 def test_wordpiece_gives_the_same_ids(vocabulary):

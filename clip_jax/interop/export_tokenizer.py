@@ -90,7 +90,7 @@ def _sentencepiece(tokenizer):
     ids = [(eot, tokenizer.eot_id)] + ([(start, tokenizer.sot_id)] if sot else [])
     model.post_processor = processors.TemplateProcessing(f"{start} $A {eot}".strip(), special_tokens=ids)
     special = dict(eos_token=eot, pad_token=eot if tokenizer.options["pad_with_eot"] else pad)
-    return {"tokenizer.json": json.loads(model.to_str())}, special | dict(tokenizer_class="PreTrainedTokenizerFast")
+    return {"tokenizer.json": json.loads(model.to_str())}, special | dict(tokenizer_class="PreTrainedTokenizerFast", clean=clean)
 
 
 def unigram(data):

@@ -35,8 +35,16 @@ def find(folder, method, vocab_size):
 
 
 def _siglip(folder, vocab_size):
-    """Bare lower-case words as in open_clip and transformers; of SigLIP 2 (Gemma's vocabulary) lower-case text as in big_vision."""
-    clean = "lower" if vocab_size == GEMMA_VOCABULARY else "canonical"
+    """Bare lower-case words as in open_clip and transformers; of SigLIP 2 (Gemma's vocabulary) lower-case text as in big_vision.
+
+    What ``clip_jax.interop.export`` wrote says itself which.
+    """
+    config, clean = folder / "tokenizer_config.json", "lower" if vocab_size == GEMMA_VOCABULARY else "canonical"
+    if config.is_file():
+        try:
+            clean = json.loads(config.read_text()).get("clean") or clean
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{config}: not a tokenizer's configuration ({type(error).__name__}: {error})") from None
     for name in ("tokenizer.json", "spiece.model", "tokenizer.model"):
         if (folder / name).is_file():
             return tokenizers.make_tokenizer(f"siglip:{folder / name}?clean={clean}")

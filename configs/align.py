@@ -56,4 +56,6 @@ def embedded(variant):
     c.model.text = dict(kind="bert", context=16, positions=16, width=128, depth=1, heads=2, mlp_dim=512, vocab_size=0, eot_id=-1)
     c.model.temperature_init, c.optim.lr_mult = 0.05, (("^temperature$", 0.1),)  # LAMB's steps are relative to a tensor's norm
     c.optim.lr = 1e-2
+    if variant != "smoke":
+        c.train.steps, c.checkpoint.steps, c.eval.steps = 900, 300, 300
     return c

@@ -1,17 +1,21 @@
 """CLIP's modified ResNet and BatchNorm: golden outputs and running statistics, initialisation, statistics of groups and on a mesh."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import golden_files
+from conftest import REPO, golden_files
 from test_models import tiny
 
 import clip_jax
+from clip_jax import config
 from clip_jax.errors import UserError
 from clip_jax.models.common import BatchNorm
 from clip_jax.models.towers import image_tower
-from clip_jax.training.sharding import batch_sharding, make_mesh
+from clip_jax.models.two_tower import TwoTower
+from clip_jax.training.sharding import batch_sharding, make_mesh, state_shardings
 
 RESNET = dict(kind="resnet", size=32, layers=(1, 2), width=16)
 
@@ -108,3 +112,19 @@ def test_a_mesh_has_the_statistics_of_the_whole_batch(mesh8, group):
         expected = run(images)
     found = run(jax.device_put(images, batch_sharding(mesh8)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), jax.device_get(found), jax.device_get(expected))
+
+
+@pytest.mark.parametrize(("image", "share"), [("resnet", 0.14), ("efficientnet", 0.2)])  # 8 does not divide some widths of the second
+def test_fsdp_leaves_each_device_its_part_of_the_convolutions(image, share):
+    mesh = make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
+    model = config.load(str(REPO / "configs" / {"resnet": "clip.py:rn50", "efficientnet": "align.py:b3"}[image])).model.unlock()
+    model.text.update(dict(vocab_size=512, eot_id=1))
+    batch = {
+        "image": jnp.zeros((2, model.image.size, model.image.size, 3), jnp.uint8),
+        "text": jnp.zeros((2, model.text.context), jnp.int32),
+    }
+    params = jax.eval_shape(TwoTower(model).init, jax.random.key(0), batch)[0]["img"]
+    layout = state_shardings({"img": params}, mesh)["img"]
+    sizes = jax.tree.map(lambda x, s: (math.prod(x.shape), math.prod(s.shard_shape(x.shape))), params, layout)
+    whole, part = np.sum(jax.tree.leaves(sizes, is_leaf=lambda x: isinstance(x, tuple)), axis=0)
+    assert part < share * whole

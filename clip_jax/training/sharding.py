@@ -7,6 +7,7 @@ path as the end of their own, so the same rules hold for them.
 
 import collections
 import functools
+import math
 import re
 
 import jax
@@ -22,13 +23,14 @@ AXES = ("data", "fsdp", "tensor")
 RULES = (
     (r"/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
     (r"/(query|key|value)/bias$", ("tensor", None)),
-    (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
+    (r"/(attn|pool)/out/kernel$", ("tensor", None, "fsdp")),
     (r"/fc1/kernel$", ("fsdp", "tensor")),
     (r"/fc1/bias$", ("tensor",)),
     (r"/fc2/kernel$", ("tensor", "fsdp")),
     (r"/embed/embedding$", ("tensor", "fsdp")),
-    (r"/patch/kernel$", (None, None, None, "fsdp")),
+    (r"/queue/rows$", (BATCH_AXES, None)),
     (r"/kernel$", ("fsdp", None)),
+    (r"/kernel$", (None, None, None, "fsdp")),  # of patches and convolutions
 )
 
 
@@ -92,13 +94,18 @@ def path_name(path):
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _size(mesh, axes):
+    """The number of parts that an axis, or several together, split a dimension into."""
+    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
+
+
 def _spec(path, shape, mesh):
     for pattern, axes in RULES:
         if "/block/" in path:  # model.scan: the layers are stacked
             axes = (None, *axes)
         if re.search(pattern, path) and len(axes) == len(shape):
             # A dimension that an axis does not divide is not split: the layout never decides whether a model is allowed.
-            return PartitionSpec(*(axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(axes, shape, strict=True)))
+            return PartitionSpec(*(axis if axis and n % _size(mesh, axis) == 0 else None for axis, n in zip(axes, shape, strict=True)))
     return PartitionSpec()
 
 

@@ -20,6 +20,7 @@ SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "plain", "cudnn")
+SAMPLINGS = ("mixed", "one_source")
 
 
 def base():
@@ -41,6 +42,7 @@ def base():
     c.data.word_dropout = 0.0  # each word of a caption is left out with this chance
     c.data.augment = ("rrc(0.9, 1.0)",)  # clip.md: random square crop; docs/data.md lists the transforms
     c.data.batch_size = 256  # global
+    c.data.sampling = "mixed"  # of a mixture: all sources in a batch | one_source: each batch from one of them (debiased sampling)
     c.data.workers = 0  # processes that prepare examples, on each host; 0: threads of the main process
     c.data.threads = 2  # threads in each of them
     c.data.prefetch = 2  # batches ready ahead
@@ -111,24 +113,46 @@ def base():
     return c.lock()
 
 
-def load(spec, overrides=()):
-    """The configuration of ``"path/to/file.py[:variant]"`` with overrides ``["optim.lr=3e-4", ...]``.
-
-    Raises UserError for a file that is missing or has no ``get_config``, an unknown key, and a value of the wrong type.
-    """
+def load_module(spec):
+    """``(module, variant)`` of ``"path/to/file.py[:variant]"``; raises UserError for a file that is missing."""
     path, _, variant = spec.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"--config={spec}: there is no file {path!r}")
     module_spec = importlib.util.spec_from_file_location("clip_jax_config", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
+    return module, variant
+
+
+def load(spec, overrides=()):
+    """The configuration of ``"path/to/file.py[:variant]"`` with overrides ``["optim.lr=3e-4", ...]``.
+
+    Raises UserError for a file that is missing or has no ``get_config``, an unknown key, and a value of the wrong type.
+    """
+    module, variant = load_module(spec)
     if not hasattr(module, "get_config"):
-        raise UserError(f"--config={spec}: {path!r} has no function get_config(variant)")
+        hint = "; it is a study: python -m clip_jax.study" if hasattr(module, "get_study") else ""
+        raise UserError(f"--config={spec}: {module.__file__!r} has no function get_config(variant){hint}")
     config = module.get_config(variant)
     for override in overrides:
         key, _, value = override.partition("=")
         _override(config, key, value)
     return config
+
+
+def parse_overrides(arguments):
+    """``["optim.lr=3e-4", ...]`` of arguments ``--config.optim.lr=3e-4`` or ``--config.optim.lr 3e-4``; raises UserError for any other."""
+    rest, overrides = list(arguments), []
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--config."):
+            raise UserError(f"unknown argument {argument!r}; fields of the configuration are set by --config.FIELD=VALUE")
+        if "=" not in argument:
+            if not rest:
+                raise UserError(f"{argument!r} has no value")
+            argument += "=" + rest.pop(0)
+        overrides.append(argument.removeprefix("--config."))
+    return overrides
 
 
 def unknown(what, name, allowed):
@@ -227,6 +251,10 @@ def resolve(config, tokenizer):
             if text[field] not in (0, -1, value):
                 raise UserError(f"model.text.{field}={text[field]}, but the tokenizer {config.tokenizer!r} has {value}")
             text[field] = value
+    for section in config.values():
+        if isinstance(section, ConfigDict) and "mask_id" in section:  # a method that models masked words
+            mask_id = tokenizer.vocab_size if tokenizer.mask_id is None else tokenizer.mask_id
+            section.update(mask_id=mask_id, special_ids=tuple(sorted(getattr(tokenizer, "special_ids", ()))))
     return config.lock()
 
 
@@ -248,7 +276,7 @@ def validate(config):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
     choices = {"optim.name": OPTIMIZERS, "optim.schedule": SCHEDULES, "model.dtype": DTYPES, "model.remat": REMATS}
-    for key, allowed in (choices | {"model.attention": ATTENTIONS}).items():
+    for key, allowed in (choices | {"model.attention": ATTENTIONS, "data.sampling": SAMPLINGS}).items():
         if _get(config, key) not in allowed:
             raise unknown(key, _get(config, key), allowed)
     if config.optim.warmup_steps > config.train.steps:

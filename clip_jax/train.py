@@ -46,17 +46,7 @@ def parse_args(argv):
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the report go here; a run in it is continued")
     hosts.add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
-    overrides = []
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--config."):
-            raise UserError(f"unknown argument {argument!r}; fields of the configuration are set by --config.FIELD=VALUE")
-        if "=" not in argument:
-            if not rest:
-                raise UserError(f"{argument!r} has no value")
-            argument += "=" + rest.pop(0)
-        overrides.append(argument.removeprefix("--config."))
-    return config_lib.load(args.config, overrides), args.workdir, hosts.from_arguments(args)
+    return config_lib.load(args.config, config_lib.parse_overrides(rest)), args.workdir, hosts.from_arguments(args)
 
 
 def prepare_workdir(workdir):
@@ -88,7 +78,7 @@ def make_parts(config):
     method = make_method(config)
     data = config.data
     source = make_source(data.source, data.split, image=data.image or None, text=data.text or None, label=data.label or None)
-    check_source(source, method.views, tokenizer)
+    check_source(source, method.views, tokenizer, data.batch_size, data.sampling == "one_source")
     return config, source, tokenizer, method
 
 
@@ -100,8 +90,8 @@ def make_loader(config, source, tokenizer, method, mesh, start_step):
     data, (host, count) = config.data, sharding.host_share(mesh)
     return Loader(
         source, method.views, tokenizer, batch_size=data.batch_size, seed=config.seed, start_step=start_step, host=host,
-        hosts=count, workers=data.workers, threads=data.threads, prefetch=data.prefetch, max_bad_share=data.max_bad_share,
-        cache_bytes=data.cache_mb << 20,
+        hosts=count, one_source=data.sampling == "one_source", workers=data.workers, threads=data.threads, prefetch=data.prefetch,
+        max_bad_share=data.max_bad_share, cache_bytes=data.cache_mb << 20,
     )  # fmt: skip
 
 

@@ -486,6 +486,15 @@ def test_what_evaluation_compares(embed):
     assert z.shape == (16, 32 if embed == "cls" else 16)
 
 
+def test_query_key_compares_as_training_does():
+    (oner, params, extra), arguments = start("oner.embed=query_key"), PAIRS["image"][:4]
+    by = {embed: start(f"oner.embed={embed}")[0] for embed in ("predictor", "projector")}
+    np.testing.assert_array_equal(oner.embed_image(params, extra, arguments), by["predictor"].embed_image(params, extra, arguments))
+    texts = PAIRS["text"][:4]
+    np.testing.assert_array_equal(oner.embed_text(params, extra, texts), by["projector"].embed_text(params, extra, texts))
+    assert np.abs(oner.embed_text(params, extra, texts) - by["predictor"].embed_text(params, extra, texts)).max() > 1e-3
+
+
 def test_a_run_and_its_checkpoint(tmp_path):
     overrides = ["train.steps=2", "eval.steps=0", "eval.train_tasks=()", "oner.teacher_augment=resize,center_crop", "checkpoint.steps=2"]
     c = config.load(f"{CONFIG}:smoke", [*OURS, *overrides])
@@ -507,7 +516,7 @@ def test_a_run_and_its_checkpoint(tmp_path):
         (["oner.mix=sum"], "oner.mix='sum': allowed are mean, norm_mean"),
         (["oner.cic_kv=both"], "oner.cic_kv='both': allowed are cross, self"),
         (["oner.image_mask=1.5"], "oner.image_mask=1.5: must be between 0 and 1"),
-        (["oner.joint_text_mask=0"], "oner.joint_mlm=1.0 has nothing to model with oner.joint_text_mask=0"),
+        (["oner.joint_text_mask=0"], "oner.joint_mlm=0.1 has nothing to model with oner.joint_text_mask=0"),
         (["oner.two_heads=true"], "oner.two_heads=True has no head for a mean of both"),
         (["oner.temperature=0"], "oner.temperature=0.0: must be above 0"),
         (["oner.itc=-1"], "oner.itc=-1.0: must be at least 0"),

@@ -485,6 +485,6 @@ def test_map_of_collapsed_and_narrow_embeddings(width):
 
 def test_panels_begin_with_the_cell_that_says_most():
     names = [f"emoji/{c}_concept_{v}_vendor" for c, v in report._CELLS]
-    text = report._panels(dict.fromkeys(names), lambda item: "", "")
+    text = report.panels(dict.fromkeys(names), lambda item: "", "")
     assert re.findall("<h3>(.*?)</h3>", text) == [report._title(name) for name in reversed(names)]
     assert report._title(names[3]) == "Unseen concepts, unseen vendor"

@@ -10,7 +10,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -56,18 +56,8 @@ def parse(spec: tuple[str, ...], size: int) -> Pipeline:
     """Parses an augmentation for a view of `size` pixels; raises UserError for anything that could not run or ends at another size."""
     steps, random = [], []
     for text in spec:
-        name, args, kwargs = parse_call(text, "augment")
-        if name not in _OPERATIONS:
-            near = difflib.get_close_matches(name, _OPERATIONS, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"augment: unknown operation {name!r}; {hint}known: {', '.join(sorted(_OPERATIONS))}")
-        function = _OPERATIONS[name]
-        parameters = list(inspect.signature(function).parameters)
-        is_random = "rng" in parameters
-        settable = parameters[2 if is_random else 1 :]
-        if len(args) > len(settable) or not set(kwargs) <= set(settable) or set(settable[: len(args)]) & set(kwargs):
-            raise UserError(f"augment: {text!r} does not fit {name}({', '.join(settable)})")
-        kwargs = dict(zip(settable, args)) | kwargs  # noqa: B905 - fewer arguments than parameters is normal
+        function, kwargs, settable = bind(text, _OPERATIONS, ("image", "rng"))
+        is_random = "rng" in inspect.signature(function).parameters
         if "size" in settable:
             kwargs.setdefault("size", size)
         steps.append(functools.partial(function, **kwargs))
@@ -81,6 +71,23 @@ def parse(spec: tuple[str, ...], size: int) -> Pipeline:
             "end it with rrc, squash, center_crop, random_crop or pad"
         )
     return pipeline
+
+
+def bind(text: str, operations: Mapping[str, Callable], given: Sequence[str]) -> tuple[Callable, dict, list[str]]:
+    """Reads a call of one of the operations: (function, arguments by name, names of all that may be set: those not `given` later).
+
+    Raises UserError for an unknown operation and for arguments that it does not have.
+    """
+    name, args, kwargs = parse_call(text, "augment")
+    if name not in operations:
+        near = difflib.get_close_matches(name, operations, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"augment: unknown operation {name!r}; {hint}known: {', '.join(sorted(operations))}")
+    settable = [parameter for parameter in inspect.signature(operations[name]).parameters if parameter not in given]
+    if len(args) > len(settable) or not set(kwargs) <= set(settable) or set(settable[: len(args)]) & set(kwargs):
+        raise UserError(f"augment: {text!r} does not fit {name}({', '.join(settable)})")
+    # Fewer arguments than parameters is normal.
+    return operations[name], dict(zip(settable, args, strict=False)) | kwargs, settable
 
 
 def parse_call(text: str, what: str) -> tuple[str, list, dict]:

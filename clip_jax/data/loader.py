@@ -1,16 +1,15 @@
 """The loader: batches through Grain, in which the batch at step t is a pure function of (seed, t).
 
-Row r of the global batch of step t is position t * batch_size + r of an endless index stream: each source shuffled anew every epoch,
-sources mixed by weight. A host computes only its own rows of that stream, so the number of hosts, worker processes and threads changes
-nothing, and a run starts at any step at no cost. All randomness of a view comes from (seed, epoch, example id).
+Row r of the global batch of step t is position t * batch_size + r of an endless order (`order.py`): each source shuffled anew every epoch,
+sources mixed by weight within a batch, or each batch from one source. A host computes only its own rows of that order, so the number of
+hosts, worker processes and threads changes nothing, and a run starts at any step at no cost. All randomness of a view comes from (seed,
+epoch, example id).
 """
 
 import abc
-import functools
 import itertools
 import math
 import os
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from absl import flags
 
 from clip_jax.data import decode
+from clip_jax.data.order import make_order, randomness
 from clip_jax.data.sources import BadRecord, Record, Source, near
 from clip_jax.data.views import ImageView, RenderView, TextView, make_example
 from clip_jax.errors import UserError
@@ -27,7 +27,6 @@ Batch = dict[str, np.ndarray]
 
 _PROBED = 256  # records that are tried before a source is called unusable, and counted before its share of bad ones is judged
 _GIVE_UP = 2048  # bad records in a row
-_SMALL_SOURCE = 2**16  # up to here an explicit permutation: Grain's shuffle by index costs up to milliseconds an index in a small range
 _RESERVED = {"example_id", "label", "source_id", "text_pair", "mask"}
 _MISSING = {"label": -1, "text_pair": 0}  # in batches where a record of another part of the mixture has them
 
@@ -38,6 +37,7 @@ class Loader:
     A record that cannot be used is replaced by the next usable one in a fixed order, counted by reason in `skipped`, and an error once more
     than `max_bad_share` of the records (of at least 256) were unusable. `step` is the step of the next batch: a loader made with it as
     `start_step` goes on from there.
+    one_source: each batch is from one part of a mixture, the same on all hosts, which is drawn by the parts' weights (debiased sampling).
     workers: processes, 0 = none (a script that uses them needs the `__main__` guard); threads: in each process, by default one where small
     pictures are kept in memory, else one per core; prefetch: batches that each process keeps ready; cache_bytes: decoded pictures of at
     most 256 x 256 pixels are kept in memory up to this size in each process, if the whole source promises to fit.
@@ -55,6 +55,7 @@ class Loader:
         start_step: int = 0,
         host: int = 0,
         hosts: int = 1,
+        one_source: bool = False,
         workers: int = 0,
         threads: int | None = None,
         prefetch: int = 2,
@@ -73,7 +74,7 @@ class Loader:
         self.skipped: Counter = Counter(source.broken)  # what was not used, by reason, since this loader was made
         self._name, self._max_bad_share = source.name, max_bad_share
         self._used, self._bad = 0, 0
-        batches = _TrainingBatches(source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed)
+        batches = _TrainingBatches(source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed, one_source)
         if threads is None:
             threads = 1 if workers or batches.keeps_pictures else _threads()
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads) if threads else 0)
@@ -150,9 +151,11 @@ def iterate_once(
     return _unpack(grain.MapDataset.range(math.ceil(len(source) / batch_size)).map(batches).to_iter_dataset(reading), skipped)
 
 
-def check_source(source: Source, views: Sequence[ImageView | TextView], tokenizer) -> None:
+def check_source(source: Source, views: Sequence[ImageView | TextView], tokenizer, batch_size: int = 1, one_source: bool = False) -> None:
     """Raises the UserError that a loader would for a source and views that do not go together, without starting one."""
     _EvaluationBatches(source, views, tokenizer, 0, 1, 0, 1)
+    if one_source:
+        _check_one_source(source, batch_size)
 
 
 def _unpack(dataset, skipped: Counter | None) -> Iterator[Batch]:
@@ -167,6 +170,18 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
         raise UserError(f"batch_size={batch_size} must be a positive multiple of the number of hosts, {hosts}")
     if not 0 <= host < hosts:
         raise UserError(f"host={host} is not in 0..{hosts - 1}")
+
+
+def _check_one_source(source: Source, batch_size: int) -> None:
+    for part in _parts(source):
+        if len(part) < batch_size:
+            raise UserError(
+                f"data.sampling='one_source': {part.name} has {len(part)} records, fewer than a batch, data.batch_size={batch_size}"
+            )
+
+
+def _parts(source: Source) -> list[Source]:
+    return getattr(source, "sources", [source])
 
 
 def _reasons(skipped: Counter) -> str:
@@ -190,7 +205,7 @@ class _Batches(abc.ABC):
         self.batch_size, self.rows = batch_size, range(host * batch_size // hosts, (host + 1) * batch_size // hosts)
         self._cache_bytes, self._cache, self._bad = cache_bytes, {}, {}
         self._missing, self._fields = {}, set()
-        parts = getattr(source, "sources", [source])
+        parts = _parts(source)
         self.starts = [0, *itertools.accumulate(len(part) for part in parts)]
         self._strides = [_stride(len(part)) for part in parts]
         probes = [self._probe(part) for part in range(len(parts))]
@@ -292,22 +307,20 @@ def _stride(length: int) -> int:
 class _TrainingBatches(_Batches):
     """Batches of the endless, shuffled stream of examples."""
 
-    def __init__(self, source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed):
+    def __init__(self, source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed, one_source):
         super().__init__(source, views, tokenizer, cache_bytes, batch_size, host, hosts)
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed} is not in 0..2**32-1")
-        import grain
-
+        if one_source:
+            _check_one_source(source, batch_size)
         self._seed = seed
-        streams = [_Stream(part, start, end - start, seed) for part, (start, end) in enumerate(itertools.pairwise(self.starts))]
-        mixed = [grain.MapDataset.range(2**62).map(stream.__getitem__) for stream in streams]
-        self._index = streams[0] if len(streams) == 1 else grain.MapDataset.mix(mixed, source.weights)
+        self._order = make_order(self.starts, getattr(source, "weights", [1.0]), seed, batch_size, one_source)
 
     def example(self, position: int, skipped: Counter) -> Batch:
-        part, epoch, first_id = self._index[position]
+        part, epoch, first_id = self._order[position]
         for example_id in itertools.islice(self.candidates(part, first_id), _GIVE_UP):
             try:
-                return self.make(example_id, _random(self._seed, epoch, example_id))
+                return self.make(example_id, randomness(self._seed, epoch, example_id))
             except BadRecord as bad:
                 skipped[bad.args[0]] += 1
         raise UserError(f"{self.source.name}: no usable record among {_GIVE_UP} tried in a row ({_reasons(skipped)})")
@@ -328,42 +341,3 @@ class _EvaluationBatches(_Batches):
         except BadRecord as bad:
             skipped[bad.args[0]] += 1
             return self.blank
-
-
-class _Stream:
-    """Endless (part, epoch, example id) of one part of a mixture, by position: all its ids in a new order every epoch."""
-
-    def __init__(self, part: int, start: int, length: int, seed: int):
-        import grain
-
-        self._part, self._start, self._length = part, start, length
-        self._seed = int(np.random.SeedSequence((seed, part)).generate_state(1)[0])
-        self._shuffled = grain.MapDataset.range(start, start + length).seed(self._seed).shuffle().repeat()
-
-    def __getitem__(self, position: int) -> tuple[int, int, int]:
-        epoch, place = divmod(position, self._length)
-        if self._length <= _SMALL_SOURCE:
-            return self._part, epoch, self._start + int(_permutation(self._seed, epoch, self._length)[place])
-        return self._part, epoch, int(self._shuffled[position])
-
-
-@functools.lru_cache(maxsize=32)
-def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(length)
-
-
-class _Randomness(threading.local):
-    """Generators by (seed, epoch, example id): each thread has one, whose state is set, which is much cheaper than a new one each time."""
-
-    def __init__(self):
-        self._bits = np.random.Philox(key=0)
-        self._generator = np.random.Generator(self._bits)
-        self._state = self._bits.state  # counter 0, nothing buffered
-
-    def __call__(self, seed: int, epoch: int, example_id: int) -> np.random.Generator:
-        self._state["state"]["key"][:] = seed << 32 | epoch, example_id
-        self._bits.state = self._state
-        return self._generator
-
-
-_random = _Randomness()

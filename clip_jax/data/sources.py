@@ -109,8 +109,8 @@ class BaseSource:
             record["image"] = raw[image]
         if values.get(label) is not None:
             record["label"] = self._label(values[label])
-        if self.class_names is not None and 0 <= record.get("label", -1) < len(self.class_names):  # TFDS has -1 where it is unknown
-            record["class_name"] = self.class_names[record["label"]].replace("_", " ")
+        if self.class_names is not None and record.get("label", -1) >= 0:  # TFDS has -1 where it is unknown
+            record["class_name"] = self._class_name(record["label"])
         captions = itertools.chain.from_iterable(_as_list(values.get(text)) for text in texts)
         record["texts"] = [str(c) for c in captions] if texts else _as_list(record.get("class_name"))
         return record
@@ -124,18 +124,23 @@ class BaseSource:
             self._fields = (image, texts, None)
 
     def _label(self, value) -> int:
-        if isinstance(value, int):
-            return value
-        if self.class_names is not None and value in self._class_index:
+        """The class's place in the list of names, from 0, or -1 where it is unknown; raises UserError for a label beyond the list."""
+        if self.class_names is not None and isinstance(value, str) and value in self._class_index:
             return self._class_index[value]
         try:
-            return int(value)
+            label = int(value)
         except (TypeError, ValueError):
             raise BadRecord("unknown label") from None
+        if self.class_names is not None and not -1 <= label < (count := len(self.class_names)):
+            raise UserError(f"{self.name}: a record has label {label}, but there are {count} class names, 0 to {count - 1}; -1 is no label")
+        return label
 
     def _set_classes(self, names: Sequence[str]) -> None:
         self.class_names = list(names)
         self._class_index = {name: i for i, name in enumerate(self.class_names)}
+
+    def _class_name(self, label: int) -> str:
+        return self.class_names[label].replace("_", " ")
 
 
 def _first(candidates: Sequence[str], names: Sequence[str]) -> str | None:
@@ -174,7 +179,8 @@ class MemorySource(BaseSource):
         if not len(records):
             raise UserError(f"{name}: the source is empty")
         self._records = records
-        self.class_names = class_names
+        if class_names is not None:
+            self._set_classes(class_names)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -182,6 +188,10 @@ class MemorySource(BaseSource):
     def __getitem__(self, index: int) -> Record:
         record = dict(self._records[index])
         record.setdefault("texts", [])
+        if record.get("label") is not None:
+            record["label"] = label = self._label(record["label"])
+            if self.class_names is not None and label >= 0:
+                record.setdefault("class_name", self._class_name(label))
         return record
 
 
@@ -241,7 +251,10 @@ def _names_by_concept(folder: str) -> dict[str, dict[str, str]]:
 
 
 class MixtureSource(BaseSource):
-    """Several sources side by side; the loader draws from them in proportion to `weights`. Records gain `source_id`."""
+    """Several sources side by side; the loader draws from them in proportion to `weights`. Records gain `source_id`.
+
+    The classes are those of all sources; classes of one name are one class.
+    """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
         super().__init__(" + ".join(f"{s.name}*{w:g}" for s, w in zip(sources, weights, strict=True)))
@@ -250,8 +263,8 @@ class MixtureSource(BaseSource):
         self.sources, self.weights = list(sources), list(weights)
         self.broken = sum((Counter(s.broken) for s in sources), Counter())
         self._ends = list(itertools.accumulate(len(s) for s in sources))
-        if all(s.class_names == sources[0].class_names for s in sources):
-            self.class_names = sources[0].class_names
+        if any(s.class_names is not None for s in sources):
+            self._set_classes(list(dict.fromkeys(itertools.chain.from_iterable(s.class_names or () for s in sources))))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -259,7 +272,13 @@ class MixtureSource(BaseSource):
     def __getitem__(self, index: int) -> Record:
         source_id = bisect.bisect_right(self._ends, index)
         start = self._ends[source_id - 1] if source_id else 0
-        return self.sources[source_id][index - start] | {"source_id": source_id}
+        source = self.sources[source_id]
+        record = source[index - start] | {"source_id": source_id}
+        if self.class_names is None or record.get("label", -1) < 0:
+            return record
+        if source.class_names is None:
+            raise UserError(f"{source.name}: its labels have no class names, and other sources of the mixture have class names")
+        return record | {"label": self._class_index[source.class_names[record["label"]]]}
 
 
 class ArrayRecordSource(BaseSource):
@@ -419,7 +438,7 @@ class FolderSource(BaseSource):
         path = os.path.join(self._folder, self._paths[index])
         record = {"image": read_file(path), "path": path, "texts": []}
         if (label := self._labels[index]) >= 0:
-            name = self.class_names[label].replace("_", " ")
+            name = self._class_name(label)
             record |= {"label": label, "class_name": name, "texts": [name]}
         caption = os.path.splitext(path)[0] + ".txt"
         if os.path.exists(caption):
@@ -547,22 +566,28 @@ def make_source(
         *.csv, *.tsv, *.jsonl                 a table with image paths
         a folder with one sub-folder a class  pictures
         text:FILE                             pairs of consecutive sentences of .txt or .jsonl files (CLIPPO's text/text pairs)
+        SPEC?where=FIELD:VALUE                a selection of it by a field: `clip_jax.data.selection`
         SPEC?index=FOLDER                     what `clip_jax.data.filter` kept of it
-        SPEC*3 + SPEC*1                       a mixture: numbers of examples in this proportion, 1 if not given
+        SPEC*3 + SPEC*1                       a mixture: numbers of examples in this proportion, 1 if not given; size: that of the source
     `split` is a split of a TFDS data set, slices such as "train[:90%]" included; in all others it replaces "{split}" in the spec, or is a
     sub-folder of a folder. Raises UserError when there is no such data, or nothing in it.
     """
+    from clip_jax.data import selection
+
     if not spec.strip():
         raise UserError("data: no data set is named; give a name such as emoji, or a path")
     parts = [part.strip() for part in spec.split(" + ")]
-    weights = [re.fullmatch(r"(.+)\*(\d+(?:\.\d+)?)", part) for part in parts]
+    weights = [re.fullmatch(r"(.+)\*(size|\d+(?:\.\d+)?)", part) for part in parts]
     if len(parts) > 1:
         sources = [
             make_source(match[1].strip() if match else part, split, image=image, text=text, label=label)
             for match, part in zip(weights, parts, strict=True)
         ]
-        return MixtureSource(sources, [float(match[2]) if match else 1.0 for match in weights])
+        weights = [match[2] if match else "1" for match in weights]
+        return MixtureSource(sources, [len(s) if w == "size" else float(w) for s, w in zip(sources, weights, strict=True)])
     fields = dict(image=image, text=text, label=label)
+    if match := selection.PATTERN.fullmatch(spec):
+        return selection.select(make_source(match[1], split, **fields), match[2], spec)
     if match := re.fullmatch(r"(.+)\?index=(.+)", spec):
         from clip_jax.data.filter import IndexedSource
 

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clip_jax.data import augment, decode
+from clip_jax.data import augment, decode, text_augment, token_augment
 from clip_jax.data.sources import BadRecord, Record
 from clip_jax.errors import UserError
+
+#: Operations of `TextView.augment`: on the caption, `f(caption, rng, **arguments)`, and on its ids, `f(ids, rng, tokenizer, **arguments)`;
+#: these are without start, end and padding.
+_ON_CAPTION = {"eda": text_augment.eda}
+_ON_IDS = {"tokens": token_augment.tokens}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +53,24 @@ class TextView:
     Without templates it is one of the record's captions, drawn anew each epoch. Templates are strings with fields of the record in
     braces, such as ("{name}", "{name}: {tags}"): one is drawn among those whose fields are all filled, and of a field that is a list a
     random subset in random order, joined by commas. In evaluation (rng None) it is the first usable one, lists whole and in order.
-    In training each word is left out with the chance `word_dropout`, but never all of them (random deletion, Wei & Zou 2019).
+    In training each word is left out with the chance `word_dropout`, but never all of them (random deletion, Wei & Zou 2019), and then
+    `augment` changes the caption or its ids: names of operations, such as ("eda",), of which those on the caption go first.
+    Records with a label have `class_templates`, if there are any, in the place of `templates`: {class_name} is the class's name, without
+    commas, or one of its names.
     """
 
     name: str = "text"
     context: int = 77
     templates: tuple[str, ...] = ()
     word_dropout: float = 0.0
+    augment: tuple[str, ...] = ()
+    class_templates: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "templates", tuple(self.templates))
-        for template in self.templates:
+        for field in ("templates", "augment", "class_templates"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        _parse_augment(self.augment)  # fails early
+        for template in self.templates + self.class_templates:
             _parse_template(template)
 
     @property
@@ -71,25 +83,63 @@ class TextView:
     @property
     def fields(self) -> frozenset[str]:
         """The record fields that the templates name."""
-        return frozenset(field for template in self.templates for _, field in _parse_template(template) if field)
+        return _fields(self.templates)
 
     def caption(self, record: Record, rng: np.random.Generator | None) -> str:
         """The caption as text; raises BadRecord when no usable one is there."""
-        if not self.templates:
+        templates = self.templates
+        if self.class_templates and record.get("label", -1) >= 0:
+            templates, record = self.class_templates, record | {"class_name": _class_name(record, rng)}
+        if not templates:
             return _pick(_usable(record.get("texts") or ()), rng)
-        values = {field: _usable(_as_texts(record.get(field)), strict=False) for field in self.fields}
-        templates = [t for t in map(_parse_template, self.templates) if all(values[field] for _, field in t if field)]
+        values = {field: _usable(_as_texts(record.get(field)), strict=False) for field in _fields(templates)}
+        templates = [t for t in map(_parse_template, templates) if all(values[field] for _, field in t if field)]
         parts = [literal + (_join(values[field], rng) if field else "") for literal, field in _pick(templates, rng)]
         return _usable(["".join(parts)])[0]
 
     def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
+        return self._augmented(self._words(record, rng), self.augment, rng, tokenizer)
+
+    def _words(self, record, rng) -> str:
+        """The caption after word dropout."""
         caption = self.caption(record, rng)
         if self.word_dropout and rng is not None:
             words = caption.split()
             kept = rng.random(len(words)) >= self.word_dropout
             kept[rng.integers(len(words))] = True
             caption = " ".join(word for word, keep in zip(words, kept, strict=True) if keep)
-        return tokenizer([caption], self.context)[0]
+        return caption
+
+    def _augmented(self, caption: str, spec: tuple[str, ...], rng, tokenizer) -> np.ndarray:
+        on_caption, on_ids = _parse_augment(spec) if rng is not None else ((), ())
+        for operation in on_caption:
+            caption = operation(caption, rng)
+        if not on_ids:
+            return tokenizer([caption], self.context)[0]
+        ids = tokenizer.encode(caption[: 100 * self.context])  # more cannot matter, and a broken record may have megabytes
+        for operation in on_ids:
+            ids = operation(ids, rng, tokenizer)
+        return token_augment.pack(ids, tokenizer, self.context)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextVariants(TextView):
+    """One caption in several forms, token ids int32 [len(variants), context]: an augmentation for each, () for the caption as it is."""
+
+    variants: tuple[tuple[str, ...], ...] = ((), ("eda",))
+
+    def __post_init__(self):
+        super().__post_init__()
+        for spec in self.variants:
+            _parse_augment(spec)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.variants), self.context)
+
+    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
+        caption = self._words(record, rng)
+        return np.stack([self._augmented(caption, spec, rng, tokenizer) for spec in self.variants])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +174,24 @@ class ImageOrTextView(ImageView):
         return np.broadcast_to(tokenizer(record["sentences"][:1], self.size)[0], self.shape)
 
 
+@functools.lru_cache(maxsize=256)
+def _parse_augment(spec: tuple[str, ...]) -> tuple[tuple, tuple]:
+    """The operations on the caption and those on its ids; raises UserError."""
+    on_caption, on_ids = [], []
+    for text in spec:
+        function, kwargs, _ = augment.bind(text, _ON_CAPTION | _ON_IDS, ("caption", "ids", "rng", "tokenizer"))
+        operation = functools.partial(function, **kwargs)
+        if function in _ON_IDS.values():
+            on_ids.append(operation)
+            continue
+        try:
+            operation("a dog", np.random.default_rng(0))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"augment: {text!r}: {error}") from None
+        on_caption.append(operation)
+    return tuple(on_caption), tuple(on_ids)
+
+
 @functools.lru_cache(maxsize=1024)
 def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
     try:
@@ -136,6 +204,18 @@ def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
     if not any(field for _, field, _, _ in parts):
         raise UserError(f"template {template!r} names no field; write one in braces, such as {{name}}")
     return tuple((literal, field) for literal, field, _, _ in parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fields(templates: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(field for template in templates for _, field in _parse_template(template) if field)
+
+
+def _class_name(record: Record, rng: np.random.Generator | None) -> str:
+    """As UniCL writes it; raises BadRecord when the class has no name."""
+    if not (names := _usable(_as_texts(record.get("class_name")), strict=False)):
+        raise BadRecord("no class name")
+    return " ".join(_pick(names, rng).replace(",", "").replace("+", " ").split())
 
 
 def _as_texts(value) -> list[str]:

@@ -82,10 +82,10 @@ def render(result: "EvalResult", *, title: str, config: Mapping | None = None, m
     sections = {
         "Results": _results(result.metrics),
         "Training": "" if metrics_jsonl is None else _training(page, Path(metrics_jsonl)),
-        "Predictions": _panels(artefacts.get("classification"), lambda item: _gallery(page, item), _GALLERY_INTRO),
-        "Retrieval": _panels(artefacts.get("retrieval"), lambda item: _retrieval(page, item), _RETRIEVAL_INTRO),
-        "Similarity": _panels(artefacts.get("similarity"), lambda item: _similarity(page, item), _SIMILARITY_INTRO),
-        "Map": _panels(artefacts.get("map"), lambda item: _map(page, item), _MAP_INTRO),
+        "Predictions": panels(artefacts.get("classification"), lambda item: _gallery(page, item), _GALLERY_INTRO),
+        "Retrieval": panels(artefacts.get("retrieval"), lambda item: _retrieval(page, item), _RETRIEVAL_INTRO),
+        "Similarity": panels(artefacts.get("similarity"), lambda item: _similarity(page, item), _SIMILARITY_INTRO),
+        "Map": panels(artefacts.get("map"), lambda item: embedding_map(page, item), MAP_INTRO),
         "All metrics": _all_metrics(result.metrics),
         "Configuration": _configuration(config or {}),
     }
@@ -205,7 +205,7 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
     """Cells are HTML; the first of a row is its heading."""
     lines = ["".join(f'<th scope="col">{cell}</th>' for cell in head)]
     lines += [f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) for first, *rest in rows]
@@ -213,7 +213,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") ->
     return f'<div class="scroll"><table class="{css}"><thead><tr>{lines[0]}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _panels(items: Mapping | None, draw: Callable, intro: str) -> str:
+def panels(items: Mapping | None, draw: Callable, intro: str) -> str:
     """An introduction and a panel per artefact, the most telling cell of the emoji protocol first; the script makes tabs of them."""
     if not items:
         return ""
@@ -299,7 +299,7 @@ def _results(metrics: Mapping[str, float]) -> str:
             blocks.append(f"<h3>{title}</h3>{_task_table(found, columns)}{meaning}")
     rest = [(f"{task}/{metric}".lstrip("/"), value) for task, values in tasks.items() for metric, value in values.items()]
     if rest:
-        blocks.append(("<h3>Other metrics</h3>" if blocks else "") + _table(["", ""], [(_text(n), _number(v)) for n, v in rest]))
+        blocks.append(("<h3>Other metrics</h3>" if blocks else "") + table(["", ""], [(_text(n), _number(v)) for n, v in rest]))
     return "".join(blocks) or "<p>No task was run, so there are no metrics.</p>"
 
 
@@ -311,7 +311,7 @@ def _emoji_results(cells: Mapping[tuple[str, str], Mapping[str, float]], skipped
         rows.append(("nearest in pixels", _percent(m.get("pixel_1nn_top1")), _percent(m.get("pixel_1nn_top5"))))
         size = f"{_number(m.get('images'))} pictures, {_number(m.get('classes'))} names to choose from{_sampling_error(m)}"
         cards.append(
-            f'<div class="cell"><h4>{_cell_title(*cell)}</h4><p>{_CELL_MEANING[cell]}</p>{_table(["", "top-1", "top-5"], rows)}'
+            f'<div class="cell"><h4>{_cell_title(*cell)}</h4><p>{_CELL_MEANING[cell]}</p>{table(["", "top-1", "top-5"], rows)}'
             f'<p class="small">{size}</p></div>'
         )
         row = [_cell_title(*cell)]
@@ -328,7 +328,7 @@ def _emoji_results(cells: Mapping[tuple[str, str], Mapping[str, float]], skipped
         subsets.append(row)
     recalls = {_cell_title(*cell): m for cell, m in cells.items() if "image_to_text_R@1" in m}
     left_out = f"<p>{_number(skipped)} unusable records were left out.</p>" if skipped else ""
-    subset_table = _table(["top-1 / top-5", *_SUBSETS.values()], subsets, "wide")
+    subset_table = table(["top-1 / top-5", *_SUBSETS.values()], subsets, "wide")
     blocks = [f'<div class="cells">{"".join(cards)}</div>', _EMOJI_MEANING, left_out]
     blocks += ["<h3>Without compositions</h3>", _SUBSETS_MEANING, subset_table]
     if recalls:
@@ -351,7 +351,7 @@ def _recall_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
     rows = []
     for name, m in tasks.items():
         rows.append((_text(name), *(_percent(m.get(f"{d}_R@{k}")) for d, k in _RECALLS), *(_number(m.get(key)) for key in counts)))
-    return _table(head, rows, "wide")
+    return table(head, rows, "wide")
 
 
 def _task_table(tasks: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> str:
@@ -361,7 +361,7 @@ def _task_table(tasks: Mapping[str, Mapping[str, float]], columns: Mapping[str, 
         cells = [_number(m.get(key)) if key == "l2" else _percent(m.get(key)) for key in columns]
         cells[0] = f"<b>{cells[0]}</b>{_sampling_error(m, next(iter(columns)))}"
         rows.append((_text(name), *cells, *(_number(m.get(key)) for key in counts)))
-    return _table(["", *columns.values(), *(_COUNTS[key] for key in counts)], rows, "wide")
+    return table(["", *columns.values(), *(_COUNTS[key] for key in counts)], rows, "wide")
 
 
 # --- training curves ---
@@ -417,7 +417,7 @@ def _training(page: Page, path: Path) -> str:
     blocks, main, rest = [], [], dict(training)
     for title, pattern in _CURVES.items():
         chosen = {name: rest.pop(name) for name in sorted(rest) if re.fullmatch(pattern, name)}
-        main += [_chart(page, title, {_CURVE_WORDS.get(name, name): series for name, series in chosen.items()})] if chosen else []
+        main += [chart(page, title, {_CURVE_WORDS.get(name, name): series for name, series in chosen.items()})] if chosen else []
     if main:
         blocks.append(f'<div class="charts">{"".join(main)}</div>')
     by_metric: dict[str, dict[str, Series]] = {}
@@ -426,11 +426,11 @@ def _training(page: Page, path: Path) -> str:
         if not _CONSTANT.fullmatch(metric):
             by_metric.setdefault(metric, {})[_title(task)] = series
     chosen = [metric for metric in _EVALUATION_CURVES if metric in by_metric]
-    charts = [_chart(page, _metric_title(metric), by_metric.pop(metric), named=True) for metric in chosen]
+    charts = [chart(page, _metric_title(metric), by_metric.pop(metric), named=True) for metric in chosen]
     if charts:
         blocks.append(f'<h3>Evaluations during training</h3><div class="charts">{"".join(charts)}</div>')
-    more = [_chart(page, name, {name: series}) for name, series in sorted(rest.items())]
-    more += [_chart(page, _metric_title(metric), by_metric[metric], named=True) for metric in sorted(by_metric)]
+    more = [chart(page, name, {name: series}) for name, series in sorted(rest.items())]
+    more += [chart(page, _metric_title(metric), by_metric[metric], named=True) for metric in sorted(by_metric)]
     if more:
         blocks.append(f'<details><summary>More curves ({len(more)})</summary><div class="charts">{"".join(more)}</div></details>')
     return "".join(blocks)
@@ -442,7 +442,7 @@ def _metric_title(metric: str) -> str:
     return metric if title is None else title[0].upper() + title[1:]
 
 
-def _chart(page: Page, title: str, curves: Mapping[str, Series], named: bool = False) -> str:
+def chart(page: Page, title: str, curves: Mapping[str, Series], named: bool = False) -> str:
     """A line chart as SVG, with a legend where there are several curves or they are `named`; adds its numbers for tooltips to the page."""
     thin = {name: _thinned(series) for name, series in curves.items()}
     steps = [step for series in thin.values() for step, _ in series]
@@ -694,12 +694,12 @@ def _heat(position: np.ndarray, label: str) -> str:
 
 # --- map ---
 
-_MAP_INTRO = """<p>Embeddings of pictures (dots) and of texts (squares), projected onto the two directions in which they vary most (PCA). A
+MAP_INTRO = """<p>Embeddings of pictures (dots) and of texts (squares), projected onto the two directions in which they vary most (PCA). A
 contrastive model keeps pictures and texts in separate regions, the modality gap; “each modality centred” takes the two means away, so that
 it is seen whether both are arranged alike. Point at a picture to see it and the text that belongs to it.</p>"""
 
 
-def _map(page: Page, item: "EmbeddingMap") -> str:
+def embedding_map(page: Page, item: "EmbeddingMap") -> str:
     images, texts = np.asarray(item.images, np.float64), np.asarray(item.texts_embedded, np.float64)
     if images.ndim != 2 or texts.ndim != 2:
         return "<p>An example has several embeddings here (one per token), so there is no map of points.</p>"

@@ -45,6 +45,50 @@ def infonce(z_image, z_text, scale, smoothing=0.0, weights=None, kinds=None):
     return _mean(losses, weights), {f"{name}_acc": jnp.sum(won * kind) / jnp.maximum(jnp.sum(kind), 1) for name, kind in kinds.items()}
 
 
+def contrast(queries, keys, scale, smoothing=0.0):
+    """InfoNCE in one direction: each query is to find its own key among all keys of the global batch.
+
+    Args:
+      queries, keys: unit vectors ``[B, E]``; both get a gradient.
+      scale: scalar, multiplies the similarities.
+      smoothing: of the target, spread evenly over the wrong keys.
+
+    Returns:
+      ``(loss, share of the queries whose key beats all others)``, float32 scalars.
+    """
+    queries, keys, scale = (jnp.asarray(x, jnp.float32) for x in (queries, keys, scale))
+    positive = scale * jnp.sum(queries * keys, axis=1)
+    negatives = pairwise(_contrast_tile, scale, queries, keys)
+    loss = jnp.logaddexp(negatives.row_lse, positive) - (1 - smoothing) * positive
+    if smoothing:
+        wrong = scale * queries @ keys.sum(0) - positive
+        loss -= smoothing / (len(keys) - 1) * wrong
+    return loss.mean(), (positive > negatives.row_max).mean()
+
+
+def views_infonce(images, texts, scale, groups=None, both=True):
+    """InfoNCE of every view of the images with every view of the texts, all in one pass over the pairs.
+
+    Args:
+      images, texts: lists of unit vectors ``[B, E]``.
+      scale: scalar.
+      groups: for each view of the texts int ``[B]``; wrong texts of the group of an image's own text are left out. None: all count.
+      both: the mean of both directions; False: images are to find texts alone.
+
+    Returns:
+      ``(losses, metrics)``: float32 scalars in the order of ``itertools.product(images, texts)``, and the accuracies of the first pair.
+    """
+    groups = groups or [jnp.arange(len(images[0]))] * len(texts)
+    positives = [scale * jnp.sum(u * v, axis=1) for u in images for v in texts]
+    out = pairwise(functools.partial(_views_tile, both), scale, (images, groups), (texts, groups))
+    sides = ((out.row_lse, out.row_max), (out.col_lse, out.col_max))[: 1 + both]
+    losses = [
+        sum(jnp.mean(jnp.logaddexp(lse[k], positive) - positive) for lse, _ in sides) / len(sides) for k, positive in enumerate(positives)
+    ]
+    names = ("image_to_text_acc", "text_to_image_acc")[: len(sides)]
+    return losses, {name: (positives[0] > largest[0]).mean() for name, (_, largest) in zip(names, sides, strict=True)}
+
+
 def soft_infonce(z_image, z_text, scale, target_fn, target_params, image_targets, text_targets, weights=None):
     """InfoNCE against soft targets that are a function of the pair: UniCL's labels, ZeroVL's mixtures, OTTER's matchings.
 
@@ -122,18 +166,30 @@ def _accuracies(positive, negatives):
     }
 
 
-def _similarity(a, b):
+def similarities(a, b):
+    """Dot products of all rows of two arrays, float32 ``[a, b]``."""
     return jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)  # a scale of 100 makes the error of bfloat16 passes visible
 
 
 def _negatives_tile(scale, z_image, z_text, i, j):
-    logits = jnp.where(i == j, EXCLUDED, scale * _similarity(z_image, z_text))
+    logits = jnp.where(i == j, EXCLUDED, scale * similarities(z_image, z_text))
     return Tile(row_lse=logits, col_lse=logits)
+
+
+def _contrast_tile(scale, queries, keys, i, j):
+    return Tile(row_lse=jnp.where(i == j, EXCLUDED, scale * similarities(queries, keys)))
+
+
+def _views_tile(both, scale, rows, cols, i, j):
+    (images, own), (texts, others) = rows, cols
+    left_out = [a[:, None] == b for a, b in zip(own, others, strict=True)]
+    logits = [jnp.where(x, EXCLUDED, scale * similarities(u, v)) for u in images for v, x in zip(texts, left_out, strict=True)]
+    return Tile(logits, logits if both else ())
 
 
 def _soft_tile(target_fn, params, rows, cols, i, j):
     (scale, target_params), (z_image, image_targets), (z_text, text_targets) = params, rows, cols
-    logits = scale * _similarity(z_image, z_text)
+    logits = scale * similarities(z_image, z_text)
     targets = target_fn(target_params, image_targets, text_targets, i, j).astype(jnp.float32)
     negatives, sums = jnp.where(i == j, EXCLUDED, logits), {"logits": targets * logits, "targets": targets}
     return Tile(negatives, negatives, sums, sums)
@@ -141,7 +197,7 @@ def _soft_tile(target_fn, params, rows, cols, i, j):
 
 def _sigmoid_tile(params, rows, cols, i, j):
     (scale, bias), (z_image, own_row), (z_text, own_col) = params, rows, cols
-    similarity = _similarity(z_image, z_text)
+    similarity = similarities(z_image, z_text)
     negative = i != j
     loss = jnp.where(negative, jax.nn.softplus(scale * similarity + bias), 0.0)
     fixed = lax.stop_gradient(similarity)

@@ -62,9 +62,7 @@ def pairwise(tile_fn, params, rows, cols, entry_size=1):
       :class:`Reduced`.
     """
     (row_leaves, row_def), (col_leaves, col_def) = jax.tree.flatten(rows), jax.tree.flatten(cols)
-    plan = _Plan(
-        tile_fn, row_def, col_def, *_layout(len(row_leaves[0]), len(col_leaves[0])), max(1, math.isqrt(TILE_ENTRIES // entry_size))
-    )
+    plan = _Plan(tile_fn, row_def, col_def, *layout(len(row_leaves[0]), len(col_leaves[0])), max(1, math.isqrt(TILE_ENTRIES // entry_size)))
     return _pairwise(plan, params, row_leaves, col_leaves)
 
 
@@ -80,7 +78,7 @@ class _Plan:
     side: int  # of a tile, at most
 
 
-def _layout(*lengths):
+def layout(*lengths):
     """The mesh axes, from the first on, whose devices divide all lengths, and the number of these devices."""
     mesh = jax.sharding.get_abstract_mesh()
     axes, devices = (), 1

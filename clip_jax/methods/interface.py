@@ -1,10 +1,10 @@
 """What a method is to the rest of the program: a frozen dataclass of pure functions, made by ``make(config)`` of its module."""
 
+import dataclasses
 import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.two_tower import TwoTower
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Method:
     """The functions of a method. ``batch`` is a dict of arrays ``[B, ...]``, one entry per view, plus ``example_id`` int32 ``[B]``.
 
@@ -47,6 +47,14 @@ class Method:
     update: Callable = lambda params, extra, features, step: extra
     constrain: Callable = lambda params: params
     similarity: Callable = lambda z_image, z_text: jnp.matmul(z_image, z_text.T)
+
+
+def read_options(config, name, kind):
+    """The section ``config.<name>`` as a dataclass of the class ``kind``, which checks its values; UserError for a field it has not."""
+    given = dict(config.get(name, {}))
+    for field in sorted(given.keys() - {f.name for f in dataclasses.fields(kind)}):
+        raise UserError(f"{name}.{field} is no field of method={name!r}")
+    return kind(**given)
 
 
 def two_tower_method(config, scalars, loss, **fields):

@@ -25,11 +25,11 @@ import optax
 
 from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
-from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
-from clip_jax.methods.interface import Method
+from clip_jax.losses import contrastive
+from clip_jax.methods.interface import Method, read_options
 from clip_jax.models.common import l2_normalize, shard_batch
 from clip_jax.models.heads import MlpHead
-from clip_jax.models.masking import mask_patches, mask_words
+from clip_jax.models.masking import mask_patches, mask_words, mean_of_chosen, sum_and_count
 from clip_jax.models.one_tower import one_tower, patch_pixels, real_tokens
 
 CHOICES = {
@@ -38,7 +38,7 @@ CHOICES = {
     "cic_kv": ("cross", "self"),
     "mim_target": ("pixels", "teacher"),
     "mim_loss": ("l1", "l2"),
-    "embed": ("cls", "projector", "predictor"),
+    "embed": ("cls", "projector", "predictor", "query_key"),
 }
 
 
@@ -66,7 +66,8 @@ class Options:
       mim_loss: ``l1`` or ``l2``.
       teacher_augment: transforms of the teacher's picture; empty: the student's picture, without masks.
       momentum, momentum_end: of the teacher, from the one to the other along half a cosine.
-      embed: what evaluation compares: the state of ``cls``, the output of the ``projector`` or of the ``predictor``.
+      embed: what evaluation compares: the state of ``cls``, the output of the ``projector`` or of the ``predictor``, or as training does
+        (``query_key``) the predictor's of a picture with the projector's of a text.
     """
 
     itc: float = 1.0
@@ -119,8 +120,8 @@ class Options:
             raise UserError(
                 "oner.mim_target='teacher' needs oner.teacher_augment=(), the student's picture: else the patches are not the same"
             )
-        if self.embed == "predictor" and not (self.predictor and self.itc):
-            raise UserError("oner.embed='predictor' needs oner.predictor=True and oner.itc above 0, which trains it on each modality")
+        if self.embed in ("predictor", "query_key") and not (self.predictor and self.itc):
+            raise UserError(f"oner.embed={self.embed!r} needs oner.predictor=True and oner.itc above 0, which trains it on each modality")
 
 
 CONTRASTIVE = ("itc", "xmc", "cic", "cmc")
@@ -157,10 +158,7 @@ class OneR:
     """
 
     def __init__(self, config):
-        given = dict(config.get("oner", {}))
-        for name in sorted(given.keys() - {f.name for f in dataclasses.fields(Options)}):
-            raise UserError(f"oner.{name} is no field of method='oner'")
-        self.options = o = Options(**given)
+        self.options = o = read_options(config, "oner", Options)
         model = config.model
         self.steps, self.eot_id = config.train.steps, model.text.eot_id
         self.has_joint = bool(o.cmc or o.joint_mim or o.joint_mlm)  # the pass of both together
@@ -250,8 +248,7 @@ class OneR:
                 metrics |= dict(zip(("image_to_text_acc", "text_to_image_acc"), (accuracy for _, accuracy in found), strict=True))
         for term in MASKED:
             if term in features:
-                total, count = features[term].sum(0)
-                values[term] = total / jnp.maximum(count, 1)
+                values[term] = mean_of_chosen(features[term])
         means = [l2_normalize(x).mean(0) for x in features["projected"]]
         metrics |= {"modality_gap": jnp.linalg.norm(means[0] - means[1])} | {f"loss_{term}": x for term, x in values.items()}
         return sum(getattr(o, term) * x for term, x in values.items()), metrics
@@ -271,8 +268,9 @@ class OneR:
         return self._embed(params, extra, 1, self._states(params, None, ids, real_tokens(ids, self.eot_id))["text"])
 
     def _embed(self, params, extra, modality, states):
-        x = states[:, 0]
-        for kind in {"cls": (), "projector": ("projector",), "predictor": ("projector", "predictor")}[self.options.embed]:
+        x, both = states[:, 0], ("projector", "predictor")
+        kinds = {"cls": (), "projector": both[:1], "predictor": both, "query_key": both[: 2 - modality]}
+        for kind in kinds[self.options.embed]:
             name = self._names(kind)[modality]
             x = self.head_modules[kind].apply({"params": params[name], "batch_stats": extra["batch_stats"][name]}, x)
         return l2_normalize(x)
@@ -325,13 +323,13 @@ class OneR:
             x = states["image"][:, 1:]
             error = (x @ params["mim"]["kernel"].astype(x.dtype)).astype(jnp.float32) + params["mim"]["bias"] - target
             error = (jnp.abs(error) if self.options.mim_loss == "l1" else jnp.square(error)).mean(-1)
-            found["mim"] = _sum_and_count(error, masks["patches"])
+            found["mim"] = sum_and_count(error, masks["patches"])
         if weights["mlm"] and masks["words"] is not None:
             x = jnp.take_along_axis(states["text"][:, 1:], masks["positions"][..., None], axis=1)
             words = params["tower"]["txt"]["embed"]["embedding"].astype(x.dtype)
             logits = (x @ words.T).astype(jnp.float32) + params["mlm"]["bias"]
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, masks["targets"])
-            found["mlm"] = _sum_and_count(losses, masks["chosen"])
+            found["mlm"] = sum_and_count(losses, masks["chosen"])
         return found
 
 
@@ -345,15 +343,8 @@ def contrast(queries, keys, temperature):
     Returns:
       ``(loss, share of the queries whose key beats all others)``, float32 scalars.
     """
-    queries, keys = l2_normalize(queries), l2_normalize(jax.lax.stop_gradient(keys))
-    positive = jnp.sum(queries * keys, axis=1) / temperature
-    negatives = pairwise(_negatives, jnp.float32(temperature), queries, keys)
-    loss = 2 * temperature * jnp.mean(jnp.logaddexp(negatives.row_lse, positive) - positive)
-    return loss, (positive > negatives.row_max).mean()
-
-
-def _negatives(temperature, queries, keys, i, j):
-    return Tile(row_lse=jnp.where(i == j, EXCLUDED, jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST) / temperature))
+    loss, accuracy = contrastive.contrast(l2_normalize(queries), l2_normalize(jax.lax.stop_gradient(keys)), 1 / temperature)
+    return 2 * temperature * loss, accuracy
 
 
 def mix(image, text, how="mean"):
@@ -365,7 +356,3 @@ def mix(image, text, how="mean"):
 
 def _cls(states):
     return states["image"][:, 0], states["text"][:, 0]
-
-
-def _sum_and_count(losses, chosen):
-    return jnp.stack([jnp.sum(losses, axis=1, where=chosen), chosen.sum(1).astype(jnp.float32)], axis=1)

@@ -32,10 +32,13 @@ class TwoTower:
         stats = {name: v["batch_stats"] for name, v in variables.items() if "batch_stats" in v}
         return {name: v["params"] for name, v in variables.items()}, {"batch_stats": stats} if stats else {}
 
-    def encode_image(self, params, extra, images, train=False, keys=None):
-        """``(unit rows float32 [b, E], tokens [b, n, D], extra)`` of pixels 0 to 255, ``[b, h, w, 3]``; ``keys[b]``: randomness."""
+    def encode_image(self, params, extra, images, train=False, keys=None, normalize=True):
+        """``(unit rows float32 [b, E], tokens [b, n, D], extra)`` of pixels 0 to 255, ``[b, h, w, 3]``; ``keys[b]``: randomness.
+
+        Without ``normalize`` the rows are as the tower gives them.
+        """
         images = (shard_batch(images).astype(jnp.float32) - self.mean) / self.std
-        return self._encode(self.image, "img", params, extra, images, train, keys)
+        return self._encode(self.image, "img", params, extra, images, train, keys, normalize)
 
     def encode_text(self, params, extra, ids, train=False, keys=None):
         """``(unit rows float32 [b, E], tokens [b, n, D], extra)`` of int32 ids ``[b, n]``; ``keys[b]``: randomness."""
@@ -57,11 +60,11 @@ class TwoTower:
         """Unit rows, float32 ``[b, E]``."""
         return self.encode_text(params, extra, ids)[0]
 
-    def _encode(self, tower, name, params, extra, x, train, keys):
+    def _encode(self, tower, name, params, extra, x, train, keys, normalize=True):
         stats = extra.get("batch_stats", {})
         variables = {"params": params[name]} | ({"batch_stats": stats[name]} if name in stats else {})
         mutable = ["batch_stats"] if train and name in stats else []
         (embedding, tokens), new = tower.apply(variables, x, train=train, keys=keys, mutable=mutable)
         if mutable:
             extra = extra | {"batch_stats": stats | {name: new["batch_stats"]}}
-        return l2_normalize(embedding), tokens, extra
+        return l2_normalize(embedding) if normalize else embedding, tokens, extra

@@ -1,0 +1,142 @@
+"""A training step of every method beside CLIP's: the same towers and batch, and how often a step passes through them.
+
+    python benchmarks/methods.py
+    python benchmarks/methods.py --configs clip,declip:small_slip,otter --batch 64
+
+Each configuration is the default of its file in configs/, unless a variant is named, with the towers of configs/clip.py (a method's own
+widths of heads, patch dropout and size of pictures stay; a method of one tower takes the image tower's sizes). Passes count in
+batches: 1 is one pass of all pictures, or texts, of a batch; ``fixed`` ones carry no gradient. FLOPs are the matrix products of a step,
+forward and backward. Steps take turns on random data; times are medians. See benchmarks/README.md.
+"""
+
+import pathlib
+import statistics
+import time
+
+import common
+
+COLUMNS = {
+    "method": "<18", "images": ">6.1f", "texts": ">6.1f", "fixed images": ">12.1f", "fixed texts": ">11.1f", "GFLOP": ">8.2f",
+    "FLOP / CLIP's": ">13.2f", "ms": ">8.1f", "fastest ms": ">10.1f", "ms / CLIP's": ">11.2f",
+}  # fmt: skip
+OWN = ("size", "patch_drop")
+
+
+def load(name, batch):
+    """The configuration of ``method[:variant]`` with the towers of configs/clip.py."""
+    from clip_jax import config
+
+    folder = pathlib.Path(common.ROOT, "configs")
+    file, _, variant = name.partition(":")
+    c, clip = (config.load(f"{folder / f'{f}.py'}:{v}").unlock() for f, v in ((file, variant), ("clip", "")))
+    image, text = c.model.image, c.model.get("text", {})
+    kept = {field: image[field] for field in OWN if field in image}
+    if "kind" in image:
+        c.model.image = clip.model.image
+        c.model.image.update(kept)
+    else:  # one tower, with fields of its own
+        image.update({field: clip.model.image[field] for field in image if field in clip.model.image and field not in kept})
+    if "kind" in text:
+        c.model.text = clip.model.text
+    c.model.embed_dim, c.model.dtype, c.data.batch_size = clip.model.embed_dim, clip.model.dtype, batch
+    return c.lock()
+
+
+def count_passes(program):
+    """``{("images" or "texts", does the pass carry a gradient): passes of the batch}`` of the encoding of a training step."""
+    import collections
+
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from clip_jax.training import optimizers
+
+    counts, apply, size = collections.Counter(), nn.Module.apply, program.config.data.batch_size
+    params = program.state.params
+    frozen = {k for k, x in optimizers.frozen(program.config.optim, params).items() if all(jax.tree.leaves(x))}
+
+    def encode(params, extra, batch):
+        trained = {id(x) for k, x in params.items() if k not in frozen}
+
+        def counting(self, variables, *args, **kwargs):
+            for x in args:
+                kind = getattr(x, "ndim", 0)
+                kind = "images" if kind == 4 else "texts" if kind == 2 and jnp.issubdtype(x.dtype, jnp.integer) else None
+                if kind:
+                    counts[kind, id(variables["params"]) in trained] += len(x) / size
+            return apply(self, variables, *args, **kwargs)
+
+        nn.Module.apply = counting
+        try:
+            return program.method.encode(params, extra, batch, jax.random.key(0), True)
+        finally:
+            nn.Module.apply = apply
+
+    jax.eval_shape(encode, params, program.state.extra, program.batch)
+    return counts
+
+
+class Step:
+    """The compiled step of a configuration, its state and a random batch."""
+
+    def __init__(self, config):
+        import jax
+        import numpy as np
+
+        from clip_jax import compile as compile_lib
+        from clip_jax.training.step import make_init, make_step
+
+        self.program = program = compile_lib.make_program(config)
+        self.flops = compile_lib.model_flops(config)
+        rng, vocab = np.random.default_rng(0), program.config.model.get("text", {}).get("vocab_size", 1)
+        limits = {name: 256 if x.dtype == np.uint8 else vocab for name, x in program.batch.items()}
+        batch = {name: rng.integers(0, limits[name], x.shape, x.dtype) for name, x in program.batch.items()}
+        self.batch = batch | {"example_id": np.arange(config.data.batch_size, dtype=np.int32)}
+        init, tx = make_init(program.config, program.method, program.batch)
+        self.state = jax.jit(init)(jax.random.key(0))
+        step = jax.jit(make_step(program.config, program.method, tx), donate_argnums=0)
+        self.step = step.lower(self.state, self.batch).compile()
+
+    def seconds(self, steps):
+        """Per step."""
+        import jax
+
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.state, metrics = self.step(self.state, self.batch)
+        jax.block_until_ready(metrics)
+        return (time.perf_counter() - start) / steps
+
+
+def main():
+    parser = common.make_parser(__doc__, "methods")
+    files = sorted(path.stem for path in pathlib.Path(common.ROOT, "configs").glob("*.py"))
+    parser.add_argument("--configs", default=",".join(files), help="files of configs/, each with :variant if need be (default: all)")
+    parser.add_argument("--batch", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=2, help="timed at a time (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each (default: %(default)s)")
+    args = parser.parse_args()
+    import jax
+
+    names = list(dict.fromkeys(["clip", *filter(None, args.configs.split(","))]))
+    runs = {name: Step(load(name, args.batch)) for name in names}
+    times = {name: [] for name in names}
+    for turn in range(args.repeats + 1):
+        for name, run in runs.items():
+            seconds = run.seconds(args.steps)
+            if turn:
+                times[name].append(1e3 * seconds)
+    report = common.Report(COLUMNS, devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}", batch=args.batch)
+    report.header()
+    clip, clip_ms = runs["clip"], statistics.median(times["clip"])
+    for name, run in runs.items():
+        counts, ms = count_passes(run.program), statistics.median(times[name])
+        passes = {("" if trained else "fixed ") + kind: counts[kind, trained] for trained in (True, False) for kind in ("images", "texts")}
+        cost = {"GFLOP": run.flops / 1e9, "FLOP / CLIP's": run.flops / clip.flops, "ms": ms, "fastest ms": min(times[name])}
+        report.add(method=name, **passes, **cost, **{"ms / CLIP's": ms / clip_ms})
+    report.write(args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The endless order in which training goes through a source: of each position the part of a mixture, the epoch and the example.
+
+Everything is a pure function of the seed and the position, so that any host can start anywhere; so are the generators of the random choices
+within an example, by (seed, epoch, example id).
+"""
+
+import functools
+import itertools
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+_SMALL_SOURCE = 2**16  # up to here an explicit permutation: Grain's shuffle by index costs up to milliseconds an index in a small range
+_BLOCK = 256  # steps within which the order of the sources is random
+
+
+class Stream:
+    """Endless (part, epoch, example id) of one part of a mixture, by position: all its ids in a new order every epoch."""
+
+    def __init__(self, part: int, start: int, length: int, seed: int):
+        import grain
+
+        self._part, self._start, self._length = part, start, length
+        self._seed = _seed(seed, part)
+        self._shuffled = grain.MapDataset.range(start, start + length).seed(self._seed).shuffle().repeat()
+
+    def __getitem__(self, position: int) -> tuple[int, int, int]:
+        epoch, place = divmod(position, self._length)
+        if self._length <= _SMALL_SOURCE:
+            return self._part, epoch, self._start + int(_permutation(self._seed, epoch, self._length)[place])
+        return self._part, epoch, int(self._shuffled[position])
+
+
+class Mixed:
+    """Streams side by side: of any few positions in a row each stream has its share, by weight."""
+
+    def __init__(self, streams: Sequence[Stream], weights: Sequence[float]):
+        self._index = _mix([stream.__getitem__ for stream in streams], weights)
+
+    def __getitem__(self, position: int) -> tuple[int, int, int]:
+        return self._index[position]
+
+
+class OneSource:
+    """Each batch from one stream (debiased sampling, Cui et al. 2022, section 3.1).
+
+    The batches are dealt out by weight, as the examples of :class:`Mixed` are, and shuffled within blocks of 256 steps: the chance of a
+    stream at a step is its weight, its share of a block is exact but for rounding, and each stream goes through its epochs in order.
+    """
+
+    def __init__(self, streams: Sequence[Stream], weights: Sequence[float], seed: int, batch_size: int):
+        self._streams, self._batch_size, self._seed = streams, batch_size, _seed(seed, len(streams))
+        self._batches = _mix([functools.partial(_pair, part) for part in range(len(streams))], weights)
+
+    def __getitem__(self, position: int) -> tuple[int, int, int]:
+        step, row = divmod(position, self._batch_size)
+        part, batch = _block(self, step // _BLOCK)[step % _BLOCK]
+        return self._streams[part][batch * self._batch_size + row]
+
+    def block(self, number: int) -> list[tuple[int, int]]:
+        """(part, number of the part's batch) of each step of a block."""
+        dealt = [self._batches[number * _BLOCK + i] for i in range(_BLOCK)]
+        shuffled = [dealt[i][0] for i in _permutation(self._seed, number, _BLOCK)]
+        waiting = {part: deque(batch for p, batch in dealt if p == part) for part in set(shuffled)}
+        return [(part, waiting[part].popleft()) for part in shuffled]
+
+
+def make_order(starts: Sequence[int], weights: Sequence[float], seed: int, batch_size: int, one_source: bool) -> Stream | Mixed | OneSource:
+    """(part, epoch, example id) by position.
+
+    Args:
+        starts: the first example id of each part of the mixture, and the number of examples.
+        weights: of the parts, positive.
+        seed: 0..2**32-1.
+        batch_size: positions t * batch_size to (t + 1) * batch_size - 1 are the batch of step t.
+        one_source: every batch is from one part.
+    """
+    streams = [Stream(part, start, end - start, seed) for part, (start, end) in enumerate(itertools.pairwise(starts))]
+    if len(streams) == 1:
+        return streams[0]
+    return OneSource(streams, weights, seed, batch_size) if one_source else Mixed(streams, weights)
+
+
+def _seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def _mix(functions: Sequence, weights: Sequence[float]):
+    import grain
+
+    return grain.MapDataset.mix([grain.MapDataset.range(2**62).map(function) for function in functions], weights)
+
+
+def _pair(part: int, batch: int) -> tuple[int, int]:
+    return part, batch
+
+
+@functools.lru_cache(maxsize=32)
+def _block(order: OneSource, number: int) -> list[tuple[int, int]]:
+    return order.block(number)
+
+
+@functools.lru_cache(maxsize=32)
+def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(length)
+
+
+class _Randomness(threading.local):
+    """Generators by (seed, epoch, example id): each thread has one, whose state is set, which is much cheaper than a new one each time."""
+
+    def __init__(self):
+        self._bits = np.random.Philox(key=0)
+        self._generator = np.random.Generator(self._bits)
+        self._state = self._bits.state  # counter 0, nothing buffered
+
+    def __call__(self, seed: int, epoch: int, example_id: int) -> np.random.Generator:
+        self._state["state"]["key"][:] = seed << 32 | epoch, example_id
+        self._bits.state = self._state
+        return self._generator
+
+
+randomness = _Randomness()

@@ -1,0 +1,277 @@
+"""DeCLIP: Li et al. 2022, "Supervision Exists Everywhere: A Data Efficient Contrastive Language-Image Pre-training Paradigm".
+
+CLIP with more supervision from the same pairs: two views of a picture and two of its caption, of which the second is an EDA of it
+(``clip_jax/data/text_augment.py``) and the first is masked for language modelling. With embeddings u1, u2 and v1, v2:
+
+    clip        InfoNCE of u1 and v1, the mean of both directions
+    multi_view  the mean of InfoNCE of the three other pairs of views
+    nn          an image is to find its caption's nearest neighbour among earlier captions, a first-in-first-out queue: mean over views
+    simsiam     SimSiam (Chen & He 2021) on both views of the picture
+    mlm         BERT's masked language modelling (Devlin et al. 2019) of the caption, by the pass that embeds it
+
+The weights are those of the released code, 0.4 on the mean of all four pairs; the paper's, from secondary notes, are in
+configs/declip.py. SLIP (Mu et al. 2022) and DeFILIP (Cui et al. 2022) have the terms simclr and filip.
+
+Unlike the released code: BatchNorm is that of the global batch, in a ResNet of both views together; the queue is one for all devices,
+wraps around and is saved with the state; random words are no special tokens, so that a text ends where it ended; no masked word makes
+the loss 0, not NaN. The queue spans ``queue_size / (2 * batch size)`` steps. Each of the released run's 32 devices had 65,536 captions of
+its own, 256 steps: the span of 2,097,152 here. Assumptions: SLIP's term sees the views and heads of SimSiam; DeFILIP's tokens are
+projected linearly, and padding takes no part.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from clip_jax.data.views import ImageView, TextVariants
+from clip_jax.errors import UserError
+from clip_jax.losses.contrastive import filip, similarities, views_infonce
+from clip_jax.losses.neighbors import enqueue, nearest, new_queue
+from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
+from clip_jax.methods.interface import Method, read_options
+from clip_jax.models.common import l2_normalize, shard_batch
+from clip_jax.models.heads import MlpHead
+from clip_jax.models.masking import mask_tokens, mean_of_chosen, sum_and_count
+from clip_jax.models.one_tower import real_tokens
+from clip_jax.models.two_tower import TwoTower
+
+PICTURES = ("image", "image_2")
+TERMS = ("clip", "multi_view", "nn", "simsiam", "mlm", "simclr", "filip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The section ``config.declip``. A weight of 0 leaves a term out, with the views and parameters that it alone needs.
+
+    Attributes:
+      clip, multi_view, nn, simsiam, mlm, simclr, filip: weights of the terms.
+      head_width, predictor_width: of SimSiam's projector, whose three layers are as wide, and of the predictor's hidden layer.
+      temperature: of simclr.
+      queue_size: captions in the queue of nn.
+      wait_for_queue: nn counts from when the queue's first, random rows are gone.
+      skip_same_neighbor: a caption whose nearest neighbour is that of the image's own is no negative for nn.
+      text_mask: the chance of each token of a caption to be chosen for mlm.
+      word_masks: of the chosen ones the share that is masked and the share that becomes a random word; the rest stay.
+      contrast_on_masked: the masked caption is also the one that is embedded; False: another pass embeds it as it is.
+      logit_scale_clamp: the logarithm of the scale after each step; where it is used it is at most ``model.logit_scale_max``.
+      mask_id, special_ids: of the tokenizer, filled in by itself; without a mask it is the id after all others.
+
+    Raises UserError for wrong values.
+    """
+
+    clip: float = 0.1
+    multi_view: float = 0.3
+    nn: float = 0.2
+    simsiam: float = 0.2
+    mlm: float = 0.2
+    simclr: float = 0.0
+    filip: float = 0.0
+    head_width: int = 1024
+    predictor_width: int = 512
+    temperature: float = 0.1
+    queue_size: int = 65536
+    wait_for_queue: bool = False
+    skip_same_neighbor: bool = False
+    text_mask: float = 0.15
+    word_masks: tuple[float, float] = (0.8, 0.1)
+    contrast_on_masked: bool = True
+    logit_scale_clamp: tuple[float, float] = (3.0, 6.0)
+    mask_id: int = -1
+    special_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for term in TERMS:
+            if not getattr(self, term) >= 0:
+                raise UserError(f"declip.{term}={getattr(self, term)}: must be at least 0")
+        for name in ("head_width", "predictor_width", "queue_size"):
+            if not getattr(self, name) >= 1:
+                raise UserError(f"declip.{name}={getattr(self, name)}: must be at least 1")
+        if not self.temperature > 0:
+            raise UserError(f"declip.temperature={self.temperature}: must be above 0")
+        if not 0 < self.text_mask < 1:
+            raise UserError(f"declip.text_mask={self.text_mask}: must be between 0 and 1; declip.mlm=0 leaves masking out")
+        if len(self.word_masks) != 2 or not 0 <= min(self.word_masks) <= sum(self.word_masks) <= 1:
+            raise UserError(f"declip.word_masks={self.word_masks}: two shares are needed, together at most 1")
+        if len(self.logit_scale_clamp) != 2 or self.logit_scale_clamp[0] > self.logit_scale_clamp[1]:
+            raise UserError(f"declip.logit_scale_clamp={self.logit_scale_clamp}: the least and the greatest are needed")
+
+
+def make(config):
+    """The DeCLIP method of a configuration; raises UserError for options or towers that cannot be."""
+    declip, model, data = DeCLIP(config), config.model, config.data
+    images = [ImageView(name, model.image.size, data.augment) for name in PICTURES[: declip.image_views]]
+    variants = ((), ("eda",))[: declip.text_views]
+    return Method(
+        views=(*images, TextVariants("text", model.text.context, data.templates, data.word_dropout, variants=variants)),
+        eval_view=ImageView("image", model.image.size, config.eval.transform),
+        init=declip.init,
+        encode=declip.encode,
+        heads=declip.heads,
+        loss=declip.loss,
+        update=declip.update,
+        constrain=declip.constrain,
+        embed_image=declip.towers.embed_image,
+        embed_text=declip.towers.embed_text,
+    )
+
+
+class DeCLIP:
+    """The functions of the method. ``batch["text"]`` holds the forms of a caption, int32 ``[b, 1 or 2, n]``.
+
+    Parameters beside the towers' and ``logit_scale``: ``projector``, ``predictor``, ``mlm`` and ``filip``; ``extra``: ``queue``, and
+    ``batch_stats`` of the heads.
+    """
+
+    def __init__(self, config):
+        self.options = o = read_options(config, "declip", Options)
+        model = config.model.copy_and_resolve_references()
+        self.vocab_size = model.text.vocab_size  # the tokenizer's
+        if o.mlm:
+            model.text.vocab_size = max(self.vocab_size, o.mask_id + 1)
+        self.text, self.embed_dim, self.scale_max = model.text, model.embed_dim, math.exp(model.logit_scale_max)
+        self.scale_init = model.logit_scale_init
+        self.towers = TwoTower(model, tokens=bool(o.mlm or o.filip))
+        two_pictures = o.multi_view or o.nn or o.simsiam or o.simclr
+        self.image_views, self.text_views = 1 + bool(two_pictures), 1 + bool(o.multi_view or o.nn)
+        dtype = jnp.dtype(model.dtype)
+        self.modules, projected = {}, o.simsiam or o.simclr
+        if projected:
+            self.modules["projector"] = MlpHead((o.head_width,) * 3, bias=True, last_norm="affine", dtype=dtype)
+        if o.simsiam:
+            self.modules["predictor"] = MlpHead((o.predictor_width, o.head_width), bias=True, last_norm="none", dtype=dtype)
+        self.mlm = nn.Dense(model.text.vocab_size, dtype=dtype)
+        self.to_token = nn.Dense(model.embed_dim, use_bias=False, dtype=dtype)
+
+    def init(self, rng, batch):
+        o = self.options
+        rng, rng_queue, rng_mlm, *rngs = jax.random.split(rng, 7)
+        batch = batch | {"text": batch["text"][:, 0]}
+        params, extra = self.towers.init(rng, batch)
+        params["logit_scale"] = jnp.asarray(self.scale_init, jnp.float32)
+        stats = dict(extra.get("batch_stats", {}))
+        for name, width in (("projector", self.embed_dim), ("predictor", o.head_width)):
+            if name in self.modules:
+                variables = self.modules[name].init(rngs.pop(), jnp.zeros((2, width)))
+                params[name], stats[name] = variables["params"], variables["batch_stats"]
+        if o.mlm:
+            params["mlm"] = self.mlm.init(rng_mlm, jnp.zeros((1, self.text.width)))["params"]
+        if o.filip:
+            tokens = jax.eval_shape(lambda: self.towers.encode_image(params, extra, batch["image"])[1])
+            widths = {"img": tokens.shape[-1], "txt": self.text.width}
+            params["filip"] = {name: self.to_token.init(rngs.pop(), jnp.zeros((1, width)))["params"] for name, width in widths.items()}
+            params["logit_scale_tokens"] = jnp.asarray(self.scale_init, jnp.float32)
+        if o.nn:
+            extra = extra | {"queue": new_queue(rng_queue, o.queue_size, self.embed_dim)}
+        return params, extra | ({"batch_stats": stats} if stats else {})
+
+    def encode(self, params, extra, batch, rng, train):
+        """``image`` (as the tower gives it) and ``text`` (unit rows) of all views, float32 ``[b, v, E]``, and the sums of ``mlm``."""
+        o = self.options
+        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 6))(batch["example_id"])
+        ids = shard_batch(batch["text"])
+        real, texts, masked = real_tokens(ids[:, 0], self.text.eot_id), [*jnp.moveaxis(ids, 1, 0)], 0
+        if o.mlm:
+            masks = mask_tokens(keys[:, 0], texts[0], real, o.text_mask, o.word_masks, self.vocab_size, o.special_ids, o.mask_id)
+            masked = 0 if o.contrast_on_masked else len(texts)
+            texts[masked : masked + 1] = [masks["ids"]]
+        # One pass for all views, an example's side by side: so every device keeps its own rows.
+        x, picture_keys = _side_by_side([batch[name] for name in PICTURES[: self.image_views]], keys[:, 1:3])
+        image, tokens, extra = self.towers.encode_image(params, extra, x, train, picture_keys, normalize=False)
+        x, text_keys = _side_by_side(texts, keys[:, 3:])
+        text, words, extra = self.towers.encode_text(params, extra, x, train, text_keys)
+        features = {"image": _apart(image, len(ids)), "text": _apart(text, len(ids))[:, : self.text_views]}
+        if o.mlm:
+            features["mlm"] = self.masked_modelling(params, _apart(words, len(ids))[:, masked], masks)
+        if o.filip:
+            given = {"img": _apart(tokens, len(ids))[:, 0], "txt": _apart(words, len(ids))[:, 0]}
+            features |= {f"tokens_{k}": l2_normalize(self.to_token.apply({"params": params["filip"][k]}, x)) for k, x in given.items()}
+            features["real"] = real
+        return features, extra
+
+    def masked_modelling(self, params, words, masks):
+        """:func:`sum_and_count` of the losses of chosen words, of states ``[b, n, D]`` and what :func:`mask_tokens` gives."""
+        x = jnp.take_along_axis(words, masks["positions"][..., None], axis=1)
+        logits = self.mlm.apply({"params": params["mlm"]}, x).astype(jnp.float32)
+        return sum_and_count(optax.softmax_cross_entropy_with_integer_labels(logits, masks["targets"]), masks["chosen"])
+
+    def heads(self, params, extra, features, batch, rng):
+        """Adds ``projected`` and ``predicted``, float32 ``[B, v, head width]``; each view of the pictures has its own statistics."""
+        stats, x = extra.get("batch_stats", {}), features["image"]
+        for name, result in (("projector", "projected"), ("predictor", "predicted")):
+            if name in self.modules:
+                views = []
+                for view in jnp.moveaxis(x, 1, 0):
+                    variables = {"params": params[name], "batch_stats": stats[name]}
+                    y, new = self.modules[name].apply(variables, shard_batch(view), train=True, mutable=["batch_stats"])
+                    views, stats = [*views, y], stats | {name: new["batch_stats"]}
+                x = jnp.stack(views, axis=1)
+                features = features | {result: x}
+        return features, extra | ({"batch_stats": stats} if stats else {})
+
+    def loss(self, params, extra, features, batch, rng):
+        o, values, scale = self.options, {}, self.scale(params["logit_scale"])
+        images, texts = ([*jnp.moveaxis(l2_normalize(features[name]), 1, 0)] for name in ("image", "text"))
+        seen = 2 if o.multi_view else 1
+        (values["clip"], *others), metrics = views_infonce(images[:seen], texts[:seen], scale)
+        if o.multi_view:
+            values["multi_view"] = sum(others) / len(others)
+        if o.nn:
+            rows, numbers = zip(*(nearest(v, extra["queue"]["rows"]) for v in texts), strict=True)
+            found, _ = views_infonce(images, rows, scale, numbers if o.skip_same_neighbor else None, both=False)
+            values["nn"] = sum(found) / len(found)
+            if o.wait_for_queue:
+                values["nn"] *= extra["queue"]["filled"] == o.queue_size
+        if o.simsiam:
+            z, p = jax.lax.stop_gradient(l2_normalize(features["projected"])), l2_normalize(features["predicted"])
+            values["simsiam"] = -jnp.sum(p * z[:, ::-1], axis=-1).mean()
+        if o.mlm:
+            values["mlm"] = mean_of_chosen(features["mlm"])
+        if o.simclr:
+            values["simclr"] = nt_xent(features["projected"], o.temperature)
+        if o.filip:
+            scale_tokens = self.scale(params["logit_scale_tokens"])
+            values["filip"] = filip(features["tokens_img"], features["tokens_txt"], features["real"], scale_tokens)[0]
+        metrics |= {f"loss_{term}": x for term, x in values.items()} | {"logit_scale": scale}
+        return sum(getattr(o, term) * x for term, x in values.items()), metrics
+
+    def scale(self, parameter):
+        """At most ``exp(model.logit_scale_max)``, with a gradient there as well, as the released code has it by changing the parameter."""
+        scale = jnp.exp(parameter)
+        return scale + jax.lax.stop_gradient(jnp.minimum(scale, self.scale_max) - scale)
+
+    def update(self, params, extra, features, step):
+        """The queue that the next step looks in: the captions' second form goes in first."""
+        for k in (1, 0) if "queue" in extra else ():
+            extra = extra | {"queue": enqueue(extra["queue"], features["text"][:, k])}
+        return extra
+
+    def constrain(self, params):
+        return params | {name: jnp.clip(x, *self.options.logit_scale_clamp) for name, x in params.items() if name == "logit_scale"}
+
+
+def nt_xent(views, temperature):
+    """SimCLR's loss (Chen et al. 2020, equation 1) of ``[B, 2, D]``: each view is to find the other one among all 2 B - 1."""
+    z = l2_normalize(views)
+    positive = jnp.repeat(jnp.sum(z[:, 0] * z[:, 1], axis=1), 2) / temperature
+    z = z.reshape(-1, z.shape[-1])
+    negatives = pairwise(_views_tile, jnp.float32(temperature), z, z)
+    return jnp.mean(jnp.logaddexp(negatives.row_lse, positive) - positive)
+
+
+def _views_tile(temperature, z, others, i, j):
+    return Tile(row_lse=jnp.where(i // 2 == j // 2, EXCLUDED, similarities(z, others) / temperature))
+
+
+def _side_by_side(views, keys):
+    """Views ``[b, ...]``, v of them, as ``[b * v, ...]``, and as many of the ``keys[b, >= v]``."""
+    x, keys = jnp.stack(views, axis=1), keys[:, : len(views)]
+    return x.reshape(-1, *x.shape[2:]), keys.reshape(-1)
+
+
+def _apart(x, b):
+    """``[b * v, ...]`` as ``[b, v, ...]``."""
+    return x.reshape(b, -1, *x.shape[1:])

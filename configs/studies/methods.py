@@ -1,0 +1,24 @@
+"""The methods beside each other: their default configurations, on the same pictures with the same compute.
+
+    python -m clip_jax.study --config=configs/studies/methods.py --workdir=runs/methods [--seeds=1]
+
+Every row has the FLOPs of the first one, CLIP's, so that a method with several passes in a step gets fewer steps. CLIPPO reads captions in
+28 languages as pictures, UniCL has captions of half of the concepts alone: they solve another task with the same pictures.
+"""
+
+import pathlib
+
+from clip_jax.errors import UserError
+from clip_jax.study import Row, Study
+
+METHODS = ("clip", "siglip", "flip", "align", "clippo", "oner", "declip", "otter", "zerovl", "unicl")
+CELLS = [(concept, vendor) for concept in ("seen", "unseen") for vendor in ("seen", "unseen")]
+
+
+def get_study(variant=""):
+    if variant:
+        raise UserError(f"configs/studies/methods.py has no variants, and {variant!r} was given")
+    folder = pathlib.Path(__file__).parents[1]
+    rows = tuple(Row(name, str(folder / f"{name}.py")) for name in METHODS)
+    metrics = {f"{concept} concept, {vendor} vendor": f"emoji/{concept}_concept_{vendor}_vendor/top1" for concept, vendor in CELLS}
+    return Study("Methods on the embedded pictures, top-1", rows, metrics, equal_compute=True)

@@ -1,0 +1,53 @@
+"""UniCL (Yang et al. 2022): pictures with classes and pictures with captions in one space.
+
+    python -m clip_jax.train --config=configs/unicl.py --workdir=runs/unicl
+
+Variants, after a colon:
+  (none)   configs/clip.py's model and optimizer on the embedded emoji pictures: half of the concepts with their subgroup (99 classes),
+           half with their captions, equal parts of a batch; other shares: the numbers in --config.data
+  labels   the half with classes alone;  captions: the half with captions alone, which is CLIP
+  smoke    the default in a few steps, under a minute with compilation; the result is near chance
+  b16      the paper's recipe, 32 epochs of batch 4,096 of ImageNet-21k and YFCC14M in equal parts. Give the data:
+           --config.data="tfds:imagenet21k*1 + /data/yfcc14m/{00000..01400}.tar*1"
+           Published ImageNet zero-shot top-1: Swin-T 40.5, Swin-B 44.3 %; YFCC14M alone, Swin-T: 30.1 %. Not run here
+           Other than the paper's: the image tower is ViT-B/16, as there is no Swin here; the learning rate ends at 0, not at a hundredth.
+           Batch, equal parts and random crops as the only augmentation are from memory
+"""
+
+import dataclasses
+import pathlib
+
+from ml_collections import ConfigDict
+
+from clip_jax import config
+from clip_jax.evaluation.prompts import load_templates
+from clip_jax.methods.unicl import Options
+from clip_jax.models.towers import use_size
+
+CLASSES, CAPTIONS = "emoji?part=concept:1/2&label=subgroup", "emoji?part=concept:2/2"
+SOURCES = {"": f"{CLASSES}*1 + {CAPTIONS}*1", "labels": CLASSES, "captions": CAPTIONS}
+SOURCES["smoke"] = SOURCES[""]
+EPOCH = 2 * 14_000_000  # as many captions as classes
+
+
+def get_config(variant=""):
+    if variant == "b16":
+        c, templates = published().unlock(), [t.replace("{}", "{class_name}") for t in load_templates("clip_80")]
+    elif variant in SOURCES:
+        c = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{'smoke' if variant == 'smoke' else ''}").unlock()
+        c.data.source, templates = SOURCES[variant], ["{class_name}"]
+    else:
+        raise config.unknown("configs/unicl.py has no variant", variant, ["labels", "captions", "smoke", "b16"])
+    c.method, c.unicl = "unicl", ConfigDict(dataclasses.asdict(Options(tuple(templates))))
+    return c.lock()
+
+
+def published():
+    c = config.base()
+    use_size(c.model, "ViT-B/16")
+    c.tokenizer = "clip_bpe"
+    c.data.augment, c.data.batch_size, c.data.workers = ("rrc(0.08, 1.0)",), 4096, 8
+    c.train.steps, c.optim.warmup_steps = 32 * EPOCH // c.data.batch_size, 5 * EPOCH // c.data.batch_size
+    c.optim.update(dict(lr=5e-4 * c.data.batch_size / 512, b2=0.999, eps=1e-8, weight_decay=0.1, grad_clip_norm=5.0))
+    c.eval.tasks = ()
+    return c

@@ -1,0 +1,117 @@
+"""Studies: what is run, what is not run again, the table, the order, the page, what is refused."""
+
+import json
+import signal
+
+import pytest
+from conftest import REPO
+from helpers import TINY
+
+from clip_jax import config, study
+from clip_jax.errors import UserError
+from clip_jax.study import Row, Study
+from clip_jax.training import faults
+
+METRIC = "retrieval/image_to_text_R@10"
+TASK = "retrieval(source='emoji', split='val_unseen_vendor', limit=16)"
+
+
+def make_study(tmp_path, names=("a", "b"), **fields):
+    rows = tuple(Row(name, str(REPO / "configs" / "clip.py"), (*TINY, "train.steps=2"), (10.0 * i,)) for i, name in enumerate(names))
+    return Study("two rows", rows, {"R@10": METRIC}, "published", **fields)
+
+
+def pretend(folder, value, step=2, gap=0.5):
+    """What a run of two steps leaves behind."""
+    folder.mkdir(parents=True)
+    rows = [{"step": s, "time": 0.0, "loss": 2.0, "gap": gap} for s in (1, 2)] + [{"step": step, "time": 0.0, METRIC: value}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_plan_is_the_training_command_of_every_row_and_seed(tmp_path, capsys):
+    study.run_study(make_study(tmp_path), tmp_path / "work", 2, ["optim.lr=0.5"], dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and not (tmp_path / "work").exists()
+    assert all(line.startswith("python -m clip_jax.train --config=") and "--config.optim.lr=0.5" in line for line in lines)
+    assert [line.rsplit("=", 1)[1] for line in lines] == ["0", "0", "1", "1"]
+    assert f"--workdir={tmp_path}/work/b/seed_1" in lines[-1]
+
+
+def test_complete_runs_are_gathered_and_not_run_again(tmp_path, capsys, monkeypatch):
+    values = {"a": (0.1, 0.12), "b": (0.3, 0.34)}
+    for name, shares in values.items():
+        for seed, value in enumerate(shares):
+            pretend(tmp_path / name / f"seed_{seed}", value, gap=0.5 + seed)
+    monkeypatch.setattr(study, "train", lambda run: pytest.fail(f"{run.folder} was run again"))
+    study.run_study(make_study(tmp_path, curves=("gap",)), tmp_path, 2, [], dry_run=False)
+    out = capsys.readouterr().out
+    assert "11.00 ± 1.41" in out and "32.00 ± 2.83" in out
+    assert "a < b: R@10 11.00 and 32.00 %: came out (p = " in out
+    figures = json.loads((tmp_path / "study.json").read_text())
+    assert figures["runs"]["b"][1][METRIC] == 0.34 and figures["table"][1][0] == "a"
+    page = (tmp_path / "study.html").read_text()
+    assert "32.00 ± 2.83" in page and "gap" in page and "[1,1]" in page.replace(" ", "").replace("1.0", "1")  # the mean of 0.5 and 1.5
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "outcome"),
+    [((0.3, 0.31), (0.1, 0.11), "the other way round"), ((0.1, 0.3), (0.2, 0.3), "not told apart"), ((0.1,), (0.2,), "decides nothing")],
+)
+def test_the_order_is_told_as_it_came_out(tmp_path, a, b, outcome):
+    found = {"a": [{METRIC: x} for x in a], "b": [{METRIC: x} for x in b]}
+    (line,) = study.order(make_study(tmp_path), found)
+    assert outcome in line
+
+
+def test_a_run_that_is_not_complete_is_trained(tmp_path):
+    pretend(tmp_path / "a" / "seed_0", 0.5, step=1)  # the evaluation of an earlier step
+    (run,) = study.plan(make_study(tmp_path, ("a",)), tmp_path, 1, [f'eval.tasks=("{TASK}",)', "checkpoint.steps=0"])
+    assert run.metrics() is None
+    study.train(run)
+    assert 0 <= run.metrics()[METRIC] <= 1
+    assert "step 2/2" in (run.folder / "train.log").read_text()
+
+
+def test_rows_of_equal_compute(tmp_path):
+    rows = [Row(name, str(REPO / "configs" / "clip.py"), (*TINY, f"data.batch_size={batch}")) for name, batch in (("a", 16), ("b", 64))]
+    runs = study.plan(Study("", tuple(rows), {"R@10": METRIC}, equal_compute=True), tmp_path, 1, ["train.steps=8"])
+    assert [run.steps for run in runs] == [8, 2] and runs[0].flops == pytest.approx(runs[1].flops, rel=0.01)
+    assert "--config.train.steps=2" in runs[1].command
+
+
+def test_a_run_that_fails_ends_the_study_with_its_last_line_and_status(tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    run = study.Run(Row("a", "x"), 0, tmp_path / "a", ("-c", "print('error: no such data'); raise SystemExit(2)"), 2, 1.0)
+    with pytest.raises(UserError, match="a, seed 0 ended with status 2: error: no such data"):
+        study.train(run)
+    run = study.Run(Row("a", "x"), 0, tmp_path / "b", ("-c", "print('preempted at step 1'); raise SystemExit(42)"), 2, 1.0)
+    with pytest.raises(faults.Stopped, match="preempted at step 1") as stopped:
+        study.train(run)
+    assert stopped.value.status == 42 and signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_wrong_input(tmp_path, capsys):
+    wrong = [
+        ("configs/clip.py", [], "has no function get_study(variant)"),
+        ("configs/oner.py:ablate", [], "did you mean 'ablation'?"),
+        ("configs/oner.py:ablation", ["--seeds=0"], "at least one run"),
+        ("configs/oner.py:ablation", ["--config.train.stepz=3"], "stepz"),
+        ("configs/none.py", [], "there is no file"),
+    ]
+    for spec, arguments, message in wrong:
+        path = f"{REPO}/{spec}"
+        assert study.main([f"--config={path}", f"--workdir={tmp_path / 'w'}", *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("spec", ["oner.py:ablation", "studies/methods.py"])
+def test_rows_of_the_studies_are_configurations_with_the_metrics_asked_for(spec):
+    for row in study.load(f"{REPO}/configs/{spec}").rows:
+        assert "emoji" in config.load(row.config).eval.tasks
+
+
+def test_training_with_a_study_says_what_it_is():
+    with pytest.raises(UserError, match="is a study: python -m clip_jax.study"):
+        config.load(f"{REPO}/configs/oner.py:ablation")

@@ -105,7 +105,7 @@ def test_a_character_without_a_glyph_is_a_gap_and_one_warning(caplog):
         (b"0041:" + b"0" * 32 + b"\n\nabc\n", "line 3 .* .hex font: b'abc'"),
         (b"0041:" + b"g" * 32, "line 1"),
         (b"\x89PNG", "line 1"),
-        (gzip.compress(b"0041:" + b"0" * 32)[:-9], "not a whole gzip file"),
+        (gzip.compress(b"0041:" + b"0" * 32, mtime=0)[:-9], "not a whole gzip file"),
         (b"", "no glyphs"),
     ],
 )

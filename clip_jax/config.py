@@ -130,9 +130,10 @@ def load(spec, overrides=()):
     Raises UserError for a file that is missing or has no ``get_config``, an unknown key, and a value of the wrong type.
     """
     module, variant = load_module(spec)
+    if variant in getattr(module, "STUDIES", ()):
+        raise UserError(f"--config={spec} is a study: python -m clip_jax.study --config={spec} --workdir=...")
     if not hasattr(module, "get_config"):
-        hint = "; it is a study: python -m clip_jax.study" if hasattr(module, "get_study") else ""
-        raise UserError(f"--config={spec}: {module.__file__!r} has no function get_config(variant){hint}")
+        raise UserError(f"--config={spec}: {module.__file__!r} has no function get_config(variant)")
     config = module.get_config(variant)
     for override in overrides:
         key, _, value = override.partition("=")

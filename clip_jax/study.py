@@ -2,10 +2,10 @@
 
     python -m clip_jax.study --config=configs/oner.py:ablation --workdir=runs/oner_ablation [--seeds=5] [--config.train.steps=300]
 
-A file in ``configs/`` that has a study has ``get_study(variant) -> Study``. Each run is the ordinary training command in a folder of its
-own, WORKDIR/ROW/seed_N; ``--dry-run`` prints these commands, which may as well be run elsewhere into the same folders. What is complete is
-not run again, and what was interrupted goes on. Then the table is printed, and study.html (the table, what of the expected order came out,
-curves, maps) and study.json are written.
+A file in ``configs/`` that has studies has their names, ``STUDIES``, and ``get_study(variant) -> Study``. Each run is the ordinary training
+command in a folder of its own, WORKDIR/ROW/seed_N; ``--dry-run`` prints these commands, which may as well be run elsewhere into the same
+folders. What is complete is not run again, and what was interrupted goes on. Then the table is printed, and study.html (the table, what of
+the expected order came out, curves, maps) and study.json are written.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ def load(spec):
     module, variant = config_lib.load_module(spec)
     if not hasattr(module, "get_study"):
         raise UserError(f"--config={spec}: {module.__file__!r} has no function get_study(variant)")
+    if variant not in module.STUDIES:
+        raise config_lib.unknown(f"--config={spec}: no study", variant, module.STUDIES)
     return module.get_study(variant)
 
 

@@ -3,7 +3,8 @@
     python -m clip_jax.train --config=configs/declip.py --workdir=runs/declip
 
 Variants, after a colon; fields of the section declip: clip_jax/methods/declip.py
-  (none)   configs/clip.py's model, data and optimizer, made for 2 CPU cores; a step has two passes of each tower
+  (none)   configs/clip.py's model, data and optimizer, made for 2 CPU cores; a step has two passes of each tower and
+           2.6 times CLIP's FLOPs (benchmarks/methods.py). Its accuracy has not been measured yet
   smoke    the same in a few steps, under a minute with compilation; the result is near chance
   small_paper small_slip small_defilip
            other sums of terms on the embedded pictures

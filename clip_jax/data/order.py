@@ -44,7 +44,7 @@ class Mixed:
 
 
 class OneSource:
-    """Each batch from one stream (debiased sampling, Cui et al. 2022, section 3.1).
+    """Each batch from one stream (debiased sampling: ZeroVL, Cui et al. 2022).
 
     The batches are dealt out by weight, as the examples of :class:`Mixed` are, and shuffled within blocks of 256 steps: the chance of a
     stream at a step is its weight, its share of a block is exact but for rounding, and each stream goes through its epochs in order.

@@ -1,4 +1,4 @@
-"""Augmentation of the ids of a caption: ZeroVL's (Cui et al. 2022, section 3.3)."""
+"""Augmentation of the ids of a caption: that of ZeroVL (Cui et al. 2022), as its code has it."""
 
 import numpy as np
 

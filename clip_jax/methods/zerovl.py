@@ -1,8 +1,8 @@
 """ZeroVL: Cui et al. 2022, "Contrastive Vision-Language Pre-training with Limited Resources" (arXiv 2112.09331).
 
 CLIP's two towers under four habits for small data, of which two are this file: in each step a coin decides whether pictures, or texts'
-embeddings before normalisation, are mixed with those of the reversed batch (section 3.3), and the targets of InfoNCE with them; and
-tokens of the texts are masked, replaced and deleted (``clip_jax/data/token_augment.py``). The other two are anybody's: debiased sampling is
+embeddings before normalisation, are mixed with those of the reversed batch, and the targets of InfoNCE with them; and tokens of the texts
+are masked, replaced and deleted (``clip_jax/data/token_augment.py``). The other two are anybody's: debiased sampling is
 ``data.sampling="one_source"``, decoupled gradient accumulation is ``micro_batches``.
 
     x~_i = lam x_i + (1 - lam) x_flip(i)      Y = lam I + (1 - lam) Flip      lam ~ Beta(0.1, 0.1), the same for the whole batch
@@ -61,7 +61,7 @@ def make(config):
 
     def prepare(batch, rng):
         lam, of_images = draw(options, rng)
-        # The towers' normalisation of pixels is linear, and the weights sum to 1: mixing before it is mixing after it.
+        # The towers' normalisation of pixels is affine, and the weights sum to 1: mixing before it is mixing after it.
         images = batch["image"].astype(jnp.float32)
         return batch | {"image": shard_batch(mix(images, jnp.where(of_images, lam, 1.0), group))}
 

@@ -117,8 +117,8 @@ def image_key(image) -> int:
     return _hash(image.tobytes() + str(image.shape).encode() if isinstance(image, np.ndarray) else bytes(image or b""))
 
 
-def records(source: Source) -> Iterator[tuple[int, Record | BadRecord]]:
-    """Every record with its index, in order, read ahead by threads; BadRecord in the place of those that cannot be read."""
+def records(source: Source, first: int = 0) -> Iterator[tuple[int, Record | BadRecord]]:
+    """Records from the first one on, with index, in order, read ahead by threads; BadRecord in the place of those that cannot be read."""
 
     def read(index):
         try:
@@ -127,7 +127,7 @@ def records(source: Source) -> Iterator[tuple[int, Record | BadRecord]]:
             return bad
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(source), _CHUNK):
+        for start in range(first, len(source), _CHUNK):
             indices = range(start, min(start + _CHUNK, len(source)))
             yield from zip(indices, pool.map(read, indices, chunksize=64), strict=True)
 

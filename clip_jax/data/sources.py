@@ -568,6 +568,7 @@ def make_source(
         text:FILE                             pairs of consecutive sentences of .txt or .jsonl files (CLIPPO's text/text pairs)
         SPEC?where=FIELD:VALUE                a selection of it by a field: `clip_jax.data.selection`
         SPEC?index=FOLDER                     what `clip_jax.data.filter` kept of it
+        SPEC?columns=PATH                     it with fields that lie beside it: `clip_jax.data.columns`
         SPEC*3 + SPEC*1                       a mixture: numbers of examples in this proportion, 1 if not given; size: that of the source
     `split` is a split of a TFDS data set, slices such as "train[:90%]" included; in all others it replaces "{split}" in the spec, or is a
     sub-folder of a folder. Raises UserError when there is no such data, or nothing in it.
@@ -588,10 +589,14 @@ def make_source(
     fields = dict(image=image, text=text, label=label)
     if match := selection.PATTERN.fullmatch(spec):
         return selection.select(make_source(match[1], split, **fields), match[2], spec)
-    if match := re.fullmatch(r"(.+)\?index=(.+)", spec):
+    if match := re.fullmatch(r"(.+)\?index=([^?]+)", spec):
         from clip_jax.data.filter import IndexedSource
 
         return IndexedSource(make_source(match[1], split, **fields), match[2])
+    if match := re.fullmatch(r"(.+)\?columns=([^?]+)", spec):
+        from clip_jax.data.columns import ColumnsSource
+
+        return ColumnsSource(make_source(match[1], split, **fields), match[2])
     if spec.startswith("tfds:"):
         return TfdsSource(_tfds_folder(spec.removeprefix("tfds:")), split, name=spec, **fields)
     if spec.startswith("text:"):
@@ -622,7 +627,7 @@ def make_source(
         if any(fields.values()):
             raise UserError(f"{spec}: a folder of pictures has no fields to choose from")
         return FolderSource(path)
-    known = sorted(folder.name for folder in EMBEDDED.iterdir()) if EMBEDDED.is_dir() else []
+    known = sorted(folder.name for folder in EMBEDDED.iterdir() if _newest_version(folder)) if EMBEDDED.is_dir() else []
     if os.path.exists(path):
         raise UserError(f"{spec}: not a kind of data that is known; use .tar, .array_record, .csv, .tsv, .jsonl or a folder")
     raise UserError(f"{spec}: no such file or folder{near(spec, known)}; embedded sets: {', '.join(known)}")

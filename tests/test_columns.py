@@ -1,0 +1,105 @@
+"""Columns beside a data set: written, joined, refused where they do not fit."""
+
+import lzma
+import pickle
+
+import numpy as np
+import pytest
+
+from clip_jax.data import columns
+from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.errors import UserError
+
+
+def source(*texts):
+    return MemorySource([{"image": np.full((2, 2, 3), i, np.uint8), "texts": [text]} for i, text in enumerate(texts)])
+
+
+PETS = source("a cat", "a dog", "a parrot")
+
+
+@pytest.fixture
+def rewrites(tmp_path):
+    path = tmp_path / "rewrites.jsonl"
+    with columns.TextWriter(path, PETS, {"seed": 0}) as out:
+        for i in range(3):
+            out.write(PETS[i], {"rewrites": [f"rewrite {i}"]})
+    return path
+
+
+def test_texts_join_their_records(rewrites, tmp_path):
+    joined = pickle.loads(pickle.dumps(columns.ColumnsSource(PETS, str(rewrites))))
+    assert [joined[i]["rewrites"] for i in range(3)] == [["rewrite 0"], ["rewrite 1"], ["rewrite 2"]]
+    assert joined[1]["texts"] == ["a dog"] and len(joined) == 3
+    packed = tmp_path / "packed.jsonl.xz"
+    packed.write_bytes(lzma.compress(rewrites.read_bytes()))
+    assert columns.ColumnsSource(PETS, str(packed))[2]["rewrites"] == ["rewrite 2"]
+
+
+def test_a_writer_goes_on_after_half_a_line(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    with columns.TextWriter(path, PETS, {}) as out:
+        out.write(PETS[0], {"tag": "a"})
+        out.write(None, {"tag": ""})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with columns.TextWriter(path, PETS, {}) as out:
+        assert out.done == 1
+        out.write(None, {"tag": ""})
+    assert path.read_bytes() == whole
+    with pytest.raises(UserError, match="2 rows, but memory has 3 records"):
+        columns.ColumnsSource(PETS, str(path))
+    with pytest.raises(UserError, match="another about: {}"):
+        columns.TextWriter(path, PETS, {"seed": 1})
+
+
+def test_columns_of_another_data_set_or_order_are_refused(rewrites, tmp_path):
+    with pytest.raises(UserError, match="made of another data set: memory, 3 records, not memory, 2"):
+        columns.ColumnsSource(source("a cat", "a dog"), str(rewrites))
+    header, *lines = rewrites.read_text().splitlines()
+    rewrites.write_text("\n".join([header, *lines[::-1]]) + "\n")
+    shuffled = columns.ColumnsSource(PETS, str(rewrites))
+    assert shuffled[1]["rewrites"] == ["rewrite 1"]
+    with pytest.raises(UserError, match="line 2: made of other texts than record 0"):
+        shuffled[0]
+
+
+def test_arrays_join_their_records(tmp_path):
+    values = np.arange(12, dtype=np.float16).reshape(3, 2, 2)
+    columns.save_arrays(tmp_path / "c", PETS, {"regions": values, "count": np.array([0, 1, 2])}, {"encoder": "none"})
+    joined = columns.ColumnsSource(PETS, str(tmp_path / "c"))
+    joined[0]
+    again = pickle.loads(pickle.dumps(joined))
+    assert (again[2]["regions"] == values[2]).all() and again[2]["count"] == 2
+    with pytest.raises(UserError, match="count has 2 rows, but memory 3 records"):
+        columns.save_arrays(tmp_path / "c", PETS, {"count": np.zeros(2)}, {})
+    with pytest.raises(UserError, match="another data set"):
+        columns.ColumnsSource(source("a cat", "a dog", "a fish"), str(tmp_path / "c"))
+
+
+def test_plain_lines_are_counted(tmp_path):
+    (tmp_path / "chatgpt.txt").write_text("one\ntwo\n\n")
+    assert columns.ColumnsSource(PETS, str(tmp_path / "chatgpt.txt"))[1]["chatgpt"] == "two"
+    (tmp_path / "chatgpt.txt").write_text("one\ntwo\n")
+    with pytest.raises(UserError, match="2 rows, but memory has 3 records"):
+        columns.ColumnsSource(PETS, str(tmp_path / "chatgpt.txt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}\n", "damaged, or no columns \\(KeyError"), ("no\n", "not a JSON object: 'no"), (None, "no such file or folder of columns")],
+)
+def test_damaged_columns(tmp_path, content, message):
+    if content:
+        (tmp_path / "c.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        columns.ColumnsSource(PETS, str(tmp_path / "c.jsonl"))
+
+
+def test_specs_with_several_columns(tmp_path):
+    (tmp_path / "table.tsv").write_text("filepath\tcaption\na.png\ta cat\nb.png\ta dog\n")
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"\x89PNG")
+        (tmp_path / f"{name}_text.txt").write_text(f"{name} 0\n{name} 1\n")
+    joined = make_source(f"{tmp_path}/table.tsv?columns={tmp_path}/a_text.txt?columns={tmp_path}/b_text.txt")
+    assert (joined[1]["a_text"], joined[1]["b_text"], joined[1]["texts"]) == ("a 1", "b 1", ["a dog"])

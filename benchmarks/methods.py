@@ -31,11 +31,12 @@ def load(name, batch):
     c, clip = (config.load(f"{folder / f'{f}.py'}:{v}").unlock() for f, v in ((file, variant), ("clip", "")))
     image, text = c.model.image, c.model.get("text", {})
     kept = {field: image[field] for field in OWN if field in image}
-    if "kind" in image:
+    if image.get("kind", "pyramid").startswith("pyramid"):  # a tower with fields of its own
+        shared = (field for field in image if field in clip.model.image and field not in ("kind", *kept))
+        image.update({field: clip.model.image[field] for field in shared})
+    else:
         c.model.image = clip.model.image
         c.model.image.update(kept)
-    else:  # one tower, with fields of its own
-        image.update({field: clip.model.image[field] for field in image if field in clip.model.image and field not in kept})
     if "kind" in text:
         c.model.text = clip.model.text
     c.model.embed_dim, c.model.dtype, c.data.batch_size = clip.model.embed_dim, clip.model.dtype, batch
@@ -91,7 +92,10 @@ class Step:
         self.flops = compile_lib.model_flops(config)
         rng, vocab = np.random.default_rng(0), program.config.model.get("text", {}).get("vocab_size", 1)
         limits = {name: 256 if x.dtype == np.uint8 else vocab for name, x in program.batch.items()}
-        batch = {name: rng.integers(0, limits[name], x.shape, x.dtype) for name, x in program.batch.items()}
+        batch = {
+            name: rng.random(x.shape, x.dtype) if x.dtype == np.float32 else rng.integers(0, limits[name], x.shape, x.dtype)
+            for name, x in program.batch.items()
+        }
         self.batch = batch | {"example_id": np.arange(config.data.batch_size, dtype=np.int32)}
         init, tx = make_init(program.config, program.method, program.batch)
         self.state = jax.jit(init)(jax.random.key(0))

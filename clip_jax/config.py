@@ -40,6 +40,8 @@ def base():
     c.data.image = c.data.text = c.data.label = ""  # names of the fields; empty: found by themselves
     c.data.templates = ()  # captions made from fields of a record, e.g. ("{name}", "{tags}"); empty: the captions as they are
     c.data.word_dropout = 0.0  # each word of a caption is left out with this chance
+    c.data.rewrites = ()  # fields that hold rewrites of the captions, of which training takes some in their place (docs/texts.md)
+    c.data.rewrite_prob = -1.0  # the chance of a rewrite; -1: a caption and its rewrites are equally likely
     c.data.augment = ("rrc(0.9, 1.0)",)  # clip.md: random square crop; docs/data.md lists the transforms
     c.data.batch_size = 256  # global
     c.data.sampling = "mixed"  # of a mixture: all sources in a batch | one_source: each batch from one of them (debiased sampling)
@@ -64,7 +66,7 @@ def base():
     # docs of the fields: clip_jax/models/vit.py and clip_jax/models/text.py; of another kind of tower: its module
     c.model.image = ConfigDict(dict(kind="vit", size=224, patch=32, width=768, depth=12, heads=12, mlp_dim=3072, pool="cls"))
     c.model.image.update(dict(cls_token=True, ln_pre=True, patch_bias=False, posemb="learn", act="quick_gelu", ln_eps=1e-5))
-    c.model.image.update(dict(weight_init="clip_image", stem=(), patch_drop=0.0, proj=True, proj_bias=False))
+    c.model.image.update(dict(weight_init="clip_image", stem=(), patch_drop=0.0, qk_norm=False, proj=True, proj_bias=False))
     c.model.text = ConfigDict(dict(kind="transformer", context=77, width=512, depth=12, heads=8, mlp_dim=2048, pool="eot"))
     c.model.text.update(dict(causal=True, mask_padding=False, act="quick_gelu", ln_eps=1e-5, weight_init="clip_text"))
     c.model.text.update(dict(proj=True, proj_bias=False, vocab_size=0, eot_id=-1))  # taken from the tokenizer
@@ -98,7 +100,7 @@ def base():
 
     c.eval = ConfigDict()
     c.eval.steps = 0  # evaluate every so many steps; 0: only at the end
-    c.eval.tasks = ("emoji",)  # at the end, see docs/evaluation.md: emoji | zeroshot(...) | retrieval(...) | probe(...)
+    c.eval.tasks = ("emoji",)  # at the end, docs/evaluation.md: emoji | zeroshot(...) | retrieval(...) | relations(...) | probe(...)
     c.eval.train_tasks = ()  # the ones that run every eval.steps
     c.eval.transform = ("resize", "center_crop")  # clip.md
     c.eval.batch_size = 256
@@ -134,9 +136,13 @@ def load(spec, overrides=()):
         raise UserError(f"--config={spec} is a study: python -m clip_jax.study --config={spec} --workdir=...")
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {module.__file__!r} has no function get_config(variant)")
-    config = module.get_config(variant)
-    for override in overrides:
-        key, _, value = override.partition("=")
+    return override(module.get_config(variant), overrides)
+
+
+def override(config, overrides):
+    """Sets fields of a configuration, ``["optim.lr=3e-4", ...]``, and returns it; raises UserError as :func:`load` does."""
+    for text in overrides:
+        key, _, value = text.partition("=")
         _override(config, key, value)
     return config
 
@@ -252,10 +258,11 @@ def resolve(config, tokenizer):
             if text[field] not in (0, -1, value):
                 raise UserError(f"model.text.{field}={text[field]}, but the tokenizer {config.tokenizer!r} has {value}")
             text[field] = value
+    mask_id = tokenizer.vocab_size if tokenizer.mask_id is None else tokenizer.mask_id
+    filled_in = dict(mask_id=mask_id, special_ids=tuple(sorted(getattr(tokenizer, "special_ids", ()))))
     for section in config.values():
-        if isinstance(section, ConfigDict) and "mask_id" in section:  # a method that models masked words
-            mask_id = tokenizer.vocab_size if tokenizer.mask_id is None else tokenizer.mask_id
-            section.update(mask_id=mask_id, special_ids=tuple(sorted(getattr(tokenizer, "special_ids", ()))))
+        if isinstance(section, ConfigDict):  # of a method
+            section.update({field: value for field, value in filled_in.items() if field in section})
     return config.lock()
 
 

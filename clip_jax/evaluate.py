@@ -6,6 +6,7 @@ call with literals (docs/evaluation.md):
     emoji(subset='all', language='en')
     zeroshot(source='/data/pets', split='test', classes='pets.txt', templates='clip_80', name='pets')
     retrieval(source='flickr.jsonl', split='test', name='flickr')
+    relations(source='scenes')
     probe(train='/data/cifar/train', test='/data/cifar/test', name='cifar')
 """
 
@@ -57,6 +58,13 @@ def retrieval(model, source, split="", name="retrieval", image="", text="", limi
     return retrieval_task(model, _open(source, split, image=image, text=text), name=name, limit=limit)
 
 
+def relations(model, source="scenes", split="", name="scenes", image="", text="", limit=1500):
+    """The right caption of a picture against the one with objects or attributes exchanged; ``limit``: of pictures, evenly spaced."""
+    from clip_jax.evaluation.tasks import relations_task
+
+    return relations_task(model, _open(source, split, image=image, text=text), name=name, limit=limit)
+
+
 def probe(model, train, test, train_split="train", test_split="", name="probe", image="", label="", limit=None):
     """Linear probe on the image embeddings."""
     from clip_jax.evaluation.tasks import probe_task
@@ -65,7 +73,7 @@ def probe(model, train, test, train_split="train", test_split="", name="probe", 
     return probe_task(model, _open(train, train_split, **fields), _open(test, test_split, **fields), name=name, limit=limit)
 
 
-TASKS = {"emoji": emoji, "zeroshot": zeroshot, "retrieval": retrieval, "probe": probe}
+TASKS = {"emoji": emoji, "zeroshot": zeroshot, "retrieval": retrieval, "relations": relations, "probe": probe}
 
 
 def parse_task(text):
@@ -99,8 +107,11 @@ CELLS = [(c, v) for c in ("seen", "unseen") for v in ("seen", "unseen")]
 
 
 def summary(metrics):
-    """The lines that tell the main numbers of a task: for the emoji protocol its table, for others every metric."""
+    """The lines that tell the main numbers of a task: for the emoji protocol and for relations a table, for others every metric."""
     rest = dict(metrics)
+    for name in [key.removesuffix("/relations") for key in metrics if key.endswith("/relations")]:
+        m = {key.removeprefix(name + "/"): rest.pop(key) for key in metrics if key.startswith(name + "/")}
+        yield from _relation_lines(name, m)
     for prefix in dict.fromkeys(key.split("/")[0] for key in metrics if key.startswith("emoji")):
         cells = [(c, v, f"{prefix}/{c}_concept_{v}_vendor") for c, v in CELLS if f"{prefix}/{c}_concept_{v}_vendor/top1" in metrics]
         if not cells:
@@ -119,6 +130,18 @@ def summary(metrics):
         rest = {key: value for key, value in rest.items() if not key.startswith(prefix + "/")}
     for key, value in rest.items():
         yield f"  {key:40} {value:.4g}"
+
+
+def _relation_lines(name, m):
+    """Of a task's metrics without its name: a row for each wrong caption, a column for each part of the pictures."""
+    parts = ["", *(key.removeprefix("relations") for key in m if key.startswith("relations_"))]
+    yield f"{name}, right caption against wrong" + "".join(f"{part[1:] or 'all':>13}" for part in parts) + "   chance  pictures"
+    for test, words, count in (("relations", "objects", "images"), ("attributes", "attributes", "images_attributes")):
+        if test in m:
+            cells = "".join(f"{m[test + part]:13.1%}" if test + part in m else f"{'-':>13}" for part in parts)
+            yield f"  {words + ' exchanged':{len(name) + 27}}{cells}      50%  {m[count]:8.0f}"
+    recalls = (f"R@{k} {m[f'image_to_text_R@{k}']:.1%} / {m[f'text_to_image_R@{k}']:.1%}" for k in (1, 10))
+    yield f"  retrieval among the right captions, i2t/t2i: {', '.join(recalls)}"
 
 
 def write_report(workdir, config, result, path=None):
@@ -142,7 +165,7 @@ def main(argv=None):
     parser.add_argument("--report", nargs="?", const="", metavar="PATH", help="write an HTML page (report.html in the work folder)")
     parser.add_argument("--json", metavar="PATH", help="write all metrics as JSON")
     hosts.add_arguments(parser)
-    args = parser.parse_args(argv)
+    args, args.overrides = parser.parse_known_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     return faults.command(lambda: evaluate(args))
 
@@ -151,10 +174,11 @@ def evaluate(args):
     """The work of the command; ``args``: its parsed arguments. Raises UserError."""
     for task in args.task or ():
         parse_task(task)
+    overrides = config_lib.parse_overrides(args.overrides)
     hosts.start(hosts.from_arguments(args))
     from clip_jax.inference import load
 
-    model = load(args.checkpoint, args.which, args.ema)
+    model = load(args.checkpoint, args.which, args.ema, overrides=overrides)
     tasks = args.task or model.config.eval.tasks
     if not tasks:
         raise UserError("the run was configured with no evaluation tasks: name some with --task")

@@ -6,6 +6,7 @@ z_text = model.embed_text(["a photo of a cat", "a photo of a dog"])
 probabilities = model.classify(images, ["cat", "dog"], templates=("a photo of a {}.",))
 """
 
+import functools
 import json
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as config_lib
 from clip_jax.data.views import TextView
+from clip_jax.evaluation.retrieval import transposed
 from clip_jax.methods.interface import make_method
 from clip_jax.training import checkpoint, faults, sharding
 
@@ -43,9 +45,10 @@ class Model:
         self._image = jax.jit(method.embed_image, out_shardings=whole)
         self._text = jax.jit(method.embed_text, out_shardings=whole)
         self._similarity = jax.jit(method.similarity)
+        self._text_similarity = jax.jit(method.text_similarity or functools.partial(transposed, method.similarity))
 
     def embed_image(self, images, batch_size=None):
-        """Unit rows, float32 ``[n, E]``, of pictures.
+        """Unit rows, float32 ``[n, E]``, of pictures; of a method that compares token by token ``[n, P, E]``.
 
         ``images``: uint8 ``[n, size, size, 3]`` of the model's size, or a list of PIL images, uint8 arrays or encoded bytes.
 
@@ -70,14 +73,18 @@ class Model:
         return z.reshape(count, len(padded), *z.shape[1:])[:, : len(images)].reshape(-1, *z.shape[1:])
 
     def embed_text(self, texts, batch_size=None):
-        """Unit rows, float32 ``[n, E]``, of a list of strings."""
+        """Unit rows, float32 ``[n, E]``, of strings; of a method that compares token by token ``[n, L, E]``, zeros for padding."""
         if self.tokenizer is None:
             raise checkpoint.UserError("these weights came without a tokenizer: give one, clip_jax.load(path, tokenizer=...)")
         return self._embed(self._text, list(texts), batch_size, lambda part: self.tokenizer(part, self._context))
 
     def similarity(self, z_image, z_text):
-        """The method's similarity of image ``[n, E]`` and text ``[m, E]`` embeddings, float32 ``[n, m]``."""
+        """The method's similarity of image ``[n, ...]`` and text ``[m, ...]`` embeddings, float32 ``[n, m]``: images are the queries."""
         return np.asarray(self._similarity(z_image, z_text))
+
+    def text_similarity(self, z_text, z_image):
+        """The same where texts are the queries, float32 ``[m, n]``; the transpose, unless the method says otherwise (FILIP)."""
+        return np.asarray(self._text_similarity(z_text, z_image))
 
     def classify(self, images, class_names, templates=("{}",)):
         """Zero-shot class probabilities, float32 ``[n, classes]``: softmax of similarities times the logit scale.
@@ -85,7 +92,7 @@ class Model:
         Args:
           images: as :meth:`embed_image` takes them.
           class_names: strings.
-          templates: prompts with ``{}`` in the place of the class name; their embeddings are averaged.
+          templates: prompts with ``{}`` in the place of the class name; their embeddings are averaged, or scores, where they are several.
         """
         from clip_jax.evaluation.zeroshot import class_scores
 
@@ -114,7 +121,7 @@ def _padded(rows, length):
     return np.concatenate([rows, np.zeros((length - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
-def load(path, which="latest", ema=None, mesh=None, **options):
+def load(path, which="latest", ema=None, mesh=None, overrides=(), **options):
     """The :class:`Model` of a checkpoint, or of weights of OpenAI's CLIP, open_clip, Hugging Face or big_vision.
 
     Args:
@@ -122,6 +129,8 @@ def load(path, which="latest", ema=None, mesh=None, **options):
       which: ``"latest"``, ``"best"``, or a step.
       ema: take the moving average of the weights; by default what the configuration evaluates.
       mesh: a mesh to spread it over; by default all devices, parameters on each.
+      overrides: fields of the stored configuration to change, ``["raclip.use_bank=false", ...]``; none that the weights' shapes follow
+        from.
       options: for weights of others, those of :func:`clip_jax.interop.load.load`: ``act``, ``heads``, ``size``, ``tokenizer``.
 
     Raises:
@@ -131,6 +140,8 @@ def load(path, which="latest", ema=None, mesh=None, **options):
     from clip_jax.interop.recognize import is_foreign
 
     if is_foreign(path):
+        if overrides:
+            raise checkpoint.UserError(f"{str(path)!r} is no checkpoint of clip_jax, and has no configuration to change")
         imported = interop.load(path, mesh=mesh, **options)
         if interop.is_image_tower(imported.config):
             raise checkpoint.UserError(f"{str(path)!r} holds an image tower alone, which embeds no texts: start a run from it (init_from)")
@@ -143,7 +154,7 @@ def load(path, which="latest", ema=None, mesh=None, **options):
         meta = checkpoint.read_meta(folder)
     except (OSError, ValueError) as error:
         raise checkpoint.UserError(f"the checkpoint {str(folder)!r} is damaged: {error}") from None
-    config = config_lib.from_json(json.dumps(meta["config"]))
+    config = config_lib.override(config_lib.from_json(json.dumps(meta["config"])), overrides)
     method = make_method(config)
     ema = config.eval.ema if ema is None else ema
     if ema and not config.optim.ema_decay:

@@ -40,10 +40,10 @@ _FOLDER = ".clip_jax_search"
 
 
 class Bank:
-    """Embeddings ``[n, E]`` on the devices of a mesh, each of which holds and searches its share of the rows.
+    """Embeddings ``[n, ...]`` on the devices of a mesh, each of which holds and searches its share of the rows.
 
     Args:
-      z: float32 ``[n, E]``, in memory or mapped into it; n at least 1.
+      z: float32 ``[n, ...]``, in memory or mapped into it; n at least 1.
       mesh: a mesh of :func:`clip_jax.training.sharding.make_mesh`.
     """
 
@@ -55,26 +55,27 @@ class Bank:
         self.count, self.mesh = len(z), mesh
         share = -(-len(z) // (mesh.shape["data"] * mesh.shape["fsdp"]))
         block = min(_BLOCK, share)
-        shape = (-(-share // block) * block * (mesh.shape["data"] * mesh.shape["fsdp"]), z.shape[1])
+        shape = (-(-share // block) * block * (mesh.shape["data"] * mesh.shape["fsdp"]), *z.shape[1:])
 
         def rows(index):
             part = np.asarray(z[index[0]], np.float32)
             start, stop, _ = index[0].indices(shape[0])
-            return np.concatenate([part, np.zeros((stop - start - len(part), shape[1]), np.float32)])
+            return np.concatenate([part, np.zeros((stop - start - len(part), *shape[1:]), np.float32)])
 
         self.z = jax.make_array_from_callback(shape, sharding.batch_sharding(mesh), rows)
 
-    def search(self, queries, k):
-        """The k rows with the largest dot products, best first; of equal ones the lower row. Exact, in float32.
+    def search(self, queries, k, scores=None):
+        """The k rows with the largest scores, best first; of equal ones the lower row. Exact, in float32.
 
         Args:
-          queries: ``[q, E]``.
+          queries: ``[q, ...]``.
           k: more than there are rows is cut to their number.
+          scores: ``(queries [q, ...], rows [b, ...]) -> [q, b]``, a pure function; by default the dot product.
 
         Returns:
-          ``(rows int32 [q, k], dot products float32 [q, k])``.
+          ``(rows int32 [q, k], scores float32 [q, k])``.
         """
-        queries, nearest, found = np.asarray(queries, np.float32), program(self.mesh, min(k, self.count)), []
+        queries, nearest, found = np.asarray(queries, np.float32), program(self.mesh, min(k, self.count), scores), []
         for start in range(0, len(queries), _QUERIES):
             values, rows = nearest(self.z, queries[start : start + _QUERIES], self.count)
             found.append((np.asarray(rows), np.asarray(values)))
@@ -82,8 +83,8 @@ class Bank:
 
 
 @functools.cache
-def program(mesh, k):
-    """The compiled ``(bank [n, E], queries [q, E], count) -> (values, rows)`` of :meth:`Bank.search`; the first ``count`` rows count."""
+def program(mesh, k, scores=None):
+    """The compiled ``(bank [n, ...], queries [q, ...], count) -> (values, rows)`` of :meth:`Bank.search` of the first ``count`` rows."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
@@ -91,15 +92,17 @@ def program(mesh, k):
     from clip_jax.evaluation.retrieval import _merge, dot_similarity
     from clip_jax.models.common import BATCH_AXES
 
+    scores = scores or dot_similarity
+
     def share(bank, queries, count):
         """One device: the best of its rows, block after block; only the scores of one block exist."""
         block = min(_BLOCK, len(bank))
-        blocks = bank.reshape(-1, block, bank.shape[1])
+        blocks = bank.reshape(-1, block, *bank.shape[1:])
         starts = jax.lax.axis_index(BATCH_AXES) * len(bank) + block * jnp.arange(len(blocks), dtype=jnp.int32)
 
         def step(best, block):
             rows, start = block
-            return _merge(*best, dot_similarity(queries, rows), start, count), None
+            return _merge(*best, scores(queries, rows), start, count), None
 
         none = jnp.full((len(queries), k), -jnp.inf), jnp.full((len(queries), k), -1, jnp.int32)
         return jax.lax.scan(step, none, (blocks, starts))[0]
@@ -113,6 +116,19 @@ def program(mesh, k):
     return jax.jit(nearest)
 
 
+def scores_of(method, of_texts):
+    """What ranks candidates for queries that are texts, or pictures: ``scores`` of :meth:`Bank.search`.
+
+    A method's own similarity compares like with like as well.
+    """
+    from clip_jax.evaluation.retrieval import transposed
+    from clip_jax.methods.interface import Method
+
+    if method.similarity is Method.similarity:
+        return None
+    return (method.text_similarity or functools.partial(transposed, method.similarity)) if of_texts else method.similarity
+
+
 # --- embeddings that are kept ---
 
 
@@ -121,7 +137,7 @@ class Index:
     """Embeddings of what a data set holds.
 
     Attributes:
-      z: float32 ``[n, E]``, mapped into memory.
+      z: float32 ``[n, ...]``, mapped into memory.
       where: int64 ``[n, 2]``: the record, and which of its texts (0 for its picture).
       skipped: how many records could not be used, by reason.
     """
@@ -166,7 +182,7 @@ def make_index(model, source, kind, spec, split="train", folder=None, say=print)
     Raises:
       UserError: ``folder`` holds one of another checkpoint or data set, nothing can be embedded, or nothing can be written.
     """
-    key = {"version": 1, "kind": kind, "model": model_key(model), "data": data_key(source, spec, split)}
+    key = {"version": 2, "kind": kind, "model": model_key(model), "data": data_key(source, spec, split)}
     name = f"{kind}-{hashlib.blake2b(f'{spec} {split}'.encode(), digest_size=4).hexdigest()}-{key['model'][:12]}"
     places = [pathlib.Path(folder)] if folder else [place / name for place in _places(spec)]
     for place in places:
@@ -207,10 +223,9 @@ def _read_index(folder):
     """``(its key, the Index)`` of a folder; None instead of the Index when there is none, or a damaged one."""
     try:
         key = json.loads((folder / "meta.json").read_text())
-        shape = key["count"], key["dimension"]
         z, where = (
-            np.memmap(folder / "z.f32", np.float32, "r", shape=shape),
-            np.memmap(folder / "where.i64", np.int64, "r", shape=(shape[0], 2)),
+            np.memmap(folder / "z.f32", np.float32, "r", shape=tuple(key["shape"])),
+            np.memmap(folder / "where.i64", np.int64, "r", shape=(key["shape"][0], 2)),
         )
         return key, Index(z, where, key["skipped"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -218,21 +233,19 @@ def _read_index(folder):
 
 
 def _write_index(folder, key, model, source, kind, say):
-    skipped, count, dimension, told = collections.Counter(), 0, 0, 0
+    skipped, count, shape, told = collections.Counter(), 0, (), 0
     parts = _embed_images(model, source, skipped) if kind == "images" else _embed_texts(model, source, skipped)
     with open(folder / "z.f32", "wb") as z_file, open(folder / "where.i64", "wb") as where_file:
         for where, z in parts:
-            if z.ndim != 2:
-                raise UserError(f"search needs one vector for each picture and text, which method {model.config.method!r} does not give")
             z.astype(np.float32).tofile(z_file)
             np.asarray(where, np.int64).tofile(where_file)
-            count, dimension = count + len(z), z.shape[1]
+            count, shape = count + len(z), z.shape[1:]
             if count >= 2 * told + 10_000:
                 told = count
                 say(f"{kind}: {count:,} embedded ...")
     if not count:
         raise UserError(f"{source.name}: no {kind} to search among {len(source):,} records")
-    (folder / "meta.json").write_text(json.dumps(dict(key, count=count, dimension=dimension, skipped=skipped)))
+    (folder / "meta.json").write_text(json.dumps(dict(key, shape=(count, *shape), skipped=skipped)))
     say(f"{kind}: {count:,} embedded" + "".join(f", {n:,} records left out: {reason}" for reason, n in skipped.items()))
 
 
@@ -273,7 +286,7 @@ def _embed_texts(model, source, skipped):
 
 @dataclasses.dataclass
 class Query:
-    """What was asked: a line that says it, its picture (or None), and its embedding, float32 ``[E]``."""
+    """What was asked: a line that says it, its picture (or None), and its embedding, float32 ``[E]``, or of each token ``[n, E]``."""
 
     label: str
     picture: object
@@ -296,17 +309,24 @@ def read_picture(value, source):
 
 
 def make_queries(model, texts=(), pictures=(), plus=(), minus=()):
-    """Queries of strings and of pairs ``(name, picture)``, each with all of ``plus`` added and of ``minus`` taken away."""
-    z = iter(model.embed_text([*plus, *minus, *texts])) if (*plus, *minus, *texts) else iter(())
+    """Queries of strings and of pairs ``(name, picture)``, each with all of ``plus`` added and of ``minus`` taken away.
+
+    Raises UserError where these are given, but embeddings are no single vectors.
+    """
+    z_texts = model.embed_text([*plus, *minus, *texts]) if (*plus, *minus, *texts) else ()
+    if (plus or minus) and z_texts.ndim > 2:
+        raise UserError(f"--plus and --minus add vectors, but method {model.config.method!r} has one for each token")
+    z = iter(z_texts)
     change = sum([next(z) for _ in plus], 0.0) - sum([next(z) for _ in minus], 0.0)
+    from clip_jax.evaluation.zeroshot import normalize
+
     signs = "".join([f" + {text}" for text in plus] + [f" - {text}" for text in minus])
     queries = [Query(text, None, next(z) + change) for text in texts]
     if pictures:
         z_images = model.embed_image([picture for _, picture in pictures])
         queries += [Query(name, picture, z_image + change) for (name, picture), z_image in zip(pictures, z_images, strict=True)]
     for query in queries:
-        query.label, length = query.label + signs, np.linalg.norm(query.z)
-        query.z = query.z / length if length else query.z
+        query.label, query.z = query.label + signs, normalize(query.z)
     return queries
 
 
@@ -411,10 +431,12 @@ def search(args, say=print):
         index = make_index(model, source, args.find, args.images, args.split, args.index, say)
         z, where = index.z, index.where
     queries = make_queries(model, args.text, pictures, args.plus, args.minus)
-    rows, scores = Bank(z, model.mesh).search(np.stack([query.z for query in queries]), args.k)
-    results = []
-    for query, found, values in zip(queries, rows, scores, strict=True):
-        hits = [lookup(source, texts, where[row]) | {"score": float(score)} for row, score in zip(found, values, strict=True)]
+    bank, found, results = Bank(z, model.mesh), [], []
+    for of_texts in (True, False):  # in the order of make_queries
+        if of_kind := [query.z for query in queries if (query.picture is None) == of_texts]:
+            found += zip(*bank.search(np.stack(of_kind), args.k, scores_of(model.method, of_texts)), strict=True)
+    for query, (rows, values) in zip(queries, found, strict=True):
+        hits = [lookup(source, texts, where[row]) | {"score": float(score)} for row, score in zip(rows, values, strict=True)]
         results.append((query, hits))
         for line in table(query, hits):
             say(line)

@@ -68,16 +68,16 @@ def make_parts(config):
     from clip_jax.data.loader import check_source
     from clip_jax.data.sources import make_source
     from clip_jax.data.tokenizers import make_tokenizer
-    from clip_jax.methods.interface import make_method
+    from clip_jax.methods import interface
 
     config_lib.validate(config)
     for task in (*config.eval.tasks, *config.eval.train_tasks):
         evaluate.parse_task(task)
     tokenizer = make_tokenizer(config.tokenizer)
-    config = config_lib.resolve(config, tokenizer)
-    method = make_method(config)
-    data = config.data
+    config, data = config_lib.resolve(config, tokenizer), config.data
     source = make_source(data.source, data.split, image=data.image or None, text=data.text or None, label=data.label or None)
+    config = interface.resolve(config, source)
+    method = interface.make_method(config)
     check_source(source, method.views, tokenizer, data.batch_size, data.sampling == "one_source")
     return config, source, tokenizer, method
 
@@ -95,10 +95,10 @@ def make_loader(config, source, tokenizer, method, mesh, start_step):
     )  # fmt: skip
 
 
-def init_or_restore(config, method, mesh, checkpointer, batch, tokenizer, say):
+def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer, say):
     """``(state, optimizer)`` on the mesh: the newest checkpoint's, or a new one that no single device ever holds whole.
 
-    A new one has the weights that ``config.init_from`` names.
+    A new one has the weights that ``config.init_from`` names, and what the method takes from the data.
     """
     import jax
 
@@ -113,6 +113,7 @@ def init_or_restore(config, method, mesh, checkpointer, batch, tokenizer, say):
     state = checkpointer.restore(shapes)
     if state is None:
         state = jax.jit(init, out_shardings=shardings)(rng)
+        state = state.replace(extra=sharding.place(method.fill(state.extra, source, mesh), shardings.extra))
         if config.init_from:
             state, line = init_from.start(config, state, tokenizer)
             say(line)
@@ -224,7 +225,7 @@ def train(config, workdir, say=print, cluster=None):
         jax.set_mesh(mesh),
         checkpoint.Checkpointer(workdir, config, tokenizer) as checkpointer,
     ):
-        state, tx = init_or_restore(config, method, mesh, checkpointer, shapes, tokenizer, say)
+        state, tx = init_or_restore(config, source, method, mesh, checkpointer, shapes, tokenizer, say)
         if hosts.is_first():
             (workdir / "config.json").write_text(config_lib.to_json(config))
         with closing(metrics.Writer(workdir, config)) as writer:

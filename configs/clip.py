@@ -5,6 +5,7 @@
 Variants, after a colon:
   (none)   a small model on the embedded emoji pictures, made for 2 CPU cores; README.md gives its result
   smoke    the same in a few steps, under a minute with compilation; the result is near chance
+  scenes   the control of configs/filip.py:scenes: two of three pictures are scenes of two emoji, with captions that say how they lie
   b32 b16 l14 l14_336 rn50 rn101 rn50x4
            the paper's recipe on 400 M pairs: 32 epochs of batch 32,768. Give the data: --config.data=/data/pairs/{00000..41407}.tar
            Expected ImageNet zero-shot top-1 (OpenAI's data): B/32 63.3, B/16 68.3, L/14 75.5, L/14@336 76.6, RN50 59.8, RN101 62.3 %
@@ -22,10 +23,12 @@ PUBLISHED |= {"h14": ("ViT-H/14", 5e-4), "rn50": ("RN50", 5e-4), "rn101": ("RN10
 def get_config(variant=""):
     if variant in PUBLISHED:
         return published(*PUBLISHED[variant])
-    if variant not in ("", "smoke"):
-        raise config.unknown("configs/clip.py has no variant", variant, ["smoke", *PUBLISHED])
+    if variant not in ("", "smoke", "scenes"):
+        raise config.unknown("configs/clip.py has no variant", variant, ["smoke", "scenes", *PUBLISHED])
     c = embedded()
-    if variant == "smoke":
+    if variant == "scenes":
+        scenes(c)
+    elif variant == "smoke":
         c.train.steps, c.train.log_steps, c.optim.warmup_steps, c.eval.steps = 10, 2, 2, 0
         c.data.batch_size = 64
     return c
@@ -63,3 +66,15 @@ def embedded():
     c.checkpoint.steps = c.eval.steps = 350
     c.eval.train_tasks = ("emoji(subset='val')",)
     return c
+
+
+def scenes(c):
+    objects = "scenes?objects=2&concepts=24"  # few things: their pairs come back, so that it takes relations to tell scenes apart
+    templates = (*c.data.templates, "{caption}")  # only scenes have captions, only emoji names
+    c.data.update(dict(source=f"emoji*1 + {objects}*2", batch_size=128, templates=templates, word_dropout=0.0))
+    # No flip, and hardly a crop: left stays left, and all that a caption names stays in the picture.
+    c.data.augment = ("random_background(0.5)", "rrc(0.85, 1.0, (0.9, 1.11))", "jitter(0.2, 0.2, 0.2, 0.0)")
+    c.model.image.update(dict(size=64, stem=(24, 48, 96, 128)))  # 16 patches, 4 for the cell of each object
+    c.model.text.context, c.train.steps, c.checkpoint.steps = 28, 1200, 400  # 28: the longest caption
+    c.eval.update(dict(steps=400, transform=("resize", "center_crop"), tasks=("emoji()", f"relations(source='{objects}')")))
+    c.eval.train_tasks += (f"relations(source='{objects}', split='val', name='scenes_val', limit=600)",)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
 from clip_jax import config as config_lib
@@ -13,6 +14,7 @@ from clip_jax import config as config_lib
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import common  # noqa: E402
+import retrieval  # noqa: E402
 import train_step  # noqa: E402
 
 COMMANDS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name != "common.py")
@@ -69,3 +71,16 @@ def test_open_clip_gets_our_sizes():
     )  # fmt: skip
     config.model.image.pool = "gap"
     assert train_step.open_clip_model(config) is None
+
+
+def test_retrieval_is_measured_with_and_without_the_other_side(tmp_path, monkeypatch):
+    command = ["--rows=600,37", "--dim=8", "--batch=4", "--k=5", "--repeats=2", f"--json={tmp_path}/x.json"]
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    retrieval.main(command)
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [row["rows"] for row in rows] == [600, 37] and all(len(row["turns"]["ours"]) == 2 and "faiss" not in row for row in rows)
+
+    values, numbers = np.array([[0.9, 0.8]]), np.array([[3, 1]])
+    retrieval.check((values, numbers), (values + 1e-7, numbers[:, ::-1]))
+    with pytest.raises(SystemExit, match="do not find the same: 50.00%"):
+        retrieval.check((values, numbers), (values, numbers + [[0, 1]]))

@@ -65,16 +65,22 @@ def test_columns_of_another_data_set_or_order_are_refused(rewrites, tmp_path):
 
 
 def test_arrays_join_their_records(tmp_path):
-    values = np.arange(12, dtype=np.float16).reshape(3, 2, 2)
-    columns.save_arrays(tmp_path / "c", PETS, {"regions": values, "count": np.array([0, 1, 2])}, {"encoder": "none"})
+    values, fields = np.arange(12, dtype=np.float16).reshape(3, 2, 2), {"regions": ((2, 2), np.float16), "count": ((), np.int32)}
+    with columns.array_writer(tmp_path / "c", PETS, fields, {"encoder": "none"}) as arrays:
+        arrays["regions"][:], arrays["count"][:] = values, [0, 1, 2]
     joined = columns.ColumnsSource(PETS, str(tmp_path / "c"))
     joined[0]
     again = pickle.loads(pickle.dumps(joined))
     assert (again[2]["regions"] == values[2]).all() and again[2]["count"] == 2
-    with pytest.raises(UserError, match="count has 2 rows, but memory 3 records"):
-        columns.save_arrays(tmp_path / "c", PETS, {"count": np.zeros(2)}, {})
     with pytest.raises(UserError, match="another data set"):
         columns.ColumnsSource(source("a cat", "a dog", "a fish"), str(tmp_path / "c"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), columns.array_writer(tmp_path / "file" / "c", PETS, fields, {}):
+        pass
+    with pytest.raises(ZeroDivisionError), columns.array_writer(tmp_path / "c", PETS, fields, {}):
+        raise ZeroDivisionError
+    with pytest.raises(UserError, match="damaged, or no columns"):
+        columns.ColumnsSource(PETS, str(tmp_path / "c"))
 
 
 def test_plain_lines_are_counted(tmp_path):

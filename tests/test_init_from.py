@@ -22,13 +22,13 @@ def flat(params):
 
 def begin(workdir, *overrides, save=True):
     """``(state, lines)`` of a run that has made no step, saved as its checkpoint 0."""
-    config, _, tokenizer, method = train.make_parts(tiny_config(*overrides))
+    config, source, tokenizer, method = train.make_parts(tiny_config(*overrides))
     init_from.check_path(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     batch = {v.name: jax.ShapeDtypeStruct((config.data.batch_size, *v.shape), v.dtype) for v in method.views}
     lines = []
     with jax.set_mesh(mesh), checkpoint.Checkpointer(workdir, config, tokenizer) as checkpointer:
-        state, _ = train.init_or_restore(config, method, mesh, checkpointer, batch, tokenizer, lines.append)
+        state, _ = train.init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer, lines.append)
         if save:
             checkpointer.save(0, state, {})
             checkpointer.wait()

@@ -1,7 +1,8 @@
 """Weight files of others: every format's values, and one clear line for files that are cut off, damaged, or not to be trusted.
 
-The fixtures torch_script.pt and torch_training.pt were written by PyTorch 2.13: a scripted module (torch.jit.save), float16, and a
-training checkpoint (torch.save) with a state dict whose names begin with "module.", views, and an optimizer's state.
+The fixtures torch_script.pt, torch_training.pt and torch_legacy.pt were written by PyTorch 2.13: a scripted module (torch.jit.save),
+float16; a training checkpoint (torch.save) with a state dict whose names begin with "module.", views, and an optimizer's state; views in
+the format of before version 1.6.
 """
 
 import io
@@ -84,6 +85,12 @@ def test_a_scripted_module_of_pytorch():
     assert tensors["visual.lin.weight"].dtype == np.float16
     np.testing.assert_array_equal(tensors["resblocks.1.lin.weight"].read(), np.arange(20.0, 26.0).reshape(2, 3))
     np.testing.assert_array_equal(tensors["logit_scale"].read(), np.float16(2.5))
+
+
+def test_a_file_of_pytorch_before_version_1_6():
+    x, tensors = np.arange(24, dtype=np.float32).reshape(2, 3, 4), read(FIXTURES / "torch_legacy.pt")
+    few = {"half": np.arange(3, dtype=np.float16), "count": np.array(7), "brain": np.arange(3).astype(ml_dtypes.bfloat16)}
+    assert_same(tensors, {"whole": x, "transposed": x.T, "part": x[1:, 1:, ::2], **few})
 
 
 def shards(folder):
@@ -183,6 +190,33 @@ def test_a_tensor_that_goes_beyond_its_data_is_refused(tmp_path):
         read(torch_file(tmp_path / "a.pt", rebuild(16, 0, (3,), (1,)), data, zipfile.ZIP_DEFLATED))
 
 
+def legacy_file(path, content, keys=("0",), counts=(4,), data=b"\0\0\x80\x3f" * 4, little=True):
+    """A file of before version 1.6 around any pickle of a state dict."""
+    parts = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": little}]
+    with open(path, "wb") as file:
+        file.write(b"".join(pickle.dumps(part, 2) for part in parts) + content + pickle.dumps(list(keys), 2))
+        file.write(b"".join(count.to_bytes(8, "little") for count in counts) + data)
+    return path
+
+
+def test_old_pytorch_files_that_are_damaged_or_would_run_code(tmp_path):
+    path, good = tmp_path / "a.pt", rebuild(16, 1, (3,), (1,))
+    np.testing.assert_array_equal(read(legacy_file(path, good))["w"].read(), [1, 1, 1])
+    for content, fields, message in [
+        (rebuild(16, 2, (3,), (1,)), {}, "goes beyond its data"),
+        (good, {"keys": ("1",)}, "not the data of all its tensors"),
+        (good, {"keys": ("0", ["x"])}, "not the data of all its tensors"),
+        (good, {"counts": (2**62,)}, "the file is cut off: it should have"),
+        (good, {"data": b"1234"}, "the file is cut off: it should have"),
+        (good, {"little": False}, "the other byte order"),
+        (good[:-9], {"keys": ()}, "damaged"),
+        (pickle.dumps({"w": Evil(os.system, f"touch '{tmp_path}/it ran'")}, 2), {}, "refused, because it asks for posix.system"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read(legacy_file(path, content, **fields))
+    assert not (tmp_path / "it ran").exists()
+
+
 def npz_with_objects(path):
     np.savez(path, x=np.array([{"a": 1}], dtype=object))
 
@@ -196,7 +230,7 @@ def npz_with_objects(path):
         ((10**6).to_bytes(8, "little") + b'{"a": ', "the file is cut off: its header alone has 1,000,000 bytes, the file 14"),
         ((6).to_bytes(8, "little") + b'{"a": ', "header is damaged"),
         ((2).to_bytes(8, "little") + b"{}", "there is no tensor"),
-        (pickle.dumps({"a": 1}), "before version 1.6, or another pickle"),
+        (pickle.dumps({"a": 1}), "a pickle, but none that PyTorch wrote"),
         (b"PK\x03\x04 and nothing more", "cut off or damaged"),
     ],
 )

@@ -10,6 +10,7 @@
 The header says what data set they were made of; columns of another one, or in another order, are refused.
 """
 
+import contextlib
 import hashlib
 import json
 import lzma
@@ -87,16 +88,25 @@ class TextWriter:
         self._file.close()
 
 
-def save_arrays(folder: str | os.PathLike, source: Source, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Writes columns of arrays `[records, ...]`; raises UserError when their length is not that of the source."""
-    for field, array in arrays.items():
-        if len(array) != len(source):
-            raise UserError(f"columns: {field} has {len(array):,} rows, but {source.name} {len(source):,} records")
+@contextlib.contextmanager
+def array_writer(folder: str | os.PathLike, source: Source, fields: Mapping[str, tuple[tuple[int, ...], Any]], about: Mapping[str, Any]):
+    """Gives, to be filled in, zeros `[records, *shape]` on disk for each field of `{field: (shape, dtype)}`: columns of a source.
+
+    They count only once the block has ended without an error. Raises UserError when the folder cannot be written.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "header.json").unlink(missing_ok=True)  # until all are whole there are none
-    for field, array in arrays.items():
-        np.save(folder / f"{field}.npy", array)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "header.json").unlink(missing_ok=True)  # until all are whole there are none
+        arrays = {
+            field: np.lib.format.open_memmap(folder / f"{field}.npy", "w+", dtype, (len(source), *shape))
+            for field, (shape, dtype) in fields.items()
+        }
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+    yield arrays
+    for array in arrays.values():
+        array.flush()
     (folder / "header.json").write_text(json.dumps(_header(source, about) | {"fields": sorted(arrays)}, indent=1))
 
 

@@ -284,18 +284,22 @@ class _Batches(abc.ABC):
         )
 
     def _check_templates(self) -> None:
-        """A field of a template that no record among some has is a mistake; in JSON a record need not have all fields."""
-        wanted = set().union(*(view.fields for view in self.views if isinstance(view, TextView)))
+        """A field that no record among some has is a mistake; in JSON a record need not have all fields."""
+        wanted = {field: view for view in self.views for field in getattr(view, "fields", ())}
         for example_id in range(min(len(self.source), _PROBED)):
-            if wanted <= self._fields:
+            if wanted.keys() <= self._fields:
                 return
             try:
                 self._fields |= set(self.source[example_id])
             except BadRecord:
                 continue
-        if missing := sorted(wanted - self._fields):
+        for field in sorted(wanted.keys() - self._fields):
+            view = wanted[field]
+            what = "a template" if isinstance(view, TextView) else f"the view {view.name!r}"
+            if field in getattr(view, "rewrites", ()):
+                what = "data.rewrites"
             raise UserError(
-                f"{self.source.name}: no record has the field {missing[0]!r} of a template{near(missing[0], self._fields)}; "
+                f"{self.source.name}: no record has the field {field!r} of {what}{near(field, self._fields)}; "
                 f"fields: {', '.join(sorted(self._fields))}"
             )
 

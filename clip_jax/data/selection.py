@@ -2,6 +2,8 @@
 
     emoji?where=vendor:noto                     the records whose vendor is noto
     emoji?part=concept:1/2                      the first of two parts of the concepts, drawn by a hash: of a concept all records or none
+    emoji?part=record:1/10                      a tenth of the records: the field `record` is their number
+    emoji?part=record:!1/10                     all but this tenth
     emoji?part=concept:1/2&label=subgroup       of these the subgroup is the class: `label`, `class_name`, and `class_names` of the source
     emoji?by=vendor                             a mixture of one source for each vendor, in proportion to their records
 
@@ -17,7 +19,7 @@ import numpy as np
 from clip_jax.data.sources import BadRecord, BaseSource, MixtureSource, Record, Source, near
 from clip_jax.errors import UserError
 
-_FORMS = {"where": r"(?P<field>[^:]+):(?P<value>.+)", "part": r"(?P<field>[^:]+):(?P<value>\d+/\d+)"}
+_FORMS = {"where": r"(?P<field>[^:]+):(?P<value>.+)", "part": r"(?P<field>[^:]+):(?P<value>!?\d+/\d+)"}
 _FORMS |= {"label": r"(?P<field>.+)", "by": r"(?P<field>.+)"}
 _EXAMPLES = {"where": "vendor:noto", "part": "concept:1/2", "label": "subgroup", "by": "vendor"}
 #: What is a selection among the strings of `make_source`.
@@ -91,7 +93,10 @@ def _parse(text: str, name: str) -> tuple[str, tuple[str, str | None]]:
 
 def _read(source: Source, fields: set[str], name: str) -> dict[str, np.ndarray]:
     """The values of fields in all records as strings, None where there is none; raises UserError for a field that no record has."""
-    columns, known = {field: np.full(len(source), None, object) for field in fields}, set()
+    columns, known = {field: np.full(len(source), None, object) for field in fields - {"record"}}, set()
+    numbers = {"record": np.array([str(i) for i in range(len(source))], object)} if "record" in fields else {}
+    if not columns:
+        return numbers
     for i in range(len(source)):
         try:
             record = source[i]
@@ -101,14 +106,14 @@ def _read(source: Source, fields: set[str], name: str) -> dict[str, np.ndarray]:
         for field, column in columns.items():
             if (value := record.get(field)) is not None:
                 column[i] = str(value)
-    for field in sorted(fields - known):
+    for field in sorted(columns.keys() - known):
         raise UserError(f"{name}: no record has the field {field!r}{near(field, known)}; fields: {', '.join(sorted(known))}")
-    return columns
+    return columns | numbers
 
 
 def _is_in_part(column: np.ndarray, part: str, name: str) -> np.ndarray:
-    number, count = map(int, part.split("/"))
+    others, (number, count) = part.startswith("!"), map(int, part.removeprefix("!").split("/"))
     if not 1 <= number <= count:
         raise UserError(f"{name}: part {part} is not one of 1/{count} to {count}/{count}")
     hashes = {value: int.from_bytes(hashlib.sha256(value.encode("utf-8", "replace")).digest()[:8], "big") for value in set(column) - {None}}
-    return np.array([value is not None and hashes[value] % count == number - 1 for value in column])
+    return np.array([value is not None and (hashes[value] % count == number - 1) != others for value in column])

@@ -559,6 +559,7 @@ def make_source(
 
     spec is one of
         emoji, openclipart                    an embedded set
+        scenes, scenes?objects=2-3&size=96    emoji pictures composed on a canvas, with boxes: `clip_jax.data.scenes`
         tfds:NAME[/CONFIG]                    a data set prepared by TFDS, in TFDS_DATA_DIR or ~/tensorflow_datasets
         a folder with dataset_info.json       the same, anywhere
         *.array_record*                       a file or pattern: ArrayRecord of tf.train.Example
@@ -597,6 +598,12 @@ def make_source(
         from clip_jax.data.columns import ColumnsSource
 
         return ColumnsSource(make_source(match[1], split, **fields), match[2])
+    if match := re.fullmatch(r"scenes(?:\?(.*))?", spec):
+        from clip_jax.data.scenes import make_scenes
+
+        if any(fields.values()):
+            raise UserError(f"{spec}: scenes have no fields to choose from; the captions are `texts`")
+        return make_scenes(match[1] or "", split, spec)
     if spec.startswith("tfds:"):
         return TfdsSource(_tfds_folder(spec.removeprefix("tfds:")), split, name=spec, **fields)
     if spec.startswith("text:"):

@@ -31,7 +31,7 @@ def eda(caption: str, rng: np.random.Generator, swaps: int = 1, deletion: float 
     synonyms = read_thesaurus(thesaurus)
     words, operation = caption.split(), int(rng.random() * 3)
     if operation == 0:
-        words = _replace(words, rng, synonyms)
+        words = replace_word(words, rng, synonyms)
     elif len(words) > 1 and operation == 1:
         for _ in range(swaps):
             i, j = rng.choice(len(words), 2, replace=False)
@@ -44,7 +44,7 @@ def eda(caption: str, rng: np.random.Generator, swaps: int = 1, deletion: float 
     return " ".join(words)
 
 
-def _replace(words: list[str], rng: np.random.Generator, synonyms: Mapping[str, tuple[str, ...]]) -> list[str]:
+def replace_word(words: list[str], rng: np.random.Generator, synonyms: Mapping[str, tuple[str, ...]]) -> list[str]:
     """A synonym, of all that its meanings have, in the place of one of the words that have any; punctuation around it stays."""
     parts = [re.fullmatch(r"(\W*)(.*?)(\W*)", word, re.DOTALL).groups() for word in words]
     known = [i for i, (_, word, _) in enumerate(parts) if word.lower() in synonyms]

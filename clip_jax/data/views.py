@@ -6,6 +6,7 @@ import string
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from clip_jax.data import augment, decode, text_augment, token_augment
 from clip_jax.data.sources import BadRecord, Record
@@ -15,6 +16,7 @@ from clip_jax.errors import UserError
 #: these are without start, end and padding.
 _ON_CAPTION = {"eda": text_augment.eda}
 _ON_IDS = {"tokens": token_augment.tokens}
+PIXEL_FEATURES = 8 * 8 * 3  # of a region
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,9 @@ class TextView:
     `augment` changes the caption or its ids: names of operations, such as ("eda",), of which those on the caption go first.
     Records with a label have `class_templates`, if there are any, in the place of `templates`: {class_name} is the class's name, without
     commas, or one of its names.
+    In training the caption may give way to a rewrite of it (LaCLIP: Fan et al. 2023): `rewrites` names fields of the record, each a text
+    or a list of them, of which one is drawn with the chance `rewrite_prob`; with -1 each is as likely as each of the record's captions,
+    M of M + 1 times. Of a rewrite that was drawn and has fewer than two words the caption takes the place. Class names have no rewrites.
     """
 
     name: str = "text"
@@ -65,10 +70,14 @@ class TextView:
     word_dropout: float = 0.0
     augment: tuple[str, ...] = ()
     class_templates: tuple[str, ...] = ()
+    rewrites: tuple[str, ...] = ()
+    rewrite_prob: float = -1.0
 
     def __post_init__(self):
-        for field in ("templates", "augment", "class_templates"):
+        for field in ("templates", "augment", "class_templates", "rewrites"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
+        if not (self.rewrite_prob == -1 or 0 <= self.rewrite_prob <= 1):
+            raise UserError(f"data.rewrite_prob={self.rewrite_prob}: must be between 0 and 1, or -1")
         _parse_augment(self.augment)  # fails early
         for template in self.templates + self.class_templates:
             _parse_template(template)
@@ -82,13 +91,28 @@ class TextView:
 
     @property
     def fields(self) -> frozenset[str]:
-        """The record fields that the templates name."""
-        return _fields(self.templates)
+        """The record fields that the templates and rewrites name."""
+        return _fields(self.templates) | frozenset(self.rewrites)
 
     def caption(self, record: Record, rng: np.random.Generator | None) -> str:
         """The caption as text; raises BadRecord when no usable one is there."""
+        return self._rewrite(record, rng) or self._own_caption(record, rng)
+
+    def _rewrite(self, record, rng) -> str:
+        """A rewrite, or an empty text: the record's own caption is wanted. Nothing is drawn where there is no choice."""
+        if rng is None or not self.rewrite_prob or self._is_class(record):
+            return ""
+        pool = rewrites_of(record, self.rewrites)
+        own = 1 if self.templates else max(1, len(record.get("texts") or ()))
+        chance = len(pool) / (len(pool) + own) if self.rewrite_prob == -1 else self.rewrite_prob
+        return usable_rewrite(_pick(pool, rng)) if pool and rng.random() < chance else ""
+
+    def _is_class(self, record) -> bool:
+        return bool(self.class_templates) and record.get("label", -1) >= 0
+
+    def _own_caption(self, record, rng) -> str:
         templates = self.templates
-        if self.class_templates and record.get("label", -1) >= 0:
+        if self._is_class(record):
             templates, record = self.class_templates, record | {"class_name": _class_name(record, rng)}
         if not templates:
             return _pick(_usable(record.get("texts") or ()), rng)
@@ -102,7 +126,9 @@ class TextView:
 
     def _words(self, record, rng) -> str:
         """The caption after word dropout."""
-        caption = self.caption(record, rng)
+        return self._dropped(self.caption(record, rng), rng)
+
+    def _dropped(self, caption, rng) -> str:
         if self.word_dropout and rng is not None:
             words = caption.split()
             kept = rng.random(len(words)) >= self.word_dropout
@@ -140,6 +166,117 @@ class TextVariants(TextView):
     def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
         caption = self._words(record, rng)
         return np.stack([self._augmented(caption, spec, rng, tokenizer) for spec in self.variants])
+
+
+@dataclasses.dataclass(frozen=True)
+class RewritesView(TextView):
+    """A caption and its first `count` rewrites, token ids int32 [1 + count, context] (LaCLIP-MT); the caption where one is missing.
+
+    Of a record with several captions one is drawn, and `rewrites` holds those of all, one caption's after the other's. All are there at
+    each visit: `rewrite_prob` plays no part.
+    """
+
+    count: int = 4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1 + self.count, self.context)
+
+    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
+        pool = [] if self._is_class(record) else rewrites_of(record, self.rewrites)
+        captions = record.get("texts") or ()
+        if not self.templates and len(captions) > 1:
+            number = 0 if rng is None else int(rng.random() * len(captions))
+            share, record = len(pool) // len(captions), record | {"texts": [captions[number]]}
+            pool = pool[number * share :][:share]
+        caption = self._own_caption(record, rng)
+        found = [usable_rewrite(text) or caption for text in pool[: self.count]]
+        texts = [caption, *found, *[caption] * (self.count - len(found))]
+        return np.stack([self._augmented(self._dropped(text, rng), self.augment, rng, tokenizer) for text in texts])
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionalTextView(TextView):
+    """As `TextView`; ids of -1 where the record has no such text."""
+
+    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
+        try:
+            return super().__call__(record, rng, tokenizer)
+        except BadRecord:
+            return np.full(self.shape, -1, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionView:
+    """Regions of the whole picture, float32 [count, width]: the features of each, then its box (PyramidCLIP).
+
+    The record's field `boxes` has x1, y1, x2, y2 in pixels, [n, 4], the most important first; they are given as shares of the picture's
+    width and height, cut at its edges. Its field `features` has [n, width - 4] numbers, or it is "pixels": the picture's own, 8 x 8 of
+    each region, from -1 to 1. Rows of zeros are none, in the record as in what is given: a picture may have few regions, or no field.
+    """
+
+    name: str = "regions"
+    count: int = 10
+    width: int = 2052
+    features: str = "regions"
+    boxes: str = "boxes"
+
+    dtype = np.dtype(np.float32)
+
+    def __post_init__(self):
+        if self.features == "pixels" and self.width != PIXEL_FEATURES + 4:
+            raise UserError(f"regions of pixels have {PIXEL_FEATURES} features, and with their box {PIXEL_FEATURES + 4}, not {self.width}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.count, self.width)
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The record fields that are read."""
+        return frozenset({self.boxes, self.features} - {"pixels"})
+
+    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer=None) -> np.ndarray:
+        """Raises BadRecord for a box that is nowhere in the picture, and UserError for arrays of another shape."""
+        rows, given = np.zeros(self.shape, np.float32), _read_rows(record, self.boxes, 4)[: self.count]
+        real = given.any(1)
+        if not real.any():
+            return rows
+        image = decode.open_image(record["image"])
+        boxes = read_boxes(record, self.boxes, image.size)[: real.sum()]
+        if self.features == "pixels":
+            image = decode.flatten(decode.load(image))
+            crops = [image.resize((8, 8), Image.Resampling.BOX, tuple(box)) for box in boxes.tolist()]
+            features = np.stack([np.asarray(crop, np.float32).reshape(-1) for crop in crops]) / 127.5 - 1
+        else:
+            features = _read_rows(record, self.features, self.width - 4)[: self.count]
+            if len(features) < len(given):
+                raise BadRecord("fewer features than regions")
+            features = features[: len(given)][real]
+        rows[: len(boxes)] = np.concatenate([features, boxes / (image.size * 2)], axis=1)
+        return rows
+
+
+def read_boxes(record: Record, field: str, size: tuple[int, int]) -> np.ndarray:
+    """The boxes of a record, float32 [n, 4], without rows of zeros, cut at the edges of a picture of `size`, width and height.
+
+    Raises BadRecord for one of which nothing is left, and UserError for an array of another shape.
+    """
+    boxes = _read_rows(record, field, 4)
+    boxes = np.clip(boxes[boxes.any(1)], 0, np.array(size * 2, np.float32))
+    if not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise BadRecord("region outside of its picture")
+    return boxes
+
+
+def _read_rows(record: Record, field: str, width: int) -> np.ndarray:
+    try:
+        values = np.asarray(record[field] if record.get(field) is not None else (), np.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"regions: the field {field!r} does not hold lists of {width} numbers each") from None
+    if values.size and (values.ndim != 2 or values.shape[1] != width):
+        raise UserError(f"regions: the field {field!r} holds an array {list(values.shape)}, but [regions, {width}] is needed")
+    return values.reshape(-1, width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +353,16 @@ def _class_name(record: Record, rng: np.random.Generator | None) -> str:
     if not (names := _usable(_as_texts(record.get("class_name")), strict=False)):
         raise BadRecord("no class name")
     return " ".join(_pick(names, rng).replace(",", "").replace("+", " ").split())
+
+
+def rewrites_of(record: Record, fields: Sequence[str]) -> list[str]:
+    """All texts of some fields of a record, in order; a field is a text or a list of texts, or it is missing."""
+    return [text for field in fields for text in _as_texts(record.get(field))]
+
+
+def usable_rewrite(text: str) -> str:
+    """The text if it has two words or more and is UTF-8, otherwise an empty one."""
+    return text if len(text.split()) >= 2 and _usable([text], strict=False) else ""
 
 
 def _as_texts(value) -> list[str]:

@@ -9,6 +9,7 @@ data URIs, those of one figure side by side in one WebP sheet. Names and caption
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -23,9 +24,10 @@ import numpy as np
 
 from clip_jax.data.sources import BadRecord
 from clip_jax.errors import UserError
+from clip_jax.evaluation import alignment
 
 if TYPE_CHECKING:
-    from clip_jax.evaluation.tasks import Classification, EmbeddingMap, EvalResult, Pictures, Retrieval, SimilarityMatrix
+    from clip_jax.evaluation.tasks import CaptionPairs, Classification, EmbeddingMap, EvalResult, Pictures, Retrieval, SimilarityMatrix
 
 _SKELETON = Path(__file__).with_name("report.html")
 _GALLERY, _QUERIES = 24, 12  # predictions of each kind in a gallery; queries shown in each direction of a retrieval
@@ -83,8 +85,10 @@ def render(result: "EvalResult", *, title: str, config: Mapping | None = None, m
         "Results": _results(result.metrics),
         "Training": "" if metrics_jsonl is None else _training(page, Path(metrics_jsonl)),
         "Predictions": panels(artefacts.get("classification"), lambda item: _gallery(page, item), _GALLERY_INTRO),
+        "Relations": panels(artefacts.get("relations"), lambda item: _caption_pairs(page, item), _PAIRS_INTRO),
         "Retrieval": panels(artefacts.get("retrieval"), lambda item: _retrieval(page, item), _RETRIEVAL_INTRO),
         "Similarity": panels(artefacts.get("similarity"), lambda item: _similarity(page, item), _SIMILARITY_INTRO),
+        "Words and patches": panels(artefacts.get("alignment"), lambda item: alignment.draw(page, item), alignment.INTRO),
         "Map": panels(artefacts.get("map"), lambda item: embedding_map(page, item), MAP_INTRO),
         "All metrics": _all_metrics(result.metrics),
         "Configuration": _configuration(config or {}),
@@ -272,6 +276,11 @@ _PROBE = {"accuracy": "accuracy", "val_accuracy": "validation accuracy", "l2": "
 _PROBE_MEANING = """<p class="notes"><b>Accuracy</b>: the share of test pictures that a linear classifier, trained on the frozen picture
 embeddings, gets right. The strength of its regularisation was chosen by <b>validation accuracy</b>. <b>±</b>: the 95 % sampling error for
 so many pictures.</p>"""
+_RELATIONS = {"relations": "objects exchanged", "attributes": "attributes exchanged"}
+_RELATIONS_MEANING = """<p class="notes">The share of pictures to which the right caption is more similar than one of the same words that
+is wrong: two <b>objects</b> in each other's place, or with each other's <b>attributes</b>. Chance is 50 %, and that is what a model
+reaches that knows words, but not how they belong together. <b>Object</b>, <b>combination</b>: pictures with an object, or a pair of
+objects, that training never showed; <b>seen</b>: the others. <b>±</b>: the 95 % sampling error for so many pictures.</p>"""
 _COUNTS = {"images": "pictures", "texts": "texts", "classes": "classes", "skipped": "unusable, left out"}
 
 
@@ -287,6 +296,9 @@ def _results(metrics: Mapping[str, float]) -> str:
         if cells:
             skipped = tasks.pop(prefix, {}).get("skipped", 0)
             blocks.append(f"<h3>Naming emoji{subset}</h3>" + _emoji_results(cells, skipped))
+    if found := {name: tasks.pop(name) for name in list(tasks) if "relations" in tasks[name]}:
+        recalls = f"{_recall_table(found)}{_RECALL_MEANING}"
+        blocks.append(f"<h3>Relations and attributes</h3>{_relation_table(found)}{_RELATIONS_MEANING}{recalls}")
     for title, key, columns, meaning in (
         ("Zero-shot classification", "top1", _ZEROSHOT, _ZEROSHOT_MEANING),
         ("Retrieval", "image_to_text_R@1", None, _RECALL_MEANING),
@@ -352,6 +364,18 @@ def _recall_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
     for name, m in tasks.items():
         rows.append((_text(name), *(_percent(m.get(f"{d}_R@{k}")) for d, k in _RECALLS), *(_number(m.get(key)) for key in counts)))
     return table(head, rows, "wide")
+
+
+def _relation_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
+    found = dict.fromkeys(key.removeprefix("relations") for m in tasks.values() for key in m if re.match("relations(_|$)", key))
+    rows = []
+    for (name, m), (test, words) in itertools.product(tasks.items(), _RELATIONS.items()):
+        counts = {part: m.get(f"images{'_attributes' if test == 'attributes' else ''}{part}") for part in found}
+        if test in m:
+            cells = (f"{_percent(m.get(test + part))}{_sampling_error({test: m.get(test + part), 'images': n}, test)}"
+                     f'<span class="small">{_number(n)} pictures</span>' if n else "–" for part, n in counts.items())  # fmt: skip
+            rows.append((f"{_text(name)}: {words}", *cells))
+    return table(["", *(_text(part[1:]) or "all" for part in found)], rows, "wide")
 
 
 def _task_table(tasks: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> str:
@@ -572,12 +596,14 @@ def _gallery(page: Page, item: "Classification") -> str:
                 f'<div class="card" data-group="{groups.index(group)}">{thumbnail(row, name)}'
                 f"<div><b>{_text(name)}</b>{note}<ol>{''.join(guesses)}</ol></div></div>"
             )
-        count = int(is_right.sum()) if kind == "right" else int((~is_right).sum())
-        content = f'<div class="cards">{"".join(cards)}</div>' if cards else "<p>None.</p>"
-        blocks.append(
-            f'<div class="kind" data-kind="{kind}"><h4>{kind.capitalize()}: {count:,} of {len(labels):,} pictures</h4>{content}</div>'
-        )
+        blocks.append(_gallery_kind(kind, is_right, cards))
     return "".join(blocks)
+
+
+def _gallery_kind(kind: str, is_right: np.ndarray, cards: Sequence[str]) -> str:
+    count = int(is_right.sum() if kind == "right" else (~is_right).sum())
+    content = f'<div class="cards">{"".join(cards)}</div>' if cards else "<p>None.</p>"
+    return f'<div class="kind" data-kind="{kind}"><h4>{kind.capitalize()}: {count:,} of {len(is_right):,} pictures</h4>{content}</div>'
 
 
 def _gallery_filter(groups: Sequence[str]) -> str:
@@ -595,6 +621,35 @@ def _most_confident(rows: np.ndarray, confidence: np.ndarray, labels: np.ndarray
     _, first = np.unique(labels[order], return_index=True)
     further = np.setdiff1d(np.arange(len(order)), first)
     return order[np.sort(np.concatenate([np.sort(first), further])[:_GALLERY])]
+
+
+# --- relations ---
+
+_PAIRS_INTRO = f"""<p>A picture, <mark>its caption</mark>, and one of the same words that is wrong, with their similarity. The most decided
+right and wrong answers, {_GALLERY} of each where there are as many; a tie is shown as wrong.</p>"""
+
+
+def _caption_pairs(page: Page, item: "CaptionPairs") -> str:
+    scores = np.asarray(item.scores, np.float32).reshape(-1, 2)
+    with np.errstate(invalid="ignore"):  # of infinite scores
+        margin = np.nan_to_num(scores[:, 0] - scores[:, 1], nan=0.0)
+    is_right, every = margin > 0, np.arange(len(margin))
+    chosen = {kind: _most_confident(every[is_right == (kind == "right")], abs(margin), every) for kind in ("right", "wrong")}
+    _, thumbnail = page.thumbnails(item.pictures, np.concatenate(list(chosen.values())))
+    groups = sorted({str(group) for group in item.group})
+    blocks = [_gallery_filter(groups)]
+    for kind, rows in chosen.items():
+        cards = []
+        for row in rows:
+            captions = zip((" class=hit", ""), (item.right[row], item.wrong[row]), scores[row], strict=True)
+            lines = "".join(f"<li{css}><span>{_text(text)}</span><b>{score:.3f}</b></li>" for css, text, score in captions)
+            note = f'<span class="small">{_text(item.group[row])} {margin[row]:+.3f}</span>'
+            cards.append(
+                f'<div class="card" data-group="{groups.index(str(item.group[row]))}">{thumbnail(row, item.right[row])}'
+                f"<div><ol>{lines}</ol>{note}</div></div>"
+            )
+        blocks.append(_gallery_kind(kind, is_right, cards))
+    return "".join(blocks)
 
 
 # --- retrieval ---

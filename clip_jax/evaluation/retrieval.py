@@ -79,7 +79,13 @@ class Recall:
 
 
 def recall(
-    z_image, z_text, image_ids: Sequence[int], text_ids: Sequence[int], ks: Sequence[int] = (1, 5, 10), similarity: Callable | None = None
+    z_image,
+    z_text,
+    image_ids: Sequence[int],
+    text_ids: Sequence[int],
+    ks: Sequence[int] = (1, 5, 10),
+    similarity: Callable | None = None,
+    text_similarity: Callable | None = None,
 ) -> Recall:
     """Recall at k: the share of queries with at least one match among their k best candidates.
 
@@ -90,12 +96,13 @@ def recall(
     Args:
         z_image: float [n, ...]. z_text: float [m, ...].
         image_ids: int [n]. text_ids: int [m].
-        similarity: (images [a, ...], texts [b, ...]) -> [a, b]; dot product by default.
+        similarity: (images [a, ...], texts [b, ...]) -> [a, b]; dot product by default. Ranks texts for images.
+        text_similarity: (texts [b, ...], images [a, ...]) -> [b, a]; the transpose by default. Ranks images for texts.
     """
     similarity = similarity or dot_similarity
     image_ids, text_ids = np.asarray(image_ids), np.asarray(text_ids)
     image_to_text, _ = top_k(z_image, z_text, max(ks), similarity)
-    text_to_image, _ = top_k(z_text, z_image, max(ks), functools.partial(_transposed, similarity))
+    text_to_image, _ = top_k(z_text, z_image, max(ks), text_similarity or functools.partial(transposed, similarity))
     metrics = {}
     for name, top, query_ids, candidate_ids in (
         ("image_to_text", image_to_text, image_ids, text_ids),
@@ -107,5 +114,6 @@ def recall(
     return Recall(metrics, image_to_text, text_to_image)
 
 
-def _transposed(similarity, z_text, z_image):
+def transposed(similarity, z_text, z_image):
+    """Scores [m, n] of a similarity whose queries are images."""
     return similarity(z_image, z_text).T

@@ -5,8 +5,9 @@
     result = merge_results([result, zeroshot_task(model, make_source("/data/pets"), templates="pets", name="pets")])
 
 A model is anything with `embed_image(uint8 [n, size, size, 3])` and `embed_text(list[str])` that return float32 [n, ...], with
-`similarity(image embeddings, text embeddings) -> [n, m]`, and with `image_view`; `clip_jax.inference.Model` is one. On several hosts it
-also has `host_share` and `embed_image_share`: each host reads and decodes its share of the pictures, and all have the same result.
+`similarity(image embeddings, text embeddings) -> [n, m]`, and with `image_view`; `clip_jax.inference.Model` is one. It may have
+`text_similarity(text embeddings, image embeddings) -> [m, n]`, where that is not the transpose. On several hosts it also has `host_share`
+and `embed_image_share`: each host reads and decodes its share of the pictures, and all have the same result.
 
 Metrics (shares in [0, 1]; `<name>` is the argument `name` of a task; all keys are there after the task, unless a condition is named)
 
@@ -14,6 +15,10 @@ Metrics (shares in [0, 1]; `<name>` is the argument `name` of a task; all keys a
                      images, classes, skipped (unusable records)
     retrieval_task   <name>/image_to_text_R@1, R@5, R@10, text_to_image_R@1, R@5, R@10, images, texts, skipped
     probe_task       <name>/accuracy, val_accuracy, l2 (the chosen strength), images, classes, skipped
+    relations_task   <name>/relations, attributes: the right caption scores higher than that with two objects, or attributes, exchanged
+                     (chance: 0.5); images, images_attributes (that have the second); of a source with a field "held_out" each of these
+                     for its parts: relations_seen (where it is empty), relations_object, images_combination, ...;
+                     image_to_text_R@1, R@5, R@10, text_to_image_R@1, ... among the right captions; skipped (or nothing to compare)
     emoji_task       emoji/<cell>/..., or emoji_val/<cell>/... and emoji_test/<cell>/... for those subsets of the unseen concepts, where
                      <cell> = {seen,unseen}_concept_{seen,unseen}_vendor (names in Korean: emoji_ko, emoji_val_ko, ...), and for each cell
         top1, top5                                   1-of-N over all concepts of the cell's side: N = all seen, or all unseen, concepts
@@ -25,11 +30,13 @@ Metrics (shares in [0, 1]; `<name>` is the argument `name` of a task; all keys a
         image_to_text_R@1, R@5, R@10, text_to_image_R@...   unseen concepts only: the cell's pictures against the names of those pictures
       and emoji/skipped. The pictures of seen_concept_seen_vendor are pictures that the model was trained on: that cell measures memory.
 
-Artefacts: `EvalResult.artefacts` has four dicts, each from a name (a task's `name`, or "emoji/<cell>") to a dataclass below
+Artefacts: `EvalResult.artefacts` has six dicts, each from a name (a task's `name`, or "emoji/<cell>") to a dataclass below
 
     "classification"   Classification: labels, top predictions and their scores, class names, pictures
     "retrieval"        Retrieval: the best texts of every picture and the best pictures of every text
     "similarity"       SimilarityMatrix: at most 48 pictures and their texts, with the similarity of every pair
+    "alignment"        alignment.Alignment: which patch answers which word; only of methods with an embedding for each token
+    "relations"        CaptionPairs: a right and a wrong caption of every picture
     "map"              EmbeddingMap: at most 2,000 pictures and their texts with their embeddings, for a 2-D map of both modalities;
                        that of emoji_task is "emoji/unseen_concept", the pictures of all vendors together
 
@@ -48,13 +55,15 @@ import numpy as np
 from clip_jax.data.decode import decode_image
 from clip_jax.data.sources import BadRecord, Record, Source, make_source, near
 from clip_jax.errors import UserError
-from clip_jax.evaluation import baselines, zeroshot
+from clip_jax.evaluation import alignment, baselines, zeroshot
 from clip_jax.evaluation.probe import linear_probe
 from clip_jax.evaluation.prompts import class_prompts, load_class_names, load_templates, resolve_duplicates
 from clip_jax.evaluation.retrieval import recall
 from clip_jax.training import hosts
 
+KINDS = ("classification", "relations", "retrieval", "similarity", "alignment", "map")
 _MATRIX, _MAP = 48, 2000  # pictures in a similarity matrix, in a map
+_PAIRS = 16  # pictures compared at once with a caption each
 
 
 class Pictures(Sequence):
@@ -87,6 +96,17 @@ class Classification:
     scores: np.ndarray  # float32 like top: similarity, without the logit scale
     pictures: Pictures  # N
     group: list[str]  # N: what pictures may be coloured or filtered by (emoji: the vendor; else the class name)
+
+
+@dataclass
+class CaptionPairs:
+    """A right and a wrong caption for each of N pictures."""
+
+    right: list[str]  # N
+    wrong: list[str]  # N
+    scores: np.ndarray  # float32 [N, 2]: similarity of the picture and the right, the wrong caption
+    pictures: Pictures  # N
+    group: list[str]  # N: what pictures may be filtered by (scenes: what was held out of training)
 
 
 @dataclass
@@ -127,7 +147,7 @@ class EvalResult:
     """What a task gives: `metrics` name -> float, `artefacts` as the module's docstring lists them."""
 
     metrics: dict[str, float]
-    artefacts: dict[str, dict] = field(default_factory=lambda: {"classification": {}, "retrieval": {}, "similarity": {}, "map": {}})
+    artefacts: dict[str, dict] = field(default_factory=lambda: {kind: {} for kind in KINDS})
 
 
 def merge_results(results: Sequence[EvalResult]) -> EvalResult:
@@ -187,8 +207,9 @@ def zeroshot_task(
     result = EvalResult({f"{name}/{key}": float(value) for key, value in metrics.items()})
     groups = [class_names[i] for i in labels]
     result.artefacts["classification"][name] = Classification(class_names, labels, top, scores, embedded.pictures, groups)
-    z_text = np.asarray(model.embed_text(class_prompts(class_names, load_templates(templates)[:1], canonical)))
-    result.artefacts["similarity"][name] = _similarity_matrix(model, embedded, labels, class_names, z_text)
+    prompts = class_prompts(class_names, load_templates(templates)[:1], canonical)
+    z_text = np.asarray(model.embed_text(prompts))
+    _add_pairs(result, name, model, embedded, labels, class_names, z_text, prompts)
     result.artefacts["map"][name] = _embedding_map(embedded, labels, class_names, z_text, groups)
     return result
 
@@ -208,15 +229,73 @@ def retrieval_task(model, source: Source, *, name: str = "retrieval", limit: int
     text_ids, texts = np.asarray([image for image, _ in captions], np.int32), [text for _, text in captions]
     image_ids = np.arange(len(embedded.records), dtype=np.int32)
     z_text = np.asarray(model.embed_text(texts))
-    found = recall(embedded.z, z_text, image_ids, text_ids, similarity=model.similarity)
+    found = recall(embedded.z, z_text, image_ids, text_ids, **_similarities(model))
     metrics = found.metrics | {"images": len(image_ids), "texts": len(texts), "skipped": embedded.skipped}
     result = EvalResult({f"{name}/{key}": float(value) for key, value in metrics.items()})
     result.artefacts["retrieval"][name] = Retrieval(texts, image_ids, text_ids, found.image_to_text, found.text_to_image, embedded.pictures)
     captioned, first = np.unique(text_ids, return_index=True)  # of every picture its first caption
     pairs, pair_texts, z_first = embedded.select(captioned), [texts[i] for i in first], z_text[first]
-    result.artefacts["similarity"][name] = _similarity_matrix(model, pairs, np.arange(len(first)), pair_texts, z_first)
+    _add_pairs(result, name, model, pairs, np.arange(len(first)), pair_texts, z_first, pair_texts)
     result.artefacts["map"][name] = _embedding_map(pairs, np.arange(len(first)), pair_texts, z_first, [""] * len(first))
     return result
+
+
+def relations_task(model, source: Source, *, name: str = "scenes", limit: int | None = 1500, batch_size: int = 256) -> EvalResult:
+    """Relations and attributes: is the right caption more similar to a picture than one of the same words that is wrong?
+
+    Records have `wrong_objects`, their first caption with two objects in each other's place, and may have `wrong_attributes`, the same with
+    the attributes of two objects exchanged; empty where there is none. A tie counts as half.
+
+    Args:
+        limit: at most so many pictures, evenly spaced.
+
+    Raises UserError when no picture is usable, or no record has a caption and `wrong_objects`.
+    """
+    embedded = _embed(model, [source], batch_size, limit)
+    usable = [row for row, record in enumerate(embedded.records) if _first_text(record, "texts") and _first_text(record, "wrong_objects")]
+    if not usable:
+        raise UserError(f"{name}: {source.name} has no records with a caption and `wrong_objects`, that caption with two objects exchanged")
+    skipped = embedded.skipped + len(embedded.records) - len(usable)
+    embedded = embedded.select(np.asarray(usable))
+    right = [_first_text(record, "texts") for record in embedded.records]
+    z_right, parts = np.asarray(model.embed_text(right)), [record.get("held_out") for record in embedded.records]
+    scores = _paired_similarity(model, embedded.z, z_right)
+    result = EvalResult({})
+    for test, wrong_field, count in (("relations", "wrong_objects", "images"), ("attributes", "wrong_attributes", "images_attributes")):
+        wrong = [_first_text(record, wrong_field) for record in embedded.records]
+        if not len(rows := np.flatnonzero([bool(text) for text in wrong])):
+            continue
+        z_wrong = np.asarray(model.embed_text([wrong[i] for i in rows]))
+        pairs = np.stack([scores[rows], _paired_similarity(model, embedded.z[rows], z_wrong)], 1)
+        correct = (pairs[:, 0] > pairs[:, 1]) + (pairs[:, 0] == pairs[:, 1]) / 2
+        of_row = np.asarray(["" if parts[i] is None else str(parts[i]) or "seen" for i in rows])
+        for part in ["", *sorted(set(of_row) - {""}, key=lambda part: (part != "seen", part))]:
+            of_part, end = correct[of_row == part] if part else correct, part and f"_{part}"
+            result.metrics |= {f"{name}/{test}{end}": float(of_part.mean()), f"{name}/{count}{end}": float(len(of_part))}
+        result.artefacts["relations"][f"{name}/{test}"] = CaptionPairs(
+            [right[i] for i in rows], [wrong[i] for i in rows], pairs, embedded.pictures.select(rows), of_row.tolist()
+        )
+    texts, first, ids = np.unique(right, return_index=True, return_inverse=True)
+    result.metrics |= {f"{name}/{k}": v for k, v in recall(embedded.z, z_right, ids, ids, **_similarities(model)).metrics.items()}
+    result.metrics[f"{name}/skipped"] = float(skipped)
+    _add_pairs(result, name, model, embedded, ids, texts.tolist(), z_right[first], texts.tolist())
+    return result
+
+
+def _first_text(record: Record, field: str) -> str:
+    """The text of a field, the first one of a list; empty where there is none."""
+    value = record.get(field) or ""
+    return str(value if isinstance(value, str) else next(iter(value), "")).strip()
+
+
+def _paired_similarity(model, z_image: np.ndarray, z_text: np.ndarray) -> np.ndarray:
+    """The similarity of each image with the text of the same row, float32 [n].
+
+    A model compares sets with sets, so this is the diagonal of small blocks: little beside the embedding, and no more than a block is held.
+    """
+    n = len(z_image)
+    blocks = np.resize(np.arange(n), (-(-n // _PAIRS), _PAIRS))  # of one shape, which compiles once: the last begins again
+    return np.concatenate([np.diagonal(np.asarray(model.similarity(z_image[b], z_text[b]), np.float32)) for b in blocks])[:n]
 
 
 def probe_task(
@@ -289,16 +368,17 @@ def emoji_task(
         raise UserError(f"emoji: language={language!r}: no such names{near(language, known)}; allowed: {', '.join(known) or 'en'}")
     names = sorted({record[field] for record in records})
     classifier = zeroshot.make_classifier(model, names, templates, canonical=canonical)
-    z_text = np.asarray(model.embed_text(class_prompts(names, load_templates(templates)[:1], canonical)))
+    prompts = class_prompts(names, load_templates(templates)[:1], canonical)
+    z_text = np.asarray(model.embed_text(prompts))
     for vendor, embedded in unseen.items():
         cell = f"{prefix}/unseen_concept_{vendor}_vendor"
         labels = _add_emoji_cell(result, cell, classifier, names, field, embedded)
         present = np.unique(labels)
         texts = [names[i] for i in present]
-        found = recall(embedded.z, z_text[present], labels, present, similarity=model.similarity)
+        found = recall(embedded.z, z_text[present], labels, present, **_similarities(model))
         result.metrics |= {f"{cell}/{key}": value for key, value in found.metrics.items()}
         result.artefacts["retrieval"][cell] = Retrieval(texts, labels, present, found.image_to_text, found.text_to_image, embedded.pictures)
-        result.artefacts["similarity"][cell] = _similarity_matrix(model, embedded, labels, names, z_text)
+        _add_pairs(result, cell, model, embedded, labels, names, z_text, prompts)
     both = _join(*unseen.values())
     groups = [record["group"] for record in both.records]
     both_labels = _emoji_labels(both.records, names, field)
@@ -489,18 +569,37 @@ def _labels(embedded: _Embedded, source: Source, task: str, classes: int | None 
 
 
 def _vectors(z: np.ndarray) -> np.ndarray:
-    """One unit vector per example: float32 [n, E] from [n, ..., E] (the mean, where a method gives several)."""
+    """One unit vector per example: float32 [n, E] from [n, ..., E] (the mean, where a method gives several; zeros are padding)."""
     return zeroshot.normalize(z.reshape(len(z), -1, z.shape[-1]).mean(1))
 
 
-def _similarity_matrix(model, embedded: _Embedded, text_of_image, texts: Sequence[str], z_text: np.ndarray) -> SimilarityMatrix:
-    """Of at most 48 pictures with different texts. text_of_image: int [n], index into texts."""
+def _similarities(model) -> dict[str, Callable | None]:
+    return {"similarity": model.similarity, "text_similarity": getattr(model, "text_similarity", None)}
+
+
+def _add_pairs(
+    result: EvalResult,
+    name: str,
+    model,
+    embedded: _Embedded,
+    text_of_image,
+    texts: Sequence[str],
+    z_text: np.ndarray,
+    prompts: Sequence[str],
+) -> None:
+    """Adds "similarity" and "alignment" of at most 48 pictures with different texts.
+
+    text_of_image: int [n], index into texts. prompts: what is embedded for the texts.
+    """
     text_of_image = np.asarray(text_of_image)
     _, rows = np.unique(text_of_image, return_index=True)
     rows = rows[_evenly(len(rows), _MATRIX)]
     columns = text_of_image[rows]
-    values = np.asarray(model.similarity(embedded.z[rows], z_text[columns]), np.float32)
-    return SimilarityMatrix(values, [texts[i] for i in columns], embedded.pictures.select(rows))
+    z, pictures = embedded.z[rows], embedded.pictures.select(rows)
+    values = np.asarray(model.similarity(z, z_text[columns]), np.float32)
+    result.artefacts["similarity"][name] = SimilarityMatrix(values, [texts[i] for i in columns], pictures)
+    if (found := alignment.align(model, z, z_text[columns], [prompts[i] for i in columns], pictures)) is not None:
+        result.artefacts["alignment"][name] = found
 
 
 def _embedding_map(embedded: _Embedded, text_of_image, texts: Sequence[str], z_text: np.ndarray, groups: Sequence[str]) -> EmbeddingMap:

@@ -1,5 +1,6 @@
 """What others write into their configuration files, as a configuration of ours. What they do not say is never guessed."""
 
+import dataclasses
 import math
 import re
 
@@ -165,6 +166,43 @@ def open_clip_of_weights(shapes, act, heads):
     embed_dim = shapes["text_projection"].shape[1]
     approximate = {"act_kwargs": {"approximate": "tanh"}} if act == "gelu_tanh" else {}
     return {"embed_dim": embed_dim, "quick_gelu": act == "quick_gelu", "vision_cfg": vision | approximate, "text_cfg": text | approximate}
+
+
+def pyramidclip(shapes, heads=(None, None)):
+    """Of the weights of a released PyramidCLIP.
+
+    Args:
+      shapes: ``{name: something with a shape}``.
+      heads: of the image and the text tower, None where they are 64 wide.
+
+    Returns:
+      ``(configuration, (blocks in the first part of the image tower, of the text tower))``.
+    """
+    from clip_jax.methods.pyramidclip import Options
+
+    def tower(prefix, width, heads):
+        parts = [_count(shapes, rf"{re.escape(prefix)}transformer\.resblocks{part}\.(\d+)\.") for part in (1, 2)]
+        mlp_dim = next(x.shape[0] for name, x in shapes.items() if re.match(rf"{re.escape(prefix)}transformer\..*\.c_fc\.bias", name))
+        return parts[0], dict(width=width, depth=sum(parts), heads=heads or max(1, width // 64), mlp_dim=mlp_dim, act="quick_gelu")
+
+    c = _start("pyramidclip", shapes["text_projection"].shape[1])
+    front = 0
+    if "visual.proj_pre" in shapes:
+        width, _, patch, _ = shapes["visual.conv1.weight"].shape
+        front, fields = tower("visual.", width, heads[0])
+        size = patch * math.isqrt(shapes["visual.positional_embedding"].shape[0] - 1)
+        region_dim = shapes["visual.proj_pre"].shape[0]
+        c.model.image = dict(fields, kind="pyramid_vit", size=size, patch=patch, front=front, region_dim=region_dim)
+    else:
+        layers = tuple(_count(shapes, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
+        size = 32 * math.isqrt(shapes["visual.attnpool.positional_embedding"].shape[0] - 1)
+        region_dim, width = shapes["visual.attnpool.proj_pre"].shape[0], shapes["visual.layer1.0.conv1.weight"].shape[0]
+        c.model.image = dict(kind="pyramid_resnet", size=size, layers=layers, width=width, region_dim=region_dim)
+    text_front, fields = tower("", shapes["ln_final.weight"].shape[0], heads[1])
+    context, (vocab, _) = shapes["positional_embedding"].shape[0], shapes["token_embedding.weight"].shape
+    c.model.text = dict(fields, kind="transformer", context=context, vocab_size=vocab, eot_id=vocab - 1, pool="max", causal=True)
+    c.pyramidclip = config_lib.ConfigDict(dataclasses.asdict(Options()))
+    return c, (front, text_front)
 
 
 def _ratio(weight):

@@ -26,6 +26,7 @@ from clip_jax.errors import UserError
 
 _MAPPING = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)  # read at once where the system can: a fault per page is slow
 _BF16 = np.dtype(ml_dtypes.bfloat16)
+_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # what PyTorch before version 1.6 begins its files with
 _SAFETENSORS = {
     "F64": "f8", "F32": "f4", "F16": "f2", "BF16": _BF16, "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
@@ -65,8 +66,10 @@ def read(path):
             with zipfile.ZipFile(path) as archive:
                 pickles = [name for name in archive.namelist() if name.endswith("data.pkl") and name.count("/") < 2]
                 tensors = _read_torch(path, archive, pickles[0]) if pickles else _read_npz(path, archive)
+        elif start.startswith(_LEGACY):
+            tensors = _read_legacy_torch(path)
         elif start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
-            raise UserError(f"{path}: a PyTorch file of before version 1.6, or another pickle; load it in PyTorch and torch.save it again")
+            raise UserError(f"{path}: a pickle, but none that PyTorch wrote; only tensors are read from pickles, code is never run")
         else:
             tensors = _read_safetensors(path, start)
     except OSError as error:
@@ -206,9 +209,10 @@ class _Object:
 class _Unpickler(pickle.Unpickler):
     """Reads PyTorch's pickles. Of all globals it knows those that make up tensors; any other one is refused by name."""
 
-    def __init__(self, file, path, archive, prefix):
+    def __init__(self, file, path, locate):
+        """``locate(key, dtype)`` gives the :class:`_Storage` of a key."""
         super().__init__(file, encoding="utf-8")
-        self.path, self.archive, self.prefix = path, archive, prefix
+        self.path, self.locate = path, locate
 
     def find_class(self, module, name):
         if (module, name) == ("collections", "OrderedDict"):
@@ -230,15 +234,12 @@ class _Unpickler(pickle.Unpickler):
         raise UserError(f"{self.path}: refused, because it asks for {module}.{name}: only tensors are read from pickles, code is never run")
 
     def persistent_load(self, key):
-        if not (isinstance(key, tuple) and len(key) == 5 and key[0] == "storage" and isinstance(key[1], np.dtype)):
+        # A sixth entry, of old files: the part of another storage that this one is.
+        if not (
+            isinstance(key, tuple) and len(key) in (5, 6) and key[0] == "storage" and isinstance(key[1], np.dtype) and not any(key[5:])
+        ):
             raise UserError(f"{self.path}: not a PyTorch file (its tensors are stored in an unknown way)")
-        try:
-            info = self.archive.getinfo(f"{self.prefix}data/{key[2]}")
-        except KeyError:
-            raise UserError(f"{self.path}: the file is damaged: it has no data for the storage {key[2]!r}") from None
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise UserError(f"{self.path}: its tensors are compressed, which PyTorch never does")
-        return _Storage(_data_offset(self.path, info), key[1], info.file_size)
+        return self.locate(key[2], key[1])
 
     def _rebuild_tensor(self, storage, offset, shape, strides, *_):
         item, shape = storage.dtype.itemsize, tuple(shape)
@@ -253,12 +254,60 @@ def _read_torch(path, archive, pickle_name):
     order = f"{prefix}byteorder"
     if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
         raise UserError(f"{path}: written on a machine with the other byte order")
+
+    def locate(key, dtype):
+        try:
+            info = archive.getinfo(f"{prefix}data/{key}")
+        except KeyError:
+            raise UserError(f"{path}: the file is damaged: it has no data for the storage {key!r}") from None
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise UserError(f"{path}: its tensors are compressed, which PyTorch never does")
+        return _Storage(_data_offset(path, info), dtype, info.file_size)
+
+    return _state_dict(path, _unpickle(path, io.BytesIO(archive.read(pickle_name)), locate))
+
+
+def _unpickle(path, file, locate=None):
     try:
-        found = _Unpickler(io.BytesIO(archive.read(pickle_name)), path, archive, prefix).load()
+        return _Unpickler(file, path, locate).load()
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path}: its pickle is damaged ({type(error).__name__}: {error})") from None
+
+
+def _read_legacy_torch(path):
+    """The format of before version 1.6: five pickles, the fourth being the state dict, the last the storages' keys, then their data.
+
+    Where the data of a storage begins is known only after that, so that the state dict is read twice.
+    """
+    size, dtypes, storages = os.path.getsize(path), {}, {}
+
+    def note(key, dtype):
+        dtypes[key] = dtype
+        return _Storage(0, dtype, math.inf)
+
+    with open(path, "rb") as file:
+        _, _, machine = (_unpickle(path, file) for _ in range(3))
+        if not isinstance(machine, dict) or machine.get("little_endian") != (sys.byteorder == "little"):
+            raise UserError(f"{path}: written on a machine with the other byte order")
+        start = file.tell()
+        _unpickle(path, file, note)
+        keys, end = _unpickle(path, file), file.tell()
+        if not isinstance(keys, list) or set(map(repr, keys)) != set(map(repr, dtypes)):
+            raise UserError(f"{path}: the file is damaged: it has not the data of all its tensors")
+        for key in keys:
+            file.seek(end)
+            storages[key] = _Storage(end + 8, dtypes[key], int.from_bytes(file.read(8), "little") * dtypes[key].itemsize)
+            end += 8 + storages[key].size
+            if end > size:
+                raise UserError(f"{path}: the file is cut off: it should have {end:,} bytes or more, it has {size:,}")
+        file.seek(start)
+        return _state_dict(path, _unpickle(path, file, lambda key, dtype: storages[key]))
+
+
+def _state_dict(path, found):
+    """The tensors by name of what a PyTorch file holds."""
     if isinstance(found, _Object):
         return dict(_attributes(found))
     # Training checkpoints hold the weights beside the optimizer's state.

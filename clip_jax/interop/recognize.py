@@ -63,12 +63,14 @@ def recognize(path, act=None, heads=None, size=None):
     names = {name.removeprefix("params/") for name in tensors}
     if {"embedding/kernel", "img/embedding/kernel"} & names:
         foreign = _big_vision(file, tensors, _json(config), size)
+    elif "transformer.resblocks1.0.ln_1.weight" in names:
+        foreign = _pyramidclip(file, tensors, _json(config), heads)
     elif any(name.startswith(("visual.", "text.")) for name in names):
         foreign = _open_clip(file, tensors, _json(file.parent / "open_clip_config.json") or _json(config), act, heads)
     elif any(name.startswith(("vision_model.", "text_model.")) for name in names):
         foreign = _hf(file, tensors, _json(config))
     else:
-        known = "open_clip or OpenAI (visual.*), Hugging Face (vision_model.*) or big_vision (img/*)"
+        known = "open_clip, OpenAI or PyramidCLIP (visual.*), Hugging Face (vision_model.*) or big_vision (img/*)"
         raise UserError(f"{file}: not a model of {known}: its tensors are called {', '.join(sorted(names)[:3])}, ...")
     towers = [foreign.config.model[which] for which in ("image", "text") if which in foreign.config.model]
     acts = {tower["act"] for tower in towers if "act" in tower}
@@ -138,6 +140,15 @@ def _open_clip(file, tensors, cfg, act, heads):
     options = dict(custom_text="text.ln_final.weight" in tensors, timm="timm_model_name" in cfg["vision_cfg"])
     return Foreign(
         "open_clip", file, tensors, config, lambda ours: open_clip.entries(ours, **options), open_clip.IGNORED, notes
+    )  # fmt: skip
+
+
+def _pyramidclip(file, tensors, cfg, heads):
+    """``cfg``: the arguments of the released model class, or nothing; it tells the text tower's heads."""
+    config, parts = configs.pyramidclip(tensors, heads or (None, (cfg or {}).get("transformer_heads")))
+    notes = ["sizes read off the weights; the published preprocessing is taken"]
+    return Foreign(
+        "PyramidCLIP", file, tensors, config, lambda ours: open_clip.entries(ours, parts=parts), open_clip.IGNORED, notes
     )  # fmt: skip
 
 

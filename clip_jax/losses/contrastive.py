@@ -130,7 +130,7 @@ def sigmoid(z_image, z_text, scale, bias):
     return out.row_sum["loss"].mean() + jax.nn.softplus(-(scale * similarity + bias)).mean(), ahead
 
 
-def filip(image_tokens, text_tokens, text_mask, scale):
+def filip(image_tokens, text_tokens, text_mask, scale, keys=None):
     """FILIP's token-wise late interaction (Yao et al. 2022, equations 3 to 6), mean of both directions.
 
     An image scores a text by the mean over its tokens of the best text token, a text an image by the mean over its real
@@ -140,13 +140,17 @@ def filip(image_tokens, text_tokens, text_mask, scale):
       image_tokens, text_tokens: unit vectors ``[B, P, D]`` and ``[B, L, D]``.
       text_mask: bool ``[B, L]``, True for real tokens, at least one in each text.
       scale: scalar.
+      keys: ``(image tokens [B, p, D], (text tokens [B, l, D], their mask))`` among which the best ones are sought; None: all.
 
     Returns:
       ``(loss, metrics)`` as :func:`infonce`.
     """
+    image_keys, text_keys = keys or (None, None)
+    rows, cols = (image_tokens, image_keys), ((text_tokens, text_mask), text_keys)
     entry_size = image_tokens.shape[1] * text_tokens.shape[1]
-    rows, cols = image_tokens, (text_tokens, text_mask)
-    own = jax.vmap(lambda u, v, m: _late_interaction(u[None], v[None], m[None]))(image_tokens, text_tokens, text_mask)
+    if keys is not None:
+        entry_size = image_tokens.shape[1] * text_keys[0].shape[1] + image_keys.shape[1] * text_tokens.shape[1]
+    own = jax.vmap(lambda *pair: _late_interaction(*jax.tree.map(lambda x: x[None], pair)))(rows, cols)
     positives = [scale * x[:, 0, 0] for x in own]
     out = pairwise(_filip_tile, scale, rows, cols, entry_size)
     losses = [jnp.logaddexp(lse, positive) - positive for lse, positive in zip((out.row_lse, out.col_lse), positives, strict=True)]
@@ -205,14 +209,21 @@ def _sigmoid_tile(params, rows, cols, i, j):
     return Tile(row_sum=row, col_sum={"ahead": negative & (fixed >= own_col)})
 
 
-def _late_interaction(image_tokens, text_tokens, text_mask):
+def _late_interaction(rows, cols):
     """Scores ``[t, u]`` of images for texts, and of texts for images."""
-    similarity = jnp.einsum("ipd,jld->ijpl", image_tokens, text_tokens, preferred_element_type=jnp.float32)
-    of_image = jnp.where(text_mask[None, :, None], similarity, EXCLUDED).max(3).mean(2)
-    of_text = jnp.sum(similarity.max(2), axis=2, where=text_mask[None]) / text_mask.sum(1)
+    (image_tokens, image_keys), (text, text_keys) = rows, cols
+    similarity = _token_similarities(image_tokens, text[0])
+    to_keys = similarity if text_keys is None else _token_similarities(image_tokens, text_keys[0])
+    of_image = jnp.where((text_keys or text)[1][None, :, None], to_keys, EXCLUDED).max(3).mean(2)
+    to_keys = similarity if image_keys is None else _token_similarities(image_keys, text[0])
+    of_text = jnp.sum(to_keys.max(2), axis=2, where=text[1][None]) / text[1].sum(1)
     return of_image, of_text
 
 
-def _filip_tile(scale, image_tokens, text, i, j):
-    of_image, of_text = (jnp.where(i == j, EXCLUDED, scale * x) for x in _late_interaction(image_tokens, *text))
+def _token_similarities(image_tokens, text_tokens):
+    return jnp.einsum("ipd,jld->ijpl", image_tokens, text_tokens, preferred_element_type=jnp.float32)
+
+
+def _filip_tile(scale, rows, cols, i, j):
+    of_image, of_text = (jnp.where(i == j, EXCLUDED, scale * x) for x in _late_interaction(rows, cols))
     return Tile(row_lse=of_image, col_lse=of_text)

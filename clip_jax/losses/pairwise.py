@@ -62,8 +62,13 @@ def pairwise(tile_fn, params, rows, cols, entry_size=1):
       :class:`Reduced`.
     """
     (row_leaves, row_def), (col_leaves, col_def) = jax.tree.flatten(rows), jax.tree.flatten(cols)
-    plan = _Plan(tile_fn, row_def, col_def, *layout(len(row_leaves[0]), len(col_leaves[0])), max(1, math.isqrt(TILE_ENTRIES // entry_size)))
+    plan = _Plan(tile_fn, row_def, col_def, *layout(len(row_leaves[0]), len(col_leaves[0])), tile_side(entry_size))
     return _pairwise(plan, params, row_leaves, col_leaves)
+
+
+def tile_side(entry_size=1):
+    """How many rows and columns a tile has, at most, if ``entry_size`` numbers are held for an entry."""
+    return max(1, math.isqrt(TILE_ENTRIES // entry_size))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from clip_jax.data.views import ImageOrTextView, ImageView, RenderView
 from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
-from clip_jax.methods.interface import Method
+from clip_jax.methods.interface import Method, text_view
 from clip_jax.models.common import l2_normalize, shard_batch
 from clip_jax.models.towers import image_tower
 
@@ -59,7 +59,7 @@ def make(config):
     return Method(
         views=(
             ImageOrTextView("image", size, tuple(config.data.augment)),
-            RenderView("text", size, tuple(config.data.templates), config.data.word_dropout),
+            text_view(config, kind=RenderView, context=size),
         ),
         eval_view=ImageView("image", size, tuple(config.eval.transform)),
         init=init,

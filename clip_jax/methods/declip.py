@@ -32,8 +32,8 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import filip, similarities, views_infonce
 from clip_jax.losses.neighbors import enqueue, nearest, new_queue
 from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
-from clip_jax.methods.interface import Method, read_options
-from clip_jax.models.common import l2_normalize, shard_batch
+from clip_jax.methods.interface import Method, read_options, text_view
+from clip_jax.models.common import apart, l2_normalize, shard_batch, side_by_side
 from clip_jax.models.heads import MlpHead
 from clip_jax.models.masking import mask_tokens, mean_of_chosen, sum_and_count
 from clip_jax.models.one_tower import real_tokens
@@ -106,7 +106,7 @@ def make(config):
     images = [ImageView(name, model.image.size, data.augment) for name in PICTURES[: declip.image_views]]
     variants = ((), ("eda",))[: declip.text_views]
     return Method(
-        views=(*images, TextVariants("text", model.text.context, data.templates, data.word_dropout, variants=variants)),
+        views=(*images, text_view(config, kind=TextVariants, variants=variants)),
         eval_view=ImageView("image", model.image.size, config.eval.transform),
         init=declip.init,
         encode=declip.encode,
@@ -179,15 +179,15 @@ class DeCLIP:
             masked = 0 if o.contrast_on_masked else len(texts)
             texts[masked : masked + 1] = [masks["ids"]]
         # One pass for all views, an example's side by side: so every device keeps its own rows.
-        x, picture_keys = _side_by_side([batch[name] for name in PICTURES[: self.image_views]], keys[:, 1:3])
+        x, picture_keys = side_by_side([batch[name] for name in PICTURES[: self.image_views]], keys[:, 1:3])
         image, tokens, extra = self.towers.encode_image(params, extra, x, train, picture_keys, normalize=False)
-        x, text_keys = _side_by_side(texts, keys[:, 3:])
+        x, text_keys = side_by_side(texts, keys[:, 3:])
         text, words, extra = self.towers.encode_text(params, extra, x, train, text_keys)
-        features = {"image": _apart(image, len(ids)), "text": _apart(text, len(ids))[:, : self.text_views]}
+        features = {"image": apart(image, len(ids)), "text": apart(text, len(ids))[:, : self.text_views]}
         if o.mlm:
-            features["mlm"] = self.masked_modelling(params, _apart(words, len(ids))[:, masked], masks)
+            features["mlm"] = self.masked_modelling(params, apart(words, len(ids))[:, masked], masks)
         if o.filip:
-            given = {"img": _apart(tokens, len(ids))[:, 0], "txt": _apart(words, len(ids))[:, 0]}
+            given = {"img": apart(tokens, len(ids))[:, 0], "txt": apart(words, len(ids))[:, 0]}
             features |= {f"tokens_{k}": l2_normalize(self.to_token.apply({"params": params["filip"][k]}, x)) for k, x in given.items()}
             features["real"] = real
         return features, extra
@@ -264,14 +264,3 @@ def nt_xent(views, temperature):
 
 def _views_tile(temperature, z, others, i, j):
     return Tile(row_lse=jnp.where(i // 2 == j // 2, EXCLUDED, similarities(z, others) / temperature))
-
-
-def _side_by_side(views, keys):
-    """Views ``[b, ...]``, v of them, as ``[b * v, ...]``, and as many of the ``keys[b, >= v]``."""
-    x, keys = jnp.stack(views, axis=1), keys[:, : len(views)]
-    return x.reshape(-1, *x.shape[2:]), keys.reshape(-1)
-
-
-def _apart(x, b):
-    """``[b * v, ...]`` as ``[b, v, ...]``."""
-    return x.reshape(b, -1, *x.shape[1:])

@@ -25,14 +25,18 @@ class Method:
       encode: ``(params, extra, batch, rng, train) -> (features, extra)``, per example: may be called on micro-batches.
         Randomness of an example must be folded from ``rng`` and its ``example_id``, so that a second pass replays it.
       loss: ``(params, extra, features, batch, rng) -> (loss, metrics)`` over the global batch; float32 scalars.
-      embed_image: ``(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, E]``, unit rows.
-      embed_text: ``(params, extra, ids int32 [b, n]) -> float32 [b, E]``, unit rows.
+      embed_image: ``(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, E]``, unit rows; of each token ``[b, P, E]``.
+      embed_text: ``(params, extra, ids int32 [b, n]) -> float32 [b, E]``, unit rows; of each token ``[b, n, E]``, zeros for padding.
       heads: ``(params, extra, features, batch, rng) -> (features, extra)``: what between ``encode`` and ``loss`` needs the global
         batch and changes ``extra``: heads with BatchNorm.
       prepare: ``(batch, rng) -> batch``: work on the whole batch on the device before encoding (mixup, masks).
       update: ``(params, extra, features, step) -> extra`` after the optimizer's step, without gradient; the features of ``heads``.
       constrain: ``params -> params`` after the optimizer's step: projection onto the allowed set (the logit scale's clamp).
-      similarity: ``(image embeddings [n, ...], text embeddings [m, ...]) -> float32 [n, m]``.
+      fill: ``(extra, source, mesh) -> extra``, once, when a run starts: what of ``extra`` comes from data or other weights, as arrays of
+        NumPy or on the mesh.
+      similarity: ``(image embeddings [n, ...], text embeddings [m, ...]) -> float32 [n, m]``: images are the queries.
+      text_similarity: ``(text embeddings [m, ...], image embeddings [n, ...]) -> float32 [m, n]``: texts are; None: the transpose.
+        Where embeddings are not single vectors, search compares like with like by these two as well.
     """
 
     views: tuple[Any, ...]
@@ -46,7 +50,9 @@ class Method:
     prepare: Callable = lambda batch, rng: batch
     update: Callable = lambda params, extra, features, step: extra
     constrain: Callable = lambda params: params
+    fill: Callable = lambda extra, source, mesh: extra
     similarity: Callable = lambda z_image, z_text: jnp.matmul(z_image, z_text.T)
+    text_similarity: Callable | None = None
 
 
 def read_options(config, name, kind):
@@ -55,6 +61,15 @@ def read_options(config, name, kind):
     for field in sorted(given.keys() - {f.name for f in dataclasses.fields(kind)}):
         raise UserError(f"{name}.{field} is no field of method={name!r}")
     return kind(**given)
+
+
+def text_view(config, name="text", kind=TextView, **fields):
+    """The view of texts as the section ``config.data`` has it, of a kind of :class:`TextView`; ``fields``: of its fields other values."""
+    data = config.data
+    given = dict(templates=data.templates, word_dropout=data.word_dropout)
+    given |= {field: data[field] for field in ("rewrites", "rewrite_prob") if field in data}  # older checkpoints have none
+    context = {} if "context" in fields else dict(context=config.model.text.context)
+    return kind(name, **context | given | fields)
 
 
 def two_tower_method(config, scalars, loss, **fields):
@@ -68,14 +83,14 @@ def two_tower_method(config, scalars, loss, **fields):
 
     Raises UserError for towers that cannot be built.
     """
-    model, data, towers = config.model, config.data, TwoTower(config.model)
+    model, towers = config.model, TwoTower(config.model)
 
     def init(rng, batch):
         params, extra = towers.init(rng, batch)
         return params | {name: jnp.asarray(model[f"{name}_init"], jnp.float32) for name in scalars}, extra
 
     return Method(
-        views=(ImageView("image", model.image.size, data.augment), TextView("text", model.text.context, data.templates, data.word_dropout)),
+        views=(ImageView("image", model.image.size, config.data.augment), text_view(config)),
         eval_view=ImageView("image", model.image.size, config.eval.transform),
         init=init,
         encode=towers.encode,
@@ -91,7 +106,15 @@ def make_method(config):
 
     Raises UserError when there is no such module or it has no ``make``.
     """
-    name = config.method
+    return _module(config.method).make(config)
+
+
+def resolve(config, source):
+    """The configuration with what its method fills in of the data: ``resolve(config, source)`` of the method's module, if it has one."""
+    return getattr(_module(config.method), "resolve", lambda config, source: config)(config, source)
+
+
+def _module(name):
     path = name if "." in name else f"clip_jax.methods.{name}"
     try:
         spec = importlib.util.find_spec(path)
@@ -105,4 +128,4 @@ def make_method(config):
     module = importlib.import_module(path)
     if not hasattr(module, "make"):
         raise UserError(f"method={name!r}: the module {path} has no function make(config)")
-    return module.make(config)
+    return module

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clip_jax.data.views import ImageView, TextView
+from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
 from clip_jax.losses import contrastive
-from clip_jax.methods.interface import Method, read_options
+from clip_jax.methods.interface import Method, read_options, text_view
 from clip_jax.models.common import l2_normalize, shard_batch
 from clip_jax.models.heads import MlpHead
 from clip_jax.models.masking import mask_patches, mask_words, mean_of_chosen, sum_and_count
@@ -133,7 +133,7 @@ def make(config):
     oner, data, size = OneR(config), config.data, config.model.image.size
     views = [
         ImageView("image", size, data.augment),
-        TextView("text", config.model.text.context, data.templates, data.word_dropout),
+        text_view(config),
     ]
     if oner.options.teacher_augment:
         views.append(ImageView("teacher_image", size, oner.options.teacher_augment))

@@ -1,4 +1,4 @@
-"""EfficientNet without its top convolution, as ALIGN's image tower (Tan & Le 2019; Jia et al. 2021, section 4.2)."""
+"""EfficientNet without its top convolution, as ALIGN's image tower (Tan & Le 2019; Jia et al. 2021, section 4.2); EfficientNet-lite0."""
 
 import math
 from typing import Any
@@ -47,6 +47,7 @@ class MBConv(nn.Module):
     padding: str = "same"
     bn_group: int = 0
     dtype: Any = jnp.float32
+    squeeze, act = True, staticmethod(nn.silu)  # of the class: no fields of a configuration
 
     @nn.compact
     def __call__(self, x, train=False, keys=None):
@@ -57,12 +58,13 @@ class MBConv(nn.Module):
         width = x.shape[-1]
         if self.expansion != 1:
             y = conv(y, width * self.expansion, 1, 1, self.padding, self.dtype, "expand_conv")
-            y = nn.silu(norm(y, "expand_bn"))
+            y = self.act(norm(y, "expand_bn"))
         y = conv(y, y.shape[-1], self.size, self.stride, self.padding, self.dtype, "depthwise_conv", depthwise=True)
-        y = nn.silu(norm(y, "depthwise_bn"))
-        squeezed = nn.Dense(max(1, width // 4), dtype=self.dtype, kernel_init=INIT, name="se_reduce")(y.mean((1, 2)))
-        excited = nn.Dense(y.shape[-1], dtype=self.dtype, kernel_init=INIT, name="se_expand")(nn.silu(squeezed))
-        y = y * nn.sigmoid(excited)[:, None, None]
+        y = self.act(norm(y, "depthwise_bn"))
+        if self.squeeze:
+            squeezed = nn.Dense(max(1, width // 4), dtype=self.dtype, kernel_init=INIT, name="se_reduce")(y.mean((1, 2)))
+            excited = nn.Dense(y.shape[-1], dtype=self.dtype, kernel_init=INIT, name="se_expand")(self.act(squeezed))
+            y = y * nn.sigmoid(excited)[:, None, None]
         y = norm(conv(y, self.features, 1, 1, self.padding, self.dtype, "project_conv"), "project_bn")
         if self.stride == 1 and width == self.features:
             y = x + drop(y, self.drop_rate, keys if train else None, self.index, whole=True)
@@ -90,17 +92,18 @@ class EfficientNet(nn.Module):
     proj_bias: bool = True
     dtype: Any = jnp.float32
     remat: str = "none"
+    block, act, top = MBConv, staticmethod(nn.silu), 0  # top: channels of a convolution after the last block
 
     @property
     def width(self):
-        """Channels of the last block."""
-        return scaled(self.stages[-1][0], self.width_coefficient)
+        """Channels of the feature map."""
+        return self.top or scaled(self.stages[-1][0], self.width_coefficient)
 
     @nn.compact
     def __call__(self, images, train=False, keys=None):
         x = conv(images.astype(self.dtype), scaled(STEM, self.width_coefficient), 3, 2, self.padding, self.dtype, "stem_conv")
-        x = nn.silu(BatchNorm(0.99, 1e-3, self.bn_group, self.dtype, name="stem_bn")(x, train))
-        block = MBConv if self.remat == "none" else nn.remat(MBConv, static_argnums=2, policy=REMAT[self.remat])
+        x = self.act(BatchNorm(0.99, 1e-3, self.bn_group, self.dtype, name="stem_bn")(x, train))
+        block = self.block if self.remat == "none" else nn.remat(self.block, static_argnums=2, policy=REMAT[self.remat])
         repeats = [math.ceil(blocks * self.depth_coefficient) for _, blocks, *_ in self.stages]
         i = 0
         for (channels, _, size, stride, expansion), blocks in zip(self.stages, repeats, strict=True):
@@ -111,5 +114,20 @@ class EfficientNet(nn.Module):
                     features, size, 1 if j else stride, expansion, i, rate, self.padding, self.bn_group, self.dtype, name=f"mbconv_{i}"
                 )(x, train, keys)  # fmt: skip
                 i += 1
+        if self.top:
+            x = conv(x, self.top, 1, 1, self.padding, self.dtype, "top_conv")
+            x = self.act(BatchNorm(0.99, 1e-3, self.bn_group, self.dtype, name="top_bn")(x, train))
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         return project(x.mean(1), self.embed_dim, self.proj_bias, self.dtype), x
+
+
+class LiteMBConv(MBConv):
+    """The block of EfficientNet-lite."""
+
+    squeeze, act = False, staticmethod(nn.relu6)
+
+
+class EfficientNetLite(EfficientNet):
+    """EfficientNet-lite, its coefficients being 1 that of lite0: no squeeze and excitation, ReLU6, a top convolution."""
+
+    block, act, top = LiteMBConv, staticmethod(nn.relu6), 1280

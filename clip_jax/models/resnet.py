@@ -64,25 +64,31 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention from the mean of the tokens to it and all tokens, ``[b, n, D] -> [b, embed_dim]``, heads of width 64."""
+    """Attention from the first token to all, ``[b, n, D] -> [b, embed_dim]``, heads of width 64.
+
+    The first token is the mean of the others, which is put before them. Without ``positions`` it is given, the tokens have no position
+    embedding, and those where ``mask`` (bool ``[b, n]``) is False are not attended to.
+    """
 
     embed_dim: int
     dtype: Any = jnp.float32
     attention: str = "plain"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, positions=True, mask=None):
         width = x.shape[-1]
         normal, bias = nn.initializers.normal(width**-0.5), torch_uniform(width)
-        pos = self.param("pos", normal, (1, x.shape[1] + 1, width))
-        x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + pos.astype(x.dtype)
+        if positions:
+            pos = self.param("pos", normal, (1, x.shape[1] + 1, width))
+            x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + pos.astype(x.dtype)
+        mask = None if mask is None else mask[:, None, None]
 
         def heads(name, x):
             shape = (width // HEAD_WIDTH, HEAD_WIDTH)
             return nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=normal, bias_init=bias, name=name)(x)
 
         q, k, v = heads("query", x[:, :1]), heads("key", x), heads("value", x)
-        y = jax.nn.dot_product_attention(q, k, v, implementation=implementation(self.attention, q))[:, 0]
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation(self.attention, q))[:, 0]
         out = nn.DenseGeneral(self.embed_dim, axis=(-2, -1), dtype=self.dtype, kernel_init=normal, bias_init=bias, name="out")
         return out(y)
 
@@ -106,12 +112,16 @@ class ModifiedResNet(nn.Module):
     @nn.compact
     def __call__(self, images, train=False, keys=None):
         del keys  # nothing in it is random
+        x = self.feature_map(images, train)
+        embedding = AttentionPool(self.embed_dim, self.dtype, self.attention, name="pool")(x)
+        return embedding.astype(jnp.float32), x
+
+    def feature_map(self, images, train):
+        """What is pooled, ``[b, n, 32 * width]``; called inside ``__call__``."""
         x = Stem(self.width, self.bn_group, self.dtype, name="stem")(images.astype(self.dtype), train)
         block = Bottleneck if self.remat == "none" else nn.remat(Bottleneck, static_argnums=2, policy=REMAT[self.remat])
         for i, blocks in enumerate(self.layers):
             for j in range(blocks):
                 stride = 2 if i and not j else 1
                 x = block(self.width * 2**i, stride, self.bn_group, self.dtype, name=f"layer_{i + 1}_{j}")(x, train)
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        embedding = AttentionPool(self.embed_dim, self.dtype, self.attention, name="pool")(x)
-        return embedding.astype(jnp.float32), x
+        return x.reshape(x.shape[0], -1, x.shape[-1])

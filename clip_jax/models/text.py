@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from clip_jax.models.transformer import Block, MapHead, apply_blocks, at, block_init, only_at, project
 
-POOLS = ("eot", "last", "first", "mean", "max", "map")
+POOLS = ("eot", "last", "first", "mean", "max", "max_masked", "map")
 
 
 class TextTransformer(nn.Module):
@@ -18,8 +18,8 @@ class TextTransformer(nn.Module):
     ``tokens`` None comes in their place, which saves work where one of them is pooled.
 
     ``pool``: ``eot`` (the first token with the id ``eot_id``; CLIP), ``last`` (sticky EOS; SigLIP), ``first`` (BERT's
-    [CLS], FLIP), ``mean`` (over the tokens up to the end), ``max`` (over all positions), ``map``. With ``mask_padding``
-    no token attends to what follows the end-of-text token; under a causal mask the pooled token never does anyhow.
+    [CLS], FLIP), ``mean`` (over the tokens up to the end), ``max`` (over all positions), ``max_masked`` (up to the end), ``map``.
+    With ``mask_padding`` no token attends to what follows the end-of-text token; under a causal mask the pooled token never does anyhow.
     """
 
     vocab_size: int
@@ -64,6 +64,7 @@ class TextTransformer(nn.Module):
         pooled = {
             "mean": lambda: (x * real[..., None]).sum(1) / real.sum(1, keepdims=True).astype(x.dtype),
             "max": lambda: x.max(1),
+            "max_masked": lambda: jnp.max(x, axis=1, where=real[..., None], initial=-jnp.inf),
             "map": lambda: MapHead(self.heads, self.mlp_dim, self.act, self.ln_eps, self.dtype, name="map")(x, mask),
         }.get(self.pool, lambda: (x if only is not None else at(x, position))[:, 0])()
         return project(pooled, self.embed_dim, self.proj_bias, self.dtype), x if self.tokens else None

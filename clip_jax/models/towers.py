@@ -6,11 +6,14 @@ import difflib
 import jax.numpy as jnp
 
 from clip_jax.errors import UserError
-from clip_jax.models import bert, efficientnet, resnet, text, vit
+from clip_jax.models import bert, efficientnet, pyramid, resnet, text, vit
 from clip_jax.models.common import ACTIVATIONS
 from clip_jax.models.transformer import WEIGHT_INITS
 
-IMAGE_TOWERS = {"vit": vit.VisionTransformer, "resnet": resnet.ModifiedResNet, "efficientnet": efficientnet.EfficientNet}
+IMAGE_TOWERS = {
+    "vit": vit.VisionTransformer, "resnet": resnet.ModifiedResNet, "efficientnet": efficientnet.EfficientNet,
+    "pyramid_vit": pyramid.PyramidViT, "pyramid_resnet": pyramid.PyramidResNet,
+}  # fmt: skip
 TEXT_TOWERS = {"transformer": text.TextTransformer, "bert": bert.BertTower}
 CHOICES = {"act": ACTIVATIONS, "weight_init": WEIGHT_INITS, "posemb": vit.POSEMBS, "padding": efficientnet.PADDINGS}
 SHARED = ("embed_dim", "dtype", "remat", "scan", "attention")  # fields of ``config.model`` that a tower takes where it has them
@@ -57,6 +60,9 @@ SIZES = {
     "SigLIP2-B/16-256": _siglip(_B, 16, 256),
     "ALIGN-B3-mini": _align(1.2, 1.4, True, 256, 4, 640),
     "ALIGN-B7-base": _align(2.0, 3.1, False, 768, 12, 640),
+    "PyramidCLIP-B/32": (dict(_B, kind="pyramid_vit", patch=32, size=224), dict(_text(512), pool="max"), 512),
+    "PyramidCLIP-B/16": (dict(_B, kind="pyramid_vit", patch=16, size=224), dict(_text(512), pool="max"), 512),
+    "PyramidCLIP-RN50": (dict(kind="pyramid_resnet", size=224, layers=(3, 4, 6, 3), width=64), dict(_text(512), pool="max"), 1024),
     "ALIGN-L2-large": _align(4.3, 5.3, False, 1024, 24, 1376),
 }  # fmt: skip
 
@@ -85,12 +91,12 @@ def all_fields(kinds, given):
 def image_tower(model, tokens=True):
     """The image tower of the section ``config.model``, which gives its tokens or not; raises UserError as :func:`_make` does."""
     image, what, stride = model.image, "", 1
-    if image.kind == "vit":
+    if image.kind in ("vit", "pyramid_vit"):
         what, stride = (" (2 ** len(stem))", 2 ** len(image.stem)) if image.get("stem") else ("", image.patch)
         if image.get("pool", "cls") == "cls" and not image.get("cls_token", True):
             raise UserError("model.image.pool='cls' needs model.image.cls_token=True")
-    elif image.kind == "resnet":
-        what, stride = ", the stride of a 'resnet' tower", 32
+    elif image.kind in ("resnet", "pyramid_resnet"):
+        what, stride = f", the stride of a {image.kind!r} tower", 32
     if image.size % stride:
         raise UserError(f"model.image.size={image.size} is not divisible by the patch size {stride}{what}")
     return _make(IMAGE_TOWERS, model, "image", CHOICES | {"pool": vit.POOLS}, tokens)

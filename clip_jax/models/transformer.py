@@ -62,13 +62,16 @@ def implementation(attention, q):
 class Attention(nn.Module):
     """Multi-head attention from ``x_q[b, q, D]`` to ``x_kv[b, k, D]``.
 
-    The bool ``mask``, broadcast to ``[b, H, q, k]``, is True where attention is allowed.
+    The bool ``mask``, broadcast to ``[b, H, q, k]``, is True where attention is allowed. With ``qk_norm_eps`` each head's queries and
+    keys go through layer norms, whose weights the heads share (Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion
+    Parameters"; LaCLIP's image towers).
     """
 
     heads: int
     inits: Init
     dtype: Any = jnp.float32
     attention: str = "plain"
+    qk_norm_eps: float | None = None
 
     @nn.compact
     def __call__(self, x_q, x_kv, mask=None, causal=False):
@@ -78,6 +81,8 @@ class Attention(nn.Module):
             return nn.DenseGeneral((self.heads, width // self.heads), dtype=self.dtype, kernel_init=self.inits.qkv, name=name)(x)
 
         q, k, v = project("query", x_q), project("key", x_kv), project("value", x_kv)
+        if self.qk_norm_eps is not None:
+            q, k = (nn.LayerNorm(epsilon=self.qk_norm_eps, dtype=self.dtype, name=f"{n}_norm")(x) for n, x in (("query", q), ("key", k)))
         x = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation(self.attention, q))
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.inits.attn_out, name="out")(x)
 
@@ -109,6 +114,7 @@ class Block(nn.Module):
     causal: bool = False
     dtype: Any = jnp.float32
     attention: str = "plain"
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x, mask=None, only=None):
@@ -120,7 +126,8 @@ class Block(nn.Module):
             if causal:
                 before = (jnp.arange(y.shape[1]) <= jnp.reshape(only, (-1, 1)))[:, None, None, :]
                 mask, causal = before if mask is None else before & mask, False
-        x = x + Attention(self.heads, self.inits, self.dtype, self.attention, name="attn")(queries, y, mask, causal)
+        qk_norm_eps = self.ln_eps if self.qk_norm else None
+        x = x + Attention(self.heads, self.inits, self.dtype, self.attention, qk_norm_eps, name="attn")(queries, y, mask, causal)
         y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln2")(x)
         return x + Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(y)
 

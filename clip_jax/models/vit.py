@@ -79,7 +79,8 @@ class VisionTransformer(nn.Module):
 
     ``pool``: ``cls`` (class token), ``gap`` (mean of patch tokens), ``mean_all`` (mean of all tokens, FLIP), ``map``
     (attention pooling, SigLIP). ``cls_token`` may be on without being pooled. ``patch_drop`` keeps a random part of the
-    patches in training (FLIP); which ones is drawn per example from ``keys[b]``.
+    patches in training (FLIP); which ones is drawn per example from ``keys[b]``. ``qk_norm``: layer norms on each head's
+    queries and keys (LaCLIP).
     """
 
     size: int
@@ -100,6 +101,7 @@ class VisionTransformer(nn.Module):
     weight_init: str = "clip_image"
     stem: tuple[int, ...] = ()
     patch_drop: float = 0.0
+    qk_norm: bool = False
     dtype: Any = jnp.float32
     remat: str = "none"
     scan: bool = False
@@ -131,7 +133,9 @@ class VisionTransformer(nn.Module):
         if self.ln_pre:
             x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")(x)
         init = block_init(self.weight_init, width, self.mlp_dim, self.depth)
-        block = functools.partial(Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, dtype=self.dtype, attention=self.attention)
+        block = functools.partial(
+            Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, dtype=self.dtype, attention=self.attention, qk_norm=self.qk_norm
+        )
         only = only_at(self, 0 if self.pool == "cls" else None)
         x = apply_blocks(self, lambda name: block(name=name), x, only=only)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_post")(x)

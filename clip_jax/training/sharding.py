@@ -28,7 +28,7 @@ RULES = (
     (r"/fc1/bias$", ("tensor",)),
     (r"/fc2/kernel$", ("tensor", "fsdp")),
     (r"/embed/embedding$", ("tensor", "fsdp")),
-    (r"/queue/rows$", (BATCH_AXES, None)),
+    (r"/(queue/rows|bank/image|bank/text|neighbors)$", (BATCH_AXES, None)),
     (r"/kernel$", ("fsdp", None)),
     (r"/kernel$", (None, None, None, "fsdp")),  # of patches and convolutions
 )
@@ -112,6 +112,17 @@ def _spec(path, shape, mesh):
 def state_shardings(tree, mesh):
     """``NamedSharding`` for every leaf of a pytree of arrays or shapes, by :data:`RULES`; what no rule names is on every device."""
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, _spec("/" + path_name(path), x.shape, mesh)), tree)
+
+
+def place(tree, shardings):
+    """A pytree of arrays, those of NumPy the same on every host, with these shardings."""
+
+    def put(x, layout):
+        if isinstance(x, jax.Array):
+            return x if x.sharding == layout else jax.device_put(x, layout)
+        return jax.make_array_from_callback(np.shape(x), layout, np.asarray(x).__getitem__)
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def batch_sharding(mesh):

@@ -3,7 +3,8 @@
     python -m clip_jax.study --config=configs/studies/methods.py --workdir=runs/methods [--seeds=1]
 
 Every row has the FLOPs of the first one, CLIP's, so that a method with several passes in a step gets fewer steps. CLIPPO reads captions in
-28 languages as pictures, UniCL has captions of half of the concepts alone: they solve another task with the same pictures.
+28 languages as pictures, UniCL has captions of half of the concepts alone: they solve another task with the same pictures. RA-CLIP keeps a
+tenth of them to look up. PyramidCLIP is not among them: it needs regions, which these pictures do not have.
 """
 
 import pathlib
@@ -11,7 +12,7 @@ import pathlib
 from clip_jax.study import Row, Study
 
 STUDIES = ("",)
-METHODS = ("clip", "siglip", "flip", "align", "clippo", "oner", "declip", "otter", "zerovl", "unicl")
+METHODS = ("clip", "siglip", "flip", "align", "clippo", "oner", "declip", "otter", "zerovl", "unicl", "filip", "laclip", "alip", "raclip")
 CELLS = [(concept, vendor) for concept in ("seen", "unseen") for vendor in ("seen", "unseen")]
 
 

@@ -1,4 +1,7 @@
-"""State dicts of OpenAI's CLIP and of open_clip; the image tower may be a ViT, a ModifiedResNet, or timm's ViT (SigLIP)."""
+"""State dicts of OpenAI's CLIP and of open_clip; the image tower may be a ViT, a ModifiedResNet, or timm's ViT (SigLIP).
+
+PyramidCLIP's released ones are much alike: their blocks are in two parts, of which an image tower's first has other MLPs.
+"""
 
 import re
 
@@ -8,45 +11,61 @@ from clip_jax.interop.layouts import CONV, LINEAR_OUT, TABLE, VECTOR, batch_norm
 IGNORED = ("input_resolution", "context_length", "vocab_size", r"(.*\.)?attn_mask", r".*\.num_batches_tracked")
 
 
-def entries(ours, custom_text=False, timm=False):
+def entries(ours, custom_text=False, timm=False, parts=(0, 0)):
     """Of paths of ours (``{path: ...}``).
 
     Args:
       ours: the paths of our parameters.
       custom_text: the text tower has the prefix ``text.`` and a linear layer as projection (``CustomTextCLIP``).
       timm: the image tower is timm's.
+      parts: of PyramidCLIP, the numbers of blocks in the first part of the image and of the text tower.
     """
-    image = _timm(ours) if timm else _resnet(ours) if "params/img/stem/conv1/kernel" in ours else _vit(ours)
+    image = _timm(ours) if timm else _resnet(ours) if "params/img/stem/conv1/kernel" in ours else _vit(ours, parts)
     prefix = "text." if custom_text else ""
     scalars = [entry(name, f"params/{name}") for name in ("logit_scale", "logit_bias")]
-    return present([*image, *_text(ours, prefix, custom_text), *scalars], ours)
+    return present([*image, *_text(ours, prefix, custom_text, parts), *scalars], ours)
 
 
-def _blocks(theirs, ours, count):
-    for i in range(count):
-        t, o = f"{theirs}.resblocks.{i}", f"{ours}/block_{i}"
+def _blocks(theirs, tower, ours, first):
+    """``first``: the number of blocks in the first of two parts, or 0 where there are none."""
+    for i in range(depth(ours, tower)):
+        part, number = ("", i) if not first else ("1", i) if i < first else ("2", i - first)
+        t, o = f"{theirs}.resblocks{part}.{number}", f"{tower}/block_{i}"
         yield from norm(f"{t}.ln_1", f"{o}/ln1")
         yield from fused(f"{t}.attn.in_proj_weight", f"{t}.attn.in_proj_bias", f"{o}/attn")
         yield from linear(f"{t}.attn.out_proj", f"{o}/attn/out", LINEAR_OUT)
         yield from norm(f"{t}.ln_2", f"{o}/ln2")
-        yield from linear(f"{t}.mlp.c_fc", f"{o}/mlp/fc1")
-        yield from linear(f"{t}.mlp.c_proj", f"{o}/mlp/fc2")
+        yield from (_leff if f"{o}/mlp/conv/kernel" in ours else _mlp)(f"{t}.mlp", f"{o}/mlp")
 
 
-def _vit(ours):
+def _mlp(theirs, ours):
+    yield from linear(f"{theirs}.c_fc", f"{ours}/fc1")
+    yield from linear(f"{theirs}.c_proj", f"{ours}/fc2")
+
+
+def _leff(theirs, ours):
+    yield from linear(f"{theirs}.linear1", f"{ours}/fc1")
+    yield entry(f"{theirs}.depConv.depconv.weight", f"{ours}/conv/kernel", CONV)
+    yield from linear(f"{theirs}.linear2", f"{ours}/fc2")
+    for i, name in enumerate(("ac1", "depConv", "ac2"), 1):
+        yield from batch_norm(f"{theirs}.{name}.bn", f"{ours.removeprefix('params/')}/bn{i}")
+
+
+def _vit(ours, parts):
     img = "params/img"
     return [
         entry("visual.conv1.weight", f"{img}/patch/kernel", CONV),
         entry("visual.class_embedding", f"{img}/cls", VECTOR),
         entry("visual.positional_embedding", f"{img}/pos", TABLE),
         *norm("visual.ln_pre", f"{img}/ln_pre"),
-        *_blocks("visual.transformer", img, depth(ours, img)),
+        *_blocks("visual.transformer", img, ours, parts[0]),
         *norm("visual.ln_post", f"{img}/ln_post"),
         entry("visual.proj", f"{img}/proj/kernel"),
+        entry("visual.proj_pre", f"{img}/regions/kernel"),
     ]
 
 
-def _text(ours, prefix, custom_text):
+def _text(ours, prefix, custom_text, parts):
     txt = "params/txt"
     # A projection with a bias is a linear layer, one without a bare matrix (in, out).
     projection = (
@@ -57,7 +76,7 @@ def _text(ours, prefix, custom_text):
     return [
         entry(f"{prefix}token_embedding.weight", f"{txt}/embed/embedding"),
         entry(f"{prefix}positional_embedding", f"{txt}/pos", TABLE),
-        *_blocks(f"{prefix}transformer", txt, depth(ours, txt)),
+        *_blocks(f"{prefix}transformer", txt, ours, parts[1]),
         *norm(f"{prefix}ln_final", f"{txt}/ln_final"),
         *projection,
     ]
@@ -80,6 +99,8 @@ def _resnet(ours):
     for name, path in (("q", "query"), ("k", "key"), ("v", "value")):
         yield from linear(f"visual.attnpool.{name}_proj", f"{pool}/{path}")
     yield from linear("visual.attnpool.c_proj", f"{pool}/out", LINEAR_OUT)
+    yield from norm("visual.attnpool.ln_pre", "params/img/ln_pre")
+    yield entry("visual.attnpool.proj_pre", "params/img/regions/kernel")
 
 
 def _timm(ours):

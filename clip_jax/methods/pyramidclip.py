@@ -1,0 +1,164 @@
+"""PyramidCLIP: Gao et al. 2022, "PyramidCLIP: Hierarchical Feature Alignment for Vision-language Model Pretraining" (NeurIPS).
+
+Three levels of a picture meet three of its text: a global crop G, a local crop L and a sequence of regions R (features of a detector and
+boxes, through the last part of the image tower alone) the summary S of its caption, the caption T and the tags A of its regions. Of the
+pairs of levels six have a term, InfoNCE in both directions with softened targets, which leave the wrong pairs a share a:
+
+    soft(x, l) = (CE(s x l^T, Y) + CE(s l x^T, Y)) / 2,   Y = 1 - a on the diagonal, a / (B - 1) elsewhere
+    loss = (1 - lam - mu) (soft(G, S) + soft(L, T)) / 2 + lam (soft(G, A) + soft(R, S)) / 2 + mu (soft(L, A) + soft(R, T)) / 2
+
+The towers are the released ones (``clip_jax/models/pyramid.py``; of a text the maximum over all positions, ``model.text.pool``).
+The loss was never released: it is what secondary notes say of the paper, normalised so that targets sum to 1. Softened targets for all six
+terms are an assumption, as are boxes as shares of the picture, x1, y1, x2, y2. A picture without regions or tags takes no part in their
+terms, not as a negative either. In evaluation a picture is its global crop.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from clip_jax.data.views import ImageView, OptionalTextView, RegionView
+from clip_jax.errors import UserError
+from clip_jax.losses.contrastive import similarities
+from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
+from clip_jax.methods import clip
+from clip_jax.methods.interface import read_options, text_view
+from clip_jax.models.common import apart, l2_normalize, shard_batch, side_by_side
+from clip_jax.models.two_tower import TwoTower
+
+TEXTS = ("text", "summary", "tags")
+#: Pairs of levels: peers, then two kinds of crossing ones.
+PEER, CROSS_GLOBAL, CROSS_LOCAL = (
+    (("global", "summary"), ("local", "text")), (("global", "tags"), ("regions", "summary")), (("local", "tags"), ("regions", "text")),
+)  # fmt: skip
+TERMS = (*PEER, *CROSS_GLOBAL, *CROSS_LOCAL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The section ``config.pyramidclip``; the weights are the paper's. Raises UserError for wrong values.
+
+    Attributes:
+      softening: a, the share of the target that the wrong pairs have.
+      cross_global, cross_local: lam and mu, the weights of the crossing terms.
+      local_augment: of the local crop; ``data.augment`` is that of the global one.
+      summary, tags: templates with fields of the record, as ``data.templates``.
+      regions: at most so many of a picture.
+      features, boxes: fields of the record; features ``pixels`` needs none (:class:`~clip_jax.data.views.RegionView`).
+    """
+
+    softening: float = 0.2
+    cross_global: float = 1 / 3
+    cross_local: float = 1 / 3
+    local_augment: tuple[str, ...] = ("rrc(0.5, 1.0)",)
+    summary: tuple[str, ...] = ("{summary}",)
+    tags: tuple[str, ...] = ("{tags}",)
+    regions: int = 10
+    features: str = "regions"
+    boxes: str = "boxes"
+
+    def __post_init__(self):
+        if not 0 <= self.softening < 1:
+            raise UserError(f"pyramidclip.softening={self.softening}: must be at least 0 and below 1")
+        if not (self.cross_global >= 0 and self.cross_local >= 0 and self.cross_global + self.cross_local <= 1 + 1e-6):
+            raise UserError(
+                f"pyramidclip.cross_global={self.cross_global} and cross_local={self.cross_local}: must be at least 0, together at most 1"
+            )
+        if not self.regions >= 1:
+            raise UserError(f"pyramidclip.regions={self.regions}: must be at least 1")
+        for name in ("summary", "tags"):
+            if not getattr(self, name):
+                raise UserError(f'pyramidclip.{name}=(): at least one template is needed, such as "{{{name}}}"')
+
+    @property
+    def weights(self):
+        """Of :data:`TERMS`."""
+        peer = 1 - self.cross_global - self.cross_local
+        return tuple(weight / 2 for weight in (peer, peer, *(self.cross_global,) * 2, *(self.cross_local,) * 2))
+
+
+def make(config):
+    """The PyramidCLIP method of a configuration; raises UserError for options or towers that cannot be."""
+    options, image = read_options(config, "pyramidclip", Options), config.model.image
+    if not image.kind.startswith("pyramid_"):
+        raise UserError(f"method='pyramidclip' needs model.image.kind='pyramid_vit' or 'pyramid_resnet', not {image.kind!r}")
+    if image.kind == "pyramid_vit" and not 0 <= image.front < image.depth:
+        raise UserError(f"model.image.front={image.front}: of the {image.depth} blocks at least one must be left to regions")
+    base, towers = clip.make(config), TwoTower(config.model)
+
+    def embed_regions(params, rows):
+        """Unit rows float32 ``[b, E]`` of ``rows`` float32 ``[b, m, region_dim]``, and whether there is any region, bool ``[b]``."""
+        mask = rows.any(-1)
+        return l2_normalize(towers.image.apply({"params": params["img"]}, None, regions=rows, mask=mask)[0]), mask.any(-1)
+
+    def encode(params, extra, batch, rng, train):
+        """Unit rows of all six levels, float32 ``[b, E]``, and bool ``[b]``, ``has_regions`` and ``has_tags``."""
+        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 5))(batch["example_id"])
+        # Two passes, the local crop first, so that each has BatchNorm statistics of its own, as released.
+        local, _, extra = towers.encode_image(params, extra, batch["local"], train, keys[:, 0])
+        whole, _, extra = towers.encode_image(params, extra, batch["image"], train, keys[:, 1])
+        regions, has_regions = embed_regions(params, shard_batch(batch["regions"]))
+        ids, text_keys = side_by_side([shard_batch(batch[name]) for name in TEXTS], keys[:, 2:])
+        texts, _, extra = towers.encode_text(params, extra, jnp.maximum(ids, 0), train, text_keys)
+        features = {"global": whole, "local": local, "regions": regions, "has_regions": has_regions, "has_tags": batch["tags"][:, 0] >= 0}
+        return features | dict(zip(TEXTS, jnp.moveaxis(apart(texts, len(whole)), 1, 0), strict=True)), extra
+
+    def loss(params, extra, features, batch, rng):
+        scale = jnp.exp(params["logit_scale"])
+        value, metrics = pyramid_infonce(features, scale, options.softening, options.weights)
+        return value, {**metrics, "logit_scale": scale}
+
+    views = (
+        base.views[0],
+        ImageView("local", image.size, options.local_augment),
+        base.views[1],
+        text_view(config, "summary", templates=options.summary, rewrites=()),
+        text_view(config, "tags", kind=OptionalTextView, templates=options.tags, rewrites=()),
+        RegionView("regions", options.regions, image.region_dim, options.features, options.boxes),
+    )
+    return dataclasses.replace(base, views=views, encode=encode, loss=loss)
+
+
+def pyramid_infonce(features, scale, softening=0.2, weights=(1 / 6,) * 6):
+    """PyramidCLIP's loss.
+
+    Args:
+      features: unit vectors ``[B, E]`` by the names in :data:`TERMS`; bool ``[B]``, ``has_regions`` and ``has_tags``, where some have none.
+      scale: scalar.
+      softening: the share of the target that the wrong pairs have.
+      weights: of :data:`TERMS`.
+
+    Returns:
+      ``(loss, metrics)``: the terms, and the accuracies in the batch of the local crop with the caption.
+    """
+    names = ("global", "local", "regions"), TEXTS
+    images, texts = ({name: features[name].astype(jnp.float32) for name in side} for side in names)
+    everywhere = jnp.ones(len(images["global"]), bool)
+    parts = {name: features.get(f"has_{name}", everywhere) for name in ("regions", "tags")}
+    takes_part = [parts.get(image, everywhere) & parts.get(text, everywhere) for image, text in TERMS]
+    out = pairwise(_tile, scale, (images, takes_part), (texts, takes_part), entry_size=len(TERMS))
+    value, metrics = 0.0, {}
+    for k, (image, text) in enumerate(TERMS):
+        x, z, keep = images[image], texts[text], takes_part[k]
+        positive, count = scale * jnp.sum(x * z, axis=1), jnp.maximum(keep.sum(), 1)
+        sums = jnp.sum(z, 0, where=keep[:, None]), jnp.sum(x, 0, where=keep[:, None])
+        term = 0.0
+        for queries, of_others, lse in zip((x, z), sums, (out.row_lse[k], out.col_lse[k]), strict=True):
+            wrong = scale * queries @ of_others - positive
+            losses = jnp.logaddexp(lse, positive) - (1 - softening) * positive - softening / jnp.maximum(count - 1, 1) * wrong
+            term += jnp.sum(losses, where=keep) / count / 2
+        value += weights[k] * term
+        metrics[f"loss_{image}_{text}"] = term
+        if (image, text) == ("local", "text"):
+            metrics |= {"image_to_text_acc": (positive > out.row_max[k]).mean(), "text_to_image_acc": (positive > out.col_max[k]).mean()}
+    return value, metrics
+
+
+def _tile(scale, rows, cols, i, j):
+    (images, from_rows), (texts, from_cols) = rows, cols
+    logits = [
+        jnp.where((i != j) & a[:, None] & b, scale * similarities(images[image], texts[text]), EXCLUDED)
+        for (image, text), a, b in zip(TERMS, from_rows, from_cols, strict=True)
+    ]
+    return Tile(row_lse=logits, col_lse=logits)

@@ -1,0 +1,225 @@
+"""RA-CLIP: Xie et al. 2023, "RA-CLIP: Retrieval Augmented Contrastive Language-Image Pre-training" (a reconstruction: there is no code).
+
+CLIP in which a picture looks up pairs of a reference set that training never shows: a frozen encoder finds the K pairs whose pictures
+are nearest, the retrieval augmented module (``clip_jax/models/retrieval.py``) adds what their pictures and texts say to the picture's
+embedding, and the loss is CLIP's. The text tower is CLIP's, so that a zero-shot classifier is made as CLIP's, but every picture
+retrieves, in evaluation, too. ``extra["bank"]`` holds the reference set's features, ``extra["encoder"]`` the frozen weights: a checkpoint
+has all that retrieval needs. The bank is made when a run starts.
+
+Assumptions, for the paper leaves them open: K, heads of 64, no biases in the module, neighbours from the augmented picture
+(``retrieval="online"``; ``"cached"`` looks each training record's up once, by its evaluation view). A neighbour that is the picture
+itself, more similar than ``skip_above``, does not count.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from clip_jax.data.filter import image_key, records
+from clip_jax.data.sources import BadRecord, make_source
+from clip_jax.errors import UserError
+from clip_jax.frozen import make_encoder, stored_config
+from clip_jax.losses.contrastive import infonce
+from clip_jax.losses.neighbors import take, top_k
+from clip_jax.methods.interface import read_options, two_tower_method
+from clip_jax.models.common import BATCH_AXES, l2_normalize
+from clip_jax.models.retrieval import OUT_INITS, RetrievalAugmentation
+from clip_jax.models.two_tower import TwoTower
+
+_CHECKED = 20_000, 100_000  # records of the training set that are looked for among so many of the reference set
+_AT_ONCE = 256  # the bank's rows, too, are a multiple of it, so that devices can share them
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The section ``config.raclip``.
+
+    Attributes:
+      reference: the held-out pairs, a data set as ``data.source``; none of them may be in the training set.
+      encoder: the frozen encoder: ``pixels``, which needs no weights, ``efficientnet_lite0`` or ``efficientnet_lite0:FILE``, which was
+        trained with ImageNet's classes, or the work folder of a run.
+      k: neighbours of a picture.
+      use_bank: False embeds every picture as if nothing were found, to see what retrieval brings.
+      retrieval: ``online`` or ``cached``.
+      approximate: faster on a TPU, a little less than all neighbours are found.
+      heads, layers, bias, pre_ln, out_init: of the retrieval augmented module; ``out_init`` is ``xavier``, or ``zeros`` to start as CLIP.
+      skip_above: neighbours with a greater cosine are the picture itself.
+      bank_size, train_size, encoder_config: filled in by themselves: the records of the reference set and of the training set, what
+        there is to keep of the encoder.
+
+    Raises UserError for wrong values.
+    """
+
+    reference: str = ""
+    encoder: str = "pixels"
+    k: int = 64
+    use_bank: bool = True
+    retrieval: str = "online"
+    approximate: bool = False
+    heads: int = 8
+    layers: int = 1
+    bias: bool = False
+    pre_ln: bool = False
+    out_init: str = "xavier"
+    skip_above: float = 0.9999
+    bank_size: int = 0
+    train_size: int = 0
+    encoder_config: str = ""
+
+    def __post_init__(self):
+        for name, low in (("k", 1), ("heads", 1), ("layers", 1), ("bank_size", 0)):
+            if not getattr(self, name) >= low:
+                raise UserError(f"raclip.{name}={getattr(self, name)}: must be at least {low}")
+        for name, allowed in (("retrieval", ("online", "cached")), ("out_init", tuple(OUT_INITS))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"raclip.{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+
+
+def resolve(config, source):
+    """A copy of the configuration with what it takes from the data filled in; raises UserError for a reference set that cannot be."""
+    o, data = read_options(config, "raclip", Options), config.data
+    if not o.reference:
+        raise UserError("raclip.reference is empty: name the held-out pairs, such as 'DATA?part=record:1/10', and train on the rest")
+    reference = make_source(o.reference, data.split, image=data.image or None, text=data.text or None, label=data.label or None)
+    if o.k > len(reference):
+        raise UserError(f"raclip.k={o.k}, but raclip.reference={o.reference!r} has {len(reference):,} records")
+    known = {_key(record): index for index, record in _spread(reference, _CHECKED[1])}
+    for index, record in _spread(source, _CHECKED[0]):
+        if (place := known.get(_key(record))) is not None:
+            raise UserError(
+                f"raclip.reference={o.reference!r} and data.source={data.source!r} overlap: record {place} of the one is record {index} of"
+                " the other, and a picture would be handed its own caption"
+            )
+    config = config.copy_and_resolve_references().unlock()
+    config.raclip.update(bank_size=len(reference), train_size=len(source), encoder_config=stored_config(o.encoder))
+    return config.lock()
+
+
+def _spread(source, most):
+    """``(index, record)`` of at most so many readable records, evenly spaced."""
+    for index in range(0, len(source), -(-len(source) // most)):
+        try:
+            yield index, source[index]
+        except BadRecord:
+            continue
+
+
+def _key(record):
+    return image_key(record.get("image")), tuple(record["texts"])
+
+
+def make(config):
+    """The RA-CLIP method of a configuration; raises UserError for options, towers or an encoder that cannot be."""
+    raclip = RaClip(config)
+    base = two_tower_method(config, ("logit_scale",), raclip.loss)
+    fields = ("init", "encode", "constrain", "embed_image", "fill")
+    return dataclasses.replace(base, **{name: functools.partial(getattr(raclip, name), base) for name in fields})
+
+
+class RaClip:
+    """The functions of the method; ``base`` is the same of two towers without retrieval.
+
+    Parameters beside the towers' and ``logit_scale``: ``ram``; ``extra``: ``bank``, ``encoder`` and, of cached neighbours, ``neighbors``.
+    """
+
+    def __init__(self, config):
+        self.config, self.options = config, read_options(config, "raclip", Options)
+        o, model = self.options, config.model
+        if not o.encoder_config:
+            o = self.options = dataclasses.replace(o, encoder_config=stored_config(o.encoder))
+        self.encoder, self.towers = make_encoder(o.encoder, o.encoder_config), TwoTower(model)
+        if model.embed_dim % o.heads:
+            raise UserError(f"model.embed_dim={model.embed_dim} is not divisible by raclip.heads={o.heads}")
+        self.ram = RetrievalAugmentation(o.heads, o.layers, o.bias, o.pre_ln, o.out_init, jnp.dtype(model.dtype))
+
+    def init(self, base, rng, batch):
+        o, dims = self.options, {"image": self.encoder.image_dim, "text": self.encoder.text_dim}
+        params, extra = base.init(rng, batch)
+        z, images, texts = (jnp.zeros(shape) for shape in ((1, self.config.model.embed_dim), (1, 1, dims["image"]), (1, 1, dims["text"])))
+        params["ram"] = self.ram.init(jax.random.fold_in(rng, 1), z, images, texts, jnp.ones((1, 1), bool))["params"]
+        rows = -(-o.bank_size // _AT_ONCE) * _AT_ONCE
+        bank = {name: jnp.zeros((rows, dim)) for name, dim in dims.items()} | {"count": jnp.zeros((), jnp.int32)}
+        extra = extra | {"bank": bank, "encoder": self.encoder.variables()}
+        if o.retrieval == "cached":
+            extra["neighbors"] = jnp.zeros((o.train_size, o.k), jnp.int32)
+        return params, extra
+
+    def encode(self, base, params, extra, batch, rng, train):
+        known = extra["neighbors"][batch["example_id"]] if "neighbors" in extra else None
+        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i)))(batch["example_id"])
+        image, _, extra = self.towers.encode_image(params, extra, batch["image"], train, keys[:, 0], normalize=False)
+        text, _, extra = self.towers.encode_text(params, extra, batch["text"], train, keys[:, 1])
+        return {"image": self.augment(params, extra, batch["image"], image, known), "text": text}, extra
+
+    def embed_image(self, base, params, extra, images):
+        """Unit rows, float32 ``[b, E]``."""
+        return self.augment(params, extra, images, self.towers.encode_image(params, extra, images, normalize=False)[0])
+
+    def augment(self, params, extra, images, z, neighbors=None):
+        """Unit rows of the embeddings ``z`` of ``images`` with what their neighbours say, of which the numbers may be known."""
+        if not self.options.use_bank:
+            return l2_normalize(z)
+        if neighbors is None:
+            neighbors, mask = self.retrieve(extra["bank"], extra["encoder"], images)
+        else:
+            neighbors, mask = jnp.maximum(neighbors, 0), neighbors >= 0
+        found = [take(extra["bank"][name], neighbors) for name in ("image", "text")]
+        return l2_normalize(self.ram.apply({"params": params["ram"]}, z, *found, mask))
+
+    def retrieve(self, bank, encoder, images):
+        """The nearest records of the reference set, ``(numbers int32 [b, K], which of them count bool [b, K])``."""
+        o = self.options
+        cosines, numbers = top_k(self.encoder.embed_image(encoder, images), bank["image"], o.k, bank["count"], o.approximate)
+        return numbers, jnp.isfinite(cosines) & (cosines <= o.skip_above)
+
+    def loss(self, params, extra, features, batch, rng):
+        scale = jnp.exp(params["logit_scale"])
+        value, metrics = infonce(features["image"], features["text"], scale)
+        return value, {**metrics, "logit_scale": scale}
+
+    def constrain(self, base, params):
+        return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0.0, self.config.model.logit_scale_max)}
+
+    def fill(self, base, extra, source, mesh):
+        """``extra`` of a new run with the reference set's features, the encoder's weights and the cached neighbours, as NumPy arrays."""
+        o, data = self.options, self.config.data
+        reference = make_source(o.reference, data.split, image=data.image or None, text=data.text or None, label=data.label or None)
+        weights, parts = self.encoder.load(mesh), {"image": [], "text": []}
+        whole, spread = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (BATCH_AXES,)))  # each host needs all results
+        embed = jax.jit(self.encoder.embed_image, out_shardings=whole)
+        for _, images, texts in self._blocks(base, reference):
+            parts["image"].append(np.asarray(embed(weights, images))[: len(texts)])
+            parts["text"].append(self.encoder.embed_text(texts))
+        bank = {name: np.concatenate(rows) for name, rows in parts.items()}
+        count, total = len(bank["image"]), len(extra["bank"]["image"])
+        bank = {name: np.concatenate([rows, np.zeros((total - count, rows.shape[1]), rows.dtype)]) for name, rows in bank.items()}
+        extra = extra | {"bank": bank | {"count": np.int32(count)}, "encoder": weights}
+        if o.retrieval == "cached":
+            neighbors, retrieve = np.full((len(source), o.k), -1, np.int32), jax.jit(self.retrieve, out_shardings=whole)
+            given = jax.device_put(bank, spread) | {"count": np.int32(count)}  # once, not with every block
+            for places, images, texts in self._blocks(base, source):
+                numbers, mask = (np.asarray(x)[: len(texts)] for x in retrieve(given, weights, images))
+                neighbors[places] = np.where(mask, numbers, -1)
+            extra["neighbors"] = neighbors
+        return extra
+
+    def _blocks(self, base, source):
+        """``(numbers of the records, pictures uint8 [256, size, size, 3], captions)`` of all usable records; the last pictures may be 0."""
+
+        def usable():
+            for index, record in records(source):
+                try:
+                    if not isinstance(record, BadRecord):
+                        yield index, base.eval_view(record, None), base.views[1].caption(record, None)
+                except BadRecord:
+                    continue
+
+        rows = usable()
+        while block := list(itertools.islice(rows, _AT_ONCE)):
+            places, images, texts = zip(*block, strict=True)
+            yield list(places), np.stack(images + (np.zeros_like(images[0]),) * (_AT_ONCE - len(images))), list(texts)

@@ -1,0 +1,151 @@
+"""Synthetic captions: banks, retrieval by a model, columns that go on where they stopped, pictures that cannot be read, wrong input."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from helpers import tiny_config
+from PIL import Image
+
+from clip_jax import train
+from clip_jax.data import caption as lib
+from clip_jax.data.columns import ColumnsSource
+from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.errors import UserError
+from clip_jax.models.common import l2_normalize
+
+COLOURS = {"a red square": (255, 0, 0), "a green square": (0, 255, 0), "a blue square": (0, 0, 255), "a white square": (255, 255, 255)}
+
+
+class Colours:
+    """A model that knows the words for colours."""
+
+    def embed_text(self, texts):
+        return np.asarray(l2_normalize(np.array([COLOURS[text] for text in texts], np.float32)))
+
+    def embed_image(self, pictures):
+        return np.asarray(l2_normalize(np.stack([np.asarray(p, np.float32).mean((0, 1)) for p in pictures])))
+
+    def similarity(self, z_image, z_text):
+        return z_image @ z_text.T
+
+
+def square(text):
+    return {"image": np.full((4, 4, 3), COLOURS[text], np.uint8), "texts": [text, "a square"]}
+
+
+SOURCE = MemorySource([square(text) for text in COLOURS] * 3, "squares")
+BANK = list(COLOURS)
+
+
+def captions(source, path):
+    return [ColumnsSource(source, str(path))[i]["synthetic"] for i in range(len(source))]
+
+
+def test_the_best_text_of_a_bank(tmp_path):
+    failures = lib.run(SOURCE, str(tmp_path / "c.jsonl"), lib.Retrieval(Colours(), BANK), about={}, batch=5)
+    assert not failures and captions(SOURCE, tmp_path / "c.jsonl") == BANK * 3
+
+
+def test_several_texts_and_none_of_the_record_itself(tmp_path):
+    lib.run(SOURCE, str(tmp_path / "several.jsonl"), lib.Retrieval(Colours(), BANK, top=2), about={})
+    assert captions(SOURCE, tmp_path / "several.jsonl")[:3] == [[text, "a white square"] for text in BANK[:3]]
+    own = lib.Retrieval(Colours(), BANK, own=lambda record: record["texts"])
+    lib.run(SOURCE, str(tmp_path / "others.jsonl"), own, about={})
+    assert (
+        captions(SOURCE, tmp_path / "others.jsonl")
+        == ["a white square"] * 3 + ["a red square"] + (["a white square"] * 3 + ["a red square"]) * 2
+    )
+    only_own = lib.Retrieval(Colours(), BANK[:1], own=lambda record: record["texts"])
+    with pytest.raises(UserError, match="none of 1 records in a row has a caption .no text for a picture: 1.; .* has 0 of 1 records"):
+        lib.run(MemorySource([square("a red square")]), str(tmp_path / "none.jsonl"), only_own, about={})
+
+
+@pytest.mark.parametrize("lines", [1, 4, 7])
+def test_the_same_command_goes_on_where_it_stopped(tmp_path, lines):
+    lib.run(SOURCE, str(tmp_path / "whole.jsonl"), lib.Retrieval(Colours(), BANK), about={"top": 1}, batch=5)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    part = tmp_path / "part.jsonl"
+    part.write_bytes(b"".join(whole.splitlines(True)[:lines]) + b'{"of"')
+    lib.run(SOURCE, str(part), lib.Retrieval(Colours(), BANK), about={"top": 1}, batch=5)
+    assert part.read_bytes() == whole
+    with pytest.raises(UserError, match="made with another about"):
+        lib.run(SOURCE, str(part), lib.Retrieval(Colours(), BANK, top=2), about={"top": 2})
+
+
+def test_pictures_that_cannot_be_read_have_no_caption(tmp_path):
+    records = [square("a red square"), {"image": b"no picture", "texts": ["x"]}, {"texts": ["y"]}, square("a blue square")]
+    source = MemorySource(records)
+    failures = lib.run(source, str(tmp_path / "c.jsonl"), lib.Retrieval(Colours(), BANK), about={})
+    assert failures == {"corrupt image": 1, "no picture": 1}
+    assert captions(source, tmp_path / "c.jsonl") == ["a red square", "", "", "a blue square"]
+    with pytest.raises(UserError, match="none of 1 records in a row has a caption .corrupt image: 1."):
+        lib.run(MemorySource(records[1:2]), str(tmp_path / "none.jsonl"), lib.Retrieval(Colours(), BANK), about={})
+
+
+def test_captions_are_on_one_line(tmp_path):
+    source = MemorySource([square("a red square")] * 3)
+    lib.run(source, str(tmp_path / "c.jsonl"), lambda pictures, of: [" a\ncat => ", ["", " b  c"], "d"], about={})
+    assert captions(source, tmp_path / "c.jsonl") == ["a cat ->", ["b c"], "d"]
+
+
+def test_banks(tmp_path):
+    (tmp_path / "bank.txt").write_text("a cat\n\n a  dog \na cat\n")
+    assert lib.read_bank(str(tmp_path / "bank.txt")) == ["a cat", "a dog"]
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    rows = [{"image": "x.png", "caption": "a cat", "tags": ["x", "y"]}, {"image": "x.png", "caption": "a cat", "tags": ["y", "z"]}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert lib.read_bank(str(tmp_path / "t.jsonl")) == ["a cat"] and lib.read_bank(str(tmp_path / "t.jsonl"), "tags") == ["x", "y", "z"]
+    for bank, field, message in (
+        ("no.txt", "", "--bank=no.txt: cannot be read"),
+        (str(tmp_path / "t.jsonl"), "t", "no text in it in a field 't'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lib.read_bank(bank, field)
+
+
+def test_the_captions_that_come_with_the_package():
+    joined = make_source("emoji?columns=emoji_captions")
+    names = {joined[i]["name"] for i in range(len(joined))}
+    rows = [joined[i] for i in range(0, len(joined), 20)]
+    assert all(row["synthetic"] in names for row in rows)
+    own = np.mean([row["synthetic"] == row["name"] for row in rows])
+    assert 0.5 < own < 0.9, "most are the picture's own name, and not all"
+
+
+def test_the_command_with_a_checkpoint(tmp_path, capsys):
+    train.train(tiny_config("train.steps=1"), tmp_path / "run", lambda line: None)
+    rows = []
+    for i, (text, colour) in enumerate(COLOURS.items()):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "caption": text, "tags": ["red", "blue"]})
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"--source={tmp_path}/t.jsonl", f"--captioner=retrieval:{tmp_path}/run", f"--out={tmp_path}/c.jsonl"]
+    assert lib.main([*arguments, "--bank-field=tags", "--top=2"]) == 0
+    assert "4 records; of the captions made now 0 are empty" in capsys.readouterr().out
+    found = captions(make_source(f"{tmp_path}/t.jsonl"), tmp_path / "c.jsonl")
+    assert [sorted(texts) for texts in found] == [["blue", "red"]] * 4
+    assert lib.main([*arguments, "--top=5"]) == 2
+    assert capsys.readouterr().err == "error: --top=5: must be from 1 to 4, the number of texts in the bank\n"
+
+
+@pytest.mark.parametrize(
+    "captioner, message",
+    [
+        ("blip", "--captioner=blip: allowed are transformers:MODEL and retrieval:CHECKPOINT"),
+        ("retrieval:", "--captioner=retrieval:: allowed are transformers:MODEL and retrieval:CHECKPOINT"),
+        ("transformers:x", "--captioner=transformers:x: transformers is not installed: pip install torch transformers"),
+        ("retrieval:nowhere", "'nowhere'"),
+    ],
+)
+def test_wrong_captioners_are_one_line(tmp_path, capsys, monkeypatch, captioner, message):
+    monkeypatch.setitem(sys.modules, "torch", sys.modules[__name__])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bank.txt").write_text("a cat\n")
+    Image.new("RGB", (4, 4)).save("x.png")
+    (tmp_path / "t.jsonl").write_text('{"image": "x.png", "caption": "a"}\n')
+    assert lib.main(["--source=t.jsonl", "--bank=bank.txt", "--out=c.jsonl", f"--captioner={captioner}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -1,0 +1,352 @@
+"""PyramidCLIP: golden loss and towers, the oracles of its specification, absent regions and tags, meshes, whole runs, wrong input."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_step
+from conftest import REPO, golden_files
+from helpers import TINY, losses
+
+from clip_jax import config, train
+from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.errors import UserError
+from clip_jax.inference import load
+from clip_jax.interop import layouts
+from clip_jax.interop.load import load as load_foreign
+from clip_jax.interop.load import shapes
+from clip_jax.interop.recognize import recognize
+from clip_jax.losses.contrastive import cross_entropy, infonce
+from clip_jax.methods.interface import make_method
+from clip_jax.methods.pyramidclip import TERMS, TEXTS, Options, pyramid_infonce
+from clip_jax.models.common import l2_normalize
+from clip_jax.models.pyramid import LeFF
+from clip_jax.models.transformer import block_init
+from clip_jax.models.two_tower import TwoTower
+
+CONFIG = str(REPO / "configs" / "pyramidclip.py")
+SMALL = [*TINY, "model.image.depth=2", "data.source=emoji*1 + scenes?size=32&objects=2*1"]
+N, SCALE = 8, np.float32(7.0)
+IMAGES = ("global", "local", "regions")
+FEATURES = dict(zip(IMAGES + TEXTS, l2_normalize(jax.random.normal(jax.random.key(0), (6, N, 16))), strict=True))
+
+loss = jax.jit(pyramid_infonce, static_argnames=("softening", "weights"))
+
+
+def setup(*overrides):
+    c = config.load(CONFIG, [*SMALL, *overrides])
+    c = config.resolve(c, make_tokenizer(c.tokenizer))
+    return c, make_method(c)
+
+
+def soft(x, z, softening, keep=None):
+    """The term of two levels, by the formula, over the examples that take part."""
+    x, z = (x, z) if keep is None else (x[keep], z[keep])
+    n = len(x)
+    targets = (1 - softening) * np.eye(n) + softening / (n - 1) * (1 - np.eye(n))
+    return sum(cross_entropy(logits, targets).mean() for logits in (SCALE * x @ z.T, SCALE * z @ x.T)) / 2
+
+
+# The loss
+
+
+@pytest.mark.parametrize("file", golden_files("loss_pyramidclip_soft*.npz"))
+def test_golden_loss_terms_and_gradients(file):
+    g, letters = np.load(file), dict(zip(IMAGES + TEXTS, "GLRTSA", strict=True))
+    o = Options(softening=float(g["alpha"]), cross_global=float(g["lam"]), cross_local=float(g["mu"]))
+    features = {name: jnp.asarray(g[f"feat_{letter}"]) for name, letter in letters.items()}
+    value = jax.value_and_grad(lambda f, scale: pyramid_infonce(f, scale, o.softening, o.weights), argnums=(0, 1), has_aux=True)
+    (found, metrics), (grads, of_scale) = jax.jit(value)(features, g["scale"])
+    np.testing.assert_allclose([found, of_scale], [g["loss"], g["grad_scale"]], rtol=1e-4, atol=1e-5)
+    for image, text in TERMS:
+        np.testing.assert_allclose(metrics[f"loss_{image}_{text}"], g[f"term_{letters[image]}{letters[text]}"], rtol=1e-4, atol=1e-5)
+    for name, letter in letters.items():
+        np.testing.assert_allclose(grads[name], g[f"grad_{letter}"], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_oracle_1_without_softening_and_with_tied_levels_it_is_clip():
+    _, metrics = loss(FEATURES, SCALE, softening=0.0)
+    for image, text in TERMS:
+        np.testing.assert_allclose(metrics[f"loss_{image}_{text}"], infonce(FEATURES[image], FEATURES[text], SCALE)[0], rtol=1e-5)
+    tied = dict.fromkeys(IMAGES, FEATURES["global"]) | dict.fromkeys(TEXTS, FEATURES["text"])
+    for lam, mu in ((1 / 3, 1 / 3), (0.1, 0.7)):
+        value, metrics = loss(tied, SCALE, softening=0.0, weights=Options(cross_global=lam, cross_local=mu).weights)
+        clip, accuracies = infonce(tied["global"], tied["text"], SCALE)
+        np.testing.assert_allclose(value, clip, rtol=1e-5)
+        assert all(metrics[name] == accuracy for name, accuracy in accuracies.items())
+
+
+def test_oracle_2_equal_embeddings_cost_log_n_and_the_minimum_is_the_entropy_of_the_target():
+    equal = dict.fromkeys(FEATURES, jnp.broadcast_to(FEATURES["text"][:1], (N, 16)))
+    for softening in (0.0, 0.2, 0.9):
+        np.testing.assert_allclose(loss(equal, SCALE, softening=softening)[0], np.log(N), rtol=1e-5)
+    apart, gap = dict.fromkeys(FEATURES, jnp.eye(N)), np.log(0.8 * (N - 1) / 0.2)
+    np.testing.assert_allclose([gap, loss(apart, gap)[0]], [3.3322, 0.8896], atol=1e-4)
+    assert min(loss(apart, gap + d)[0] for d in (-0.1, 0.1)) > loss(apart, gap)[0]
+
+
+def test_oracle_3_gradient_of_the_logits_is_softmax_minus_target():
+    logits = 2 * jax.random.normal(jax.random.key(1), (N, N))
+    features = dict.fromkeys(IMAGES, logits) | dict.fromkeys(TEXTS, jnp.eye(N))  # so a similarity is a logit
+    weights = Options(cross_global=0.0, cross_local=0.0).weights
+    found = jax.grad(lambda x: pyramid_infonce(features | {"global": x}, np.float32(1), 0.2, weights)[0])(logits)
+    targets = 0.8 * np.eye(N) + 0.2 / (N - 1) * (1 - np.eye(N))
+    both = (jax.nn.softmax(logits, 1) - targets) / N + (jax.nn.softmax(logits, 0) - targets) / N
+    np.testing.assert_allclose(found, both / 2 / 2, atol=1e-6)  # the mean of two directions, and half of the weight
+
+
+def test_oracle_4_weights_of_the_terms():
+    np.testing.assert_allclose(Options().weights, [1 / 6] * 6)
+    weights = Options(cross_global=0.0, cross_local=0.0).weights
+    grads = jax.jit(jax.grad(lambda f: pyramid_infonce(f, SCALE, 0.2, weights)[0]))(FEATURES)
+    assert {name for name, g in grads.items() if np.any(g)} == {"global", "local", "summary", "text"}
+    np.testing.assert_allclose(
+        loss(FEATURES, SCALE)[0], sum(soft(FEATURES[image], FEATURES[text], 0.2) for image, text in TERMS) / 6, rtol=1e-5
+    )
+
+
+def test_oracle_8_vision_and_language_exchanged_change_nothing():
+    peers = dict(zip(IMAGES, ("summary", "text", "tags"), strict=True))
+    exchanged = {name: FEATURES[other] for a, b in peers.items() for name, other in ((a, b), (b, a))}
+    (value, found), (expected, metrics) = loss(exchanged, SCALE), loss(FEATURES, SCALE)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)  # the crossing terms come in pairs, too
+    np.testing.assert_allclose(found["loss_global_summary"], metrics["loss_global_summary"], rtol=1e-6)
+    np.testing.assert_allclose(found["loss_regions_summary"], metrics["loss_global_tags"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("absent", ["regions", "tags", "both", "all"])
+def test_what_a_picture_lacks_takes_no_part_as_a_negative_either(absent):
+    keep = {name: np.ones(N, bool) for name in ("regions", "tags")}
+    keep["regions"][[0, 5]] = absent == "tags"
+    keep["tags"][[2, 7]] = absent == "regions"
+    if absent == "all":
+        keep = dict.fromkeys(keep, np.zeros(N, bool))
+    value = jax.jit(jax.value_and_grad(lambda f: pyramid_infonce(f | {f"has_{k}": jnp.asarray(x) for k, x in keep.items()}, SCALE)[0]))
+    found, grads = value(FEATURES)
+    expected = [soft(FEATURES[a], FEATURES[b], 0.2, k) if (k := keep.get(a, keep.get(b, np.ones(N, bool)))).any() else 0 for a, b in TERMS]
+    np.testing.assert_allclose(found, sum(expected) / 6, rtol=1e-5)
+    for name, k in keep.items():
+        assert not np.any(grads[name][~k]) and np.isfinite(grads[name]).all()
+
+
+# The towers
+
+
+def golden(folder):
+    model, io = load_foreign(folder), np.load(folder / "io.npz")
+    pictures = {k: io[f"images_{k}_nchw"].transpose(0, 2, 3, 1) for k in "GL"}
+    return model, io, pictures, TwoTower(model.config.model)
+
+
+@pytest.mark.parametrize("folder", golden_files("pyramidclip_*"))
+def test_golden_towers(folder):
+    model, io, pictures, towers = golden(folder)
+    variables = {"params": model.params["img"], "batch_stats": model.extra["batch_stats"]["img"]}
+    np.testing.assert_allclose(model.params["logit_scale"], io["logit_scale"], rtol=1e-6)
+    scale, image, text = np.exp(io["logit_scale"]), jax.jit(towers.image.apply), jax.jit(towers.text.apply)
+    regions, _ = towers.image.apply({"params": model.params["img"]}, None, regions=io["roi_feats"])
+    for found, name in ((image(variables, pictures["G"])[0], "image_G"), (regions, "roi_R")):
+        np.testing.assert_allclose(found, io[f"{name}_unnormalised"], rtol=1e-4, atol=5e-5)
+        np.testing.assert_allclose(l2_normalize(found), io[name], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(l2_normalize(image(variables, pictures["L"])[0]), io["image_L"], rtol=1e-4, atol=1e-5)
+    for k in "TSA":
+        z = text({"params": model.params["txt"]}, io[f"texts_{k}"])[0]
+        np.testing.assert_allclose(scale * l2_normalize(z), io[f"text_{k}_times_scale"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("folder", golden_files("pyramidclip_*"))
+def test_golden_towers_in_training_with_their_statistics(folder):
+    model, io, pictures, towers = golden(folder)
+    variables = {"params": model.params["img"], "batch_stats": model.extra["batch_stats"]["img"]}
+    run = jax.jit(lambda variables, x: towers.image.apply(variables, x, train=True, mutable=["batch_stats"]))
+    for k in "LG":  # in the order in which a step goes
+        (z, _), new = run(variables, pictures[k])
+        np.testing.assert_allclose(l2_normalize(z), io[f"train.image_{k}"], rtol=1e-4, atol=1e-5)
+        variables = variables | new
+    flat = {"/".join(p.key for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(variables["batch_stats"])}
+    entries = recognize(folder).entries(shapes(recognize(folder).config))
+    after = {e.theirs: flat[e.ours[0].removeprefix("extra/batch_stats/img/")] for e in entries if e.ours[0].startswith("extra/")}
+    assert len(after) == len(flat) == sum(name.startswith("bn_after.") for name in io.files)
+    for name, x in after.items():
+        np.testing.assert_allclose(x, io[f"bn_after.{name}"], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("folder", golden_files("pyramidclip_vit"))
+def test_golden_leff(folder):
+    model, g = load_foreign(folder), np.load(folder / "leff_block0.npz")
+    leff = LeFF(256, "quick_gelu", block_init("clip_image", 64, 256, 11))
+    variables = {
+        "params": model.params["img"]["block_0"]["mlp"], "batch_stats": model.extra["batch_stats"]["img"]["block_0"]["mlp"],
+    }  # fmt: skip
+    x = g["x_tokens_first"].swapaxes(0, 1)
+    np.testing.assert_allclose(leff.apply(variables, x), g["y_eval"].swapaxes(0, 1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        leff.apply(variables, x, True, mutable=["batch_stats"])[0], g["y_train"].swapaxes(0, 1), rtol=1e-4, atol=1e-5
+    )
+    grad = jax.grad(lambda x: jnp.mean(leff.apply(variables, x) ** 2))(x)
+    np.testing.assert_allclose(grad, g["grad_x_of_mean_y_squared"].swapaxes(0, 1), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("folder", golden_files("pyramidclip_vit"))
+def test_weights_round_trip_through_the_layout(folder):
+    model, foreign = load_foreign(folder), recognize(folder)
+    tree = {"params": model.params, "extra": model.extra}
+    ours = {"/".join(p.key for p in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    for e in foreign.entries(ours):
+        np.testing.assert_array_equal(e.save(ours).reshape(-1), foreign.tensors[e.theirs].read().reshape(-1), err_msg=e.theirs)
+    layouts.check(foreign.entries(ours), foreign.tensors, ours, foreign.ignored)
+
+
+def test_oracle_6_leff_keeps_the_class_token_and_can_be_silent():
+    leff = LeFF(32, "quick_gelu", block_init("clip_image", 16, 32, 2))
+    x = jax.random.normal(jax.random.key(0), (2, 10, 16))
+    variables = leff.init(jax.random.key(1), x)
+    y = leff.apply(variables, x)
+    assert np.array_equal(y[:, 0], x[:, 0]) and np.abs(y[:, 1:]).min() > 0
+    silent = {**variables, "params": variables["params"] | {"bn3": dict.fromkeys(("scale", "bias"), jnp.zeros(16))}}
+    assert not np.any(leff.apply(silent, x)[:, 1:])
+    with pytest.raises(UserError, match="a square grid of patches, not 8 patches"):
+        leff.apply(variables, x[:, :9])
+
+
+@pytest.fixture(scope="module")
+def tower():
+    """(the image tower, variables, regions)."""
+    c, _ = setup()
+    towers = TwoTower(c.model)
+    variables = towers.image.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))
+    return towers.image, variables, jax.random.normal(jax.random.key(1), (3, 5, c.model.image.region_dim))
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_oracle_5_order_and_padding_of_regions_do_not_matter(tower, kind):
+    image, variables, regions = tower
+    if kind == "resnet":
+        c = config.load(f"{CONFIG}:rn50", ["model.image.layers=(1,1,1,1)", "model.image.width=8", "model.image.size=32"])
+        image, regions = TwoTower(c.copy_and_resolve_references().model).image, jax.random.normal(jax.random.key(1), (3, 5, 2052))
+        variables = image.init(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
+    embed = jax.jit(lambda regions, mask: image.apply({"params": variables["params"]}, None, regions=regions, mask=mask)[0])
+    expected = embed(regions, jnp.ones((3, 5), bool))
+    np.testing.assert_allclose(embed(regions[:, ::-1], jnp.ones((3, 5), bool)), expected, rtol=1e-4, atol=1e-5)
+    padded = jnp.concatenate([regions, 100 * jnp.ones_like(regions[:, :2])], axis=1)
+    np.testing.assert_allclose(embed(padded, jnp.arange(7) < jnp.full((3, 1), 5)), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(embed(padded, jnp.ones((3, 7), bool)) - expected).max() > 1e-2
+
+
+def test_oracle_7_regions_touch_neither_the_first_blocks_nor_statistics(tower):
+    image, variables, regions = tower
+    grads, new = jax.grad(
+        lambda p: (lambda out, new: (jnp.sin(out[0]).sum(), new))(
+            *image.apply({**variables, "params": p}, None, train=True, regions=regions, mutable=["batch_stats"])
+        ),
+        has_aux=True,
+    )(variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, new["batch_stats"], variables["batch_stats"])
+    touched = {name for name, g in grads.items() if any(np.any(x) for x in jax.tree.leaves(g))}
+    assert touched == {"cls", "regions", "ln_pre", "block_1", "ln_post", "proj"}
+
+
+def test_pooling_over_real_words_ignores_padding():
+    c, _ = setup()
+    text, ids = TwoTower(c.model).text, np.array([[7, 8, c.model.text.eot_id, 0, 0, 0], [7, 8, c.model.text.eot_id, 5, 9, 9]], np.int32)
+    variables = text.init(jax.random.key(0), ids)
+    z = text.apply(variables, ids)[0]
+    np.testing.assert_allclose(z[0], z[1], rtol=1e-5)
+    everything = text.clone(pool="max").apply(variables, ids)[0]
+    assert np.abs(everything[0] - everything[1]).max() > 1e-3
+
+
+# The step
+
+
+@pytest.fixture
+def batch(monkeypatch):
+    rng, (c, _) = np.random.default_rng(3), setup()
+    regions = rng.normal(size=(16, 4, c.model.image.region_dim)).astype(np.float32)
+    regions[3], regions[5, 2:] = 0, 0
+    tags = rng.integers(10, 4000, (16, c.model.text.context), np.int32)
+    tags[7] = -1
+    texts = {name: rng.integers(10, 4000, tags.shape, np.int32) for name in ("text", "summary")}
+    images = {name: rng.integers(0, 256, (16, 16, 16, 3), np.uint8) for name in ("image", "local")}
+    monkeypatch.setattr(test_step, "BATCH", {**test_step.BATCH, **images, **texts, "tags": tags, "regions": regions})
+
+
+def test_oracle_g1_a_mesh_and_micro_batches_give_the_result_of_one_device(batch):
+    c, method = setup()
+    expected, state = test_step.run_steps(c, method, None, steps=3, devices=jax.devices()[:1])
+    history, _ = test_step.run_steps(c, method, dict(data=2, fsdp=2, tensor=2), steps=3)
+    names = ("loss", "grad_norm", *(f"loss_{image}_{text}" for image, text in TERMS))
+    for a, b in zip(history, expected, strict=True):
+        for name in names:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-4, err_msg=name)
+    statistics = state.extra["batch_stats"]["img"]["block_0"]["mlp"]["bn1"]
+    assert np.abs(statistics["mean"]).max() > 1e-4
+    # Without LeFF there are no statistics over the batch, and micro-batches change nothing.
+    c, method = setup("model.image.front=0")
+    expected, _ = test_step.run_steps(c, method, None, steps=2, devices=jax.devices()[:1])
+    c.micro_batches = 4
+    history, _ = test_step.run_steps(c, method, None, steps=2, devices=jax.devices()[:1])
+    for a, b in zip(history, expected, strict=True):
+        for name in names:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-4, err_msg=name)
+
+
+# Configurations, whole runs and wrong input
+
+
+#: CLIP's parameters, and more: of nine LeFF with batch norms and 3x3 taps, of the regions' projection and its layer norm.
+MORE = 9 * (4 * 3072 + 2 * 768 + 9 * 3072) + 2052 * 768
+COUNTS = {"b32": 151_277_313 + MORE, "b16": 149_620_737 + MORE, "rn50": 102_007_137 + 2052 * 2048 + 2 * 2048}
+
+
+@pytest.mark.parametrize("variant, parameters", [("", None), ("smoke", None), *COUNTS.items()])
+def test_variants_are_complete(variant, parameters):
+    c = config.load(f"{CONFIG}:{variant}")
+    config.validate(c)
+    c = config.resolve(c, make_tokenizer(c.tokenizer))
+    method = make_method(c)
+    assert set(c.pyramidclip) == {f.name for f in dataclasses.fields(Options)}
+    assert [view.name for view in method.views] == ["image", "local", "text", "summary", "tags", "regions"]
+    if parameters:
+        batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+        params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
+        assert sum(x.size for x in jax.tree.leaves(params)) == parameters
+
+
+def test_a_run_that_was_interrupted_goes_on_the_same_with_its_statistics(tmp_path):
+    def run(name, *overrides):
+        train.train(config.load(CONFIG, [*SMALL, *overrides]), tmp_path / name, lambda line: None)
+        return losses(tmp_path / name), jax.device_get(load(tmp_path / name).extra)
+
+    whole, extra = run("whole", "train.steps=4")
+    run("parts", "train.steps=2")
+    found, after = run("parts", "train.steps=4")
+    assert found == whole and len(whole) == 4 and np.isfinite(list(whole.values())).all()
+    jax.tree.map(np.testing.assert_array_equal, after, extra)
+    z = load(tmp_path / "whole").embed_image(test_step.BATCH["image"])
+    np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["pyramidclip.softening=1"], "pyramidclip.softening=1.0: must be at least 0 and below 1"),
+        (["pyramidclip.cross_global=0.8"], "cross_local=0.33.*: must be at least 0, together at most 1"),
+        (["pyramidclip.regions=0"], "pyramidclip.regions=0: must be at least 1"),
+        (["pyramidclip.tags=()"], r'pyramidclip.tags=\(\): at least one template is needed, such as "{tags}"'),
+        (["model.image.front=2"], "model.image.front=2: of the 2 blocks at least one must be left to regions"),
+        (["model.image.region_dim=100"], "regions of pixels have 192 features, and with their box 196, not 100"),
+        (["pyramidclip.boxes=boxs"], "no record has the field 'boxs' of the view 'regions' .did you mean 'boxes'"),
+        (["pyramidclip.tags={tag}"], "no record has the field 'tag' of a template .did you mean 'tags'"),
+        (["pyramidclip.features=boxes"], r"regions: the field 'boxes' holds an array \[2, 4\], but \[regions, 192\] is needed"),
+    ],
+)
+def test_wrong_input_is_one_line(overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        train.make_parts(config.load(CONFIG, [*SMALL, *overrides]))
+    assert "\n" not in str(error.value)
+    if overrides == ["model.image.front=2"]:
+        with pytest.raises(UserError, match="needs model.image.kind='pyramid_vit' or 'pyramid_resnet', not 'vit'"):
+            make_method(config.load(str(REPO / "configs" / "clip.py"), ["method=pyramidclip"]))

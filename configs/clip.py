@@ -69,7 +69,7 @@ def embedded():
 
 
 def scenes(c):
-    objects = "scenes?objects=2&concepts=24"  # few things: their pairs come back, so that it takes relations to tell scenes apart
+    objects = "scenes?objects=2&concepts=24&pairs=48"  # few pairs: they come back in a batch, and it takes relations to tell them apart
     templates = (*c.data.templates, "{caption}")  # only scenes have captions, only emoji names
     c.data.update(dict(source=f"emoji*1 + {objects}*2", batch_size=128, templates=templates, word_dropout=0.0))
     # No flip, and hardly a crop: left stays left, and all that a caption names stays in the picture.

@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 import sys
 
-from conftest import REPO
+from conftest import COMPILE_FAST, REPO
 
 # A constant learning rate: runs of any length are one program, compiled once.
 TINY = """
@@ -42,5 +42,5 @@ def train_command(workdir, *overrides, config="configs/clip.py"):
 
 def run(command, **kwargs):
     """Runs a command from the repository's root on one CPU device; returns the finished process with its output."""
-    env = {**os.environ, "XLA_FLAGS": "", **kwargs.pop("env", {})}
+    env = {**os.environ, "XLA_FLAGS": COMPILE_FAST, **kwargs.pop("env", {})}
     return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600, **kwargs)

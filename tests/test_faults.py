@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import REPO
+from conftest import COMPILE_FAST, REPO
 from helpers import losses, run, train_command
 
 from clip_jax.training import faults, hosts
@@ -44,7 +44,7 @@ def end(process):
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """In each process that a test starts."""
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", COMPILE_FAST)
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
 
 

@@ -345,7 +345,7 @@ def test_paths_that_hold_no_model(tmp_path):
         load.load(tmp_path / "none.npz")
     assert not recognize.is_foreign(tmp_path)
     save_file({"conv1.weight": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="not a model of open_clip or OpenAI .* its tensors are called conv1.weight"):
+    with pytest.raises(UserError, match="not a model of open_clip, OpenAI or PyramidCLIP .* its tensors are called conv1.weight"):
         clip_jax.load(tmp_path)
     save_file({"vision_model.x": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="config.json has to be beside it"):

@@ -167,6 +167,15 @@ def test_few_objects():
         assert record["caption"] == record["texts"][0] and len(set(record["objects"])) == len(record["objects"])
 
 
+def test_few_pairs():
+    train, test = (make_source("scenes?objects=2&concepts=24&pairs=48", split) for split in ("train", "test"))
+    shown = {tuple(train[i]["objects"]) for i in range(1000)}
+    assert len({frozenset(pair) for pair in shown}) == 48 and len(shown) == 96  # either of the two comes first
+    for i in range(300):
+        record = test[i]
+        assert (tuple(record["objects"]) in shown) == (record["held_out"] == "")
+
+
 def test_the_loader_takes_them(sources):
     views = ImageView("image", 32), TextView("text", 40), TextView("summary", 20, ("{summary}",))
     loader = Loader(sources["train"], views, make_tokenizer("sentencepiece"), batch_size=8, seed=0, threads=0)
@@ -184,6 +193,7 @@ def test_the_loader_takes_them(sources):
         ("scenes?size=8", "train", "size=8 must be at least 32"),
         ("scenes?groups=fods", "train", "no group 'fods'.*groups: activities"),
         ("scenes?groups=component", "train", "groups=component have 2 objects with a short name; at least 24"),
+        ("scenes?concepts=24&pairs=999", "train", "pairs=999: training has 24. pairs of 24 objects"),
         ("scenes?concepts=300", "train", "concepts=300: groups=animals-nature,food-drink have 215 objects"),
         ("scenes", "training", "no split 'training' .did you mean 'train'"),
     ],

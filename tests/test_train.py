@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import REPO
+from conftest import COMPILE_FAST, REPO
 from helpers import losses, run, tiny_config, train_command
 
 from clip_jax import train
@@ -79,7 +79,7 @@ def test_kill_and_resume_is_bit_identical(finished, tmp_path):
 def run_env():
     import os
 
-    return {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "XLA_FLAGS": COMPILE_FAST, "PYTHONUNBUFFERED": "1"}
 
 
 def test_resume_on_another_mesh_goes_on_with_the_same_batches(finished, tmp_path):

@@ -3,7 +3,7 @@
     scenes                                              64 x 64 pixels, 20,000 records a split
     scenes?objects=2-3&size=96&records=50000            numbers of objects, side in pixels, nominal length
     scenes?groups=animals-nature,food-drink,objects     the emoji groups that the objects come from
-    scenes?concepts=24                                  only so many things of these groups: their pairs come back more often
+    scenes?concepts=40                                  only so many things of these groups: their pairs come back more often
 
 Record i of a split is a pure function of i: it is composed when it is read. Splits are `train`, `val` and `test`. Objects of `train` are
 concepts of the emoji set's own `train`. A third of the records of `val` and `test` has objects and pairs of objects as in
@@ -90,6 +90,7 @@ class SceneSource(BaseSource):
         records: int = 20_000,
         groups: Sequence[str] = _GROUPS,
         concepts: int | None = None,
+        pairs: int | None = None,
         name: str = "scenes",
     ):
         super().__init__(name)
@@ -108,7 +109,11 @@ class SceneSource(BaseSource):
                 f"{name}: {given}groups={','.join(groups)} have {known} objects with a short name; at least {_FEWEST} are needed"
             )
         if concepts is not None:
-            self._names = [self._names[i * known // concepts] for i in range(concepts)]
+            self._names = _evenly(self._names, concepts)
+        self._shown = [pair for pair in itertools.combinations(self._names, 2) if _role(*pair) == "train"]
+        if pairs is not None and not 1 <= pairs <= len(self._shown):
+            raise UserError(f"{name}: pairs={pairs}: training has {len(self._shown)} pairs of {len(self._names)} objects")
+        self._shown = _evenly(self._shown, pairs) if pairs else []
         if split != "train":
             self._new = _concepts(tuple(groups), f"{split}_seen_vendor", name)
             self._pairs = [pair for pair in itertools.combinations(self._names, 2) if _role(*pair) == split]
@@ -149,8 +154,9 @@ class SceneSource(BaseSource):
     def _draw_names(self, held_out: str, rng) -> list[str]:
         """Names of the objects in their order; every pair but the one that is asked for is one that training may show."""
         count = int(rng.integers(self._objects[0], self._objects[1] + 1))
-        if held_out == "combination":
-            names = list(self._pairs[rng.integers(len(self._pairs))])
+        pairs = self._pairs if held_out == "combination" else [] if held_out else self._shown
+        if pairs:
+            names = list(pairs[rng.integers(len(pairs))])
         else:
             pool = list(self._new) if held_out else self._names
             names = [pool[rng.integers(len(pool))]]
@@ -158,7 +164,7 @@ class SceneSource(BaseSource):
             name = self._names[rng.integers(len(self._names))]
             if name not in names and all(_role(name, other) == "train" for other in names):
                 names.append(name)
-        if held_out and rng.random() < 0.5:
+        if (held_out or pairs) and rng.random() < 0.5:
             names[:2] = names[1::-1]
         return names
 
@@ -210,6 +216,7 @@ def make_scenes(options: str, split: str, name: str) -> SceneSource:
         "records": (r"\d+", lambda m: int(m[0])),
         "groups": (r".+", lambda m: m[0].split(",")),
         "concepts": (r"\d+", lambda m: int(m[0])),
+        "pairs": (r"\d+", lambda m: int(m[0])),
     }
     given = {}
     for option in filter(None, options.split("&")):
@@ -221,6 +228,11 @@ def make_scenes(options: str, split: str, name: str) -> SceneSource:
             raise UserError(f"{name}: cannot read {option}; options are written as in {_EXAMPLE}")
         given[key] = read(match)
     return SceneSource(split, **given, name=name)
+
+
+def _evenly(items: list, count: int) -> list:
+    """`count` of them, evenly spaced."""
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 @functools.cache

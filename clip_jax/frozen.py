@@ -71,7 +71,8 @@ class EfficientNetLite0(HashedWords):
     """
 
     tower = EfficientNetLite(224, 0)
-    size, image_dim = tower.size, tower.width
+    image_dim = tower.width
+    size = property(lambda self: self.tower.size)
 
     def __init__(self, path):
         self.path = path

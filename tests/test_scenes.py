@@ -193,7 +193,7 @@ def test_the_loader_takes_them(sources):
         ("scenes?size=8", "train", "size=8 must be at least 32"),
         ("scenes?groups=fods", "train", "no group 'fods'.*groups: activities"),
         ("scenes?groups=component", "train", "groups=component have 2 objects with a short name; at least 24"),
-        ("scenes?concepts=24&pairs=999", "train", "pairs=999: training has 24. pairs of 24 objects"),
+        ("scenes?concepts=24&pairs=999", "train", "pairs=999: training has 251 pairs of 24 objects"),
         ("scenes?concepts=300", "train", "concepts=300: groups=animals-nature,food-drink have 215 objects"),
         ("scenes", "training", "no split 'training' .did you mean 'train'"),
     ],

@@ -279,7 +279,7 @@ def test_oracle_g1_a_mesh_and_micro_batches_give_the_result_of_one_device(batch)
     history, _ = test_step.run_steps(c, method, dict(data=2, fsdp=2, tensor=2), steps=2)
     terms = ("loss", *(f"loss_{image}_{text}" for image, text in TERMS))
     compare(history, expected, terms)
-    # Of the first step alone: Adam makes steps of rounding, and then batch norm and the maximum over words have other gradients, not values.
+    # Of the first step alone: Adam makes steps of rounding, after which batch norm and the maximum over words have other gradients.
     compare(history[:1], expected[:1], ("grad_norm",))
     statistics = state.extra["batch_stats"]["img"]["block_0"]["mlp"]["bn1"]
     assert np.abs(statistics["mean"]).max() > 1e-4

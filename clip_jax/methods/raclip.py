@@ -142,7 +142,7 @@ class RaClip:
         params, extra = base.init(rng, batch)
         z, images, texts = (jnp.zeros(shape) for shape in ((1, self.config.model.embed_dim), (1, 1, dims["image"]), (1, 1, dims["text"])))
         params["ram"] = self.ram.init(jax.random.fold_in(rng, 1), z, images, texts, jnp.ones((1, 1), bool))["params"]
-        rows = -(-o.bank_size // _AT_ONCE) * _AT_ONCE
+        rows = -(-max(o.bank_size, o.k) // _AT_ONCE) * _AT_ONCE  # without data, as for clip_jax.compile, the size is not known
         bank = {name: jnp.zeros((rows, dim)) for name, dim in dims.items()} | {"count": jnp.zeros((), jnp.int32)}
         extra = extra | {"bank": bank, "encoder": self.encoder.variables()}
         if o.retrieval == "cached":

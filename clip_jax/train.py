@@ -66,7 +66,7 @@ def make_parts(config):
     """``(config, source, tokenizer, method)``, checked, without touching a device; raises UserError."""
     from clip_jax import evaluate
     from clip_jax.data.loader import check_source
-    from clip_jax.data.sources import make_source
+    from clip_jax.data.sources import configured_source
     from clip_jax.data.tokenizers import make_tokenizer
     from clip_jax.methods import interface
 
@@ -75,7 +75,7 @@ def make_parts(config):
         evaluate.parse_task(task)
     tokenizer = make_tokenizer(config.tokenizer)
     config, data = config_lib.resolve(config, tokenizer), config.data
-    source = make_source(data.source, data.split, image=data.image or None, text=data.text or None, label=data.label or None)
+    source = configured_source(data)
     config = interface.resolve(config, source)
     method = interface.make_method(config)
     check_source(source, method.views, tokenizer, data.batch_size, data.sampling == "one_source")

@@ -14,7 +14,6 @@ OUT has one line a record with the field `synthetic`, a text, or with --top=K a 
 for a picture that cannot be read. The same command goes on where it stopped.
 """
 
-import argparse
 import functools
 import sys
 from collections import Counter
@@ -24,12 +23,14 @@ from pathlib import Path
 from PIL import Image
 
 from clip_jax.data import decode
+from clip_jax.data.command import open_source, source_parser
 from clip_jax.data.filter import records
 from clip_jax.data.language_models import import_transformers
 from clip_jax.data.rewrite import listed, one_line, write_texts
 from clip_jax.data.sources import BadRecord, Record, Source, make_source
 from clip_jax.data.views import rewrites_of
 from clip_jax.errors import UserError
+from clip_jax.training import faults
 
 #: `(pictures, records) -> captions`, of each picture a text or a list of texts.
 Captioner = Callable[[Sequence[Image.Image], Sequence[Record]], Sequence[str | list[str]]]
@@ -150,16 +151,7 @@ def _clean(caption: str | list[str]) -> str | list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 after a one-line error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_jax.data.caption",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--source", required=True, help="any source of clip_jax.data.sources")
-    parser.add_argument("--split", default="train", help="split of the source (default: train)")
-    parser.add_argument("--image", help="field of the picture, where its name is unusual")
-    parser.add_argument("--text", help="field of the caption, where its name is unusual; as in training")
+    parser = source_parser("clip_jax.data.caption", __doc__, ("image", "text"))
     parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the columns")
     parser.add_argument("--captioner", required=True, help="transformers:MODEL | retrieval:CHECKPOINT")
     parser.add_argument("--prompt", default="", help="what captions begin with, for transformers")
@@ -170,18 +162,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--exclude-own", action="store_true", help="of the bank not those texts that the record has itself")
     parser.add_argument("--batch", type=int, default=256, help="records at a time (default: 256)")
     args = parser.parse_args(argv)
-    try:
-        source = make_source(args.source, args.split, image=args.image, text=args.text)
-        bank = functools.partial(read_bank, args.bank or args.source, args.bank_field, args.bank_split)
-        own = (lambda record: [*_texts(record, ""), *_texts(record, args.bank_field)]) if args.exclude_own else None
-        captioner = make_captioner(args.captioner, bank, args.top, own, args.prompt)
-        names = ("captioner", "prompt", "bank", "bank_field", "bank_split", "top", "exclude_own")
-        failures = run(source, args.out, captioner, about={name: getattr(args, name) for name in names}, batch=args.batch)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return faults.command(lambda: _main(args))
+
+
+def _main(args):
+    source = open_source(args)
+    bank = functools.partial(read_bank, args.bank or args.source, args.bank_field, args.bank_split)
+    own = (lambda record: [*_texts(record, ""), *_texts(record, args.bank_field)]) if args.exclude_own else None
+    captioner = make_captioner(args.captioner, bank, args.top, own, args.prompt)
+    names = ("captioner", "prompt", "bank", "bank_field", "bank_split", "top", "exclude_own")
+    failures = run(source, args.out, captioner, about={name: getattr(args, name) for name in names}, batch=args.batch)
     print(f"{args.out}: {len(source):,} records; of the captions made now {failures.total():,} are empty. {listed(failures)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ their case and punctuation; words are runs of letters and digits, with apostroph
 or none. Unsafe pictures are found by a field of the records, which somebody else's classifier has filled.
 """
 
-import argparse
 import array
 import collections
 import contextlib
@@ -35,8 +34,10 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data import decode
+from clip_jax.data.command import open_source, source_parser
 from clip_jax.data.sources import BadRecord, Record, Source, make_source, near
 from clip_jax.errors import UserError
+from clip_jax.training import faults
 
 TEXTS = 64  # of a record: as many bits as the index has for them
 _CHUNK = 4096  # records that are read ahead
@@ -510,31 +511,23 @@ def _flag(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 after a one-line error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_jax.data.filter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--source", required=True, help="any source of clip_jax.data.sources")
+    parser = source_parser("clip_jax.data.filter", __doc__, ("image", "text", "label"))
     parser.add_argument("--out", required=True, help="folder for the index and the report")
-    parser.add_argument("--split", default="train", help="split of the source (default: train)")
-    for name in ("image", "text", "label"):
-        parser.add_argument(f"--{name}", help=f"field of the {name}, where its name is unusual")
     parser.add_argument("--exclude", action="append", default=[], metavar="SOURCE[:SPLIT]", help="a test set; may be given several times")
     meanings = {threshold: f"{rule}: removes {meaning}" for rule, (threshold, meaning) in RULES.items() if threshold}
     for field in dataclasses.fields(Rules):
         help_text = f"{meanings[field.name]} (default: {field.default or 'off'})"
         parser.add_argument(_flag(field.name), type=type(field.default), default=field.default, metavar="N", help=help_text)
     args = parser.parse_args(argv)
-    try:
-        rules = Rules(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Rules)})
-        source = make_source(args.source, args.split, image=args.image, text=args.text, label=args.label)
-        exclude = [make_source(*spec.rsplit(":", 1)) if re.search(r"\w:\w+$", spec) else make_source(spec) for spec in args.exclude]
-        for line in describe(run(source, args.out, rules, exclude)):
-            print(line)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return faults.command(lambda: _main(args))
+
+
+def _main(args):
+    rules = Rules(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Rules)})
+    exclude = [make_source(*spec.rsplit(":", 1)) if re.search(r"\w:\w+$", spec) else make_source(spec) for spec in args.exclude]
+    for line in describe(run(open_source(args), args.out, rules, exclude)):
+        print(line)
     print(f"\nindex: {args.out}; train on it with --config.data='{args.source}?index={args.out}'")
-    return 0
 
 
 if __name__ == "__main__":

@@ -285,7 +285,9 @@ class _Batches(abc.ABC):
 
     def _check_templates(self) -> None:
         """A field that no record among some has is a mistake; in JSON a record need not have all fields."""
-        wanted = {field: view for view in self.views for field in getattr(view, "fields", ())}
+        wanted = {}
+        for view in self.views:
+            wanted |= getattr(view, "fields", {})
         for example_id in range(min(len(self.source), _PROBED)):
             if wanted.keys() <= self._fields:
                 return
@@ -294,12 +296,8 @@ class _Batches(abc.ABC):
             except BadRecord:
                 continue
         for field in sorted(wanted.keys() - self._fields):
-            view = wanted[field]
-            what = "a template" if isinstance(view, TextView) else f"the view {view.name!r}"
-            if field in getattr(view, "rewrites", ()):
-                what = "data.rewrites"
             raise UserError(
-                f"{self.source.name}: no record has the field {field!r} of {what}{near(field, self._fields)}; "
+                f"{self.source.name}: no record has the field {field!r} of {wanted[field]}{near(field, self._fields)}; "
                 f"fields: {', '.join(sorted(self._fields))}"
             )
 

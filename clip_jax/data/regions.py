@@ -9,7 +9,6 @@ float32 [COUNT, 4], rows of zeros where a picture has fewer regions. A picture t
 picture without regions, and is counted.
 """
 
-import argparse
 import itertools
 import sys
 from collections import Counter
@@ -18,11 +17,13 @@ from collections.abc import Callable
 import numpy as np
 
 from clip_jax.data import columns, decode
+from clip_jax.data.command import open_source, source_parser
 from clip_jax.data.filter import records
 from clip_jax.data.rewrite import listed
-from clip_jax.data.sources import BadRecord, Record, Source, make_source, near
+from clip_jax.data.sources import BadRecord, Record, Source, near
 from clip_jax.data.views import read_boxes
 from clip_jax.errors import UserError
+from clip_jax.training import faults
 
 _PROBED = 64  # records among which one has to have the field of boxes
 
@@ -100,16 +101,7 @@ def _crops(record: Record | BadRecord, field: str, grid: int, count: int, size: 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 after a one-line error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_jax.data.regions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--source", required=True, help="any source of clip_jax.data.sources")
-    parser.add_argument("--split", default="train", help="split of the source (default: train)")
-    parser.add_argument("--image", help="field of the picture, where its name is unusual")
-    parser.add_argument("--text", help="field of the caption, where its name is unusual; as in training")
+    parser = source_parser("clip_jax.data.regions", __doc__, ("image", "text"))
     parser.add_argument("--encoder", required=True, help="pixels, efficientnet_lite0 or a work folder: docs/retrieval.md")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the columns")
     parser.add_argument("--boxes", default="boxes", help="field of the boxes (default: boxes)")
@@ -117,22 +109,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=10, help="regions of a picture, at most (default: 10, the paper's)")
     parser.add_argument("--batch", type=int, default=256, help="regions at a time (default: 256)")
     args = parser.parse_args(argv)
-    try:
-        if min(args.count, args.batch) < 1 or args.grid < 0:
-            raise UserError(f"--count={args.count} and --batch={args.batch} must be at least 1, --grid={args.grid} at least 0")
-        source = make_source(args.source, args.split, image=args.image, text=args.text)
-        from clip_jax import config, frozen
-        from clip_jax.training.sharding import make_mesh
+    return faults.command(lambda: _main(args))
 
-        encoder = frozen.make_encoder(args.encoder, frozen.stored_config(args.encoder))
-        weights = encoder.load(make_mesh(config.base().mesh))
-        options = {name: getattr(args, name) for name in ("boxes", "grid", "count")}
-        failures = run(source, args.out, encoder, weights, batch=args.batch, about={"encoder": args.encoder, **options}, **options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def _main(args):
+    if min(args.count, args.batch) < 1 or args.grid < 0:
+        raise UserError(f"--count={args.count} and --batch={args.batch} must be at least 1, --grid={args.grid} at least 0")
+    source = open_source(args)
+    from clip_jax import config, frozen
+    from clip_jax.training.sharding import make_mesh
+
+    encoder = frozen.make_encoder(args.encoder, frozen.stored_config(args.encoder))
+    weights = encoder.load(make_mesh(config.base().mesh))
+    options = {name: getattr(args, name) for name in ("boxes", "grid", "count")}
+    failures = run(source, args.out, encoder, weights, batch=args.batch, about={"encoder": args.encoder, **options}, **options)
     print(f"{args.out}: {len(source):,} records, {failures.total():,} of them without regions. {listed(failures)}")
-    return 0
 
 
 if __name__ == "__main__":

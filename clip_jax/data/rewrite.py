@@ -24,7 +24,6 @@ OUT has one line a record with the field `rewrites`, the rewrites of its first c
 second, and a check of the captions. The same command goes on where it stopped.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -36,11 +35,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from clip_jax.data.columns import TextWriter
+from clip_jax.data.command import open_source, source_parser
 from clip_jax.data.filter import records
 from clip_jax.data.language_models import KINDS, NoAnswer, Request, Sampling, make_language_model
-from clip_jax.data.sources import BadRecord, Record, Source, make_source
+from clip_jax.data.sources import BadRecord, Record, Source
 from clip_jax.data.views import rewrites_of
 from clip_jax.errors import UserError
+from clip_jax.training import faults
 
 FAMILIES = ("chatgpt", "bard", "coco", "human")
 DEMONSTRATIONS = Path(__file__).parent / "rewrite_demonstrations.json"
@@ -215,15 +216,7 @@ def listed(reasons: Counter) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 after a one-line error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_jax.data.rewrite",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--source", required=True, help="any source of clip_jax.data.sources")
-    parser.add_argument("--split", default="train", help="split of the source (default: train)")
-    parser.add_argument("--text", help="field of the caption, where its name is unusual; as in training")
+    parser = source_parser("clip_jax.data.rewrite", __doc__, ("text",))
     parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the columns")
     parser.add_argument("--llm", required=True, help=" | ".join(KINDS))
     parser.add_argument("--families", default=",".join(FAMILIES), help="whose demonstrations, one rewrite each (default: all four)")
@@ -235,19 +228,18 @@ def main(argv: list[str] | None = None) -> int:
     for field, value in vars(Sampling()).items():
         parser.add_argument("--" + field.replace("_", "-"), type=type(value), default=value, help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        sampling = Sampling(args.temperature, args.top_p, args.max_tokens)
-        llm = make_language_model(args.llm, sampling, args.timeout)
-        source = make_source(args.source, args.split, text=args.text)
-        failures = run(
-            source, args.out, llm, name=args.llm, families=args.families.split(","), seed=args.seed, batch=args.batch,
-            words=args.words.split(","), demonstrations=args.demonstrations, about=vars(sampling) if args.llm != "offline" else {},
-        )  # fmt: skip
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return faults.command(lambda: _main(args))
+
+
+def _main(args):
+    sampling = Sampling(args.temperature, args.top_p, args.max_tokens)
+    llm = make_language_model(args.llm, sampling, args.timeout)
+    source = open_source(args)
+    failures = run(
+        source, args.out, llm, name=args.llm, families=args.families.split(","), seed=args.seed, batch=args.batch,
+        words=args.words.split(","), demonstrations=args.demonstrations, about=vars(sampling) if args.llm != "offline" else {},
+    )  # fmt: skip
     print(f"{args.out}: {len(source):,} records; of the rewrites made now {failures.total():,} are empty. {listed(failures)}")
-    return 0
 
 
 if __name__ == "__main__":

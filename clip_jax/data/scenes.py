@@ -101,7 +101,7 @@ class SceneSource(BaseSource):
         if size < 32 or records < 1:
             raise UserError(f"{name}: size={size} must be at least 32, and records={records} at least 1")
         self._split, self._objects, self._size, self._records = split, objects, size, records
-        self._known, self._new, self._pairs = _concepts(tuple(groups), "train", name), {}, []
+        self._known, self._new, self._pairs, self._shown = _concepts(tuple(groups), "train", name), {}, [], []
         self._names, known = list(self._known), len(self._known)
         if known < _FEWEST or concepts is not None and not _FEWEST <= concepts <= known:
             given = "" if concepts is None else f"concepts={concepts}: "
@@ -110,16 +110,20 @@ class SceneSource(BaseSource):
             )
         if concepts is not None:
             self._names = _evenly(self._names, concepts)
-        self._shown = [pair for pair in itertools.combinations(self._names, 2) if _role(*pair) == "train"]
-        if pairs is not None and not 1 <= pairs <= len(self._shown):
-            raise UserError(f"{name}: pairs={pairs}: training has {len(self._shown)} pairs of {len(self._names)} objects")
-        self._shown = _evenly(self._shown, pairs) if pairs else []
+        if pairs is not None:
+            every = self._pairs_of("train")
+            if not 1 <= pairs <= len(every):
+                raise UserError(f"{name}: pairs={pairs}: training has {len(every)} pairs of {len(self._names)} objects")
+            self._shown = _evenly(every, pairs)
         if split != "train":
             self._new = _concepts(tuple(groups), f"{split}_seen_vendor", name)
-            self._pairs = [pair for pair in itertools.combinations(self._names, 2) if _role(*pair) == split]
+            self._pairs = self._pairs_of(split)
             if not self._new or not self._pairs:
                 raise UserError(f"{name}: groups={','.join(groups)} hold out no objects for {split!r}, or no pairs of objects")
         self._pictures: dict[tuple[str, int, int], Image.Image] = {}
+
+    def _pairs_of(self, split: str) -> list[tuple[str, str]]:
+        return [pair for pair in itertools.combinations(self._names, 2) if _role(*pair) == split]
 
     def __len__(self) -> int:
         return self._records

@@ -253,14 +253,20 @@ def _names_by_concept(folder: str) -> dict[str, dict[str, str]]:
 class MixtureSource(BaseSource):
     """Several sources side by side; the loader draws from them in proportion to `weights`. Records gain `source_id`.
 
-    The classes are those of all sources; classes of one name are one class.
+    The classes are those of all sources; classes of one name are one class. Of a mixture among them the sources are taken, with its weight
+    divided among them by theirs.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
-        super().__init__(" + ".join(f"{s.name}*{w:g}" for s, w in zip(sources, weights, strict=True)))
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], name: str | None = None):
+        super().__init__(name or " + ".join(f"{s.name}*{w:g}" for s, w in zip(sources, weights, strict=True)))
         if not sources or min(weights) <= 0:
             raise UserError(f"mixture {self.name!r}: weights must be positive")
-        self.sources, self.weights = list(sources), list(weights)
+        self.sources, self.weights = [], []
+        for source, weight in zip(sources, weights, strict=True):
+            inner = isinstance(source, MixtureSource)
+            self.sources += source.sources if inner else [source]
+            self.weights += [weight * w / sum(source.weights) for w in source.weights] if inner else [weight]
+        sources = self.sources
         self.broken = sum((Counter(s.broken) for s in sources), Counter())
         self._ends = list(itertools.accumulate(len(s) for s in sources))
         if any(s.class_names is not None for s in sources):
@@ -638,6 +644,11 @@ def make_source(
     if os.path.exists(path):
         raise UserError(f"{spec}: not a kind of data that is known; use .tar, .array_record, .csv, .tsv, .jsonl or a folder")
     raise UserError(f"{spec}: no such file or folder{near(spec, known)}; embedded sets: {', '.join(known)}")
+
+
+def configured_source(data: Mapping[str, Any], spec: str = "") -> Source:
+    """The source of the section `config.data`, or another one that is read as the section says; raises UserError as `make_source` does."""
+    return make_source(spec or data["source"], data["split"], **{name: data[name] or None for name in ("image", "text", "label")})
 
 
 def _expand(pattern: str) -> list[str]:

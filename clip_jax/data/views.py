@@ -90,9 +90,9 @@ class TextView:
     dtype = np.dtype(np.int32)
 
     @property
-    def fields(self) -> frozenset[str]:
-        """The record fields that the templates and rewrites name."""
-        return _fields(self.templates) | frozenset(self.rewrites)
+    def fields(self) -> dict[str, str]:
+        """The record fields that are read by their name, and what names them."""
+        return dict.fromkeys(_fields(self.templates), "a template") | dict.fromkeys(self.rewrites, "data.rewrites")
 
     def caption(self, record: Record, rng: np.random.Generator | None) -> str:
         """The caption as text; raises BadRecord when no usable one is there."""
@@ -232,27 +232,27 @@ class RegionView:
         return (self.count, self.width)
 
     @property
-    def fields(self) -> frozenset[str]:
-        """The record fields that are read."""
-        return frozenset({self.boxes, self.features} - {"pixels"})
+    def fields(self) -> dict[str, str]:
+        """As of `TextView`."""
+        return dict.fromkeys({self.boxes, self.features} - {"pixels"}, f"the view {self.name!r}")
 
     def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer=None) -> np.ndarray:
         """Raises BadRecord for a box that is nowhere in the picture, and UserError for arrays of another shape."""
-        rows, given = np.zeros(self.shape, np.float32), _read_rows(record, self.boxes, 4)[: self.count]
-        real = given.any(1)
+        rows, given = np.zeros(self.shape, np.float32), _read_rows(record, self.boxes, 4)
+        real = given[: self.count].any(1)
         if not real.any():
             return rows
         image = decode.open_image(record["image"])
-        boxes = read_boxes(record, self.boxes, image.size)[: real.sum()]
+        boxes = _cut_boxes(given, image.size)[: real.sum()]
         if self.features == "pixels":
             image = decode.flatten(decode.load(image))
             crops = [image.resize((8, 8), Image.Resampling.BOX, tuple(box)) for box in boxes.tolist()]
             features = np.stack([np.asarray(crop, np.float32).reshape(-1) for crop in crops]) / 127.5 - 1
         else:
             features = _read_rows(record, self.features, self.width - 4)[: self.count]
-            if len(features) < len(given):
+            if len(features) < len(real):
                 raise BadRecord("fewer features than regions")
-            features = features[: len(given)][real]
+            features = features[: len(real)][real]
         rows[: len(boxes)] = np.concatenate([features, boxes / (image.size * 2)], axis=1)
         return rows
 
@@ -262,8 +262,11 @@ def read_boxes(record: Record, field: str, size: tuple[int, int]) -> np.ndarray:
 
     Raises BadRecord for one of which nothing is left, and UserError for an array of another shape.
     """
-    boxes = _read_rows(record, field, 4)
-    boxes = np.clip(boxes[boxes.any(1)], 0, np.array(size * 2, np.float32))
+    return _cut_boxes(_read_rows(record, field, 4), size)
+
+
+def _cut_boxes(rows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    boxes = np.clip(rows[rows.any(1)], 0, np.array(size * 2, np.float32))
     if not (boxes[:, 2:] > boxes[:, :2]).all():
         raise BadRecord("region outside of its picture")
     return boxes

@@ -142,24 +142,19 @@ def open_clip_of_weights(shapes, act, heads):
     text["heads"] = heads[1] if heads else text["width"] // 64
     text["mlp_ratio"] = _ratio(shapes["transformer.resblocks.0.mlp.c_fc.weight"])
     if "visual.proj" in shapes:
-        width, _, patch, _ = shapes["visual.conv1.weight"].shape
-        grid = math.isqrt(shapes["visual.positional_embedding"].shape[0] - 1)
+        width, patch, size = _vit_sizes(shapes)
         if heads and width % heads[0]:
             raise UserError(f"--heads={heads[0]},{heads[1]}: {heads[0]} heads do not divide the width of the image tower, {width}")
         vision = {
             "width": width,
             "layers": _count(shapes, r"visual\.transformer\.resblocks\.(\d+)\."),
             "patch_size": patch,
-            "image_size": patch * grid,
+            "image_size": size,
             "head_width": width // heads[0] if heads else HEAD_WIDTHS.get(width, 64),
             "mlp_ratio": _ratio(shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
         }
     else:
-        vision = {
-            "layers": [_count(shapes, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4)],
-            "width": shapes["visual.layer1.0.conv1.weight"].shape[0],
-            "image_size": 32 * math.isqrt(shapes["visual.attnpool.positional_embedding"].shape[0] - 1),
-        }
+        vision = dict(zip(("layers", "width", "image_size"), _resnet_sizes(shapes), strict=True))
     for which, fields in (("image", vision), ("text", text)):
         if not heads and (fields["width"] % 64 or fields["width"] < 512) and isinstance(fields["layers"], int):
             raise UserError(f"how many heads the {which} tower of width {fields['width']} has cannot be told: give --heads=IMAGE,TEXT")
@@ -188,21 +183,32 @@ def pyramidclip(shapes, heads=(None, None)):
     c = _start("pyramidclip", shapes["text_projection"].shape[1])
     front = 0
     if "visual.proj_pre" in shapes:
-        width, _, patch, _ = shapes["visual.conv1.weight"].shape
+        width, patch, size = _vit_sizes(shapes)
         front, fields = tower("visual.", width, heads[0])
-        size = patch * math.isqrt(shapes["visual.positional_embedding"].shape[0] - 1)
         region_dim = shapes["visual.proj_pre"].shape[0]
         c.model.image = dict(fields, kind="pyramid_vit", size=size, patch=patch, front=front, region_dim=region_dim)
     else:
-        layers = tuple(_count(shapes, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
-        size = 32 * math.isqrt(shapes["visual.attnpool.positional_embedding"].shape[0] - 1)
-        region_dim, width = shapes["visual.attnpool.proj_pre"].shape[0], shapes["visual.layer1.0.conv1.weight"].shape[0]
-        c.model.image = dict(kind="pyramid_resnet", size=size, layers=layers, width=width, region_dim=region_dim)
+        layers, width, size = _resnet_sizes(shapes)
+        region_dim = shapes["visual.attnpool.proj_pre"].shape[0]
+        c.model.image = dict(kind="pyramid_resnet", size=size, layers=tuple(layers), width=width, region_dim=region_dim)
     text_front, fields = tower("", shapes["ln_final.weight"].shape[0], heads[1])
     context, (vocab, _) = shapes["positional_embedding"].shape[0], shapes["token_embedding.weight"].shape
     c.model.text = dict(fields, kind="transformer", context=context, vocab_size=vocab, eot_id=vocab - 1, pool="max", causal=True)
     c.pyramidclip = config_lib.ConfigDict(dataclasses.asdict(Options()))
     return c, (front, text_front)
+
+
+def _vit_sizes(shapes):
+    """``(width, patch size, pixels of a side)`` of the ViT of OpenAI's layout."""
+    width, _, patch, _ = shapes["visual.conv1.weight"].shape
+    return width, patch, patch * math.isqrt(shapes["visual.positional_embedding"].shape[0] - 1)
+
+
+def _resnet_sizes(shapes):
+    """``(blocks of each layer, width, pixels of a side)`` of the ModifiedResNet of OpenAI's layout."""
+    layers = [_count(shapes, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4)]
+    side = math.isqrt(shapes["visual.attnpool.positional_embedding"].shape[0] - 1)
+    return layers, shapes["visual.layer1.0.conv1.weight"].shape[0], 32 * side
 
 
 def _ratio(weight):

@@ -21,12 +21,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax.data.filter import image_key, records
-from clip_jax.data.sources import BadRecord, make_source
+from clip_jax.data.sources import BadRecord, configured_source
 from clip_jax.errors import UserError
 from clip_jax.frozen import make_encoder, stored_config
-from clip_jax.losses.contrastive import infonce
 from clip_jax.losses.neighbors import take, top_k
-from clip_jax.methods.interface import read_options, two_tower_method
+from clip_jax.methods import clip
+from clip_jax.methods.interface import read_options
 from clip_jax.models.common import BATCH_AXES, l2_normalize
 from clip_jax.models.retrieval import OUT_INITS, RetrievalAugmentation
 from clip_jax.models.two_tower import TwoTower
@@ -85,7 +85,7 @@ def resolve(config, source):
     o, data = read_options(config, "raclip", Options), config.data
     if not o.reference:
         raise UserError("raclip.reference is empty: name the held-out pairs, such as 'DATA?part=record:1/10', and train on the rest")
-    reference = make_source(o.reference, data.split, image=data.image or None, text=data.text or None, label=data.label or None)
+    reference = configured_source(data, o.reference)
     if o.k > len(reference):
         raise UserError(f"raclip.k={o.k}, but raclip.reference={o.reference!r} has {len(reference):,} records")
     known = {_key(record): index for index, record in _spread(reference, _CHECKED[1])}
@@ -115,14 +115,13 @@ def _key(record):
 
 def make(config):
     """The RA-CLIP method of a configuration; raises UserError for options, towers or an encoder that cannot be."""
-    raclip = RaClip(config)
-    base = two_tower_method(config, ("logit_scale",), raclip.loss)
-    fields = ("init", "encode", "constrain", "embed_image", "fill")
+    raclip, base = RaClip(config), clip.make(config)
+    fields = ("init", "encode", "embed_image", "fill")
     return dataclasses.replace(base, **{name: functools.partial(getattr(raclip, name), base) for name in fields})
 
 
 class RaClip:
-    """The functions of the method; ``base`` is the same of two towers without retrieval.
+    """What is not CLIP's; ``base`` is the method without retrieval.
 
     Parameters beside the towers' and ``logit_scale``: ``ram``; ``extra``: ``bank``, ``encoder`` and, of cached neighbours, ``neighbors``.
     """
@@ -177,18 +176,9 @@ class RaClip:
         cosines, numbers = top_k(self.encoder.embed_image(encoder, images), bank["image"], o.k, bank["count"], o.approximate)
         return numbers, jnp.isfinite(cosines) & (cosines <= o.skip_above)
 
-    def loss(self, params, extra, features, batch, rng):
-        scale = jnp.exp(params["logit_scale"])
-        value, metrics = infonce(features["image"], features["text"], scale)
-        return value, {**metrics, "logit_scale": scale}
-
-    def constrain(self, base, params):
-        return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0.0, self.config.model.logit_scale_max)}
-
     def fill(self, base, extra, source, mesh):
         """``extra`` of a new run with the reference set's features, the encoder's weights and the cached neighbours, as NumPy arrays."""
-        o, data = self.options, self.config.data
-        reference = make_source(o.reference, data.split, image=data.image or None, text=data.text or None, label=data.label or None)
+        o, reference = self.options, configured_source(self.config.data, self.options.reference)
         weights, parts = self.encoder.load(mesh), {"image": [], "text": []}
         whole, spread = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (BATCH_AXES,)))  # each host needs all results
         embed = jax.jit(self.encoder.embed_image, out_shardings=whole)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from clip_jax.models.common import BatchNorm, drop, shard_batch
 from clip_jax.models.conv import Conv
-from clip_jax.models.transformer import REMAT, project
+from clip_jax.models.transformer import project, rematerialized
 
 #: Stages of B0 as (channels, blocks, kernel, stride, expansion); the coefficients scale channels and blocks.
 STAGES = ((16, 1, 3, 1, 1), (24, 2, 3, 2, 6), (40, 2, 5, 2, 6), (80, 3, 3, 2, 6), (112, 3, 5, 1, 6), (192, 4, 5, 2, 6), (320, 1, 3, 1, 6))
@@ -103,7 +103,7 @@ class EfficientNet(nn.Module):
     def __call__(self, images, train=False, keys=None):
         x = conv(images.astype(self.dtype), scaled(STEM, self.width_coefficient), 3, 2, self.padding, self.dtype, "stem_conv")
         x = self.act(BatchNorm(0.99, 1e-3, self.bn_group, self.dtype, name="stem_bn")(x, train))
-        block = self.block if self.remat == "none" else nn.remat(self.block, static_argnums=2, policy=REMAT[self.remat])
+        block = rematerialized(self.block, self.remat, static_argnums=2)
         repeats = [math.ceil(blocks * self.depth_coefficient) for _, blocks, *_ in self.stages]
         i = 0
         for (channels, _, size, stride, expansion), blocks in zip(self.stages, repeats, strict=True):

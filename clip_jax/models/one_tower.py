@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.errors import UserError
-from clip_jax.models.common import ACTIVATIONS, torch_conv
+from clip_jax.models.common import ACTIVATIONS
 from clip_jax.models.transformer import WEIGHT_INITS, Block, apply_blocks, block_init
-from clip_jax.models.vit import ConvStem, PatchEmbed, patches
+from clip_jax.models.vit import embed_patches, patches
 
 #: Who attends to whom on the sequence [CLS, patches, CLS, words], in the notation of OneR, F(queries | keys and values):
 #:   block_diagonal      F(I|I), F(T|T): each modality to itself, as if encoded alone
@@ -40,14 +40,11 @@ class ImageTokens(nn.Module):
 
     @nn.compact
     def __call__(self, images, hidden=None):
-        if self.stem:
-            if hidden is not None:  # its convolutions overlap: a neighbour's would show what is hidden
-                side = images.shape[1] // self.patch
-                grid = hidden.reshape(-1, side, side).repeat(self.patch, 1).repeat(self.patch, 2)
-                images = jnp.where(grid[..., None], 0, images)
-            x = ConvStem(tuple(self.stem), self.width, self.act, self.dtype, name="stem")(images)
-        else:
-            x = PatchEmbed(self.width, self.patch, True, self.dtype, torch_conv, name="patch")(images)
+        if self.stem and hidden is not None:  # its convolutions overlap: a neighbour's would show what is hidden
+            side = images.shape[1] // self.patch
+            grid = hidden.reshape(-1, side, side).repeat(self.patch, 1).repeat(self.patch, 2)
+            images = jnp.where(grid[..., None], 0, images)
+        x = embed_patches(self, images, bias=True)
         x = x.reshape(len(x), -1, self.width)
         return _hide_and_place(self, x, hidden, x.shape[1])
 

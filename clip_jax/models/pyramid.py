@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from clip_jax.errors import UserError
-from clip_jax.models.common import ACTIVATIONS, BatchNorm, shard_batch, torch_conv, torch_uniform
+from clip_jax.models.common import ACTIVATIONS, BatchNorm, shard_batch, torch_uniform
 from clip_jax.models.conv import Conv
 from clip_jax.models.resnet import AttentionPool, ModifiedResNet
-from clip_jax.models.transformer import REMAT, Attention, Block, Init, block_init, project
-from clip_jax.models.vit import ConvStem, PatchEmbed
+from clip_jax.models.transformer import Attention, Block, Init, block_init, project, rematerialized
+from clip_jax.models.vit import embed_patches
 
 
 class LeFF(nn.Module):
@@ -105,10 +105,7 @@ class PyramidViT(nn.Module):
         if self.is_initializing():
             to_token(jnp.zeros((1, 1, self.region_dim)))
         if regions is None:
-            if self.stem:
-                x = ConvStem(tuple(self.stem), self.width, self.act, self.dtype, name="stem")(images)
-            else:
-                x = PatchEmbed(self.width, self.patch, False, self.dtype, torch_conv, name="patch")(images)
+            x = embed_patches(self, images, bias=False)
             x = x.reshape(x.shape[0], -1, self.width)
             pos = self.param("pos", scale, (1, 1 + x.shape[1], self.width)).astype(x.dtype)
         else:
@@ -116,12 +113,12 @@ class PyramidViT(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1) + pos
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")(x)
         if regions is None:
-            block = _remat(self, LeFFBlock, static_argnums=2)
+            block = rematerialized(LeFFBlock, self.remat, static_argnums=2)
             for i in range(self.front):
                 x = block(*arguments, dtype=self.dtype, attention=self.attention, name=f"block_{i}")(x, train)
         elif mask is not None:
             mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)[:, None, None]
-        block = _remat(self, Block, static_argnums=3)
+        block = rematerialized(Block, self.remat, static_argnums=3)
         for i in range(self.front, self.depth):
             only = 0 if i == self.depth - 1 else None  # of the last block the class token alone is wanted
             x = block(*arguments, dtype=self.dtype, attention=self.attention, name=f"block_{i}")(x, mask, only)
@@ -154,7 +151,3 @@ class PyramidResNet(ModifiedResNet):
         mean = jnp.sum(x, axis=1, keepdims=True, where=mask[..., None]) / jnp.maximum(mask.sum(1), 1)[:, None, None].astype(x.dtype)
         mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
         return pool(ln(jnp.concatenate([mean, x], axis=1)), positions=False, mask=mask).astype(jnp.float32), None
-
-
-def _remat(tower, block, static_argnums):
-    return block if tower.remat == "none" else nn.remat(block, static_argnums=static_argnums, policy=REMAT[tower.remat])

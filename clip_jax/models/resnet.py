@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.models.common import BatchNorm, shard_batch, torch_conv, torch_uniform
-from clip_jax.models.transformer import REMAT, implementation
+from clip_jax.models.transformer import implementation, rematerialized
 
 HEAD_WIDTH = 64
 
@@ -119,7 +119,7 @@ class ModifiedResNet(nn.Module):
     def feature_map(self, images, train):
         """What is pooled, ``[b, n, 32 * width]``; called inside ``__call__``."""
         x = Stem(self.width, self.bn_group, self.dtype, name="stem")(images.astype(self.dtype), train)
-        block = Bottleneck if self.remat == "none" else nn.remat(Bottleneck, static_argnums=2, policy=REMAT[self.remat])
+        block = rematerialized(Bottleneck, self.remat, static_argnums=2)
         for i, blocks in enumerate(self.layers):
             for j in range(blocks):
                 stride = 2 if i and not j else 1

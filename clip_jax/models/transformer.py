@@ -139,6 +139,11 @@ REMAT = {
 }
 
 
+def rematerialized(call, remat, **options):
+    """A block, or a function of one, recomputed in the backward pass as ``config.model.remat`` says; options of ``flax.linen.remat``."""
+    return call if remat == "none" else nn.remat(call, policy=REMAT[remat], **options)
+
+
 def apply_blocks(tower, block, x, mask=None, only=None):
     """Runs ``block`` ``tower.depth`` times inside the compact method of ``tower``, as its fields ``scan`` and ``remat`` say.
 
@@ -153,7 +158,7 @@ def apply_blocks(tower, block, x, mask=None, only=None):
     """
 
     def maybe_remat(call):
-        return call if tower.remat == "none" else nn.remat(call, policy=REMAT[tower.remat], prevent_cse=not tower.scan)
+        return rematerialized(call, tower.remat, prevent_cse=not tower.scan)
 
     call = maybe_remat(lambda block, x, mask: block(x, mask))
     if not tower.scan:

@@ -71,6 +71,13 @@ class ConvStem(nn.Module):
         return nn.Dense(self.width, dtype=self.dtype, name="out")(x)
 
 
+def embed_patches(tower, images, bias, kernel_init=torch_conv):
+    """``[b, h, w, 3] -> [b, rows, columns, D]`` by the ``stem`` of ``tower``, or else by patches; called inside its compact method."""
+    if tower.stem:
+        return ConvStem(tuple(tower.stem), tower.width, tower.act, tower.dtype, name="stem")(images)
+    return PatchEmbed(tower.width, tower.patch, bias, tower.dtype, kernel_init, name="patch")(images)
+
+
 class VisionTransformer(nn.Module):
     """Image tower: normalised ``[b, size, size, 3]`` -> ``(embedding float32 [b, embed_dim], tokens [b, n, D])``.
 
@@ -110,11 +117,7 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, images, train=False, keys=None):
-        if self.stem:
-            x = ConvStem(tuple(self.stem), self.width, self.act, self.dtype, name="stem")(images)
-        else:
-            init = nn.initializers.lecun_normal() if self.weight_init == "xavier" else torch_conv
-            x = PatchEmbed(self.width, self.patch, self.patch_bias, self.dtype, init, name="patch")(images)
+        x = embed_patches(self, images, self.patch_bias, nn.initializers.lecun_normal() if self.weight_init == "xavier" else torch_conv)
         b, rows, cols, width = x.shape
         x = x.reshape(b, rows * cols, width)
         scale = nn.initializers.normal(width**-0.5)

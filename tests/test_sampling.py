@@ -185,6 +185,10 @@ def test_one_source_for_each_value(table):
     source = make_source(f"{table}?by=vendor")
     assert isinstance(source, MixtureSource) and source.weights == [20, 20, 19] and len(source) == 59
     assert {(source[i]["source_id"], source[i]["vendor"]) for i in range(59)} == {(0, "v0"), (1, "v1"), (2, "v2")}
+    nested = make_source(f"{table}*2 + {table}?by=vendor*1")
+    assert [part.name for part in nested.sources] == [f"{table}", *(f"{table}?by=vendor:v{i}" for i in range(3))]
+    np.testing.assert_allclose(nested.weights, [2, 20 / 59, 20 / 59, 19 / 59])
+    assert (nested.name, nested[60]["source_id"]) == (f"{table}*2 + {table}?by=vendor*1", 1)
 
 
 def test_selections_in_a_mixture_and_weights_by_size(table):

@@ -78,7 +78,7 @@ def select(source: Source, options: str, name: str) -> Source:
         return selected(kept, name)
     field, _ = wanted["by"]
     sources = [selected(kept & (columns[field] == value), f"{name}:{value}") for value in sorted(set(columns[field][kept]))]
-    return MixtureSource(sources, [len(source) for source in sources])
+    return MixtureSource(sources, [len(source) for source in sources], name)
 
 
 def _parse(text: str, name: str) -> tuple[str, tuple[str, str | None]]:

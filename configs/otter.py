@@ -4,7 +4,7 @@
 
 Variants, after a colon; fields of the section otter: clip_jax/methods/otter.py
   (none)   configs/clip.py's model, data and optimizer, made for 2 CPU cores. Not in the paper, whose towers are pretrained: a warm-up of
-           the distillation, as from scratch the teacher knows nothing at first. Its accuracy has not been measured yet
+           the distillation, as from scratch the teacher knows nothing at first. README.md gives its result
   smoke    the same in a few steps, under a minute with compilation; the result is near chance
   small_infonce small_ls small_kd
            the other rows of the paper's table on the embedded pictures; small_kd with the same warm-up

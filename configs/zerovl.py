@@ -3,7 +3,8 @@
     python -m clip_jax.train --config=configs/zerovl.py --workdir=runs/zerovl
 
 Variants, after a colon; fields of the section zerovl: clip_jax/methods/zerovl.py
-  (none)   configs/clip.py's model, data and optimizer; the vendors of the embedded emoji pictures are the sources
+  (none)   configs/clip.py's model, data and optimizer; the vendors of the embedded emoji pictures are the sources.
+           README.md gives its result
   smoke    the same in a few steps, under a minute with compilation; the result is near chance
   b16      the paper's recipe, ViT-B/16 and BERT, 20 epochs of 14.2 M pairs in batches of 16,384; b16_1024: in batches of 1,024. Give
            the image tower, a ViT of big_vision on ImageNet-21k, BERT's vocabulary and the data, the sources by size or other weights:

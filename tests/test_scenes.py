@@ -176,6 +176,21 @@ def test_few_pairs():
         assert (tuple(record["objects"]) in shown) == (record["held_out"] == "")
 
 
+def test_told_as_one_reads():
+    plain, reading = (make_source(f"scenes?objects=2-4{told}", "val") for told in ("", "&told=reading"))
+    turned = 0
+    for i in range(300):
+        a, b = plain[i], reading[i]
+        x1, y1 = (b["boxes"][1] - b["boxes"][0])[:2]
+        assert b["relation"] in ("to the left of", "above") and (x1 if b["relation"] == "to the left of" else y1) > 0
+        assert (a["objects"], a["tags"], a["held_out"]) == (b["objects"], b["tags"], b["held_out"])
+        if a["relation"] == b["relation"]:
+            assert a["caption"] == b["caption"] and (a["image"] == b["image"]).all()
+        else:
+            turned += 1
+    assert 100 < turned < 200
+
+
 def test_the_loader_takes_them(sources):
     views = ImageView("image", 32), TextView("text", 40), TextView("summary", 20, ("{summary}",))
     loader = Loader(sources["train"], views, make_tokenizer("sentencepiece"), batch_size=8, seed=0, threads=0)
@@ -194,6 +209,7 @@ def test_the_loader_takes_them(sources):
         ("scenes?groups=fods", "train", "no group 'fods'.*groups: activities"),
         ("scenes?groups=component", "train", "groups=component have 2 objects with a short name; at least 24"),
         ("scenes?concepts=24&pairs=999", "train", "pairs=999: training has 251 pairs of 24 objects"),
+        ("scenes?told=read", "train", "told=read .did you mean 'reading'.*: any, reading"),
         ("scenes?concepts=300", "train", "concepts=300: groups=animals-nature,food-drink have 215 objects"),
         ("scenes", "training", "no split 'training' .did you mean 'train'"),
     ],

@@ -4,6 +4,7 @@
     scenes?objects=2-3&size=96&records=50000            numbers of objects, side in pixels, nominal length
     scenes?groups=animals-nature,food-drink,objects     the emoji groups that the objects come from
     scenes?concepts=40                                  only so many things of these groups: their pairs come back more often
+    scenes?told=reading                                 as one reads: the object named first is to the left of the second, or above it
 
 Record i of a split is a pure function of i: it is composed when it is read. Splits are `train`, `val` and `test`. Objects of `train` are
 concepts of the emoji set's own `train`. A third of the records of `val` and `test` has objects and pairs of objects as in
@@ -36,6 +37,7 @@ COLORS = {
 #: Side of an object as a share of its cell; "" is that of objects whose size is not spoken of.
 SIDES = {"": 0.75, "big": 0.94, "small": 0.47}
 HELD_OUT = ("", "object", "combination")
+TOLD = ("any", "reading")
 _RING = ((0, 0), (1, 0), (1, 1), (0, 1))  # cells (column, row) in an order in which neighbours are neighbours
 _RELATIONS = {(-1, 0): "to the left of", (1, 0): "to the right of", (0, -1): "above", (0, 1): "below"}
 _CLAUSES = ((0, 1), (2, 1), (3, 2))  # which object is placed by which
@@ -91,6 +93,7 @@ class SceneSource(BaseSource):
         groups: Sequence[str] = _GROUPS,
         concepts: int | None = None,
         pairs: int | None = None,
+        told: str = "any",
         name: str = "scenes",
     ):
         super().__init__(name)
@@ -100,7 +103,9 @@ class SceneSource(BaseSource):
             raise UserError(f"{name}: objects={objects[0]}-{objects[1]}: at least 2 and at most 4 fit on a canvas")
         if size < 32 or records < 1:
             raise UserError(f"{name}: size={size} must be at least 32, and records={records} at least 1")
-        self._split, self._objects, self._size, self._records = split, objects, size, records
+        if told not in TOLD:
+            raise UserError(f"{name}: told={told}{near(told, TOLD)} is one of: {', '.join(TOLD)}")
+        self._split, self._objects, self._size, self._records, self._told = split, objects, size, records, told
         self._known, self._new, self._pairs, self._shown = _concepts(tuple(groups), "train", name), {}, [], []
         self._names, known = list(self._known), len(self._known)
         if known < _FEWEST or concepts is not None and not _FEWEST <= concepts <= known:
@@ -187,6 +192,8 @@ class SceneSource(BaseSource):
         start, step, cell = int(rng.integers(4)), int(rng.choice((1, 3))), self._size / 2
         background = (255, 255, 255) if rng.random() < 0.5 else tuple(rng.integers(215, 256, 3).tolist())
         canvas = Image.new("RGB", (self._size, self._size), background)
+        if self._told == "reading" and _RING[start] > _RING[(start + step) % 4]:
+            start, step = start + step, -step  # the first two change places
         boxes, cells = [], [_RING[(start + step * i) % 4] for i in range(len(things))]
         for thing, (column, row) in zip(things, cells, strict=True):
             border = max(2, round(cell / 12)) if thing.color else 0
@@ -221,6 +228,7 @@ def make_scenes(options: str, split: str, name: str) -> SceneSource:
         "groups": (r".+", lambda m: m[0].split(",")),
         "concepts": (r"\d+", lambda m: int(m[0])),
         "pairs": (r"\d+", lambda m: int(m[0])),
+        "told": (r"\w+", lambda m: m[0]),
     }
     given = {}
     for option in filter(None, options.split("&")):

@@ -1,4 +1,4 @@
-"""A tiny run on the embedded pictures, shared by the tests of whole runs."""
+"""What tests share: a tiny run on the embedded pictures, and random unit vectors."""
 
 import json
 import os
@@ -27,6 +27,15 @@ def losses(workdir):
     """``{step: loss}`` of metrics.jsonl; of a step that was done twice, the last."""
     rows = map(json.loads, (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def unit(seed, *shape):
+    """Random unit vectors along the last axis, float32."""
+    import jax
+
+    from clip_jax.models.common import l2_normalize
+
+    return l2_normalize(jax.random.normal(jax.random.key(seed), shape))
 
 
 def train_command(workdir, *overrides, config="configs/clip.py"):

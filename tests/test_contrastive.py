@@ -5,19 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden_files
+from helpers import unit
 
 from clip_jax.losses import contrastive, pairwise
 from clip_jax.losses.contrastive import cross_entropy, infonce
-from clip_jax.models.common import l2_normalize
 from clip_jax.training.sharding import batch_sharding, make_mesh
 
 
 def loss(z_image, z_text, log_scale, smoothing=0.0):
     return infonce(z_image, z_text, jnp.exp(log_scale), smoothing)[0]
-
-
-def unit(seed, b, e):
-    return l2_normalize(jax.random.normal(jax.random.key(seed), (b, e)))
 
 
 @pytest.mark.parametrize("path", golden_files("loss_clip_infonce_*.npz"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import test_step
 from conftest import REPO, golden_files
-from helpers import TINY, losses
+from helpers import TINY, losses, unit
 from test_step import run_steps
 
 import clip_jax
@@ -55,10 +55,6 @@ BATCH = {
     "text": texts(0),
     "example_id": np.arange(16, dtype=np.int32),
 }
-
-
-def unit(seed, *shape):
-    return l2_normalize(jax.random.normal(jax.random.key(seed), shape))
 
 
 def start(*overrides):

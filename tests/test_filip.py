@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO, golden_files
-from helpers import TINY, losses
+from helpers import TINY, losses, unit
 from test_oner import EOT, texts
 from test_step import BATCH, run_steps
 
@@ -30,10 +30,6 @@ CONFIG = str(REPO / "configs" / "filip.py")
 PAIRS = {**BATCH, "text": texts(0)}
 N, P, L, D = 6, 5, 7, 16
 REAL, SCALE = np.arange(L) < np.array([7, 1, 3, 5, 2, 6])[:, None], np.float32(9)
-
-
-def unit(seed, *shape):
-    return l2_normalize(jax.random.normal(jax.random.key(seed), shape))
 
 
 U, V = unit(0, N, P, D), unit(1, N, L, D)

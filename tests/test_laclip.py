@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_step
 from conftest import REPO
-from helpers import TINY, losses
+from helpers import TINY, losses, unit
 
 from clip_jax import config, train
 from clip_jax.data.columns import ColumnsSource
@@ -22,7 +22,6 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import make_method
 from clip_jax.methods.laclip import Options, multi_text_infonce
-from clip_jax.models.common import l2_normalize
 from clip_jax.models.transformer import Attention, block_init
 from clip_jax.models.vit import VisionTransformer
 
@@ -133,10 +132,6 @@ def test_rewrites_are_a_view_of_every_method(name):
 
 
 # LaCLIP-MT
-
-
-def unit(seed, *shape):
-    return l2_normalize(jax.random.normal(jax.random.key(seed), shape))
 
 
 U, V, DRAWN = unit(0, 12, 16), unit(1, 12, 5, 16), jnp.arange(12) % 5

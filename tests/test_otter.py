@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO, golden_files
-from helpers import TINY, losses
+from helpers import TINY, losses, unit
 from test_step import BATCH, run_steps
 
 from clip_jax import config, train
@@ -25,10 +25,6 @@ CONFIG = str(REPO / "configs" / "otter.py")
 
 def tiny(*overrides, variant="smoke"):
     return config.resolve(config.load(f"{CONFIG}:{variant}", [*TINY, *overrides]), make_tokenizer("sentencepiece"))
-
-
-def unit(seed, *shape):
-    return l2_normalize(jax.random.normal(jax.random.key(seed), shape))
 
 
 def similarity(rows, cols, diagonal=0.0):

@@ -10,6 +10,7 @@ from test_step import BATCH, run_steps
 from clip_jax import config
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
+from clip_jax.losses import pairwise
 from clip_jax.losses.contrastive import sigmoid
 from clip_jax.methods.interface import make_method
 from clip_jax.models.common import l2_normalize
@@ -45,6 +46,22 @@ def test_the_two_directions_are_one_and_a_shift_of_a_row_counts():
     value = sigmoid(z_image, z_text, 5.0, -2.0)[0]
     np.testing.assert_allclose(sigmoid(z_text, z_image, 5.0, -2.0)[0], value, rtol=1e-6)
     assert abs(sigmoid(z_image, z_text, 5.0, -1.0)[0] - value) > 0.1  # a softmax over rows would not see it
+
+
+def test_what_is_found_together_with_the_gradient_is_the_same(monkeypatch, mesh8):
+    monkeypatch.setattr(pairwise, "TILE_ENTRIES", 16)
+    z = unit(0, 40, 8), l2_normalize(unit(0, 40, 8) + unit(1, 40, 8)), jnp.float32(5.0), jnp.float32(-2.0)
+
+    def thrice(*args):
+        value, metrics = sigmoid(*args)
+        return 3 * value, metrics
+
+    (value, metrics), grads = jax.jit(jax.value_and_grad(thrice, argnums=(0, 1, 2, 3), has_aux=True))(*z)
+    expected, expected_metrics = jax.jit(sigmoid)(*z)
+    np.testing.assert_allclose(value, 3 * expected, rtol=1e-6)
+    assert metrics == expected_metrics and 0 < metrics["image_to_text_acc"] < 1
+    for grad, once in zip(grads, jax.jit(jax.grad(lambda *args: sigmoid(*args)[0], argnums=(0, 1, 2, 3)))(*z), strict=True):
+        np.testing.assert_allclose(grad, 3 * once, rtol=1e-5, atol=1e-7)
 
 
 def test_perfect_pairs_cost_nothing_at_a_large_scale():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
+from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise, pairwise_loss
 
 
 def cross_entropy(logits, targets):
@@ -125,9 +125,10 @@ def sigmoid(z_image, z_text, scale, bias):
     """
     z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
     similarity = jnp.sum(z_image * z_text, axis=1)
-    out = pairwise(_sigmoid_tile, (scale, bias), (z_image, lax.stop_gradient(similarity)), (z_text, lax.stop_gradient(similarity)))
+    own = lax.stop_gradient(similarity)
+    negatives, out = pairwise_loss(_sigmoid_tile, (scale, bias), (z_image, own), (z_text, own))
     ahead = {name: (x["ahead"] == 0).mean() for name, x in (("image_to_text_acc", out.row_sum), ("text_to_image_acc", out.col_sum))}
-    return out.row_sum["loss"].mean() + jax.nn.softplus(-(scale * similarity + bias)).mean(), ahead
+    return negatives / len(similarity) + jax.nn.softplus(-(scale * similarity + bias)).mean(), ahead
 
 
 def filip(image_tokens, text_tokens, text_mask, scale, keys=None):

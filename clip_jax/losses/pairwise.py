@@ -66,6 +66,23 @@ def pairwise(tile_fn, params, rows, cols, entry_size=1):
     return _pairwise(plan, params, row_leaves, col_leaves)
 
 
+def pairwise_loss(tile_fn, params, rows, cols):
+    """The sum of a loss of each pair, differentiable once, in reverse, whose gradient is found together with it.
+
+    Nothing but a factor of such a gradient depends on what is done with the sum, so the tiles need not be computed again for it.
+
+    Args:
+      tile_fn: as that of :func:`pairwise`, with the losses and else nothing in ``row_sum["loss"]``; only they have a gradient.
+      params, rows, cols: as there.
+
+    Returns:
+      ``(sum of the losses, Reduced)``; of the latter only the sums are filled in.
+    """
+    (row_leaves, row_def), (col_leaves, col_def) = jax.tree.flatten(rows), jax.tree.flatten(cols)
+    plan = _Plan(tile_fn, row_def, col_def, *layout(len(row_leaves[0]), len(col_leaves[0])), tile_side())
+    return _pairwise_loss(plan, params, row_leaves, col_leaves)
+
+
 def tile_side(entry_size=1):
     """How many rows and columns a tile has, at most, if ``entry_size`` numbers are held for an entry."""
     return max(1, math.isqrt(TILE_ENTRIES // entry_size))
@@ -114,6 +131,27 @@ def _pairwise_bwd(plan, residuals, grads):
 
 
 _pairwise.defvjp(_pairwise_fwd, _pairwise_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pairwise_loss(plan, params, rows, cols):
+    out = _pairwise(plan, params, rows, cols)
+    return out.row_sum["loss"].sum(), out
+
+
+def _pairwise_loss_fwd(plan, params, rows, cols):
+    spread = PartitionSpec(plan.axes)
+    out, *grads = _sharded(plan, _forward_and_backward, (spread, PartitionSpec(), spread, spread))(params, rows, cols)
+    return (out.row_sum["loss"].sum(), out), (grads, rows, cols)
+
+
+def _pairwise_loss_bwd(plan, residuals, grads):
+    (d_params, d_rows, d_cols), rows, cols = residuals
+    d_params, d_rows, d_cols = jax.tree.map(lambda x: grads[0] * x, (d_params, d_rows, d_cols))
+    return d_params, [*map(_like, d_rows, rows)], [*map(_like, d_cols, cols)]
+
+
+_pairwise_loss.defvjp(_pairwise_loss_fwd, _pairwise_loss_bwd)
 
 
 def _like(grad, x):
@@ -184,6 +222,35 @@ def _finish(state, length):
 
 
 def _backward(plan, params, by_row, by_col):
+    def of_tile(tile, transpose, row_values, col_values):
+        return transpose(Tile(
+            _d_lse(tile.row_lse, *row_values[:2], 1), _d_lse(tile.col_lse, *col_values[:2], 0),
+            _d_sum(tile.row_sum, row_values[2], 1), _d_sum(tile.col_sum, col_values[2], 0),
+        ))  # fmt: skip
+
+    return _gradients(plan, params, by_row, by_col, of_tile)
+
+
+def _forward_and_backward(plan, params, rows, cols):
+    def of_tile(tile, transpose, *_):
+        nothing = jax.tree.map(jnp.zeros_like, tile)
+        d_params, d_rows, d_cols = transpose(nothing._replace(row_sum=nothing.row_sum | {"loss": jnp.ones_like(tile.row_sum["loss"])}))
+        sums = (jax.tree.leaves(jax.tree.map(lambda x, axis=axis: x.sum(axis), x)) for x, axis in ((tile.row_sum, 1), (tile.col_sum, 0)))
+        return d_params, d_rows + next(sums), d_cols + next(sums)
+
+    shapes = jax.eval_shape(lambda: _entries(plan, params, len(rows[0]), len(cols[0]), _cut(plan, rows), _cut(plan, cols), 0, (0, 0)))
+    row_def, col_def = jax.tree.structure(shapes.row_sum), jax.tree.structure(shapes.col_sum)
+    d_params, d_rows, d_cols = _gradients(plan, params, (rows,), (cols,), of_tile, (row_def.num_leaves, col_def.num_leaves))
+    sums = row_def.unflatten(d_rows[len(rows) :]), col_def.unflatten(d_cols[len(cols) :])
+    return Reduced((), (), *sums, (), ()), d_params, d_rows[: len(rows)], d_cols[: len(cols)]
+
+
+def _gradients(plan, params, by_row, by_col, of_tile, more=(0, 0)):
+    """Gradients of the parameters, rows and columns, added up over the tiles.
+
+    ``of_tile(tile, its transpose, values of its rows, values of its columns)`` gives those of a tile; the values follow rows and columns in
+    ``by_row`` and ``by_col``. So many more arrays follow the gradients of rows ``[t, ...]``, and of columns, to be added up like them.
+    """
     r, c = len(by_row[0][0]), len(by_col[0][0])
     by_row, by_col = _cut(plan, by_row), _cut(plan, by_col)
     rows = by_row[0]
@@ -195,11 +262,7 @@ def _backward(plan, params, by_row, by_col):
             d_params, d_rows, d_cols = state
             (a, *row_values), (b, *col_values) = jax.tree.map(lambda x: x[place[0]], by_row), jax.tree.map(lambda x: x[place[1]], by_col)
             tile, transpose = jax.vjp(lambda *args: _tile(plan, *args, r, c, owner, place), params, a, b)
-            d_tile = Tile(
-                _d_lse(tile.row_lse, *row_values[:2], 1), _d_lse(tile.col_lse, *col_values[:2], 0),
-                _d_sum(tile.row_sum, row_values[2], 1), _d_sum(tile.col_sum, col_values[2], 0),
-            )  # fmt: skip
-            dp, da, db = transpose(d_tile)
+            dp, da, db = of_tile(tile, transpose, row_values, col_values)
             d_rows = [x.at[place[0]].add(d) if _has_gradient(d) else x for x, d in zip(d_rows, da, strict=True)]
             d_cols = [x.at[place[1]].add(d) if _has_gradient(d) else x for x, d in zip(d_cols, db, strict=True)]
             return (jax.tree.map(jnp.add, d_params, dp), d_rows, d_cols), None
@@ -210,8 +273,8 @@ def _backward(plan, params, by_row, by_col):
     def zeros(x):
         return jnp.zeros(x.shape if _has_gradient(x) else (), jnp.float32)
 
-    start = jax.tree.map(zeros, params), [*map(zeros, rows)]
-    (d_params, d_rows), (_, d_cols) = _around(plan, visit, start, (by_col, [*map(zeros, by_col[0])]))
+    start_rows, start_cols = ([*map(zeros, x), *[jnp.zeros(x[0].shape[:2])] * k] for x, k in zip((rows, by_col[0]), more, strict=True))
+    (d_params, d_rows), (_, d_cols) = _around(plan, visit, (jax.tree.map(zeros, params), start_rows), (by_col, start_cols))
     if plan.axes:
         d_params = lax.psum(d_params, plan.axes)
     return d_params, [_join(x, r) for x in d_rows], [_join(x, c) for x in d_cols]

@@ -21,7 +21,9 @@ for argument in "$@"; do
   case $argument in --workdir=*) workdir=${argument#*=} ;; esac
 done
 
-make_venv $(command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo gpu)
+gpu=
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then gpu=gpu; fi
+make_venv "$gpu"
 (trap - INT; exec "$venv/bin/python" -m "${module[@]}" --config="$config" --workdir="$workdir" "$@") &
 trap 'kill -TERM $!' TERM
 trap : INT # the terminal sends Ctrl-C to the run as well

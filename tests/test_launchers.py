@@ -187,7 +187,7 @@ def stand(tmp_path, monkeypatch):
         os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("script", ["common", "tpu", "gke", "slurm"])
+@pytest.mark.parametrize("script", ["common", "tpu", "gke", "slurm", "local", "test", "venv"])
 def test_shellcheck_finds_nothing(script):
     program = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
     if not program:

@@ -61,16 +61,14 @@ def embedded():
     c.model.image.update(dict(tower, size=32, stem=(32, 64, 128), depth=2, pool="gap", cls_token=False, ln_pre=False))
     c.model.text.update(dict(tower, context=12, depth=1, pool="mean", causal=False, mask_padding=True))
     c.optim.update(dict(lr=3e-3, warmup_steps=50, weight_decay=0.1, grad_clip_norm=1.0))
-    c.train.steps = 1400
+    c.train.steps, c.checkpoint.steps, c.eval.steps = 1400, 350, 350
     c.eval.transform = ("resize(36)", "center_crop")  # random crops have shown training the pictures enlarged
-    c.checkpoint.steps = c.eval.steps = 350
     c.eval.train_tasks = ("emoji(subset='val')",)
     return c
 
 
 def scenes(c):
-    # Few pairs come back in a batch, and it takes relations to tell them apart. Told in any order "a above b" is the same as "b below a",
-    # which none of the methods learns in so few steps.
+    # Few pairs come back in a batch; told in any order, "a above b" would be "b below a", which takes far longer to learn.
     objects = "scenes?objects=2&concepts=24&pairs=48&told=reading"
     templates = (*c.data.templates, "{caption}")  # only scenes have captions, only emoji names
     c.data.update(dict(source=f"emoji*1 + {objects}*2", batch_size=128, templates=templates, word_dropout=0.0))

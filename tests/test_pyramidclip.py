@@ -250,10 +250,8 @@ def test_oracle_7_regions_touch_neither_the_first_blocks_nor_statistics(tower):
 
 def test_pooling_over_real_words_ignores_padding():
     c, _ = setup()
-    text, ids = (
-        TwoTower(c.model).text.clone(pool="max_masked"),
-        np.array([[7, 8, c.model.text.eot_id, 0, 0, 0], [7, 8, c.model.text.eot_id, 5, 9, 9]], np.int32),
-    )
+    text, end = TwoTower(c.model).text.clone(pool="max_masked"), c.model.text.eot_id
+    ids = np.array([[7, 8, end, 0, 0, 0], [7, 8, end, 5, 9, 9]], np.int32)
     variables = text.init(jax.random.key(0), ids)
     z = text.apply(variables, ids)[0]
     np.testing.assert_allclose(z[0], z[1], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""What the commands on a data source share: the arguments that name it, and how they end."""
+"""What the commands on a data source share: the arguments that name it, and how it is opened."""
 
 import argparse
 from collections.abc import Sequence

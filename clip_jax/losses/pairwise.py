@@ -61,9 +61,8 @@ def pairwise(tile_fn, params, rows, cols, entry_size=1):
     Returns:
       :class:`Reduced`.
     """
-    (row_leaves, row_def), (col_leaves, col_def) = jax.tree.flatten(rows), jax.tree.flatten(cols)
-    plan = _Plan(tile_fn, row_def, col_def, *layout(len(row_leaves[0]), len(col_leaves[0])), tile_side(entry_size))
-    return _pairwise(plan, params, row_leaves, col_leaves)
+    plan, rows, cols = _make_plan(tile_fn, rows, cols, entry_size)
+    return _pairwise(plan, params, rows, cols)
 
 
 def pairwise_loss(tile_fn, params, rows, cols):
@@ -78,9 +77,8 @@ def pairwise_loss(tile_fn, params, rows, cols):
     Returns:
       ``(sum of the losses, Reduced)``; of the latter only the sums are filled in.
     """
-    (row_leaves, row_def), (col_leaves, col_def) = jax.tree.flatten(rows), jax.tree.flatten(cols)
-    plan = _Plan(tile_fn, row_def, col_def, *layout(len(row_leaves[0]), len(col_leaves[0])), tile_side())
-    return _pairwise_loss(plan, params, row_leaves, col_leaves)
+    plan, rows, cols = _make_plan(tile_fn, rows, cols)
+    return _pairwise_loss(plan, params, rows, cols)
 
 
 def tile_side(entry_size=1):
@@ -98,6 +96,13 @@ class _Plan:
     axes: tuple[str, ...]  # mesh axes over which rows and columns are spread
     devices: int  # their number
     side: int  # of a tile, at most
+
+
+def _make_plan(tile_fn, rows, cols, entry_size=1):
+    """``(plan, arrays of the rows, arrays of the columns)``."""
+    (row_leaves, row_def), (col_leaves, col_def) = jax.tree.flatten(rows), jax.tree.flatten(cols)
+    plan = _Plan(tile_fn, row_def, col_def, *layout(len(row_leaves[0]), len(col_leaves[0])), tile_side(entry_size))
+    return plan, row_leaves, col_leaves
 
 
 def layout(*lengths):
@@ -235,8 +240,8 @@ def _forward_and_backward(plan, params, rows, cols):
     def of_tile(tile, transpose, *_):
         nothing = jax.tree.map(jnp.zeros_like, tile)
         d_params, d_rows, d_cols = transpose(nothing._replace(row_sum=nothing.row_sum | {"loss": jnp.ones_like(tile.row_sum["loss"])}))
-        sums = (jax.tree.leaves(jax.tree.map(lambda x, axis=axis: x.sum(axis), x)) for x, axis in ((tile.row_sum, 1), (tile.col_sum, 0)))
-        return d_params, d_rows + next(sums), d_cols + next(sums)
+        row_sums, col_sums = ([x.sum(axis) for x in jax.tree.leaves(tree)] for tree, axis in ((tile.row_sum, 1), (tile.col_sum, 0)))
+        return d_params, d_rows + row_sums, d_cols + col_sums
 
     shapes = jax.eval_shape(lambda: _entries(plan, params, len(rows[0]), len(cols[0]), _cut(plan, rows), _cut(plan, cols), 0, (0, 0)))
     row_def, col_def = jax.tree.structure(shapes.row_sum), jax.tree.structure(shapes.col_sum)

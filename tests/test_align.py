@@ -75,7 +75,8 @@ def test_pooled_features_are_the_embedding_where_the_paper_has_no_projection():
     for size, projected in (("ALIGN-B3-mini", True), ("ALIGN-B7-base", False), ("ALIGN-L2-large", False)):
         c = config.base()
         use_size(c.model, size)
-        c.model.text.update(vocab_size=30522, eot_id=102)
+        c.model.text.update(vocab_size=30522, eot_id=102, depth=1)
+        c.model.image.depth_coefficient = 0.1  # one block in a stage: the widths are the published ones
         method = align.make(c)
         batch = {"image": jax.ShapeDtypeStruct((2, 289, 289, 3), np.uint8), "text": jax.ShapeDtypeStruct((2, 64), np.int32)}
         params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)

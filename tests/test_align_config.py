@@ -78,9 +78,8 @@ def _leaves(tree):
 
 
 def test_the_small_variant_trains_on_the_embedded_pictures(tmp_path):
-    c = config.load(
-        f"{ALIGN}:smoke", ["train.steps=2", "data.batch_size=16", "eval.tasks=()", "log.tensorboard=false", "eval.report=false"]
-    )
+    quick = ["train.steps=2", "data.batch_size=16", "eval.tasks=()", "log.tensorboard=false", "eval.report=false"]
+    c = config.load(f"{ALIGN}:smoke", [*quick, "model.image.stages=((8, 1, 3, 2, 1), (16, 1, 3, 2, 4))"])
     lines = []
     train.train(c, tmp_path, lines.append)
     assert any("img" in line and "temperature" in line for line in lines) and (tmp_path / "checkpoints" / "2").is_dir()

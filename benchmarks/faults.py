@@ -37,7 +37,7 @@ class Failure(Exception):
 
 def start(processes, workdir, steps):
     """The processes of a run, ``list[Popen]``."""
-    command = ["clip_jax.train", f"--config={REPO / 'configs' / 'clip.py'}", f"--workdir={workdir}"]
+    command = ["clip_jax.train", f"--config={REPO / 'configs' / 'clip.py'}:emoji", f"--workdir={workdir}"]
     command += [f"--config.{override}" for override in [*CONFIG, f"train.steps={steps}"]]
     return hosts.spawn(processes, command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 

@@ -3,8 +3,8 @@
     python -m clip_jax.train --config=configs/alip.py --workdir=runs/alip
 
 Variants, after a colon; fields of the section alip: clip_jax/methods/alip.py
-  (none)   configs/clip.py's model, data and optimizer; the synthetic captions of the emoji come with the package: the name that a model of
-           configs/clip.py finds best for a picture among all of the training set, its own or that of something alike, by
+  (none)   configs/clip.py:emoji's model, data and optimizer; the synthetic captions of the emoji come with the package: the name that a
+           model of configs/clip.py:emoji finds best for a picture among all of the training set, its own or that of something alike, by
            python -m clip_jax.data.caption --source=emoji --captioner=retrieval:runs/clip --out=emoji_captions.jsonl
   smoke    the same in a few steps, under a minute with compilation; the result is near chance
   b32      the released recipe on YFCC15M: 32 epochs of batch 4,096. Give the data with captions, whose field is synthetic (docs/texts.md):
@@ -30,7 +30,7 @@ def get_config(variant=""):
     if variant == "b32":
         c, options = published().unlock(), Options()
     else:
-        c = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant}").unlock()
+        c = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant or 'emoji'}").unlock()
         c.data.source, options = "emoji?columns=emoji_captions", Options(momentum=0.9)  # the averages settle in some 30 steps, not 300
     c.method, c.alip = "alip", ConfigDict(dataclasses.asdict(options))
     return c.lock()

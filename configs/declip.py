@@ -3,7 +3,7 @@
     python -m clip_jax.train --config=configs/declip.py --workdir=runs/declip
 
 Variants, after a colon; fields of the section declip: clip_jax/methods/declip.py
-  (none)   configs/clip.py's model, data and optimizer, made for 2 CPU cores, in half of its steps: one has two passes of each tower
+  (none)   configs/clip.py:emoji's model, data and optimizer, made for 2 CPU cores, in half of its steps: one has two passes of each tower
            and 2.6 times CLIP's FLOPs (benchmarks/methods.py). README.md gives its result
   smoke    the same in a few steps, under a minute with compilation; the result is near chance
   small_paper small_slip small_defilip
@@ -37,7 +37,7 @@ def get_config(variant=""):
     if variant not in ("", *VARIANTS):
         raise config.unknown("configs/declip.py has no variant", variant, VARIANTS)
     size, _, weights = variant.partition("_")
-    clip = f"{pathlib.Path(__file__).with_name('clip.py')}:{'smoke' if variant == 'smoke' else ''}"
+    clip = f"{pathlib.Path(__file__).with_name('clip.py')}:{'smoke' if variant == 'smoke' else 'emoji'}"
     c = (published(PUBLISHED[size]) if size in PUBLISHED else config.load(clip)).unlock()
     c.method = "declip"
     c.declip = ConfigDict(dataclasses.asdict(Options(**WEIGHTS.get(weights, {}))))

@@ -3,7 +3,7 @@
     python -m clip_jax.train --config=configs/filip.py --workdir=runs/filip
 
 Variants, after a colon; fields of the section filip: clip_jax/methods/filip.py
-  (none)   configs/clip.py's model, data and optimizer, made for 2 CPU cores
+  (none)   configs/clip.py:emoji's model, data and optimizer, made for 2 CPU cores
   smoke    the same in a few steps, under a minute with compilation; the result is near chance
   scenes   configs/clip.py:scenes: scenes of two emoji with captions that say how they lie, and the test of relations and attributes
   paper25 repo16
@@ -50,7 +50,7 @@ def get_config(variant=""):
         # Of 15 % of the tokens 80 % become a mask, 10 % random ones, 10 % stay.
         options = Options(token_select="repo16", text_augment=("tokens(0.135, 0.8888889, 0.1111111)",))
     else:
-        c = config.load(f"{folder}/clip.py:{variant if variant in ('smoke', 'scenes') else ''}").unlock()
+        c = config.load(f"{folder}/clip.py:{variant if variant in ('smoke', 'scenes') else 'emoji'}").unlock()
         options = Options(token_select="none" if variant in ("", "smoke", "scenes") else variant)
     c.method, c.filip = "filip", ConfigDict(dataclasses.asdict(options))
     return c.lock()

@@ -32,7 +32,7 @@ def get_config(variant=""):
     if variant not in ("", *VARIANTS):
         raise config.unknown("configs/flip.py has no variant", variant, VARIANTS)
     size, _, tune = variant.partition("_")
-    c = published(size, bool(tune)) if size in SIZES else config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant}")
+    c = published(size, bool(tune)) if size in SIZES else config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant or 'emoji'}")
     c.model.image.update(dict(pool="mean_all", cls_token=True, ln_pre=False, posemb="sincos2d", patch_drop=0.0 if tune else 0.5))
     c.model.image.update(dict(stem=(), patch_bias=True, act="gelu_tanh", ln_eps=1e-6, weight_init="xavier"))
     if size not in SIZES:

@@ -3,8 +3,8 @@
     python -m clip_jax.train --config=configs/laclip.py --workdir=runs/laclip
 
 Variants, after a colon; fields of the section laclip: clip_jax/methods/laclip.py
-  (none)   configs/clip.py's model, data and optimizer; four rewrites of each emoji's name come with the package. No language model made
-           them: python -m clip_jax.data.rewrite --source=emoji --llm=offline --out=emoji_rewrites.jsonl && xz -9e emoji_rewrites.jsonl
+  (none)   configs/clip.py:emoji's model, data and optimizer; four rewrites of each emoji's name come with the package. No language model
+           made them: python -m clip_jax.data.rewrite --source=emoji --llm=offline --out=emoji_rewrites.jsonl && xz -9e emoji_rewrites.jsonl
   mt       LaCLIP-MT: all five texts of a picture in the batch;  slip: LaSLIP, configs/declip.py:small_slip on the same texts
   smoke    the default in a few steps, under a minute with compilation; the result is near chance
   cc3m cc12m redcaps
@@ -36,7 +36,7 @@ def get_config(variant=""):
     elif variant not in SMALL:
         raise config.unknown("configs/laclip.py has no variant", variant, [*SMALL[1:], *PUBLISHED])
     else:
-        base = "declip.py:small_slip" if variant == "slip" else f"clip.py:{'smoke' if variant == 'smoke' else ''}"
+        base = "declip.py:small_slip" if variant == "slip" else f"clip.py:{'smoke' if variant == 'smoke' else 'emoji'}"
         c = config.load(str(pathlib.Path(__file__).with_name(base))).unlock()
         c.data.source = "emoji?columns=emoji_rewrites"
     c.data.rewrites = ("rewrites",)

@@ -3,8 +3,8 @@
     python -m clip_jax.train --config=configs/otter.py --workdir=runs/otter
 
 Variants, after a colon; fields of the section otter: clip_jax/methods/otter.py
-  (none)   configs/clip.py's model, data and optimizer, made for 2 CPU cores. Not in the paper, whose towers are pretrained: a warm-up of
-           the distillation, as from scratch the teacher knows nothing at first. README.md gives its result
+  (none)   configs/clip.py:emoji's model, data and optimizer, made for 2 CPU cores. Not in the paper, whose towers are pretrained: a warm-up
+           of the distillation, as from scratch the teacher knows nothing at first. README.md gives its result
   smoke    the same in a few steps, under a minute with compilation; the result is near chance
   small_infonce small_ls small_kd
            the other rows of the paper's table on the embedded pictures; small_kd with the same warm-up
@@ -33,7 +33,7 @@ SMALL = [f"small_{row}" for row in ROWS if row != "otter"]
 def get_config(variant=""):
     if variant not in ("", "smoke", *SMALL, *ROWS):
         raise config.unknown("configs/otter.py has no variant", variant, ["smoke", *SMALL, *ROWS])
-    clip = f"{pathlib.Path(__file__).with_name('clip.py')}:{'smoke' if variant == 'smoke' else ''}"
+    clip = f"{pathlib.Path(__file__).with_name('clip.py')}:{'smoke' if variant == 'smoke' else 'emoji'}"
     c = (published() if variant in ROWS else config.load(clip)).unlock()
     c.method = "otter"
     c.otter = ConfigDict(dataclasses.asdict(Options(**ROWS.get(variant.removeprefix("small_"), {}))))

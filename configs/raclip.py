@@ -27,7 +27,7 @@ from clip_jax.methods.raclip import Options
 def get_config(variant=""):
     if variant not in ("", "smoke", "b32"):
         raise config.unknown("configs/raclip.py has no variant", variant, ["smoke", "b32"])
-    c = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant}").unlock()
+    c = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant or 'emoji'}").unlock()
     c.method, c.raclip = "raclip", ConfigDict(dataclasses.asdict(Options()))
     if variant == "b32":
         c.data.batch_size, c.optim.lr = 4096, 1e-3

@@ -3,7 +3,7 @@
     python -m clip_jax.train --config=configs/siglip.py --workdir=runs/siglip
 
 Variants, after a colon:
-  (none)   configs/clip.py's model, data and optimizer with the sigmoid loss, made for 2 CPU cores
+  (none)   configs/clip.py:emoji's model, data and optimizer with the sigmoid loss, made for 2 CPU cores
   smoke    the same in a few steps, under a minute with compilation; the result is near chance
   b16_224 l16_256 so400m_14_224 siglip2_b16_256
            the published models. Give data and tokenizer: --config.data=/data/pairs/{00000..41407}.tar
@@ -26,7 +26,7 @@ def get_config(variant=""):
     if variant in PUBLISHED:
         c = published(PUBLISHED[variant])
     elif variant in ("", "smoke"):
-        c = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant}")
+        c = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant or 'emoji'}")
     else:
         raise config.unknown("configs/siglip.py has no variant", variant, ["smoke", *PUBLISHED])
     c.method = "siglip"

@@ -3,7 +3,7 @@
     python -m clip_jax.train --config=configs/zerovl.py --workdir=runs/zerovl
 
 Variants, after a colon; fields of the section zerovl: clip_jax/methods/zerovl.py
-  (none)   configs/clip.py's model, data and optimizer; the vendors of the embedded emoji pictures are the sources.
+  (none)   configs/clip.py:emoji's model, data and optimizer; the vendors of the embedded emoji pictures are the sources.
            README.md gives its result
   smoke    the same in a few steps, under a minute with compilation; the result is near chance
   b16      the paper's recipe, ViT-B/16 and BERT, 20 epochs of 14.2 M pairs in batches of 16,384; b16_1024: in batches of 1,024. Give
@@ -30,7 +30,7 @@ def get_config(variant=""):
     if variant in BATCHES:
         c, options = published(BATCHES[variant]).unlock(), Options(temperature=0.02)
     elif variant in ("", "smoke"):
-        c, options = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant}").unlock(), Options()
+        c, options = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant or 'emoji'}").unlock(), Options()
         c.data.source = "emoji?by=vendor"
     else:
         raise config.unknown("configs/zerovl.py has no variant", variant, ["smoke", *BATCHES])

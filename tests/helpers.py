@@ -20,7 +20,7 @@ TINY = """
 def tiny_config(*overrides):
     from clip_jax import config
 
-    return config.load(str(REPO / "configs" / "clip.py"), [*TINY, *overrides])
+    return config.load(str(REPO / "configs" / "clip.py:emoji"), [*TINY, *overrides])
 
 
 def losses(workdir):
@@ -38,7 +38,7 @@ def unit(seed, *shape):
     return l2_normalize(jax.random.normal(jax.random.key(seed), shape))
 
 
-def train_command(workdir, *overrides, config="configs/clip.py"):
+def train_command(workdir, *overrides, config="configs/clip.py:emoji"):
     return [
         sys.executable,
         "-m",

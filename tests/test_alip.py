@@ -200,7 +200,7 @@ def test_variants_are_complete(variant):
     if variant == "b32":
         assert c.optim.no_decay == () and c.optim.grad_clip_norm == 1 and c.train.steps == 32 * 3678 and c.alip.to_dict() == vars(Options())
     else:
-        changed = {key for key, *_ in config.differences(config.load(f"{REPO}/configs/clip.py:{variant}"), c)}
+        changed = {key for key, *_ in config.differences(config.load(f"{REPO}/configs/clip.py:{variant or 'emoji'}"), c)}
         assert changed == {"method", "data.source", *(f"alip.{name}" for name in c.alip)}
     c.model.text.update(dict(vocab_size=49408, eot_id=49407))
     assert [view.name for view in make_method(c).views] == ["image", "text", "synthetic"]

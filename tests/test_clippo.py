@@ -240,7 +240,7 @@ def test_wrong_input_is_one_line(tmp_path, overrides, message):
 
 
 def test_a_font_in_the_place_of_tokens_is_refused(tmp_path):
-    c = config.load(str(REPO / "configs" / "clip.py"), [*TINY, "tokenizer=unifont"])
+    c = config.load(str(REPO / "configs" / "clip.py:emoji"), [*TINY, "tokenizer=unifont"])
     with pytest.raises(UserError, match="view 'text' needs token ids, which no font gives, but the tokenizer is unifont"):
         train.train(c, tmp_path, lambda line: None)
 

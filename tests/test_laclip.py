@@ -224,7 +224,7 @@ def test_variants_are_complete(variant):
     config.validate(c)
     assert c.data.rewrites == ("rewrites",) and ("slip" == variant) == (c.method == "declip")
     if variant in ("", "smoke"):
-        clip = config.load(f"{REPO}/configs/clip.py:{variant}")
+        clip = config.load(f"{REPO}/configs/clip.py:{variant or 'emoji'}")
         changed = {key for key, *_ in config.differences(clip, c)}
         assert changed == {"method", "data.source", "data.rewrites", *(f"laclip.{f.name}" for f in dataclasses.fields(Options))}
     c.model.text.update(dict(vocab_size=49408, eot_id=49407))
@@ -244,7 +244,7 @@ def test_a_run(tmp_path):
         train.train(config.load(spec, [*TINY, *overrides]), tmp_path / name, lambda line: None)
         return losses(tmp_path / name)
 
-    clip = run("clip", str(REPO / "configs" / "clip.py"), "train.steps=3")
+    clip = run("clip", str(REPO / "configs" / "clip.py:emoji"), "train.steps=3")
     assert run("none", CONFIG, "train.steps=3", "data.rewrite_prob=0") == clip and len(clip) == 3
     whole = run("whole", CONFIG, "train.steps=3")
     run("parts", CONFIG, "train.steps=2")

@@ -198,15 +198,26 @@ def test_selections_in_a_mixture_and_weights_by_size(table):
     assert set(captions(nested)) == set(captions(make_source(f"{table}?part=concept:1/2"))) & {f"c{i}" for i in range(0, 60, 3)}
 
 
+def test_records_with_a_field_and_records_that_name_nothing_held_out(tmp_path):
+    told = {"caption": "two clowns", "keywords": ["A Giraffe's neck", "zoo"]}, {"caption": "Buses, pencil-box"}, {"caption": "a bull train"}
+    table = write_table(tmp_path, [*told, {"caption": "two clowns", "keywords": []}, {"caption": "abacuses", "keywords": ["x"]}])
+    assert captions(make_source(f"{table}?has=keywords")) == ["two clowns", "abacuses"]
+    assert captions(make_source(f"{table}?without=emoji")) == ["a bull train", "two clowns"]
+    clip_art, held_out = make_source("openclipart?without=emoji&has=keywords"), make_source("emoji", "val_seen_vendor")
+    words = {word for i in range(len(clip_art)) for text in clip_art[i]["keywords"] for word in text.lower().split()}
+    assert len(clip_art) == 4385 and not words & {held_out[i]["name"] for i in range(len(held_out))}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ("without=scenes", "cannot read without=scenes; it is written as without=emoji"),
         ("where=vednor:v1", r"no record has the field 'vednor' \(did you mean 'vendor'\?\); fields: "),
         ("where=vendor:v11", r"no record has vendor 'v11' \(did you mean 'v1'\?\)"),
         ("where=vendor", "cannot read where=vendor; it is written as where=vendor:noto"),
         ("part=concept:3/2", "part 3/2 is not one of 1/2 to 2/2"),
         ("part=concept:half", "cannot read part=concept:half; it is written as part=concept:1/2"),
-        ("where=vendor:v1&labels=kind", r"unknown option 'labels' \(did you mean 'label'\?\); options: where, part, label, by"),
+        ("where=vendor:v1&labels=kind", r"unknown option 'labels' \(did you mean 'label'\?\); options: where, part, label, by, has"),
         ("where=vendor:v1&where=concept:0&part=concept:9/9999", "no record is left"),
     ],
 )

@@ -17,7 +17,7 @@ TASK = "retrieval(source='emoji', split='val_unseen_vendor', limit=16)"
 
 
 def make_study(tmp_path, names=("a", "b"), **fields):
-    rows = tuple(Row(name, str(REPO / "configs" / "clip.py"), (*TINY, "train.steps=2"), (10.0 * i,)) for i, name in enumerate(names))
+    rows = tuple(Row(name, str(REPO / "configs" / "clip.py:emoji"), (*TINY, "train.steps=2"), (10.0 * i,)) for i, name in enumerate(names))
     return Study("two rows", rows, {"R@10": METRIC}, "published", **fields)
 
 
@@ -73,7 +73,8 @@ def test_a_run_that_is_not_complete_is_trained(tmp_path):
 
 
 def test_rows_of_equal_compute(tmp_path):
-    rows = [Row(name, str(REPO / "configs" / "clip.py"), (*TINY, f"data.batch_size={batch}")) for name, batch in (("a", 16), ("b", 64))]
+    clip = str(REPO / "configs" / "clip.py:emoji")
+    rows = [Row(name, clip, (*TINY, f"data.batch_size={batch}")) for name, batch in (("a", 16), ("b", 64))]
     runs = study.plan(Study("", tuple(rows), {"R@10": METRIC}, equal_compute=True), tmp_path, 1, ["train.steps=8"])
     assert [run.steps for run in runs] == [8, 2] and runs[0].flops == pytest.approx(runs[1].flops, rel=0.01)
     assert "--config.train.steps=2" in runs[1].command

@@ -257,7 +257,7 @@ def test_variants_are_complete(variant):
         make_init(c, method, batch)
         assert params["img"]["proj"]["kernel"].shape == (768, 512) and "bias" not in params["img"]["proj"]
     else:
-        clip = config.load(f"{REPO}/configs/clip.py:{variant}")
+        clip = config.load(f"{REPO}/configs/clip.py:{variant or 'emoji'}")
         assert {key for key, *_ in config.differences(clip, c) if not key.startswith("zerovl")} == {
             "method",
             "data.source",

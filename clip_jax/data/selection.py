@@ -6,22 +6,27 @@
     emoji?part=record:!1/10                     all but this tenth
     emoji?part=concept:1/2&label=subgroup       of these the subgroup is the class: `label`, `class_name`, and `class_names` of the source
     emoji?by=vendor                             a mixture of one source for each vendor, in proportion to their records
+    openclipart?has=keywords                    the records with keywords
+    openclipart?without=emoji                   the records that name nothing that the emoji set holds out of training, in no field
 
-A record without the field is left out, or has no label. Making a selection reads every record of the source once.
+A record without the field, or with an empty one, is left out, or has no label. Making a selection reads every record of the source once.
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from clip_jax.data.sources import BadRecord, BaseSource, MixtureSource, Record, Source, near
+from clip_jax.data.sources import BadRecord, BaseSource, MixtureSource, Record, Source, make_source, near
 from clip_jax.errors import UserError
 
 _FORMS = {"where": r"(?P<field>[^:]+):(?P<value>.+)", "part": r"(?P<field>[^:]+):(?P<value>!?\d+/\d+)"}
-_FORMS |= {"label": r"(?P<field>.+)", "by": r"(?P<field>.+)"}
-_EXAMPLES = {"where": "vendor:noto", "part": "concept:1/2", "label": "subgroup", "by": "vendor"}
+_FORMS |= {"label": r"(?P<field>.+)", "by": r"(?P<field>.+)", "has": r"(?P<field>.+)", "without": r"(?P<value>emoji)"}
+_EXAMPLES = {"where": "vendor:noto", "part": "concept:1/2", "label": "subgroup", "by": "vendor", "has": "keywords", "without": "emoji"}
+_STRINGS = "strings"  # all that a record says
+_PLURAL = re.compile(r"(?:(?<=s|x|z)es|(?<=ch|sh)es|(?<=\w\w[^s])s)$")
 #: What is a selection among the strings of `make_source`.
 PATTERN = re.compile(rf"(.+)\?((?:{'|'.join(_FORMS)})=[^?]*)")
 
@@ -60,7 +65,9 @@ def select(source: Source, options: str, name: str) -> Source:
                 raise UserError(f"{name}: no record has {field} {value!r}{near(value, set(column) - {None})}")
         elif option == "part":
             kept &= _is_in_part(column, value, name)
-        elif option == "by":
+        elif option == "without":
+            kept &= ~_names_any(column, _held_out_names())
+        elif option in ("by", "has"):
             kept &= column != None  # noqa: E711 - of every element
     if not kept.any():
         raise UserError(f"{name}: no record is left")
@@ -88,7 +95,8 @@ def _parse(text: str, name: str) -> tuple[str, tuple[str, str | None]]:
         raise UserError(f"{name}: unknown option {option!r}{near(option, _FORMS)}; options: {', '.join(_FORMS)}")
     if not (match := re.fullmatch(_FORMS[option], rest)):
         raise UserError(f"{name}: cannot read {option}={rest}; it is written as {option}={_EXAMPLES[option]}")
-    return option, (match["field"], match.groupdict().get("value"))
+    groups = match.groupdict()
+    return option, (groups.get("field", _STRINGS), groups.get("value"))
 
 
 def _read(source: Source, fields: set[str], name: str) -> dict[str, np.ndarray]:
@@ -102,9 +110,13 @@ def _read(source: Source, fields: set[str], name: str) -> dict[str, np.ndarray]:
             record = source[i]
         except BadRecord:
             continue
+        if _STRINGS in columns:
+            values = itertools.chain.from_iterable(value if isinstance(value, list) else [value] for value in record.values())
+            record = record | {_STRINGS: [value for value in values if isinstance(value, str)]}
         known |= record.keys()
         for field, column in columns.items():
-            if (value := record.get(field)) is not None:
+            value = record.get(field)
+            if not (value is None or isinstance(value, str | list) and not value):
                 column[i] = str(value)
     for field in sorted(columns.keys() - known):
         raise UserError(f"{name}: no record has the field {field!r}{near(field, known)}; fields: {', '.join(sorted(known))}")
@@ -117,3 +129,21 @@ def _is_in_part(column: np.ndarray, part: str, name: str) -> np.ndarray:
         raise UserError(f"{name}: part {part} is not one of 1/{count} to {count}/{count}")
     hashes = {value: int.from_bytes(hashlib.sha256(value.encode("utf-8", "replace")).digest()[:8], "big") for value in set(column) - {None}}
     return np.array([value is not None and (hashes[value] % count == number - 1) != others for value in column])
+
+
+def _held_out_names() -> set[str]:
+    splits = [f"{part}_{vendor}_vendor" for part in ("val", "test") for vendor in ("seen", "unseen")]
+    sources = [make_source("emoji", split) for split in splits]
+    return {_words(source[i]["name"]) for source in sources for i in range(len(source))}
+
+
+def _names_any(texts: np.ndarray, names: set[str]) -> np.ndarray:
+    """Whether a name, all its words in a row, is in each text."""
+    pattern = re.compile(rf" (?:{'|'.join(map(re.escape, names))}) ")
+    return np.array([bool(pattern.search(f" {_words(text or '')} ")) for text in texts])
+
+
+def _words(text: str) -> str:
+    """Words in lower case with a space between them, plurals as their singulars: "Two Cats!" -> "two cat"."""
+    words = (re.sub(r"(?<=\w\w)ies$", "y", word) for word in re.findall(r"[^\W_]+", text.lower()))
+    return " ".join(_PLURAL.sub("", _PLURAL.sub("", word)) for word in words)  # "abacuses" is "abacu" as "abacus" is

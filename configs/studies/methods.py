@@ -18,6 +18,6 @@ CELLS = [(concept, vendor) for concept in ("seen", "unseen") for vendor in ("see
 
 def get_study(variant=""):
     folder = pathlib.Path(__file__).parents[1]
-    rows = tuple(Row(name, str(folder / f"{name}.py")) for name in METHODS)
+    rows = tuple(Row(name, f"{folder / name}.py{':emoji' if name == 'clip' else ''}") for name in METHODS)
     metrics = {f"{concept} concept, {vendor} vendor": f"emoji/{concept}_concept_{vendor}_vendor/top1" for concept, vendor in CELLS}
     return Study("Methods on the embedded pictures, top-1", rows, metrics, equal_compute=True)

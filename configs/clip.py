@@ -27,8 +27,8 @@ def get_config(variant=""):
         return published(*PUBLISHED[variant])
     c = embedded()
     if variant == "":
-        c.data.source = "emoji*3 + openclipart?without=emoji&has=keywords*1"
-        c.data.templates += ("{title}, {keywords}", "{keywords}")  # only clip art has keywords, only emoji names
+        c.data.source, c.train.steps = "emoji*3 + openclipart?without=emoji&has=keywords*1", 1250
+        c.data.templates += ("{caption}, {keywords}",)  # only clip art has captions, only emoji names
     elif variant == "scenes":
         scenes(c)
     elif variant == "smoke":

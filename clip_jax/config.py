@@ -289,8 +289,6 @@ def validate(config):
             raise unknown(key, _get(config, key), allowed)
     if config.optim.warmup_steps > config.train.steps:
         raise UserError(f"optim.warmup_steps={config.optim.warmup_steps} is more than train.steps={config.train.steps}")
-    if config.model.scan and config.optim.name == "lamb":
-        raise UserError("model.scan=True stacks the layers, but optim.name='lamb' needs the norm of each: set model.scan=False")
     if (config.init_from_params or config.init_from_resize) and not config.init_from:
         raise UserError("init_from_params and init_from_resize need init_from")
     if config.eval.ema and not config.optim.ema_decay:

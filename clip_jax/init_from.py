@@ -68,7 +68,7 @@ def start(config, state, tokenizer):
     from clip_jax.interop import recognize
 
     source = _foreign(config.init_from) if recognize.is_foreign(config.init_from) else _own(config.init_from)
-    current = _flat(state.params, state.extra, config.model.scan)
+    current = _flat(state.params, state.extra)
     chosen = _choose(config, current, source)
     _check_meaning(config, source, chosen, tokenizer)
     targets = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in chosen.items()}
@@ -76,7 +76,7 @@ def start(config, state, tokenizer):
     found = source.load(targets | {path: _whole(source.shapes[path], targets[path]) for path in resized})
     for path in resized:
         found[path] = _resize(found[path], targets[path], config.model.image, source.bicubic)
-    params, stats = _nested(current | {path: found[path] for path in targets}, config.model.scan)
+    params, stats = _nested(current | {path: found[path] for path in targets}, state.params, state.extra)
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
     extra = state.extra | ({"batch_stats": stats} if stats else {})
     count = sum(x.size for path, x in targets.items() if not path.startswith("batch_stats/"))
@@ -84,30 +84,29 @@ def start(config, state, tokenizer):
     return state.replace(params=params, extra=extra, ema=None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)), line
 
 
-def _flat(params, extra, scan):
+def _flat(params, extra):
     """``{path: array or shape}`` of parameters, layers not stacked, and of running statistics."""
     import jax
 
-    from clip_jax.models.transformer import unstack_blocks
+    from clip_jax.models.transformer import unstack_layers
     from clip_jax.training.sharding import path_name
 
-    if scan:
-        params = {name: unstack_blocks(x) if isinstance(x, dict) and "block" in x else x for name, x in params.items()}
-    tree = params | ({"batch_stats": extra["batch_stats"]} if "batch_stats" in extra else {})
+    tree = unstack_layers(_with_stats(params, extra))
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _nested(flat, scan):
-    """``(params, running statistics)``: the reverse of :func:`_flat`."""
+def _nested(flat, params, extra):
+    """``(params, running statistics)`` as these have them: the reverse of :func:`_flat`."""
     from flax import traverse_util
 
-    from clip_jax.models.transformer import stack_blocks
+    from clip_jax.models.transformer import stack_layers
 
-    tree = traverse_util.unflatten_dict(flat, sep="/")
-    stats = tree.pop("batch_stats", {})
-    if scan:
-        tree = {name: stack_blocks(x) if isinstance(x, dict) and "block_0" in x else x for name, x in tree.items()}
-    return tree, stats
+    tree = stack_layers(traverse_util.unflatten_dict(flat, sep="/"), _with_stats(params, extra))
+    return {name: x for name, x in tree.items() if name != "batch_stats"}, tree.get("batch_stats", {})
+
+
+def _with_stats(params, extra):
+    return params | ({"batch_stats": extra["batch_stats"]} if "batch_stats" in extra else {})
 
 
 def _choose(config, current, source):
@@ -232,19 +231,19 @@ def _own(path):
     method = make_method(config)
     batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
     params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
-    scan, weights = config.model.scan, "ema" if config.eval.ema else "params"
-    unstacked = jax.eval_shape(lambda params, extra: _flat(params, extra, scan), params, extra)
+    weights = "ema" if config.eval.ema else "params"
+    unstacked = jax.eval_shape(_flat, params, extra)
 
     def load(targets):
         # Stacked layers are read together; a leaf is read when one of its layers is wanted.
-        names = {re.sub(r"/block_\d+/", "/block/", name) if scan else name for name in targets}
-        tree = _only({weights: params, "extra": extra}, lambda p: re.sub(rf"^({weights}|extra)/", "", p) in names)
+        names = targets.keys() | {re.sub(r"/block_\d+/", "/block/", name) for name in targets}
+        tree = _only({weights: params, "extra": extra}, lambda p: re.sub(rf"^({weights}|extra)/", "", p) in names or "_to_" in p)
         mesh = next(iter(targets.values())).sharding.mesh
         placed = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding.state_shardings(tree, mesh)
         )  # fmt: skip
         state = checkpoint.restore_arrays(folder, placed)
-        found = _flat(state.get(weights, {}), state.get("extra", {}), scan)
+        found = _flat(state.get(weights, {}), state.get("extra", {}))
         return {name: jax.device_put(found[name], x.sharding) for name, x in targets.items()}
 
     return Source(str(path), config, unstacked, load, meta["tokenizer"]["fingerprint"])

@@ -39,7 +39,7 @@ def published(size, batch_size, steps, warmup_steps, lr):
     c = config.base()
     use_size(c.model, size)
     c.model.image.bn_group = 16  # the paper's examples per core, coyo-align's virtual batch
-    c.model.remat = "full"
+    c.model.remat, c.model.scan = "full", True  # one block of each stage is compiled
     c.tokenizer = "wordpiece:vocab.txt"
     c.data.augment = ("squash(346, 'bilinear')", "random_crop", "flip")
     c.eval.transform = ("squash(346, 'bilinear')", "center_crop")

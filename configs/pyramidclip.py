@@ -6,8 +6,9 @@ Variants, after a colon; fields of the section pyramidclip: clip_jax/methods/pyr
   (none)   emoji pictures and scenes of them: data, optimizer and steps of configs/clip.py:scenes, made for 2 CPU cores. Regions of scenes
            are their objects by their pixels, no detector is needed; emoji have none. Towers: those of clip.py:scenes but for a class token
            and the LeFF of the first block. A step takes two passes of the image tower and three of the other. Unlike the paper's: of texts
-           the mean over words, not the maximum; the crossing terms weigh a fifth in all, not two thirds; local crops lose nothing that a
-           caption places. With the paper's it did not learn in so few steps whose an attribute is, or which object is where
+           the mean over words, not the maximum; the crossing terms, which say nothing of places, weigh a tenth in all, not two thirds;
+           local crops lose nothing that a caption places; a batch is of emoji or of scenes. Otherwise it did not learn in so few steps
+           which object is where
   smoke    the same in a few steps, under a minute with compilation; the result is near chance
   b32 b16 rn50
            the released models on YFCC15M in DeCLIP's version, 32 epochs of batch 4,096. Give the data with a detector's regions
@@ -46,10 +47,11 @@ def get_config(variant=""):
 def small(c, smoke):
     fields = {name: value for name, value in c.model.image.items() if name in PyramidViT.__dataclass_fields__}
     c.model.image = all_fields({"pyramid_vit": PyramidViT}, fields | dict(kind="pyramid_vit", front=1, region_dim=PIXEL_FEATURES + 4))
+    c.data.sampling = "one_source"
     if smoke:
         c.train.steps, c.train.log_steps, c.optim.warmup_steps, c.eval.steps, c.data.batch_size = 6, 2, 2, 0, 32
     options = dict(features="pixels", regions=4, local_augment=tuple(c.data.augment), summary=("{summary}", "{name}"))
-    return Options(cross_global=0.1, cross_local=0.1, **options)
+    return Options(cross_global=0.05, cross_local=0.05, **options)
 
 
 def published(size):

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden_files
-from test_models import run_tower, tiny
+from test_models import like, run_tower, tiny
 
 import clip_jax
 from clip_jax.errors import UserError
 from clip_jax.models.common import drop, l2_normalize
 from clip_jax.models.towers import text_tower
-from clip_jax.models.transformer import stack_blocks, unstack_blocks
+from clip_jax.models.transformer import stack_layers, unstack_layers
 
 BERT = dict(kind="bert", context=8, positions=10, vocab_size=64, eot_id=63, width=32, depth=2, heads=2, mlp_dim=64)
 IDS = np.array([[5, 9, 63, 0, 0, 0], [5, 9, 8, 7, 63, 0], [5, 11, 12, 13, 14, 63]])
@@ -57,10 +57,9 @@ def test_scan_and_recomputation_change_nothing_but_the_layout():
     params = text_tower(model).init(jax.random.key(0), IDS)["params"]
     expected, expected_grads = run_tower("text", model, params, IDS)
     model.scan, model.remat = True, "full"
-    embedding, grads = run_tower("text", model, {**params, "bert": stack_blocks(params["bert"])}, IDS)
+    embedding, grads = run_tower("text", model, stack_layers(params, like("text", model, IDS)), IDS)
     np.testing.assert_allclose(embedding, expected, rtol=1e-5, atol=1e-5)
-    grads = {**grads, "bert": unstack_blocks(grads["bert"])}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, expected_grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), unstack_layers(grads), expected_grads)
 
 
 def test_dropout_keeps_the_mean_and_follows_the_keys():
@@ -91,7 +90,7 @@ def test_the_layers_of_a_scan_drop_what_single_layers_drop():
     params = text_tower(model).init(jax.random.key(0), IDS)["params"]
     expected = text_tower(model).apply({"params": params}, IDS, train=True, keys=keys)[0]
     model.scan = True
-    stacked = {**params, "bert": stack_blocks(params["bert"])}
+    stacked = stack_layers(params, like("text", model, IDS))
     np.testing.assert_allclose(
         text_tower(model).apply({"params": stacked}, IDS, train=True, keys=keys)[0], expected, rtol=1e-4, atol=1e-5
     )  # fmt: skip

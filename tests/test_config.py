@@ -68,11 +68,6 @@ def test_wrong_config_files(spec, message):
         config.load(spec)
 
 
-def test_layerwise_norms_need_separate_layers():
-    with pytest.raises(UserError, match="model.scan=True stacks the layers"):
-        config.validate(config.load(CLIP, ["model.scan=true", "optim.name=lamb"]))
-
-
 def test_a_config_file_without_get_config(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("x = 1\n")

@@ -12,6 +12,7 @@ import clip_jax
 from clip_jax.models.common import drop, l2_normalize
 from clip_jax.models.efficientnet import EfficientNet, conv, scaled
 from clip_jax.models.towers import EFFICIENTNETS, image_tower
+from clip_jax.models.transformer import stack_layers, unstack_layers
 
 EFFICIENTNET = dict(kind="efficientnet", size=32, stages=((8, 2, 3, 1, 1), (16, 2, 5, 2, 4)), proj=False)
 
@@ -129,6 +130,28 @@ def test_stochastic_depth_acts_in_training_only_and_spares_the_first_block():
     np.testing.assert_array_equal(run(stages, False, keys), run(stages, False, None))
     alone = ((32, 1, 3, 1, 1), (16, 1, 3, 2, 4))
     np.testing.assert_array_equal(run(alone, True, keys), run(alone, True, None))
+
+
+def test_scanned_blocks_are_the_single_ones():
+    images, keys = jax.random.normal(jax.random.key(0), (8, 32, 32, 3)), jax.random.split(jax.random.key(0), 8)
+    model = tiny()
+    model.image = dict(EFFICIENTNET, stages=((8, 1, 3, 1, 1), (16, 4, 3, 2, 4)), stochastic_depth=0.9)
+    variables = jax.jit(image_tower(model).init)(jax.random.key(0), images)
+
+    def run(variables):
+        def fn(params):
+            (z, _), new = image_tower(model).apply({**variables, "params": params}, images, True, keys, mutable=["batch_stats"])
+            return jnp.sin(z).sum(), new
+
+        return jax.jit(jax.grad(fn, has_aux=True))(variables["params"])
+
+    expected = run(variables)
+    model.scan, model.remat = True, "full"
+    shapes = jax.eval_shape(image_tower(model).init, jax.random.key(0), images)
+    assert shapes["params"]["mbconv_2_to_4"]["project_conv"]["kernel"].shape == (3, 1, 1, 64, 16) and "mbconv_1" in shapes["params"]
+    found = run(stack_layers(variables, shapes))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), unstack_layers(found[0]), expected[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), unstack_layers(found[1]), expected[1])
 
 
 def test_recomputation_replays_the_dropped_blocks():

@@ -60,6 +60,20 @@ def test_lamb_golden(path):
             np.testing.assert_allclose(value, g[f"param_{name}"][step], rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("stack", ["block", "mbconv_2_to_3"])
+def test_lamb_takes_the_norm_of_each_stacked_layer(stack):
+    layers = [jnp.arange(1.0, 7).reshape(2, 3), jnp.full((2, 3), 0.01)]
+    single, stacked = {"img": {"a": layers[0], "b": layers[1]}}, {"img": {stack: jnp.stack(layers)}}
+    o = optim(name="lamb", no_decay=())
+
+    def step(params):
+        tx = optimizers.make_optimizer(o, 100, params)
+        return tx.update(jax.tree.map(jnp.cos, params), tx.init(params), params)[0]["img"]
+
+    np.testing.assert_allclose(step(stacked)[stack], jnp.stack([step(single)["a"], step(single)["b"]]), rtol=1e-6)
+    assert optimizers.make_optimizer(optim(name="lamb", freeze=("^img/x",)), 100, stacked | {"img": stacked["img"] | {"x": layers[0]}})
+
+
 @pytest.mark.parametrize("path", golden_files("optim_bv_adafactor.npz"))
 @pytest.mark.parametrize("momentum, prefix, tolerance", [(None, "update_nomomentum_", (1e-3, 1e-4)), (0.9, "update_", (2e-2, 2e-2))])
 def test_adafactor_golden(path, momentum, prefix, tolerance):

@@ -92,13 +92,10 @@ def _arrays(model):
     """``{path: array}`` of parameters and running statistics, layers not stacked."""
     import jax
 
-    from clip_jax.models.transformer import unstack_blocks
+    from clip_jax.models.transformer import unstack_layers
     from clip_jax.training.sharding import path_name
 
-    params = model.params
-    if model.config.model.scan:
-        params = {name: unstack_blocks(x) if isinstance(x, dict) and "block" in x else x for name, x in params.items()}
-    tree = {"params": params, "extra": model.extra}
+    tree = unstack_layers({"params": model.params, "extra": model.extra})
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -33,6 +33,14 @@ def shard_batch(x, axis=0):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, BATCH_AXES))
 
 
+def gather(x):
+    """Constrains a parameter to be whole on every device of the mesh in use; identity without one.
+
+    A convolution by a kernel that is split over its channels else has the partitioner gather the activations instead.
+    """
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def l2_normalize(x, axis=-1):
     """Unit vectors along ``axis``, computed in float32 whatever the input's dtype. A zero vector stays zero."""
     x = x.astype(jnp.float32)
@@ -63,11 +71,11 @@ def drop(x, rate, keys, index, whole=False):
 
     With ``whole`` an example is dropped or kept as a whole (stochastic depth, Huang et al. 2016). Identity where ``keys`` is None.
     """
-    if keys is None or not rate:
+    if keys is None or isinstance(rate, int | float) and not rate:
         return x
     shape = (1,) * (x.ndim - 1) if whole else x.shape[1:]
     keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, index), 1 - rate, shape))(keys)
-    return jnp.where(keep, x / (1 - rate), 0)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
 class BatchNorm(nn.Module):

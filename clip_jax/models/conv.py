@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from clip_jax.models.common import gather
+
 
 def _native(stride, padding, x, kernel):
     return lax.conv_general_dilated(
@@ -94,8 +96,8 @@ class Conv(nn.Module):
     def __call__(self, x):
         channels = 1 if self.depthwise else x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, channels, self.features)).astype(self.dtype)
-        x = x.astype(self.dtype)
+        x, kernel = x.astype(self.dtype), gather(kernel)
+        padding = self.padding or same_padding(self.size, self.stride, *x.shape[1:3])
         if self.size == self.stride == 1:
             return x @ kernel[0, 0]
-        padding = self.padding or same_padding(self.size, self.stride, *x.shape[1:3])
         return (depthwise if self.depthwise else _native)(self.stride, padding, x, kernel)

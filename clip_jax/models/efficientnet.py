@@ -1,5 +1,6 @@
 """EfficientNet without its top convolution, as ALIGN's image tower (Tan & Le 2019; Jia et al. 2021, section 4.2); EfficientNet-lite0."""
 
+import functools
 import math
 from typing import Any
 
@@ -50,7 +51,10 @@ class MBConv(nn.Module):
     squeeze, act = True, staticmethod(nn.silu)  # of the class: no fields of a configuration
 
     @nn.compact
-    def __call__(self, x, train=False, keys=None):
+    def __call__(self, x, train=False, keys=None, place=None):
+        """``place``: instead of the fields, (index, drop_rate) as arrays, where one block runs in several places."""
+        index, drop_rate = place or (self.index, self.drop_rate)
+
         def norm(y, name):
             return BatchNorm(0.99, 1e-3, self.bn_group, self.dtype, name=name)(y, train)
 
@@ -67,7 +71,7 @@ class MBConv(nn.Module):
             y = y * nn.sigmoid(excited)[:, None, None]
         y = norm(conv(y, self.features, 1, 1, self.padding, self.dtype, "project_conv"), "project_bn")
         if self.stride == 1 and width == self.features:
-            y = x + drop(y, self.drop_rate, keys if train else None, self.index, whole=True)
+            y = x + drop(y, drop_rate, keys if train and self.drop_rate else None, index, whole=True)
         return y
 
 
@@ -78,7 +82,8 @@ class EfficientNet(nn.Module):
     dropped with the chance ``stochastic_depth * i / N``.
 
     ``padding``: ``same`` (TensorFlow, the published training code) or ``even`` (Hugging Face's AlignModel); they differ where a
-    stride of 2 meets an odd size. ``bn_group`` as ``group`` of :class:`~clip_jax.models.common.BatchNorm`.
+    stride of 2 meets an odd size. With ``scan`` the blocks of a stage after its first are one, run in a loop, their parameters stacked.
+    ``bn_group`` as ``group`` of :class:`~clip_jax.models.common.BatchNorm`.
     """
 
     size: int
@@ -92,6 +97,7 @@ class EfficientNet(nn.Module):
     proj_bias: bool = True
     dtype: Any = jnp.float32
     remat: str = "none"
+    scan: bool = False
     block, act, top = MBConv, staticmethod(nn.silu), 0  # top: channels of a convolution after the last block
 
     @property
@@ -103,17 +109,27 @@ class EfficientNet(nn.Module):
     def __call__(self, images, train=False, keys=None):
         x = conv(images.astype(self.dtype), scaled(STEM, self.width_coefficient), 3, 2, self.padding, self.dtype, "stem_conv")
         x = self.act(BatchNorm(0.99, 1e-3, self.bn_group, self.dtype, name="stem_bn")(x, train))
-        block = rematerialized(self.block, self.remat, static_argnums=2)
+        block = rematerialized(self.block, self.remat, static_argnums=2, prevent_cse=not self.scan)
         repeats = [math.ceil(blocks * self.depth_coefficient) for _, blocks, *_ in self.stages]
         i = 0
         for (channels, _, size, stride, expansion), blocks in zip(self.stages, repeats, strict=True):
             features = scaled(channels, self.width_coefficient)
-            for j in range(blocks):
-                rate = self.stochastic_depth * i / sum(repeats)
-                x = block(
-                    features, size, 1 if j else stride, expansion, i, rate, self.padding, self.bn_group, self.dtype, name=f"mbconv_{i}"
-                )(x, train, keys)  # fmt: skip
-                i += 1
+            rates = [self.stochastic_depth * k / sum(repeats) for k in range(i, i + blocks)]
+            make = functools.partial(
+                block, features, size, expansion=expansion, padding=self.padding, bn_group=self.bn_group, dtype=self.dtype
+            )
+            x = make(stride=stride, index=i, drop_rate=rates[0], name=f"mbconv_{i}")(x, train, keys)
+            if self.scan and blocks > 1:
+                layers = nn.scan(
+                    lambda block, x, keys, place: (block(x, train, keys, place), None), length=blocks - 1,
+                    variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
+                )  # fmt: skip
+                first = make(stride=1, index=i + 1, drop_rate=rates[1], name=f"mbconv_{i + 1}_to_{i + blocks - 1}")
+                x = layers(first, x, keys, (jnp.arange(i + 1, i + blocks), jnp.asarray(rates[1:])))[0]
+            else:
+                for k, rate in enumerate(rates[1:], i + 1):
+                    x = make(stride=1, index=k, drop_rate=rate, name=f"mbconv_{k}")(x, train, keys)
+            i += blocks
         if self.top:
             x = conv(x, self.top, 1, 1, self.padding, self.dtype, "top_conv")
             x = self.act(BatchNorm(0.99, 1e-3, self.bn_group, self.dtype, name="top_bn")(x, train))

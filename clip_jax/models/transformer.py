@@ -189,18 +189,39 @@ def only_at(tower, position):
     return None if tower.tokens or tower.scan or not tower.depth else position
 
 
-def stack_blocks(tower):
-    """A tower's parameters with ``block_0``, ``block_1``, ... stacked under ``block``, as ``model.scan`` has them."""
-    names = sorted((name for name in tower if re.fullmatch(r"block_\d+", name)), key=lambda name: int(name.removeprefix("block_")))
-    rest = {name: x for name, x in tower.items() if name not in names}
-    return {**rest, "block": jax.tree.map(lambda *layers: jnp.stack(layers), *(tower[name] for name in names))}
+#: Finds the name under which ``model.scan`` stacks layers in a path: ``block``, or some in a row, ``mbconv_3_to_5``.
+STACKED = r"(?:^|/)(?:block|mbconv_\d+_to_\d+)(?=/|$)"
 
 
-def unstack_blocks(tower):
-    """The reverse of :func:`stack_blocks`."""
-    rest, stacked = {name: x for name, x in tower.items() if name != "block"}, tower["block"]
-    depth = len(jax.tree.leaves(stacked)[0])
-    return rest | {f"block_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}
+def layers_of(stack, tree):
+    """The names of the layers that a tree has under the name ``stack``: ``block_0``, ... or ``mbconv_3``, ``mbconv_4``, ``mbconv_5``."""
+    kind, *ends = re.fullmatch(r"([a-z]+)(?:_(\d+)_to_(\d+))?", stack).groups()
+    first, last = (0, len(jax.tree.leaves(tree)[0]) - 1) if ends[0] is None else map(int, ends)
+    return [f"{kind}_{i}" for i in range(first, last + 1)]
+
+
+def stack_layers(tree, like):
+    """Parameters, or running statistics, with those layers stacked that ``like`` has stacked."""
+    if not isinstance(like, dict):
+        return tree
+
+    def stacked(name, x):
+        if not re.fullmatch(STACKED, name):
+            return stack_layers(tree[name], x)
+        return jax.tree.map(lambda *layers: jnp.stack(layers), *(tree[layer] for layer in layers_of(name, x)))
+
+    return {name: stacked(name, x) for name, x in like.items()}
+
+
+def unstack_layers(tree):
+    """The reverse of :func:`stack_layers`."""
+    if not isinstance(tree, dict):
+        return tree
+    found = {}
+    for name, x in tree.items():
+        layers = layers_of(name, x) if re.fullmatch(STACKED, name) else None
+        found |= {layer: jax.tree.map(lambda x, i=i: x[i], x) for i, layer in enumerate(layers)} if layers else {name: unstack_layers(x)}
+    return found
 
 
 class MapHead(nn.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from clip_jax.errors import UserError
+from clip_jax.models.transformer import STACKED
 from clip_jax.training.sharding import path_name
 
 
@@ -43,14 +44,28 @@ def _factors(optim, params):
     return jax.tree_util.tree_map_with_path(factor, params)
 
 
+def _map_updates(function, updates, *trees):
+    """A frozen parameter, which has a MaskedNode in the place of an update, keeps it."""
+    is_masked = lambda u: isinstance(u, optax.MaskedNode)  # noqa: E731
+    return jax.tree.map(lambda u, *x: u if is_masked(u) else function(u, *x), updates, *trees, is_leaf=is_masked)
+
+
 def _scale_by_factors(factors):
-    """Multiplies each update by its factor; a frozen parameter has a MaskedNode in the place of an update."""
+    """Multiplies each update by its factor."""
+    return optax.stateless(lambda updates, _: _map_updates(lambda update, factor: update * factor, updates, factors))
 
-    def scale(updates, _):
-        is_masked = lambda u: isinstance(u, optax.MaskedNode)  # noqa: E731
-        return jax.tree.map(lambda u, f: u if is_masked(u) else u * f, updates, factors, is_leaf=is_masked)
 
-    return optax.stateless(scale)
+def _scale_by_trust_ratio(params):
+    """LAMB's trust ratio (You et al. 2020, algorithm 2); where layers are stacked each has its own."""
+    ratio, stacked = optax.scale_by_trust_ratio(), _matches((STACKED,), params)
+
+    def scale(update, param, is_stacked):
+        def one(update, param):
+            return ratio.update(update, optax.EmptyState(), param)[0]
+
+        return (jax.vmap(one) if is_stacked else one)(update, param)
+
+    return optax.stateless(lambda updates, params: _map_updates(scale, updates, params, stacked))
 
 
 def make_optimizer(optim, steps, params):
@@ -78,7 +93,7 @@ def make_optimizer(optim, steps, params):
     )
     direction = {
         "adamw": lambda: [optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay],
-        "lamb": lambda: [optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay, optax.scale_by_trust_ratio()],
+        "lamb": lambda: [optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay, _scale_by_trust_ratio(params)],
         "adafactor": lambda: [scale_by_adafactor(momentum=optim.b1), decay],
         "sgd": lambda: [optax.trace(optim.b1), decay],
     }[optim.name]()

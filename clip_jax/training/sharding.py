@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import UserError
 from clip_jax.models.common import BATCH_AXES
+from clip_jax.models.transformer import STACKED
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -101,7 +102,7 @@ def _size(mesh, axes):
 
 def _spec(path, shape, mesh):
     for pattern, axes in RULES:
-        if "/block/" in path:  # model.scan: the layers are stacked
+        if re.search(STACKED, path):
             axes = (None, *axes)
         if re.search(pattern, path) and len(axes) == len(shape):
             # A dimension that an axis does not divide is not split: the layout never decides whether a model is allowed.

@@ -126,12 +126,18 @@ def shard(program, mesh):
 
 
 class DoesNotFit(Exception):
-    """The compiler's own line about it, and the bytes of temporaries that it wanted on a device, or None where it does not say."""
+    """A line about it, and the bytes of temporaries that are wanted on a device, or None where they are not known."""
 
-    def __init__(self, message):
-        super().__init__(message.partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0])
+    def __init__(self, line, temporary=None):
+        super().__init__(line)
+        self.temporary = temporary
+
+    @classmethod
+    def of_compiler(cls, message):
+        """With the compiler's own line."""
         size = re.search(r"\(([\d.]+)([KMGTP]?)\) exceeds", message)
-        self.temporary = float(size[1]) * 1024 ** " KMGTP".index(size[2] or " ") if size else None
+        temporary = float(size[1]) * 1024 ** " KMGTP".index(size[2] or " ") if size else None
+        return cls(message.partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0], temporary)
 
 
 def compile_for_tpu(program, devices):
@@ -152,7 +158,7 @@ def compile_for_tpu(program, devices):
             compiled = step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise DoesNotFit(str(error)) from None
+            raise DoesNotFit.of_compiler(str(error)) from None
         line = str(error).splitlines()[0]
         raise UserError(f"the TPU compiler failed; is it the libtpu that extra 'tpu' wants for this jax? {line}") from None
     memory, cost = compiled.memory_analysis(), hlo_cost(compiled.as_text())
@@ -364,6 +370,10 @@ def run(args, say=print):
         say(f"compiling for {topology.count} chips, which takes minutes for a large model ...")
         try:
             result = compile_for_tpu(program, devices)
+            memory, hbm = result["memory"], topology.chip.hbm / topology.chip.devices
+            if memory["total"] > hbm:  # it only refuses temporaries that are too large by themselves
+                line = f"the compiler accepts it, but its figures add up to {gib(memory['total'])} of {gib(hbm)}"
+                raise DoesNotFit(line, memory["temp"])
         except DoesNotFit as error:
             return dict(about, fits=False, compiler=str(error), found=advise(args, topology, program, error, devices, say))
         result = dict(result, fits=True, estimate=estimate(topology, config, result, flops))

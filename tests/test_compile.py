@@ -289,6 +289,13 @@ def test_what_does_not_fit(tmp_path, capsys):
 
 
 @needs_libtpu
+def test_what_the_compiler_accepts_though_its_figures_are_more_than_the_memory(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compile_lib, "compile_for_tpu", lambda *_: {"memory": dict(total=18 * 2**30, temp=15 * 2**30)})
+    result = figures(tmp_path, "--topology=v5e:2x2", status=1)
+    assert not result["fits"] and "add up to 18.00 GiB of 16.00 GiB" in capsys.readouterr().out
+
+
+@needs_libtpu
 def test_a_slice_that_cannot_be_built(capsys):
     assert command("--topology=v5e:3x3") == 2
     error = capsys.readouterr().err
@@ -312,7 +319,7 @@ def test_search_stops_at_the_first_that_fits(monkeypatch):
     def fake(program, devices):
         compiled.append((program.config.model.remat, program.config.micro_batches))
         if program.config.micro_batches == 1:
-            raise compile_lib.DoesNotFit("RESOURCE_EXHAUSTED: total memory required (24.00G) exceeds available HBM (15.75G).")
+            raise compile_lib.DoesNotFit.of_compiler("RESOURCE_EXHAUSTED: total memory required (24.00G) exceeds available HBM (15.75G).")
         return {"memory": {"total": 1e9}}
 
     monkeypatch.setattr(compile_lib, "compile_for_tpu", fake)
@@ -325,7 +332,9 @@ def test_search_stops_at_the_first_that_fits(monkeypatch):
 
 
 def test_the_size_that_the_compiler_wanted():
-    error = compile_lib.DoesNotFit("RESOURCE_EXHAUSTED: E1000: HLO temporaries (1.50T) exceeds available HBM (15.75G).\nSee the manual")
+    error = compile_lib.DoesNotFit.of_compiler(
+        "RESOURCE_EXHAUSTED: E1000: HLO temporaries (1.50T) exceeds available HBM (15.75G).\nSee the manual"
+    )
     assert error.temporary == 1.5 * 2**40 and str(error).endswith("(15.75G).")
 
 

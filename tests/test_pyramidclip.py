@@ -339,7 +339,7 @@ def test_a_run_that_was_interrupted_goes_on_the_same_with_its_statistics(tmp_pat
     "overrides, message",
     [
         (["pyramidclip.softening=1"], "pyramidclip.softening=1.0: must be at least 0 and below 1"),
-        (["pyramidclip.cross_global=0.8"], "cross_local=0.33.*: must be at least 0, together at most 1"),
+        (["pyramidclip.cross_global=0.96"], "cross_local=0.05.*: must be at least 0, together at most 1"),
         (["pyramidclip.regions=0"], "pyramidclip.regions=0: must be at least 1"),
         (["pyramidclip.tags=()"], r'pyramidclip.tags=\(\): at least one template is needed, such as "{tags}"'),
         (["model.image.front=2"], "model.image.front=2: of the 2 blocks at least one must be left to regions"),

@@ -237,7 +237,7 @@ def estimate_gpu(topology, program, flops):
 
 def variants(config, topology, state_bytes, temporary):
     """What makes a step smaller, the cheapest first: ``[(overrides, what it does)]``. ``temporary``: of :class:`DoesNotFit`."""
-    usable = USABLE * topology.chip.hbm / topology.chip.devices
+    usable = USABLE * topology.chip.device_hbm
     shards = math.gcd(topology.count, 16)
     found = []
     if config.mesh.fsdp == 1 and shards > 1 and state_bytes > usable / 8:
@@ -268,7 +268,7 @@ def search(args, topology, devices, tries, say):
         except DoesNotFit as error:
             say(f"  {flags}: {error}")
             continue
-        total, hbm = result["memory"]["total"], topology.chip.hbm / topology.chip.devices
+        total, hbm = result["memory"]["total"], topology.chip.device_hbm
         say(f"  {flags}: {gib(total)} of {gib(hbm)} ({total / hbm:.0%})")
         if total <= USABLE * hbm:
             return dict(result, overrides=overrides)
@@ -282,7 +282,7 @@ def gib(size):
 def describe(topology, config, result, flops):
     """The lines that a user reads about a result of :func:`compile_for_tpu` or :func:`estimate_gpu`."""
     chip, memory = topology.chip, result["memory"]
-    hbm = chip.hbm / chip.devices
+    hbm = chip.device_hbm
     mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
     per = "chip" if chip.devices == 1 else f"device, {chip.devices} of which are a chip"
     yield f"{topology.name}: {topology.count} chips, mesh {mesh}, batch {config.data.batch_size:,}; figures are per {per}"
@@ -365,12 +365,12 @@ def run(args, say=print):
     about = dict(config=args.config, overrides=args.overrides, topology=args.topology, chips=topology.count, model_flops=flops)
     if not topology.shape:
         result = estimate_gpu(topology, program, flops)
-        result["fits"] = result["memory"]["total"] <= topology.chip.hbm
+        result["fits"] = result["memory"]["total"] <= topology.chip.device_hbm
     else:
         say(f"compiling for {topology.count} chips, which takes minutes for a large model ...")
         try:
             result = compile_for_tpu(program, devices)
-            memory, hbm = result["memory"], topology.chip.hbm / topology.chip.devices
+            memory, hbm = result["memory"], topology.chip.device_hbm
             if memory["total"] > hbm:  # it only refuses temporaries that are too large by themselves
                 line = f"the compiler accepts it, but its figures add up to {gib(memory['total'])} of {gib(hbm)}"
                 raise DoesNotFit(line, memory["temp"])

@@ -24,6 +24,11 @@ class Chip(NamedTuple):
     devices: int = 1
     torus: int = 0
 
+    @property
+    def device_hbm(self):
+        """Bytes of memory of one device."""
+        return self.hbm / self.devices
+
 
 GB, GIB = 1e9, 2**30
 

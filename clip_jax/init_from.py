@@ -235,7 +235,7 @@ def _own(path):
     unstacked = jax.eval_shape(_flat, params, extra)
 
     def load(targets):
-        # Stacked layers are read together; a leaf is read when one of its layers is wanted.
+        # Stacked layers are read together: when one of a transformer's is wanted, those of an EfficientNet's stages always.
         names = targets.keys() | {re.sub(r"/block_\d+/", "/block/", name) for name in targets}
         tree = _only({weights: params, "extra": extra}, lambda p: re.sub(rf"^({weights}|extra)/", "", p) in names or "_to_" in p)
         mesh = next(iter(targets.values())).sharding.mesh

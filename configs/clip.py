@@ -46,7 +46,7 @@ def published(size, lr):
     c.train.steps, c.data.workers, c.optim.lr = samples // c.data.batch_size // (32 if "@336" in size else 1), 8, lr
     if size.startswith(("ViT-L", "ViT-H")):  # L/14 fits 256 chips of 16 GB: docs/scaling.md
         c.model.remat, c.model.scan = "full", True
-    c.optim.b2, c.optim.eps = (0.999, 1e-8) if size.startswith("RN") else (0.98, 1e-6)
+    c.optim.update(dict(b2=0.999, eps=1e-8) if size.startswith("RN") else {})
     return c
 
 

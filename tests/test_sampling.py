@@ -217,7 +217,10 @@ def test_records_with_a_field_and_records_that_name_nothing_held_out(tmp_path):
         ("where=vendor", "cannot read where=vendor; it is written as where=vendor:noto"),
         ("part=concept:3/2", "part 3/2 is not one of 1/2 to 2/2"),
         ("part=concept:half", "cannot read part=concept:half; it is written as part=concept:1/2"),
-        ("where=vendor:v1&labels=kind", r"unknown option 'labels' \(did you mean 'label'\?\); options: where, part, label, by, has"),
+        (
+            "where=vendor:v1&labels=kind",
+            r"unknown option 'labels' \(did you mean 'label'\?\); options: where, part, label, by, has, without$",
+        ),
         ("where=vendor:v1&where=concept:0&part=concept:9/9999", "no record is left"),
     ],
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import html
+import itertools
 import json
 import os
 import pathlib
@@ -50,6 +51,9 @@ class Study:
       curves: metrics of training that are drawn.
       map_task: evaluation task whose 2-D maps are shown, one for each row; empty: none.
       equal_compute: every row gets as many steps as cost what the first row's cost; else each has the steps of its configuration.
+      readouts: name -> fields that are changed (``oner.embed=projector``) when a trained model is evaluated by the tasks of its
+        configuration once more, none that the weights' shapes follow from; the table has each row once for each readout. By default as
+        it was trained.
     """
 
     title: str
@@ -59,6 +63,7 @@ class Study:
     curves: tuple[str, ...] = ("loss",)
     map_task: str = ""
     equal_compute: bool = False
+    readouts: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: {"as trained": ()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,20 +137,39 @@ def train(run):
         raise UserError(f"{run.row.name}, seed {run.seed} ended with status {status}: {line} ({log})")
 
 
+def read_out(study, run, metrics):
+    """``{readout: metrics}`` of a complete run whose last evaluation said ``metrics``; what had to be evaluated is kept in its folder."""
+    from clip_jax import evaluate, inference
+
+    file = run.folder / "readouts.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    found = {}
+    for name, changes in study.readouts.items():
+        key = f"step {run.steps}: {' '.join(changes)}"
+        if changes and key not in kept:
+            model = inference.load(run.folder, overrides=changes)
+            kept[key] = evaluate.run(model, model.config.eval.tasks, say=lambda line: None).metrics
+            file.write_text(json.dumps(kept, indent=1))
+        found[name] = kept[key] if changes else metrics
+    return found
+
+
 def table(study, runs, found):
-    """Heading and rows of text cells. ``found``: row name -> list of metrics, one dict per seed."""
+    """Heading and rows of text cells. ``found``: readout -> row name -> list of metrics, one dict per seed."""
     cost = {run.row.name: run for run in runs}
-    labels = [label for label, name in study.metrics.items() if any(name in m for runs in found.values() for m in runs)]
-    head = ["row", "seeds", "steps", "TFLOP", *labels, *([study.published] if study.published else [])]
+    everything = [m for rows in found.values() for runs in rows.values() for m in runs]
+    labels = [label for label, name in study.metrics.items() if any(name in m for m in everything)]
+    by, published = ["read by"][: len(found) > 1], [study.published][: bool(study.published)]
+    head = ["row", *by, "seeds", "steps", "TFLOP", *labels, *published]
     rows = []
-    for row in study.rows:
-        run = cost[row.name]
-        cells = [row.name, str(len(found[row.name])), f"{run.steps:,}", f"{run.flops / 1e12:,.1f}"]
+    for row, (readout, by_row) in itertools.product(study.rows, found.items()):
+        run, seeds = cost[row.name], by_row[row.name]
+        cells = [row.name, *[readout][: len(by)], str(len(seeds)), f"{run.steps:,}", f"{run.flops / 1e12:,.1f}"]
         for label in labels:
-            values = [100 * m[study.metrics[label]] for m in found[row.name] if m.get(study.metrics[label]) is not None]
+            values = [100 * m[study.metrics[label]] for m in seeds if m.get(study.metrics[label]) is not None]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
-        rows.append(cells + ([" / ".join(f"{x:g}" for x in row.published)] if study.published else []))
+        rows.append(cells + [" / ".join(f"{x:g}" for x in row.published)][: len(published)])
     return head, rows
 
 
@@ -154,11 +178,12 @@ def order(study, found):
     from scipy.stats import ttest_ind
 
     label, metric = next(iter(study.metrics.items()))
-    for lower, higher in zip(study.rows, study.rows[1:], strict=False):
+    for (readout, by_row), (lower, higher) in itertools.product(found.items(), itertools.pairwise(study.rows)):
         if not (lower.published and higher.published):
             continue
-        a, b = ([100 * m[metric] for m in found[row.name]] for row in (lower, higher))
-        text = f"{lower.name} < {higher.name}: {label} {statistics.mean(a):.2f} and {statistics.mean(b):.2f} %"
+        a, b = ([100 * m[metric] for m in by_row[row.name]] for row in (lower, higher))
+        by = f"read by {readout}, " if len(found) > 1 else ""
+        text = f"{by}{lower.name} < {higher.name}: {label} {statistics.mean(a):.2f} and {statistics.mean(b):.2f} %"
         if min(len(a), len(b)) < 2:
             yield f"{text}: one run each decides nothing"
             continue
@@ -215,16 +240,18 @@ def run_study(study, workdir, seeds, overrides, dry_run):
             print(shlex.join(["python", *run.command]))
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    found = {row.name: [] for row in study.rows}
+    found = {readout: {row.name: [] for row in study.rows} for readout in study.readouts}
     for number, run in enumerate(runs, 1):
         start = time.monotonic()
         if (metrics := run.metrics()) is None:
             train(run)
             if (metrics := run.metrics()) is None:
                 raise UserError(f"{run.row.name}, seed {run.seed}: {run.folder} has no evaluation after step {run.steps}: see eval.tasks")
-        found[run.row.name].append(metrics)
-        shown = ", ".join(f"{label} {metrics[name]:.2%}" for label, name in study.metrics.items() if name in metrics)
-        print(f"{number}/{len(runs)} {run.row.name} seed {run.seed}: {shown} ({time.monotonic() - start:.0f} s)", flush=True)
+        for readout, read in read_out(study, run, metrics).items():
+            found[readout][run.row.name].append(read)
+            shown = ", ".join(f"{label} {read[metric]:.2%}" for label, metric in study.metrics.items() if metric in read)
+            name = f"{run.row.name} seed {run.seed}" + f", read by {readout}" * (len(study.readouts) > 1)
+            print(f"{number}/{len(runs)} {name}: {shown} ({time.monotonic() - start:.0f} s)", flush=True)
     head, rows = table(study, runs, found)
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for cells in (head, *rows):

@@ -36,6 +36,7 @@ def get_study(variant):
     return Study(
         "OneR: the rows of its table", tuple(rows), metrics, "ImageNet top-1 / top-5 after CC3M, published",
         curves=("modality_gap", "loss_itc", "image_to_text_acc"), map_task="emoji(subset='val')",
+        readouts={embed: (f"oner.embed={embed}",) for embed in ("projector", "query_key")},
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import types
 
 import pytest
 from conftest import REPO
@@ -48,7 +49,7 @@ def test_complete_runs_are_gathered_and_not_run_again(tmp_path, capsys, monkeypa
     assert "11.00 ± 1.41" in out and "32.00 ± 2.83" in out
     assert "a < b: R@10 11.00 and 32.00 %: came out (p = " in out
     figures = json.loads((tmp_path / "study.json").read_text())
-    assert figures["runs"]["b"][1][METRIC] == 0.34 and figures["table"][1][0] == "a"
+    assert figures["runs"]["as trained"]["b"][1][METRIC] == 0.34 and figures["table"][1][0] == "a"
     page = (tmp_path / "study.html").read_text()
     assert "32.00 ± 2.83" in page and "gap" in page and "[1,1]" in page.replace(" ", "").replace("1.0", "1")  # the mean of 0.5 and 1.5
 
@@ -58,9 +59,33 @@ def test_complete_runs_are_gathered_and_not_run_again(tmp_path, capsys, monkeypa
     [((0.3, 0.31), (0.1, 0.11), "the other way round"), ((0.1, 0.3), (0.2, 0.3), "not told apart"), ((0.1,), (0.2,), "decides nothing")],
 )
 def test_the_order_is_told_as_it_came_out(tmp_path, a, b, outcome):
-    found = {"a": [{METRIC: x} for x in a], "b": [{METRIC: x} for x in b]}
+    found = {"as trained": {"a": [{METRIC: x} for x in a], "b": [{METRIC: x} for x in b]}}
     (line,) = study.order(make_study(tmp_path), found)
     assert outcome in line
+
+
+def test_each_readout_is_evaluated_once_and_kept(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def load(folder, overrides):
+        asked.append((folder.parent.name, overrides))
+        return types.SimpleNamespace(config=config.load(str(REPO / "configs" / "clip.py"), TINY))
+
+    monkeypatch.setattr("clip_jax.inference.load", load)
+    monkeypatch.setattr(
+        "clip_jax.evaluate.run", lambda *_, **__: types.SimpleNamespace(metrics={METRIC: 0.9 if asked[-1][0] == "a" else 0.2})
+    )
+    for name, value in (("a", 0.1), ("b", 0.3)):
+        pretend(tmp_path / name / "seed_0", value)
+    two = make_study(tmp_path, readouts={"as trained": (), "otherwise": ("x.y=1",)})
+    for _ in range(2):
+        study.run_study(two, tmp_path, 1, [], dry_run=False)
+    assert asked == [("a", ("x.y=1",)), ("b", ("x.y=1",))]
+    figures = json.loads((tmp_path / "study.json").read_text())
+    assert [row[:2] + [row[5]] for row in figures["table"][1:]] == [
+        ["a", "as trained", "10.00"], ["a", "otherwise", "90.00"], ["b", "as trained", "30.00"], ["b", "otherwise", "20.00"],
+    ]  # fmt: skip
+    assert "read by otherwise, a < b: R@10 90.00 and 20.00 %: one run each decides nothing" in capsys.readouterr().out
 
 
 def test_a_run_that_is_not_complete_is_trained(tmp_path):

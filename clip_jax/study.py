@@ -131,9 +131,9 @@ def train(run):
         finally:
             signal.signal(signal.SIGTERM, before)
     if status:
-        line = (log.read_text(errors="replace").splitlines() or ["it said nothing"])[-1]
         if status in (faults.PREEMPTED, faults.INTERRUPTED):
-            raise faults.Stopped(status, f"{run.row.name}, seed {run.seed}: {line}")
+            raise faults.Stopped(status, f"in {run.row.name}, seed {run.seed}")
+        line = (log.read_text(errors="replace").splitlines() or ["it said nothing"])[-1]
         raise UserError(f"{run.row.name}, seed {run.seed} ended with status {status}: {line} ({log})")
 
 

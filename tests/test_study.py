@@ -110,8 +110,8 @@ def test_a_run_that_fails_ends_the_study_with_its_last_line_and_status(tmp_path)
     run = study.Run(Row("a", "x"), 0, tmp_path / "a", ("-c", "print('error: no such data'); raise SystemExit(2)"), 2, 1.0)
     with pytest.raises(UserError, match="a, seed 0 ended with status 2: error: no such data"):
         study.train(run)
-    run = study.Run(Row("a", "x"), 0, tmp_path / "b", ("-c", "print('preempted at step 1'); raise SystemExit(42)"), 2, 1.0)
-    with pytest.raises(faults.Stopped, match="preempted at step 1") as stopped:
+    run = study.Run(Row("a", "x"), 0, tmp_path / "b", ("-c", "raise SystemExit(42)"), 2, 1.0)
+    with pytest.raises(faults.Stopped, match="^preempted in a, seed 0; the same command goes on$") as stopped:
         study.train(run)
     assert stopped.value.status == 42 and signal.getsignal(signal.SIGTERM) is handler
 

@@ -618,7 +618,11 @@ def make_source(
         return TfdsSource(embedded, split, name=spec, **fields)
     if prepared := _newest_version(Path(spec)):
         return TfdsSource(prepared, split, name=spec, **fields)
+    return _source_at(spec, split, fields)
 
+
+def _source_at(spec, split, fields):
+    """The source at a path or pattern of paths, by its ending; raises UserError."""
     path = spec.replace("{split}", split)
     if os.path.isdir(os.path.join(path, split)):
         path = os.path.join(path, split)

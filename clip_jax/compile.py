@@ -26,16 +26,17 @@ USABLE = 0.9
 
 
 class Topology(NamedTuple):
-    """``count`` chips; ``shape`` is how a TPU slice is wired, None for GPUs."""
+    """``count`` chips in all; ``shape`` is how each of the TPU ``slices`` is wired, None for GPUs."""
 
     name: str
     chip: hardware.Chip
     count: int
     shape: str | None
+    slices: int = 1
 
 
 def parse_topology(name):
-    """The :class:`Topology` of ``"v5e:16x16"`` or ``"gpu:h100x8"``; raises UserError."""
+    """The :class:`Topology` of ``"v5e:16x16"``, ``"v5e:16x16*2"`` (two slices) or ``"gpu:h100x8"``; raises UserError."""
     generation, _, shape = name.partition(":")
     if generation == "gpu":
         match = re.fullmatch(r"(\w+)x([1-9]\d*)", shape)
@@ -47,14 +48,16 @@ def parse_topology(name):
     if generation not in hardware.TPUS:
         raise config_lib.unknown(f"--topology={name}: accelerator", generation, [*hardware.TPUS, "gpu"])
     chip = hardware.TPUS[generation]
-    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{chip.torus - 1}}}", shape):
+    match = re.fullmatch(rf"([1-9]\d*(?:x[1-9]\d*){{{chip.torus - 1}}})(?:\*([1-9]\d*))?", shape)
+    if not match:
         example = "x".join("4" * chip.torus)
         raise UserError(f"--topology={name}: write the chips in each of the {chip.torus} directions, such as {generation}:{example}")
-    return Topology(name, chip, math.prod(map(int, shape.split("x"))), shape)
+    slices = int(match[2] or 1)
+    return Topology(name, chip, slices * math.prod(map(int, match[1].split("x"))), match[1], slices)
 
 
 def tpu_devices(topology):
-    """The devices of a TPU slice as the compiler knows them; raises UserError without libtpu, or when there is no such slice."""
+    """The devices of TPU slices as the compiler knows them; raises UserError without libtpu, or when there is no such slice."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={topology.name} needs the TPU compiler: pip install 'clip-jax-pretraining[tpu]'")
     quiet = dict(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost", TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3")
@@ -66,8 +69,10 @@ def tpu_devices(topology):
 
     # Both cores of a v4 chip as one device, as on Cloud TPU.
     options = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name.partition("*")[0], **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology={topology.name}: {str(error).splitlines()[0]}") from None
 
@@ -171,6 +176,7 @@ def compile_for_tpu(program, devices):
         flops=cost.flops,
         traffic=cost.traffic,
         sent=cost.sent,
+        between_slices=cost.between_slices,
         unknown_loops=cost.unknown_loops,
         collectives=[dict(key._asdict(), count=count) for key, count in cost.collectives.most_common()],
     )
@@ -310,6 +316,8 @@ def describe(topology, config, result, flops):
     yield f"memory traffic: {result['traffic'] / 1e9:.1f} GB{'' if topology.shape else ', only the state read and written once'}"
     yield f"sent to other chips: {result['sent'] / 1e9:.2f} GB" + ("" if topology.shape else ", the gradients summed in one ring")
     yield from collective_table(result.get("collectives", []))
+    if topology.slices > 1:
+        yield f"sent to other slices: {result['between_slices'] / 1e9:.2f} GB, over a network that is in none of the times below"
     if result.get("unknown_loops"):
         yield f"  {result['unknown_loops']} loop(s) of unknown length were counted as one round: FLOPs, traffic and collectives are too low"
     parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in result["estimate"]["parts"].items())
@@ -345,7 +353,9 @@ def parse_args(argv):
     """The command line; raises UserError."""
     parser = argparse.ArgumentParser(prog="clip_jax.compile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a configuration, e.g. configs/clip.py:b16")
-    parser.add_argument("--topology", required=True, help="a TPU slice, e.g. v5e:16x16 (v3 v4 v5e v5p v6e tpu7x), or gpu:h100x8")
+    parser.add_argument(
+        "--topology", required=True, help="a TPU slice, e.g. v5e:16x16 (v3 v4 v5e v5p v6e tpu7x), several, v5e:16x16*2, or gpu:h100x8"
+    )
     parser.add_argument("--search", action="store_true", help="when it does not fit: compile variants until one does")
     parser.add_argument("--json", metavar="FILE", help="write all figures there as well")
     args, rest = parser.parse_known_args(argv)

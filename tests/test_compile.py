@@ -206,6 +206,8 @@ def test_topologies_that_do_not_exist(name, message):
 def test_topologies():
     tpu, gpu = compile_lib.parse_topology("v5p:2x2x4"), compile_lib.parse_topology("gpu:h100x16")
     assert (tpu.chip, tpu.count, gpu.chip, gpu.count, gpu.shape) == (hardware.TPUS["v5p"], 16, hardware.GPUS["h100"], 16, None)
+    two = compile_lib.parse_topology("v5e:4x8*2")
+    assert (two.count, two.shape, two.slices, tpu.slices) == (64, "4x8", 2, 1)
 
 
 def test_chips_by_their_name_in_jax():
@@ -270,6 +272,16 @@ def test_a_tiny_model_on_four_chips(tmp_path, capsys):
     assert summed == pytest.approx(2 * 3 / 4 * memory["state"] / 3, rel=0.5) and {c["group"] for c in result["collectives"]} == {4}
     assert 0 < result["estimate"]["at_best"]["seconds"] < result["estimate"]["one_by_one"]["seconds"]
     assert "it fits" in capsys.readouterr().out
+
+
+@needs_libtpu
+def test_two_slices_sum_their_gradients_over_the_network_between_them(tmp_path, capsys):
+    result = figures(tmp_path, "--topology=v5e:2x2*2", "--config.mesh.fsdp=4")
+    assert result["fits"] and result["chips"] == 8 and result["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert {c["group"] for c in result["collectives"]} == {4}, "parameters are gathered within a slice"
+    gradients = result["memory"]["state"] / 3  # of a chip's part of the parameters (AdamW has two more numbers for each)
+    assert gradients < result["between_slices"] < 8 * gradients  # matrices this small are padded
+    assert "sent to other slices: 0.00 GB" in capsys.readouterr().out
 
 
 @needs_libtpu

@@ -143,6 +143,35 @@ def test_which_rows_a_host_reads(monkeypatch, shape, processes, in_order, shares
         assert rows == list(range(where * len(mine) // count, (where + 1) * len(mine) // count))
 
 
+def sliced(*sizes):
+    """Devices of slices of these sizes, in no order."""
+    where = [index for index, size in enumerate(sizes) for _ in range(size)]
+    devices = [types.SimpleNamespace(id=i, slice_index=index, platform="gpu", device_kind="H100") for i, index in enumerate(where)]
+    return devices[1::2] + devices[::2]
+
+
+@pytest.mark.parametrize(
+    "shape, sizes, where",
+    [
+        ((8, 1, 1), (4, 4), [0, 0, 0, 0, 1, 1, 1, 1]),
+        ((2, 4, 1), (4, 4), [[0, 0, 0, 0], [1, 1, 1, 1]]),
+        ((2, 2, 2), (4, 4), [[[0, 0], [0, 0]], [[1, 1], [1, 1]]]),
+        ((1, 8, 1), (4, 4), [0, 0, 0, 0, 1, 1, 1, 1]),
+        ((2, 4, 1), (2, 2, 2, 2), [[0, 0, 1, 1], [2, 2, 3, 3]]),
+    ],
+)
+def test_slices_lie_along_data_then_fsdp(shape, sizes, where):
+    arranged = sharding.arrange(shape, sliced(*sizes))
+    assert arranged.shape == shape and len({device.id for device in arranged.flat}) == sum(sizes)
+    np.testing.assert_array_equal(np.vectorize(lambda device: device.slice_index)(arranged).squeeze(), where)
+
+
+@pytest.mark.parametrize("shape, sizes", [((1, 1, 8), (4, 4)), ((2, 1, 4), (2, 2, 2, 2)), ((8, 1, 1), (6, 2))])
+def test_a_mesh_that_does_not_go_with_the_slices(shape, sizes):
+    with pytest.raises(UserError, match=f"does not fit {len(sizes)} slices of {', '.join(map(str, sorted(set(sizes))))} devices"):
+        sharding.arrange(shape, sliced(*sizes))
+
+
 def together(module, *arguments, **kwargs):
     """A command in two processes on this machine; returns the finished launcher."""
     return run([sys.executable, "-m", "clip_jax.training.hosts", "--processes=2", module, *arguments], **kwargs)

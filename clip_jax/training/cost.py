@@ -56,13 +56,15 @@ class Cost:
     Attributes:
       flops: of matrix products and convolutions, a multiplication and an addition counted as two.
       traffic: bytes read from and written to the device's main memory.
-      collectives: ``{Collective: how often}``.
+      collectives: ``{Collective: how often}``, within a TPU slice.
+      between_slices: bytes handed to the network between TPU slices.
       unknown_loops: loops whose number of rounds the text does not tell; their bodies count once.
     """
 
     flops: float = 0.0
     traffic: float = 0.0
     collectives: Counter = dataclasses.field(default_factory=Counter)
+    between_slices: float = 0.0
     unknown_loops: int = 0
 
     def add(self, other, times=1):
@@ -70,6 +72,7 @@ class Cost:
         self.traffic += times * other.traffic
         for key, count in other.collectives.items():
             self.collectives[key] += times * count
+        self.between_slices += times * other.between_slices
         self.unknown_loops += other.unknown_loops
 
     @property
@@ -136,6 +139,8 @@ class _Program:
             elif kind in COLLECTIVES and not _goes_on(i, scope):
                 # A TPU runs an all-reduce of which each device keeps a part, written as one fusion, as a reduce-scatter.
                 total.collectives[self.collective(i, scope, "reduce-scatter" if name.startswith("all-reduce-scatter") else kind)] += 1
+            elif i.op == "send" and "xla_megascale" in i.attributes:
+                total.between_slices += sum(a.bytes for a in _arrays(scope[i.operands[0]].shape))
             elif i.op == "fusion":
                 total.add(self.cost(i.called("calls"), True))
             elif i.op == "dot":

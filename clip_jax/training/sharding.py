@@ -12,6 +12,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import UserError
@@ -41,7 +42,7 @@ def mesh_shape(sizes, count):
     Raises UserError when the sizes do not multiply to the number of devices.
     """
     shape = [sizes[axis] for axis in AXES]
-    given = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
+    given = _given(shape)
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
         raise UserError(f"mesh {given}: each size must be at least 1, and at most one may be -1")
     known = int(np.prod([n for n in shape if n != -1]))
@@ -51,19 +52,49 @@ def mesh_shape(sizes, count):
 
 
 def make_mesh(sizes, devices=None):
-    """The mesh of :func:`mesh_shape` over all devices, or over ``devices``, which need not be there. Raises UserError as it does."""
+    """The mesh of :func:`mesh_shape` over all devices, or over ``devices``, which need not be there.
+
+    Raises UserError as it does, and when the mesh does not go with the hosts or the slices.
+    """
     devices = devices or jax.devices()
     shape, axis_types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(AXES)
-    mesh = jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+    mesh = Mesh(arrange(shape, devices), AXES, axis_types=axis_types)
     hosts = len({device.process_index for device in devices})
     if hosts > 1 and not _in_order(mesh):
         # The order that suits the network best would give a host rows that do not lie together in the batch.
-        devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+        devices = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
         mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=axis_types)
         if not _in_order(mesh):
-            given = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-            raise UserError(f"mesh {given} does not fit {len(devices) // hosts} device(s) on each of {hosts} hosts")
+            raise UserError(f"mesh {_given(shape)} does not fit {len(devices) // hosts} device(s) on each of {hosts} hosts")
     return mesh
+
+
+def arrange(shape, devices):
+    """The devices as an array of a mesh's ``shape``, neighbours in it being neighbours in the network.
+
+    Slices, of TPUs or of the GPUs that NVLink joins, lie side by side along ``data``, and where that is not enough along ``fsdp``: between
+    them the network is slow. Raises UserError when they cannot, or are of several sizes.
+    """
+    slices = collections.Counter(map(_slice, devices))
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    between, left = [], len(slices)
+    for size in shape[:2]:
+        between.append(math.gcd(size, left))
+        left //= between[-1]
+    if left > 1 or len(set(slices.values())) > 1:
+        sizes = ", ".join(map(str, sorted(set(slices.values()))))
+        raise UserError(f"mesh {_given(shape)} does not fit {len(slices)} slices of {sizes} devices: each has to be a part of data or fsdp")
+    within = [size // count for size, count in zip(shape, (*between, 1), strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(within, (*between, 1), devices, allow_split_physical_axes=True)
+
+
+def _slice(device):
+    return getattr(device, "slice_index", 0)  # CPUs have none
+
+
+def _given(shape):
+    return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
 
 
 def _parts_by_host(mesh):

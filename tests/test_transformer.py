@@ -4,9 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REPO
 
+from clip_jax import config
+from clip_jax.compile import make_program
+from clip_jax.models import transformer
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import VisionTransformer
+from clip_jax.training.step import make_step
 
 SIZES = dict(width=32, depth=2, heads=2, mlp_dim=64, embed_dim=8)
 IDS = jnp.array([[5, 9, 2, 9, 1], [9, 3, 4, 5, 0], [1, 2, 3, 4, 9]])  # 9 ends a text
@@ -48,3 +53,48 @@ def test_where_every_token_is_needed_nothing_changes(fields):
     z, tokens = VisionTransformer(**sizes, tokens=False).apply(params, IMAGES)
     np.testing.assert_array_equal(z, VisionTransformer(**sizes).apply(params, IMAGES)[0])
     assert tokens is None
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [5, 6])
+def test_attention_in_pairs_is_attention(tokens, causal):
+    inputs = jax.random.normal(jax.random.key(2), (4, 2, tokens, 3, 8))
+
+    def run(attend):
+        return jax.value_and_grad(lambda qkv: jnp.sum(inputs[3] * attend(*qkv)))(inputs[:3])
+
+    expected = run(lambda q, k, v: transformer.attend(q, k, v, causal=causal))
+    found = run(lambda q, k, v: transformer.attend_in_pairs(q, k, v, causal, "xla"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Programs for a GPU can be made without one, but for JAX's questions about its kind."""
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+PAPER = """model.image.pool=cls model.image.cls_token=true model.text.pool=eot model.text.causal=true model.text.mask_padding=false
+    model.text.depth=3""".split()
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "fused"),
+    [
+        ("clip.py:emoji", PAPER, 1 + 2),  # all but the last blocks, where one query is left
+        ("clip.py:emoji", [], 2),  # the text tower has a mask
+        ("siglip.py", [], 2),
+        ("align.py", [], 0),
+        ("oner.py", [], 0),
+    ],
+)
+def test_every_step_is_a_program_for_gpus(gpu, method, overrides, fused):
+    """JAX refuses cuDNN's attention where it cannot be trained with, among others for odd numbers of tokens, when it makes the program."""
+    program = make_program(config.load(f"{REPO}/configs/{method}", ["model.dtype=bfloat16", "data.batch_size=16", *overrides]))
+    step = jax.jit(make_step(program.config, program.method, program.tx))
+    text = step.trace(program.state, program.batch).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__cudnn$fmha") == 2 * fused, "forward and backward"

@@ -3,11 +3,10 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from clip_jax.models.common import BatchNorm, shard_batch, torch_conv, torch_uniform
-from clip_jax.models.transformer import implementation, rematerialized
+from clip_jax.models.transformer import attend, rematerialized
 
 HEAD_WIDTH = 64
 
@@ -72,7 +71,6 @@ class AttentionPool(nn.Module):
 
     embed_dim: int
     dtype: Any = jnp.float32
-    attention: str = "plain"
 
     @nn.compact
     def __call__(self, x, positions=True, mask=None):
@@ -88,7 +86,7 @@ class AttentionPool(nn.Module):
             return nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=normal, bias_init=bias, name=name)(x)
 
         q, k, v = heads("query", x[:, :1]), heads("key", x), heads("value", x)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation(self.attention, q))[:, 0]
+        y = attend(q, k, v, mask)[:, 0]
         out = nn.DenseGeneral(self.embed_dim, axis=(-2, -1), dtype=self.dtype, kernel_init=normal, bias_init=bias, name="out")
         return out(y)
 
@@ -107,13 +105,12 @@ class ModifiedResNet(nn.Module):
     bn_group: int = 0
     dtype: Any = jnp.float32
     remat: str = "none"
-    attention: str = "plain"
 
     @nn.compact
     def __call__(self, images, train=False, keys=None):
         del keys  # nothing in it is random
         x = self.feature_map(images, train)
-        embedding = AttentionPool(self.embed_dim, self.dtype, self.attention, name="pool")(x)
+        embedding = AttentionPool(self.embed_dim, self.dtype, name="pool")(x)
         return embedding.astype(jnp.float32), x
 
     def feature_map(self, images, train):

@@ -3,8 +3,9 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+
+from clip_jax.models.transformer import attend
 
 OUT_INITS = {"xavier": nn.initializers.xavier_uniform(), "zeros": nn.initializers.zeros}
 
@@ -26,7 +27,7 @@ class CrossAttention(nn.Module):
             return nn.DenseGeneral(shape, use_bias=self.bias, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)(x)
 
         q, k, v = project("query", query[:, None]), project("key", keys), project("value", values)
-        x = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None])
+        x = attend(q, k, v, mask[:, None, None])
         init = OUT_INITS[self.out_init]
         return nn.DenseGeneral(width, axis=(-2, -1), use_bias=self.bias, dtype=self.dtype, kernel_init=init, name="out")(x)[:, 0]
 

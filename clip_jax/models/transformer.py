@@ -51,12 +51,31 @@ def block_init(scheme, width, mlp_dim, depth):
     return Init(*[nn.initializers.truncated_normal(0.02)] * 4)
 
 
-def implementation(attention, q):
-    """The implementation of ``jax.nn.dot_product_attention`` for ``model.attention``: ``auto`` is cuDNN's fused one where it can be."""
+def attend(q, k, v, mask=None, causal=False, attention="plain"):
+    """Softmax attention of ``q[b, t, H, d]`` to ``k, v[b, s, H, d]``, ``[b, t, H, d]``; ``mask`` as of :class:`Attention`.
+
+    ``attention`` is ``model.attention``. cuDNN's fused one (``cudnn``, and with ``auto`` where backend, dtype and ``d`` allow it) takes no
+    mask but the causal one, and is not worth it for a single query: these go the plain way.
+    """
     if attention == "auto":
         fits = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
         attention = "cudnn" if fits else "plain"
-    return {"plain": "xla", "cudnn": "cudnn"}[attention]
+    if attention == "cudnn" and mask is None and q.shape[1] > 1:
+        return attend_in_pairs(q, k, v, causal, "cudnn")
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+
+
+def attend_in_pairs(q, k, v, causal, implementation):
+    """Attention with one more query and key where their number is odd, which JAX does not let cuDNN train with; the result has none.
+
+    Nothing attends to the key: by its place behind all others if ``causal``, else by the keys' number.
+    """
+    t, s = q.shape[1], k.shape[1]
+    lengths = {}
+    if not causal and (t % 2 or s % 2):
+        lengths = {"query_seq_lengths": jnp.full(len(q), t, jnp.int32), "key_value_seq_lengths": jnp.full(len(q), s, jnp.int32)}
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation, **lengths)[:, :t]
 
 
 class Attention(nn.Module):
@@ -83,7 +102,7 @@ class Attention(nn.Module):
         q, k, v = project("query", x_q), project("key", x_kv), project("value", x_kv)
         if self.qk_norm_eps is not None:
             q, k = (nn.LayerNorm(epsilon=self.qk_norm_eps, dtype=self.dtype, name=f"{n}_norm")(x) for n, x in (("query", q), ("key", k)))
-        x = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation(self.attention, q))
+        x = attend(q, k, v, mask, causal, self.attention)
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.inits.attn_out, name="out")(x)
 
 

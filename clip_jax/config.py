@@ -19,7 +19,7 @@ OPTIMIZERS = ("adamw", "lamb", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
 REMATS = ("none", "dots", "full")
-ATTENTIONS = ("auto", "plain", "cudnn")
+ATTENTIONS = ("auto", "plain")
 SAMPLINGS = ("mixed", "one_source")
 
 
@@ -60,7 +60,7 @@ def base():
     c.model.dtype = "bfloat16"  # of matrix work; weights, norms, softmax and losses stay float32
     c.model.remat = "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full (whole blocks)
     c.model.scan = False  # one compiled block run depth times, weights stacked: compiles in a fraction of the time
-    c.model.attention = "auto"  # auto (fused by cuDNN on a GPU where it can) | plain | cudnn
+    c.model.attention = "auto"  # auto (fused by cuDNN on a GPU where it can be) | plain
     c.model.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]
     c.model.image_std = (0.26862954, 0.26130258, 0.27577711)
     # docs of the fields: clip_jax/models/vit.py and clip_jax/models/text.py; of another kind of tower: its module

@@ -54,13 +54,11 @@ def block_init(scheme, width, mlp_dim, depth):
 def attend(q, k, v, mask=None, causal=False, attention="plain"):
     """Softmax attention of ``q[b, t, H, d]`` to ``k, v[b, s, H, d]``, ``[b, t, H, d]``; ``mask`` as of :class:`Attention`.
 
-    ``attention`` is ``model.attention``. cuDNN's fused one (``cudnn``, and with ``auto`` where backend, dtype and ``d`` allow it) takes no
-    mask but the causal one, and is not worth it for a single query: these go the plain way.
+    ``attention`` is ``model.attention``. With ``auto`` cuDNN's fused one where backend, dtype and ``d`` allow it; but not with a mask other
+    than the causal one, which it would take for a bias, and not for a single query.
     """
-    if attention == "auto":
-        fits = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-        attention = "cudnn" if fits else "plain"
-    if attention == "cudnn" and mask is None and q.shape[1] > 1:
+    fits = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    if attention == "auto" and fits and mask is None and q.shape[1] > 1:
         return attend_in_pairs(q, k, v, causal, "cudnn")
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
 

@@ -132,7 +132,10 @@ worker_number() {
     http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number || hostname
 }
 
-running_pid() { [[ -e $RUN/pid ]] && kill -0 "$(<"$RUN/pid")" 2>/dev/null && cat "$RUN/pid"; }
+running_pid() { # the file goes when the run ends, perhaps just now
+  local pid
+  pid=$(cat "$RUN/pid" 2>/dev/null) && kill -0 "$pid" 2>/dev/null && echo "$pid"
+}
 
 worker_setup() {
   if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then # the TPU images come with Python 3.10

@@ -1,7 +1,7 @@
 """Seconds from starting ``python -m clip_jax.train`` to the result of the first step, without and with a compilation cache.
 
     python benchmarks/startup.py
-    python benchmarks/startup.py --configs configs/clip.py --config.model.scan=true
+    python benchmarks/startup.py --configs configs/clip.py:emoji --config.model.scan=true
 
 The real command on the embedded pictures, stopped after its first progress line; stages are told apart by the lines that it
 prints. ``imports`` includes reading the configuration, source and tokenizer; ``compile`` the tracing; ``first step`` the first
@@ -46,7 +46,7 @@ def first_step(config, overrides, cache):
 
 def main():
     parser = common.make_parser(__doc__, "startup")
-    parser.add_argument("--configs", default="configs/clip.py,configs/clip.py:b32", help="split by commas (default: %(default)s)")
+    parser.add_argument("--configs", default="configs/clip.py:emoji,configs/clip.py:b32", help="split by commas (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="examples per step (default: %(default)s)")
     args = common.parse(parser)
     report = common.Report(COLUMNS, batch=args.batch)

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from helpers import TINY
 
 from clip_jax import config as config_lib
 
@@ -84,3 +85,14 @@ def test_retrieval_is_measured_with_and_without_the_other_side(tmp_path, monkeyp
     retrieval.check((values, numbers), (values + 1e-7, numbers[:, ::-1]))
     with pytest.raises(SystemExit, match="do not find the same: 50.00%"):
         retrieval.check((values, numbers), (values, numbers + [[0, 1]]))
+
+
+def test_the_first_step_is_found_in_what_a_run_prints(tmp_path):
+    flags = [f"--config.{override}" for override in TINY]
+    command = [sys.executable, BENCHMARKS / "startup.py", "--configs=configs/clip.py:emoji", "--batch=16", f"--json={tmp_path / 'x.json'}"]
+    process = subprocess.run([*command, *flags], cwd=BENCHMARKS.parent, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    stages = ("imports", "init", "data, compile", "first step")
+    assert [row["cache"] for row in rows] == ["empty", "filled"]
+    assert all(row["total"] == pytest.approx(sum(row[stage] for stage in stages)) and row["imports"] > 0 for row in rows)

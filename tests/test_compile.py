@@ -13,7 +13,7 @@ from helpers import TINY
 from clip_jax import compile as compile_lib
 from clip_jax import config, hardware
 from clip_jax.errors import UserError
-from clip_jax.training.cost import hlo_cost, jaxpr_flops
+from clip_jax.training.cost import _Program, hlo_cost, jaxpr_flops
 
 CLIP = str(REPO / "configs" / "clip.py")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -259,6 +259,23 @@ def test_the_schedule():
     assert times == dict(seconds=0.5, mfu=0.25, examples_per_second=128, hours=1.0, chip_hours=8.0)
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("[2,8]<=[16]", 8),
+        ("[4,4]<=[2,8]T(1,0)", 4),
+        ("mesh['a'=8,'b'=1,'c'=2] {'a'}", 8),
+        ("mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'b'}", 2),
+        ("mesh['a'=8,'b'=2] {'a':(2)4}", 4),
+        ("{}", 16),
+    ],
+)
+def test_groups_of_a_collective(groups, size):
+    program = _Program("HloModule x, num_partitions=16\n")
+    assert program.group_size(f"channel_id=1, replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true") == size
+
+
 @needs_libtpu
 def test_a_tiny_model_on_four_chips(tmp_path, capsys):
     result = figures(tmp_path, "--topology=v5e:2x2")
@@ -290,6 +307,7 @@ def test_every_loop_of_a_step_is_counted(tmp_path):
     flags = "micro_batches=2 model.scan=true model.image.depth=4 model.text.depth=3 mesh.fsdp=2".split()
     result = figures(tmp_path, "--topology=v5e:2x2", *(f"--config.{f}" for f in flags))
     assert result["flops"] * 4 == pytest.approx(result["model_flops"] * 4 / 3, rel=0.02) and result["unknown_loops"] == 0
+    assert {c["group"] for c in result["collectives"] if c["kind"] == "all-gather" and c["shape"].startswith("bf16")} == {2}
 
 
 @needs_libtpu

@@ -181,8 +181,11 @@ class _Program:
         return Collective(kind, shapes, group, sent, name[1] if name else "")
 
     def group_size(self, attributes):
-        """Devices in a group: of ``{{0,1},{2,3}}``, ``[groups,size]<=[...]`` or ``mesh['a'=2,'b'=2] {'a'}``; all when none is given."""
-        if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes):
+        """Devices in a group; all when none is given.
+
+        Written as ``{{0,1},{2,3}}``, ``[groups,size]<=[...]`` or ``mesh['a'=2,'b'=2], device_ids=(...) {'a'}``, with or without device_ids.
+        """
+        if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)? *\{([^}]*)\}", attributes):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
             return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2]))
         if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):

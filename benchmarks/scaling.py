@@ -1,6 +1,6 @@
 """Weak scaling over mesh shapes, from the TPU compiler's figures: the same batch per chip on 8 to 256 chips. No TPU is needed.
 
-    python benchmarks/scaling.py --config configs/clip.py:b16 --config.model.scan=true
+    python benchmarks/scaling.py --config configs/clip.py:b16 --config.model.scan=true --config.model.remat=dots
 
 Each row is one run of ``clip_jax.compile`` (a minute or more, most of it the compiler's). Times are its estimates at the chips'
 peaks, not measurements: ``best ms`` as if computing, memory and links overlapped, ``sum ms`` one after the other. ``efficiency`` is

@@ -13,7 +13,8 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["clip_jax", "clip_jax.*"]),
     package_data={
-        "clip_jax.data": ["*.json", "vocab/*", "embedded/columns/*", "embedded/*/*/*"],
+        "clip_jax.data": ["vocab/*", "embedded/columns/*", "embedded/*/*/*"],
+        "clip_jax.tools": ["*.json"],
         "clip_jax.evaluation": ["*.json", "*.html"],
     },
     python_requires=">=3.11",

@@ -22,16 +22,19 @@ PALETTE = ("#1f5fa8", "#c8553d", "#3a8c5c", "#7a4fa0")
 
 
 def make_parser(doc, name):
-    """A parser of a benchmark's command line with the option ``--json``."""
+    """A parser of a benchmark's command line with the option `--json`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--json", default=f"runs/benchmarks/{name}.json", metavar="FILE", help="all figures go there (default: %(default)s)"
+        "--json",
+        default=f"runs/benchmarks/{name}.json",
+        metavar="FILE",
+        help="all figures go there (default: %(default)s)",
     )
     return parser
 
 
 def parse(parser, argv=None):
-    """The arguments, with ``args.overrides``, the fields set by ``--config.FIELD=VALUE``."""
+    """The arguments, with `args.overrides`, the fields set by `--config.FIELD=VALUE`."""
     args, rest = parser.parse_known_args(argv)
     wrong = [argument for argument in rest if not re.match(r"--config\..+=", argument)]
     if wrong:
@@ -41,7 +44,7 @@ def parse(parser, argv=None):
 
 
 def versions():
-    """``{package: version}`` of what is installed in this interpreter."""
+    """`{package: version}` of what is installed in this interpreter."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -61,17 +64,19 @@ def machine():
 
 
 class Report:
-    """Rows that are printed as a table when they come; :meth:`write` stores them.
+    """Rows that are printed as a table when they come; `write` stores them.
 
     Args:
-      columns: ``{name: format}`` with a width, such as ``{"batch": ">8,", "images/s": ">10.1f"}``. A row may hold more than them.
+      columns: `{name: format}` with a width, such as `{"batch": ">8,", "images/s": ">10.1f"}`. A row may hold more than them.
       about: what is true of all rows.
     """
 
     def __init__(self, columns, **about):
         self.columns, self.rows = columns, []
         now = datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")
-        self.about = dict(command=" ".join(["python", *sys.argv]), date=now, machine=machine(), versions=versions(), **about)
+        self.about = dict(
+            command=" ".join(["python", *sys.argv]), date=now, machine=machine(), versions=versions(), **about
+        )
 
     def header(self):
         print("  ".join(f"{name:{self._cell(spec)}}" for name, spec in self.columns.items()), flush=True)
@@ -80,7 +85,10 @@ class Report:
         """Prints and keeps a row; None, or nothing, is shown as a dash."""
         self.rows.append(row)
         cells = ((row.get(name), spec) for name, spec in self.columns.items())
-        print("  ".join(f"{'-':{self._cell(spec)}}" if value is None else f"{value:{spec}}" for value, spec in cells), flush=True)
+        print(
+            "  ".join(f"{'-':{self._cell(spec)}}" if value is None else f"{value:{spec}}" for value, spec in cells),
+            flush=True,
+        )
 
     @staticmethod
     def _cell(spec):
@@ -97,7 +105,7 @@ def line_chart(path, title, x_label, y_label, series, log_y=False):
     """Writes an SVG picture of lines over a logarithmic x axis.
 
     Args:
-      series: ``{name: [(x, y), ...]}``; every second line is dashed.
+      series: `{name: [(x, y), ...]}`; every second line is dashed.
       log_y: a logarithmic y axis with a line per power of ten; otherwise it starts at 0.
     """
     width, height, left, top, right, bottom = 760, 400, 70, 40, 540, 345
@@ -120,9 +128,15 @@ def line_chart(path, title, x_label, y_label, series, log_y=False):
     def text(x, y, label, anchor="middle"):
         return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{html.escape(label)}</text>'
 
-    parts = [text(left, 22, title, "start"), text((left + right) / 2, bottom + 42, x_label), text(left, top - 4, y_label, "end")]
+    parts = [
+        text(left, 22, title, "start"),
+        text((left + right) / 2, bottom + 42, x_label),
+        text(left, top - 4, y_label, "end"),
+    ]
     for y in ticks:
-        parts.append(f'<path d="M{left} {py(y):.1f}H{right}" stroke="#ddd"/>' + text(left - 6, py(y) + 4, f"{y:,g}", "end"))
+        parts.append(
+            f'<path d="M{left} {py(y):.1f}H{right}" stroke="#ddd"/>' + text(left - 6, py(y) + 4, f"{y:,g}", "end")
+        )
     parts += [text(px(x), bottom + 20, f"{x:,}") for x in xs]
     for k, (name, line) in enumerate(series.items()):
         color, dash = PALETTE[k // 2 % len(PALETTE)], ' stroke-dasharray="6 4"' if k % 2 else ""

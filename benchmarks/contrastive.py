@@ -3,7 +3,7 @@
     python benchmarks/contrastive.py --loss infonce
     python benchmarks/contrastive.py --loss infonce --batches "" --time 4096,8192
 
-The batch is spread over all devices; on a machine without accelerators they are simulated (``--devices``). Memory is what the
+The batch is spread over all devices; on a machine without accelerators they are simulated (`--devices`). Memory is what the
 compiler reserves on each device for temporaries; nothing of that size is allocated for it. Times are medians of runs that take
 turns. Everything is float32. See benchmarks/README.md.
 """
@@ -56,7 +56,7 @@ def plain_filip(image_tokens, text_tokens, scale):
 
 
 def losses(name):
-    """``(ours, plain)``: functions of the same arrays to a scalar."""
+    """`(ours, plain)`: functions of the same arrays to a scalar."""
     import jax.numpy as jnp
 
     from clip_jax.losses import contrastive
@@ -76,7 +76,9 @@ def shapes(name, batch, mesh):
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    features = {"filip": [(batch, IMAGE_TOKENS, FILIP_WIDTH), (batch, TEXT_TOKENS, FILIP_WIDTH)]}.get(name, [(batch, WIDTH)] * 2)
+    features = {"filip": [(batch, IMAGE_TOKENS, FILIP_WIDTH), (batch, TEXT_TOKENS, FILIP_WIDTH)]}.get(
+        name, [(batch, WIDTH)] * 2
+    )
     scalars = [()] * (2 if name == "sigmoid" else 1)
     spread, everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), NamedSharding(mesh, PartitionSpec())
     return [jax.ShapeDtypeStruct(s, "float32", sharding=spread if s else everywhere) for s in features + scalars]
@@ -123,16 +125,22 @@ def seconds_of(functions, arguments, repeats):
 def main():
     parser = common.make_parser(__doc__, "contrastive")
     parser.add_argument("--loss", default="infonce", choices=SIZES, help="default: %(default)s")
-    parser.add_argument("--batches", help="batches whose memory is compared, split by commas (default: depends on the loss)")
-    parser.add_argument("--time", help="batches whose time is compared as well; the plain version must fit (default: likewise)")
-    parser.add_argument("--devices", type=int, default=8, help="simulated devices on a machine without accelerators (default: 8)")
+    parser.add_argument(
+        "--batches", help="batches whose memory is compared, split by commas (default: depends on the loss)"
+    )
+    parser.add_argument(
+        "--time", help="batches whose time is compared as well; the plain version must fit (default: likewise)"
+    )
+    parser.add_argument(
+        "--devices", type=int, default=8, help="simulated devices on a machine without accelerators (default: 8)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each version (default: 5)")
     parser.add_argument("--svg", metavar="FILE", help="draw memory against the batch")
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
     import jax
 
-    from clip_jax.training import sharding
+    from clip_jax.runtime import sharding
 
     batches, timed = (
         [int(x) for x in (default if given is None else given).split(",") if x]
@@ -156,7 +164,9 @@ def main():
     if args.svg:
         series = {name: [(row["batch"], row[name]) for row in report.rows] for name in ("MiB", "plain MiB")}
         title = f"{args.loss}, forward and backward, {jax.device_count()} devices: temporary memory per device"
-        common.line_chart(args.svg, title, "batch", "MiB", {"tile by tile": series["MiB"], "plain": series["plain MiB"]}, log_y=True)
+        common.line_chart(
+            args.svg, title, "batch", "MiB", {"tile by tile": series["MiB"], "plain": series["plain MiB"]}, log_y=True
+        )
 
 
 if __name__ == "__main__":

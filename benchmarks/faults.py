@@ -4,7 +4,7 @@
 
 For each number of processes: an undisturbed run of a tiny model on the embedded data; then the same run, ended in each round by a random
 signal to one process or to all, in training or while a checkpoint is written, and started again by the same command. Prints a table;
-the exit status is 1 unless every process ended with the status it should (clip_jax/training/faults.py) and every step that was done, in
+the exit status is 1 unless every process ended with the status it should (clip_jax/runtime/faults.py) and every step that was done, in
 whatever round, has the loss of the undisturbed run. On 2 CPU cores a round takes 10 to 30 s, nearly all of it starting up.
 """
 
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from clip_jax.training import faults, hosts
+from clip_jax.runtime import faults, hosts
 
 REPO = pathlib.Path(__file__).parent.parent
 TIMEOUT = 300
@@ -36,14 +36,14 @@ class Failure(Exception):
 
 
 def start(processes, workdir, steps):
-    """The processes of a run, ``list[Popen]``."""
+    """The processes of a run, `list[Popen]`."""
     command = ["clip_jax.train", f"--config={REPO / 'configs' / 'clip.py'}:emoji", f"--workdir={workdir}"]
     command += [f"--config.{override}" for override in [*CONFIG, f"train.steps={steps}"]]
     return hosts.spawn(processes, command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(children, allowed):
-    """Waits for the processes; returns their statuses. Raises Failure for one that hangs or is not among those ``allowed`` for each."""
+    """Waits for the processes; returns their statuses. Raises Failure for one that hangs or is not among those `allowed` for each."""
     try:
         errors = [child.communicate(timeout=TIMEOUT)[1] for child in children]
     except subprocess.TimeoutExpired:
@@ -59,7 +59,7 @@ def finish(children, allowed):
 
 
 def losses(workdir):
-    """``{step: [loss each time it was done]}``."""
+    """`{step: [loss each time it was done]}`."""
     file, found = workdir / "metrics.jsonl", {}
     for row in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
         found.setdefault(row["step"], []).append(row["loss"])
@@ -87,12 +87,17 @@ def disturb(rng, processes, workdir, steps):
         children[target].send_signal(number)
     if number == signal.SIGTERM:
         # A process that got none ends with the others by agreement, or, outside of the steps, when it sees that they are gone.
-        allowed = [(faults.PREEMPTED, 0) if process in targets else (faults.PREEMPTED, faults.LOST, 0) for process in range(processes)]
+        allowed = [
+            (faults.PREEMPTED, 0) if process in targets else (faults.PREEMPTED, faults.LOST, 0)
+            for process in range(processes)
+        ]
     else:
         allowed = [(-signal.SIGKILL if process in targets else faults.LOST, 0) for process in range(processes)]
     statuses = finish(children, allowed)
     step = max(losses(workdir), default=0)
-    return dict(processes=processes, signal=number.name, targets=targets, moment=moment, reached=step, statuses=statuses)
+    return dict(
+        processes=processes, signal=number.name, targets=targets, moment=moment, reached=step, statuses=statuses
+    )
 
 
 def check(expected, workdir, steps):
@@ -131,7 +136,9 @@ def main(argv=None):
                 finish(start(processes, disturbed, steps), [(0,)] * processes)
                 check(losses(calm), disturbed, steps)
                 repeated = sum(map(len, losses(disturbed).values())) - steps
-                print(f"{processes} process(es): all {steps} steps as in the undisturbed run, {repeated} of them done more than once")
+                print(
+                    f"{processes} process(es): all {steps} steps as in the undisturbed run, {repeated} of them done more than once"
+                )
     except Failure as failure:
         print(f"FAILED: {failure}")
         return 1

@@ -3,10 +3,10 @@
     python benchmarks/load.py
     python benchmarks/load.py --sizes ViT-B/32,ViT-L/14 --formats float32,float16
 
-Each load is a process of its own. ``seconds`` are those of ``clip_jax.interop.load.load`` with the parameters on their devices,
-without the import of JAX and the start of its devices (``start``); ``cpu`` is the processor time in them, which another process on
-the machine hardly changes. ``peak`` is the process's largest resident memory, in all and over the file's size; ``before`` what it was
-before loading, ``file`` the file's size, both in GB.
+Each load is a process of its own. `seconds` are those of `clip_jax.interop.load.load` with the parameters on their devices,
+without the import of JAX and the start of its devices (`start`); `cpu` is the processor time in them, which another process on
+the machine hardly changes. `peak` is the process's largest resident memory, in all and over the file's size; `before` what it was
+before loading, `file` the file's size, both in GB.
 """
 
 import json
@@ -39,7 +39,11 @@ def write(path, size, dtype):
     header, offset = {}, 0
     for name, shape in shapes.items():
         end = offset + int(np.prod(shape)) * np.dtype(dtype).itemsize
-        header[name] = {"dtype": {"float32": "F32", "float16": "F16"}[dtype], "shape": shape, "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": {"float32": "F32", "float16": "F16"}[dtype],
+            "shape": shape,
+            "data_offsets": [offset, end],
+        }
         offset = end
     header, rng = json.dumps(header).encode(), np.random.default_rng(0)
     with open(path, "wb") as file:
@@ -49,7 +53,7 @@ def write(path, size, dtype):
 
 
 def peak():
-    """Largest resident memory of this process so far, in GB. (``getrusage`` counts what the process had that started it.)"""
+    """Largest resident memory of this process so far, in GB. (`getrusage` counts what the process had that started it.)"""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024 / 1e9
 
@@ -86,7 +90,9 @@ def main():
             with tempfile.TemporaryDirectory() as folder:
                 path = os.path.join(folder, "model.safetensors")
                 write(path, size, dtype)
-                out = subprocess.run([sys.executable, __file__, "--measure", path], check=True, capture_output=True, text=True).stdout
+                out = subprocess.run(
+                    [sys.executable, __file__, "--measure", path], check=True, capture_output=True, text=True
+                ).stdout
                 report.add(size=size, dtype=dtype, **json.loads(out))
     report.write(args.json)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py [--rounds 1] [--json=FILE]
 
-One table, all figures from one run, about 25 s; ``--rounds`` is a factor of how long it takes. Times are CPU time of this process, which
+One table, all figures from one run, about 25 s; `--rounds` is a factor of how long it takes. Times are CPU time of this process, which
 works on one thread; the pipelines take turns batch by batch, and the median batch counts. torchvision has a column where it is installed.
 """
 
@@ -56,7 +56,9 @@ def pillow_pipeline(jpegs, min_area, batch):
                     break
             else:  # these pictures have an aspect of 4:3, of which torchvision keeps all
                 left, top, w, h = 0, 0, width, height
-            images.append(np.array(image.crop((left, top, left + w, top + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
+            images.append(
+                np.array(image.crop((left, top, left + w, top + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+            )
         yield np.stack(images)
 
 
@@ -65,18 +67,27 @@ def torchvision_pipeline(jpegs, min_area, batch):
 
     crop = transforms.RandomResizedCrop(SIZE, scale=(min_area, 1), interpolation=transforms.InterpolationMode.BICUBIC)
     while True:
-        yield np.stack([np.array(crop(Image.open(io.BytesIO(data)).convert("RGB"))) for data in random.choices(jpegs, k=batch)])
+        yield np.stack(
+            [np.array(crop(Image.open(io.BytesIO(data)).convert("RGB"))) for data in random.choices(jpegs, k=batch)]
+        )
 
 
 def our_pipeline(jpegs, min_area, batch):
     view = ImageView("image", SIZE, (f"rrc({min_area}, 1.0)",))
-    for arrays in Loader(MemorySource([{"image": data} for data in jpegs]), [view], None, batch_size=batch, seed=0, threads=0):
+    for arrays in Loader(
+        MemorySource([{"image": data} for data in jpegs]), [view], None, batch_size=batch, seed=0, threads=0
+    ):
         yield arrays["image"]
 
 
 def main():
     parser = common.make_parser(__doc__, "loader")
-    parser.add_argument("--rounds", type=float, default=1.0, help="a factor of the batches that each pipeline makes (default: %(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=float,
+        default=1.0,
+        help="a factor of the batches that each pipeline makes (default: %(default)s)",
+    )
     args = parser.parse_args()
     pipelines = {"clip_jax loader": our_pipeline, "Pillow": pillow_pipeline}
     try:

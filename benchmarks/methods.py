@@ -5,7 +5,7 @@
 
 Each configuration is the default of its file in configs/, unless a variant is named, with the towers of configs/clip.py (a method's own
 widths of heads, patch dropout and size of pictures stay; a method of one tower takes the image tower's sizes). Passes count in
-batches: 1 is one pass of all pictures, or texts, of a batch; ``fixed`` ones carry no gradient. FLOPs are the matrix products of a step,
+batches: 1 is one pass of all pictures, or texts, of a batch; `fixed` ones carry no gradient. FLOPs are the matrix products of a step,
 forward and backward. Steps take turns on random data; times are medians. See benchmarks/README.md.
 """
 
@@ -23,7 +23,7 @@ OWN = ("size", "patch_drop")
 
 
 def load(name, batch):
-    """The configuration of ``method[:variant]`` with the towers of configs/clip.py."""
+    """The configuration of `method[:variant]` with the towers of configs/clip.py."""
     from clip_jax import config
 
     folder = pathlib.Path(common.ROOT, "configs")
@@ -44,7 +44,7 @@ def load(name, batch):
 
 
 def count_passes(program):
-    """``{("images" or "texts", does the pass carry a gradient): passes of the batch}`` of the encoding of a training step."""
+    """`{("images" or "texts", does the pass carry a gradient): passes of the batch}` of the encoding of a training step."""
     import collections
 
     import flax.linen as nn
@@ -63,7 +63,9 @@ def count_passes(program):
         def counting(self, variables, *args, **kwargs):
             for x in args:
                 kind = getattr(x, "ndim", 0)
-                kind = "images" if kind == 4 else "texts" if kind == 2 and jnp.issubdtype(x.dtype, jnp.integer) else None
+                kind = (
+                    "images" if kind == 4 else "texts" if kind == 2 and jnp.issubdtype(x.dtype, jnp.integer) else None
+                )
                 if kind:
                     counts[kind, id(variables["params"]) in trained] += len(x) / size
             return apply(self, variables, *args, **kwargs)
@@ -93,7 +95,9 @@ class Step:
         rng, vocab = np.random.default_rng(0), program.config.model.get("text", {}).get("vocab_size", 1)
         limits = {name: 256 if x.dtype == np.uint8 else vocab for name, x in program.batch.items()}
         batch = {
-            name: rng.random(x.shape, x.dtype) if x.dtype == np.float32 else rng.integers(0, limits[name], x.shape, x.dtype)
+            name: rng.random(x.shape, x.dtype)
+            if x.dtype == np.float32
+            else rng.integers(0, limits[name], x.shape, x.dtype)
             for name, x in program.batch.items()
         }
         self.batch = batch | {"example_id": np.arange(config.data.batch_size, dtype=np.int32)}
@@ -116,7 +120,9 @@ class Step:
 def main():
     parser = common.make_parser(__doc__, "methods")
     files = sorted(path.stem for path in pathlib.Path(common.ROOT, "configs").glob("*.py"))
-    parser.add_argument("--configs", default=",".join(files), help="files of configs/, each with :variant if need be (default: all)")
+    parser.add_argument(
+        "--configs", default=",".join(files), help="files of configs/, each with :variant if need be (default: all)"
+    )
     parser.add_argument("--batch", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=2, help="timed at a time (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each (default: %(default)s)")
@@ -136,8 +142,17 @@ def main():
     clip, clip_ms = runs["clip"], statistics.median(times["clip"])
     for name, run in runs.items():
         counts, ms = count_passes(run.program), statistics.median(times[name])
-        passes = {("" if trained else "fixed ") + kind: counts[kind, trained] for trained in (True, False) for kind in ("images", "texts")}
-        cost = {"GFLOP": run.flops / 1e9, "FLOP / CLIP's": run.flops / clip.flops, "ms": ms, "fastest ms": min(times[name])}
+        passes = {
+            ("" if trained else "fixed ") + kind: counts[kind, trained]
+            for trained in (True, False)
+            for kind in ("images", "texts")
+        }
+        cost = {
+            "GFLOP": run.flops / 1e9,
+            "FLOP / CLIP's": run.flops / clip.flops,
+            "ms": ms,
+            "fastest ms": min(times[name]),
+        }
         report.add(method=name, **passes, **cost, **{"ms / CLIP's": ms / clip_ms})
     report.write(args.json)
 

@@ -2,14 +2,14 @@
 
     python benchmarks/parity.py --sizes ViT-B/32,RN50,SigLIP-B/16-224 --torch-python /path/to/python
 
-For each size and target ``clip_jax.interop.export`` writes a folder and another interpreter (``--torch-python``) loads it with the
+For each size and target `clip_jax.interop.export` writes a folder and another interpreter (`--torch-python`) loads it with the
 library's own functions: weights, preprocessing and tokenizer. Both sides embed the same pictures and texts in float32 on the CPU;
-``image`` and ``text`` are the largest differences of the unit vectors' entries; ``apart`` is how far two different inputs are apart at
-least (the largest difference of their entries), without which nothing would be shown; ``same ids``: do both tokenizers agree, up to
+`image` and `text` are the largest differences of the unit vectors' entries; `apart` is how far two different inputs are apart at
+least (the largest difference of their entries), without which nothing would be shown; `same ids`: do both tokenizers agree, up to
 the end of text? Exits with 1 when a difference is above --tolerance.
 
 Every parameter is random, also biases, gains and running statistics. SigLIP has the tokenizer that ships with us, whose vocabulary of
-4,096 pieces takes the place of 32,000; and for open_clip ``gelu``, which timm's B/16 has there (docs/checkpoints.md).
+4,096 pieces takes the place of 32,000; and for open_clip `gelu`, which timm's B/16 has there (docs/checkpoints.md).
 """
 
 import math
@@ -61,7 +61,9 @@ def make_model(size, target):
         if jax.tree_util.keystr(path).endswith(("scale']", "var']")):
             return 0.5 + rng.random(x.shape, np.float32)
         # Kernels of the size that keeps activations as large as they are.
-        return rng.standard_normal(x.shape, np.float32) * (1 / math.sqrt(math.prod(x.shape[:-1])) if x.ndim > 1 else 0.1)
+        return rng.standard_normal(x.shape, np.float32) * (
+            1 / math.sqrt(math.prod(x.shape[:-1])) if x.ndim > 1 else 0.1
+        )
 
     shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
     params, extra = jax.tree_util.tree_map_with_path(random, shapes)
@@ -92,12 +94,17 @@ def theirs(folder, target, inputs, out):
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
         embed = [lambda x: pooled(model.get_image_features(x)), lambda x: pooled(model.get_text_features(x))]
     with torch.no_grad():
-        z = [torch.nn.functional.normalize(f(x).float(), dim=-1).numpy() for f, x in zip(embed, (pixels, ids), strict=True)]
-    np.savez(out, image=z[0], text=z[1], ids=ids.numpy(), parameters=sum(p.numel() for p in model.parameters()), **versions())
+        z = [
+            torch.nn.functional.normalize(f(x).float(), dim=-1).numpy()
+            for f, x in zip(embed, (pixels, ids), strict=True)
+        ]
+    np.savez(
+        out, image=z[0], text=z[1], ids=ids.numpy(), parameters=sum(p.numel() for p in model.parameters()), **versions()
+    )
 
 
 def pictures(size):
-    """uint8 ``[n, size, size, 3]``: a few large patches of colour and noise, as noise alone looks the same everywhere."""
+    """uint8 `[n, size, size, 3]`: a few large patches of colour and noise, as noise alone looks the same everywhere."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -134,7 +141,15 @@ def measure(size, target, args, report):
         export(model, target, f"{folder}/model")
         pixels = pictures(model.image_view.size)
         np.savez(f"{folder}/in.npz", images=pixels, texts=TEXTS)
-        command = [args.torch_python, __file__, "--theirs", f"{folder}/model", target, f"{folder}/in.npz", f"{folder}/out.npz"]
+        command = [
+            args.torch_python,
+            __file__,
+            "--theirs",
+            f"{folder}/model",
+            target,
+            f"{folder}/in.npz",
+            f"{folder}/out.npz",
+        ]
         done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"error: {size} in {target}: " + done.stderr[-2000:])
@@ -162,14 +177,20 @@ def main():
     parser = common.make_parser(__doc__, "parity")
     parser.add_argument("--sizes", default=SIZES, help="split by commas (default: %(default)s)")
     parser.add_argument("--targets", default="open_clip,hf", help="open_clip, hf (default: %(default)s)")
-    parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has the libraries (default: this one)")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="of the unit vectors' entries (default: %(default)s)")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="the interpreter that has the libraries (default: this one)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="of the unit vectors' entries (default: %(default)s)"
+    )
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     report = common.Report(COLUMNS, torch_python=str(pathlib.Path(args.torch_python)), tolerance=args.tolerance)
     report.header()
     pairs = [(size, target) for size in args.sizes.split(",") for target in args.targets.split(",")]
-    pairs = [pair for pair in pairs if pair[1] == "open_clip" or not pair[0].startswith("RN")]  # transformers has no CLIP ResNet
+    pairs = [
+        pair for pair in pairs if pair[1] == "open_clip" or not pair[0].startswith("RN")
+    ]  # transformers has no CLIP ResNet
     within = [measure(size, target, args, report) for size, target in pairs]
     report.write(args.json)
     return 0 if all(within) else 1

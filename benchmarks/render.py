@@ -19,10 +19,12 @@ SIZES = (64, 224)
 
 
 def captions():
-    """``{name: texts}``: names of the embedded emoji, and the longest text that is looked at."""
+    """`{name: texts}`: names of the embedded emoji, and the longest text that is looked at."""
     source = make_source("emoji")
     records = [source[i] for i in range(COUNT)]
-    named = {f"names, {language}": [record[f"name_{language}"] for record in records] for language in ("en", "ko", "hi")}
+    named = {
+        f"names, {language}": [record[f"name_{language}"] for record in records] for language in ("en", "ko", "hi")
+    }
     return {**named, "768 characters": [" ".join(record["keywords"] * 100)[:768] or "x" for record in records]}
 
 
@@ -48,7 +50,13 @@ def rate(draw, font, texts, size):
 def main():
     args = common.parse(common.make_parser(__doc__, "render"))
     font = make_tokenizer("unifont")
-    columns = {"captions": "<16", "characters": ">12.1f", "pixels": ">8d", "one by one/s": ">14,.0f", "256 at once/s": ">14,.0f"}
+    columns = {
+        "captions": "<16",
+        "characters": ">12.1f",
+        "pixels": ">8d",
+        "one by one/s": ">14,.0f",
+        "256 at once/s": ">14,.0f",
+    }
     report = common.Report(columns, font=font.fingerprint())
     report.header()
     for name, texts in captions().items():

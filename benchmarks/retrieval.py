@@ -3,10 +3,10 @@
     python benchmarks/retrieval.py
     python benchmarks/retrieval.py --rows=100000,1000000 --batch=256 --k=64
 
-One device, float32. ``ours`` (``clip_jax.losses.neighbors.top_k``, jitted), ``faiss`` (``IndexFlatIP``) and ``product``, all dot products
-with their maximum per query and nothing more, are the medians of ``--repeats`` turns in ms, on all cores; ``faiss-1`` is faiss with one
-thread, which is faster than with many where other processes run. ``taskset -c 0`` before the command gives each side one core. ``temp`` is
-what the compiled program needs beside the bank and the batch, ``matrix`` what all scores would take, both in MiB. Without ``faiss-cpu``
+One device, float32. `ours` (`clip_jax.losses.neighbors.top_k`, jitted), `faiss` (`IndexFlatIP`) and `product`, all dot products
+with their maximum per query and nothing more, are the medians of `--repeats` turns in ms, on all cores; `faiss-1` is faiss with one
+thread, which is faster than with many where other processes run. `taskset -c 0` before the command gives each side one core. `temp` is
+what the compiled program needs beside the bank and the batch, `matrix` what all scores would take, both in MiB. Without `faiss-cpu`
 its columns are empty. The run stops when the two sides do not find the same.
 """
 
@@ -15,7 +15,16 @@ import time
 
 import common
 
-COLUMNS = {"rows": ">10,", "dim": ">5", "batch": ">6", "k": ">4", "ours": ">9.0f", "faiss": ">9.0f", "faiss-1": ">9.0f", "product": ">9.0f"}
+COLUMNS = {
+    "rows": ">10,",
+    "dim": ">5",
+    "batch": ">6",
+    "k": ">4",
+    "ours": ">9.0f",
+    "faiss": ">9.0f",
+    "faiss-1": ">9.0f",
+    "product": ">9.0f",
+}
 COLUMNS |= {"temp": ">8.1f", "matrix": ">8.1f"}
 
 
@@ -28,7 +37,7 @@ def unit_rows(rng, rows, dim):
 
 
 def check(ours, theirs):
-    """Stops the run unless both sides, ``(dot products [b, k], numbers [b, k])``, found the same; rounding may exchange neighbours."""
+    """Stops the run unless both sides, `(dot products [b, k], numbers [b, k])`, found the same; rounding may exchange neighbours."""
     import numpy as np
 
     same = np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(ours[1], theirs[1], strict=True)])
@@ -53,7 +62,10 @@ def measure(rows, dim, batch, k, repeats):
 
     on_device = jax.device_put((queries, bank))
     compiled = jax.jit(lambda *x: top_k(*x, k)).lower(*on_device).compile()
-    sides = {"ours": lambda: jax.device_get(compiled(*on_device)), "product": lambda: product(*on_device).block_until_ready()}
+    sides = {
+        "ours": lambda: jax.device_get(compiled(*on_device)),
+        "product": lambda: product(*on_device).block_until_ready(),
+    }
     try:
         import faiss
 

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --config configs/clip.py:b16 --config.model.scan=true --config.model.remat=dots
 
-Each row is one run of ``clip_jax.compile`` (a minute or more, most of it the compiler's). Times are its estimates at the chips'
-peaks, not measurements: ``best ms`` as if computing, memory and links overlapped, ``sum ms`` one after the other. ``efficiency`` is
-the ``sum ms`` of the same mesh on the fewest chips over that of the row. See docs/scaling.md and benchmarks/README.md.
+Each row is one run of `clip_jax.compile` (a minute or more, most of it the compiler's). Times are its estimates at the chips'
+peaks, not measurements: `best ms` as if computing, memory and links overlapped, `sum ms` one after the other. `efficiency` is
+the `sum ms` of the same mesh on the fewest chips over that of the row. See docs/scaling.md and benchmarks/README.md.
 """
 
 import os
@@ -43,7 +43,11 @@ def main():
         first = None
         for chips in sorted(map(int, args.chips.split(","))):
             overrides = [f"data.batch_size={chips * args.batch_per_chip}", *MESHES[mesh], *args.overrides]
-            command = [f"--config={args.config}", f"--topology={args.chip}:{SLICES[chips]}", *(f"--config.{o}" for o in overrides)]
+            command = [
+                f"--config={args.config}",
+                f"--topology={args.chip}:{SLICES[chips]}",
+                *(f"--config.{o}" for o in overrides),
+            ]
             row = {"mesh": mesh, "chips": chips, "batch": chips * args.batch_per_chip}
             try:
                 result = compile_lib.run(compile_lib.parse_args(command), say=lambda line: None)
@@ -54,7 +58,11 @@ def main():
                 continue
             best, total = result["estimate"]["at_best"], result["estimate"]["one_by_one"]
             first = first or total["seconds"]
-            row |= {"GiB": result["memory"]["total"] / 2**30, "sent GB": result["sent"] / 1e9, "best ms": 1e3 * best["seconds"]}
+            row |= {
+                "GiB": result["memory"]["total"] / 2**30,
+                "sent GB": result["sent"] / 1e9,
+                "best ms": 1e3 * best["seconds"],
+            }
             row |= {"sum ms": 1e3 * total["seconds"], "MFU": total["mfu"], "examples/s": total["examples_per_second"]}
             report.add(**result | row, efficiency=first / total["seconds"])
             series.setdefault(f"{mesh}, one after the other", []).append((chips, 1e3 * total["seconds"]))

@@ -3,8 +3,8 @@
     python benchmarks/search.py
     python benchmarks/search.py --rows=100000,1000000 --dim=512 --queries=16
 
-``ours`` and ``numpy`` are the medians of ``--repeats`` turns in ms, ``temp`` what the compiled program needs on each device beside the
-embeddings, ``matrix`` what all scores would take, both in MiB. With ``--no-numpy`` the other side is left out.
+`ours` and `numpy` are the medians of `--repeats` turns in ms, `temp` what the compiled program needs on each device beside the
+embeddings, `matrix` what all scores would take, both in MiB. With `--no-numpy` the other side is left out.
 """
 
 import statistics
@@ -31,7 +31,7 @@ def measure(rows, dim, queries, k, repeats, with_numpy):
     import numpy as np
 
     from clip_jax import config, search
-    from clip_jax.training import sharding
+    from clip_jax.runtime import sharding
 
     mesh, rng = sharding.make_mesh(config.base().mesh), np.random.default_rng(0)
     z = rng.standard_normal((rows, dim), np.float32)
@@ -41,7 +41,9 @@ def measure(rows, dim, queries, k, repeats, with_numpy):
     memory = search.program(mesh, k).lower(bank.z, q, rows).compile().memory_analysis()
     sides = {"ours": lambda: bank.search(q, k)[0]} | ({"numpy": lambda: whole_matrix(z, q, k)} if with_numpy else {})
     first = {name: side() for name, side in sides.items()}  # compiles
-    if with_numpy and not (np.sort(first["ours"]) == np.sort(first["numpy"])).mean() > 0.999:  # rounding may exchange neighbours
+    if (
+        with_numpy and not (np.sort(first["ours"]) == np.sort(first["numpy"])).mean() > 0.999
+    ):  # rounding may exchange neighbours
         raise SystemExit("the two sides do not find the same")
     times = {name: [] for name in sides}
     for _ in range(repeats):

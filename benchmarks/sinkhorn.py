@@ -3,7 +3,7 @@
     python benchmarks/sinkhorn.py
     python benchmarks/sinkhorn.py --batches 8192,16384,32768 --time ""
 
-The batch is spread over all devices; on a machine without accelerators they are simulated (``--devices``). Memory is what the
+The batch is spread over all devices; on a machine without accelerators they are simulated (`--devices`). Memory is what the
 compiler reserves on each device for temporaries; nothing of that size is allocated for it. Times are medians of runs that take turns.
 Everything is float32, five iterations. See benchmarks/README.md.
 """
@@ -21,7 +21,7 @@ WIDTH = 512
 
 
 def functions():
-    """``(plans, OTTER's loss, InfoNCE)`` of unit rows: two of the student's, and for the first two the teacher's as well."""
+    """`(plans, OTTER's loss, InfoNCE)` of unit rows: two of the student's, and for the first two the teacher's as well."""
     import jax.numpy as jnp
 
     from clip_jax.losses.contrastive import infonce
@@ -46,15 +46,21 @@ def functions():
 
 def main():
     parser = common.make_parser(__doc__, "sinkhorn")
-    parser.add_argument("--batches", default="1024,4096,16384,32768", help="batches whose memory is measured (default: %(default)s)")
-    parser.add_argument("--time", default="256,1024,4096", help="batches whose time is measured as well (default: %(default)s)")
-    parser.add_argument("--devices", type=int, default=8, help="simulated devices on a machine without accelerators (default: 8)")
+    parser.add_argument(
+        "--batches", default="1024,4096,16384,32768", help="batches whose memory is measured (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--time", default="256,1024,4096", help="batches whose time is measured as well (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--devices", type=int, default=8, help="simulated devices on a machine without accelerators (default: 8)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each (default: 5)")
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
     import jax
 
-    from clip_jax.training import sharding
+    from clip_jax.runtime import sharding
 
     batches, timed = ([int(x) for x in text.split(",") if x] for text in (args.batches, args.time))
     plans, otter, infonce = functions()

@@ -1,10 +1,10 @@
-"""Seconds from starting ``python -m clip_jax.train`` to the result of the first step, without and with a compilation cache.
+"""Seconds from starting `python -m clip_jax.train` to the result of the first step, without and with a compilation cache.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --configs configs/clip.py:emoji --config.model.scan=true
 
 The real command on the embedded pictures, stopped after its first progress line; stages are told apart by the lines that it
-prints. ``imports`` includes reading the configuration, source and tokenizer; ``compile`` the tracing; ``first step`` the first
+prints. `imports` includes reading the configuration, source and tokenizer; `compile` the tracing; `first step` the first
 step and reading the second batch.
 """
 
@@ -18,16 +18,26 @@ import time
 
 import common
 
-STAGES = {"imports": r"clip_jax \d", "init": r"reading the first batch", "data, compile": r"step compiled in", "first step": r"step +1/"}
+STAGES = {
+    "imports": r"clip_jax \d",
+    "init": r"reading the first batch",
+    "data, compile": r"step compiled in",
+    "first step": r"step +1/",
+}
 COLUMNS = {"config": "<22", "cache": "<6", **dict.fromkeys(STAGES, ">14.1f"), "total": ">8.1f"}
 
 
 def first_step(config, overrides, cache):
-    """``{stage: seconds}`` of a run, and their ``total``."""
+    """`{stage: seconds}` of a run, and their `total`."""
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "-m", "clip_jax.train", f"--config={config}", f"--workdir={workdir}"]
         command += [f"--config.{override}" for override in overrides]
-        env = dict(os.environ, JAX_COMPILATION_CACHE_DIR=cache, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", PYTHONPATH=common.ROOT)
+        env = dict(
+            os.environ,
+            JAX_COMPILATION_CACHE_DIR=cache,
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            PYTHONPATH=common.ROOT,
+        )
         seconds, stages, start = {}, list(STAGES), time.perf_counter()
         since = start
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
@@ -46,7 +56,9 @@ def first_step(config, overrides, cache):
 
 def main():
     parser = common.make_parser(__doc__, "startup")
-    parser.add_argument("--configs", default="configs/clip.py:emoji,configs/clip.py:b32", help="split by commas (default: %(default)s)")
+    parser.add_argument(
+        "--configs", default="configs/clip.py:emoji,configs/clip.py:b32", help="split by commas (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=32, help="examples per step (default: %(default)s)")
     args = common.parse(parser)
     report = common.Report(COLUMNS, batch=args.batch)

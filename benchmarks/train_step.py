@@ -34,7 +34,7 @@ class OutOfMemory(Exception):
 
 
 class Ours:
-    """The step that ``clip_jax.train`` runs."""
+    """The step that `clip_jax.train` runs."""
 
     def __init__(self, spec):
         import jax
@@ -57,7 +57,10 @@ class Ours:
         self.config.data.batch_size = batch_size
         program = self.make_program(self.config)
         rng = np.random.default_rng(0)
-        high = {name: 256 if x.dtype == np.uint8 else program.config.model.text.vocab_size for name, x in program.batch.items()}
+        high = {
+            name: 256 if x.dtype == np.uint8 else program.config.model.text.vocab_size
+            for name, x in program.batch.items()
+        }
         with self.out_of_memory():
             batch = {name: rng.integers(0, high[name], x.shape, x.dtype) for name, x in program.batch.items()}
             self.batch = jax.device_put(batch, self.device)
@@ -67,7 +70,11 @@ class Ours:
             start = time.perf_counter()
             self.step = step.lower(self.state, self.batch).compile()
         parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
-        return {"parameters": parameters, "compile_seconds": time.perf_counter() - start, "device": self.device.device_kind}
+        return {
+            "parameters": parameters,
+            "compile_seconds": time.perf_counter() - start,
+            "device": self.device.device_kind,
+        }
 
     def run(self, steps):
         with self.out_of_memory():
@@ -112,7 +119,9 @@ class OpenClip:
             plain = [p for name, p in parameters.items() if p.ndim < 2 or "ln" in name]
             rest = [p for name, p in parameters.items() if not (p.ndim < 2 or "ln" in name)]
             groups = [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": spec["weight_decay"]}]
-            self.optimizer = torch.optim.AdamW(groups, lr=spec["lr"], betas=spec["betas"], eps=spec["eps"], fused=spec["fused"] or None)
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=spec["lr"], betas=spec["betas"], eps=spec["eps"], fused=spec["fused"] or None
+            )
             self.forward = self.model
             if spec["compile"]:
                 torch._dynamo.reset()  # otherwise a second batch size makes it compile for any, which is slower
@@ -120,13 +129,18 @@ class OpenClip:
             self.loss = self.clip.ClipLoss()
             size, text = spec["model"]["vision_cfg"]["image_size"], spec["model"]["text_cfg"]
             images = torch.randn(batch_size, 3, size, size, device=self.device)
-            self.batch = images, torch.randint(0, text["vocab_size"], (batch_size, text["context_length"]), device=self.device)
+            self.batch = (
+                images,
+                torch.randint(0, text["vocab_size"], (batch_size, text["context_length"]), device=self.device),
+            )
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         return {"parameters": sum(p.numel() for p in parameters.values()), "device": device}
 
     def run(self, steps):
         torch = self.torch
-        autocast = torch.autocast(self.device.type, getattr(torch, self.spec["dtype"]), enabled=self.spec["dtype"] != "float32")
+        autocast = torch.autocast(
+            self.device.type, getattr(torch, self.spec["dtype"]), enabled=self.spec["dtype"] != "float32"
+        )
         with self.out_of_memory():
             for _ in range(steps):
                 self.optimizer.zero_grad()
@@ -213,15 +227,24 @@ class Side:
 
 
 def open_clip_model(config):
-    """The arguments of ``open_clip.CLIP`` for a configuration, or None when it has no such model."""
+    """The arguments of `open_clip.CLIP` for a configuration, or None when it has no such model."""
     from clip_jax import config as config_lib
 
     base, image, text = config_lib.base(), config.model.image, config.model.text
     sizes = {"size", "patch", "width", "depth", "heads", "mlp_dim", "context", "vocab_size", "eot_id", "act"}
-    differ = [d for d in config_lib.differences(base, config, ["model.image", "model.text"]) if d[0].split(".")[-1] not in sizes]
+    differ = [
+        d
+        for d in config_lib.differences(base, config, ["model.image", "model.text"])
+        if d[0].split(".")[-1] not in sizes
+    ]
     if differ or config.method != "clip" or image.act != text.act or image.act not in ("gelu", "quick_gelu"):
         return None
-    vision = dict(layers=image.depth, width=image.width, head_width=image.width // image.heads, mlp_ratio=image.mlp_dim / image.width)
+    vision = dict(
+        layers=image.depth,
+        width=image.width,
+        head_width=image.width // image.heads,
+        mlp_ratio=image.mlp_dim / image.width,
+    )
     tower = dict(layers=text.depth, width=text.width, heads=text.heads, mlp_ratio=text.mlp_dim / text.width)
     return dict(
         embed_dim=config.model.embed_dim, quick_gelu=image.act == "quick_gelu",
@@ -231,7 +254,7 @@ def open_clip_model(config):
 
 
 def sides_of(args, variant):
-    """``({name of a side: (specification, interpreter)}, the model's FLOPs per example)`` of a variant of the configuration."""
+    """`({name of a side: (specification, interpreter)}, the model's FLOPs per example)` of a variant of the configuration."""
     from clip_jax import compile as compile_lib
     from clip_jax import config as config_lib
 
@@ -240,11 +263,17 @@ def sides_of(args, variant):
     program = compile_lib.make_program(config_lib.load(path, overrides))
     config, optim = program.config, program.config.optim
     flops = compile_lib.model_flops(config) / config.data.batch_size
-    sides = {"clip_jax": (dict(side="clip_jax", config=path, overrides=overrides, largest=args.largest), sys.executable)}
+    sides = {
+        "clip_jax": (dict(side="clip_jax", config=path, overrides=overrides, largest=args.largest), sys.executable)
+    }
     model = open_clip_model(config)
-    has_torch = subprocess.run([args.torch_python, "-c", "import torch, open_clip"], capture_output=True).returncode == 0
+    has_torch = (
+        subprocess.run([args.torch_python, "-c", "import torch, open_clip"], capture_output=True).returncode == 0
+    )
     if model and has_torch:
-        spec = dict(model=model, dtype=config.model.dtype, lr=1e-5, betas=(optim.b1, optim.b2), eps=optim.eps, fused=args.fused)
+        spec = dict(
+            model=model, dtype=config.model.dtype, lr=1e-5, betas=(optim.b1, optim.b2), eps=optim.eps, fused=args.fused
+        )
         spec |= dict(weight_decay=optim.weight_decay, largest=args.largest)
         for compiled in (False, True)[: 1 + args.compile]:
             name = "open_clip, compiled" if compiled else "open_clip"
@@ -275,7 +304,7 @@ def largest_batch(spec, python, batch):
 
 def measure(args, variant, report):
     """Adds the rows of a variant."""
-    from clip_jax import hardware
+    from clip_jax.runtime import hardware
 
     specs, flops = sides_of(args, variant)
     done = []
@@ -294,7 +323,10 @@ def measure(args, variant, report):
             side.close()
         done += sides
     if len({side.about["parameters"] for side in done}) > 1:
-        sys.exit("error: not the same model: " + ", ".join(f"{side.name} has {side.about['parameters']:,} parameters" for side in done))
+        sys.exit(
+            "error: not the same model: "
+            + ", ".join(f"{side.name} has {side.about['parameters']:,} parameters" for side in done)
+        )
     rates = {side.name: side.batch / statistics.median(side.seconds()) for side in done}
     for side in done:
         chip = hardware.chip_of(side.about["device"])
@@ -313,14 +345,22 @@ def main():
     parser = common.make_parser(__doc__, "train_step")
     parser.add_argument("--config", default="configs/clip.py", help="a configuration (default: %(default)s)")
     parser.add_argument("--variants", default="b32,b16,l14", help="its variants (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="examples per step; with --largest where the search starts (default: 32)")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="examples per step; with --largest where the search starts (default: 32)"
+    )
     parser.add_argument("--largest", action="store_true", help="each side at the largest batch that fits on the GPU")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of matrix products (default: bfloat16)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of matrix products (default: bfloat16)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side; the median counts (default: 5)")
     parser.add_argument("--steps", type=int, default=1, help="steps in a turn; 10 or more on a GPU (default: 1)")
     parser.add_argument("--compile", action="store_true", help="another row: open_clip under torch.compile")
-    parser.add_argument("--fused", action="store_true", help="PyTorch's fused AdamW, which open_clip's trainer does not use")
-    parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has open_clip (default: this one)")
+    parser.add_argument(
+        "--fused", action="store_true", help="PyTorch's fused AdamW, which open_clip's trainer does not use"
+    )
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="the interpreter that has open_clip (default: this one)"
+    )
     args = common.parse(parser)
     report = common.Report(COLUMNS)
     report.header()

@@ -1,9 +1,9 @@
 """Pretraining of CLIP-like models in JAX: one trainer, many methods, any machine.
 
-``clip_jax.load(folder)`` gives a trained model ready for use; see :class:`clip_jax.inference.Model`.
+`clip_jax.load(folder)` gives a trained model ready for use; see `clip_jax.inference.Model`.
 """
 
-__version__ = "0.1.0"
+from clip_jax.version import __version__  # noqa: F401
 
 
 def __getattr__(name):

@@ -1,11 +1,10 @@
-"""What a run needs, without the machine: ``python -m clip_jax.compile --config=configs/clip.py:b16 --topology=v5e:16x16``.
+"""What a run needs, without the machine: `python -m clip_jax.compile --config=configs/clip.py:b16 --topology=v5e:16x16`.
 
-For a TPU slice the real train step is compiled by the TPU's own compiler (package libtpu, extra ``tpu``; no TPU is needed),
-which tells whether it fits and what it does. For GPUs (``gpu:h100x8``) only what follows from shapes is told. docs/scaling.md
+For a TPU slice the real train step is compiled by the TPU's own compiler (package libtpu, extra `tpu`; no TPU is needed),
+which tells whether it fits and what it does. For GPUs (`gpu:h100x8`) only what follows from shapes is told. docs/scaling.md
 explains the figures. Exit status: 0 it fits, 1 it does not, 2 wrong input.
 """
 
-import argparse
 import importlib.util
 import json
 import math
@@ -17,8 +16,8 @@ import time
 from typing import Any, NamedTuple
 
 from clip_jax import config as config_lib
-from clip_jax import hardware
 from clip_jax.errors import UserError
+from clip_jax.runtime import command, hardware
 
 GIB = 2**30
 #: Share of the memory that a step may take: the next batch and the runtime need some as well.
@@ -26,7 +25,7 @@ USABLE = 0.9
 
 
 class Topology(NamedTuple):
-    """``count`` chips in all; ``shape`` is how each of the TPU ``slices`` is wired, None for GPUs."""
+    """`count` chips in all; `shape` is how each of the TPU `slices` is wired, None for GPUs."""
 
     name: str
     chip: hardware.Chip
@@ -36,7 +35,7 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name):
-    """The :class:`Topology` of ``"v5e:16x16"``, ``"v5e:16x16*2"`` (two slices) or ``"gpu:h100x8"``; raises UserError."""
+    """The `Topology` of `"v5e:16x16"`, `"v5e:16x16*2"` (two slices) or `"gpu:h100x8"`; raises UserError."""
     generation, _, shape = name.partition(":")
     if generation == "gpu":
         match = re.fullmatch(r"(\w+)x([1-9]\d*)", shape)
@@ -51,7 +50,9 @@ def parse_topology(name):
     match = re.fullmatch(rf"([1-9]\d*(?:x[1-9]\d*){{{chip.torus - 1}}})(?:\*([1-9]\d*))?", shape)
     if not match:
         example = "x".join("4" * chip.torus)
-        raise UserError(f"--topology={name}: write the chips in each of the {chip.torus} directions, such as {generation}:{example}")
+        raise UserError(
+            f"--topology={name}: write the chips in each of the {chip.torus} directions, such as {generation}:{example}"
+        )
     slices = int(match[2] or 1)
     return Topology(name, chip, slices * math.prod(map(int, match[1].split("x"))), match[1], slices)
 
@@ -60,9 +61,16 @@ def tpu_devices(topology):
     """The devices of TPU slices as the compiler knows them; raises UserError without libtpu, or when there is no such slice."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={topology.name} needs the TPU compiler: pip install 'clip-jax-pretraining[tpu]'")
-    quiet = dict(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost", TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3")
+    quiet = dict(
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_STDERR_LOG_LEVEL="3",
+        TPU_MIN_LOG_LEVEL="3",
+    )
     # Several processes may compile at once, and none of them asks whether this is a machine with a TPU.
-    for key, value in dict(quiet, TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled").items():
+    for key, value in dict(
+        quiet, TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled"
+    ).items():
         os.environ.setdefault(key, value)
     import jax
     from jax.experimental import topologies
@@ -72,13 +80,15 @@ def tpu_devices(topology):
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name.partition("*")[0], **options).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name.partition("*")[0], **options
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology={topology.name}: {str(error).splitlines()[0]}") from None
 
 
 class Program(NamedTuple):
-    """A configuration as shapes. ``state`` and ``batch`` are trees of ``jax.ShapeDtypeStruct``."""
+    """A configuration as shapes. `state` and `batch` are trees of `jax.ShapeDtypeStruct`."""
 
     config: Any
     method: Any
@@ -88,7 +98,7 @@ class Program(NamedTuple):
 
 
 def make_program(config):
-    """The :class:`Program` of a configuration; needs no data and no device. Raises UserError."""
+    """The `Program` of a configuration; needs no data and no device. Raises UserError."""
     import jax
 
     from clip_jax.data.tokenizers import make_tokenizer
@@ -108,25 +118,35 @@ def model_flops(config):
     """FLOPs of a step's matrix products, forward and backward, over the whole batch, with nothing computed twice to save memory."""
     import jax
 
-    from clip_jax.training.cost import jaxpr_flops
+    from clip_jax.hlo_cost import jaxpr_flops
     from clip_jax.training.step import make_step
 
     plain = config.copy_and_resolve_references()
     plain.micro_batches, plain.model.remat = 1, "none"
     program = make_program(plain)
-    return jaxpr_flops(jax.make_jaxpr(make_step(program.config, program.method, program.tx))(program.state, program.batch))
+    return jaxpr_flops(
+        jax.make_jaxpr(make_step(program.config, program.method, program.tx))(program.state, program.batch)
+    )
 
 
 def shard(program, mesh):
-    """``(state, batch)`` laid out over a mesh, and the bytes that each takes on one device."""
+    """`(state, batch)` laid out over a mesh, and the bytes that each takes on one device."""
     import jax
 
-    from clip_jax.training import sharding
+    from clip_jax.runtime import sharding
 
     sharding.check_batch(program.config.data.batch_size, mesh, micro_batches=program.config.micro_batches)
-    layouts = sharding.state_shardings(program.state, mesh), jax.tree.map(lambda _: sharding.batch_sharding(mesh), program.batch)
-    with_layout = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (program.state, program.batch), layouts)
-    sizes = (sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in with_layout)
+    layouts = (
+        sharding.state_shardings(program.state, mesh),
+        jax.tree.map(lambda _: sharding.batch_sharding(mesh), program.batch),
+    )
+    with_layout = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (program.state, program.batch), layouts
+    )
+    sizes = (
+        sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        for tree in with_layout
+    )
     return *with_layout, *sizes
 
 
@@ -149,8 +169,8 @@ def compile_for_tpu(program, devices):
     """What the compiler says about a step on these devices, a dict with bytes, FLOPs and collectives for one of them; raises DoesNotFit."""
     import jax
 
-    from clip_jax.training import sharding
-    from clip_jax.training.cost import hlo_cost
+    from clip_jax.hlo_cost import hlo_cost
+    from clip_jax.runtime import sharding
     from clip_jax.training.step import make_step
 
     mesh = sharding.make_mesh(program.config.mesh, devices)
@@ -165,7 +185,9 @@ def compile_for_tpu(program, devices):
         if "RESOURCE_EXHAUSTED" in str(error):
             raise DoesNotFit.of_compiler(str(error)) from None
         line = str(error).splitlines()[0]
-        raise UserError(f"the TPU compiler failed; is it the libtpu that extra 'tpu' wants for this jax? {line}") from None
+        raise UserError(
+            f"the TPU compiler failed; is it the libtpu that extra 'tpu' wants for this jax? {line}"
+        ) from None
     memory, cost = compiled.memory_analysis(), hlo_cost(compiled.as_text())
     fields = ("argument", "output", "alias", "temp", "generated_code")
     sizes = {field: getattr(memory, f"{field}_size_in_bytes") for field in fields}
@@ -183,9 +205,9 @@ def compile_for_tpu(program, devices):
 
 
 def estimate(topology, config, result, flops):
-    """Seconds of a step by part and as a whole, and what follows from them: a dict; ``flops`` are the model's, on all chips.
+    """Seconds of a step by part and as a whole, and what follows from them: a dict; `flops` are the model's, on all chips.
 
-    ``at_best`` is the longest of the parts, as if all overlapped and each ran at its peak; ``one_by_one`` their sum.
+    `at_best` is the longest of the parts, as if all overlapped and each ran at its peak; `one_by_one` their sum.
     """
     chip = topology.chip
     parts = {
@@ -210,7 +232,7 @@ def schedule(topology, config, seconds, flops):
 
 
 def estimate_gpu(topology, program, flops):
-    """What shapes alone tell about a run on GPUs, a dict as of :func:`compile_for_tpu` and :func:`estimate`, for one of them.
+    """What shapes alone tell about a run on GPUs, a dict as of `compile_for_tpu` and `estimate`, for one of them.
 
     Activations are not in it: how much of them is kept is known only to the GPU's compiler. Of memory traffic and exchange it
     has what every step needs: the state read and written once, the gradients summed in one ring.
@@ -218,31 +240,43 @@ def estimate_gpu(topology, program, flops):
     import jax
     from jax.sharding import AbstractMesh
 
-    from clip_jax.training import sharding
-    from clip_jax.training.cost import jaxpr_flops
+    from clip_jax.hlo_cost import jaxpr_flops
+    from clip_jax.runtime import sharding
     from clip_jax.training.step import make_step
 
     config, chip = program.config, topology.chip
     mesh = AbstractMesh(sharding.mesh_shape(config.mesh, topology.count), sharding.AXES)
     state, _, state_bytes, batch_bytes = shard(program, mesh)
-    gradients = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state.params))
-    executed = jaxpr_flops(jax.make_jaxpr(make_step(config, program.method, program.tx))(program.state, program.batch)) / topology.count
+    gradients = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state.params)
+    )
+    executed = (
+        jaxpr_flops(jax.make_jaxpr(make_step(config, program.method, program.tx))(program.state, program.batch))
+        / topology.count
+    )
     replicas = topology.count // mesh.shape["tensor"]
     sent = 2 * (replicas - 1) / replicas * gradients * mesh.shape["fsdp"]
-    parts = {"compute": executed / chip.flops, "memory": 2 * state_bytes / chip.hbm_bandwidth, "links": sent / chip.link_bandwidth}
+    parts = {
+        "compute": executed / chip.flops,
+        "memory": 2 * state_bytes / chip.hbm_bandwidth,
+        "links": sent / chip.link_bandwidth,
+    }
     times = {"at_best": max(parts.values()), "at_40_percent": executed / (0.4 * chip.flops)}
     return dict(
         mesh=dict(mesh.shape),
-        memory=dict(state=state_bytes, gradients=gradients, batch=batch_bytes, total=state_bytes + gradients + batch_bytes),
+        memory=dict(
+            state=state_bytes, gradients=gradients, batch=batch_bytes, total=state_bytes + gradients + batch_bytes
+        ),
         flops=executed,
         traffic=2 * state_bytes,
         sent=sent,
-        estimate={"parts": parts} | {name: schedule(topology, config, seconds, flops) for name, seconds in times.items()},
+        estimate={"parts": parts}
+        | {name: schedule(topology, config, seconds, flops) for name, seconds in times.items()},
     )
 
 
 def variants(config, topology, state_bytes, temporary):
-    """What makes a step smaller, the cheapest first: ``[(overrides, what it does)]``. ``temporary``: of :class:`DoesNotFit`."""
+    """What makes a step smaller, the cheapest first: `[(overrides, what it does)]`. `temporary`: of `DoesNotFit`."""
     usable = USABLE * topology.chip.device_hbm
     shards = math.gcd(topology.count, 16)
     found = []
@@ -250,7 +284,9 @@ def variants(config, topology, state_bytes, temporary):
         sizes = f"{gib(state_bytes)} -> {gib(state_bytes / shards)}"
         found.append(([f"mesh.fsdp={shards}"], f"parameters and optimizer state {sizes}, gathered where they are used"))
     if config.model.scan:
-        found.append((["model.scan=false"], "less is kept of blocks that the compiler sees one by one; compiles for longer"))
+        found.append(
+            (["model.scan=false"], "less is kept of blocks that the compiler sees one by one; compiles for longer")
+        )
     if config.model.remat == "none":
         found.append((["model.remat=dots"], "keeps only the results of matrix products; little more compute"))
     if config.model.remat != "full":
@@ -259,7 +295,9 @@ def variants(config, topology, state_bytes, temporary):
     parts = [k for k in (2**n * config.micro_batches for n in range(1, 20)) if per_device % k == 0]
     enough = [k for k in parts if temporary and state_bytes + temporary * config.micro_batches / k <= usable]
     for k in enough[:1] or parts[-1:]:
-        found.append(([f"micro_batches={k}"], f"activations of {per_device // k} examples at a time; a third more compute"))
+        found.append(
+            ([f"micro_batches={k}"], f"activations of {per_device // k} examples at a time; a third more compute")
+        )
         if config.model.remat != "full":
             found.append(([f"micro_batches={k}", "model.remat=full"], "both; two thirds more compute"))
     return found
@@ -286,7 +324,7 @@ def gib(size):
 
 
 def describe(topology, config, result, flops):
-    """The lines that a user reads about a result of :func:`compile_for_tpu` or :func:`estimate_gpu`."""
+    """The lines that a user reads about a result of `compile_for_tpu` or `estimate_gpu`."""
     chip, memory = topology.chip, result["memory"]
     hbm = chip.device_hbm
     mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
@@ -314,7 +352,9 @@ def describe(topology, config, result, flops):
         f" ({per_example:.1f} GFLOP per example, forward and backward, nothing computed twice)"
     )
     yield f"memory traffic: {result['traffic'] / 1e9:.1f} GB{'' if topology.shape else ', only the state read and written once'}"
-    yield f"sent to other chips: {result['sent'] / 1e9:.2f} GB" + ("" if topology.shape else ", the gradients summed in one ring")
+    yield f"sent to other chips: {result['sent'] / 1e9:.2f} GB" + (
+        "" if topology.shape else ", the gradients summed in one ring"
+    )
     yield from collective_table(result.get("collectives", []))
     if topology.slices > 1:
         yield f"sent to other slices: {result['between_slices'] / 1e9:.2f} GB, over a network that is in none of the times below"
@@ -322,7 +362,11 @@ def describe(topology, config, result, flops):
         yield f"  {result['unknown_loops']} loop(s) of unknown length were counted as one round: FLOPs, traffic and collectives are too low"
     parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in result["estimate"]["parts"].items())
     yield f"step time by part, each at its peak: {parts}"
-    labels = {"at_best": "all parts overlapped", "one_by_one": "one after the other", "at_40_percent": "at 40 % of the peak FLOP/s"}
+    labels = {
+        "at_best": "all parts overlapped",
+        "one_by_one": "one after the other",
+        "at_40_percent": "at 40 % of the peak FLOP/s",
+    }
     for name, label in labels.items():
         if times := result["estimate"].get(name):
             yield (
@@ -351,28 +395,31 @@ def collective_table(collectives):
 
 def parse_args(argv):
     """The command line; raises UserError."""
-    parser = argparse.ArgumentParser(prog="clip_jax.compile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a configuration, e.g. configs/clip.py:b16")
+    parser = command.make_parser("clip_jax.compile", __doc__)
     parser.add_argument(
-        "--topology", required=True, help="a TPU slice, e.g. v5e:16x16 (v3 v4 v5e v5p v6e tpu7x), several, v5e:16x16*2, or gpu:h100x8"
+        "--config", required=True, metavar="FILE[:VARIANT]", help="a configuration, e.g. configs/clip.py:b16"
+    )
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="a TPU slice, e.g. v5e:16x16 (v3 v4 v5e v5p v6e tpu7x), several, v5e:16x16*2, or gpu:h100x8",
     )
     parser.add_argument("--search", action="store_true", help="when it does not fit: compile variants until one does")
     parser.add_argument("--json", metavar="FILE", help="write all figures there as well")
     args, rest = parser.parse_known_args(argv)
-    for argument in rest:
-        if not re.match(r"--config\..+=", argument):
-            raise UserError(f"unknown argument {argument!r}; fields of the configuration are set by --config.FIELD=VALUE")
-    args.overrides = [argument.removeprefix("--config.") for argument in rest]
+    args.overrides = config_lib.parse_overrides(rest)
     return args
 
 
 def run(args, say=print):
-    """Compiles or estimates; returns the figures, a dict with ``fits``. Raises UserError."""
+    """Compiles or estimates; returns the figures, a dict with `fits`. Raises UserError."""
     topology = parse_topology(args.topology)
     config = config_lib.load(args.config, args.overrides)
     devices = tpu_devices(topology) if topology.shape else None
     program, flops = make_program(config), model_flops(config)
-    about = dict(config=args.config, overrides=args.overrides, topology=args.topology, chips=topology.count, model_flops=flops)
+    about = dict(
+        config=args.config, overrides=args.overrides, topology=args.topology, chips=topology.count, model_flops=flops
+    )
     if not topology.shape:
         result = estimate_gpu(topology, program, flops)
         result["fits"] = result["memory"]["total"] <= topology.chip.device_hbm
@@ -385,7 +432,9 @@ def run(args, say=print):
                 line = f"the compiler accepts it, but its figures add up to {gib(memory['total'])} of {gib(hbm)}"
                 raise DoesNotFit(line, memory["temp"])
         except DoesNotFit as error:
-            return dict(about, fits=False, compiler=str(error), found=advise(args, topology, program, error, devices, say))
+            return dict(
+                about, fits=False, compiler=str(error), found=advise(args, topology, program, error, devices, say)
+            )
         result = dict(result, fits=True, estimate=estimate(topology, config, result, flops))
     for line in describe(topology, config, result, flops):
         say(line)
@@ -393,8 +442,8 @@ def run(args, say=print):
 
 
 def advise(args, topology, program, error, devices, say):
-    """Says what would make a step fit; with ``--search`` the figures of the first that does, else None."""
-    from clip_jax.training import sharding
+    """Says what would make a step fit; with `--search` the figures of the first that does, else None."""
+    from clip_jax.runtime import sharding
 
     *_, state_bytes, _ = shard(program, sharding.make_mesh(program.config.mesh, devices))
     say(f"it does not fit: {error}")
@@ -412,15 +461,16 @@ def main(argv=None):
     """The command; returns the exit status: 0 when it fits, 1 when it does not, 2 after a one-line error."""
     # Not even a machine that has accelerators needs them for this; and programs for devices that are not there cannot be cached.
     os.environ.update(JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="false")
-    try:
+    fits = []
+
+    def work():
         args = parse_args(argv)
         result = run(args, say=lambda line: print(line, flush=True))
         if args.json:
             pathlib.Path(args.json).write_text(json.dumps(result, indent=1))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0 if result["fits"] else 1
+        fits.append(result["fits"])
+
+    return command.run(work) or int(not fits[0])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The configuration: its defaults, how a command line changes it, what is checked, and how it is stored.
 
-A file in ``configs/`` has ``get_config(variant) -> ConfigDict``; it starts from :func:`base` and changes what differs. Every
-problem is a :class:`~clip_jax.errors.UserError` with one line, raised before a device is touched.
+A file in `configs/` has `get_config(variant) -> ConfigDict`; it starts from `base` and changes what differs. Every
+problem is a `UserError` with one line, raised before a device is touched.
 """
 
 import ast
-import difflib
 import importlib.util
 import json
 import os
@@ -13,7 +12,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, did_you_mean, unknown
 
 OPTIMIZERS = ("adamw", "lamb", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
@@ -44,7 +43,9 @@ def base():
     c.data.rewrite_prob = -1.0  # the chance of a rewrite; -1: a caption and its rewrites are equally likely
     c.data.augment = ("rrc(0.9, 1.0)",)  # clip.md: random square crop; docs/data.md lists the transforms
     c.data.batch_size = 256  # global
-    c.data.sampling = "mixed"  # of a mixture: all sources in a batch | one_source: each batch from one of them (debiased sampling)
+    c.data.sampling = (
+        "mixed"  # of a mixture: all sources in a batch | one_source: each batch from one of them (debiased sampling)
+    )
     c.data.workers = 0  # processes that prepare examples, on each host; 0: threads of the main process
     c.data.threads = 2  # threads in each of them
     c.data.prefetch = 2  # batches ready ahead
@@ -58,16 +59,26 @@ def base():
     c.model.logit_bias_init = -10.0  # siglip
     c.model.temperature_init = 1.0  # align, which divides by it
     c.model.dtype = "bfloat16"  # of matrix work; weights, norms, softmax and losses stay float32
-    c.model.remat = "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full (whole blocks)
+    c.model.remat = (
+        "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full (whole blocks)
+    )
     c.model.scan = False  # one compiled block run depth times, weights stacked: compiles in a fraction of the time
     c.model.attention = "auto"  # auto (fused by cuDNN on a GPU where it can be) | plain
     c.model.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]
     c.model.image_std = (0.26862954, 0.26130258, 0.27577711)
     # docs of the fields: clip_jax/models/vit.py and clip_jax/models/text.py; of another kind of tower: its module
-    c.model.image = ConfigDict(dict(kind="vit", size=224, patch=32, width=768, depth=12, heads=12, mlp_dim=3072, pool="cls"))
-    c.model.image.update(dict(cls_token=True, ln_pre=True, patch_bias=False, posemb="learn", act="quick_gelu", ln_eps=1e-5))
-    c.model.image.update(dict(weight_init="clip_image", stem=(), patch_drop=0.0, qk_norm=False, proj=True, proj_bias=False))
-    c.model.text = ConfigDict(dict(kind="transformer", context=77, width=512, depth=12, heads=8, mlp_dim=2048, pool="eot"))
+    c.model.image = ConfigDict(
+        dict(kind="vit", size=224, patch=32, width=768, depth=12, heads=12, mlp_dim=3072, pool="cls")
+    )
+    c.model.image.update(
+        dict(cls_token=True, ln_pre=True, patch_bias=False, posemb="learn", act="quick_gelu", ln_eps=1e-5)
+    )
+    c.model.image.update(
+        dict(weight_init="clip_image", stem=(), patch_drop=0.0, qk_norm=False, proj=True, proj_bias=False)
+    )
+    c.model.text = ConfigDict(
+        dict(kind="transformer", context=77, width=512, depth=12, heads=8, mlp_dim=2048, pool="eot")
+    )
     c.model.text.update(dict(causal=True, mask_padding=False, act="quick_gelu", ln_eps=1e-5, weight_init="clip_text"))
     c.model.text.update(dict(proj=True, proj_bias=False, vocab_size=0, eot_id=-1))  # taken from the tokenizer
 
@@ -80,7 +91,13 @@ def base():
     c.optim.b2 = 0.98
     c.optim.eps = 1e-6
     c.optim.weight_decay = 0.2  # decoupled; multiplied by the learning rate
-    c.optim.no_decay = ("/bias$", "/scale$", "^logit_", "/cls$", "/pos$")  # not decayed: parameters whose path one of these finds
+    c.optim.no_decay = (
+        "/bias$",
+        "/scale$",
+        "^logit_",
+        "/cls$",
+        "/pos$",
+    )  # not decayed: parameters whose path one of these finds
     c.optim.lr_mult = ()  # ((regular expression, factor), ...): the first that finds a parameter's path counts; 0 freezes
     c.optim.freeze = ()  # regular expressions; parameters found are not trained and cost no optimizer state
     c.optim.grad_clip_norm = 0.0  # global norm; 0: off
@@ -100,7 +117,9 @@ def base():
 
     c.eval = ConfigDict()
     c.eval.steps = 0  # evaluate every so many steps; 0: only at the end
-    c.eval.tasks = ("emoji",)  # at the end, docs/evaluation.md: emoji | zeroshot(...) | retrieval(...) | relations(...) | probe(...)
+    c.eval.tasks = (
+        "emoji",
+    )  # at the end, docs/evaluation.md: emoji | zeroshot(...) | retrieval(...) | relations(...) | probe(...)
     c.eval.train_tasks = ()  # the ones that run every eval.steps
     c.eval.transform = ("resize", "center_crop")  # clip.md
     c.eval.batch_size = 256
@@ -116,7 +135,7 @@ def base():
 
 
 def load_module(spec):
-    """``(module, variant)`` of ``"path/to/file.py[:variant]"``; raises UserError for a file that is missing."""
+    """`(module, variant)` of `"path/to/file.py[:variant]"`; raises UserError for a file that is missing."""
     path, _, variant = spec.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"--config={spec}: there is no file {path!r}")
@@ -127,9 +146,9 @@ def load_module(spec):
 
 
 def load(spec, overrides=()):
-    """The configuration of ``"path/to/file.py[:variant]"`` with overrides ``["optim.lr=3e-4", ...]``.
+    """The configuration of `"path/to/file.py[:variant]"` with overrides `["optim.lr=3e-4", ...]`.
 
-    Raises UserError for a file that is missing or has no ``get_config``, an unknown key, and a value of the wrong type.
+    Raises UserError for a file that is missing or has no `get_config`, an unknown key, and a value of the wrong type.
     """
     module, variant = load_module(spec)
     if variant in getattr(module, "STUDIES", ()):
@@ -140,7 +159,7 @@ def load(spec, overrides=()):
 
 
 def override(config, overrides):
-    """Sets fields of a configuration, ``["optim.lr=3e-4", ...]``, and returns it; raises UserError as :func:`load` does."""
+    """Sets fields of a configuration, `["optim.lr=3e-4", ...]`, and returns it; raises UserError as `load` does."""
     for text in overrides:
         key, _, value = text.partition("=")
         _override(config, key, value)
@@ -148,26 +167,20 @@ def override(config, overrides):
 
 
 def parse_overrides(arguments):
-    """``["optim.lr=3e-4", ...]`` of arguments ``--config.optim.lr=3e-4`` or ``--config.optim.lr 3e-4``; raises UserError for any other."""
+    """`["optim.lr=3e-4", ...]` of arguments `--config.optim.lr=3e-4` or `--config.optim.lr 3e-4`; raises UserError for any other."""
     rest, overrides = list(arguments), []
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--config."):
-            raise UserError(f"unknown argument {argument!r}; fields of the configuration are set by --config.FIELD=VALUE")
+            raise UserError(
+                f"unknown argument {argument!r}; fields of the configuration are set by --config.FIELD=VALUE"
+            )
         if "=" not in argument:
             if not rest:
                 raise UserError(f"{argument!r} has no value")
             argument += "=" + rest.pop(0)
         overrides.append(argument.removeprefix("--config."))
     return overrides
-
-
-def unknown(what, name, allowed):
-    """The UserError for a name that is none of ``allowed``, with the nearest one."""
-    allowed = [str(a) for a in allowed]
-    near = difflib.get_close_matches(str(name), allowed, 1, 0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}"
-    return UserError(f"{what} {str(name)!r}: {hint}")
 
 
 def _keys(config, prefix=""):
@@ -178,14 +191,13 @@ def _keys(config, prefix=""):
 
 
 def _override(config, key, text):
-    """Sets the field ``key`` ("optim.lr") of a configuration to ``text``, read as the type that the field has."""
+    """Sets the field `key` ("optim.lr") of a configuration to `text`, read as the type that the field has."""
     *parents, name = key.split(".")
     section = config
     for parent in parents:
         section = section.get(parent) if isinstance(section, ConfigDict) else None
     if not isinstance(section, ConfigDict) or name not in section:
-        near = difflib.get_close_matches(key, list(_keys(config)), 1, 0.5)
-        raise UserError(f"unknown config key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise UserError(f"unknown config key {key!r}{did_you_mean(key, _keys(config))}")
     old = section[name]
     if isinstance(old, ConfigDict):
         values = _literal(text)
@@ -245,7 +257,7 @@ def to_json(config):
 
 
 def from_json(text):
-    """The configuration that :func:`to_json` stored."""
+    """The configuration that `to_json` stored."""
     return ConfigDict(_tuples(json.loads(text))).lock()
 
 
@@ -316,10 +328,12 @@ def _get(config, key):
 
 
 def differences(old, new, sections=None):
-    """The fields in which two configurations differ, ``[(key, old value, new value)]``; of some sections or fields only, if given.
+    """The fields in which two configurations differ, `[(key, old value, new value)]`; of some sections or fields only, if given.
 
     A field that one of them lacks, as it was added later, counts as its default.
     """
-    base_, old, new = ({k: _get(c, k) for k in _keys(c) if not isinstance(_get(c, k), ConfigDict)} for c in (base(), old, new))
+    base_, old, new = (
+        {k: _get(c, k) for k in _keys(c) if not isinstance(_get(c, k), ConfigDict)} for c in (base(), old, new)
+    )
     keys = [k for k in sorted(old | new) if sections is None or any(k == s or k.startswith(s + ".") for s in sections)]
     return [(k, old.get(k), new.get(k)) for k in keys if old.get(k, base_.get(k)) != new.get(k, base_.get(k))]

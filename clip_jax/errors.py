@@ -1,4 +1,6 @@
-"""The exceptions that a user is meant to read: one line, no traceback."""
+"""The error that a user is meant to read: one line, no traceback."""
+
+import difflib
 
 
 class UserError(ValueError):
@@ -6,3 +8,15 @@ class UserError(ValueError):
 
     The message names what was wrong, what was given and what is allowed.
     """
+
+
+def did_you_mean(word, words):
+    """The end of an error message, " (did you mean 'x'?)": the nearest of `words`, empty when none is near."""
+    match = difflib.get_close_matches(str(word), [str(w) for w in words], 1, 0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def unknown(what, name, allowed):
+    """The UserError for a name that is none of `allowed`: it gives the nearest one, or all of them."""
+    allowed = [str(a) for a in allowed]
+    return UserError(f"{what} {str(name)!r}{did_you_mean(name, allowed) or '; allowed: ' + ', '.join(allowed)}")

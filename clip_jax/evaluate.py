@@ -1,6 +1,6 @@
-"""Evaluation of a checkpoint: ``python -m clip_jax.evaluate --checkpoint=runs/clip [--task="zeroshot(source='/data/pets')"] [--report]``.
+"""Evaluation of a checkpoint: `python -m clip_jax.evaluate --checkpoint=runs/clip [--task="zeroshot(source='/data/pets')"] [--report]`.
 
-Needs nothing but the checkpoint. Without ``--task`` it runs the tasks that the run was configured with. A task is written as a
+Needs nothing but the checkpoint. Without `--task` it runs the tasks that the run was configured with. A task is written as a
 call with literals (docs/evaluation.md):
 
     emoji(subset='all', language='en')
@@ -13,15 +13,14 @@ call with literals (docs/evaluation.md):
 import argparse
 import inspect
 import json
-import logging
 import pathlib
 import sys
 
 from clip_jax import config as config_lib
-from clip_jax.data.augment import parse_call
 from clip_jax.data.sources import make_source
 from clip_jax.errors import UserError
-from clip_jax.training import faults, hosts
+from clip_jax.plugins import parse_call
+from clip_jax.runtime import command, hosts
 
 
 def emoji(model, subset="all", templates=("{}",), language="en"):
@@ -44,11 +43,13 @@ def _open(source, split, **fields):
 
 def zeroshot(model, source, split="", classes=None, templates="simple", name="zeroshot", duplicates="error", canonical=False,
              label="", image="", limit=None):  # fmt: skip
-    """Zero-shot classification of any labelled source; ``classes``: the source's own, a name, a file with one per line, or a list."""
+    """Zero-shot classification of any labelled source; `classes`: the source's own, a name, a file with one per line, or a list."""
     from clip_jax.evaluation.tasks import zeroshot_task
 
     data = _open(source, split, image=image, label=label)
-    return zeroshot_task(model, data, classes, templates, name=name, duplicates=duplicates, canonical=canonical, limit=limit)
+    return zeroshot_task(
+        model, data, classes, templates, name=name, duplicates=duplicates, canonical=canonical, limit=limit
+    )
 
 
 def retrieval(model, source, split="", name="retrieval", image="", text="", limit=None):
@@ -59,7 +60,7 @@ def retrieval(model, source, split="", name="retrieval", image="", text="", limi
 
 
 def relations(model, source="scenes", split="", name="scenes", image="", text="", limit=1500):
-    """The right caption of a picture against the one with objects or attributes exchanged; ``limit``: of pictures, evenly spaced."""
+    """The right caption of a picture against the one with objects or attributes exchanged; `limit`: of pictures, evenly spaced."""
     from clip_jax.evaluation.tasks import relations_task
 
     return relations_task(model, _open(source, split, image=image, text=text), name=name, limit=limit)
@@ -70,14 +71,16 @@ def probe(model, train, test, train_split="train", test_split="", name="probe", 
     from clip_jax.evaluation.tasks import probe_task
 
     fields = dict(image=image, label=label)
-    return probe_task(model, _open(train, train_split, **fields), _open(test, test_split, **fields), name=name, limit=limit)
+    return probe_task(
+        model, _open(train, train_split, **fields), _open(test, test_split, **fields), name=name, limit=limit
+    )
 
 
 TASKS = {"emoji": emoji, "zeroshot": zeroshot, "retrieval": retrieval, "relations": relations, "probe": probe}
 
 
 def parse_task(text):
-    """``"zeroshot(source='x')"`` -> a function of a model; raises UserError for an unknown task or argument."""
+    """`"zeroshot(source='x')"` -> a function of a model; raises UserError for an unknown task or argument."""
     name, args, kwargs = parse_call(text, "task")
     if name not in TASKS:
         raise config_lib.unknown("unknown task", name, TASKS)
@@ -113,14 +116,20 @@ def summary(metrics):
         m = {key.removeprefix(name + "/"): rest.pop(key) for key in metrics if key.startswith(name + "/")}
         yield from _relation_lines(name, m)
     for prefix in dict.fromkeys(key.split("/")[0] for key in metrics if key.startswith("emoji")):
-        cells = [(c, v, f"{prefix}/{c}_concept_{v}_vendor") for c, v in CELLS if f"{prefix}/{c}_concept_{v}_vendor/top1" in metrics]
+        cells = [
+            (c, v, f"{prefix}/{c}_concept_{v}_vendor")
+            for c, v in CELLS
+            if f"{prefix}/{c}_concept_{v}_vendor/top1" in metrics
+        ]
         if not cells:
             continue
         yield f"{prefix} zero-shot      top-1   top-5   chance  pixel 1-NN   R@10 i2t/t2i   top-1 without compositions   pictures x classes"
         for concept, vendor, cell in cells:
             m = {key.removeprefix(cell + "/"): value for key, value in metrics.items() if key.startswith(cell + "/")}
             pixel = f"{m['pixel_1nn_top1']:8.1%}" if "pixel_1nn_top1" in m else "       -"
-            recall = f"{m['image_to_text_R@10']:.1%} / {m['text_to_image_R@10']:.1%}" if "image_to_text_R@10" in m else "-"
+            recall = (
+                f"{m['image_to_text_R@10']:.1%} / {m['text_to_image_R@10']:.1%}" if "image_to_text_R@10" in m else "-"
+            )
             yield (
                 f"  {concept + ' concept,':16}{vendor + ' vendor':14}{m['top1']:6.1%}  {m['top5']:6.1%}  {m['chance_top1']:6.2%}  {pixel}"
                 f"   {recall:>13}   {m['top1_without_compositions']:8.1%}   {m['images']:.0f} x {m['classes']:.0f}"
@@ -135,7 +144,11 @@ def summary(metrics):
 def _relation_lines(name, m):
     """Of a task's metrics without its name: a row for each wrong caption, a column for each part of the pictures."""
     parts = ["", *(key.removeprefix("relations") for key in m if key.startswith("relations_"))]
-    yield f"{name}, right caption against wrong" + "".join(f"{part[1:] or 'all':>13}" for part in parts) + "   chance  pictures"
+    yield (
+        f"{name}, right caption against wrong"
+        + "".join(f"{part[1:] or 'all':>13}" for part in parts)
+        + "   chance  pictures"
+    )
     for test, words, count in (("relations", "objects", "images"), ("attributes", "attributes", "images_attributes")):
         if test in m:
             cells = "".join(f"{m[test + part]:13.1%}" if test + part in m else f"{'-':>13}" for part in parts)
@@ -151,27 +164,36 @@ def write_report(workdir, config, result, path=None):
     workdir = pathlib.Path(workdir)
     path = pathlib.Path(path) if path else workdir / "report.html"
     return report.write_report(
-        path, result, title=f"{config.method} on {config.data.source}", config=config.to_dict(), metrics_jsonl=workdir / "metrics.jsonl"
+        path,
+        result,
+        title=f"{config.method} on {config.data.source}",
+        config=config.to_dict(),
+        metrics_jsonl=workdir / "metrics.jsonl",
     )
 
 
 def main(argv=None):
     """The command; returns the exit status: 0, or 2 after a one-line error."""
-    parser = argparse.ArgumentParser(prog="clip_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a work folder, its checkpoints folder, or the folder of one step")
+    parser = command.make_parser("clip_jax.evaluate", __doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, help="a work folder, its checkpoints folder, or the folder of one step"
+    )
     parser.add_argument("--which", default="latest", help="latest (default), best, or a step")
     parser.add_argument("--task", action="append", help="may be given several times")
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="evaluate the moving average of the weights")
-    parser.add_argument("--report", nargs="?", const="", metavar="PATH", help="write an HTML page (report.html in the work folder)")
+    parser.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="evaluate the moving average of the weights"
+    )
+    parser.add_argument(
+        "--report", nargs="?", const="", metavar="PATH", help="write an HTML page (report.html in the work folder)"
+    )
     parser.add_argument("--json", metavar="PATH", help="write all metrics as JSON")
     hosts.add_arguments(parser)
     args, args.overrides = parser.parse_known_args(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    return faults.command(lambda: evaluate(args))
+    return command.run(lambda: evaluate(args))
 
 
 def evaluate(args):
-    """The work of the command; ``args``: its parsed arguments. Raises UserError."""
+    """The work of the command; `args`: its parsed arguments. Raises UserError."""
     for task in args.task or ():
         parse_task(task)
     overrides = config_lib.parse_overrides(args.overrides)

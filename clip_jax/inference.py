@@ -7,7 +7,6 @@ probabilities = model.classify(images, ["cat", "dog"], templates=("a photo of a 
 """
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as config_lib
 from clip_jax.data.views import TextView
+from clip_jax.errors import UserError
 from clip_jax.evaluation.retrieval import transposed
+from clip_jax.methods import stored
 from clip_jax.methods.interface import make_method
-from clip_jax.training import checkpoint, faults, sharding
+from clip_jax.runtime import faults, sharding
 
 
 class Model:
@@ -26,10 +27,10 @@ class Model:
 
     Attributes:
       config: the configuration it was trained with.
-      method: its :class:`~clip_jax.methods.interface.Method`.
+      method: its `Method`.
       tokenizer: its tokenizer.
       image_view: how pictures are prepared, the method's evaluation view.
-      host_share: ``(index, count)``, which of ``count`` shares of the pictures this host prepares, see :meth:`embed_image_share`.
+      host_share: `(index, count)`, which of `count` shares of the pictures this host prepares, see `embed_image_share`.
 
     Of several hosts each has to make each call, with the same arguments, and gets the same result.
     """
@@ -48,11 +49,11 @@ class Model:
         self._text_similarity = jax.jit(method.text_similarity or functools.partial(transposed, method.similarity))
 
     def embed_image(self, images, batch_size=None):
-        """Unit rows, float32 ``[n, E]``, of pictures; of a method that compares token by token ``[n, P, E]``.
+        """Unit rows, float32 `[n, E]`, of pictures; of a method that compares token by token `[n, P, E]`.
 
-        ``images``: uint8 ``[n, size, size, 3]`` of the model's size, or a list of PIL images, uint8 arrays or encoded bytes.
+        `images`: uint8 `[n, size, size, 3]` of the model's size, or a list of PIL images, uint8 arrays or encoded bytes.
 
-        Raises :class:`~clip_jax.data.sources.BadRecord` for a picture that cannot be decoded.
+        Raises `BadRecord` for a picture that cannot be decoded.
         """
         size = self.image_view.size
         if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (size, size, 3)):
@@ -64,35 +65,37 @@ class Model:
         return self._embed(self._image, images, batch_size)
 
     def embed_image_share(self, images):
-        """Unit rows, float32 ``[count * n, E]``, of the shares ``[n, size, size, 3]`` that the hosts prepared, one after the other."""
+        """Unit rows, float32 `[count * n, E]`, of the shares `[n, size, size, 3]` that the hosts prepared, one after the other."""
         count = self.host_share[1]
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // count
         padded = _padded(images, -(-len(images) // parts) * parts)
         with jax.set_mesh(self.mesh), faults.stage("evaluation"):
-            z = np.asarray(self._image(self.params, self.extra, sharding.to_global({"image": padded}, self.mesh)["image"]))
+            z = np.asarray(
+                self._image(self.params, self.extra, sharding.to_global({"image": padded}, self.mesh)["image"])
+            )
         return z.reshape(count, len(padded), *z.shape[1:])[:, : len(images)].reshape(-1, *z.shape[1:])
 
     def embed_text(self, texts, batch_size=None):
-        """Unit rows, float32 ``[n, E]``, of strings; of a method that compares token by token ``[n, L, E]``, zeros for padding."""
+        """Unit rows, float32 `[n, E]`, of strings; of a method that compares token by token `[n, L, E]`, zeros for padding."""
         if self.tokenizer is None:
-            raise checkpoint.UserError("these weights came without a tokenizer: give one, clip_jax.load(path, tokenizer=...)")
+            raise UserError("these weights came without a tokenizer: give one, clip_jax.load(path, tokenizer=...)")
         return self._embed(self._text, list(texts), batch_size, lambda part: self.tokenizer(part, self._context))
 
     def similarity(self, z_image, z_text):
-        """The method's similarity of image ``[n, ...]`` and text ``[m, ...]`` embeddings, float32 ``[n, m]``: images are the queries."""
+        """The method's similarity of image `[n, ...]` and text `[m, ...]` embeddings, float32 `[n, m]`: images are the queries."""
         return np.asarray(self._similarity(z_image, z_text))
 
     def text_similarity(self, z_text, z_image):
-        """The same where texts are the queries, float32 ``[m, n]``; the transpose, unless the method says otherwise (FILIP)."""
+        """The same where texts are the queries, float32 `[m, n]`; the transpose, unless the method says otherwise (FILIP)."""
         return np.asarray(self._text_similarity(z_text, z_image))
 
     def classify(self, images, class_names, templates=("{}",)):
-        """Zero-shot class probabilities, float32 ``[n, classes]``: softmax of similarities times the logit scale.
+        """Zero-shot class probabilities, float32 `[n, classes]`: softmax of similarities times the logit scale.
 
         Args:
-          images: as :meth:`embed_image` takes them.
+          images: as `embed_image` takes them.
           class_names: strings.
-          templates: prompts with ``{}`` in the place of the class name; their embeddings are averaged, or scores, where they are several.
+          templates: prompts with `{}` in the place of the class name; their embeddings are averaged, or scores, where they are several.
         """
         from clip_jax.evaluation.zeroshot import class_scores
 
@@ -101,7 +104,9 @@ class Model:
             scale = jnp.exp(self.params["logit_scale"])
         elif "temperature" in self.params:  # ALIGN's, a divisor
             scale = 1 / self.params["temperature"]
-        return np.asarray(jax.nn.softmax(scale * class_scores(self, self.embed_image(images), class_names, templates), axis=1))
+        return np.asarray(
+            jax.nn.softmax(scale * class_scores(self, self.embed_image(images), class_names, templates), axis=1)
+        )
 
     def _embed(self, function, inputs, batch_size, prepare=lambda part: part):
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -122,16 +127,16 @@ def _padded(rows, length):
 
 
 def load(path, which="latest", ema=None, mesh=None, overrides=(), **options):
-    """The :class:`Model` of a checkpoint, or of weights of OpenAI's CLIP, open_clip, Hugging Face or big_vision.
+    """The `Model` of a checkpoint, or of weights of OpenAI's CLIP, open_clip, Hugging Face or big_vision.
 
     Args:
-      path: a work folder, its ``checkpoints`` folder, or the folder of one step; or a weight file or folder of others.
-      which: ``"latest"``, ``"best"``, or a step.
+      path: a work folder, its `checkpoints` folder, or the folder of one step; or a weight file or folder of others.
+      which: `"latest"`, `"best"`, or a step.
       ema: take the moving average of the weights; by default what the configuration evaluates.
       mesh: a mesh to spread it over; by default all devices, parameters on each.
-      overrides: fields of the stored configuration to change, ``["raclip.use_bank=false", ...]``; none that the weights' shapes follow
+      overrides: fields of the stored configuration to change, `["raclip.use_bank=false", ...]`; none that the weights' shapes follow
         from.
-      options: for weights of others, those of :func:`clip_jax.interop.load.load`: ``act``, ``heads``, ``size``, ``tokenizer``.
+      options: for weights of others, those of `clip_jax.interop.load.load`: `act`, `heads`, `size`, `tokenizer`.
 
     Raises:
       UserError: there is no such checkpoint, or it cannot be read.
@@ -141,28 +146,15 @@ def load(path, which="latest", ema=None, mesh=None, overrides=(), **options):
 
     if is_foreign(path):
         if overrides:
-            raise checkpoint.UserError(f"{str(path)!r} is no checkpoint of clip_jax, and has no configuration to change")
+            raise UserError(f"{str(path)!r} is no checkpoint of clip_jax, and has no configuration to change")
         imported = interop.load(path, mesh=mesh, **options)
         if interop.is_image_tower(imported.config):
-            raise checkpoint.UserError(f"{str(path)!r} holds an image tower alone, which embeds no texts: start a run from it (init_from)")
+            raise UserError(
+                f"{str(path)!r} holds an image tower alone, which embeds no texts: start a run from it (init_from)"
+            )
         method = make_method(imported.config)
         return Model(imported.config, method, imported.params, imported.extra, imported.tokenizer, mesh)
     if options:
-        raise checkpoint.UserError(f"{str(path)!r} is a checkpoint of clip_jax, which takes no {', '.join(options)}")
-    folder = checkpoint.find(path, which)
-    try:
-        meta = checkpoint.read_meta(folder)
-    except (OSError, ValueError) as error:
-        raise checkpoint.UserError(f"the checkpoint {str(folder)!r} is damaged: {error}") from None
-    config = config_lib.override(config_lib.from_json(json.dumps(meta["config"])), overrides)
-    method = make_method(config)
-    ema = config.eval.ema if ema is None else ema
-    if ema and not config.optim.ema_decay:
-        raise checkpoint.UserError(f"{str(folder)!r} has no moving average of the weights: it was trained with optim.ema_decay=0")
+        raise UserError(f"{str(path)!r} is a checkpoint of clip_jax, which takes no {', '.join(options)}")
     mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
-    batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
-    params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
-    target = {"ema" if ema else "params": params, "extra": extra}
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, sharding.state_shardings(target, mesh))
-    state = checkpoint.restore_arrays(folder, target)
-    return Model(config, method, state["ema" if ema else "params"], state["extra"], checkpoint.unpack_tokenizer(meta), mesh)
+    return Model(*stored.load(path, which, ema, mesh, overrides), mesh)

@@ -1,8 +1,8 @@
-"""Starting a run from weights that are there: ``config.init_from``, a checkpoint of ours or weights of others, or a part of them.
+"""Starting a run from weights that are there: `config.init_from`, a checkpoint of ours or weights of others, or a part of them.
 
-Which parameters are taken ``config.init_from_params`` says, regular expressions on their paths; each has to find something, and
-everything found has to be in the source, with its shape. Layers are ``block_0``, ``block_1``, ... in these paths, also with
-``model.scan``. Running statistics (BatchNorm) go with the parameters of the same path.
+Which parameters are taken `config.init_from_params` says, regular expressions on their paths; each has to find something, and
+everything found has to be in the source, with its shape. Layers are `block_0`, `block_1`, ... in these paths, also with
+`model.scan`. Running statistics (BatchNorm) go with the parameters of the same path.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class Source:
     Attributes:
       path: as given.
       config: their configuration.
-      shapes: ``{path: ShapeDtypeStruct}``, layers not stacked; running statistics under ``batch_stats/``.
-      load: ``{path: ShapeDtypeStruct with sharding} -> {path: array}``; only what is named, and what cannot be read without it, is read.
+      shapes: `{path: ShapeDtypeStruct}`, layers not stacked; running statistics under `batch_stats/`.
+      load: `{path: ShapeDtypeStruct with sharding} -> {path: array}`; only what is named, and what cannot be read without it, is read.
       fingerprint: of the tokenizer, or None.
-      bicubic: how its positions are to be resized, see :func:`clip_jax.interop.load.resize_positions`.
+      bicubic: how its positions are to be resized, see `clip_jax.interop.load.resize_positions`.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Source:
 
 
 def check_path(config, workdir):
-    """Raises UserError, before a device is touched, when a new run in ``workdir`` would not find what it is to start from."""
+    """Raises UserError, before a device is touched, when a new run in `workdir` would not find what it is to start from."""
     from clip_jax.interop import recognize
     from clip_jax.training import checkpoint
 
@@ -58,7 +58,7 @@ def check_path(config, workdir):
 
 
 def start(config, state, tokenizer):
-    """``(TrainState, line)``: a fresh state with the weights of ``config.init_from``, where and laid out as they were, and what was taken.
+    """`(TrainState, line)`: a fresh state with the weights of `config.init_from`, where and laid out as they were, and what was taken.
 
     Raises UserError, in one line, when a pattern finds nothing, something is missing or of another shape, and when the source was
     trained with another activation, epsilon, number of heads, mask, normalisation of images, or tokenizer.
@@ -80,23 +80,27 @@ def start(config, state, tokenizer):
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
     extra = state.extra | ({"batch_stats": stats} if stats else {})
     count = sum(x.size for path, x in targets.items() if not path.startswith("batch_stats/"))
-    line = f"started from {config.init_from}: {count:,} parameters" + ("; position embeddings resized" if resized else "")
-    return state.replace(params=params, extra=extra, ema=None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)), line
+    line = f"started from {config.init_from}: {count:,} parameters" + (
+        "; position embeddings resized" if resized else ""
+    )
+    return state.replace(
+        params=params, extra=extra, ema=None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
+    ), line
 
 
 def _flat(params, extra):
-    """``{path: array or shape}`` of parameters, layers not stacked, and of running statistics."""
+    """`{path: array or shape}` of parameters, layers not stacked, and of running statistics."""
     import jax
 
     from clip_jax.models.transformer import unstack_layers
-    from clip_jax.training.sharding import path_name
+    from clip_jax.runtime.sharding import path_name
 
     tree = unstack_layers(_with_stats(params, extra))
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _nested(flat, params, extra):
-    """``(params, running statistics)`` as these have them: the reverse of :func:`_flat`."""
+    """`(params, running statistics)` as these have them: the reverse of `_flat`."""
     from flax import traverse_util
 
     from clip_jax.models.transformer import stack_layers
@@ -110,17 +114,23 @@ def _with_stats(params, extra):
 
 
 def _choose(config, current, source):
-    """Those of the run's arrays that ``init_from_params`` finds."""
+    """Those of the run's arrays that `init_from_params` finds."""
     from clip_jax.interop.layouts import list_names
 
     params = [path for path in current if not path.startswith("batch_stats/")]
     for pattern in config.init_from_params:
         if not any(re.search(pattern, path) for path in params):
-            raise UserError(f"init_from_params: {pattern!r} finds no parameter; paths look like {params[0]!r}, {params[-1]!r}")
+            raise UserError(
+                f"init_from_params: {pattern!r} finds no parameter; paths look like {params[0]!r}, {params[-1]!r}"
+            )
     patterns = config.init_from_params or ("",)
-    chosen = {path: x for path, x in current.items() if any(re.search(p, path.removeprefix("batch_stats/")) for p in patterns)}
+    chosen = {
+        path: x for path, x in current.items() if any(re.search(p, path.removeprefix("batch_stats/")) for p in patterns)
+    }
     if missing := chosen.keys() - source.shapes.keys():
-        raise UserError(f"init_from: {source.path} has no {list_names(missing)}; init_from_params chooses what is taken")
+        raise UserError(
+            f"init_from: {source.path} has no {list_names(missing)}; init_from_params chooses what is taken"
+        )
     return chosen
 
 
@@ -136,7 +146,11 @@ def _check_meaning(config, source, chosen, tokenizer):
                 problems.append(f"model.{which}.{field}={b!r} there, {a!r} here")
         if which == "image":
             fields = ("image_mean", "image_std")
-            problems += [f"model.{f}={tuple(theirs[f])} there, {tuple(ours[f])} here" for f in fields if not _close(ours[f], theirs[f])]
+            problems += [
+                f"model.{f}={tuple(theirs[f])} there, {tuple(ours[f])} here"
+                for f in fields
+                if not _close(ours[f], theirs[f])
+            ]
     if "txt/embed/embedding" in chosen and source.fingerprint not in (None, tokenizer.fingerprint()):
         problems.append(f"the tokenizer {source.config.tokenizer!r} there is another than {config.tokenizer!r} here")
     if problems:
@@ -155,7 +169,11 @@ def _check_shapes(config, source, targets):
     resized = [path for path in differ if path == POS and config.init_from_resize and config.model.image.kind == "vit"]
     if rest := differ.keys() - set(resized):
         notes = {path: f"{shape_text(differ[path])} there, {shape_text(targets[path].shape)} here" for path in rest}
-        hint = "; init_from_resize=True resizes the positions of images" if rest == {POS} and config.model.image.kind == "vit" else ""
+        hint = (
+            "; init_from_resize=True resizes the positions of images"
+            if rest == {POS} and config.model.image.kind == "vit"
+            else ""
+        )
         raise UserError(f"init_from: {source.path}: other shapes: {list_names(notes)}{hint}")
     return resized
 
@@ -186,7 +204,11 @@ def _recognize(path):
     try:
         return recognize.recognize(path)
     except UserError as error:
-        hint = f"; import it first: python -m clip_jax.interop.load --from={path} --workdir=..." if "give --" in str(error) else ""
+        hint = (
+            f"; import it first: python -m clip_jax.interop.load --from={path} --workdir=..."
+            if "give --" in str(error)
+            else ""
+        )
         raise UserError(f"init_from: {error}{hint}") from None
 
 
@@ -205,7 +227,9 @@ def _foreign(path):
         wanted = {full[path]: x for path, x in targets.items()}
         used = [e for e in entries if any(p in wanted for p in e.ours)]
         some = next(iter(targets.values()))
-        placed = {p: wanted[p] if p in wanted else _whole(ours[p], some) for e in used for p in e.ours}  # fused ones are read whole
+        placed = {
+            p: wanted[p] if p in wanted else _whole(ours[p], some) for e in used for p in e.ours
+        }  # fused ones are read whole
         found = layouts.load(used, foreign.tensors, placed)
         return {path: found[full[path]] for path in targets}
 
@@ -218,7 +242,8 @@ def _own(path):
     import jax
 
     from clip_jax.methods.interface import make_method
-    from clip_jax.training import checkpoint, sharding
+    from clip_jax.runtime import sharding
+    from clip_jax.training import checkpoint
 
     try:
         folder = checkpoint.find(path)
@@ -237,7 +262,9 @@ def _own(path):
     def load(targets):
         # Stacked layers are read together: when one of a transformer's is wanted, those of an EfficientNet's stages always.
         names = targets.keys() | {re.sub(r"/block_\d+/", "/block/", name) for name in targets}
-        tree = _only({weights: params, "extra": extra}, lambda p: re.sub(rf"^({weights}|extra)/", "", p) in names or "_to_" in p)
+        tree = _only(
+            {weights: params, "extra": extra}, lambda p: re.sub(rf"^({weights}|extra)/", "", p) in names or "_to_" in p
+        )
         mesh = next(iter(targets.values())).sharding.mesh
         placed = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding.state_shardings(tree, mesh)
@@ -250,7 +277,9 @@ def _own(path):
 
 
 def _only(tree, keep):
-    """The leaves of nested dicts whose path ``keep`` wants."""
+    """The leaves of nested dicts whose path `keep` wants."""
     from flax import traverse_util
 
-    return traverse_util.unflatten_dict({p: x for p, x in traverse_util.flatten_dict(tree, sep="/").items() if keep(p)}, sep="/")
+    return traverse_util.unflatten_dict(
+        {p: x for p, x in traverse_util.flatten_dict(tree, sep="/").items() if keep(p)}, sep="/"
+    )

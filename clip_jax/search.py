@@ -9,7 +9,6 @@ Every --text and every --image is a query; --plus and --minus change each of the
 is exact. The embeddings are kept beside the data and made anew when the weights or the data have changed: docs/search.md.
 """
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -17,7 +16,6 @@ import glob
 import hashlib
 import html
 import json
-import logging
 import os
 import pathlib
 import re
@@ -28,9 +26,11 @@ import tempfile
 import numpy as np
 
 from clip_jax.data import decode
-from clip_jax.data.sources import BadRecord, make_source, read_file
+from clip_jax.data.files import read_file
+from clip_jax.data.records import BadRecord
+from clip_jax.data.sources import make_source
 from clip_jax.errors import UserError
-from clip_jax.training import faults
+from clip_jax.runtime import command
 
 _BLOCK, _QUERIES = 8192, 256  # embeddings, and queries, that are compared at a time: 8 MB of scores
 _FOLDER = ".clip_jax_search"
@@ -40,17 +40,17 @@ _FOLDER = ".clip_jax_search"
 
 
 class Bank:
-    """Embeddings ``[n, ...]`` on the devices of a mesh, each of which holds and searches its share of the rows.
+    """Embeddings `[n, ...]` on the devices of a mesh, each of which holds and searches its share of the rows.
 
     Args:
-      z: float32 ``[n, ...]``, in memory or mapped into it; n at least 1.
-      mesh: a mesh of :func:`clip_jax.training.sharding.make_mesh`.
+      z: float32 `[n, ...]`, in memory or mapped into it; n at least 1.
+      mesh: a mesh of `clip_jax.runtime.sharding.make_mesh`.
     """
 
     def __init__(self, z, mesh):
         import jax
 
-        from clip_jax.training import sharding
+        from clip_jax.runtime import sharding
 
         self.count, self.mesh = len(z), mesh
         share = -(-len(z) // (mesh.shape["data"] * mesh.shape["fsdp"]))
@@ -68,12 +68,12 @@ class Bank:
         """The k rows with the largest scores, best first; of equal ones the lower row. Exact, in float32.
 
         Args:
-          queries: ``[q, ...]``.
+          queries: `[q, ...]`.
           k: more than there are rows is cut to their number.
-          scores: ``(queries [q, ...], rows [b, ...]) -> [q, b]``, a pure function; by default the dot product.
+          scores: `(queries [q, ...], rows [b, ...]) -> [q, b]`, a pure function; by default the dot product.
 
         Returns:
-          ``(rows int32 [q, k], scores float32 [q, k])``.
+          `(rows int32 [q, k], scores float32 [q, k])`.
         """
         queries, nearest, found = np.asarray(queries, np.float32), program(self.mesh, min(k, self.count), scores), []
         for start in range(0, len(queries), _QUERIES):
@@ -84,7 +84,7 @@ class Bank:
 
 @functools.cache
 def program(mesh, k, scores=None):
-    """The compiled ``(bank [n, ...], queries [q, ...], count) -> (values, rows)`` of :meth:`Bank.search` of the first ``count`` rows."""
+    """The compiled `(bank [n, ...], queries [q, ...], count) -> (values, rows)` of `Bank.search` of the first `count` rows."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
@@ -109,7 +109,9 @@ def program(mesh, k, scores=None):
 
     def nearest(bank, queries, count):
         specs = (PartitionSpec(BATCH_AXES), PartitionSpec(), PartitionSpec()), (PartitionSpec(None, BATCH_AXES),) * 2
-        values, rows = jax.shard_map(share, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)(bank, queries, count)
+        values, rows = jax.shard_map(share, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)(
+            bank, queries, count
+        )
         values, place = jax.lax.top_k(values, k)  # the devices' results lie in the order of their rows
         return values, jnp.take_along_axis(rows, place, axis=1)
 
@@ -117,7 +119,7 @@ def program(mesh, k, scores=None):
 
 
 def scores_of(method, of_texts):
-    """What ranks candidates for queries that are texts, or pictures: ``scores`` of :meth:`Bank.search`.
+    """What ranks candidates for queries that are texts, or pictures: `scores` of `Bank.search`.
 
     A method's own similarity compares like with like as well.
     """
@@ -126,7 +128,9 @@ def scores_of(method, of_texts):
 
     if method.similarity is Method.similarity:
         return None
-    return (method.text_similarity or functools.partial(transposed, method.similarity)) if of_texts else method.similarity
+    return (
+        (method.text_similarity or functools.partial(transposed, method.similarity)) if of_texts else method.similarity
+    )
 
 
 # --- embeddings that are kept ---
@@ -137,8 +141,8 @@ class Index:
     """Embeddings of what a data set holds.
 
     Attributes:
-      z: float32 ``[n, ...]``, mapped into memory.
-      where: int64 ``[n, 2]``: the record, and which of its texts (0 for its picture).
+      z: float32 `[n, ...]`, mapped into memory.
+      where: int64 `[n, 2]`: the record, and which of its texts (0 for its picture).
       skipped: how many records could not be used, by reason.
     """
 
@@ -152,7 +156,12 @@ def model_key(model):
     import jax
 
     config = model.config
-    settings = [config.method, config.model.to_dict(), list(config.eval.transform), model.tokenizer and model.tokenizer.fingerprint()]
+    settings = [
+        config.method,
+        config.model.to_dict(),
+        list(config.eval.transform),
+        model.tokenizer and model.tokenizer.fingerprint(),
+    ]
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     for path, leaf in jax.tree_util.tree_leaves_with_path((model.params, model.extra)):
         digest.update(jax.tree_util.keystr(path).encode())
@@ -162,25 +171,29 @@ def model_key(model):
 
 def data_key(source, spec, split):
     """A hash of a data set: names, sizes and times of its files where it is a folder or files, and 32 of its records."""
-    from clip_jax.data.filter import fingerprint
+    from clip_jax.data.records import fingerprint
 
     path = spec.partition("?")[0].replace("{split}", split)
-    files = [os.path.join(root, name) for root, _, names in os.walk(path) if _FOLDER not in root for name in names] or glob.glob(path)
-    listing = [(os.path.relpath(file, path), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in sorted(files)]
+    files = [
+        os.path.join(root, name) for root, _, names in os.walk(path) if _FOLDER not in root for name in names
+    ] or glob.glob(path)
+    listing = [
+        (os.path.relpath(file, path), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in sorted(files)
+    ]
     return hashlib.blake2b(json.dumps([fingerprint(source), split, listing]).encode(), digest_size=16).hexdigest()
 
 
 def make_index(model, source, kind, spec, split="train", folder=None, say=print):
-    """The :class:`Index` of a data set, the one that is kept if it still fits.
+    """The `Index` of a data set, the one that is kept if it still fits.
 
     Args:
-      model: of :func:`clip_jax.load`.
-      source: the data set, made of ``spec`` and ``split``.
-      kind: ``"images"``, or ``"texts"``, of which each counts once.
-      folder: where it is kept; by default in a folder ``.clip_jax_search`` beside the data, or in ``CLIP_JAX_CACHE``.
+      model: of `clip_jax.load`.
+      source: the data set, made of `spec` and `split`.
+      kind: `"images"`, or `"texts"`, of which each counts once.
+      folder: where it is kept; by default in a folder `.clip_jax_search` beside the data, or in `CLIP_JAX_CACHE`.
 
     Raises:
-      UserError: ``folder`` holds one of another checkpoint or data set, nothing can be embedded, or nothing can be written.
+      UserError: `folder` holds one of another checkpoint or data set, nothing can be embedded, or nothing can be written.
     """
     key = {"version": 2, "kind": kind, "model": model_key(model), "data": data_key(source, spec, split)}
     name = f"{kind}-{hashlib.blake2b(f'{spec} {split}'.encode(), digest_size=4).hexdigest()}-{key['model'][:12]}"
@@ -192,8 +205,14 @@ def make_index(model, source, kind, spec, split="train", folder=None, say=print)
             return index
         if folder and index is not None:
             other = next(field for field, value in key.items() if found[field] != value)
-            what = {"model": "with another checkpoint", "data": "of another data set", "kind": f"of {found['kind']}, not of {kind}"}
-            raise UserError(f"--index={folder} was made {what.get(other, 'by another version')}; remove it, or name another folder")
+            what = {
+                "model": "with another checkpoint",
+                "data": "of another data set",
+                "kind": f"of {found['kind']}, not of {kind}",
+            }
+            raise UserError(
+                f"--index={folder} was made {what.get(other, 'by another version')}; remove it, or name another folder"
+            )
     for number, place in enumerate(places):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +220,9 @@ def make_index(model, source, kind, spec, split="train", folder=None, say=print)
         except OSError as error:
             if number + 1 < len(places):
                 continue
-            raise UserError(f"the embeddings cannot be kept in {place.parent}: {error.strerror}; name a folder with --index") from None
+            raise UserError(
+                f"the embeddings cannot be kept in {place.parent}: {error.strerror}; name a folder with --index"
+            ) from None
         try:
             _write_index(partial, key, model, source, kind, say)
             shutil.rmtree(place, ignore_errors=True)
@@ -220,7 +241,7 @@ def _places(spec):
 
 
 def _read_index(folder):
-    """``(its key, the Index)`` of a folder; None instead of the Index when there is none, or a damaged one."""
+    """`(its key, the Index)` of a folder; None instead of the Index when there is none, or a damaged one."""
     try:
         key = json.loads((folder / "meta.json").read_text())
         z, where = (
@@ -252,7 +273,9 @@ def _write_index(folder, key, model, source, kind, say):
 def _embed_images(model, source, skipped):
     from clip_jax.data.loader import iterate_once
 
-    for batch in iterate_once(source, [model.image_view], model.tokenizer, model.config.eval.batch_size, skipped=skipped):
+    for batch in iterate_once(
+        source, [model.image_view], model.tokenizer, model.config.eval.batch_size, skipped=skipped
+    ):
         used = batch["mask"]
         if used.any():
             records = batch["example_id"][used].astype(np.int64)
@@ -260,7 +283,7 @@ def _embed_images(model, source, skipped):
 
 
 def _embed_texts(model, source, skipped):
-    from clip_jax.data import filter as filters
+    from clip_jax.tools import filter as filters
 
     seen, where, texts = set(), [], []
     for index, record in filters.records(source):
@@ -286,7 +309,7 @@ def _embed_texts(model, source, skipped):
 
 @dataclasses.dataclass
 class Query:
-    """What was asked: a line that says it, its picture (or None), and its embedding, float32 ``[E]``, or of each token ``[n, E]``."""
+    """What was asked: a line that says it, its picture (or None), and its embedding, float32 `[E]`, or of each token `[n, E]`."""
 
     label: str
     picture: object
@@ -294,7 +317,7 @@ class Query:
 
 
 def read_picture(value, source):
-    """``(name, picture)`` of a file, or of the record N of ``source`` for "#N"; raises UserError when it cannot be read."""
+    """`(name, picture)` of a file, or of the record N of `source` for "#N"; raises UserError when it cannot be read."""
     try:
         if match := re.fullmatch(r"#(\d+)", value):
             if int(match[1]) >= len(source):
@@ -309,7 +332,7 @@ def read_picture(value, source):
 
 
 def make_queries(model, texts=(), pictures=(), plus=(), minus=()):
-    """Queries of strings and of pairs ``(name, picture)``, each with all of ``plus`` added and of ``minus`` taken away.
+    """Queries of strings and of pairs `(name, picture)`, each with all of `plus` added and of `minus` taken away.
 
     Raises UserError where these are given, but embeddings are no single vectors.
     """
@@ -324,14 +347,16 @@ def make_queries(model, texts=(), pictures=(), plus=(), minus=()):
     queries = [Query(text, None, next(z) + change) for text in texts]
     if pictures:
         z_images = model.embed_image([picture for _, picture in pictures])
-        queries += [Query(name, picture, z_image + change) for (name, picture), z_image in zip(pictures, z_images, strict=True)]
+        queries += [
+            Query(name, picture, z_image + change) for (name, picture), z_image in zip(pictures, z_images, strict=True)
+        ]
     for query in queries:
         query.label, query.z = query.label + signs, normalize(query.z)
     return queries
 
 
 def lookup(source, texts, where):
-    """What was found, as a dict with ``text``, and of a data set ``record``, ``path`` (if known) and ``image``; ``texts``: of a file."""
+    """What was found, as a dict with `text`, and of a data set `record`, `path` (if known) and `image`; `texts`: of a file."""
     if texts:
         return {"text": texts[where[0]]}
     number, of_texts = map(int, where)
@@ -353,13 +378,15 @@ def table(query, hits):
 
 
 def write_html(path, title, results):
-    """Writes a page with pictures; results: ``[(Query, hits)]``. Raises UserError when it cannot be written."""
+    """Writes a page with pictures; results: `[(Query, hits)]`. Raises UserError when it cannot be written."""
     from clip_jax.evaluation import report
 
     page, pictures, blocks = report.Page(), [], []
     for query, hits in results:
         pictures += [{"image": query.picture}, *({"image": hit.get("image")} for hit in hits)]
-    _, thumbnail = page.thumbnails(pictures, [row for row, picture in enumerate(pictures) if picture["image"] is not None], 128)
+    _, thumbnail = page.thumbnails(
+        pictures, [row for row, picture in enumerate(pictures) if picture["image"] is not None], 128
+    )
     row = 0
     for query, hits in results:
         head = thumbnail(row, query.label) if query.picture is not None else ""
@@ -378,11 +405,13 @@ def write_html(path, title, results):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_jax.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command.make_parser("clip_jax.search", __doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a work folder, a checkpoint, or weights of others, as clip_jax.load takes them")
+    add(
+        "--checkpoint",
+        required=True,
+        help="a work folder, a checkpoint, or weights of others, as clip_jax.load takes them",
+    )
     add("--which", default="latest", help="latest (default), best, or a step")
     add("--images", required=True, metavar="SOURCE", help="a folder of pictures or any data set (docs/data.md)")
     add("--split", default="train", help="of the data set (default: train)")
@@ -393,7 +422,9 @@ def make_parser():
     add("--find", choices=("images", "texts"), default="images", help="what is searched (default: images)")
     add("--texts", metavar="FILE", help="with --find=texts: search its lines instead of the data set's captions")
     add("--k", type=int, default=10, help="results of each query (default: 10)")
-    add("--index", metavar="FOLDER", help="keep the embeddings there; one of another checkpoint or data set is an error")
+    add(
+        "--index", metavar="FOLDER", help="keep the embeddings there; one of another checkpoint or data set is an error"
+    )
     add("--html", metavar="FILE", help="write a page with pictures")
     add("--json", metavar="FILE", help="write the results as JSON")
     return parser
@@ -411,7 +442,7 @@ def read_lines(path):
 
 
 def search(args, say=print):
-    """The work of the command; ``args``: its parsed arguments. Returns ``[(Query, hits)]``. Raises UserError."""
+    """The work of the command; `args`: its parsed arguments. Returns `[(Query, hits)]`. Raises UserError."""
     if not args.text and not args.image:
         raise UserError("nothing is asked: give --text or --image")
     if args.k < 1:
@@ -436,14 +467,19 @@ def search(args, say=print):
         if of_kind := [query.z for query in queries if (query.picture is None) == of_texts]:
             found += zip(*bank.search(np.stack(of_kind), args.k, scores_of(model.method, of_texts)), strict=True)
     for query, (rows, values) in zip(queries, found, strict=True):
-        hits = [lookup(source, texts, where[row]) | {"score": float(score)} for row, score in zip(rows, values, strict=True)]
+        hits = [
+            lookup(source, texts, where[row]) | {"score": float(score)} for row, score in zip(rows, values, strict=True)
+        ]
         results.append((query, hits))
         for line in table(query, hits):
             say(line)
     if args.html:
         say(f"\npage: {write_html(args.html, f'{args.find.capitalize()} of {args.images}', results)}")
     if args.json:
-        found = [{"query": q.label, "found": [{k: v for k, v in hit.items() if k != "image"} for hit in hits]} for q, hits in results]
+        found = [
+            {"query": q.label, "found": [{k: v for k, v in hit.items() if k != "image"} for hit in hits]}
+            for q, hits in results
+        ]
         try:
             pathlib.Path(args.json).write_text(json.dumps(found, indent=1))
         except OSError as error:
@@ -454,8 +490,7 @@ def search(args, say=print):
 def main(argv=None):
     """The command; returns the exit status: 0, or 2 after a one-line error."""
     args = make_parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    return faults.command(lambda: search(args))
+    return command.run(lambda: search(args))
 
 
 if __name__ == "__main__":

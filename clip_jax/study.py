@@ -2,15 +2,14 @@
 
     python -m clip_jax.study --config=configs/oner.py:ablation --workdir=runs/oner_ablation [--seeds=5] [--config.train.steps=300]
 
-A file in ``configs/`` that has studies has their names, ``STUDIES``, and ``get_study(variant) -> Study``. Each run is the ordinary training
-command in a folder of its own, WORKDIR/ROW/seed_N; ``--dry-run`` prints these commands, which may as well be run elsewhere into the same
+A file in `configs/` that has studies has their names, `STUDIES`, and `get_study(variant) -> Study`. Each run is the ordinary training
+command in a folder of its own, WORKDIR/ROW/seed_N; `--dry-run` prints these commands, which may as well be run elsewhere into the same
 folders. What is complete is not run again, and what was interrupted goes on. Then the table is printed, and study.html (the table, what of
 the expected order came out, curves, maps) and study.json are written.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import html
 import itertools
@@ -26,12 +25,12 @@ import time
 
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError
-from clip_jax.training import faults
+from clip_jax.runtime import command, faults
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A configuration of a study: its name, ``FILE[:VARIANT]``, what it changes (``optim.lr=1e-3``), and the published figures."""
+    """A configuration of a study: its name, `FILE[:VARIANT]`, what it changes (`optim.lr=1e-3`), and the published figures."""
 
     name: str
     config: str
@@ -51,7 +50,7 @@ class Study:
       curves: metrics of training that are drawn.
       map_task: evaluation task whose 2-D maps are shown, one for each row; empty: none.
       equal_compute: every row gets as many steps as cost what the first row's cost; else each has the steps of its configuration.
-      readouts: name -> fields that are changed (``oner.embed=projector``) when a trained model is evaluated by the tasks of its
+      readouts: name -> fields that are changed (`oner.embed=projector`) when a trained model is evaluated by the tasks of its
         configuration once more, none that the weights' shapes follow from; the table has each row once for each readout. By default as
         it was trained.
     """
@@ -86,7 +85,7 @@ class Run:
 
 
 def load(spec):
-    """The study of ``"path/to/file.py[:variant]"``; raises UserError."""
+    """The study of `"path/to/file.py[:variant]"`; raises UserError."""
     module, variant = config_lib.load_module(spec)
     if not hasattr(module, "get_study"):
         raise UserError(f"--config={spec}: {module.__file__!r} has no function get_study(variant)")
@@ -119,10 +118,13 @@ def plan(study, workdir, seeds, overrides):
 
 
 def train(run):
-    """Runs the training command of a run, its lines going to ``train.log``; raises Stopped or UserError when it did not end well."""
+    """Runs the training command of a run, its lines going to `train.log`; raises Stopped or UserError when it did not end well."""
     run.folder.mkdir(parents=True, exist_ok=True)
     log = run.folder / "train.log"
-    with log.open("a") as out, subprocess.Popen([sys.executable, *run.command], stdout=out, stderr=subprocess.STDOUT) as process:
+    with (
+        log.open("a") as out,
+        subprocess.Popen([sys.executable, *run.command], stdout=out, stderr=subprocess.STDOUT) as process,
+    ):
         before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
         try:
             status = process.wait()
@@ -138,7 +140,7 @@ def train(run):
 
 
 def read_out(study, run, metrics):
-    """``{readout: metrics}`` of a complete run whose last evaluation said ``metrics``; what had to be evaluated is kept in its folder."""
+    """`{readout: metrics}` of a complete run whose last evaluation said `metrics`; what had to be evaluated is kept in its folder."""
     from clip_jax import evaluate, inference
 
     file = run.folder / "readouts.json"
@@ -155,7 +157,7 @@ def read_out(study, run, metrics):
 
 
 def table(study, runs, found):
-    """Heading and rows of text cells. ``found``: readout -> row name -> list of metrics, one dict per seed."""
+    """Heading and rows of text cells. `found`: readout -> row name -> list of metrics, one dict per seed."""
     cost = {run.row.name: run for run in runs}
     everything = [m for rows in found.values() for runs in rows.values() for m in runs]
     labels = [label for label, name in study.metrics.items() if any(name in m for m in everything)]
@@ -216,7 +218,9 @@ def write(study, runs, found, workdir):
             maps |= {f"{run.row.name}: {name}": item for name, item in found_maps.items()}
     sections = {
         "Results": note + report.table(escaped[0], escaped[1:]),
-        "Order": f"<p>Against the published order, neighbours compared by Welch's t-test.</p><ul>{items}</ul>" if items else "",
+        "Order": f"<p>Against the published order, neighbours compared by Welch's t-test.</p><ul>{items}</ul>"
+        if items
+        else "",
         "Training": f'<p>Means over the seeds.</p><div class="charts">{charts}</div>' if charts else "",
         "Maps": report.panels(maps, lambda item: report.embedding_map(page, item), report.MAP_INTRO),
     }
@@ -229,7 +233,9 @@ def _mean_curve(runs, name):
 
     curves = [dict(read_metrics(run.folder / "metrics.jsonl")[0].get(name, ())) for run in runs]
     steps = sorted(set.intersection(*map(set, curves)))
-    return [(step, statistics.mean(c[step] for c in curves)) for step in steps if all(c[step] is not None for c in curves)]
+    return [
+        (step, statistics.mean(c[step] for c in curves)) for step in steps if all(c[step] is not None for c in curves)
+    ]
 
 
 def run_study(study, workdir, seeds, overrides, dry_run):
@@ -246,10 +252,14 @@ def run_study(study, workdir, seeds, overrides, dry_run):
         if (metrics := run.metrics()) is None:
             train(run)
             if (metrics := run.metrics()) is None:
-                raise UserError(f"{run.row.name}, seed {run.seed}: {run.folder} has no evaluation after step {run.steps}: see eval.tasks")
+                raise UserError(
+                    f"{run.row.name}, seed {run.seed}: {run.folder} has no evaluation after step {run.steps}: see eval.tasks"
+                )
         for readout, read in read_out(study, run, metrics).items():
             found[readout][run.row.name].append(read)
-            shown = ", ".join(f"{label} {read[metric]:.2%}" for label, metric in study.metrics.items() if metric in read)
+            shown = ", ".join(
+                f"{label} {read[metric]:.2%}" for label, metric in study.metrics.items() if metric in read
+            )
             name = f"{run.row.name} seed {run.seed}" + f", read by {readout}" * (len(study.readouts) > 1)
             print(f"{number}/{len(runs)} {name}: {shown} ({time.monotonic() - start:.0f} s)", flush=True)
     head, rows = table(study, runs, found)
@@ -263,9 +273,13 @@ def run_study(study, workdir, seeds, overrides, dry_run):
 
 def main(argv=None):
     """The command; returns the exit status, that of clip_jax.train."""
-    parser = argparse.ArgumentParser(prog="clip_jax.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a study, e.g. configs/oner.py:ablation")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a folder in which each run has one of its own")
+    parser = command.make_parser("clip_jax.study", __doc__)
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="a study, e.g. configs/oner.py:ablation"
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=pathlib.Path, help="a folder in which each run has one of its own"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row, with the seeds 0, 1, ... (default 3)")
     parser.add_argument("--dry-run", action="store_true", help="print the training commands and end")
     args, rest = parser.parse_known_args(argv)
@@ -276,7 +290,7 @@ def main(argv=None):
         overrides = config_lib.parse_overrides(rest)
         run_study(load(args.config), args.workdir, args.seeds, overrides, args.dry_run)
 
-    return faults.command(work)
+    return command.run(work)
 
 
 if __name__ == "__main__":

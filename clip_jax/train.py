@@ -1,4 +1,4 @@
-"""Pretraining: ``python -m clip_jax.train --config=configs/clip.py[:variant] --workdir=runs/clip [--config.optim.lr=5e-4 ...]``.
+"""Pretraining: `python -m clip_jax.train --config=configs/clip.py[:variant] --workdir=runs/clip [--config.optim.lr=5e-4 ...]`.
 
 The whole of it, top to bottom: configuration -> source, tokenizer, method -> mesh -> state, sharded from birth -> compiled step
 -> loop with metrics, evaluation and checkpoints. The same command again goes on from the newest checkpoint.
@@ -9,7 +9,6 @@ and 130 interrupted (Ctrl-C), the state being saved, 43 another host is lost or 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import pathlib
 import sys
@@ -20,11 +19,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import clip_jax
 from clip_jax import config as config_lib
 from clip_jax import init_from
 from clip_jax.errors import UserError
-from clip_jax.training import faults, hosts
+from clip_jax.runtime import command, faults, hosts
+from clip_jax.version import __version__
 
 #: What a host may wish of all: to save now; greater is an exit status to stop with.
 SAVE = 1
@@ -40,10 +39,14 @@ if TYPE_CHECKING:  # JAX takes seconds to import, and wrong input is answered be
 
 
 def parse_args(argv):
-    """``(configuration, work folder, hosts.Cluster or None)`` of a command line; raises UserError."""
-    parser = argparse.ArgumentParser(prog="clip_jax.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a configuration, e.g. configs/clip.py:smoke")
-    parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the report go here; a run in it is continued")
+    """`(configuration, work folder, hosts.Cluster or None)` of a command line; raises UserError."""
+    parser = command.make_parser("clip_jax.train", __doc__)
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="a configuration, e.g. configs/clip.py:smoke"
+    )
+    parser.add_argument(
+        "--workdir", required=True, help="checkpoints, metrics and the report go here; a run in it is continued"
+    )
     hosts.add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
     return config_lib.load(args.config, config_lib.parse_overrides(rest)), args.workdir, hosts.from_arguments(args)
@@ -52,7 +55,9 @@ def parse_args(argv):
 def prepare_workdir(workdir):
     """Makes the work folder; raises UserError when it cannot be written."""
     if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir}: a folder is needed; mount the bucket, for instance with gcsfuse, and give its path")
+        raise UserError(
+            f"--workdir={workdir}: a folder is needed; mount the bucket, for instance with gcsfuse, and give its path"
+        )
     workdir = pathlib.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -63,7 +68,7 @@ def prepare_workdir(workdir):
 
 
 def make_parts(config):
-    """``(config, source, tokenizer, method)``, checked, without touching a device; raises UserError."""
+    """`(config, source, tokenizer, method)`, checked, without touching a device; raises UserError."""
     from clip_jax import evaluate
     from clip_jax.data.loader import check_source
     from clip_jax.data.sources import configured_source
@@ -83,9 +88,9 @@ def make_parts(config):
 
 
 def make_loader(config, source, tokenizer, method, mesh, start_step):
-    """This host's share of the batches from ``start_step`` on."""
+    """This host's share of the batches from `start_step` on."""
     from clip_jax.data.loader import Loader
-    from clip_jax.training import sharding
+    from clip_jax.runtime import sharding
 
     data, (host, count) = config.data, sharding.host_share(mesh)
     return Loader(
@@ -96,13 +101,13 @@ def make_loader(config, source, tokenizer, method, mesh, start_step):
 
 
 def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer, say):
-    """``(state, optimizer)`` on the mesh: the newest checkpoint's, or a new one that no single device ever holds whole.
+    """`(state, optimizer)` on the mesh: the newest checkpoint's, or a new one that no single device ever holds whole.
 
-    A new one has the weights that ``config.init_from`` names, and what the method takes from the data.
+    A new one has the weights that `config.init_from` names, and what the method takes from the data.
     """
     import jax
 
-    from clip_jax.training import sharding
+    from clip_jax.runtime import sharding
     from clip_jax.training.step import make_init
 
     init, tx = make_init(config, method, batch)
@@ -121,7 +126,7 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
 
 
 def compile_step(config, method, tx, state, batch):
-    """``(step, FLOPs, bytes per device or None)``: the compiled step, which reuses the state's memory, and its cost.
+    """`(step, FLOPs, bytes per device or None)`: the compiled step, which reuses the state's memory, and its cost.
 
     FLOPs are the model's, over all devices: what is computed twice to save memory counts once.
     """
@@ -134,7 +139,13 @@ def compile_step(config, method, tx, state, batch):
     step = jax.jit(make_step(config, method, tx), donate_argnums=0, out_shardings=(shardings, None))
     compiled = step.lower(state, batch).compile()
     memory = compiled.memory_analysis()
-    size = memory and memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    size = (
+        memory
+        and memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
     return compiled, model_flops(config), size
 
 
@@ -175,13 +186,15 @@ class Run:
 
         params = state.ema if self.config.eval.ema else state.params
         with faults.stage("evaluation"):
-            result = evaluate.run(Model(self.config, self.method, params, state.extra, self.tokenizer, self.mesh), tasks, self.say)
+            result = evaluate.run(
+                Model(self.config, self.method, params, state.extra, self.tokenizer, self.mesh), tasks, self.say
+            )
         if result.metrics:
             self.writer.write(int(state.step), result.metrics)
         return result
 
     def stop(self, status, step):
-        """Ends the run, whose state of ``step`` is being saved, as a signal asked."""
+        """Ends the run, whose state of `step` is being saved, as a signal asked."""
         self.checkpointer.wait()
         raise faults.Stopped(status, f"at step {step}: state saved")
 
@@ -193,11 +206,11 @@ def train(config, workdir, say=print, cluster=None):
       config: a configuration.
       workdir: the work folder, which all hosts share.
       say: takes the lines that tell what is going on, on the first host.
-      cluster: a :class:`clip_jax.training.hosts.Cluster`; None: what the machine knows of itself, else one host.
+      cluster: a `clip_jax.runtime.hosts.Cluster`; None: what the machine knows of itself, else one host.
 
     Raises:
       UserError: wrong input, or nothing can be saved.
-      clip_jax.training.faults.Stopped: a signal told it to stop.
+      clip_jax.runtime.faults.Stopped: a signal told it to stop.
     """
     workdir = prepare_workdir(workdir)
     config, source, tokenizer, method = make_parts(config)
@@ -209,16 +222,19 @@ def train(config, workdir, say=print, cluster=None):
     import jax
 
     from clip_jax import evaluate
-    from clip_jax.training import checkpoint, metrics, sharding
+    from clip_jax.runtime import sharding
+    from clip_jax.training import checkpoint, metrics
 
     if not hosts.is_first():
         logging.getLogger().setLevel(logging.ERROR)
         say = lambda line: None  # noqa: E731
-    say(f"clip_jax {clip_jax.__version__}: {config.method} on {config.data.source}, work folder {workdir}")
+    say(f"clip_jax {__version__}: {config.method} on {config.data.source}, work folder {workdir}")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch_size, mesh, micro_batches=config.micro_batches)
     layout = sharding.batch_sharding(mesh)
-    shapes = {v.name: jax.ShapeDtypeStruct((config.data.batch_size, *v.shape), v.dtype, sharding=layout) for v in method.views}
+    shapes = {
+        v.name: jax.ShapeDtypeStruct((config.data.batch_size, *v.shape), v.dtype, sharding=layout) for v in method.views
+    }
     with (
         faults.Signals() as signals,
         faults.watch(config.train.stall_minutes),
@@ -245,10 +261,11 @@ def train(config, workdir, say=print, cluster=None):
 
 
 def loop(run, source, tx, state):
-    """The steps up to ``config.train.steps``; host work happens one step behind the devices. Returns the last state."""
+    """The steps up to `config.train.steps`; host work happens one step behind the devices. Returns the last state."""
     import jax
 
-    from clip_jax.training import metrics, sharding
+    from clip_jax.runtime import sharding
+    from clip_jax.training import metrics
 
     config, say = run.config, run.say
     steps, first = config.train.steps, int(state.step)
@@ -325,13 +342,12 @@ def loop(run, source, tx, state):
 
 def main(argv=None):
     """The command; returns the exit status, see the top of this file."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
 
     def work():
         config, workdir, cluster = parse_args(argv)
         train(config, workdir, lambda line: print(line, flush=True), cluster)
 
-    return faults.command(work)
+    return command.run(work)
 
 
 if __name__ == "__main__":

@@ -51,9 +51,19 @@ def published(size, batch_size, steps, warmup_steps, lr):
 def embedded(variant):
     c = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant or 'emoji'}")
     c.tokenizer = "sentencepiece?sot=true"  # BERT embeds a text by its first token
-    c.model.image = dict(kind="efficientnet", size=32, stages=((24, 1, 3, 2, 1), (48, 2, 3, 2, 4), (96, 2, 3, 1, 4)), stochastic_depth=0.1)
-    c.model.text = dict(kind="bert", context=16, positions=16, width=128, depth=1, heads=2, mlp_dim=512, vocab_size=0, eot_id=-1)
-    c.model.temperature_init, c.optim.lr_mult = 0.05, (("^temperature$", 0.1),)  # LAMB's steps are relative to a tensor's norm
+    c.model.image = dict(
+        kind="efficientnet",
+        size=32,
+        stages=((24, 1, 3, 2, 1), (48, 2, 3, 2, 4), (96, 2, 3, 1, 4)),
+        stochastic_depth=0.1,
+    )
+    c.model.text = dict(
+        kind="bert", context=16, positions=16, width=128, depth=1, heads=2, mlp_dim=512, vocab_size=0, eot_id=-1
+    )
+    c.model.temperature_init, c.optim.lr_mult = (
+        0.05,
+        (("^temperature$", 0.1),),
+    )  # LAMB's steps are relative to a tensor's norm
     c.optim.lr = 1e-2
     if variant != "smoke":
         c.train.steps, c.checkpoint.steps, c.eval.steps = 900, 300, 300

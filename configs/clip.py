@@ -18,7 +18,12 @@ from clip_jax import config
 from clip_jax.models.towers import use_size
 
 # Learning rates: Radford et al. 2021, table 20 (l14_336: one more epoch of l14 at the higher resolution)
-PUBLISHED = {"b32": ("ViT-B/32", 5e-4), "b16": ("ViT-B/16", 5e-4), "l14": ("ViT-L/14", 4e-4), "l14_336": ("ViT-L/14@336", 2e-5)}
+PUBLISHED = {
+    "b32": ("ViT-B/32", 5e-4),
+    "b16": ("ViT-B/16", 5e-4),
+    "l14": ("ViT-L/14", 4e-4),
+    "l14_336": ("ViT-L/14@336", 2e-5),
+}
 PUBLISHED |= {"h14": ("ViT-H/14", 5e-4), "rn50": ("RN50", 5e-4), "rn101": ("RN101", 5e-4), "rn50x4": ("RN50x4", 5e-4)}
 
 
@@ -76,5 +81,7 @@ def scenes(c):
     c.data.augment = ("random_background(0.5)", "rrc(0.85, 1.0, (0.9, 1.11))", "jitter(0.2, 0.2, 0.2, 0.0)")
     c.model.image.update(dict(size=64, stem=(24, 48, 96, 128)))  # 16 patches, 4 for the cell of each object
     c.model.text.context, c.train.steps, c.checkpoint.steps = 28, 800, 400  # 28: the longest caption
-    c.eval.update(dict(steps=400, transform=("resize", "center_crop"), tasks=("emoji()", f"relations(source='{objects}')")))
+    c.eval.update(
+        dict(steps=400, transform=("resize", "center_crop"), tasks=("emoji()", f"relations(source='{objects}')"))
+    )
     c.eval.train_tasks += (f"relations(source='{objects}', split='val', name='scenes_val', limit=600)",)

@@ -47,7 +47,10 @@ def published(c, size):
     c.data.augment = c.eval.transform = ("squash(interpolation='bilinear', antialias=False)",)
     c.data.batch_size, c.data.workers, c.train.steps = 10240, 8, 100_000
     c.optim.update(dict(name="adafactor", lr=1e-3, schedule="rsqrt", warmup_steps=10_000, grad_clip_norm=1.0))
-    c.optim.weight_decay, c.optim.no_decay = 0.1, ("^(?!.*/kernel$)",)  # times the rate: big_vision's 1e-4, which it does not multiply
+    c.optim.weight_decay, c.optim.no_decay = (
+        0.1,
+        ("^(?!.*/kernel$)",),
+    )  # times the rate: big_vision's 1e-4, which it does not multiply
     c.eval.tasks = ()
     return c
 

@@ -44,7 +44,9 @@ def get_config(variant=""):
     if size not in PUBLISHED:
         if variant != "smoke":
             c.train.steps //= 2  # not much more than CLIP's FLOPs
-        c.declip.update(dict(head_width=256, predictor_width=64, queue_size=64 * c.data.batch_size, wait_for_queue=True))  # 32 steps
+        c.declip.update(
+            dict(head_width=256, predictor_width=64, queue_size=64 * c.data.batch_size, wait_for_queue=True)
+        )  # 32 steps
     return c.lock()
 
 
@@ -53,7 +55,13 @@ def published(size):
     use_size(c.model, size)
     c.tokenizer, c.model.text.proj_bias = "clip_bpe?mask=true", True
     c.model.image_mean, c.model.image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
-    c.data.augment = ("rrc(0.2, 1.0)", "jitter(0.4, 0.4, 0.4, 0.1, p=0.8)", "gray(0.2)", "blur(0.1, 2.0, p=0.5)", "flip")  # MoCo v2
+    c.data.augment = (
+        "rrc(0.2, 1.0)",
+        "jitter(0.4, 0.4, 0.4, 0.1, p=0.8)",
+        "gray(0.2)",
+        "blur(0.1, 2.0, p=0.5)",
+        "flip",
+    )  # MoCo v2
     c.data.batch_size, c.data.workers, c.train.steps = 4096, 8, 128_000
     c.optim.update(dict(lr=1e-3, warmup_steps=2500, eps=1e-8, weight_decay=0.1))
     if size.startswith("ViT"):

@@ -62,7 +62,16 @@ def published(size, pairs, batch_size, lr, weight_decay):
     c.tokenizer, c.model.embed_dim = "clip_bpe", 256
     c.data.augment = ("rrc(0.2, 1.0)", "autoaugment")
     c.data.batch_size, c.data.workers, c.train.steps = batch_size, 8, 30 * pairs // batch_size
-    c.optim.update(dict(name="lamb", lr=lr * (batch_size / 512) ** 0.5, b2=0.999, eps=1e-4, weight_decay=weight_decay, warmup_steps=3000))
+    c.optim.update(
+        dict(
+            name="lamb",
+            lr=lr * (batch_size / 512) ** 0.5,
+            b2=0.999,
+            eps=1e-4,
+            weight_decay=weight_decay,
+            warmup_steps=3000,
+        )
+    )
     c.optim.no_decay += ("/embedding$",)
     if size == "ViT-L/14":
         c.model.remat = "full"

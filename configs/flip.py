@@ -20,9 +20,21 @@ import pathlib
 from clip_jax import config
 
 SIZES = {  # image tower, text tower, embedding
-    "b16": (dict(patch=16, width=768, depth=12, heads=12, mlp_dim=3072), dict(width=512, depth=12, heads=8, mlp_dim=2048), 512),
-    "l16": (dict(patch=16, width=1024, depth=24, heads=16, mlp_dim=4096), dict(width=768, depth=12, heads=12, mlp_dim=3072), 768),
-    "h14": (dict(patch=14, width=1280, depth=32, heads=16, mlp_dim=5120), dict(width=1024, depth=24, heads=16, mlp_dim=4096), 1024),
+    "b16": (
+        dict(patch=16, width=768, depth=12, heads=12, mlp_dim=3072),
+        dict(width=512, depth=12, heads=8, mlp_dim=2048),
+        512,
+    ),
+    "l16": (
+        dict(patch=16, width=1024, depth=24, heads=16, mlp_dim=4096),
+        dict(width=768, depth=12, heads=12, mlp_dim=3072),
+        768,
+    ),
+    "h14": (
+        dict(patch=14, width=1280, depth=32, heads=16, mlp_dim=5120),
+        dict(width=1024, depth=24, heads=16, mlp_dim=4096),
+        1024,
+    ),
 }
 EPOCH = 1_281_167  # FLIP counts in epochs of ImageNet
 VARIANTS = ["smoke", *SIZES, *(f"{size}_tune" for size in SIZES)]
@@ -32,8 +44,14 @@ def get_config(variant=""):
     if variant not in ("", *VARIANTS):
         raise config.unknown("configs/flip.py has no variant", variant, VARIANTS)
     size, _, tune = variant.partition("_")
-    c = published(size, bool(tune)) if size in SIZES else config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant or 'emoji'}")
-    c.model.image.update(dict(pool="mean_all", cls_token=True, ln_pre=False, posemb="sincos2d", patch_drop=0.0 if tune else 0.5))
+    c = (
+        published(size, bool(tune))
+        if size in SIZES
+        else config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant or 'emoji'}")
+    )
+    c.model.image.update(
+        dict(pool="mean_all", cls_token=True, ln_pre=False, posemb="sincos2d", patch_drop=0.0 if tune else 0.5)
+    )
     c.model.image.update(dict(stem=(), patch_bias=True, act="gelu_tanh", ln_eps=1e-6, weight_init="xavier"))
     if size not in SIZES:
         c.model.image.update(dict(patch=4, depth=3))
@@ -44,7 +62,9 @@ def published(size, tune):
     c = config.base()
     image, text, c.model.embed_dim = SIZES[size]
     c.model.image.update(image)
-    c.model.text.update(dict(text, context=32, pool="first", causal=False, act="gelu_tanh", ln_eps=1e-6, weight_init="xavier"))
+    c.model.text.update(
+        dict(text, context=32, pool="first", causal=False, act="gelu_tanh", ln_eps=1e-6, weight_init="xavier")
+    )
     c.model.image_mean, c.model.image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     c.tokenizer = "wordpiece:vocab.txt?sot=false"
     c.data.augment, c.data.workers = ("rrc(0.5, 1.0)", "flip"), 8

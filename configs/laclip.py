@@ -4,7 +4,7 @@
 
 Variants, after a colon; fields of the section laclip: clip_jax/methods/laclip.py
   (none)   configs/clip.py:emoji's model, data and optimizer; four rewrites of each emoji's name come with the package. No language model
-           made them: python -m clip_jax.data.rewrite --source=emoji --llm=offline --out=emoji_rewrites.jsonl && xz -9e emoji_rewrites.jsonl
+           made them: python -m clip_jax.tools.rewrite --source=emoji --llm=offline --out=emoji_rewrites.jsonl && xz -9e emoji_rewrites.jsonl
   mt       LaCLIP-MT: all five texts of a picture in the batch;  slip: LaSLIP, configs/declip.py:small_slip on the same texts
   smoke    the default in a few steps, under a minute with compilation; the result is near chance
   cc3m cc12m redcaps
@@ -25,7 +25,12 @@ from clip_jax import config
 from clip_jax.methods.laclip import Options
 from clip_jax.models.towers import use_size
 
-PAIRS = {"cc3m": (2_900_000, 40), "cc12m": (11_000_000, 35), "redcaps": (12_000_000, 30), "laion": (400_000_000, 32)}  # pairs, epochs
+PAIRS = {
+    "cc3m": (2_900_000, 40),
+    "cc12m": (11_000_000, 35),
+    "redcaps": (12_000_000, 30),
+    "laion": (400_000_000, 32),
+}  # pairs, epochs
 LAION = {"b32": "ViT-B/32", "b16": "ViT-B/16", "l14": "ViT-L/14"}
 SMALL, PUBLISHED = ("", "smoke", "mt", "slip"), ("cc3m", "cc12m", "redcaps", *(f"laion_{size}" for size in LAION))
 
@@ -55,6 +60,12 @@ def published(data, size):
         c.model.image.act = c.model.text.act = "quick_gelu" if size == "l14" else "gelu"  # open_clip's
     else:
         c.data.batch_size, c.optim.lr, c.optim.weight_decay = 8192, 1e-3, 0.5
-        c.model.image.update(dict(act="gelu", ln_pre=False, patch_bias=True, ln_eps=1e-6, qk_norm=True, weight_init="bert"))
-    c.train.steps, c.optim.warmup_steps, c.eval.tasks = epochs * pairs // c.data.batch_size, pairs // c.data.batch_size, ()
+        c.model.image.update(
+            dict(act="gelu", ln_pre=False, patch_bias=True, ln_eps=1e-6, qk_norm=True, weight_init="bert")
+        )
+    c.train.steps, c.optim.warmup_steps, c.eval.tasks = (
+        epochs * pairs // c.data.batch_size,
+        pairs // c.data.batch_size,
+        (),
+    )
     return c

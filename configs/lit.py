@@ -45,7 +45,10 @@ def published(image, text):
     c.eval.transform = ("resize(256)", "center_crop")
     c.data.batch_size, c.data.workers, c.train.steps = 16384, 8, 4_000_000_000 // 16384
     c.optim.update(dict(name="adafactor", lr=1e-3, warmup_steps=10_000, grad_clip_norm=1.0))
-    c.optim.weight_decay, c.optim.no_decay = 0.1, (r"(?<!/kernel)$",)  # times the learning rate: the paper's 1e-4 a step
+    c.optim.weight_decay, c.optim.no_decay = (
+        0.1,
+        (r"(?<!/kernel)$",),
+    )  # times the learning rate: the paper's 1e-4 a step
     c.eval.tasks = ()
     return c
 

@@ -21,18 +21,35 @@ from clip_jax import config
 from clip_jax.methods.oner import Options
 from clip_jax.study import Row, Study
 
-PLAIN = dict(cmc=0.0, mim=0.0, mlm=0.0, joint_mim=0.0, joint_mlm=0.0, image_mask=0.0, text_mask=0.0)  # nothing is masked
+PLAIN = dict(
+    cmc=0.0, mim=0.0, mlm=0.0, joint_mim=0.0, joint_mlm=0.0, image_mask=0.0, text_mask=0.0
+)  # nothing is masked
 # Of two heads the projectors meet only by way of the predictors, so that evaluation has to go the same way.
 ROWS = {"itc": PLAIN, "itc_two_heads": dict(PLAIN, two_heads=True, embed="query_key"), "itc_xmc": dict(PLAIN, xmc=1.0)}
 ROWS |= {"itc_xmc_cic": dict(PLAIN, xmc=1.0, cic=1.0), "itc_cmc": {}}
-PUBLISHED = ((1.65, 5.25), (17.46, 35.32), (22.12, 42.12), (22.86, 42.88), (23.70, 43.15))  # ImageNet zero-shot top-1, top-5
+PUBLISHED = (
+    (1.65, 5.25),
+    (17.46, 35.32),
+    (22.12, 42.12),
+    (22.86, 42.88),
+    (23.70, 43.15),
+)  # ImageNet zero-shot top-1, top-5
 STUDIES = ("ablation",)
 
 
 def get_study(variant):
-    rows = [Row(row, f"{__file__}:small_{row}", published=figures) for row, figures in zip(ROWS, PUBLISHED, strict=True)]
-    cells = {"seen concepts": "emoji/seen_concept_unseen_vendor", "unseen concepts": "emoji/unseen_concept_unseen_vendor"}
-    metrics = {f"{k}, {cell}": f"{name}/{metric}" for cell, name in cells.items() for k, metric in (("top-1", "top1"), ("top-5", "top5"))}
+    rows = [
+        Row(row, f"{__file__}:small_{row}", published=figures) for row, figures in zip(ROWS, PUBLISHED, strict=True)
+    ]
+    cells = {
+        "seen concepts": "emoji/seen_concept_unseen_vendor",
+        "unseen concepts": "emoji/unseen_concept_unseen_vendor",
+    }
+    metrics = {
+        f"{k}, {cell}": f"{name}/{metric}"
+        for cell, name in cells.items()
+        for k, metric in (("top-1", "top1"), ("top-5", "top5"))
+    }
     return Study(
         "OneR: the rows of its table", tuple(rows), metrics, "ImageNet top-1 / top-5 after CC3M, published",
         curves=("modality_gap", "loss_itc", "image_to_text_acc"), map_task="emoji(subset='val')",
@@ -43,17 +60,27 @@ def get_study(variant):
 def get_config(variant=""):
     row = variant.removeprefix("small_")
     if row not in ("", "smoke", *ROWS):
-        raise config.unknown("configs/oner.py has no variant", variant, ["smoke", *ROWS, *(f"small_{row}" for row in ROWS)])
+        raise config.unknown(
+            "configs/oner.py has no variant", variant, ["smoke", *ROWS, *(f"small_{row}" for row in ROWS)]
+        )
     c = config.base().unlock()
     c.method = "oner"
     c.oner = ConfigDict(dataclasses.asdict(Options(**ROWS.get(row, {}))))
-    c.model.image = ConfigDict(dict(size=224, patch=16, stem=(), width=768, depth=12, heads=12, mlp_dim=3072, act="gelu"))
-    c.model.text = ConfigDict(dict(context=39, vocab_size=0, eot_id=-1))  # the last two: from the tokenizer; with CLS 40 tokens
+    c.model.image = ConfigDict(
+        dict(size=224, patch=16, stem=(), width=768, depth=12, heads=12, mlp_dim=3072, act="gelu")
+    )
+    c.model.text = ConfigDict(
+        dict(context=39, vocab_size=0, eot_id=-1)
+    )  # the last two: from the tokenizer; with CLS 40 tokens
     c.model.embed_dim = 256
     c.model.image_mean, c.model.image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
     c.data.augment, c.data.batch_size, c.data.workers = ("rrc(0.5, 1.0)", "flip"), 4096, 8
     c.train.steps = 40 * 2_900_000 // c.data.batch_size
-    c.optim.update(dict(lr=1.5e-4 * c.data.batch_size / 256, b2=0.999, eps=1e-8, weight_decay=0.1, warmup_steps=c.train.steps // 10))
+    c.optim.update(
+        dict(
+            lr=1.5e-4 * c.data.batch_size / 256, b2=0.999, eps=1e-8, weight_decay=0.1, warmup_steps=c.train.steps // 10
+        )
+    )
     c.optim.no_decay += ("/type$", "/mask$")
     c.tokenizer, c.eval.tasks = "wordpiece:vocab.txt?sot=false", ()
     return (c if variant in ROWS else embedded(c, variant)).lock()

@@ -48,7 +48,9 @@ def get_config(variant=""):
 def published():
     c = config.base()
     use_size(c.model, "RN50")
-    text = dict(kind="bert", context=60, width=768, depth=12, heads=12, mlp_dim=3072, dropout=0.1, vocab_size=0, eot_id=-1)
+    text = dict(
+        kind="bert", context=60, width=768, depth=12, heads=12, mlp_dim=3072, dropout=0.1, vocab_size=0, eot_id=-1
+    )
     c.model.embed_dim, c.model.text = 768, ConfigDict(all_fields(TEXT_TOWERS, text))
     c.tokenizer = "wordpiece:vocab.txt"
     c.data.augment, c.data.batch_size, c.data.workers = ("resize(256)", "random_crop"), 512, 8

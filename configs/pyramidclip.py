@@ -46,7 +46,9 @@ def get_config(variant=""):
 
 def small(c, smoke):
     fields = {name: value for name, value in c.model.image.items() if name in PyramidViT.__dataclass_fields__}
-    c.model.image = all_fields({"pyramid_vit": PyramidViT}, fields | dict(kind="pyramid_vit", front=1, region_dim=PIXEL_FEATURES + 4))
+    c.model.image = all_fields(
+        {"pyramid_vit": PyramidViT}, fields | dict(kind="pyramid_vit", front=1, region_dim=PIXEL_FEATURES + 4)
+    )
     c.data.sampling = "one_source"
     if smoke:
         c.train.steps, c.train.log_steps, c.optim.warmup_steps, c.eval.steps, c.data.batch_size = 6, 2, 2, 0, 32

@@ -38,13 +38,23 @@ def published(size):
     use_size(c.model, size)
     c.model.logit_scale_init = math.log(10)
     c.model.image_mean = c.model.image_std = (0.5, 0.5, 0.5)
-    c.tokenizer = f"sentencepiece:{'gemma' if size.startswith('SigLIP2') else 'c4_en'}.model?lower=true&pad_with_eot=true"
+    c.tokenizer = (
+        f"sentencepiece:{'gemma' if size.startswith('SigLIP2') else 'c4_en'}.model?lower=true&pad_with_eot=true"
+    )
     c.data.augment = c.eval.transform = ("squash(interpolation='bilinear', antialias=False)",)
     c.data.batch_size, c.data.workers = 32768, 8
     c.train.steps = 40_000_000_000 // c.data.batch_size
     # Weight decay of 1e-4 apart from the learning rate, as in big_vision, is 0.1 times it; of kernels only.
     c.optim.update(
-        dict(lr=1e-3, b2=0.95, eps=1e-8, weight_decay=0.1, no_decay=(r"(?<!/kernel)$",), warmup_steps=20_000, grad_clip_norm=1.0)
+        dict(
+            lr=1e-3,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            no_decay=(r"(?<!/kernel)$",),
+            warmup_steps=20_000,
+            grad_clip_norm=1.0,
+        )
     )
     if c.model.embed_dim > 768:
         c.model.remat, c.model.scan = "full", True

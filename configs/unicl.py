@@ -34,7 +34,9 @@ def get_config(variant=""):
     if variant == "b16":
         c, templates = published().unlock(), [t.replace("{}", "{class_name}") for t in load_templates("clip_80")]
     elif variant in SOURCES:
-        c = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{'smoke' if variant == 'smoke' else 'emoji'}").unlock()
+        c = config.load(
+            f"{pathlib.Path(__file__).with_name('clip.py')}:{'smoke' if variant == 'smoke' else 'emoji'}"
+        ).unlock()
         c.data.source, templates = SOURCES[variant], ["{class_name}"]
     else:
         raise config.unknown("configs/unicl.py has no variant", variant, ["labels", "captions", "smoke", "b16"])

@@ -30,7 +30,10 @@ def get_config(variant=""):
     if variant in BATCHES:
         c, options = published(BATCHES[variant]).unlock(), Options(temperature=0.02)
     elif variant in ("", "smoke"):
-        c, options = config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant or 'emoji'}").unlock(), Options()
+        c, options = (
+            config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant or 'emoji'}").unlock(),
+            Options(),
+        )
         c.data.source = "emoji?by=vendor"
     else:
         raise config.unknown("configs/zerovl.py has no variant", variant, ["smoke", *BATCHES])

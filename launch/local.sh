@@ -9,8 +9,8 @@ source launch/venv.sh
 
 module=(clip_jax.train)
 case ${1:-} in
-  --processes=*) module=(clip_jax.training.hosts "$1" clip_jax.train); shift ;;
-  --processes) module=(clip_jax.training.hosts "--processes=${2:-}" clip_jax.train); shift $(($# > 1 ? 2 : 1)) ;;
+  --processes=*) module=(clip_jax.runtime.hosts "$1" clip_jax.train); shift ;;
+  --processes) module=(clip_jax.runtime.hosts "--processes=${2:-}" clip_jax.train); shift $(($# > 1 ? 2 : 1)) ;;
 esac
 config=configs/clip.py
 if [[ $# -gt 0 && $1 != --* ]]; then config=$1; shift; fi

@@ -6,14 +6,18 @@ import tempfile
 
 #: Of processes that tests start, and of this one: nearly all time goes into compiling little programs that run for an instant. Without
 #: fusion emitters, and in one piece where both cores are busy anyhow, that takes less than half of the time.
-COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+COMPILE_FAST = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for flag in (*COMPILE_FAST.split(), "--xla_force_host_platform_device_count=8"):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 # Also for the processes that tests start: the same little programs are compiled again and again.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"clip_jax_test_cache_{os.getuid()}"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"clip_jax_test_cache_{os.getuid()}")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import pytest  # noqa: E402
@@ -25,7 +29,9 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 def golden_files(pattern):
     """Golden files or folders of a documented name: those of CLIP_JAX_GOLDEN, and the copies that come with the tests."""
-    found = {path.name: path for folder in (FIXTURES, GOLDEN) if folder.is_dir() for path in sorted(folder.glob(pattern))}
+    found = {
+        path.name: path for folder in (FIXTURES, GOLDEN) if folder.is_dir() for path in sorted(folder.glob(pattern))
+    }
     return [pytest.param(path, id=name) for name, path in found.items()] or [
         pytest.param(None, marks=pytest.mark.skip(f"no fixture {pattern}"))
     ]
@@ -36,7 +42,7 @@ def mesh8():
     """A mesh of 8 simulated devices in use: data=2, fsdp=2, tensor=2."""
     import jax
 
-    from clip_jax.training import sharding
+    from clip_jax.runtime import sharding
 
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):

@@ -24,7 +24,7 @@ def tiny_config(*overrides):
 
 
 def losses(workdir):
-    """``{step: loss}`` of metrics.jsonl; of a step that was done twice, the last."""
+    """`{step: loss}` of metrics.jsonl; of a step that was done twice, the last."""
     rows = map(json.loads, (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 

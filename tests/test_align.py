@@ -78,7 +78,10 @@ def test_pooled_features_are_the_embedding_where_the_paper_has_no_projection():
         c.model.text.update(vocab_size=30522, eot_id=102, depth=1)
         c.model.image.depth_coefficient = 0.1  # one block in a stage: the widths are the published ones
         method = align.make(c)
-        batch = {"image": jax.ShapeDtypeStruct((2, 289, 289, 3), np.uint8), "text": jax.ShapeDtypeStruct((2, 64), np.int32)}
+        batch = {
+            "image": jax.ShapeDtypeStruct((2, 289, 289, 3), np.uint8),
+            "text": jax.ShapeDtypeStruct((2, 64), np.int32),
+        }
         params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
         assert ("proj" in params["img"]) == projected
         shape = jax.eval_shape(method.embed_image, params, extra, batch["image"]).shape

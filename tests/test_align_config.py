@@ -16,7 +16,9 @@ ALIGN = str(REPO / "configs" / "align.py")
 @pytest.fixture
 def vocabulary(tmp_path):
     """A WordPiece vocabulary of BERT's size."""
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(30522 - 4))]))
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(30522 - 4))])
+    )
     return f"tokenizer=wordpiece:{tmp_path}/vocab.txt"
 
 
@@ -35,7 +37,12 @@ def test_published_recipes(variant, batch, steps, warmup, lr, width, embed_dim, 
     assert (c.optim.name, c.optim.schedule, c.optim.b1, c.optim.b2, c.optim.eps, c.optim.weight_decay) == (
         "lamb", "linear", 0.9, 0.999, 1e-6, 1e-5,
     )  # fmt: skip
-    assert (c.model.image.width_coefficient, c.model.image.size, c.model.image.bn_group, c.model.embed_dim) == (width, 289, 16, embed_dim)
+    assert (c.model.image.width_coefficient, c.model.image.size, c.model.image.bn_group, c.model.embed_dim) == (
+        width,
+        289,
+        16,
+        embed_dim,
+    )
     text = c.model.text
     assert (text.width, text.depth, text.heads, text.mlp_dim, text.context) == (
         text_width,
@@ -53,7 +60,9 @@ def test_pictures_are_squashed_to_346_and_cropped_to_289():
     gradient[..., 1] = gradient[..., 1].T
     record = {"image": Image.fromarray((gradient // 2).astype(np.uint8))}
     middle = ImageView("image", 289, c.eval.transform)(record, None)
-    np.testing.assert_array_equal(middle, (gradient // 2)[28 : 28 + 289, 28 : 28 + 289])  # align.md: offset (346 - 289) // 2
+    np.testing.assert_array_equal(
+        middle, (gradient // 2)[28 : 28 + 289, 28 : 28 + 289]
+    )  # align.md: offset (346 - 289) // 2
     view, lefts, flipped = ImageView("image", 289, c.data.augment), set(), 0
     for seed in range(40):
         crop = view(record, np.random.default_rng(seed)).astype(int)

@@ -12,7 +12,7 @@ from conftest import REPO, golden_files
 from helpers import TINY, losses
 
 from clip_jax import config, train
-from clip_jax.data.sources import BadRecord
+from clip_jax.data.records import BadRecord
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
 from clip_jax.inference import load
@@ -61,7 +61,11 @@ def test_golden_weights_averages_loss_and_gradients(file):
     _, method = setup("alip.momentum=0.99")
     names = {"text_synthetic": "raw_caption", "image_text": "image_raw", "image_synthetic": "image_caption"}
     extra = {"averages": {pair: jnp.float32(g[f"H_init_{name}"]) for pair, name in names.items()}}
-    value = jax.jit(jax.value_and_grad(lambda f, averages, scale: adaptive_infonce(f, averages, scale), argnums=(0, 2), has_aux=True))
+    value = jax.jit(
+        jax.value_and_grad(
+            lambda f, averages, scale: adaptive_infonce(f, averages, scale), argnums=(0, 2), has_aux=True
+        )
+    )
     for k in range(3):
         kinds = {"image": "image_features", "text": "raw_text_features", "synthetic": "caption_features"}
         features = {name: jnp.asarray(g[kind][k]) for name, kind in kinds.items()}
@@ -69,7 +73,11 @@ def test_golden_weights_averages_loss_and_gradients(file):
         for pair, name in names.items():
             np.testing.assert_allclose(extra["averages"][pair], g[f"H_{name}"][k], rtol=1e-4, atol=1e-5)
         of_sample, of_pair = weights(similarities(features), extra["averages"])
-        for found, name in ((of_sample, "sample"), (of_pair["text"], "pair_raw"), (of_pair["synthetic"], "pair_caption")):
+        for found, name in (
+            (of_sample, "sample"),
+            (of_pair["text"], "pair_raw"),
+            (of_pair["synthetic"], "pair_caption"),
+        ):
             np.testing.assert_allclose(found, g[f"weight_{name}"][k], rtol=1e-4, atol=1e-5)
         (found, metrics), (grads, of_scale) = value(features, extra["averages"], g["scale"])
         for a, b in (
@@ -87,8 +95,13 @@ def test_the_loss_is_that_of_the_formula():
     below = {name: FOUND[name] - HALFWAY[name] for name in PAIRS}
     raw = np.exp(2 * below["text_synthetic"])
     of_text, of_synthetic = (np.where(raw < 1, np.exp(2 * below[f"image_{text}"]), 1) for text in ("text", "synthetic"))
-    assert 2 < (raw < 1).sum() < N - 2 and (of_text > 1).any(), "both sides of the gate, and weights of pairs are not bounded"
-    terms = [np.mean(np.minimum(raw, 1) * w * pair("image", text)) for w, text in ((of_text, "text"), (of_synthetic, "synthetic"))]
+    assert 2 < (raw < 1).sum() < N - 2 and (of_text > 1).any(), (
+        "both sides of the gate, and weights of pairs are not bounded"
+    )
+    terms = [
+        np.mean(np.minimum(raw, 1) * w * pair("image", text))
+        for w, text in ((of_text, "text"), (of_synthetic, "synthetic"))
+    ]
     found, metrics = loss(FEATURES, HALFWAY)
     np.testing.assert_allclose(found, sum(terms), rtol=1e-5)
     np.testing.assert_allclose([metrics["loss_text"], metrics["loss_synthetic"]], terms, rtol=1e-5)
@@ -103,7 +116,9 @@ def test_oracle_a_without_gammas_it_is_clip_twice():
 @pytest.mark.parametrize("gammas", [(2.0, 2.0), (7.0, 0.3)])
 def test_oracle_b_consistent_texts_have_the_weight_1_for_any_gamma(gammas):
     averages = HALFWAY | {"text_synthetic": FOUND["text_synthetic"].min() - np.float32(0.01)}
-    np.testing.assert_allclose(loss(FEATURES, averages, gamma_sample=gammas[0], gamma_pair=gammas[1])[0], two_clips(), rtol=1e-6)
+    np.testing.assert_allclose(
+        loss(FEATURES, averages, gamma_sample=gammas[0], gamma_pair=gammas[1])[0], two_clips(), rtol=1e-6
+    )
 
 
 def test_oracle_c_averages_move_by_a_hundredth_before_they_are_used():
@@ -128,9 +143,14 @@ def test_oracle_e_weights_have_no_gradient():
     of_sample, of_pair = jax.device_get(weights(similarities(FEATURES), HALFWAY))
 
     def constant(features):
-        return sum(infonce(features["image"], features[t], np.float32(SCALE), weights=of_sample * w)[0] for t, w in of_pair.items())
+        return sum(
+            infonce(features["image"], features[t], np.float32(SCALE), weights=of_sample * w)[0]
+            for t, w in of_pair.items()
+        )
 
-    found, expected = (jax.jit(jax.grad(f))(FEATURES) for f in (lambda x: adaptive_infonce(x, HALFWAY, np.float32(SCALE))[0], constant))
+    found, expected = (
+        jax.jit(jax.grad(f))(FEATURES) for f in (lambda x: adaptive_infonce(x, HALFWAY, np.float32(SCALE))[0], constant)
+    )
     for name in FEATURES:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-7)
 
@@ -150,7 +170,9 @@ def test_oracle_g_half_below_the_average_weighs_1_over_e():
 def test_oracle_h_equal_texts_are_twice_clip():
     features = FEATURES | {"synthetic": FEATURES["text"]}
     averages = HALFWAY | {"text_synthetic": np.float32(1 - 2e-3)}
-    np.testing.assert_allclose(loss(features, averages)[0], 2 * infonce(features["image"], features["text"], SCALE)[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        loss(features, averages)[0], 2 * infonce(features["image"], features["text"], SCALE)[0], rtol=1e-6
+    )
 
 
 # The step
@@ -162,7 +184,10 @@ def test_a_mesh_and_micro_batches_give_the_result_of_one_device(monkeypatch):
     c, method = setup()
     expected, state = test_step.run_steps(c, method, None, steps=3, devices=jax.devices()[:1])
     averages = jax.device_get(state.extra["averages"])
-    assert all(0 < x < 1 for x in averages.values()) and expected[0]["average_image_text"] != expected[2]["average_image_text"]
+    assert (
+        all(0 < x < 1 for x in averages.values())
+        and expected[0]["average_image_text"] != expected[2]["average_image_text"]
+    )
     c.micro_batches = 4
     history, state = test_step.run_steps(c, method, dict(data=2, fsdp=2, tensor=2), steps=3)
     for a, b in zip(history, expected, strict=True):
@@ -177,7 +202,9 @@ def test_texts_of_a_record():
     tokenizer, (_, raw, synthetic) = make_tokenizer("sentencepiece"), method.views
     record = {"texts": ["a cat"], "synthetic": "a small animal"}
     np.testing.assert_array_equal(raw(record, None, tokenizer), tokenizer(["a cat"], 12)[0])
-    np.testing.assert_array_equal(synthetic(record, np.random.default_rng(0), tokenizer), tokenizer(["a small animal"], 12)[0])
+    np.testing.assert_array_equal(
+        synthetic(record, np.random.default_rng(0), tokenizer), tokenizer(["a small animal"], 12)[0]
+    )
     listed = record | {"synthetic": ["a cat", "a tiger"]}
     assert {synthetic.caption(listed, np.random.default_rng(i)) for i in range(30)} == {
         "a cat",
@@ -198,9 +225,16 @@ def test_variants_are_complete(variant):
     config.validate(c)
     assert set(c.alip) == {f.name for f in dataclasses.fields(Options)}
     if variant == "b32":
-        assert c.optim.no_decay == () and c.optim.grad_clip_norm == 1 and c.train.steps == 32 * 3678 and c.alip.to_dict() == vars(Options())
+        assert (
+            c.optim.no_decay == ()
+            and c.optim.grad_clip_norm == 1
+            and c.train.steps == 32 * 3678
+            and c.alip.to_dict() == vars(Options())
+        )
     else:
-        changed = {key for key, *_ in config.differences(config.load(f"{REPO}/configs/clip.py:{variant or 'emoji'}"), c)}
+        changed = {
+            key for key, *_ in config.differences(config.load(f"{REPO}/configs/clip.py:{variant or 'emoji'}"), c)
+        }
         assert changed == {"method", "data.source", *(f"alip.{name}" for name in c.alip)}
     c.model.text.update(dict(vocab_size=49408, eot_id=49407))
     assert [view.name for view in make_method(c).views] == ["image", "text", "synthetic"]

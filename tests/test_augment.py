@@ -96,7 +96,18 @@ def test_every_operation_gives_the_size_and_follows_the_generator(spec, shape):
 
 
 @pytest.mark.parametrize(
-    "text", ["rrc(0.1, 0.5)", "random_crop", "flip", "jitter", "gray(0.5)", "blur", "solarize(0.5)", "autoaugment", "randaugment"]
+    "text",
+    [
+        "rrc(0.1, 0.5)",
+        "random_crop",
+        "flip",
+        "jitter",
+        "gray(0.5)",
+        "blur",
+        "solarize(0.5)",
+        "autoaugment",
+        "randaugment",
+    ],
 )
 def test_random_operations_vary_with_the_seed(text):
     spec = (text,) if text[:2] == "rr" or "crop" in text else ("squash", text)
@@ -154,7 +165,9 @@ def test_gray_and_solarize():
     assert (grey == grey[..., :1]).all()
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
     values = np.arange(256)
-    np.testing.assert_array_equal(run(("squash", "solarize(1)"), 16, image)[..., 0].ravel(), np.where(values < 128, values, 255 - values))
+    np.testing.assert_array_equal(
+        run(("squash", "solarize(1)"), 16, image)[..., 0].ravel(), np.where(values < 128, values, 255 - values)
+    )
 
 
 def test_backgrounds():
@@ -171,8 +184,16 @@ def test_policies_have_their_tables():
     for name in names:
         for level in (0, 0.5, 1):
             assert augment._distort(picture(), name, level, -1, (0, 0, 0)).size == (64, 48)
-    for name in names - {"identity", "autocontrast", "equalize", "invert", "posterize"}:  # at level 0 these change nothing
-        np.testing.assert_array_equal(np.asarray(augment._distort(picture(), name, 0, 1, (0, 0, 0))), np.asarray(picture()), err_msg=name)
+    for name in names - {
+        "identity",
+        "autocontrast",
+        "equalize",
+        "invert",
+        "posterize",
+    }:  # at level 0 these change nothing
+        np.testing.assert_array_equal(
+            np.asarray(augment._distort(picture(), name, 0, 1, (0, 0, 0))), np.asarray(picture()), err_msg=name
+        )
     for name in names - {"identity", "autocontrast"}:
         assert (np.asarray(augment._distort(picture(), name, 0.9, 1, (0, 0, 0))) != np.asarray(picture())).any(), name
 

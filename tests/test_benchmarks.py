@@ -79,7 +79,9 @@ def test_retrieval_is_measured_with_and_without_the_other_side(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "faiss", None)
     retrieval.main(command)
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
-    assert [row["rows"] for row in rows] == [600, 37] and all(len(row["turns"]["ours"]) == 2 and "faiss" not in row for row in rows)
+    assert [row["rows"] for row in rows] == [600, 37] and all(
+        len(row["turns"]["ours"]) == 2 and "faiss" not in row for row in rows
+    )
 
     values, numbers = np.array([[0.9, 0.8]]), np.array([[3, 1]])
     retrieval.check((values, numbers), (values + 1e-7, numbers[:, ::-1]))
@@ -89,10 +91,18 @@ def test_retrieval_is_measured_with_and_without_the_other_side(tmp_path, monkeyp
 
 def test_the_first_step_is_found_in_what_a_run_prints(tmp_path):
     flags = [f"--config.{override}" for override in TINY]
-    command = [sys.executable, BENCHMARKS / "startup.py", "--configs=configs/clip.py:emoji", "--batch=16", f"--json={tmp_path / 'x.json'}"]
+    command = [
+        sys.executable,
+        BENCHMARKS / "startup.py",
+        "--configs=configs/clip.py:emoji",
+        "--batch=16",
+        f"--json={tmp_path / 'x.json'}",
+    ]
     process = subprocess.run([*command, *flags], cwd=BENCHMARKS.parent, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     stages = ("imports", "init", "data, compile", "first step")
     assert [row["cache"] for row in rows] == ["empty", "filled"]
-    assert all(row["total"] == pytest.approx(sum(row[stage] for stage in stages)) and row["imports"] > 0 for row in rows)
+    assert all(
+        row["total"] == pytest.approx(sum(row[stage] for stage in stages)) and row["imports"] > 0 for row in rows
+    )

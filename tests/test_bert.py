@@ -37,7 +37,9 @@ def test_padding_is_not_attended_to(pad_id):
     z = tower.apply(params, IDS)[0]
     np.testing.assert_allclose(z[0], tower.apply(params, IDS[:1, :3])[0][0], atol=1e-5)
     other = np.where(IDS == 0, 17, IDS)  # what follows the end of the text; for a given pad_id no padding any more
-    assert (np.abs(tower.apply(params, other)[0] - z).max(1) < 1e-5).tolist() == ([True] * 3 if pad_id < 0 else [False, False, True])
+    assert (np.abs(tower.apply(params, other)[0] - z).max(1) < 1e-5).tolist() == (
+        [True] * 3 if pad_id < 0 else [False, False, True]
+    )
 
 
 def test_the_embedding_is_the_projected_state_of_the_first_token():
@@ -47,7 +49,10 @@ def test_the_embedding_is_the_projected_state_of_the_first_token():
     proj = variables["params"]["proj"]
     np.testing.assert_allclose(z, tokens[:, 0] @ proj["kernel"] + proj["bias"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(tokens.mean(-1), np.zeros(IDS.shape), atol=1e-5)  # a layer norm ends each block
-    assert variables["params"]["bert"]["pos"].shape == (1, 10, 32) and variables["params"]["bert"]["type"].shape == (2, 32)
+    assert variables["params"]["bert"]["pos"].shape == (1, 10, 32) and variables["params"]["bert"]["type"].shape == (
+        2,
+        32,
+    )
     std = 0.02 * 0.8796  # of a normal distribution with 0.02 cut at two of them, as BERT starts
     np.testing.assert_allclose(variables["params"]["bert"]["embed"]["embedding"].std(), std, rtol=0.05)
 
@@ -59,7 +64,9 @@ def test_scan_and_recomputation_change_nothing_but_the_layout():
     model.scan, model.remat = True, "full"
     embedding, grads = run_tower("text", model, stack_layers(params, like("text", model, IDS)), IDS)
     np.testing.assert_allclose(embedding, expected, rtol=1e-5, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), unstack_layers(grads), expected_grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), unstack_layers(grads), expected_grads
+    )
 
 
 def test_dropout_keeps_the_mean_and_follows_the_keys():

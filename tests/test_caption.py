@@ -9,13 +9,18 @@ from helpers import tiny_config
 from PIL import Image
 
 from clip_jax import train
-from clip_jax.data import caption as lib
-from clip_jax.data.columns import ColumnsSource
 from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.data.sources.columns import ColumnsSource
 from clip_jax.errors import UserError
 from clip_jax.models.common import l2_normalize
+from clip_jax.tools import caption as lib
 
-COLOURS = {"a red square": (255, 0, 0), "a green square": (0, 255, 0), "a blue square": (0, 0, 255), "a white square": (255, 255, 255)}
+COLOURS = {
+    "a red square": (255, 0, 0),
+    "a green square": (0, 255, 0),
+    "a blue square": (0, 0, 255),
+    "a white square": (255, 255, 255),
+}
 
 
 class Colours:
@@ -58,7 +63,9 @@ def test_several_texts_and_none_of_the_record_itself(tmp_path):
         == ["a white square"] * 3 + ["a red square"] + (["a white square"] * 3 + ["a red square"]) * 2
     )
     only_own = lib.Retrieval(Colours(), BANK[:1], own=lambda record: record["texts"])
-    with pytest.raises(UserError, match="none of 1 records in a row has a caption .no text for a picture: 1.; .* has 0 of 1 records"):
+    with pytest.raises(
+        UserError, match="none of 1 records in a row has a caption .no text for a picture: 1.; .* has 0 of 1 records"
+    ):
         lib.run(MemorySource([square("a red square")]), str(tmp_path / "none.jsonl"), only_own, about={})
 
 
@@ -75,7 +82,12 @@ def test_the_same_command_goes_on_where_it_stopped(tmp_path, lines):
 
 
 def test_pictures_that_cannot_be_read_have_no_caption(tmp_path):
-    records = [square("a red square"), {"image": b"no picture", "texts": ["x"]}, {"texts": ["y"]}, square("a blue square")]
+    records = [
+        square("a red square"),
+        {"image": b"no picture", "texts": ["x"]},
+        {"texts": ["y"]},
+        square("a blue square"),
+    ]
     source = MemorySource(records)
     failures = lib.run(source, str(tmp_path / "c.jsonl"), lib.Retrieval(Colours(), BANK), about={})
     assert failures == {"corrupt image": 1, "no picture": 1}
@@ -94,9 +106,14 @@ def test_banks(tmp_path):
     (tmp_path / "bank.txt").write_text("a cat\n\n a  dog \na cat\n")
     assert lib.read_bank(str(tmp_path / "bank.txt")) == ["a cat", "a dog"]
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
-    rows = [{"image": "x.png", "caption": "a cat", "tags": ["x", "y"]}, {"image": "x.png", "caption": "a cat", "tags": ["y", "z"]}]
+    rows = [
+        {"image": "x.png", "caption": "a cat", "tags": ["x", "y"]},
+        {"image": "x.png", "caption": "a cat", "tags": ["y", "z"]},
+    ]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert lib.read_bank(str(tmp_path / "t.jsonl")) == ["a cat"] and lib.read_bank(str(tmp_path / "t.jsonl"), "tags") == ["x", "y", "z"]
+    assert lib.read_bank(str(tmp_path / "t.jsonl")) == ["a cat"] and lib.read_bank(
+        str(tmp_path / "t.jsonl"), "tags"
+    ) == ["x", "y", "z"]
     for bank, field, message in (
         ("no.txt", "", "--bank=no.txt: cannot be read"),
         (str(tmp_path / "t.jsonl"), "t", "no text in it in a field 't'"),

@@ -17,11 +17,14 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import make_method
 from clip_jax.models.common import l2_normalize
-from clip_jax.training import sharding
+from clip_jax.runtime import sharding
 from clip_jax.training.step import make_init, make_step
 
 CONFIG = str(REPO / "configs" / "clippo.py")
-OURS = [o for o in TINY if not o.startswith(("model.text", "model.image.size"))] + ["model.image.size=32", "model.image.patch=16"]
+OURS = [o for o in TINY if not o.startswith(("model.text", "model.image.size"))] + [
+    "model.image.size=32",
+    "model.image.patch=16",
+]
 
 
 def tiny(*overrides):
@@ -36,7 +39,7 @@ BATCH = {"image": pictures(0), "text": pictures(1, channels=1), "example_id": np
 
 
 def start(c):
-    """``(method, params)``."""
+    """`(method, params)`."""
     method = make_method(c)
     return method, method.init(jax.random.key(0), BATCH)[0]
 
@@ -72,7 +75,9 @@ def test_golden_big_vision(folder):
     np.testing.assert_allclose(features["image"], io["zimg"], **tolerance)
     np.testing.assert_allclose(features["text"], io["ztxt"], **tolerance)
     scale = jnp.exp(imported.params["logit_scale"])
-    np.testing.assert_allclose(scale * method.similarity(features["image"], features["text"]), io["logits"], **tolerance)
+    np.testing.assert_allclose(
+        scale * method.similarity(features["image"], features["text"]), io["logits"], **tolerance
+    )
     np.testing.assert_allclose(loss, io["loss"], **tolerance)
     np.testing.assert_allclose(grad_image, io["grad_image"], **tolerance)
     expected = load(folder / "grads.npz").params
@@ -85,7 +90,9 @@ def test_both_inputs_go_through_the_same_parameters():
     features, _ = method.encode(params, {}, BATCH, jax.random.key(0), train=True)
     np.testing.assert_allclose(features["image"], method.embed_image(params, {}, BATCH["image"]), atol=1e-6)
     np.testing.assert_allclose(features["text"], method.embed_text(params, {}, BATCH["text"]), atol=1e-6)
-    np.testing.assert_allclose(features["text"], method.embed_image(params, {}, np.repeat(BATCH["text"], 3, axis=3)), atol=1e-6)
+    np.testing.assert_allclose(
+        features["text"], method.embed_image(params, {}, np.repeat(BATCH["text"], 3, axis=3)), atol=1e-6
+    )
     features, _ = method.encode(params, {}, {**BATCH, "text": BATCH["image"]}, jax.random.key(0), train=True)
     np.testing.assert_allclose(jnp.sum(features["image"] * features["text"], axis=1), 1, rtol=1e-6)
 
@@ -185,7 +192,11 @@ def test_a_run_with_text_pairs_tells_their_accuracy_apart(trained):
 
 
 def test_pairs_of_text_alone_train_the_same_way(tmp_path):
-    train.train(tiny(f"data.source={write_text(tmp_path)}", "data.templates=()", "train.steps=2"), tmp_path / "run", lambda line: None)
+    train.train(
+        tiny(f"data.source={write_text(tmp_path)}", "data.templates=()", "train.steps=2"),
+        tmp_path / "run",
+        lambda line: None,
+    )
     assert np.isfinite(list(losses(tmp_path / "run").values())).all()
 
 
@@ -213,12 +224,16 @@ def test_another_font_is_refused(trained, tmp_path):
 
 def test_the_emoji_are_named_in_the_language_asked_for(trained):
     model = clip_jax.load(trained)
-    korean, english = (evaluate.run(model, [f"emoji(subset='val', language={x!r})"], lambda line: None) for x in ("ko", "en"))
+    korean, english = (
+        evaluate.run(model, [f"emoji(subset='val', language={x!r})"], lambda line: None) for x in ("ko", "en")
+    )
     assert {re.sub(r"^emoji_val_ko/", "emoji_val/", key) for key in korean.metrics} == set(english.metrics)
     names = korean.artefacts["classification"]["emoji_val_ko/unseen_concept_unseen_vendor"].class_names
     assert len(names) == 196 and all(re.search("[가-힣]", name) for name in names if not name.isascii())
     assert next(iter(evaluate.summary(korean.metrics))).startswith("emoji_val_ko zero-shot")
-    with pytest.raises(UserError, match=r"language='kr': no such names \(did you mean 'hr'|language='kr': no such names"):
+    with pytest.raises(
+        UserError, match=r"language='kr': no such names \(did you mean 'hr'|language='kr': no such names"
+    ):
         evaluate.run(model, ["emoji(subset='val', language='kr')"], lambda line: None)
 
 
@@ -227,7 +242,10 @@ def test_the_emoji_are_named_in_the_language_asked_for(trained):
     [
         (["model.image.size=16"], "model.image.size=16: method='clippo' draws texts in rows of 16 pixels"),
         (["model.image.size=40", "model.image.patch=8"], "model.image.size=40"),
-        (["tokenizer=sentencepiece"], "view 'text' needs a font, tokenizer=unifont, but the tokenizer is sentencepiece"),
+        (
+            ["tokenizer=sentencepiece"],
+            "view 'text' needs a font, tokenizer=unifont, but the tokenizer is sentencepiece",
+        ),
         (["tokenizer=unifont:/nowhere.hex"], "cannot read /nowhere.hex"),
         (["tokenizer=unifont?bold=true"], "unknown option 'bold'; allowed: lower, monospace"),
         (["data.source=emoji*3 + text:/nowhere.txt*1"], "/nowhere.txt: no such file"),
@@ -241,12 +259,16 @@ def test_wrong_input_is_one_line(tmp_path, overrides, message):
 
 def test_a_font_in_the_place_of_tokens_is_refused(tmp_path):
     c = config.load(str(REPO / "configs" / "clip.py:emoji"), [*TINY, "tokenizer=unifont"])
-    with pytest.raises(UserError, match="view 'text' needs token ids, which no font gives, but the tokenizer is unifont"):
+    with pytest.raises(
+        UserError, match="view 'text' needs token ids, which no font gives, but the tokenizer is unifont"
+    ):
         train.train(c, tmp_path, lambda line: None)
 
 
 def test_a_text_tower_is_refused():
     c = config.base()
     c.method = "clippo"
-    with pytest.raises(UserError, match="one tower for images and texts, but the configuration has a section model.text"):
+    with pytest.raises(
+        UserError, match="one tower for images and texts, but the configuration has a section model.text"
+    ):
         make_method(c)

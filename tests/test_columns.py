@@ -6,8 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from clip_jax.data import columns
-from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.data.sources import MemorySource, columns, make_source
 from clip_jax.errors import UserError
 
 
@@ -65,7 +64,10 @@ def test_columns_of_another_data_set_or_order_are_refused(rewrites, tmp_path):
 
 
 def test_arrays_join_their_records(tmp_path):
-    values, fields = np.arange(12, dtype=np.float16).reshape(3, 2, 2), {"regions": ((2, 2), np.float16), "count": ((), np.int32)}
+    values, fields = (
+        np.arange(12, dtype=np.float16).reshape(3, 2, 2),
+        {"regions": ((2, 2), np.float16), "count": ((), np.int32)},
+    )
     with columns.array_writer(tmp_path / "c", PETS, fields, {"encoder": "none"}) as arrays:
         arrays["regions"][:], arrays["count"][:] = values, [0, 1, 2]
     joined = columns.ColumnsSource(PETS, str(tmp_path / "c"))
@@ -75,7 +77,10 @@ def test_arrays_join_their_records(tmp_path):
     with pytest.raises(UserError, match="another data set"):
         columns.ColumnsSource(source("a cat", "a dog", "a fish"), str(tmp_path / "c"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"), columns.array_writer(tmp_path / "file" / "c", PETS, fields, {}):
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        columns.array_writer(tmp_path / "file" / "c", PETS, fields, {}),
+    ):
         pass
     with pytest.raises(ZeroDivisionError), columns.array_writer(tmp_path / "c", PETS, fields, {}):
         raise ZeroDivisionError
@@ -93,7 +98,11 @@ def test_plain_lines_are_counted(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{}\n", "damaged, or no columns \\(KeyError"), ("no\n", "not a JSON object: 'no"), (None, "no such file or folder of columns")],
+    [
+        ("{}\n", "damaged, or no columns \\(KeyError"),
+        ("no\n", "not a JSON object: 'no"),
+        (None, "no such file or folder of columns"),
+    ],
 )
 def test_damaged_columns(tmp_path, content, message):
     if content:

@@ -11,13 +11,16 @@ from conftest import REPO
 from helpers import TINY
 
 from clip_jax import compile as compile_lib
-from clip_jax import config, hardware
+from clip_jax import config
 from clip_jax.errors import UserError
-from clip_jax.training.cost import _Program, hlo_cost, jaxpr_flops
+from clip_jax.hlo_cost import _Program, hlo_cost, jaxpr_flops
+from clip_jax.runtime import hardware
 
 CLIP = str(REPO / "configs" / "clip.py")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # the command itself turns it off
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Error reading persistent compilation cache"
+)  # the command itself turns it off
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +58,13 @@ ONE = 2 * 16 * 32 * 32
 
 @pytest.mark.parametrize(
     "function, shapes, products",
-    [(matmul, (X, W), 1), (scanned, (X, WS), 5), (nested, (X, WS), 15), (gradient, (X, WS), 15), (branches, (X, WS), 5)],
+    [
+        (matmul, (X, W), 1),
+        (scanned, (X, WS), 5),
+        (nested, (X, WS), 15),
+        (gradient, (X, WS), 15),
+        (branches, (X, WS), 5),
+    ],
 )
 def test_flops_count_every_round_of_a_loop(function, shapes, products):
     arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
@@ -68,7 +77,9 @@ def test_flops_of_convolutions_leave_out_the_padding():
     x, k = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
 
     def convolve(padding):
-        function = jax.jit(lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")))
+        function = jax.jit(
+            lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        )
         return hlo_cost(function.lower(x, k).compile().as_text()).flops
 
     assert convolve("VALID") == 2 * 2 * 6 * 6 * 5 * 9 * 3
@@ -77,7 +88,11 @@ def test_flops_of_convolutions_leave_out_the_padding():
 
 def test_traffic_of_a_fusion_that_takes_a_slice():
     """A loop reads one layer of the stacked weights in each round, not all of them."""
-    text = jax.jit(lambda x, ws: jax.lax.scan(lambda h, w: (h * w, None), x, ws)[0]).lower(jnp.ones(1000), jnp.ones((50, 1000))).compile()
+    text = (
+        jax.jit(lambda x, ws: jax.lax.scan(lambda h, w: (h * w, None), x, ws)[0])
+        .lower(jnp.ones(1000), jnp.ones((50, 1000)))
+        .compile()
+    )
     assert 4 * 3 * 50 * 1000 <= hlo_cost(text.as_text()).traffic < 4 * 6 * 50 * 1000
 
 
@@ -160,11 +175,14 @@ def test_collectives_of_a_program():
 
 
 def test_a_counter_may_take_larger_steps():
-    assert hlo_cost(HLO.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")).flops == 4 * 2 * (8 * 8 * 16 + 8 * 16 * 8)
+    assert hlo_cost(HLO.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")).flops == 4 * 2 * (
+        8 * 8 * 16 + 8 * 16 * 8
+    )
 
 
 @pytest.mark.parametrize(
-    "old, new", [("direction=LT", "direction=NE"), ("add(%i, %one)", "multiply(%i, %one)"), ("copy(%two)", "partition-id()")]
+    "old, new",
+    [("direction=LT", "direction=NE"), ("add(%i, %one)", "multiply(%i, %one)"), ("copy(%two)", "partition-id()")],
 )
 def test_a_loop_of_unknown_length_is_told(old, new):
     cost = hlo_cost(HLO.replace(old, new))
@@ -205,26 +223,48 @@ def test_topologies_that_do_not_exist(name, message):
 
 def test_topologies():
     tpu, gpu = compile_lib.parse_topology("v5p:2x2x4"), compile_lib.parse_topology("gpu:h100x16")
-    assert (tpu.chip, tpu.count, gpu.chip, gpu.count, gpu.shape) == (hardware.TPUS["v5p"], 16, hardware.GPUS["h100"], 16, None)
+    assert (tpu.chip, tpu.count, gpu.chip, gpu.count, gpu.shape) == (
+        hardware.TPUS["v5p"],
+        16,
+        hardware.GPUS["h100"],
+        16,
+        None,
+    )
     two = compile_lib.parse_topology("v5e:4x8*2")
     assert (two.count, two.shape, two.slices, tpu.slices) == (64, "4x8", 2, 1)
 
 
 def test_chips_by_their_name_in_jax():
-    kinds = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x", "TPU v4": "v4"}
-    assert {kind: hardware.chip_of(kind) for kind in kinds} == {kind: hardware.TPUS[name] for kind, name in kinds.items()}
+    kinds = {
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e",
+        "TPU7x": "tpu7x",
+        "TPU v4": "v4",
+    }
+    assert {kind: hardware.chip_of(kind) for kind in kinds} == {
+        kind: hardware.TPUS[name] for kind, name in kinds.items()
+    }
     assert hardware.chip_of("NVIDIA H100 80GB HBM3") is hardware.GPUS["h100"] and hardware.chip_of("cpu") is None
 
 
 def test_without_the_compiler(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert command("--topology=v5e:2x2") == 2
-    assert capsys.readouterr().err == "error: --topology=v5e:2x2 needs the TPU compiler: pip install 'clip-jax-pretraining[tpu]'\n"
+    assert (
+        capsys.readouterr().err
+        == "error: --topology=v5e:2x2 needs the TPU compiler: pip install 'clip-jax-pretraining[tpu]'\n"
+    )
 
 
 @pytest.mark.parametrize(
     "flag, message",
-    [("--config.optim.lrr=1", "did you mean 'optim.lr'"), ("--confg.seed=1", "unknown argument"), ("--config.seed", "unknown argument")],
+    [
+        ("--config.optim.lrr=1", "did you mean 'optim.lr'"),
+        ("--confg.seed=1", "unknown argument"),
+        ("--config.seed", "unknown argument"),
+    ],
 )
 def test_wrong_flags(flag, message, capsys):
     assert command("--topology=gpu:h100x8", flag) == 2
@@ -254,7 +294,10 @@ def test_gpus_get_what_follows_from_shapes(tmp_path, capsys):
 
 
 def test_the_schedule():
-    topology, c = compile_lib.parse_topology("gpu:h100x8"), config.load(CLIP, ["train.steps=7200", "data.batch_size=64"])
+    topology, c = (
+        compile_lib.parse_topology("gpu:h100x8"),
+        config.load(CLIP, ["train.steps=7200", "data.batch_size=64"]),
+    )
     times = compile_lib.schedule(topology, c, 0.5, flops=0.5 * 8 * 989e12 / 4)
     assert times == dict(seconds=0.5, mfu=0.25, examples_per_second=128, hours=1.0, chip_hours=8.0)
 
@@ -273,7 +316,10 @@ def test_the_schedule():
 )
 def test_groups_of_a_collective(groups, size):
     program = _Program("HloModule x, num_partitions=16\n")
-    assert program.group_size(f"channel_id=1, replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true") == size
+    assert (
+        program.group_size(f"channel_id=1, replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true")
+        == size
+    )
 
 
 @needs_libtpu
@@ -286,7 +332,9 @@ def test_a_tiny_model_on_four_chips(tmp_path, capsys):
     assert result["flops"] == pytest.approx(result["model_flops"] / 4, rel=0.05)
     # The gradients of all parameters, a third of the state (AdamW), are summed over the four chips.
     summed = sum(c["count"] * c["sent"] for c in result["collectives"] if c["kind"] == "all-reduce")
-    assert summed == pytest.approx(2 * 3 / 4 * memory["state"] / 3, rel=0.5) and {c["group"] for c in result["collectives"]} == {4}
+    assert summed == pytest.approx(2 * 3 / 4 * memory["state"] / 3, rel=0.5) and {
+        c["group"] for c in result["collectives"]
+    } == {4}
     assert 0 < result["estimate"]["at_best"]["seconds"] < result["estimate"]["one_by_one"]["seconds"]
     assert "it fits" in capsys.readouterr().out
 
@@ -296,7 +344,9 @@ def test_two_slices_sum_their_gradients_over_the_network_between_them(tmp_path, 
     result = figures(tmp_path, "--topology=v5e:2x2*2", "--config.mesh.fsdp=4")
     assert result["fits"] and result["chips"] == 8 and result["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     assert {c["group"] for c in result["collectives"]} == {4}, "parameters are gathered within a slice"
-    gradients = result["memory"]["state"] / 3  # of a chip's part of the parameters (AdamW has two more numbers for each)
+    gradients = (
+        result["memory"]["state"] / 3
+    )  # of a chip's part of the parameters (AdamW has two more numbers for each)
     assert gradients < result["between_slices"] < 8 * gradients  # matrices this small are padded
     assert "sent to other slices: 0.00 GB" in capsys.readouterr().out
 
@@ -306,8 +356,12 @@ def test_every_loop_of_a_step_is_counted(tmp_path):
     """Two micro-batches of scanned blocks: one forward pass more than the model's own, a third of its work."""
     flags = "micro_batches=2 model.scan=true model.image.depth=4 model.text.depth=3 mesh.fsdp=2".split()
     result = figures(tmp_path, "--topology=v5e:2x2", *(f"--config.{f}" for f in flags))
-    assert result["flops"] * 4 == pytest.approx(result["model_flops"] * 4 / 3, rel=0.02) and result["unknown_loops"] == 0
-    assert {c["group"] for c in result["collectives"] if c["kind"] == "all-gather" and c["shape"].startswith("bf16")} == {2}
+    assert (
+        result["flops"] * 4 == pytest.approx(result["model_flops"] * 4 / 3, rel=0.02) and result["unknown_loops"] == 0
+    )
+    assert {
+        c["group"] for c in result["collectives"] if c["kind"] == "all-gather" and c["shape"].startswith("bf16")
+    } == {2}
 
 
 @needs_libtpu
@@ -336,7 +390,10 @@ def test_variants_are_named_the_cheapest_first():
     topology, c = compile_lib.parse_topology("v5e:4x4"), config.load(CLIP, ["data.batch_size=4096"])
     tries = [overrides for overrides, _ in compile_lib.variants(c, topology, 8e9, 40e9)]
     assert tries[0] == ["mesh.fsdp=16"] and tries[1:3] == [["model.remat=dots"], ["model.remat=full"]]
-    assert tries[3:] == [["micro_batches=8"], ["micro_batches=8", "model.remat=full"]]  # 8 GB + 40 GB / 8 is below 90 % of 16 GiB
+    assert tries[3:] == [
+        ["micro_batches=8"],
+        ["micro_batches=8", "model.remat=full"],
+    ]  # 8 GB + 40 GB / 8 is below 90 % of 16 GiB
     c.model.scan = True
     tries = [overrides for overrides, _ in compile_lib.variants(c, topology, 1e9, 1e15)]
     assert tries[0] == ["model.scan=false"]
@@ -349,7 +406,9 @@ def test_search_stops_at_the_first_that_fits(monkeypatch):
     def fake(program, devices):
         compiled.append((program.config.model.remat, program.config.micro_batches))
         if program.config.micro_batches == 1:
-            raise compile_lib.DoesNotFit.of_compiler("RESOURCE_EXHAUSTED: total memory required (24.00G) exceeds available HBM (15.75G).")
+            raise compile_lib.DoesNotFit.of_compiler(
+                "RESOURCE_EXHAUSTED: total memory required (24.00G) exceeds available HBM (15.75G)."
+            )
         return {"memory": {"total": 1e9}}
 
     monkeypatch.setattr(compile_lib, "compile_for_tpu", fake)
@@ -370,7 +429,9 @@ def test_the_size_that_the_compiler_wanted():
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("variant, flags", [("b16", []), ("l14", ["--config.model.remat=full", "--config.model.scan=true"])])
+@pytest.mark.parametrize(
+    "variant, flags", [("b16", []), ("l14", ["--config.model.remat=full", "--config.model.scan=true"])]
+)
 def test_pods(variant, flags, tmp_path):
     path = tmp_path / "figures.json"
     assert compile_lib.main([f"--config={CLIP}:{variant}", "--topology=v5e:16x16", f"--json={path}", *flags]) == 0

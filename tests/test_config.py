@@ -33,7 +33,11 @@ def test_overrides_take_the_type_of_the_field():
          "eval.ema=true", "model.image.stem=(8, 16)", "mesh={'fsdp': 2}", "seed=7"],
     )  # fmt: skip
     assert (c.optim.lr, c.train.steps, c.seed, c.eval.ema, c.mesh.fsdp, c.mesh.data) == (3e-4, 1000, 7, True, 2, -1)
-    assert c.optim.lr_mult == (("^img", 0.1),) and c.data.augment == ("rrc(0.5, 1.0)", "flip") and c.model.image.stem == (8, 16)
+    assert (
+        c.optim.lr_mult == (("^img", 0.1),)
+        and c.data.augment == ("rrc(0.5, 1.0)", "flip")
+        and c.model.image.stem == (8, 16)
+    )
 
 
 def test_a_path_for_the_section_data_is_its_source():
@@ -61,7 +65,11 @@ def test_wrong_overrides(override, message):
 
 @pytest.mark.parametrize(
     "spec, message",
-    [("configs/none.py", "there is no file"), (f"{CLIP}:b33", "did you mean 'b32'"), (f"{CLIP}:rn5", "did you mean 'rn50'")],
+    [
+        ("configs/none.py", "there is no file"),
+        (f"{CLIP}:b33", "did you mean 'b32'"),
+        (f"{CLIP}:rn5", "did you mean 'rn50'"),
+    ],
 )
 def test_wrong_config_files(spec, message):
     with pytest.raises(UserError, match=message):

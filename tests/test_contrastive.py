@@ -9,7 +9,7 @@ from helpers import unit
 
 from clip_jax.losses import contrastive, pairwise
 from clip_jax.losses.contrastive import cross_entropy, infonce
-from clip_jax.training.sharding import batch_sharding, make_mesh
+from clip_jax.runtime.sharding import batch_sharding, make_mesh
 
 
 def loss(z_image, z_text, log_scale, smoothing=0.0):
@@ -32,14 +32,16 @@ def test_golden_label_smoothing(path):
     def summed(image, text, temperature):
         return 2 * infonce(image, text, 1 / temperature, float(g["label_smoothing"]))[0]
 
-    value, grads = jax.value_and_grad(summed, argnums=(0, 1, 2))(g["image_features"], g["text_features"], g["temperature"])
+    value, grads = jax.value_and_grad(summed, argnums=(0, 1, 2))(
+        g["image_features"], g["text_features"], g["temperature"]
+    )
     np.testing.assert_allclose(value, g["loss_sum"], rtol=1e-4, atol=1e-5)
     for grad, name in zip(grads, ("image", "text", "temperature"), strict=True):
         np.testing.assert_allclose(grad, g[f"grad_{name}_of_sum"], rtol=1e-4, atol=1e-5)
 
 
 def check_golden(path, fn, args, grads, rtol=1e-4, atol=1e-5):
-    """Value and gradients of ``fn`` of the named arrays of a file; gradients by the names of the arguments."""
+    """Value and gradients of `fn` of the named arrays of a file; gradients by the names of the arguments."""
     g = np.load(path)
     value, found = jax.value_and_grad(fn, argnums=tuple(range(len(grads))))(*(g[name] for name in args))
     np.testing.assert_allclose(value, g["loss"], rtol=rtol, atol=atol)
@@ -66,7 +68,9 @@ def same_label(_, labels_a, labels_b, i, j):
 def test_golden_targets_from_labels(path):
     check_golden(
         path,
-        lambda image, text, scale, labels: contrastive.soft_infonce(image, text, scale, same_label, (), labels, labels)[0],
+        lambda image, text, scale, labels: contrastive.soft_infonce(image, text, scale, same_label, (), labels, labels)[
+            0
+        ],
         ("image_features", "text_features", "scale", "labels"),
         ("grad_image", "grad_text", "grad_scale"),
     )
@@ -138,7 +142,10 @@ LOSSES = {
     "soft_infonce": lambda a, b, s, t: contrastive.soft_infonce(a, b, s, similar, t, b, a)[0],
     "sigmoid": lambda a, b, s, t: contrastive.sigmoid(a, b, s, -t)[0],
     "filip": lambda a, b, s, t: (
-        t * contrastive.filip(a.reshape(len(a), 2, -1), b.reshape(len(b), 2, -1), jnp.arange(len(b) * 2).reshape(-1, 2) % 3 != 1, s)[0]
+        t
+        * contrastive.filip(
+            a.reshape(len(a), 2, -1), b.reshape(len(b), 2, -1), jnp.arange(len(b) * 2).reshape(-1, 2) % 3 != 1, s
+        )[0]
     ),
 }
 
@@ -155,14 +162,17 @@ def plain(a, b, s, t):
     of_text = (tokens.max(2) * m).sum(2) / m.sum(1)
     return {
         "infonce": 0.5 * (w * (cross_entropy(logits, smooth) + cross_entropy(logits.T, smooth))).mean(),
-        "soft_infonce": 0.5 * (cross_entropy(logits, y / y.sum(1, keepdims=True)) + cross_entropy(logits.T, (y / y.sum(0)).T)).mean(),
+        "soft_infonce": 0.5
+        * (cross_entropy(logits, y / y.sum(1, keepdims=True)) + cross_entropy(logits.T, (y / y.sum(0)).T)).mean(),
         "sigmoid": -jax.nn.log_sigmoid((2 * own - 1) * (logits - t)).sum(1).mean(),
         "filip": t * 0.5 * (cross_entropy(s * of_image, own) + cross_entropy(s * of_text.T, own)).mean(),
     }
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("b, spread", [(37, False), (40, True), (36, True)], ids=["uneven tiles", "8 devices", "4 of 8 devices"])
+@pytest.mark.parametrize(
+    "b, spread", [(37, False), (40, True), (36, True)], ids=["uneven tiles", "8 devices", "4 of 8 devices"]
+)
 def test_tiles_give_value_and_gradients_of_the_whole_matrix(monkeypatch, mesh8, name, b, spread):
     monkeypatch.setattr(pairwise, "TILE_ENTRIES", 16 if name != "filip" else 64)
     args = unit(0, b, 16), unit(1, b, 16), jnp.float32(9.0), jnp.float32(0.5)
@@ -195,7 +205,10 @@ def temporary_mib():
     def measure(b):
         z, scale = jax.ShapeDtypeStruct((b, 512), jnp.float32, sharding=rows), jax.ShapeDtypeStruct((), jnp.float32)
         with jax.set_mesh(mesh):
-            fn = jax.jit(jax.value_and_grad(lambda *args: infonce(*args)[0], argnums=(0, 1, 2)), out_shardings=(None, (rows, rows, None)))
+            fn = jax.jit(
+                jax.value_and_grad(lambda *args: infonce(*args)[0], argnums=(0, 1, 2)),
+                out_shardings=(None, (rows, rows, None)),
+            )
             return fn.lower(z, z, scale).compile().memory_analysis().temp_size_in_bytes / 2**20
 
     return {b: measure(b) for b in (16_384, 32_768, 131_072)}

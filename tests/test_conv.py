@@ -51,6 +51,8 @@ def test_the_gradient_keeps_one_image_and_not_one_for_each_tap():
 
 
 def test_a_tpu_gets_the_native_form():
-    text = jax.jit(lambda x, k: conv.depthwise(1, ((1, 1), (1, 1)), x, k)).trace(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 1, 2)))
+    text = jax.jit(lambda x, k: conv.depthwise(1, ((1, 1), (1, 1)), x, k)).trace(
+        jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 1, 2))
+    )
     assert "stablehlo.convolution" in text.lower(lowering_platforms=("tpu",)).as_text()
     assert "stablehlo.convolution" not in text.lower(lowering_platforms=("cpu",)).as_text()

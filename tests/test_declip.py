@@ -26,14 +26,20 @@ from clip_jax.models.common import l2_normalize
 from clip_jax.models.heads import MlpHead
 from clip_jax.models.masking import mask_tokens
 from clip_jax.models.one_tower import real_tokens
-from clip_jax.training import sharding
+from clip_jax.runtime import sharding
 
 CONFIG = str(REPO / "configs" / "declip.py")
 EOT = 1
 
 
 def tiny(*overrides, variant="smoke"):
-    given = [*TINY, "declip.head_width=24", "declip.predictor_width=8", "declip.queue_size=48", "declip.wait_for_queue=false"]
+    given = [
+        *TINY,
+        "declip.head_width=24",
+        "declip.predictor_width=8",
+        "declip.queue_size=48",
+        "declip.wait_for_queue=false",
+    ]
     return config.resolve(config.load(f"{CONFIG}:{variant}", [*given, *overrides]), make_tokenizer("sentencepiece"))
 
 
@@ -58,7 +64,7 @@ BATCH = {
 
 
 def start(*overrides):
-    """``(the method's functions, params, extra)``."""
+    """`(the method's functions, params, extra)`."""
     declip = DeCLIP(tiny(*overrides))
     return declip, *jax.jit(declip.init)(jax.random.key(0), BATCH)
 
@@ -96,7 +102,10 @@ class Golden:
         queue = {"rows": g["queue"], "next": g["queue_ptr"], "filled": np.int32(0)}
         self.extra = {
             "queue": queue,
-            "batch_stats": {"projector": self.stats("param", "projector", 3), "predictor": self.stats("param", "predictor", 1)},
+            "batch_stats": {
+                "projector": self.stats("param", "projector", 3),
+                "predictor": self.stats("param", "predictor", 1),
+            },
         }
         labels = g["mlm_labels"]
         self.masks = {
@@ -109,7 +118,7 @@ class Golden:
         self.gradients = tuple(g[f"grad_{name}"] for name in names)
 
     def head(self, prefix, layers):
-        """torch calls the linear layers linear1, ... and a last one without batch norm ``layer``."""
+        """torch calls the linear layers linear1, ... and a last one without batch norm `layer`."""
         g, params = self.g, {}
         for i in range(1, layers + 1):
             fc = f"{prefix}.linear{i}" if f"{prefix}.linear{i}.weight" in g else f"{prefix}.layer{i}"
@@ -119,10 +128,13 @@ class Golden:
         return params
 
     def stats(self, prefix, head, layers):
-        return {f"bn{i}": {k: self.g[f"{prefix}.{head}.bn{i}.running_{k}"] for k in ("mean", "var")} for i in range(1, layers + 1)}
+        return {
+            f"bn{i}": {k: self.g[f"{prefix}.{head}.bn{i}.running_{k}"] for k in ("mean", "var")}
+            for i in range(1, layers + 1)
+        }
 
     def __call__(self, params, inputs):
-        """``(loss, (metrics, features, extra))``."""
+        """`(loss, (metrics, features, extra))`."""
         u1, u2, v, va, words = inputs
         features = {"image": jnp.stack([u1, u2], 1), "text": l2_normalize(jnp.stack([v, va], 1))}
         features["mlm"] = self.declip.masked_modelling(params, words, self.masks)
@@ -135,9 +147,9 @@ class Golden:
 def test_golden_loss(file):
     golden = Golden(file)
     g, close = golden.g, functools.partial(np.testing.assert_allclose, rtol=5e-4, atol=2e-5)
-    (total, (metrics, features, extra)), (d_params, d_inputs) = jax.jit(jax.value_and_grad(golden, argnums=(0, 1), has_aux=True))(
-        golden.params, golden.inputs
-    )
+    (total, (metrics, features, extra)), (d_params, d_inputs) = jax.jit(
+        jax.value_and_grad(golden, argnums=(0, 1), has_aux=True)
+    )(golden.params, golden.inputs)
     close(total, g["loss_total"])
     close(0.25 * metrics["loss_clip"] + 0.75 * metrics["loss_multi_view"], g["loss_clip"])
     for term in ("nn", "simsiam", "mlm"):
@@ -152,7 +164,10 @@ def test_golden_loss(file):
         jax.tree.map(close, d_params[name], golden.head(f"grad.{name}", layers))
     close(d_params["mlm"]["kernel"], g["grad.text_label_predictor.weight"].T)
     close(d_params["mlm"]["bias"], g["grad.text_label_predictor.bias"])
-    stats = {"projector": golden.stats("bn_after", "projector", 3), "predictor": golden.stats("bn_after", "predictor", 1)}
+    stats = {
+        "projector": golden.stats("bn_after", "projector", 3),
+        "predictor": golden.stats("bn_after", "predictor", 1),
+    }
     jax.tree.map(close, extra["batch_stats"], stats)
     for k, name in enumerate(("nn_index_text", "nn_index_text_aug")):
         rows, index = nearest(features["text"][:, k], g["queue"])
@@ -167,7 +182,7 @@ def test_golden_loss(file):
 
 
 def parts(*overrides, image=None, text=None, queue=None, **more):
-    """``loss(log scale, changed features) -> (loss, metrics)`` of views made by hand: two of images and of texts, 8 pairs of width 16."""
+    """`loss(log scale, changed features) -> (loss, metrics)` of views made by hand: two of images and of texts, 8 pairs of width 16."""
     declip = DeCLIP(tiny(*overrides))
     queue = {"rows": unit(4, 20, 16) if queue is None else queue, "next": 0, "filled": 0}
     base = {"image": image or (unit(0, 8, 16), unit(1, 8, 16)), "text": text or (unit(2, 8, 16), unit(3, 8, 16))} | more
@@ -226,7 +241,9 @@ def test_neighbours_that_several_captions_share():
     logits = np.exp(3.0) * u @ v.T
     np.testing.assert_allclose(plain, -jax.nn.log_softmax(logits).diagonal().mean(), rtol=1e-5)
     same = np.asarray(v @ v.T > 0.999) & ~np.eye(8, dtype=bool)
-    np.testing.assert_allclose(skipping, -jax.nn.log_softmax(np.where(same, -1e30, logits)).diagonal().mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        skipping, -jax.nn.log_softmax(np.where(same, -1e30, logits)).diagonal().mean(), rtol=1e-5
+    )
     assert skipping < plain
 
 
@@ -236,7 +253,9 @@ def test_oracle_8_the_loss_is_linear_in_the_weights():
     terms = ("clip", "multi_view", "nn", "simsiam", "mlm", "simclr")
     alone = {term: parts(*weights(**{term: 1}), **more)()[0] for term in terms}
     given = dict(zip(terms, (0.1, 0.3, 0.2, 0.25, 0.5, 0.7), strict=True))
-    np.testing.assert_allclose(parts(*weights(**given), **more)()[0], sum(w * alone[t] for t, w in given.items()), rtol=1e-5)
+    np.testing.assert_allclose(
+        parts(*weights(**given), **more)()[0], sum(w * alone[t] for t, w in given.items()), rtol=1e-5
+    )
 
 
 def test_oracle_g2_equal_embeddings():
@@ -260,7 +279,10 @@ def test_the_scale_is_capped_with_a_gradient():
     np.testing.assert_allclose(jax.grad(lambda s: loss(s)[0])(2.0), (loss(2.01)[0] - loss(1.99)[0]) / 0.02, rtol=1e-2)
     declip = DeCLIP(tiny())
     for start, expected in ((1.0, 3.0), (4.0, 4.0), (9.0, 6.0)):
-        assert declip.constrain({"logit_scale": jnp.float32(start), "other": 9.0}) == {"logit_scale": expected, "other": 9.0}
+        assert declip.constrain({"logit_scale": jnp.float32(start), "other": 9.0}) == {
+            "logit_scale": expected,
+            "other": 9.0,
+        }
 
 
 def test_the_first_random_rows_may_be_waited_for():
@@ -314,7 +336,9 @@ def test_oracle_6_masks():
     ids, special, mask_id = texts(3, (20_000, 20)), (0, EOT, 2, 9), 4096
     ids[:, 0] = 2  # a token for the start
     real, keys = np.asarray(real_tokens(ids, EOT)), jax.random.split(jax.random.key(0), len(ids))
-    masks = jax.device_get(jax.jit(lambda *x: mask_tokens(*x, 0.15, (0.8, 0.1), 4000, special, mask_id))(keys, ids, real))
+    masks = jax.device_get(
+        jax.jit(lambda *x: mask_tokens(*x, 0.15, (0.8, 0.1), 4000, special, mask_id))(keys, ids, real)
+    )
     chosen = np.zeros(ids.shape, bool)
     np.put_along_axis(chosen, masks["positions"], masks["chosen"], axis=1)
     allowed = real & ~np.isin(ids, special)
@@ -359,7 +383,9 @@ def test_the_text_is_embedded_masked_or_as_it_is(started):
     np.testing.assert_array_equal(first["text"][:, 1], second["text"][:, 1])
     clean = DeCLIP(tiny("declip.contrast_on_masked=false"))
     ours = jax.jit(lambda: clean.encode(params, extra, BATCH, jax.random.key(1), True)[0])()
-    np.testing.assert_allclose(ours["text"][:, 0], clean.towers.embed_text(params, extra, BATCH["text"][:, 0]), atol=1e-5)
+    np.testing.assert_allclose(
+        ours["text"][:, 0], clean.towers.embed_text(params, extra, BATCH["text"][:, 0]), atol=1e-5
+    )
     np.testing.assert_allclose(ours["mlm"], first["mlm"], rtol=1e-5)
 
 
@@ -493,7 +519,13 @@ def test_fields_of_no_use_are_refused():
 def test_the_configurations_hold_every_option():
     assert set(config.load(CONFIG).declip) == {f.name for f in dataclasses.fields(Options)}
     released, paper = (config.load(f"{CONFIG}:{name}").declip for name in ("b32", "b32_paper"))
-    assert [released[t] for t in TERMS[:5]] == [0.1, 0.3, 0.2, 0.2, 0.2] and [paper[t] for t in TERMS[:5]] == [0.4, 0.2, 0.2, 0.2, 0.2]
+    assert [released[t] for t in TERMS[:5]] == [0.1, 0.3, 0.2, 0.2, 0.2] and [paper[t] for t in TERMS[:5]] == [
+        0.4,
+        0.2,
+        0.2,
+        0.2,
+        0.2,
+    ]
     assert config.load(f"{CONFIG}:b32_defilip").declip.filip == 0.2
     slip = config.load(f"{CONFIG}:b32_slip").declip
     assert [t for t in TERMS if slip[t]] == ["clip", "simclr"]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from clip_jax.data import decode
-from clip_jax.data.sources import BadRecord
+from clip_jax.data.records import BadRecord
 
 
 def encode(image, form="PNG", **options):
@@ -92,7 +92,9 @@ def test_16_bit_grey_is_scaled(form):
 
 def test_float_grey_is_scaled():
     values = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
-    np.testing.assert_array_equal(decode.decode_image(encode(Image.fromarray(values), "TIFF"))[..., 0].ravel(), np.arange(256))
+    np.testing.assert_array_equal(
+        decode.decode_image(encode(Image.fromarray(values), "TIFF"))[..., 0].ravel(), np.arange(256)
+    )
 
 
 def test_grey_and_one_bit():
@@ -172,14 +174,18 @@ def test_arrays(shape):
         np.testing.assert_array_equal(decoded, np.broadcast_to(array.reshape(5, 7, -1), (5, 7, 3)))
 
 
-@pytest.mark.parametrize("array", [np.zeros((5, 7), np.float32), np.zeros((5, 7, 2), np.uint8), np.zeros((0, 7, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "array", [np.zeros((5, 7), np.float32), np.zeros((5, 7, 2), np.uint8), np.zeros((0, 7, 3), np.uint8)]
+)
 def test_unsupported_arrays(array):
     with pytest.raises(BadRecord, match="unsupported array"):
         decode.decode_image(array)
 
 
 def photo(height, width):
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+        (width, height), Image.BICUBIC
+    )
 
 
 @pytest.mark.parametrize(("size", "scale"), [(301, 1), (300, 2), (150, 4), (75, 8), (10, 8)])

@@ -25,7 +25,10 @@ def test_paths_and_fields_named_in_the_docs_exist(page):
     for path in re.findall(r"`((?:clip_jax|configs|docs|launch|tests|benchmarks)/[\w/.]+)`", text):
         assert (REPO / path).exists(), path
     files = {REPO / path for path in re.findall(r"configs/\w+\.py", text)}
-    configs = [config.base(), *(config.load(str(path)) for path in sorted(files) if path.exists())]  # none is called METHOD.py
+    configs = [
+        config.base(),
+        *(config.load(str(path)) for path in sorted(files) if path.exists()),
+    ]  # none is called METHOD.py
     for key in re.findall(r"--config\.([a-z_.]+)=", text):
         assert any(has(c, key) for c in configs), key
 

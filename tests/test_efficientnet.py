@@ -84,7 +84,9 @@ def test_a_stride_of_two_pads_as_tensorflow_or_as_for_an_even_size(size, same, e
                 return conv(x, 4, 3, 2, padding, jnp.float32, "conv")
 
         padded = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-        expected = jax.lax.conv_general_dilated(padded, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        expected = jax.lax.conv_general_dilated(
+            padded, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         found = Conv().apply({"params": {"conv": {"kernel": kernel}}}, x)
         assert found.shape == expected.shape and found.shape[1] == (size + sum(pad) - 3) // 2 + 1
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
@@ -102,7 +104,10 @@ def test_the_projection_is_optional():
 
 def test_depthwise_kernels_start_as_large_as_their_filters_ask_for():
     params = jax.jit(efficientnet().init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    for kernel, fan in ((params["mbconv_2"]["depthwise_conv"]["kernel"], 25), (params["mbconv_3"]["expand_conv"]["kernel"], 64)):
+    for kernel, fan in (
+        (params["mbconv_2"]["depthwise_conv"]["kernel"], 25),
+        (params["mbconv_3"]["expand_conv"]["kernel"], 64),
+    ):
         np.testing.assert_allclose(kernel.std(), (2 / fan) ** 0.5, rtol=0.1)
 
 
@@ -122,7 +127,9 @@ def test_stochastic_depth_acts_in_training_only_and_spares_the_first_block():
     def run(stages, train, keys, **fields):
         tower = efficientnet(stages=stages, stochastic_depth=0.9, **fields)
         variables = jax.jit(tower.init)(jax.random.key(0), images)
-        apply = jax.jit(lambda keys: tower.apply(variables, images, train=train, keys=keys, mutable=["batch_stats"])[0][0])
+        apply = jax.jit(
+            lambda keys: tower.apply(variables, images, train=train, keys=keys, mutable=["batch_stats"])[0][0]
+        )
         return apply(keys)
 
     stages = ((32, 1, 3, 1, 1), (16, 2, 3, 2, 4))  # the first and the third of three blocks have a residual
@@ -140,7 +147,9 @@ def test_scanned_blocks_are_the_single_ones():
 
     def run(variables):
         def fn(params):
-            (z, _), new = image_tower(model).apply({**variables, "params": params}, images, True, keys, mutable=["batch_stats"])
+            (z, _), new = image_tower(model).apply(
+                {**variables, "params": params}, images, True, keys, mutable=["batch_stats"]
+            )
             return jnp.sin(z).sum(), new
 
         return jax.jit(jax.grad(fn, has_aux=True))(variables["params"])
@@ -148,10 +157,17 @@ def test_scanned_blocks_are_the_single_ones():
     expected = run(variables)
     model.scan, model.remat = True, "full"
     shapes = jax.eval_shape(image_tower(model).init, jax.random.key(0), images)
-    assert shapes["params"]["mbconv_2_to_4"]["project_conv"]["kernel"].shape == (3, 1, 1, 64, 16) and "mbconv_1" in shapes["params"]
+    assert (
+        shapes["params"]["mbconv_2_to_4"]["project_conv"]["kernel"].shape == (3, 1, 1, 64, 16)
+        and "mbconv_1" in shapes["params"]
+    )
     found = run(stack_layers(variables, shapes))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), unstack_layers(found[0]), expected[0])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), unstack_layers(found[1]), expected[1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), unstack_layers(found[0]), expected[0]
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), unstack_layers(found[1]), expected[1]
+    )
 
 
 def test_recomputation_replays_the_dropped_blocks():
@@ -162,7 +178,9 @@ def test_recomputation_replays_the_dropped_blocks():
 
     def run():
         def fn(params):
-            (z, _), new = image_tower(model).apply({**variables, "params": params}, images, True, keys, mutable=["batch_stats"])
+            (z, _), new = image_tower(model).apply(
+                {**variables, "params": params}, images, True, keys, mutable=["batch_stats"]
+            )
             return jnp.sin(z).sum(), new
 
         return jax.jit(jax.grad(fn, has_aux=True))(variables["params"])

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.data.build import emoji, openclipart, packages, pictures
-from clip_jax.data.build.tfds_writer import write_dataset
 from clip_jax.errors import UserError
+from clip_jax.tools.build import emoji, openclipart, packages, pictures
+from clip_jax.tools.build.tfds_writer import write_dataset
 
 REPO = Path(__file__).parent.parent
 SEEN = {"noto", "noto_v1", "fluent_3d", "fluent_flat", "twemoji"}
@@ -32,7 +32,8 @@ def read(folder, decode_image=False):
 
     return {
         split: [
-            {k: v if k == "image" else text(v) for k, v in record.items()} for record in builder.as_data_source(split, decoders=decoders)
+            {k: v if k == "image" else text(v) for k, v in record.items()}
+            for record in builder.as_data_source(split, decoders=decoders)
         ]
         for split in builder.info.splits
     }
@@ -65,7 +66,14 @@ def test_emoji_counts(emoji_splits):
         "test_unseen_vendor": 138,
     }
     vendors = collections.Counter(r["vendor"] for records in emoji_splits.values() for r in records)
-    assert vendors == {"noto": 1910, "noto_v1": 1236, "fluent_3d": 1852, "fluent_flat": 1594, "twemoji": 1911, "emojione_v2": 1367}
+    assert vendors == {
+        "noto": 1910,
+        "noto_v1": 1236,
+        "fluent_3d": 1852,
+        "fluent_flat": 1594,
+        "twemoji": 1911,
+        "emojione_v2": 1367,
+    }
     assert "tensorflow" not in sys.modules
 
 
@@ -80,7 +88,11 @@ def test_emoji_split_by_concept_and_vendor(emoji_splits):
             pictures_of[part].add(record["image"])
     for values in (families, pictures_of):
         assert values.keys() == {"train", "val", "test"}
-        assert not values["train"] & values["val"] and not values["train"] & values["test"] and not values["val"] & values["test"]
+        assert (
+            not values["train"] & values["val"]
+            and not values["train"] & values["test"]
+            and not values["val"] & values["test"]
+        )
     names = {r["name"] for part in ("val", "test") for r in emoji_splits[f"{part}_seen_vendor"]}
     assert not names & {r["name"] for r in emoji_splits["train"]}
 
@@ -97,12 +109,16 @@ def test_emoji_texts(emoji_splits):
     seen = set()
     for records in emoji_splits.values():
         for record in records:
-            assert all(record[field].strip() for field in ("vendor", "concept", "name", "group", "subgroup")), record["concept"]
+            assert all(record[field].strip() for field in ("vendor", "concept", "name", "group", "subgroup")), record[
+                "concept"
+            ]
             assert record["tags"] and all(record["tags"]), record["concept"]
             assert all(keyword == " ".join(keyword.split()) != "" for keyword in record["keywords"]), record["concept"]
             seen.add((record["concept"], record["vendor"]))
     assert len(seen) == sum(map(len, emoji_splits.values()))
-    assert len({r["name"] for records in emoji_splits.values() for r in records if not r["keywords"]}) == 12  # emojilib has none
+    assert (
+        len({r["name"] for records in emoji_splits.values() for r in records if not r["keywords"]}) == 12
+    )  # emojilib has none
     octopus = next(r for records in emoji_splits.values() for r in records if r["concept"] == "1F419")
     assert octopus["name"] == "octopus" and octopus["tags"] == ["animal", "creature", "ocean"]
     assert octopus["group"] == "animals-nature" and octopus["subgroup"] == "animal-marine"
@@ -145,7 +161,9 @@ def test_openclipart_noise_and_test_split(openclipart_splits):
     train, test = openclipart_splits["train"], openclipart_splits["test"]
     counts = collections.Counter(openclipart.letters(r["title"]) for r in train + test)
     assert counts["gramastar"] == 1375
-    uninformative = sum(not openclipart.is_informative(r["title"], counts[openclipart.letters(r["title"])]) for r in train)
+    uninformative = sum(
+        not openclipart.is_informative(r["title"], counts[openclipart.letters(r["title"])]) for r in train
+    )
     assert 0.5 < uninformative / len(train) < 0.8
     for record in test:
         assert openclipart.is_informative(record["title"], counts[openclipart.letters(record["title"])])
@@ -155,7 +173,9 @@ def test_openclipart_noise_and_test_split(openclipart_splits):
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("folder", "limit"), [(emoji.OUT, 14e6), (openclipart.OUT, 12e6)], ids=["emoji", "openclipart"])
+@pytest.mark.parametrize(
+    ("folder", "limit"), [(emoji.OUT, 14e6), (openclipart.OUT, 12e6)], ids=["emoji", "openclipart"]
+)
 def test_size_and_metadata(folder, limit):
     import tensorflow_datasets as tfds
 
@@ -215,9 +235,16 @@ def test_concept_split_is_stable_and_80_10_10():
     assert {hexcode: emoji.concept_split(hexcode) for hexcode in splits} == splits
     shares = collections.Counter(emoji.concept_split(f"{point:X}") for point in range(0x20000, 0x24000))
     total = sum(shares.values())
-    assert shares["train"] / total == pytest.approx(0.8, abs=0.02) and shares["val"] / total == pytest.approx(0.1, abs=0.02)
-    assert emoji.split_of("1F419", "noto") == "train" and emoji.split_of("1F419", "emojione_v2") == "train_unseen_vendor"
-    assert emoji.split_of("1F643", "noto") == "test_seen_vendor" and emoji.split_of("1F643", "emojione_v2") == "test_unseen_vendor"
+    assert shares["train"] / total == pytest.approx(0.8, abs=0.02) and shares["val"] / total == pytest.approx(
+        0.1, abs=0.02
+    )
+    assert (
+        emoji.split_of("1F419", "noto") == "train" and emoji.split_of("1F419", "emojione_v2") == "train_unseen_vendor"
+    )
+    assert (
+        emoji.split_of("1F643", "noto") == "test_seen_vendor"
+        and emoji.split_of("1F643", "emojione_v2") == "test_unseen_vendor"
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,7 +280,12 @@ def concept(hexcode, name):
     return emoji.Concept(hexcode, name, [], [], "", "", [])
 
 
-CONCEPTS = [concept("1F419", "octopus"), concept("2600-FE0F", "sun"), concept("1F997", "cricket"), concept("1F3AF", "bullseye")]
+CONCEPTS = [
+    concept("1F419", "octopus"),
+    concept("2600-FE0F", "sun"),
+    concept("1F997", "cricket"),
+    concept("1F3AF", "bullseye"),
+]
 ICONS = {
     "prefix": "p",
     "width": 32,
@@ -267,7 +299,9 @@ def test_iconify_by_slug_and_by_code_point(tmp_path):
     icons = json.dumps(ICONS).encode()
     by_slug = make_tar(tmp_path / "slug.tgz", {"icons.json": icons, "chars.json": b"{}"})
     assert [c.name for c, _ in emoji.iconify(by_slug, CONCEPTS)] == ["octopus", "sun", "bullseye"]
-    by_point = make_tar(tmp_path / "point.tgz", {"icons.json": icons, "chars.json": b'{"2600": "cricket", "1f419": "unknown"}'})
+    by_point = make_tar(
+        tmp_path / "point.tgz", {"icons.json": icons, "chars.json": b'{"2600": "cricket", "1f419": "unknown"}'}
+    )
     assert [c.name for c, _ in emoji.iconify(by_point, CONCEPTS)] == ["sun"]
 
 
@@ -316,7 +350,13 @@ def test_openclipart_metadata():
 def test_openclipart_informative():
     assert openclipart.letters("Clock_12 (B and W)") == "clock b and w"
     assert openclipart.is_informative("Apple Core", 1)
-    for title, count in (("Apple Core", 2), ("", 1), ("R2", 1), ("Lemon SVG theme", 1), ("Clipart by Nicu Buculei - bee", 1)):
+    for title, count in (
+        ("Apple Core", 2),
+        ("", 1),
+        ("R2", 1),
+        ("Lemon SVG theme", 1),
+        ("Clipart by Nicu Buculei - bee", 1),
+    ):
         assert not openclipart.is_informative(title, count)
 
 
@@ -341,7 +381,11 @@ def test_giant_png_is_never_decoded():
 
 def test_rendering_svg():
     pytest.importorskip("resvg_py")
-    image = Image.open(io.BytesIO(pictures.render_svg(emoji.to_svg(ICONS | {"icons": {"a": {"body": '<path d="M0 0h16v32H0"/>'}}}, "a"))))
+    image = Image.open(
+        io.BytesIO(
+            pictures.render_svg(emoji.to_svg(ICONS | {"icons": {"a": {"body": '<path d="M0 0h16v32H0"/>'}}}, "a"))
+        )
+    )
     assert image.size == (64, 64) and image.getpixel((10, 30)) == (0, 0, 0, 255) and image.getpixel((50, 30))[3] == 0
 
 
@@ -366,7 +410,9 @@ def test_to_webp_sizes_and_channels():
     assert size_and_mode(Image.new("RGBA", (10, 20), (1, 2, 3, 4))) == ((10, 20), "RGBA")  # never enlarged
     assert size_and_mode(Image.new("L", (1000, 2))) == ((64, 1), "RGBA")
     square = pictures.to_square(Image.new("RGB", (10, 20), "red"))
-    assert square.size == (20, 20) and square.getpixel((2, 10))[3] == 0 and square.getpixel((10, 10)) == (255, 0, 0, 255)
+    assert (
+        square.size == (20, 20) and square.getpixel((2, 10))[3] == 0 and square.getpixel((10, 10)) == (255, 0, 0, 255)
+    )
 
 
 def test_shrinking_keeps_edges_clean():
@@ -384,7 +430,9 @@ def tiny(folder, splits, **changes):
         "name": tfds.features.Text(),
         "tags": tfds.features.Sequence(tfds.features.Text()),
     }
-    arguments = dict(name="tiny", version="2.1.0", features=features, description="d", homepage="h", citation="c", license_text="l")
+    arguments = dict(
+        name="tiny", version="2.1.0", features=features, description="d", homepage="h", citation="c", license_text="l"
+    )
     return write_dataset(folder, splits=splits, **(arguments | changes))
 
 
@@ -395,7 +443,9 @@ def tiny_records(names):
 
 def test_writer_round_trip(tmp_path):
     folder = tmp_path / "tiny" / "2.1.0"
-    counts = tiny(folder, {"train": tiny_records(["é문어", "", "cc"]), "test": tiny_records(["d"])}, extra_files={"extra": b"1"})
+    counts = tiny(
+        folder, {"train": tiny_records(["é문어", "", "cc"]), "test": tiny_records(["d"])}, extra_files={"extra": b"1"}
+    )
     assert counts == {"train": 3, "test": 1} and (folder / "extra").read_bytes() == b"1"
     splits = read(folder)
     assert [r["name"] for r in splits["train"]] == ["é문어", "", "cc"] and [r["name"] for r in splits["test"]] == ["d"]

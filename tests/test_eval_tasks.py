@@ -3,7 +3,8 @@ import zlib
 import numpy as np
 import pytest
 
-from clip_jax.data.sources import BadRecord, MemorySource
+from clip_jax.data.records import BadRecord
+from clip_jax.data.sources import MemorySource
 from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
 from clip_jax.evaluation.tasks import (
@@ -42,7 +43,12 @@ class OracleModel:
         assert images.dtype == np.uint8 and images.shape[1:] == (SIZE, SIZE, 3)
         self.image_calls.append(len(images))
         keys = (self.text_of_picture.get(image.tobytes()) for image in images)
-        return np.stack([self._vector(image.tobytes() if key is None else key.encode()) for key, image in zip(keys, images, strict=True)])
+        return np.stack(
+            [
+                self._vector(image.tobytes() if key is None else key.encode())
+                for key, image in zip(keys, images, strict=True)
+            ]
+        )
 
     def embed_text(self, texts):
         self.text_calls.append(list(texts))
@@ -103,7 +109,9 @@ def test_zeroshot_task():
 
 def test_zeroshot_task_with_templates_duplicates_and_a_limit():
     records, _ = labelled()
-    model = OracleModel([(r["image"], "a cat" if r["label"] in (0, 3) else "a dog") for r in records if r["label"] in (0, 1, 3)])
+    model = OracleModel(
+        [(r["image"], "a cat" if r["label"] in (0, 3) else "a dog") for r in records if r["label"] in (0, 1, 3)]
+    )
     source = MemorySource(records)
     names = ["cat", "dog", "x", "cat", "y", "z", "w"]
     with pytest.raises(UserError, match="'cat'"):
@@ -115,7 +123,15 @@ def test_zeroshot_task_with_templates_duplicates_and_a_limit():
     assert model.text_calls[0] == ["a cat", "a dog", "a x", "a y", "a z", "a w"]
     limited = zeroshot_task(model, source, names, ["a {}"], duplicates="keep", limit=7)
     assert limited.metrics["zeroshot/images"] == 7
-    assert [int(i) for _, i in limited.artefacts["classification"]["zeroshot"].pictures.where] == [0, 3, 6, 9, 12, 15, 18]
+    assert [int(i) for _, i in limited.artefacts["classification"]["zeroshot"].pictures.where] == [
+        0,
+        3,
+        6,
+        9,
+        12,
+        15,
+        18,
+    ]
 
 
 def test_unusable_records_are_skipped_and_counted():
@@ -199,7 +215,11 @@ def test_pictures_reads_from_several_sources():
 
 # --- the emoji protocol ---
 
-SEEN = "red apple,tiger,flag: Chile,one o’clock,eleven-thirty,keycap: 3,woman pilot,pilot,family: man & boy,watch".split(",")
+SEEN = (
+    "red apple,tiger,flag: Chile,one o’clock,eleven-thirty,keycap: 3,woman pilot,pilot,family: man & boy,watch".split(
+        ","
+    )
+)
 UNSEEN = {
     "val": ["octopus", "flag: Peru", "man judge", "mug", "same name"],
     "test": ["tree", "two o’clock", "family", "men wrestling", "same name"],
@@ -215,7 +235,9 @@ KIND = {
 
 def emoji_record(name, vendor, key=None, noise=0):
     first = name.replace("-", " ").split()[0].strip(":")
-    group, subgroup = next((kind for kind, words in KIND.items() if first in words), ("animals-nature", "animal-marine"))
+    group, subgroup = next(
+        (kind for kind, words in KIND.items() if first in words), ("animals-nature", "animal-marine")
+    )
     return {"image": picture(key or (name, vendor), noise), "name": name, "texts": [name], "vendor": vendor, "group": group,
             "subgroup": subgroup, "concept": name.upper()}  # fmt: skip
 
@@ -282,7 +304,9 @@ def test_emoji_task_leaves_pictures_out_but_no_classes():
 
 def test_emoji_task_pixel_baseline():
     m = run_emoji(emoji_oracle(emoji_splits()), emoji_splits())[0].metrics
-    assert m["emoji/seen_concept_seen_vendor/pixel_1nn_top1"] == 1.0  # found in the other vendor's picture, not in itself
+    assert (
+        m["emoji/seen_concept_seen_vendor/pixel_1nn_top1"] == 1.0
+    )  # found in the other vendor's picture, not in itself
     assert m["emoji/seen_concept_unseen_vendor/pixel_1nn_top1"] == pytest.approx(0.8)
     assert not any("pixel" in key for key in m if "unseen_concept" in key)
     alone = emoji_splits()
@@ -314,7 +338,11 @@ def test_emoji_task_artefacts():
     result, _ = run_emoji(emoji_oracle(splits), splits)
     cells = {f"emoji/{c}_concept_{v}_vendor" for c in ("seen", "unseen") for v in ("seen", "unseen")}
     assert set(result.artefacts["classification"]) == cells
-    assert set(result.artefacts["retrieval"]) == set(result.artefacts["similarity"]) == {c for c in cells if "unseen_concept" in c}
+    assert (
+        set(result.artefacts["retrieval"])
+        == set(result.artefacts["similarity"])
+        == {c for c in cells if "unseen_concept" in c}
+    )
     assert set(result.artefacts["map"]) == {"emoji/unseen_concept"}
     table = result.artefacts["classification"]["emoji/unseen_concept_seen_vendor"]
     for i, record in enumerate(table.pictures):

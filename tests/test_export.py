@@ -15,9 +15,10 @@ from clip_jax import config as config_lib
 from clip_jax.data.tokenizers import SHIPPED_SENTENCEPIECE, make_tokenizer
 from clip_jax.errors import UserError
 from clip_jax.inference import Model
-from clip_jax.interop import clip_benchmark, export, export_tokenizer, load
+from clip_jax.interop import export, export_tokenizer, load
 from clip_jax.interop.tokenizer import find as find_tokenizer
 from clip_jax.methods.interface import make_method
+from clip_jax.tools import clip_benchmark
 from clip_jax.training import checkpoint
 
 TRANSFORMER = dict(width=32, depth=2, heads=2, mlp_dim=64)
@@ -31,7 +32,14 @@ EFFICIENT = dict(kind="efficientnet", size=32, stages=STAGES, padding="even", pr
 BERT = dict(TRANSFORMER, kind="bert", context=10, positions=10, pad_id=0)
 SIGLIP_TOKENIZER = "sentencepiece?lower=true&pad_with_eot=true"
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "cat", "##s", ",", "!", "pizza"]
-TEXTS = ["a photo of a cat", "Cats, PIZZA!  and <b>more</b>", "", "ein großer Hund läuft 123 m — schnell", "猫の写真 🐈", "a_b" * 30]
+TEXTS = [
+    "a photo of a cat",
+    "Cats, PIZZA!  and <b>more</b>",
+    "",
+    "ein großer Hund läuft 123 m — schnell",
+    "猫の写真 🐈",
+    "a_b" * 30,
+]
 
 
 def make_model(method="clip", image=None, text=None, tokenizer="clip_bpe", seed=0, **model):
@@ -68,8 +76,14 @@ def vocabulary(tmp_path_factory):
 
 CASES = {
     "quick_gelu": ("open_clip", dict()),
-    "gelu": ("open_clip", dict(image=dict(VIT, act="gelu", ln_pre=False), text=dict(TEXT, act="gelu", mask_padding=True))),
-    "gelu_tanh": ("open_clip", dict(image=dict(VIT, act="gelu_tanh", pool="gap"), text=dict(TEXT, act="gelu_tanh", mlp_dim=100))),
+    "gelu": (
+        "open_clip",
+        dict(image=dict(VIT, act="gelu", ln_pre=False), text=dict(TEXT, act="gelu", mask_padding=True)),
+    ),
+    "gelu_tanh": (
+        "open_clip",
+        dict(image=dict(VIT, act="gelu_tanh", pool="gap"), text=dict(TEXT, act="gelu_tanh", mlp_dim=100)),
+    ),
     "sigmoid": ("open_clip", dict(method="siglip", text=dict(TEXT, pool="first", causal=False, proj_bias=True))),
     "resnet": ("open_clip", dict(image=RESNET)),
     "clip": ("hf", dict(image=dict(VIT, act="gelu"))),
@@ -93,7 +107,14 @@ def test_round_trips_are_exact(name, vocabulary, tmp_path):
         np.testing.assert_array_equal(found[path], x, err_msg=path)
     assert again.config.method == model.config.method
     load.shapes(model.config.unlock())  # gives the towers all their fields
-    names = ["model.embed_dim", "model.image_mean", "model.image_std", "model.image.act", "model.text.act", "model.image.heads"]
+    names = [
+        "model.embed_dim",
+        "model.image_mean",
+        "model.image_std",
+        "model.image.act",
+        "model.text.act",
+        "model.image.heads",
+    ]
     assert config_lib.differences(model.config, again.config, names) == []
 
 
@@ -121,7 +142,9 @@ def test_what_open_clip_is_told(tmp_path):
     export.export(model, "open_clip", tmp_path / "out")
     content = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
     preprocess = content["preprocess_cfg"]
-    assert preprocess["resize_mode"] == "squash" and preprocess["interpolation"] == "bilinear" and preprocess["size"] == 16
+    assert (
+        preprocess["resize_mode"] == "squash" and preprocess["interpolation"] == "bilinear" and preprocess["size"] == 16
+    )
     assert preprocess["mean"] == list(model.config.model.image_mean)
     model_cfg = content["model_cfg"]
     assert model_cfg["quick_gelu"] is False and model_cfg["text_cfg"]["act_kwargs"] == {"approximate": "tanh"}
@@ -145,15 +168,35 @@ def test_preprocessing_without_an_equal_is_said(to, tmp_path):
     "to, fields, message",
     [
         ("open_clip", dict(image=dict(VIT, stem=(8, 16, 32))), r"cannot express model.image.stem=\(8, 16, 32\)"),
-        ("open_clip", dict(image=dict(VIT, pool="mean_all")), "cannot express model.image.pool='mean_all': such a model there has 'cls'"),
+        (
+            "open_clip",
+            dict(image=dict(VIT, pool="mean_all")),
+            "cannot express model.image.pool='mean_all': such a model there has 'cls'",
+        ),
         ("open_clip", dict(text=dict(TEXT, pool="mean")), "cannot express model.text.pool='mean'"),
-        ("open_clip", dict(image=dict(VIT, act="gelu"), text=dict(TEXT, act="quick_gelu")), "cannot express model.image.act='gelu'"),
+        (
+            "open_clip",
+            dict(image=dict(VIT, act="gelu"), text=dict(TEXT, act="quick_gelu")),
+            "cannot express model.image.act='gelu'",
+        ),
         ("open_clip", dict(image=dict(VIT, patch_bias=True)), "cannot express model.image.patch_bias=True"),
         ("open_clip", dict(image=dict(VIT, posemb="sincos2d")), "cannot express model.image.posemb='sincos2d'"),
-        ("open_clip", dict(method="siglip", image=MAP, text=LAST), "timm, .* has none of this patch, width, depth and size"),
-        ("open_clip", dict(method="align", image=EFFICIENT, embed_dim=16), "model.image.kind='efficientnet': its image tower is of the"),
+        (
+            "open_clip",
+            dict(method="siglip", image=MAP, text=LAST),
+            "timm, .* has none of this patch, width, depth and size",
+        ),
+        (
+            "open_clip",
+            dict(method="align", image=EFFICIENT, embed_dim=16),
+            "model.image.kind='efficientnet': its image tower is of the",
+        ),
         ("hf", dict(image=RESNET), "model.image.kind='resnet': its image tower is of the kind vit"),
-        ("hf", dict(image=dict(VIT, pool="gap")), "cannot express model.image.pool='gap': such a model there has 'cls'"),
+        (
+            "hf",
+            dict(image=dict(VIT, pool="gap")),
+            "cannot express model.image.pool='gap': such a model there has 'cls'",
+        ),
         ("hf", dict(image=dict(VIT, ln_pre=False)), "cannot express model.image.ln_pre=False"),
         ("hf", dict(text=dict(TEXT, causal=False)), "cannot express model.text.causal=False"),
         ("hf", dict(method="siglip"), "cannot express model.image.cls_token=True: such a model there has False"),
@@ -175,12 +218,14 @@ def test_models_without_text_tokens_are_refused(tmp_path):
 
 
 def written(tokenizer, context=77):
-    """``(tokenizers.Tokenizer, configuration)`` of the files for transformers."""
+    """`(tokenizers.Tokenizer, configuration)` of the files for transformers."""
     files = export_tokenizer.for_hf(tokenizer, context)
     return library.Tokenizer.from_str(json.dumps(files["tokenizer.json"])), files["tokenizer_config.json"]
 
 
-@pytest.mark.parametrize("spec", ["sentencepiece", SIGLIP_TOKENIZER, "sentencepiece?sot=true", "siglip:{spm}", "siglip:{spm}?clean=lower"])
+@pytest.mark.parametrize(
+    "spec", ["sentencepiece", SIGLIP_TOKENIZER, "sentencepiece?sot=true", "siglip:{spm}", "siglip:{spm}?clean=lower"]
+)
 def test_sentencepiece_gives_the_same_ids(spec, tmp_path):
     ours = make_tokenizer(spec.format(spm=SHIPPED_SENTENCEPIECE))
     theirs, config = written(ours)
@@ -208,7 +253,11 @@ def test_wordpiece_gives_the_same_ids(vocabulary):
 def test_clip_bpe_is_written_as_published(tmp_path):
     files = export_tokenizer.for_hf(make_tokenizer("clip_bpe"), 77)
     vocab = files["vocab.json"]
-    assert len(vocab) == 49408 and vocab["<|endoftext|>"] == 49407 and vocab["cat</w>"] == make_tokenizer("clip_bpe").encode("cat")[0]
+    assert (
+        len(vocab) == 49408
+        and vocab["<|endoftext|>"] == 49407
+        and vocab["cat</w>"] == make_tokenizer("clip_bpe").encode("cat")[0]
+    )
     assert files["merges.txt"].count(b"\n") == 48895
 
 
@@ -236,7 +285,9 @@ def test_clip_benchmark_gets_our_model_type(monkeypatch):
     assert clip_benchmark.main(["build", "a.json"]) == 0
     assert seen[0] == ["eval", "--model=runs/clip", "--model_type", "clip_jax", "--pretrained", "latest"]
     assert seen[1:] == [["eval", "--model=x", "--pretrained=best", "--model_type", "open_clip"], ["build", "a.json"]]
-    assert models.MODEL_TYPES == ["open_clip", "clip_jax"] and models.TYPE2FUNC["clip_jax"] is clip_benchmark.load_clip_jax
+    assert (
+        models.MODEL_TYPES == ["open_clip", "clip_jax"] and models.TYPE2FUNC["clip_jax"] is clip_benchmark.load_clip_jax
+    )
 
 
 def test_clip_benchmark_that_is_not_there_is_one_line(monkeypatch, capsys):

@@ -10,7 +10,7 @@ import pytest
 from conftest import COMPILE_FAST, REPO
 from helpers import losses, run, train_command
 
-from clip_jax.training import faults, hosts
+from clip_jax.runtime import command, faults, hosts
 
 TIMEOUT = 240
 # Long enough not to be over before the signal comes; the file of a run that ends by one is checked, not its length.
@@ -33,7 +33,7 @@ def wait_for(process, beginning):
 
 
 def end(process):
-    """``(exit status, what it said on stderr)``; fails when the process does not end."""
+    """`(exit status, what it said on stderr)`; fails when the process does not end."""
     try:
         error = process.communicate(timeout=TIMEOUT)[1]
         return process.returncode, error
@@ -48,7 +48,9 @@ def one_device(monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
 
 
-@pytest.mark.parametrize("number, status, word", [(signal.SIGTERM, 42, "preempted"), (signal.SIGINT, 130, "interrupted")])
+@pytest.mark.parametrize(
+    "number, status, word", [(signal.SIGTERM, 42, "preempted"), (signal.SIGINT, 130, "interrupted")]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number, status, word):
     process = subprocess.Popen(train_command(tmp_path, LONG, "checkpoint.steps=0", "checkpoint.minutes=0"), **PIPES)
     wait_for(process, "step    ")
@@ -58,7 +60,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number, status, w
     line = next(line for line in error.splitlines() if line.startswith(word))
     step = int(line.split(" at step ")[1].split(":")[0])
     assert line == f"{word} at step {step}: state saved; the same command goes on"
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [str(step)] and sorted(losses(tmp_path)) == list(range(1, step + 1))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [str(step)] and sorted(losses(tmp_path)) == list(
+        range(1, step + 1)
+    )
     again = run(train_command(tmp_path, f"train.steps={step + 1}"))
     assert again.returncode == 0 and f"from step {step}" in again.stdout
 
@@ -66,7 +70,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number, status, w
 def test_a_second_ctrl_c_ends_at_once():
     code = """
 import os, signal, time
-from clip_jax.training import faults
+from clip_jax.runtime import command, faults
 with faults.Signals() as signals, signals.deferred():
     os.kill(os.getpid(), signal.SIGINT)
     print(signals.status, flush=True)
@@ -95,18 +99,18 @@ def test_commands_end_with_a_status_and_a_line(capsys):
     def stop():
         raise faults.Stopped(42, "at step 3: state saved")
 
-    assert faults.command(stop) == 42
+    assert command.run(stop) == 42
     assert capsys.readouterr().err == "preempted at step 3: state saved; the same command goes on\n"
-    assert faults.command(lambda: None) == 0
+    assert command.run(lambda: None) == 0
     with pytest.raises(ZeroDivisionError):
-        faults.command(lambda: 1 / 0)
+        command.run(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("limit, status", [(0.01, 43), (0, 0)])
 def test_the_watchdog_names_the_stage_and_shows_where_it_waits(limit, status):
     code = f"""
 import sys, time
-from clip_jax.training import faults
+from clip_jax.runtime import command, faults
 with faults.watch({limit}), faults.stage("evaluation"):
     for _ in range(4):
         time.sleep(0.3)
@@ -132,7 +136,10 @@ def test_when_a_host_dies_the_other_one_stops(tmp_path, dying):
     status, error = end(children[1 - dying])
     end(children[dying])
     assert status == 43, error
-    assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1 and "another process is lost" in error
+    assert (
+        len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+        and "another process is lost" in error
+    )
 
 
 def test_when_a_host_hangs_the_other_one_stops(tmp_path):
@@ -158,7 +165,9 @@ def test_a_signal_to_one_host_stops_both_at_one_step(tmp_path):
 
 
 def test_a_loss_that_stays_nan_stops_all_hosts(tmp_path):
-    children = start_pair(tmp_path, "optim.lr=1e30", "optim.weight_decay=0", "train.max_bad_steps=3", "checkpoint.steps=1")
+    children = start_pair(
+        tmp_path, "optim.lr=1e30", "optim.weight_decay=0", "train.max_bad_steps=3", "checkpoint.steps=1"
+    )
     (status_0, error_0), (status_1, error_1) = map(end, children)
     assert (status_0, status_1) == (2, 2), error_0 + error_1
     for error in (error_0, error_1):
@@ -168,8 +177,16 @@ def test_a_loss_that_stays_nan_stops_all_hosts(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_no_step_is_lost_or_changed_by_random_kills(tmp_path, processes):
     """benchmarks/faults.py does the work; CLIP_JAX_FAULT_ROUNDS=20 for more rounds, CLIP_JAX_FAULT_SEED for others."""
-    rounds, seed = (os.environ.get(f"CLIP_JAX_FAULT_{name}", default) for name, default in (("ROUNDS", "2"), ("SEED", "0")))
-    command = [sys.executable, "benchmarks/faults.py", f"--rounds={rounds}", f"--processes={processes}", f"--seed={seed}"]
+    rounds, seed = (
+        os.environ.get(f"CLIP_JAX_FAULT_{name}", default) for name, default in (("ROUNDS", "2"), ("SEED", "0"))
+    )
+    command = [
+        sys.executable,
+        "benchmarks/faults.py",
+        f"--rounds={rounds}",
+        f"--processes={processes}",
+        f"--seed={seed}",
+    ]
     env, timeout = os.environ | {"PYTHONPATH": str(REPO)}, TIMEOUT * (int(rounds) + 2)
     process = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=timeout)
     assert process.returncode == 0, process.stdout + process.stderr

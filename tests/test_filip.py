@@ -24,7 +24,7 @@ from clip_jax.methods import filip as method_lib
 from clip_jax.methods.filip import Options, late_interaction, select_keys
 from clip_jax.methods.interface import make_method
 from clip_jax.models.common import l2_normalize
-from clip_jax.training.sharding import batch_sharding, make_mesh
+from clip_jax.runtime.sharding import batch_sharding, make_mesh
 
 CONFIG = str(REPO / "configs" / "filip.py")
 PAIRS = {**BATCH, "text": texts(0)}
@@ -41,7 +41,7 @@ def loss(u, v, real=REAL):
 
 
 def directions(u, v, real):
-    """``(image to text [n, m], text to image [m, n])`` by loops over the pairs, in float64."""
+    """`(image to text [n, m], text to image [m, n])` by loops over the pairs, in float64."""
     u, v = np.asarray(u, np.float64), np.asarray(v, np.float64)
     i2t = [[(p @ w[r].T).max(1).mean() for w, r in zip(v, real, strict=True)] for p in u]
     t2i = [[(w[r] @ p.T).max(1).mean() for p in u] for w, r in zip(v, real, strict=True)]
@@ -155,7 +155,9 @@ def chosen_loss(u, v, real, how, **options):
 @pytest.mark.parametrize("how", ["repo16", "paper25"])
 def test_oracle_6_as_many_as_there_are_is_all(how, monkeypatch):
     monkeypatch.setattr(method_lib, "PAPER_SHARE", 1)
-    value, grads = jax.jit(jax.value_and_grad(functools.partial(chosen_loss, how=how, local_batch=3), argnums=(0, 1)))(U, V, REAL)
+    value, grads = jax.jit(jax.value_and_grad(functools.partial(chosen_loss, how=how, local_batch=3), argnums=(0, 1)))(
+        U, V, REAL
+    )
     expected, expected_grads = jax.value_and_grad(loss, argnums=(0, 1))(U, V)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     for a, b in zip(grads, expected_grads, strict=True):
@@ -212,7 +214,9 @@ def test_the_loss_at_batch_1024_needs_less_than_a_gibibyte_on_one_device(how):
         keys = select_keys(Options(token_select=how), u, v, real) if how else None
         return contrastive.filip(u, v, real, jnp.asarray(SCALE), keys)[0]
 
-    mib = temporary_mib(jax.value_and_grad(objective, (0, 1)), ((b, p, d), "float32"), ((b, n, d), "float32"), ((b, n), "bool"))
+    mib = temporary_mib(
+        jax.value_and_grad(objective, (0, 1)), ((b, p, d), "float32"), ((b, n, d), "float32"), ((b, n), "bool")
+    )
     assert mib < 1024  # the similarities of all tokens, once, are 15 GiB
 
 
@@ -227,7 +231,9 @@ def test_the_similarity_of_a_block_of_retrieval_is_never_held_by_token():
 def test_padding_and_class_tokens():
     c, method = setup("model.image.cls_token=true", "model.text.context=12")
     params, extra = jax.jit(method.init)(jax.random.key(0), PAIRS)
-    z_image, z_text = (jax.jit(f)(params, extra, PAIRS[k]) for f, k in ((method.embed_image, "image"), (method.embed_text, "text")))
+    z_image, z_text = (
+        jax.jit(f)(params, extra, PAIRS[k]) for f, k in ((method.embed_image, "image"), (method.embed_text, "text"))
+    )
     assert z_image.shape == (16, 4, 16) and z_text.shape == (16, 12, 16) and z_image.dtype == z_text.dtype == np.float32
     end = (PAIRS["text"] == EOT).argmax(1)
     real = np.arange(12) <= end[:, None]
@@ -286,7 +292,10 @@ def test_selections_give_the_same_gradients_on_eight_devices(how):
     [
         (["filip.token_select=top"], "filip.token_select='top': allowed are none, paper25, repo16"),
         (["filip.local_batch=0"], "filip.local_batch=0: must be at least 1"),
-        (["filip.token_select=paper25", "filip.local_batch=5"], "filip.local_batch=5 does not divide data.batch_size=16"),
+        (
+            ["filip.token_select=paper25", "filip.local_batch=5"],
+            "filip.local_batch=5 does not divide data.batch_size=16",
+        ),
         (["filip.use_cls=true"], "filip.use_cls=True needs model.image.cls_token=True"),
         (["model.image.kind=resnet"], "needs model.image.kind='vit', not 'resnet'"),
         (["filip.tokens=3"], "unknown config key 'filip.tokens'"),
@@ -348,7 +357,9 @@ def test_the_model_ranks_both_ways(model):
 
 def test_oracle_8_scores_are_averaged_over_prompts_not_embeddings(model):
     names, z = ["cat", "red dog", "house"], model.embed_image(pictures(6))
-    scores = [model.similarity(z, model.embed_text([t.format(name) for name in names])) for t in ("a {}", "my very big {}")]
+    scores = [
+        model.similarity(z, model.embed_text([t.format(name) for name in names])) for t in ("a {}", "my very big {}")
+    ]
     one = make_classifier(model, names, ("a {}",)).scores(z)
     np.testing.assert_allclose(one, scores[0], rtol=1e-5)
     two = make_classifier(model, names, ("a {}", "my very big {}")).scores(z)
@@ -363,7 +374,10 @@ def test_retrieval_takes_each_direction_by_its_own_similarity(model):
     result = tasks.retrieval_task(model, source, name="r")
     z_image = model.embed_image(np.stack([model.image_view(record, None) for record in source]))
     z_text = model.embed_text([record["texts"][0] for record in source])
-    for name, scores in (("image_to_text", model.similarity(z_image, z_text)), ("text_to_image", model.text_similarity(z_text, z_image))):
+    for name, scores in (
+        ("image_to_text", model.similarity(z_image, z_text)),
+        ("text_to_image", model.text_similarity(z_text, z_image)),
+    ):
         ahead = scores - np.diag(scores)[:, None]
         assert (np.abs(ahead) > 1e-7).sum() == 40 * 39  # the rank does not depend on rounding
         rank = (ahead > 0).sum(1)
@@ -402,10 +416,16 @@ def test_the_picture_shows_which_patch_answers_which_word(model, cls):
     z_text[:, places[0].start], z_text[:, places[1].start], z_text[:, places[1].stop] = axes[0], axes[1], axes[2]
     found = alignment.align(Drawn(model), z_image, z_text, ["cat <b>"] * 2, records)
     assert found.words[0] == ["cat", "<b>"] and found.similarity[0].shape == (2, 2, 3)
-    assert found.similarity[0].argmax(2).tolist() == [[0, 0], [1, 2]] and found.similarity[1].argmax(2).tolist() == [[1, 1], [1, 1]]
+    assert found.similarity[0].argmax(2).tolist() == [[0, 0], [1, 2]] and found.similarity[1].argmax(2).tolist() == [
+        [1, 1],
+        [1, 1],
+    ]
     page = report.Page()
     text = alignment.draw(page, found)
-    assert text.count('<div class="card patches">') == 2 and text.count("<i class") + text.count("<i style") + text.count("<i></i>") >= 8
+    assert (
+        text.count('<div class="card patches">') == 2
+        and text.count("<i class") + text.count("<i style") + text.count("<i></i>") >= 8
+    )
     assert "<b>50% 1.00</b>" in text and "&lt;b&gt;" in text and "><b><" not in text
     assert alignment.align(Drawn(model), z_image[:, 0], z_text, ["a"] * 2, records) is None
     assert alignment.align(Drawn(model), np.zeros((2, 7, 4), np.float32), z_text, ["a"] * 2, records) is None
@@ -433,7 +453,14 @@ def test_search_compares_tokens(model, tmp_path, monkeypatch):
 def test_the_search_command(workdir, tmp_path, monkeypatch):
     monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path))
     out = tmp_path / "found.json"
-    arguments = [f"--checkpoint={workdir}", "--images=emoji", "--split=val_unseen_vendor", "--text=a cat", "--image=#3", f"--json={out}"]
+    arguments = [
+        f"--checkpoint={workdir}",
+        "--images=emoji",
+        "--split=val_unseen_vendor",
+        "--text=a cat",
+        "--image=#3",
+        f"--json={out}",
+    ]
     assert search.main(arguments) == 0 and search.main([*arguments, "--find=texts", "--k=3"]) == 0
     assert search.main([*arguments[:3], "--image=#3", "--k=1", f"--json={out}"]) == 0
     (found,) = json.loads(out.read_text())

@@ -8,10 +8,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from clip_jax.data import filter as filters
-from clip_jax.data.filter import Rules
 from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.errors import UserError
+from clip_jax.tools import filter as filters
+from clip_jax.tools.filter import Rules
 
 EMPTY = np.zeros(0, np.uint64)
 NOTHING = filters.Counts(EMPTY, EMPTY, None, {})
@@ -62,12 +62,17 @@ def test_words_are_runs_of_letters_and_digits():
 
 def test_texts_of_many_pictures_are_removed_and_case_does_not_hide_them(tmp_path):
     records = [
-        {"image": picture(30, 30, i), "texts": [("Stock PHOTO!", "stock photo")[i % 2] if i < 4 else f"number {i}"]} for i in range(6)
+        {"image": picture(30, 30, i), "texts": [("Stock PHOTO!", "stock photo")[i % 2] if i < 4 else f"number {i}"]}
+        for i in range(6)
     ]
     records += [{"image": picture(30, 30, 9), "texts": ["twice"]}] * 3  # one picture
     assert removed(filtered(tmp_path, records, max_images=4)[0]) == {}
     report, kept = filtered(tmp_path, records, max_images=3)
-    assert removed(report) == {"shared_text": 4} and [r["texts"] for r in kept] == [["number 4"], ["number 5"], *[["twice"]] * 3]
+    assert removed(report) == {"shared_text": 4} and [r["texts"] for r in kept] == [
+        ["number 4"],
+        ["number 5"],
+        *[["twice"]] * 3,
+    ]
 
 
 def test_pictures_with_many_texts_are_removed(tmp_path):
@@ -82,7 +87,12 @@ def test_rare_words_and_rare_pairs_are_removed(tmp_path):
     texts = ["red cat"] * 3 + ["cat red"] * 2 + ["red cat xyzzy"]
     records = [{"image": picture(30, 30, i), "texts": [text]} for i, text in enumerate(texts)]
     # red 6, cat 6, "red cat" 4, "cat red" 2, xyzzy 1, "cat xyzzy" 1
-    for size, kept_ngrams, expected in ((6, 6, {}), (5, 4, {"rare_words": 1}), (4, 4, {"rare_words": 1}), (3, 3, {"rare_words": 3})):
+    for size, kept_ngrams, expected in (
+        (6, 6, {}),
+        (5, 4, {"rare_words": 1}),
+        (4, 4, {"rare_words": 1}),
+        (3, 3, {"rare_words": 3}),
+    ):
         report, _ = filtered(tmp_path, records, vocabulary=size)
         assert report["counts"]["ngrams"]["kept"] == kept_ngrams and removed(report) == expected
     with pytest.raises(UserError, match="all 6 records are removed"):
@@ -90,7 +100,10 @@ def test_rare_words_and_rare_pairs_are_removed(tmp_path):
 
 
 def test_unsafe_unreadable_and_empty_records_are_removed(tmp_path):
-    records = [{"image": picture(30, 30, i), "texts": ["a cat"], "rating": rating} for i, rating in enumerate(("NSFW", 0.7, 0.2, "safe"))]
+    records = [
+        {"image": picture(30, 30, i), "texts": ["a cat"], "rating": rating}
+        for i, rating in enumerate(("NSFW", 0.7, 0.2, "safe"))
+    ]
     records += [{"image": b"no picture", "texts": ["a cat"]}, {"image": picture(30, 30, 9), "texts": []}]
     report, kept = filtered(tmp_path, records, unsafe="rating")
     assert removed(report) == {"unsafe": 2, "unreadable": 1, "no_text": 1} and len(kept) == 2
@@ -110,7 +123,10 @@ def test_of_several_texts_the_good_ones_stay(tmp_path):
 
 def test_near_duplicates_of_test_pictures_are_removed(tmp_path):
     test = MemorySource([{"image": picture(64, 64, 1), "texts": []}, {"image": b"broken", "texts": []}])
-    records = [{"image": picture(64, 64, 1, "JPEG"), "texts": ["a recoded one"]}, {"image": picture(120, 100, 1), "texts": ["resized"]}]
+    records = [
+        {"image": picture(64, 64, 1, "JPEG"), "texts": ["a recoded one"]},
+        {"image": picture(120, 100, 1), "texts": ["resized"]},
+    ]
     records += [{"image": picture(64, 64, i), "texts": ["another"]} for i in range(2, 12)]
     report, kept = filtered(tmp_path, records, [test])
     assert removed(report) == {"test_picture": 2} and len(kept) == 10
@@ -144,7 +160,9 @@ def test_tables_on_disk_count_like_a_dictionary(tmp_path, monkeypatch):
     found, facts = sums.most_frequent(20, str(tmp_path / "vocabulary"))
     least = facts["occurrences_of_the_rarest_kept"]
     assert found.tolist() == sorted(k for k, n in counts.items() if n >= least) and facts["kept"] == len(found) <= 20
-    assert sum(n >= max(n for n in counts.values() if n < least) for n in counts.values()) > 20  # the next ones would be too many
+    assert (
+        sum(n >= max(n for n in counts.values() if n < least) for n in counts.values()) > 20
+    )  # the next ones would be too many
 
 
 def test_the_report_counts_records_and_shows_examples(tmp_path):
@@ -152,9 +170,15 @@ def test_the_report_counts_records_and_shows_examples(tmp_path):
     records.append({"image": picture(10, 60), "texts": ["short"]})
     report, _ = filtered(tmp_path, records, min_words=2, max_images=100)
     assert (report["records"], report["kept"]) == (31, 10)
-    assert removed(report) == {"too_short": 21, "small": 1, "elongated": 1} and report["rules"]["too_short"]["alone"] == 20
+    assert (
+        removed(report) == {"too_short": 21, "small": 1, "elongated": 1} and report["rules"]["too_short"]["alone"] == 20
+    )
     examples = report["rules"]["too_short"]["examples"]
-    assert len(examples) == 5 and len({e["record"] for e in examples}) == 5 and all(e["texts"] == ["short"] for e in examples)
+    assert (
+        len(examples) == 5
+        and len({e["record"] for e in examples}) == 5
+        and all(e["texts"] == ["short"] for e in examples)
+    )
     assert json.loads((tmp_path / "kept" / "report.json").read_text()) == report
     text = (tmp_path / "kept" / "report.txt").read_text()
     assert "10 of 31 records are kept (32.3%)" in text and "10x60: short" in text
@@ -175,7 +199,9 @@ def test_training_reads_the_index_by_the_name_of_the_source(folder, tmp_path, ca
     printed = capsys.readouterr().out
     assert "7 of 12 records are kept" in printed and f"{folder}?index={out}" in printed
     source = make_source(f"{folder}?index={out}")
-    assert len(source) == 7 and source[0]["path"].endswith("02.png") and source[0]["texts"] == ["a picture of something"]
+    assert (
+        len(source) == 7 and source[0]["path"].endswith("02.png") and source[0]["texts"] == ["a picture of something"]
+    )
     assert pickle.loads(pickle.dumps(source))[6]["path"] == source[6]["path"]
     mixture = make_source(f"{folder}?index={out}*3 + {folder}*1")
     assert len(mixture) == 19 and mixture.weights == [3.0, 1.0]
@@ -187,7 +213,7 @@ def test_an_index_of_other_data_is_refused(folder, tmp_path):
     (folder / "03.txt").write_text("another picture of something")
     with pytest.raises(UserError, match="made of another data set"):
         make_source(f"{folder}?index={out}")
-    with pytest.raises(UserError, match="no index, which clip_jax.data.filter writes"):
+    with pytest.raises(UserError, match="no index, which clip_jax.tools.filter writes"):
         make_source(f"{folder}?index={tmp_path}/none")
     (out / "report.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):

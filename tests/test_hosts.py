@@ -16,7 +16,7 @@ from conftest import REPO
 from helpers import losses, run, train_command
 
 from clip_jax.errors import UserError
-from clip_jax.training import hosts, sharding
+from clip_jax.runtime import hosts, sharding
 
 
 def parse(*flags):
@@ -27,7 +27,13 @@ def parse(*flags):
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch):
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+    for name in (
+        "JAX_COORDINATOR_ADDRESS",
+        "JAX_NUM_PROCESSES",
+        "JAX_PROCESS_ID",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -45,9 +51,10 @@ def test_flags_and_environment(monkeypatch):
 
 ALONE = """
 import functools, sys, jax
-from clip_jax.training import faults, hosts
+from clip_jax.runtime import command, faults
+from clip_jax.runtime import hosts
 jax.distributed.initialize = functools.partial(jax.distributed.initialize, initialization_timeout=2)
-sys.exit(faults.command(lambda: hosts.start(hosts.Cluster("127.0.0.1:{port}", 2, {process}))))
+sys.exit(command.run(lambda: hosts.start(hosts.Cluster("127.0.0.1:{port}", 2, {process}))))
 """
 
 
@@ -111,7 +118,9 @@ def test_one_host_starts_without_jax():
 
 def fake_mesh(shape, processes):
     """A mesh with devices of the given processes, in this order."""
-    devices = np.array([types.SimpleNamespace(process_index=p, id=i) for i, p in enumerate(processes)], object).reshape(shape)
+    devices = np.array([types.SimpleNamespace(process_index=p, id=i) for i, p in enumerate(processes)], object).reshape(
+        shape
+    )
     return types.SimpleNamespace(devices=devices, shape=dict(zip(sharding.AXES, shape, strict=True)))
 
 
@@ -146,7 +155,10 @@ def test_which_rows_a_host_reads(monkeypatch, shape, processes, in_order, shares
 def sliced(*sizes):
     """Devices of slices of these sizes, in no order."""
     where = [index for index, size in enumerate(sizes) for _ in range(size)]
-    devices = [types.SimpleNamespace(id=i, slice_index=index, platform="gpu", device_kind="H100") for i, index in enumerate(where)]
+    devices = [
+        types.SimpleNamespace(id=i, slice_index=index, platform="gpu", device_kind="H100")
+        for i, index in enumerate(where)
+    ]
     return devices[1::2] + devices[::2]
 
 
@@ -168,13 +180,15 @@ def test_slices_lie_along_data_then_fsdp(shape, sizes, where):
 
 @pytest.mark.parametrize("shape, sizes", [((1, 1, 8), (4, 4)), ((2, 1, 4), (2, 2, 2, 2)), ((8, 1, 1), (6, 2))])
 def test_a_mesh_that_does_not_go_with_the_slices(shape, sizes):
-    with pytest.raises(UserError, match=f"does not fit {len(sizes)} slices of {', '.join(map(str, sorted(set(sizes))))} devices"):
+    with pytest.raises(
+        UserError, match=f"does not fit {len(sizes)} slices of {', '.join(map(str, sorted(set(sizes))))} devices"
+    ):
         sharding.arrange(shape, sliced(*sizes))
 
 
 def together(module, *arguments, **kwargs):
     """A command in two processes on this machine; returns the finished launcher."""
-    return run([sys.executable, "-m", "clip_jax.training.hosts", "--processes=2", module, *arguments], **kwargs)
+    return run([sys.executable, "-m", "clip_jax.runtime.hosts", "--processes=2", module, *arguments], **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +202,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """``(work folder, finished process)`` of a run of 5 steps in two processes, by the command that a user gives."""
+    """`(work folder, finished process)` of a run of 5 steps in two processes, by the command that a user gives."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "venv" / "bin").mkdir(parents=True)
     python = folder / "venv" / "bin" / "python"
@@ -272,14 +286,15 @@ import os, sys
 process = [int(a[-1]) for a in sys.argv if a.startswith("--process=")][0]
 os.makedirs(f"{tmp_path}/{{process}}/run")
 os.chdir(f"{tmp_path}/{{process}}")
-from clip_jax.training import faults, hosts
+from clip_jax.runtime import command, faults
+from clip_jax.runtime import hosts
 def work():
     import argparse
     parser = argparse.ArgumentParser()
     hosts.add_arguments(parser)
     hosts.start(hosts.from_arguments(parser.parse_args()))
     hosts.check_shared("run")
-sys.exit(faults.command(work))
+sys.exit(command.run(work))
 """
     (tmp_path / "unshared.py").write_text(code)
     process = together("unshared", env={"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)])})

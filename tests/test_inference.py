@@ -37,7 +37,9 @@ def test_embeddings_are_unit_rows_whatever_the_batch(model):
     assert z.shape == (5, 16) and z.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(
-        model.embed_image(images, batch_size=8), np.concatenate([model.embed_image(images[:2]), model.embed_image(images[2:])]), atol=1e-5
+        model.embed_image(images, batch_size=8),
+        np.concatenate([model.embed_image(images[:2]), model.embed_image(images[2:])]),
+        atol=1e-5,
     )
     texts = ["a cat", "", "a very long text " * 50, "문어"]
     t = model.embed_text(texts)
@@ -77,7 +79,9 @@ def test_steps_and_the_moving_average(trained, model):
     assert not np.allclose(clip_jax.load(trained, ema=True).embed_text(text), model.embed_text(text))
 
 
-@pytest.mark.parametrize("which, message", [("3", "no checkpoint of step 3"), ("best", "no checkpoint in .* has a metric to be best by")])
+@pytest.mark.parametrize(
+    "which, message", [("3", "no checkpoint of step 3"), ("best", "no checkpoint in .* has a metric to be best by")]
+)
 def test_checkpoints_that_are_not_there(trained, which, message):
     with pytest.raises(UserError, match=message):
         clip_jax.load(trained, which)
@@ -103,12 +107,23 @@ def test_evaluate_command_on_a_folder(trained, tmp_path, capsys):
     task = f"zeroshot(source='{data}', templates='clip_7', name='pets')"
     probe = f"probe(train='{data}', test='{data}')"
     code = evaluate.main(
-        [f"--checkpoint={trained}", f"--task={task}", f"--task={probe}", f"--json={tmp_path}/m.json", f"--report={tmp_path}/r.html"]
+        [
+            f"--checkpoint={trained}",
+            f"--task={task}",
+            f"--task={probe}",
+            f"--json={tmp_path}/m.json",
+            f"--report={tmp_path}/r.html",
+        ]
     )
     out = capsys.readouterr()
     assert code == 0, out.err
     metrics = json.loads((tmp_path / "m.json").read_text())
-    assert metrics["pets/images"] == 12 and metrics["pets/classes"] == 2 and 0 <= metrics["pets/top1"] <= 1 and "probe/accuracy" in metrics
+    assert (
+        metrics["pets/images"] == 12
+        and metrics["pets/classes"] == 2
+        and 0 <= metrics["pets/top1"] <= 1
+        and "probe/accuracy" in metrics
+    )
     assert "pets/top1" in out.out and (tmp_path / "r.html").read_text().lstrip().lower().startswith("<!doctype html>")
 
 
@@ -139,5 +154,10 @@ def test_wrong_tasks(trained, task, message, capsys):
 def test_class_lists_with_duplicates_are_refused(trained, tmp_path, capsys):
     (tmp_path / "classes.txt").write_text("cat\ncat\n")
     data = class_folder(tmp_path / "data")
-    assert evaluate.main([f"--checkpoint={trained}", f"--task=zeroshot(source='{data}', classes='{tmp_path}/classes.txt')"]) == 2
+    assert (
+        evaluate.main(
+            [f"--checkpoint={trained}", f"--task=zeroshot(source='{data}', classes='{tmp_path}/classes.txt')"]
+        )
+        == 2
+    )
     assert "cat" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import clip_jax
 from clip_jax import init_from, train
 from clip_jax.errors import UserError
 from clip_jax.interop.export import export
-from clip_jax.training import checkpoint, sharding
+from clip_jax.runtime import sharding
+from clip_jax.training import checkpoint
 
 CLASSIC = """model.image.pool=cls model.image.cls_token=true model.image.ln_pre=true model.text.pool=eot model.text.causal=true
     model.text.mask_padding=false model.image.act=gelu model.text.act=gelu tokenizer=clip_bpe""".split()
@@ -21,7 +22,7 @@ def flat(params):
 
 
 def begin(workdir, *overrides, save=True):
-    """``(state, lines)`` of a run that has made no step, saved as its checkpoint 0."""
+    """`(state, lines)` of a run that has made no step, saved as its checkpoint 0."""
     config, source, tokenizer, method = train.make_parts(tiny_config(*overrides))
     init_from.check_path(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
@@ -92,17 +93,27 @@ def test_weights_of_others(foreign, tmp_path):
     assert same(found, params) == set(found)
     found, _ = run(tmp_path / "part", f"init_from={folder}", "init_from_params=attn/query/kernel$", *CLASSIC)
     moved = {path for path in found if np.ptp(found[path])}
-    assert same(found, params) & moved == {path for path in moved if "attn/query/kernel" in path}, "a part of a fused matrix"
+    assert same(found, params) & moved == {path for path in moved if "attn/query/kernel" in path}, (
+        "a part of a fused matrix"
+    )
 
 
 @pytest.mark.parametrize("name", ["source", "foreign"])
 def test_positions_are_resized_on_request_only(name, request, tmp_path):
     folder, params = request.getfixturevalue(name)
-    larger = ["model.image.size=32", f"init_from={folder}", "init_from_params=^img/", *(CLASSIC if name == "foreign" else [])]
+    larger = [
+        "model.image.size=32",
+        f"init_from={folder}",
+        "init_from_params=^img/",
+        *(CLASSIC if name == "foreign" else []),
+    ]
     with pytest.raises(UserError, match=r"other shapes: img/pos \(.* there, .* here\); init_from_resize=True resizes"):
         run(tmp_path / "a", *larger)
     found, lines = run(tmp_path / "b", "init_from_resize=true", *larger)
-    assert lines[0].endswith("position embeddings resized") and found["img/pos"].shape[1] - params["img/pos"].shape[1] == 12
+    assert (
+        lines[0].endswith("position embeddings resized")
+        and found["img/pos"].shape[1] - params["img/pos"].shape[1] == 12
+    )
     assert same(found, params) >= {path for path in found if path.startswith("img/")} - {"img/pos"}
     np.testing.assert_allclose(found["img/pos"].mean(1), params["img/pos"].mean(1), atol=0.1)
 
@@ -157,14 +168,26 @@ def test_a_run_that_goes_on_does_not_start_again(tmp_path):
     [
         (["init_from=/no/such/folder"], "init_from: there is no checkpoint: '/no/such/folder' is no folder"),
         (["init_from_params=^img/"], "need init_from"),
-        (["init_from={source}", "init_from_params=^img/,^nothing/"], r"init_from_params: '\^nothing/' finds no parameter; paths look like"),
+        (
+            ["init_from={source}", "init_from_params=^img/,^nothing/"],
+            r"init_from_params: '\^nothing/' finds no parameter; paths look like",
+        ),
         (["init_from={source}", "init_from_params=("], "init_from_params: '\\(' is not a regular expression"),
         (["init_from={source}", "model.image.width=64"], r"other shapes: img/.* \(.*32 there, .*64 here\)"),
         (["init_from={source}", "model.text.depth=2"], r"has no txt/block_1/.*; init_from_params chooses"),
         (["init_from={source}", "model.image.act=quick_gelu"], "model.image.act='gelu_tanh' there, 'quick_gelu' here"),
-        (["init_from={source}", "model.image_mean=(0.5,0.5,0.5)"], r"model.image_mean=\(0.48.* there, \(0.5, 0.5, 0.5\) here"),
-        (["init_from={source}", "tokenizer=sentencepiece?pad_with_eot=true"], "the tokenizer 'sentencepiece' there is another"),
-        (["init_from={foreign}", "init_from_params=^img/block", "model.image.act=quick_gelu"], "model.image.act='gelu' there"),
+        (
+            ["init_from={source}", "model.image_mean=(0.5,0.5,0.5)"],
+            r"model.image_mean=\(0.48.* there, \(0.5, 0.5, 0.5\) here",
+        ),
+        (
+            ["init_from={source}", "tokenizer=sentencepiece?pad_with_eot=true"],
+            "the tokenizer 'sentencepiece' there is another",
+        ),
+        (
+            ["init_from={foreign}", "init_from_params=^img/block", "model.image.act=quick_gelu"],
+            "model.image.act='gelu' there",
+        ),
         (["init_from={foreign}", "init_from_params=^img/"], "model.image.act='gelu' there, 'gelu_tanh' here"),
     ],
 )

@@ -21,10 +21,18 @@ from clip_jax.interop import tokenizer as tokenizer_files
 from clip_jax.interop.layouts import big_vision, hf, open_clip
 from clip_jax.methods.interface import make_method
 from clip_jax.models.towers import image_tower
-from clip_jax.training import sharding
+from clip_jax.runtime import sharding
 
 MODELS = [
-    *("openclip_vit_gelu", "openclip_vit_quick_gelu", "openclip_rn", "openclip_siglip_timm", "hf_clip", "hf_siglip", "hf_align"),
+    *(
+        "openclip_vit_gelu",
+        "openclip_vit_quick_gelu",
+        "openclip_rn",
+        "openclip_siglip_timm",
+        "hf_clip",
+        "hf_siglip",
+        "hf_align",
+    ),
     *("bv_siglip", "bv_siglip_scan", "bv_clippo"),
 ]
 
@@ -46,7 +54,13 @@ def test_golden_models(folder):
     model = clip_jax.load(folder)
     io = np.load(folder / "io.npz")
     images = io["image_nhwc"] if "image_nhwc" in io else io["pixel_values_nchw"].transpose(0, 2, 3, 1)
-    texts = io["input_ids"] if "input_ids" in io else io["text"] if "text" in io else pixels(model.config, io["text_image_nhwc"])
+    texts = (
+        io["input_ids"]
+        if "input_ids" in io
+        else io["text"]
+        if "text" in io
+        else pixels(model.config, io["text_image_nhwc"])
+    )
     z_image = jax.jit(model.method.embed_image)(model.params, model.extra, pixels(model.config, images))
     z_text = jax.jit(model.method.embed_text)(model.params, model.extra, texts)
     image_name, text_name = ("image_embed", "text_embed") if "image_embed" in io else ("zimg", "ztxt")
@@ -69,7 +83,9 @@ def test_golden_image_towers_alone(folder):
 def test_golden_positions_of_open_clip(path):
     a = np.load(path)
     for name, grid in (("up", 7), ("down", 3)):
-        np.testing.assert_allclose(load.resize_positions(a["old"][None], grid, first=1)[0], a[name], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            load.resize_positions(a["old"][None], grid, first=1)[0], a[name], rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("path", golden_files("bv_posemb_resample.npz"))
@@ -93,7 +109,7 @@ def random_arrays(shapes, dtype=np.float32):
 
 
 def open_clip_arrays(cfg=OPEN_CLIP, dtype=np.float32):
-    """A state dict of open_clip for the arguments ``cfg``, by our layout (which the golden files check)."""
+    """A state dict of open_clip for the arguments `cfg`, by our layout (which the golden files check)."""
     ours = load.shapes(configs.open_clip(cfg, None, {}))
     shapes = {path: x.shape for path, x in ours.items()}
     return random_arrays({e.theirs: e.shape(shapes) for e in open_clip.entries(ours)}, dtype)
@@ -116,17 +132,29 @@ def test_round_trips_are_exact():
     vit = dict(kind="vit", size=16, patch=8, width=32, depth=2, heads=2, mlp_dim=64)
     siglip = dict(vit, pool="map", cls_token=False, ln_pre=False, patch_bias=True, proj=False)
     stages = ((8, 1, 3, 1, 1), (16, 2, 5, 2, 4))
-    bert = dict(kind="bert", context=6, positions=8, width=32, depth=2, heads=2, mlp_dim=64, vocab_size=20, eot_id=-1, pad_id=0)
+    bert = dict(
+        kind="bert", context=6, positions=8, width=32, depth=2, heads=2, mlp_dim=64, vocab_size=20, eot_id=-1, pad_id=0
+    )
     cases = [
         ("clip", vit, text, open_clip.entries),
         ("clip", dict(kind="resnet", size=32, layers=(1, 2, 1, 1), width=8), text, open_clip.entries),
-        ("siglip", siglip, dict(text, proj_bias=True), lambda ours: open_clip.entries(ours, custom_text=True, timm=True)),
+        (
+            "siglip",
+            siglip,
+            dict(text, proj_bias=True),
+            lambda ours: open_clip.entries(ours, custom_text=True, timm=True),
+        ),
         ("clip", vit, text, hf.clip_entries),
         ("siglip", siglip, dict(text, proj_bias=True), hf.siglip_entries),
         ("align", dict(kind="efficientnet", size=32, stages=stages, proj=False), bert, hf.align_entries),
         ("siglip", siglip, dict(text, proj_bias=True), big_vision.entries),
         ("siglip", siglip, dict(text, proj_bias=True), lambda ours: big_vision.entries(ours, stacked=True)),
-        ("clip", dict(vit, patch_bias=True, ln_pre=False), text, lambda ours: big_vision.entries(ours, cls_position=True)),
+        (
+            "clip",
+            dict(vit, patch_bias=True, ln_pre=False),
+            text,
+            lambda ours: big_vision.entries(ours, cls_position=True),
+        ),
     ]
     for method, image, text, entries_of in cases:
         c.method, c.model.image, c.model.text = method, image, text
@@ -152,11 +180,17 @@ def test_a_class_token_with_a_position_has_no_place_in_big_vision():
 def test_half_precision_and_shards(tmp_path):
     half = open_clip_arrays(dtype=np.float16)
     whole = load.load(open_clip_folder(tmp_path / "half", arrays=half))
-    exact = load.load(open_clip_folder(tmp_path / "float", arrays={name: x.astype(np.float32) for name, x in half.items()}))
+    exact = load.load(
+        open_clip_folder(tmp_path / "float", arrays={name: x.astype(np.float32) for name, x in half.items()})
+    )
     jax.tree.map(np.testing.assert_array_equal, whole.params, exact.params)
     assert {x.dtype for x in jax.tree.leaves(whole.params)} == {jnp.dtype("float32")}
-    brain = load.load(open_clip_folder(tmp_path / "brain", arrays={n: x.astype(ml_dtypes.bfloat16) for n, x in half.items()}))
-    np.testing.assert_allclose(brain.params["txt"]["embed"]["embedding"], half["token_embedding.weight"], rtol=2**-8, atol=1e-6)
+    brain = load.load(
+        open_clip_folder(tmp_path / "brain", arrays={n: x.astype(ml_dtypes.bfloat16) for n, x in half.items()})
+    )
+    np.testing.assert_allclose(
+        brain.params["txt"]["embed"]["embedding"], half["token_embedding.weight"], rtol=2**-8, atol=1e-6
+    )
 
 
 def test_parameters_go_where_they_belong(tmp_path, mesh8):
@@ -178,8 +212,14 @@ def test_preprocessing_is_stored_with_the_model(tmp_path):
 @pytest.mark.parametrize(
     "processor, transform",
     [
-        ({"size": 40, "crop_size": 32, "do_center_crop": True, "resample": 2}, ("resize(40, interpolation='bilinear')", "center_crop")),
-        ({"size": {"shortest_edge": 32}, "do_center_crop": True, "resample": 3}, ("resize(interpolation='bicubic')", "center_crop")),
+        (
+            {"size": 40, "crop_size": 32, "do_center_crop": True, "resample": 2},
+            ("resize(40, interpolation='bilinear')", "center_crop"),
+        ),
+        (
+            {"size": {"shortest_edge": 32}, "do_center_crop": True, "resample": 3},
+            ("resize(interpolation='bicubic')", "center_crop"),
+        ),
         ({"size": {"height": 32, "width": 32}, "resample": 3}, ("squash(interpolation='bicubic')",)),
     ],
 )
@@ -197,7 +237,9 @@ def test_a_bare_state_dict_needs_what_weights_do_not_tell(tmp_path):
     told = load.load(folder)
     (folder / "open_clip_config.json").unlink()
     file = folder / "open_clip_model.safetensors"
-    with pytest.raises(UserError, match="the activation cannot be told from weights: give --act=quick_gelu .* or --act=gelu"):
+    with pytest.raises(
+        UserError, match="the activation cannot be told from weights: give --act=quick_gelu .* or --act=gelu"
+    ):
         load.load(file)
     with pytest.raises(UserError, match="how many heads the image tower of width 32 has cannot be told: give --heads"):
         load.load(file, act="quick_gelu")
@@ -279,7 +321,9 @@ def test_positions_are_resized_on_request(tmp_path, size, grid):
     assert resized.config.model.image.size == size
     pos = resized.params["img"]["pos"]
     assert pos.shape == (1, 1 + grid**2, 32)
-    np.testing.assert_allclose(pos, load.resize_positions(np.asarray(as_it_is.params["img"]["pos"]), grid, first=1), atol=1e-6)
+    np.testing.assert_allclose(
+        pos, load.resize_positions(np.asarray(as_it_is.params["img"]["pos"]), grid, first=1), atol=1e-6
+    )
     assert any(f"resized from 32 to {size} pixels" in line for line in resized.summary)
     with pytest.raises(UserError, match="model.image.size=30 is not divisible by the patch size 8"):
         load.load(folder, size=30)
@@ -288,9 +332,13 @@ def test_positions_are_resized_on_request(tmp_path, size, grid):
 def big_vision_arrays():
     c = config_lib.base().unlock()
     c.method, c.model.embed_dim = "siglip", 32
-    c.model.image = dict(kind="vit", size=16, patch=8, width=32, depth=2, heads=2, mlp_dim=64, pool="map", cls_token=False, ln_pre=False)
+    c.model.image = dict(
+        kind="vit", size=16, patch=8, width=32, depth=2, heads=2, mlp_dim=64, pool="map", cls_token=False, ln_pre=False
+    )
     c.model.image.update(dict(patch_bias=True, proj=False))
-    c.model.text = dict(kind="transformer", context=6, width=32, depth=2, heads=2, mlp_dim=48, vocab_size=20, eot_id=1, proj_bias=True)
+    c.model.text = dict(
+        kind="transformer", context=6, width=32, depth=2, heads=2, mlp_dim=48, vocab_size=20, eot_id=1, proj_bias=True
+    )
     ours = load.shapes(c)
     shapes = {path: x.shape for path, x in ours.items()}
     return random_arrays({e.theirs: e.shape(shapes) for e in big_vision.entries(ours)})
@@ -300,7 +348,11 @@ def test_big_vision_with_prefix_optimizer_and_bfloat16(tmp_path):
     arrays = big_vision_arrays()
     np.savez(tmp_path / "plain.npz", **arrays)
     plain = load.load(tmp_path / "plain.npz")
-    assert plain.config.method == "siglip" and plain.config.model.text.pool == "last" and plain.config.model.image.act == "gelu_tanh"
+    assert (
+        plain.config.method == "siglip"
+        and plain.config.model.text.pool == "last"
+        and plain.config.model.image.act == "gelu_tanh"
+    )
     prefixed = {f"params/{name}": x for name, x in arrays.items()} | {"opt/0/mu/img/cls": np.ones(3)}
     np.savez(tmp_path / "prefixed.npz", **prefixed)
     jax.tree.map(np.testing.assert_array_equal, load.load(tmp_path / "prefixed.npz").params, plain.params)
@@ -320,7 +372,9 @@ def test_names_of_old_big_vision(tmp_path):
     old["txt/Encoder_0/pos_embedding"] = np.ones_like(old["txt/pos_embedding"])
     np.savez(tmp_path / "old.npz", **old)
     new, old = load.load(tmp_path / "new.npz").params, load.load(tmp_path / "old.npz").params
-    np.testing.assert_array_equal(old["txt"]["pos"], new["txt"]["pos"] + 1, err_msg="the two text position embeddings add up")
+    np.testing.assert_array_equal(
+        old["txt"]["pos"], new["txt"]["pos"] + 1, err_msg="the two text position embeddings add up"
+    )
     jax.tree.map(np.testing.assert_array_equal, old["img"], new["img"])
 
 
@@ -328,7 +382,9 @@ def test_of_lit_the_image_tower_is_loaded_and_said_to_be_alone(tmp_path):
     arrays = {name: x for name, x in big_vision_arrays().items() if name.startswith("img/") or name == "t"}
     np.savez(tmp_path / "lit.npz", **arrays, **{"txt/BertEncoder_0/embedder/x": np.ones(3)})
     imported = load.load(tmp_path / "lit.npz")
-    assert imported.params.keys() == {"img"} and any("the image tower alone is loaded" in line for line in imported.summary)
+    assert imported.params.keys() == {"img"} and any(
+        "the image tower alone is loaded" in line for line in imported.summary
+    )
 
 
 def test_a_configuration_of_big_vision_that_contradicts_the_weights(tmp_path):
@@ -345,7 +401,9 @@ def test_paths_that_hold_no_model(tmp_path):
         load.load(tmp_path / "none.npz")
     assert not recognize.is_foreign(tmp_path)
     save_file({"conv1.weight": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="not a model of open_clip, OpenAI or PyramidCLIP .* its tensors are called conv1.weight"):
+    with pytest.raises(
+        UserError, match="not a model of open_clip, OpenAI or PyramidCLIP .* its tensors are called conv1.weight"
+    ):
         clip_jax.load(tmp_path)
     save_file({"vision_model.x": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="config.json has to be beside it"):
@@ -393,7 +451,14 @@ def test_the_command_writes_a_checkpoint_that_evaluate_reads(with_tokenizer, tmp
     workdir = tmp_path / "out"
     assert load.main([f"--from={with_tokenizer}", f"--workdir={workdir}"]) == 0
     out = capsys.readouterr().out
-    for part in ("parameters; method clip", "vit size=32 patch=8", "image quick_gelu", "center_crop", "clip_bpe, 49,408 ids", "written: "):
+    for part in (
+        "parameters; method clip",
+        "vit size=32 patch=8",
+        "image quick_gelu",
+        "center_crop",
+        "clip_bpe, 49,408 ids",
+        "written: ",
+    ):
         assert part in out
     ours, theirs = clip_jax.load(workdir), clip_jax.load(with_tokenizer)
     texts = ["a photo of a cat", "of a dog " * 30]
@@ -422,7 +487,9 @@ def test_weights_are_the_ones_of_the_file(with_tokenizer):
     params, arrays = load.load(with_tokenizer).params, load_file(with_tokenizer / "open_clip_model.safetensors")
     fused = arrays["transformer.resblocks.0.attn.in_proj_weight"]
     key = params["txt"]["block_0"]["attn"]["key"]["kernel"]
-    np.testing.assert_array_equal(key[:, 1, 3], fused[16 + 8 + 3], err_msg="head 1, column 3: the second third of the fused matrix")
+    np.testing.assert_array_equal(
+        key[:, 1, 3], fused[16 + 8 + 3], err_msg="head 1, column 3: the second third of the fused matrix"
+    )
 
 
 def ids_of(folder, method, vocab_size, texts, context=12):
@@ -452,7 +519,9 @@ def test_clip_tokenizer_beside_the_weights(tmp_path):
 
 def test_bert_tokenizer_beside_the_weights(tmp_path):
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", ",", "of", ":", "cat", "!", "pizza", "_"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {p: i for i, p in enumerate(pieces)}}}))
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "WordPiece", "vocab": {p: i for i, p in enumerate(pieces)}}})
+    )
     from_json = ids_of(tmp_path, "align", 13, TEXTS)
     (tmp_path / "vocab.txt").write_text("\n".join(pieces))
     assert from_json == ids_of(tmp_path, "align", 13, TEXTS)
@@ -464,11 +533,17 @@ def test_siglip_tokenizer_beside_the_weights(tmp_path):
     plain = make_tokenizer("sentencepiece")
     ids = ids_of(tmp_path, "siglip", 4096, TEXTS)
     clean = plain.encode("a photo of a cat")
-    assert ids[0] == clean + [plain.eot_id] * (12 - len(clean)), "lower case, no punctuation, padded with the end of text"
+    assert ids[0] == clean + [plain.eot_id] * (12 - len(clean)), (
+        "lower case, no punctuation, padded with the end of text"
+    )
     assert ids[2] == [plain.eot_id] * 12
-    assert ids_of(tmp_path, "siglip", 4096, ["a photo of a cat " * 9])[0][-1] == plain.eot_id, "the pooled token is always the end of text"
+    assert ids_of(tmp_path, "siglip", 4096, ["a photo of a cat " * 9])[0][-1] == plain.eot_id, (
+        "the pooled token is always the end of text"
+    )
     lower = ids_of(tmp_path, "siglip", 256_000, TEXTS)
-    assert lower[0][: len(plain.encode(TEXTS[0].lower()))] == plain.encode(TEXTS[0].lower()), "SigLIP 2 keeps punctuation"
+    assert lower[0][: len(plain.encode(TEXTS[0].lower()))] == plain.encode(TEXTS[0].lower()), (
+        "SigLIP 2 keeps punctuation"
+    )
 
 
 def test_siglip_tokenizer_as_json(tmp_path):
@@ -483,7 +558,9 @@ def test_siglip_tokenizer_as_json(tmp_path):
     tokenizer = tokenizer_files.find(tmp_path, "siglip", 9)
     assert tokenizer.decode([4, 5, 4, 6, 1, 1]) == "a photo a cat" and tokenizer.vocab_size == 9
     tokenizer.save(tmp_path / "saved")
-    assert make_tokenizer(tmp_path / "saved") == tokenizer and pickle.loads(pickle.dumps(tokenizer))(["a"], 3).tolist() == [[4, 1, 1]]
+    assert make_tokenizer(tmp_path / "saved") == tokenizer and pickle.loads(pickle.dumps(tokenizer))(
+        ["a"], 3
+    ).tolist() == [[4, 1, 1]]
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(UserError, match="not a tokenizer.json"):
         tokenizer_files.find(tmp_path, "siglip", 9)

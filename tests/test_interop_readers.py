@@ -18,7 +18,7 @@ from conftest import FIXTURES
 from safetensors.numpy import save_file
 
 from clip_jax.errors import UserError
-from clip_jax.interop.readers import read
+from clip_jax.weight_files import read
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -34,7 +34,10 @@ def assert_same(tensors, arrays):
     assert tensors.keys() == arrays.keys()
     for name, expected in arrays.items():
         found = tensors[name].read()
-        assert tensors[name].shape == found.shape == expected.shape and tensors[name].dtype == found.dtype == expected.dtype
+        assert (
+            tensors[name].shape == found.shape == expected.shape
+            and tensors[name].dtype == found.dtype == expected.dtype
+        )
         np.testing.assert_array_equal(found, expected)
 
 
@@ -62,7 +65,10 @@ def mapped(folder):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed], ids=["stored", "compressed"])
 def test_npz_with_bfloat16_as_numpy_stores_it(tmp_path, save):
-    arrays = ARRAYS | {"fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "params/x/kernel": np.ones((2, 2), np.float32)}
+    arrays = ARRAYS | {
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "params/x/kernel": np.ones((2, 2), np.float32),
+    }
     save(tmp_path / "x.npz", **arrays)
     assert np.load(tmp_path / "x.npz")["brain"].dtype == np.dtype("V2"), "NumPy has no name for bfloat16"
     assert_same(read(tmp_path / "x.npz"), arrays)
@@ -70,7 +76,9 @@ def test_npz_with_bfloat16_as_numpy_stores_it(tmp_path, save):
 
 def test_a_training_checkpoint_of_pytorch():
     tensors = read(FIXTURES / "torch_training.pt")
-    assert {"logit_scale", "visual.lin.weight", "resblocks.1.lin.bias"} < tensors.keys() and len(tensors) == 15, "no optimizer state"
+    assert {"logit_scale", "visual.lin.weight", "resblocks.1.lin.bias"} < tensors.keys() and len(tensors) == 15, (
+        "no optimizer state"
+    )
     np.testing.assert_array_equal(tensors["logit_scale"].read(), np.float32(2.5))
     np.testing.assert_array_equal(tensors["resblocks.0.lin.weight"].read(), np.arange(10.0, 16.0).reshape(2, 3))
     np.testing.assert_array_equal(tensors["transposed"].read(), np.arange(6.0).reshape(2, 3).T)
@@ -89,7 +97,11 @@ def test_a_scripted_module_of_pytorch():
 
 def test_a_file_of_pytorch_before_version_1_6():
     x, tensors = np.arange(24, dtype=np.float32).reshape(2, 3, 4), read(FIXTURES / "torch_legacy.pt")
-    few = {"half": np.arange(3, dtype=np.float16), "count": np.array(7), "brain": np.arange(3).astype(ml_dtypes.bfloat16)}
+    few = {
+        "half": np.arange(3, dtype=np.float16),
+        "count": np.array(7),
+        "brain": np.arange(3).astype(ml_dtypes.bfloat16),
+    }
     assert_same(tensors, {"whole": x, "transposed": x.T, "part": x[1:, 1:, ::2], **few})
 
 
@@ -149,7 +161,8 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path, name, wh
     }
     path = torch_file(tmp_path / name, pickle.dumps(content[where], protocol=2))
     with pytest.raises(
-        UserError, match=r"refused, because it asks for (posix\.system|__builtin__\.eval|builtins\.eval): .* code is never run"
+        UserError,
+        match=r"refused, because it asks for (posix\.system|__builtin__\.eval|builtins\.eval): .* code is never run",
     ):
         read(path)
     assert not mark.exists()
@@ -168,9 +181,11 @@ def test_allowed_names_lead_nowhere_else(tmp_path, attack):
 
 
 def rebuild(storage_bytes, offset, shape, strides):
-    """The pickle of ``{"w": tensor}`` in PyTorch's words."""
+    """The pickle of `{"w": tensor}` in PyTorch's words."""
     out = io.BytesIO()
-    out.write(b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n")
+    out.write(
+        b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+    )
     out.write(b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ")
     out.write(pickle.dumps(offset, 2)[2:-1] + pickle.dumps(shape, 2)[2:-1] + pickle.dumps(strides, 2)[2:-1])
     out.write(b"\x89ccollections\nOrderedDict\n)RtRs.")
@@ -210,7 +225,11 @@ def test_old_pytorch_files_that_are_damaged_or_would_run_code(tmp_path):
         (good, {"data": b"1234"}, "the file is cut off: it should have"),
         (good, {"little": False}, "the other byte order"),
         (good[:-9], {"keys": ()}, "damaged"),
-        (pickle.dumps({"w": Evil(os.system, f"touch '{tmp_path}/it ran'")}, 2), {}, "refused, because it asks for posix.system"),
+        (
+            pickle.dumps({"w": Evil(os.system, f"touch '{tmp_path}/it ran'")}, 2),
+            {},
+            "refused, because it asks for posix.system",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             read(legacy_file(path, content, **fields))
@@ -227,7 +246,10 @@ def npz_with_objects(path):
         (b"", "neither a safetensors"),
         (b"GIF89a.....................", "neither a safetensors.*it begins with b'GIF89a"),
         (b"<!DOCTYPE html><html>Not Found", "neither a safetensors"),
-        ((10**6).to_bytes(8, "little") + b'{"a": ', "the file is cut off: its header alone has 1,000,000 bytes, the file 14"),
+        (
+            (10**6).to_bytes(8, "little") + b'{"a": ',
+            "the file is cut off: its header alone has 1,000,000 bytes, the file 14",
+        ),
         ((6).to_bytes(8, "little") + b'{"a": ', "header is damaged"),
         ((2).to_bytes(8, "little") + b"{}", "there is no tensor"),
         (pickle.dumps({"a": 1}), "a pickle, but none that PyTorch wrote"),

@@ -12,10 +12,10 @@ from conftest import REPO
 from helpers import TINY, losses, unit
 
 from clip_jax import config, train
-from clip_jax.data.columns import ColumnsSource
 from clip_jax.data.loader import Loader
 from clip_jax.data.order import randomness
 from clip_jax.data.sources import MemorySource
+from clip_jax.data.sources.columns import ColumnsSource
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.views import RewritesView, TextVariants, TextView
 from clip_jax.errors import UserError
@@ -60,7 +60,9 @@ def test_oracle_c_all_texts_are_equally_likely_and_follow_from_seed_epoch_and_id
 def test_oracle_d_a_rewrite_without_two_words_gives_way_to_the_caption(bad):
     assert set(draws(view(rewrite_prob=1.0), RECORD | {"rewrites": [bad]}, 20)) == {"the caption"}
     found = draws(view(rewrite_prob=1.0), RECORD | {"rewrites": [bad, "two words"]}, 2000)
-    assert abs(found.count("two words") / 2000 - 0.5) < 0.05, "after the draw: the other one does not become more likely"
+    assert abs(found.count("two words") / 2000 - 0.5) < 0.05, (
+        "after the draw: the other one does not become more likely"
+    )
 
 
 @pytest.mark.parametrize("prob, expected", [(0.0, 0), (0.3, 0.3), (1.0, 1)])
@@ -92,10 +94,16 @@ def test_rewrites_of_other_programs_are_a_text_file_for_each_family(tmp_path):
     for family in ("human", "coco"):
         source = ColumnsSource(source, f"{tmp_path}/{family}.txt")
     both = TextView("text", 8, rewrites=("human", "coco"))
-    assert {both.caption(source[1], np.random.default_rng(i)) for i in range(40)} == {"caption 1", "human line 1", "coco line 1"}
+    assert {both.caption(source[1], np.random.default_rng(i)) for i in range(40)} == {
+        "caption 1",
+        "human line 1",
+        "coco line 1",
+    }
 
 
-@pytest.mark.parametrize("fields, record", [(dict(rewrite_prob=0.0), RECORD), ({}, RECORD | {"rewrites": []})], ids=["p=0", "M=0"])
+@pytest.mark.parametrize(
+    "fields, record", [(dict(rewrite_prob=0.0), RECORD), ({}, RECORD | {"rewrites": []})], ids=["p=0", "M=0"]
+)
 def test_oracle_a_without_rewrites_batches_are_bit_identical_to_clips(fields, record):
     """The method is CLIP's own, so that the loss is as well; test_a_run compares losses."""
     records = [{**record, "texts": [f"a {k} b c d", "e f"]} for k in range(12)]
@@ -116,11 +124,19 @@ def test_all_texts_of_a_picture():
     some = RECORD | {"rewrites": ["first rewrite", "one"]}
     expected = tokenizer(["the caption", "first rewrite", *["the caption"] * 3], 8)
     np.testing.assert_array_equal(all_texts(some, randomness(0, 0, 0), tokenizer), expected)
-    two = RECORD | {"texts": ["caption one", "caption two"], "rewrites": ["of one", "also of one", "of two", "also of two"]}
-    found = {tuple(map(tuple, dataclasses.replace(all_texts, count=2)(two, randomness(0, 0, i), tokenizer))) for i in range(20)}
+    two = RECORD | {
+        "texts": ["caption one", "caption two"],
+        "rewrites": ["of one", "also of one", "of two", "also of two"],
+    }
+    found = {
+        tuple(map(tuple, dataclasses.replace(all_texts, count=2)(two, randomness(0, 0, i), tokenizer)))
+        for i in range(20)
+    }
     wanted = [["caption one", "of one", "also of one"], ["caption two", "of two", "also of two"]]
     assert found == {tuple(map(tuple, tokenizer(texts, 8))) for texts in wanted}
-    np.testing.assert_array_equal(dataclasses.replace(all_texts, count=0)(RECORD, None, tokenizer), tokenizer(["the caption"], 8))
+    np.testing.assert_array_equal(
+        dataclasses.replace(all_texts, count=0)(RECORD, None, tokenizer), tokenizer(["the caption"], 8)
+    )
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "align", "declip", "oner", "otter", "unicl", "zerovl", "clippo"])
@@ -187,7 +203,12 @@ def test_the_text_that_finds_its_picture_is_drawn_for_each_example():
     params, extra = method.init(jax.random.key(0), batch)
     features = jax.jit(lambda rng: method.encode(params, extra, batch, rng, True)[0]["drawn"])
     drawn = np.stack([features(jax.random.key(k)) for k in range(40)])
-    assert drawn.min() == 0 and drawn.max() == 4 and all(len(set(column)) > 2 for column in drawn.T) and len(set(drawn[0])) > 2
+    assert (
+        drawn.min() == 0
+        and drawn.max() == 4
+        and all(len(set(column)) > 2 for column in drawn.T)
+        and len(set(drawn[0])) > 2
+    )
 
 
 # Layer norms on queries and keys
@@ -218,7 +239,9 @@ def test_an_image_tower_has_them_in_every_block():
 # Configurations, whole runs and wrong input
 
 
-@pytest.mark.parametrize("variant", ["", "smoke", "mt", "slip", "cc3m", "cc12m", "redcaps", "laion_b32", "laion_b16", "laion_l14"])
+@pytest.mark.parametrize(
+    "variant", ["", "smoke", "mt", "slip", "cc3m", "cc12m", "redcaps", "laion_b32", "laion_b16", "laion_l14"]
+)
 def test_variants_are_complete(variant):
     c = config.load(f"{CONFIG}:{variant}")
     config.validate(c)
@@ -226,7 +249,12 @@ def test_variants_are_complete(variant):
     if variant in ("", "smoke"):
         clip = config.load(f"{REPO}/configs/clip.py:{variant or 'emoji'}")
         changed = {key for key, *_ in config.differences(clip, c)}
-        assert changed == {"method", "data.source", "data.rewrites", *(f"laclip.{f.name}" for f in dataclasses.fields(Options))}
+        assert changed == {
+            "method",
+            "data.source",
+            "data.rewrites",
+            *(f"laclip.{f.name}" for f in dataclasses.fields(Options)),
+        }
     c.model.text.update(dict(vocab_size=49408, eot_id=49407))
     text = next(v for v in make_method(c).views if isinstance(v, TextView))
     assert text.rewrites == ("rewrites",)
@@ -234,7 +262,9 @@ def test_variants_are_complete(variant):
     if c.method == "laclip":
         assert set(c.laclip) == {f.name for f in dataclasses.fields(Options)}
     if variant in ("cc3m", "cc12m", "redcaps"):
-        assert c.model.image.qk_norm and c.optim.lr == 1e-3 and c.optim.weight_decay == 0.5 and c.data.batch_size == 8192
+        assert (
+            c.model.image.qk_norm and c.optim.lr == 1e-3 and c.optim.weight_decay == 0.5 and c.data.batch_size == 8192
+        )
 
 
 def test_a_run(tmp_path):

@@ -257,7 +257,11 @@ def test_a_dry_run_prints_what_a_real_one_runs(stand, script, arguments):
         ("gke", ["run", "--name=clip", "--image=i", "--", *TRAIN], "--accelerator=... is missing"),
         ("gke", ["run", *GKE[:3], "--", *TRAIN], "--topology=... is missing"),
         ("gke", ["run", *GKE[:3], "--topology=4by8", "--", *TRAIN], "--topology=4by8 is not of the form 4x8 or 2x2x4"),
-        ("gke", ["run", *GKE, "--chips-per-node=5", "--", *TRAIN], "--topology=4x8 has 32 chips, no multiple of --chips-per-node=5"),
+        (
+            "gke",
+            ["run", *GKE, "--chips-per-node=5", "--", *TRAIN],
+            "--topology=4x8 has 32 chips, no multiple of --chips-per-node=5",
+        ),
         ("gke", ["run", *GKE[:2], "--accelerator=nvidia-l4", "--slices=2", "--", *TRAIN], "--slices is for TPUs"),
         ("gke", ["status", "--name=Clip_1"], "--name=Clip_1: lower-case letters, digits and - are allowed"),
         ("slurm", ["--nodes=2", "--", *TRAIN], "--gpus-per-node=... is missing"),
@@ -276,21 +280,43 @@ def test_a_missing_program_is_named(stand):
     tools.mkdir()
     for name in ("bash", "dirname", "tr", "awk"):
         (tools / name).symlink_to(shutil.which(name))
-    assert stand.launch("tpu", "status", *QUEUE, status=2, PATH=str(tools)) == "error: gcloud is not installed, or not on PATH\n"
+    assert (
+        stand.launch("tpu", "status", *QUEUE, status=2, PATH=str(tools))
+        == "error: gcloud is not installed, or not on PATH\n"
+    )
 
 
 @pytest.mark.parametrize(
     "options, tail",
     [
-        (["--type=v5litepod-256", "--spot"], ["--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]),
-        (["--type=v6e-64", "--reserved"], ["--accelerator-type=v6e-64", "--runtime-version=v2-alpha-tpuv6e", "--reserved"]),
-        (["--type=v4-32", "--version=mine", "--labels=a=b"], ["--accelerator-type=v4-32", "--runtime-version=mine", "--labels=a=b"]),
+        (
+            ["--type=v5litepod-256", "--spot"],
+            ["--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"],
+        ),
+        (
+            ["--type=v6e-64", "--reserved"],
+            ["--accelerator-type=v6e-64", "--runtime-version=v2-alpha-tpuv6e", "--reserved"],
+        ),
+        (
+            ["--type=v4-32", "--version=mine", "--labels=a=b"],
+            ["--accelerator-type=v4-32", "--runtime-version=mine", "--labels=a=b"],
+        ),
     ],
 )
 def test_create_queues_a_slice(stand, options, tail):
     stand.launch("tpu", "create", *options, NAME="clip", ZONE="z", PROJECT="p")
     (call,) = stand.arguments("gcloud")
-    assert call == ["compute", "tpus", "queued-resources", "create", "clip", "--node-id=clip", *tail, "--zone=z", "--project=p"]
+    assert call == [
+        "compute",
+        "tpus",
+        "queued-resources",
+        "create",
+        "clip",
+        "--node-id=clip",
+        *tail,
+        "--zone=z",
+        "--project=p",
+    ]
 
 
 def test_setup_waits_for_the_slice_and_installs_what_git_tracks(stand):
@@ -300,7 +326,9 @@ def test_setup_waits_for_the_slice_and_installs_what_git_tracks(stand):
     for worker in range(2):
         code = stand.root / f"worker{worker}" / "clip_jax"
         assert (code / "launch" / "tpu.sh").exists() and not (code / "untracked").exists()
-    assert [call[1:4] + call[-2:] for call in stand.arguments("python")] == [["pip", "install", "--quiet", "-e", ".[tpu]"]] * 2
+    assert [call[1:4] + call[-2:] for call in stand.arguments("python")] == [
+        ["pip", "install", "--quiet", "-e", ".[tpu]"]
+    ] * 2
 
 
 def test_setup_gets_a_newer_python_where_the_image_has_an_old_one(stand):
@@ -333,7 +361,12 @@ def test_arguments_reach_the_trainer_of_every_worker_unharmed(stand):
 
 @pytest.mark.parametrize(
     "exits, last, times",
-    [(["42", "43", "42", "1", "0"], 0, 5), (["2"], 2, 1), (["1", "-9", "43", "1", "0"], 1, 4), (["42"] * 6 + ["0"], 0, 7)],
+    [
+        (["42", "43", "42", "1", "0"], 0, 5),
+        (["2"], 2, 1),
+        (["1", "-9", "43", "1", "0"], 1, 4),
+        (["42"] * 6 + ["0"], 0, 7),
+    ],
     ids=["recovers", "wrong input", "given up", "preempted often"],
 )
 def test_the_trainer_starts_again_as_its_exit_status_says(stand, exits, last, times):
@@ -379,7 +412,9 @@ def test_status_and_logs_name_the_worker(stand):
     stand.run(until="begun")
     stand.wait_for(stand.run_file(1, "status").exists)
     output = stand.launch("tpu", "status", *QUEUE)
-    assert re.fullmatch(r"ACTIVE\nworker 0: running \(pid \d+\)\nworker 1: ended with status 2\n\[0\] .*\n\[1\] .*\n", output)
+    assert re.fullmatch(
+        r"ACTIVE\nworker 0: running \(pid \d+\)\nworker 1: ended with status 2\n\[0\] .*\n\[1\] .*\n", output
+    )
     assert stand.launch("tpu", "logs", *QUEUE, "--worker=1") == "[1] training on 1\n"
     stand.prepare(states=["PROVISIONING"])
     assert stand.launch("tpu", "status", *QUEUE) == "PROVISIONING\n"
@@ -422,7 +457,9 @@ def test_keep_takes_over_a_run_and_starts_a_lost_worker_again(stand):
 
 def test_keep_gives_up_when_requests_fail(stand):
     stand.prepare(states=["FAILED", *["FAILED", ""] * 9])
-    output = stand.launch("tpu", "run", *QUEUE, "--keep", "--poll=0", "--max-restarts=1", "--type=v4-16", "--", *TRAIN, status=1)
+    output = stand.launch(
+        "tpu", "run", *QUEUE, "--keep", "--poll=0", "--max-restarts=1", "--type=v4-16", "--", *TRAIN, status=1
+    )
     assert output.endswith("error: given up after 2 failures in a row\n")
     assert [verb for verb in verbs(stand) if verb != "list"] == ["delete", "create", "delete"]
 
@@ -445,7 +482,11 @@ def test_a_jobset_for_tpus(stand):
     manifest = yaml.safe_load(stand.launch("gke", "run", *arguments, "--dry-run", "--", *TRAIN))
     assert not stand.calls(".*")
     job, pod, train = container(manifest)
-    assert manifest["kind"] == "JobSet" and manifest["metadata"]["name"] == "clip" and manifest["spec"]["failurePolicy"]["maxRestarts"] == 7
+    assert (
+        manifest["kind"] == "JobSet"
+        and manifest["metadata"]["name"] == "clip"
+        and manifest["spec"]["failurePolicy"]["maxRestarts"] == 7
+    )
     assert "alpha.jobset.sigs.k8s.io/exclusive-topology" in manifest["metadata"]["annotations"]
     spec = job["template"]["spec"]
     assert (job["replicas"], spec["completions"], spec["parallelism"]) == (2, 8, 8)
@@ -458,7 +499,12 @@ def test_a_jobset_for_tpus(stand):
     }
     assert train["image"] == "registry/clip_jax:1" and train["resources"]["limits"] == {"google.com/tpu": 4}
     # $$( is how Kubernetes writes $(, which would name a variable.
-    assert train["command"] == ["python", "-m", "clip_jax.train", *[argument.replace("$(", "$$(") for argument in TRAIN]]
+    assert train["command"] == [
+        "python",
+        "-m",
+        "clip_jax.train",
+        *[argument.replace("$(", "$$(") for argument in TRAIN],
+    ]
 
 
 def test_a_jobset_for_gpus_is_applied(stand):

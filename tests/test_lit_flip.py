@@ -64,10 +64,14 @@ def train_tokenizer(c):
 
 def test_published_schedules():
     c = config_lib.load(f"{FLIP}:b16")
-    assert c.optim.lr == pytest.approx(1.024e-3) and c.train.steps * c.data.batch_size == pytest.approx(12.8e9, rel=0.01)
+    assert c.optim.lr == pytest.approx(1.024e-3) and c.train.steps * c.data.batch_size == pytest.approx(
+        12.8e9, rel=0.01
+    )
     assert c.optim.warmup_steps / c.train.steps == pytest.approx(0.004, rel=0.01)
     c = config_lib.load(f"{FLIP}:l16_tune")
-    assert c.optim.lr == pytest.approx(1.024e-5) and c.train.steps * c.data.batch_size == pytest.approx(1.28e8, rel=0.01)
+    assert c.optim.lr == pytest.approx(1.024e-5) and c.train.steps * c.data.batch_size == pytest.approx(
+        1.28e8, rel=0.01
+    )
     with pytest.raises(UserError, match="has no variant 'b32'"):
         config_lib.load(f"{FLIP}:b32")
     with pytest.raises(UserError, match="has no variant 'b32'"):
@@ -89,7 +93,9 @@ def test_lit_locks_the_image_tower(tmp_path):
     train.train(tiny_config("train.steps=1"), tmp_path / "clip", str)
     overrides = [*TINY, "train.steps=3", "optim.weight_decay=0.5", "optim.lr=0.01", f"init_from={tmp_path / 'clip'}"]
     train.train(config_lib.load(LIT, overrides), tmp_path / "lit", str)
-    before, after = (traverse_util.flatten_dict(clip_jax.load(tmp_path / name).params, sep="/") for name in ("clip", "lit"))
+    before, after = (
+        traverse_util.flatten_dict(clip_jax.load(tmp_path / name).params, sep="/") for name in ("clip", "lit")
+    )
     for path, x in after.items():
         assert np.array_equal(x, before[path]) == path.startswith("img/"), path
 
@@ -104,7 +110,9 @@ def flops(*freeze):
     batch["example_id"] = jax.ShapeDtypeStruct((8,), jnp.int32)
     init, tx = make_init(c, method, batch)
     state = jax.eval_shape(init, jax.random.key(0))
-    forward = jax.jit(method.embed_image).lower(state.params, state.extra, batch["image"]).compile().cost_analysis()["flops"]
+    forward = (
+        jax.jit(method.embed_image).lower(state.params, state.extra, batch["image"]).compile().cost_analysis()["flops"]
+    )
     return jax.jit(make_step(c, method, tx)).lower(state, batch).compile().cost_analysis()["flops"], forward
 
 
@@ -132,7 +140,9 @@ def test_embeddings_of_a_locked_tower_may_be_computed_before():
 
 
 def flip_tower(patch_drop):
-    c = config_lib.load(FLIP, [*TINY, "model.image.patch=4", f"model.image.patch_drop={patch_drop}", "model.image.depth=2"])
+    c = config_lib.load(
+        FLIP, [*TINY, "model.image.patch=4", f"model.image.patch_drop={patch_drop}", "model.image.depth=2"]
+    )
     return image_tower(c.model), c.model.image
 
 
@@ -144,7 +154,9 @@ def test_flip_drops_no_patch_in_evaluation():
     np.testing.assert_array_equal(z, whole.apply(params, images)[0])
     assert tokens.shape[1] == 1 + 16
     keys = jax.random.split(jax.random.key(1), 2)
-    assert dropping.apply(params, images, train=True, keys=keys)[1].shape[1] == 1 + 8, "half of the patches and the class token"
+    assert dropping.apply(params, images, train=True, keys=keys)[1].shape[1] == 1 + 8, (
+        "half of the patches and the class token"
+    )
 
 
 def kept(keys, n=16, drop=0.5):
@@ -161,7 +173,13 @@ def test_the_masked_forward_pass_is_that_of_the_kept_patches():
     params = tower.init(jax.random.key(0), images)["params"]
     keys = jax.random.split(jax.random.key(1), 2)
     z, _ = tower.apply({"params": params}, images, train=True, keys=keys)
-    block = Block(image.heads, image.mlp_dim, image.act, image.ln_eps, block_init("xavier", image.width, image.mlp_dim, image.depth))
+    block = Block(
+        image.heads,
+        image.mlp_dim,
+        image.act,
+        image.ln_eps,
+        block_init("xavier", image.width, image.mlp_dim, image.depth),
+    )
     for i, patches in enumerate(kept(keys)):
         x = []
         for patch in patches:
@@ -181,6 +199,8 @@ def test_the_masked_forward_pass_is_that_of_the_kept_patches():
 def test_kept_patches_are_uniform_and_new_for_each_image_and_step():
     draws = kept(jax.random.split(jax.random.key(0), 2000))
     counts = np.bincount(draws.ravel(), minlength=16)
-    chi2 = ((counts - 1000) ** 2 / (1000 * 0.5)).sum() * 15 / 16  # variance n p (1 - p); kept patches of a draw exclude each other
+    chi2 = (
+        ((counts - 1000) ** 2 / (1000 * 0.5)).sum() * 15 / 16
+    )  # variance n p (1 - p); kept patches of a draw exclude each other
     assert chi2 < 37.7, "99.9 % of the distribution with 15 degrees of freedom"
     assert len({tuple(row) for row in draws.tolist()}) > 1500

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from clip_jax.data.loader import Loader, iterate_once
-from clip_jax.data.sources import BadRecord, BaseSource, MemorySource, MixtureSource, make_source
+from clip_jax.data.records import BadRecord, BaseSource
+from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.views import ImageView, TextView, make_example
 from clip_jax.errors import UserError
 
@@ -60,7 +62,9 @@ def assert_equal(first, second):
 
 
 def concatenate(shares):
-    return [{key: np.concatenate([share[key] for share in step]) for key in step[0]} for step in zip(*shares, strict=True)]
+    return [
+        {key: np.concatenate([share[key] for share in step]) for key in step[0]} for step in zip(*shares, strict=True)
+    ]
 
 
 # What a batch is
@@ -81,7 +85,10 @@ def test_contents():
 
 def test_every_epoch_has_every_example_once_in_a_new_order():
     source = MemorySource(records(24))
-    epochs = [np.concatenate([b["example_id"] for b in chunk]).tolist() for chunk in np.array_split(take(loader(source), 9), 3)]
+    epochs = [
+        np.concatenate([b["example_id"] for b in chunk]).tolist()
+        for chunk in np.array_split(take(loader(source), 9), 3)
+    ]
     assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3 and epochs[0] != list(range(24))
 
@@ -142,7 +149,8 @@ def test_again(reference):
 
 
 @pytest.mark.parametrize(
-    "arguments", [dict(threads=0), dict(threads=1), dict(threads=4, prefetch=6), dict(cache_bytes=0), dict(cache_bytes=100_000)]
+    "arguments",
+    [dict(threads=0), dict(threads=1), dict(threads=4, prefetch=6), dict(cache_bytes=0), dict(cache_bytes=100_000)],
 )
 def test_threads_and_cache_change_nothing(reference, arguments):
     source, batches = reference
@@ -205,7 +213,9 @@ def test_a_closed_loader_says_so():
 def test_worker_processes_report_a_source_that_goes_bad():
     source = MemorySource(records(3) + [{"image": b"", "texts": ["x"]}] * 30)
     iterator = loader(source, PLAIN, workers=1, batch_size=64, max_bad_share=0.2)
-    with pytest.raises(UserError, match=r"memory: \d+ of \d+ records are unusable \(empty image: \d+\), more than max_bad_share=0.2"):
+    with pytest.raises(
+        UserError, match=r"memory: \d+ of \d+ records are unusable \(empty image: \d+\), more than max_bad_share=0.2"
+    ):
         take(iterator, 100)
     iterator.close()
 
@@ -221,7 +231,9 @@ def test_mixture_keeps_its_proportions_and_all_its_examples():
     source_ids = np.concatenate([b["source_id"] for b in batches])
     np.testing.assert_array_equal(source_ids, ids >= 6)
     assert (source_ids == 1).sum() == 120 and (source_ids == 0).sum() == 40
-    assert sorted(ids[source_ids == 1][:40]) == list(range(6, 46)) and sorted(ids[source_ids == 0][:6]) == list(range(6))
+    assert sorted(ids[source_ids == 1][:40]) == list(range(6, 46)) and sorted(ids[source_ids == 0][:6]) == list(
+        range(6)
+    )
     assert_equal(concatenate([take(loader(source, batch_size=16, host=h, hosts=2), 10) for h in range(2)]), batches)
 
 
@@ -255,7 +267,9 @@ def test_bad_records_are_replaced_and_counted(reason):
         assert set(range(20)) - {3, 4, 5, 17} == set(batch["example_id"].tolist())
     assert set(iterator.skipped) == {reason} and iterator.skipped[reason] >= 12
     assert_equal(take(loader(MemorySource(rows), PLAIN, batch_size=20, max_bad_share=0.3), 3), batches)
-    assert_equal(take(loader(MemorySource(rows), PLAIN, batch_size=20, max_bad_share=0.3, start_step=1), 2), batches[1:])
+    assert_equal(
+        take(loader(MemorySource(rows), PLAIN, batch_size=20, max_bad_share=0.3, start_step=1), 2), batches[1:]
+    )
 
 
 def test_a_missing_caption_list_is_an_empty_caption():
@@ -290,7 +304,9 @@ def test_the_share_is_not_judged_on_a_few_records():
     assert len(take(loader(MemorySource(rows), PLAIN, batch_size=40, max_bad_share=0.03), 6)) == 6
 
 
-@pytest.mark.parametrize("rows", [[{"image": b"", "texts": ["x"], "extra": 1}] * 5, [{"image": encoded(0), "texts": [], "extra": 1}] * 400])
+@pytest.mark.parametrize(
+    "rows", [[{"image": b"", "texts": ["x"], "extra": 1}] * 5, [{"image": encoded(0), "texts": [], "extra": 1}] * 400]
+)
 def test_no_usable_record(rows):
     with pytest.raises(UserError, match="memory: no usable record among .* tried .*; fields: extra, image, texts"):
         loader(MemorySource(rows), PLAIN)
@@ -320,7 +336,10 @@ def test_records_that_cannot_be_read():
             return {"image": encoded(index), "texts": ["x"]}
 
     iterator = loader(Half("half"), PLAIN, max_bad_share=0.9)
-    assert all((batch["example_id"] % 2 == 0).all() for batch in take(iterator, 5)) and iterator.skipped["missing file"] > 5
+    assert (
+        all((batch["example_id"] % 2 == 0).all() for batch in take(iterator, 5))
+        and iterator.skipped["missing file"] > 5
+    )
 
 
 # Views
@@ -345,7 +364,9 @@ def test_templates():
     record = {"name": "cat", "tags": ["a", "b", "c"], "keywords": []}
     assert caption(view, record) == "cat"
     texts = {caption(view, record, np.random.default_rng(seed)) for seed in range(400)}
-    assert {"cat", "cat: a", "cat: b", "cat: c", "cat: a, b, c", "cat: c, a"} <= texts and not any("<" in text for text in texts)
+    assert {"cat", "cat: a", "cat: b", "cat: c", "cat: a, b, c", "cat: c, a"} <= texts and not any(
+        "<" in text for text in texts
+    )
     assert len(texts) == 1 + 3 + 6 + 6  # every ordered subset
     assert caption(TextView(templates=("{tags} {number} {{x}}",)), {"tags": ("a", "b"), "number": 3}) == "a, b 3 {x}"
     for empty in ({}, {"keywords": ["", " "]}, {"keywords": None}):
@@ -357,7 +378,9 @@ def test_word_dropout_leaves_words_out_in_training_only():
     view, text, tokenizer = TextView(context=64, word_dropout=0.5), "one two three four five six seven eight", Bytes()
 
     def caption(text, seed=None):
-        return tokenizer.decode(view({"texts": [text]}, None if seed is None else np.random.default_rng(seed), tokenizer))
+        return tokenizer.decode(
+            view({"texts": [text]}, None if seed is None else np.random.default_rng(seed), tokenizer)
+        )
 
     words = [caption(text, seed).split() for seed in range(200)]
     assert all(w and set(w) <= set(text.split()) for w in words)
@@ -373,7 +396,9 @@ def test_template_mistakes(text):
 
 
 def test_a_template_field_that_no_record_has():
-    with pytest.raises(UserError, match="no record has the field 'nmuber' of a template \\(did you mean 'number'\\?\\); fields: im"):
+    with pytest.raises(
+        UserError, match="no record has the field 'nmuber' of a template \\(did you mean 'number'\\?\\); fields: im"
+    ):
         loader(MemorySource(records(4)), (TextView(templates=("{number}", "{nmuber}")),))
     rows = records(4)
     rows[3]["rare"] = "x"
@@ -428,7 +453,11 @@ def test_one_pass_in_order():
     ids = np.concatenate([batch["example_id"] for batch in batches])
     mask = np.concatenate([batch["mask"] for batch in batches])
     assert ids.tolist() == [*range(21), -1, -1, -1] and mask.tolist() == [True] * 21 + [False] * 3
-    assert not batches[2]["image"][5:].any() and batches[2]["image"][:5].any() and batches[2]["label"].tolist() == [1] * 5 + [0] * 3
+    assert (
+        not batches[2]["image"][5:].any()
+        and batches[2]["image"][:5].any()
+        and batches[2]["label"].tolist() == [1] * 5 + [0] * 3
+    )
     assert Bytes().decode(batches[1]["text"][2]) == "caption 10"
     shares = [list(iterate_once(source, PLAIN, Bytes(), 8, host=host, hosts=4)) for host in range(4)]
     assert_equal(concatenate(shares), batches)
@@ -477,7 +506,10 @@ def test_wrong_view_names(names):
 def test_the_embedded_set_with_its_tokenizer():
     from clip_jax.data.tokenizers import make_tokenizer
 
-    views = ImageView("image", 32, ("rrc(0.9, 1.0)", "flip")), TextView("text", 16, ("{name}", "{name}: {tags}", "{keywords}"))
+    views = (
+        ImageView("image", 32, ("rrc(0.9, 1.0)", "flip")),
+        TextView("text", 16, ("{name}", "{name}: {tags}", "{keywords}")),
+    )
     iterator = Loader(make_source("emoji"), views, make_tokenizer("sentencepiece"), batch_size=64, seed=0)
     batch = next(iterator)
     assert batch["image"].shape == (64, 32, 32, 3) and batch["image"].std() > 30 and batch["text"].shape == (64, 16)

@@ -19,7 +19,7 @@ from clip_jax.models.towers import image_tower, text_tower, use_size
 from clip_jax.models.transformer import stack_layers, unstack_layers
 from clip_jax.models.two_tower import TwoTower
 from clip_jax.models.vit import drop_patches, patches
-from clip_jax.training import sharding
+from clip_jax.runtime import sharding
 from clip_jax.training.step import make_init, make_step
 
 
@@ -68,7 +68,10 @@ def test_published_parameter_counts(size, image_count, text_count, total):
 
 def shapes_of_batch(model):
     size = model.image.size
-    return {"image": jax.ShapeDtypeStruct((2, size, size, 3), np.uint8), "text": jax.ShapeDtypeStruct((2, model.text.context), np.int32)}
+    return {
+        "image": jax.ShapeDtypeStruct((2, size, size, 3), np.uint8),
+        "text": jax.ShapeDtypeStruct((2, model.text.context), np.int32),
+    }
 
 
 @pytest.mark.parametrize("tower, total", [("SigLIP-B/16-224", 93_474_817), ("SigLIP-L/16-256", 316_681_985)])
@@ -91,7 +94,10 @@ def open_clip_params(folder, file="model.safetensors"):
             name: {"kernel": k.T.reshape(width, heads, -1), "bias": b.reshape(heads, -1)}
             for name, k, b in zip(("query", "key", "value"), qkv, qkv_bias, strict=True)
         }
-        attn["out"] = {"kernel": w[f"{prefix}.attn.out_proj.weight"].T.reshape(heads, -1, width), "bias": w[f"{prefix}.attn.out_proj.bias"]}
+        attn["out"] = {
+            "kernel": w[f"{prefix}.attn.out_proj.weight"].T.reshape(heads, -1, width),
+            "bias": w[f"{prefix}.attn.out_proj.bias"],
+        }
         mlp = {
             ours: {"kernel": w[f"{prefix}.mlp.{n}.weight"].T, "bias": w[f"{prefix}.mlp.{n}.bias"]}
             for ours, n in (("fc1", "c_fc"), ("fc2", "c_proj"))
@@ -129,7 +135,9 @@ def open_clip_params(folder, file="model.safetensors"):
     model.embed_dim, model.dtype, act = c["embed_dim"], "float32", "quick_gelu" if c["quick_gelu"] else "gelu"
     model.image.update(dict(size=vision["image_size"], patch=vision["patch_size"], width=vision["width"], depth=vision["layers"],
                             heads=vision["width"] // vision["head_width"], mlp_dim=4 * vision["width"], act=act))  # fmt: skip
-    model.text.update(dict(vocab_size=text["vocab_size"], eot_id=text["vocab_size"] - 1, context=text["context_length"], act=act))
+    model.text.update(
+        dict(vocab_size=text["vocab_size"], eot_id=text["vocab_size"] - 1, context=text["context_length"], act=act)
+    )
     model.text.update(dict(width=text["width"], depth=text["layers"], heads=text["heads"], mlp_dim=4 * text["width"]))
     return params, model
 
@@ -151,7 +159,9 @@ def test_golden_open_clip_vit(folder):
         loss, _ = infonce(l2_normalize(z_image), l2_normalize(z_text), scale)
         return loss, (z_image, z_text, scale * l2_normalize(z_image) @ l2_normalize(z_text).T)
 
-    (loss, (z_image, z_text, logits)), (grads, grad) = jax.jit(jax.value_and_grad(forward, argnums=(0, 1), has_aux=True))(params, images)
+    (loss, (z_image, z_text, logits)), (grads, grad) = jax.jit(
+        jax.value_and_grad(forward, argnums=(0, 1), has_aux=True)
+    )(params, images)
     tolerance = dict(rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(z_image, io["image_embed_unnormalised"], **tolerance)
     np.testing.assert_allclose(z_text, io["text_embed_unnormalised"], **tolerance)
@@ -210,7 +220,9 @@ def test_image_switches(switches, tokens):
     params = module.init(jax.random.key(0), images)["params"]
     z, x = module.apply({"params": params}, images)
     assert z.shape == (2, 16) and x.shape == (2, tokens, 32) and np.isfinite(z).all()
-    assert ("pos" in params) == (switches.get("posemb") != "sincos2d") and ("ln_pre" in params) == switches.get("ln_pre", True)
+    assert ("pos" in params) == (switches.get("posemb") != "sincos2d") and ("ln_pre" in params) == switches.get(
+        "ln_pre", True
+    )
     assert ("bias" in params.get("patch", {})) == switches.get("patch_bias", False)
 
 
@@ -245,7 +257,9 @@ def test_sincos_matches_its_formula():
     table = np.asarray(sincos_2d(3, 4, 8))
     omega = 1 / 10_000 ** (np.arange(2) / 1)
     row, column = 2, 3
-    expected = np.concatenate([np.sin(column * omega), np.cos(column * omega), np.sin(row * omega), np.cos(row * omega)])
+    expected = np.concatenate(
+        [np.sin(column * omega), np.cos(column * omega), np.sin(row * omega), np.cos(row * omega)]
+    )
     np.testing.assert_allclose(table[row * 4 + column], expected, atol=1e-6)
 
 
@@ -270,7 +284,11 @@ def test_bfloat16_compute_keeps_float32_weights():
         ("image", dict(weight_init="xaver"), "model.image.weight_init='xaver'"),
         ("image", dict(posemb="sincos"), "model.image.posemb='sincos': allowed are learn, sincos2d"),
         ("image", dict(proj=False), "model.image.proj=False needs model.embed_dim=32, the width of the tower, not 16"),
-        ("image", dict(kind="resnet", size=48), "model.image.size=48 is not divisible by .* 32, the stride of a 'resnet' tower"),
+        (
+            "image",
+            dict(kind="resnet", size=48),
+            "model.image.size=48 is not divisible by .* 32, the stride of a 'resnet' tower",
+        ),
         ("image", dict(kind="efficientnet"), "model.image.act is no field of a 'efficientnet' tower"),
         ("image", dict(cls_token=False), "needs model.image.cls_token=True"),
         ("text", dict(pool="eos"), "model.text.pool='eos'"),
@@ -324,14 +342,18 @@ def run_tower(name, model, params, inputs):
 @pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "dots"), (True, "full")])
 def test_scan_and_remat_change_nothing_but_the_layout(name, scan, remat):
     model = tiny()
-    inputs = {"image": jax.random.normal(jax.random.key(1), (3, 16, 16, 3)), "text": jnp.arange(30).reshape(3, 10)}[name]
+    inputs = {"image": jax.random.normal(jax.random.key(1), (3, 16, 16, 3)), "text": jnp.arange(30).reshape(3, 10)}[
+        name
+    ]
     params = {"image": image_tower, "text": text_tower}[name](model).init(jax.random.key(0), inputs)["params"]
     expected, expected_grads = run_tower(name, model, params, inputs)
     model.scan, model.remat = scan, remat
     embedding, grads = run_tower(name, model, stack_layers(params, like(name, model, inputs)), inputs)
     np.testing.assert_allclose(embedding, expected, rtol=1e-5, atol=1e-5)
     assert ("block" in grads) == scan
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), unstack_layers(grads), expected_grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), unstack_layers(grads), expected_grads
+    )
 
 
 def like(name, model, inputs):
@@ -357,7 +379,9 @@ EFFICIENTNET = dict(kind="efficientnet", size=32, stages=((8, 2, 3, 1, 1),), pro
 BERT = dict(kind="bert", context=12, vocab_size=64, eot_id=63, width=32, depth=1, heads=2, mlp_dim=64, dropout=0.1)
 
 
-@pytest.mark.parametrize("method, image, text, devices, micro_batches", [("clip", RESNET, None, 8, 1), ("align", EFFICIENTNET, BERT, 1, 2)])
+@pytest.mark.parametrize(
+    "method, image, text, devices, micro_batches", [("clip", RESNET, None, 8, 1), ("align", EFFICIENTNET, BERT, 1, 2)]
+)
 def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
     """Through the engine: the same on one and on eight devices; micro-batches have statistics, and so a result, of their own."""
     c = tiny_config("optim.lr=1e-4", f"model.embed_dim={8 if image is EFFICIENTNET else 16}")
@@ -385,7 +409,9 @@ def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
 
     state, metrics = run()
     assert np.isfinite(metrics["grad_norm"]) and metrics["bad_steps"] == 0
-    for a, b in zip(jax.tree.leaves(start.extra["batch_stats"]), jax.tree.leaves(state.extra["batch_stats"]), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(start.extra["batch_stats"]), jax.tree.leaves(state.extra["batch_stats"]), strict=True
+    ):
         assert (a != b).any()
     other, other_metrics = run(devices, micro_batches)
     if devices > 1:
@@ -394,7 +420,9 @@ def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
     else:
         assert np.isfinite(other_metrics["grad_norm"]) and other_metrics["loss"] != metrics["loss"]
         np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=0.3)
-        assert any((a != b).any() for a, b in zip(jax.tree.leaves(other.extra), jax.tree.leaves(state.extra), strict=True))
+        assert any(
+            (a != b).any() for a, b in zip(jax.tree.leaves(other.extra), jax.tree.leaves(state.extra), strict=True)
+        )
 
     method = make_method(c)
     embed = jax.jit(method.embed_image)
@@ -406,5 +434,7 @@ def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
 def test_towers_without_batch_norm_have_no_state():
     c = config.base()
     c.model = tiny()
-    params, extra = TwoTower(c.model).init(jax.random.key(0), {"image": jnp.zeros((1, 16, 16, 3)), "text": jnp.zeros((1, 10), jnp.int32)})
+    params, extra = TwoTower(c.model).init(
+        jax.random.key(0), {"image": jnp.zeros((1, 16, 16, 3)), "text": jnp.zeros((1, 10), jnp.int32)}
+    )
     assert extra == {} and params.keys() == {"img", "txt"}

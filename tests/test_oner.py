@@ -23,7 +23,7 @@ from clip_jax.models.common import l2_normalize
 from clip_jax.models.heads import MlpHead
 from clip_jax.models.masking import mask_patches, mask_words
 from clip_jax.models.one_tower import OneTower, patch_pixels, real_tokens
-from clip_jax.training import sharding
+from clip_jax.runtime import sharding
 
 CONFIG = str(REPO / "configs" / "oner.py")
 ROWS = ("itc", "itc_two_heads", "itc_xmc", "itc_xmc_cic", "itc_cmc")
@@ -53,13 +53,13 @@ PAIRS = {**BATCH, "text": texts(0)}
 
 
 def start(*overrides, row="itc_cmc"):
-    """``(the method's functions, params, extra)``."""
+    """`(the method's functions, params, extra)`."""
     oner = OneR(tiny(*overrides, row=row))
     return oner, *jax.jit(oner.init)(jax.random.key(0), PAIRS)
 
 
 def objective(oner, params, extra, batch=PAIRS):
-    """``(loss, (metrics, extra))`` as the step has it."""
+    """`(loss, (metrics, extra))` as the step has it."""
     features, extra = oner.encode(params, extra, batch, jax.random.key(1), train=True)
     features, extra = oner.heads(params, extra, features, batch, None)
     loss, metrics = oner.loss(params, extra, features, batch, None)
@@ -71,11 +71,15 @@ def objective(oner, params, extra, batch=PAIRS):
 
 @functools.cache
 def tower(**fields):
-    """``(function of the inputs, images, ids)``; two layers, a vocabulary of 50."""
-    module = OneTower(**dict(dict(size=16, patch=8, width=16, depth=2, heads=2, mlp_dim=32, vocab_size=50, context=6), **fields))
+    """`(function of the inputs, images, ids)`; two layers, a vocabulary of 50."""
+    module = OneTower(
+        **dict(dict(size=16, patch=8, width=16, depth=2, heads=2, mlp_dim=32, vocab_size=50, context=6), **fields)
+    )
     images, ids = jax.random.normal(jax.random.key(0), (3, 16, 16, 3)), jnp.asarray(texts(1, 3, 6, 50))
     params = module.init(jax.random.key(1), images, ids, ids == ids, "full", jnp.zeros((3, 4), bool), ids < 0)
-    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)  # biases and positions too
+    params = jax.tree.map(
+        lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params
+    )  # biases and positions too
     return functools.partial(module.apply, params), images, ids, real_tokens(ids, EOT)
 
 
@@ -109,14 +113,17 @@ def test_keys_of_the_other_modality_from_its_cross_or_self_attended_states():
     """Equal in the first layer, whose keys are the embeddings in both; the second layer's are states under F(T|T) by hand."""
     apply, images, ids, real = tower(depth=1)
     np.testing.assert_allclose(
-        apply(images, ids, real, "off_diagonal")["image"], apply(images, ids, real, "off_diagonal_self")["image"], atol=2e-6
+        apply(images, ids, real, "off_diagonal")["image"],
+        apply(images, ids, real, "off_diagonal_self")["image"],
+        atol=2e-6,
     )
     apply, images, ids, real = tower()
     cross, self_ = (apply(images, ids, real, mode)["image"] for mode in ("off_diagonal", "off_diagonal_self"))
     assert np.abs(cross - self_).max() > 1e-3
     # Patch j reaches the image's CLS by two layers of cross-attention (image -> text -> image), but not by way of F(T|T).
     of_cls = {
-        mode: lambda x, mode=mode: (apply(x, ids, real, mode)["image"][:, 0] ** 2).sum() for mode in ("off_diagonal", "off_diagonal_self")
+        mode: lambda x, mode=mode: (apply(x, ids, real, mode)["image"][:, 0] ** 2).sum()
+        for mode in ("off_diagonal", "off_diagonal_self")
     }
     assert np.abs(jax.grad(of_cls["off_diagonal"])(images)).max() > 1e-4
     np.testing.assert_array_equal(jax.grad(of_cls["off_diagonal_self"])(images), 0)
@@ -157,9 +164,15 @@ def test_what_is_hidden_does_not_show(stem):
 
 def test_type_embedding_is_optional():
     for given in (True, False):
-        module = OneTower(size=16, patch=8, width=16, depth=1, heads=2, mlp_dim=32, vocab_size=50, context=6, type_embedding=given)
+        module = OneTower(
+            size=16, patch=8, width=16, depth=1, heads=2, mlp_dim=32, vocab_size=50, context=6, type_embedding=given
+        )
         shapes = jax.eval_shape(
-            module.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 6), jnp.int32), jnp.ones((1, 6), bool)
+            module.init,
+            jax.random.key(0),
+            jnp.zeros((1, 16, 16, 3)),
+            jnp.zeros((1, 6), jnp.int32),
+            jnp.ones((1, 6), bool),
         )
         assert ("type" in shapes["params"]) == given
 
@@ -285,11 +298,19 @@ def test_a_teacher_without_lag_is_the_student():
 @pytest.mark.parametrize("joint", [True, False])
 def test_statistics_of_both_modalities_or_of_each(joint):
     oner, params, extra = start(f"oner.joint_bn={joint}")
-    shifted = {"student": (jnp.zeros((16, 32)).at[:, 0].set(jnp.arange(16.0)), jnp.ones((16, 32)).at[:, 1].set(jnp.arange(16.0)))}
+    shifted = {
+        "student": (
+            jnp.zeros((16, 32)).at[:, 0].set(jnp.arange(16.0)),
+            jnp.ones((16, 32)).at[:, 1].set(jnp.arange(16.0)),
+        )
+    }
     (image, text), stats = oner._apply("projector", params, extra["batch_stats"], shifted["student"])
     np.testing.assert_allclose((image + text).mean(0), 0, atol=1e-4)
     assert (np.abs(image.mean(0)).max() < 1e-4) != joint, "statistics of each modality hide the gap"
-    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (stats["projector"], extra["batch_stats"]["projector"])), strict=True))
+    assert any(
+        (a != b).any()
+        for a, b in zip(*map(jax.tree.leaves, (stats["projector"], extra["batch_stats"]["projector"])), strict=True)
+    )
 
 
 # The objective
@@ -304,7 +325,11 @@ def test_no_gradient_reaches_the_teacher_and_the_student_gets_one():
     of_teacher, of_student = jax.jit(jax.grad(loss, argnums=(0, 1)))(extra["teacher"], params)
     for grad in jax.tree.leaves(of_teacher):
         np.testing.assert_array_equal(grad, 0)
-    idle = [sharding.path_name(path) for path, grad in jax.tree_util.tree_leaves_with_path(of_student) if not np.abs(grad).max() > 0]
+    idle = [
+        sharding.path_name(path)
+        for path, grad in jax.tree_util.tree_leaves_with_path(of_student)
+        if not np.abs(grad).max() > 0
+    ]
     assert idle == []
 
 
@@ -314,13 +339,19 @@ def test_the_teacher_follows_the_student():
     moved, after = jax.tree.map(lambda x: x + 1.0, params), extra
     for step in range(3):
         after = oner.update(moved, after, None, step)
-    for a, b, c in zip(*map(jax.tree.leaves, (after["teacher"], extra["teacher"], {k: moved[k] for k in extra["teacher"]})), strict=True):
+    for a, b, c in zip(
+        *map(jax.tree.leaves, (after["teacher"], extra["teacher"], {k: moved[k] for k in extra["teacher"]})),
+        strict=True,
+    ):
         np.testing.assert_allclose(a, c * (1 - 0.9**3) + b * 0.9**3, rtol=1e-5, atol=1e-6)
 
 
 def test_the_momentum_rises_along_half_a_cosine():
     oner, params, extra = start("oner.momentum=0.5", "train.steps=4")
-    ones, zeros = jax.tree.map(jnp.ones_like, params), extra | {"teacher": jax.tree.map(jnp.zeros_like, extra["teacher"])}
+    ones, zeros = (
+        jax.tree.map(jnp.ones_like, params),
+        extra | {"teacher": jax.tree.map(jnp.zeros_like, extra["teacher"])},
+    )
     found = [1 - jax.tree.leaves(oner.update(ones, zeros, None, step)["teacher"])[0].ravel()[0] for step in range(4)]
     np.testing.assert_allclose(found, [1 - 0.25 * (1 + math.cos(math.pi * t / 4)) for t in (1, 2, 3, 4)], rtol=1e-6)
 
@@ -342,7 +373,9 @@ def test_rows_of_the_table(row):
 
 
 def test_two_heads_are_one_projector_and_one_predictor_more():
-    one, two = (jax.eval_shape(OneR(tiny(row=row)).init, jax.random.key(0), PAIRS)[0] for row in ("itc", "itc_two_heads"))
+    one, two = (
+        jax.eval_shape(OneR(tiny(row=row)).init, jax.random.key(0), PAIRS)[0] for row in ("itc", "itc_two_heads")
+    )
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
     assert count(one["tower"]) == count(two["tower"])
     assert count(two) - count(one) == count((one["projector"], one["predictor"]))
@@ -360,7 +393,10 @@ def test_published_variants(row):
     embeddings = 768 * 768 + 768 + 196 * 768 + (30522 + 39) * 768
     masks = 2 * 768 if row == "itc_cmc" else 0
     assert sum(x.size for x in jax.tree.leaves(params["tower"])) == 12 * block + embeddings + masks + (1 + 2 + 2) * 768
-    assert params["projector"]["fc3"]["kernel"].shape == (4096, 256) and params["predictor"]["fc1"]["kernel"].shape == (256, 4096)
+    assert params["projector"]["fc3"]["kernel"].shape == (4096, 256) and params["predictor"]["fc1"]["kernel"].shape == (
+        256,
+        4096,
+    )
     assert batch["text"].shape == (2, 39) and "teacher_image" in batch
 
 
@@ -401,12 +437,19 @@ def test_an_assumption_changes_the_loss(changed, same):
 
 def test_256_pairs_are_learned():
     """ITC and CMC without masks. A predictor learns these pairs too, but embeddings without it are then not aligned."""
-    unmasked = [f"oner.{x}=0" for x in "mim mlm joint_mim joint_mlm image_mask text_mask joint_image_mask joint_text_mask".split()]
+    unmasked = [
+        f"oner.{x}=0"
+        for x in "mim mlm joint_mim joint_mlm image_mask text_mask joint_image_mask joint_text_mask".split()
+    ]
     c = tiny(*unmasked, "oner.predictor=false", "oner.momentum=0.9", "oner.temperature=0.1", "oner.head_width=64",
              "model.embed_dim=32", "train.steps=60")  # fmt: skip
     oner = OneR(c)
     rng = np.random.default_rng(0)
-    batch = {"image": rng.integers(0, 256, (256, 16, 16, 3), np.uint8), "text": texts(5, 256), "example_id": np.arange(256, dtype=np.int32)}
+    batch = {
+        "image": rng.integers(0, 256, (256, 16, 16, 3), np.uint8),
+        "text": texts(5, 256),
+        "example_id": np.arange(256, dtype=np.int32),
+    }
     tx = optax.adam(3e-3)
 
     @jax.jit
@@ -429,7 +472,10 @@ def test_256_pairs_are_learned():
     params, extra, opt = init()
     for i in range(c.train.steps):
         params, extra, opt = step(i, params, extra, opt)
-    z_image, z_text = jax.jit(oner.embed_image)(params, extra, batch["image"]), jax.jit(oner.embed_text)(params, extra, batch["text"])
+    z_image, z_text = (
+        jax.jit(oner.embed_image)(params, extra, batch["image"]),
+        jax.jit(oner.embed_text)(params, extra, batch["text"]),
+    )
     similarity = np.asarray(z_image @ z_text.T)
     for axis in (0, 1):
         assert (similarity.argmax(axis) == np.arange(256)).mean() > 0.95
@@ -454,7 +500,12 @@ def test_any_mesh_and_micro_batches_give_the_result_of_one_device(one_device, si
     sizes, devices = (dict(zip(sharding.AXES, sizes, strict=True)), None) if sizes else (None, jax.devices()[:1])
     history, state = run_steps(c, make_method(c), sizes, steps=3, devices=devices)
     for a, b in zip(history, expected, strict=True):
-        for name in ("loss", "grad_norm", "modality_gap", *(f"loss_{term}" for term in (*TERMS["itc_cmc"], "xmc", "cic"))):
+        for name in (
+            "loss",
+            "grad_norm",
+            "modality_gap",
+            *(f"loss_{term}" for term in (*TERMS["itc_cmc"], "xmc", "cic")),
+        ):
             np.testing.assert_allclose(a[name], b[name], rtol=2e-4, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), state.extra, expected_state.extra)
     for path, x in jax.tree_util.tree_leaves_with_path(state.extra["teacher"]):
@@ -469,7 +520,9 @@ def test_any_mesh_and_micro_batches_give_the_result_of_one_device(one_device, si
 def test_a_step_changes_the_statistics_that_evaluation_uses(one_device):
     oner, params, extra = start(*ENGINE)
     _, state = one_device
-    changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), state.extra["batch_stats"], extra["batch_stats"])
+    changed = jax.tree.map(
+        lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), state.extra["batch_stats"], extra["batch_stats"]
+    )
     assert all(jax.tree.leaves(changed))
     params, extra = jax.device_get((state.params, state.extra))
     z = oner.embed_text(params, extra, PAIRS["text"])
@@ -489,14 +542,24 @@ def test_what_evaluation_compares(embed):
 def test_query_key_compares_as_training_does():
     (oner, params, extra), arguments = start("oner.embed=query_key"), PAIRS["image"][:4]
     by = {embed: start(f"oner.embed={embed}")[0] for embed in ("predictor", "projector")}
-    np.testing.assert_array_equal(oner.embed_image(params, extra, arguments), by["predictor"].embed_image(params, extra, arguments))
+    np.testing.assert_array_equal(
+        oner.embed_image(params, extra, arguments), by["predictor"].embed_image(params, extra, arguments)
+    )
     texts = PAIRS["text"][:4]
-    np.testing.assert_array_equal(oner.embed_text(params, extra, texts), by["projector"].embed_text(params, extra, texts))
+    np.testing.assert_array_equal(
+        oner.embed_text(params, extra, texts), by["projector"].embed_text(params, extra, texts)
+    )
     assert np.abs(oner.embed_text(params, extra, texts) - by["predictor"].embed_text(params, extra, texts)).max() > 1e-3
 
 
 def test_a_run_and_its_checkpoint(tmp_path):
-    overrides = ["train.steps=2", "eval.steps=0", "eval.train_tasks=()", "oner.teacher_augment=resize,center_crop", "checkpoint.steps=2"]
+    overrides = [
+        "train.steps=2",
+        "eval.steps=0",
+        "eval.train_tasks=()",
+        "oner.teacher_augment=resize,center_crop",
+        "checkpoint.steps=2",
+    ]
     c = config.load(f"{CONFIG}:smoke", [*OURS, *overrides])
     train.train(c, tmp_path, lambda line: None)
     assert np.isfinite(list(losses(tmp_path).values())).all() and len(losses(tmp_path)) == 2
@@ -520,7 +583,10 @@ def test_a_run_and_its_checkpoint(tmp_path):
         (["oner.two_heads=true"], "oner.two_heads=True has no head for a mean of both"),
         (["oner.temperature=0"], "oner.temperature=0.0: must be above 0"),
         (["oner.itc=-1"], "oner.itc=-1.0: must be at least 0"),
-        (["oner.mim_target=teacher", "oner.teacher_augment=resize,center_crop"], "oner.mim_target='teacher' needs oner.teacher_augment"),
+        (
+            ["oner.mim_target=teacher", "oner.teacher_augment=resize,center_crop"],
+            "oner.mim_target='teacher' needs oner.teacher_augment",
+        ),
         (["oner.embed=predictor", "oner.predictor=false"], "oner.embed='predictor' needs oner.predictor=True"),
         (["model.image.size=20"], "model.image.size=20 is not divisible by the patch size 8"),
         (["model.image.heads=5"], "model.image.width=32 is not divisible by model.image.heads=5"),

@@ -47,7 +47,12 @@ def test_adamw_is_its_formula():
 def test_lamb_golden(path):
     g = np.load(path)
     o = optim(
-        name="lamb", b1=float(g["beta1"]), b2=float(g["beta2"]), eps=float(g["eps"]), weight_decay=float(g["weight_decay"]), no_decay=()
+        name="lamb",
+        b1=float(g["beta1"]),
+        b2=float(g["beta2"]),
+        eps=float(g["eps"]),
+        weight_decay=float(g["weight_decay"]),
+        no_decay=(),
     )
     o.lr = float(g["lr"])
     params = {name: jnp.asarray(g[f"init_{name}"]) for name in ("kernel", "bias")}
@@ -71,11 +76,15 @@ def test_lamb_takes_the_norm_of_each_stacked_layer(stack):
         return tx.update(jax.tree.map(jnp.cos, params), tx.init(params), params)[0]["img"]
 
     np.testing.assert_allclose(step(stacked)[stack], jnp.stack([step(single)["a"], step(single)["b"]]), rtol=1e-6)
-    assert optimizers.make_optimizer(optim(name="lamb", freeze=("^img/x",)), 100, stacked | {"img": stacked["img"] | {"x": layers[0]}})
+    assert optimizers.make_optimizer(
+        optim(name="lamb", freeze=("^img/x",)), 100, stacked | {"img": stacked["img"] | {"x": layers[0]}}
+    )
 
 
 @pytest.mark.parametrize("path", golden_files("optim_bv_adafactor.npz"))
-@pytest.mark.parametrize("momentum, prefix, tolerance", [(None, "update_nomomentum_", (1e-3, 1e-4)), (0.9, "update_", (2e-2, 2e-2))])
+@pytest.mark.parametrize(
+    "momentum, prefix, tolerance", [(None, "update_nomomentum_", (1e-3, 1e-4)), (0.9, "update_", (2e-2, 2e-2))]
+)
 def test_adafactor_golden(path, momentum, prefix, tolerance):
     g = np.load(path)
     names = ("kernel", "small", "bias", "attn")
@@ -90,7 +99,9 @@ def test_adafactor_golden(path, momentum, prefix, tolerance):
 
 def test_sgd_has_momentum():
     params, _ = after(optim(name="sgd", b1=0.9, weight_decay=0.0), steps=2)
-    np.testing.assert_allclose(params["txt"]["ln"]["scale"], 1 - 0.1 * (1 + 1.9) * np.asarray(GRADS["txt"]["ln"]["scale"]), rtol=1e-6)
+    np.testing.assert_allclose(
+        params["txt"]["ln"]["scale"], 1 - 0.1 * (1 + 1.9) * np.asarray(GRADS["txt"]["ln"]["scale"]), rtol=1e-6
+    )
 
 
 def test_decay_leaves_out_gains_biases_and_the_scale():
@@ -110,7 +121,9 @@ def test_freeze_leaves_parameters_alone_and_costs_no_state():
 
 def test_lr_mult_scales_the_update_and_zero_freezes():
     plain, _ = after(optim(name="sgd", weight_decay=0.0), steps=1)
-    slow, _ = after(optim(name="sgd", weight_decay=0.0, lr_mult=(("bias$", 0.5), ("^img", 0.1), ("^logit", 0))), steps=1)
+    slow, _ = after(
+        optim(name="sgd", weight_decay=0.0, lr_mult=(("bias$", 0.5), ("^img", 0.1), ("^logit", 0))), steps=1
+    )
     for path, factor in (
         (("img", "proj", "bias"), 0.5),
         (("img", "proj", "kernel"), 0.1),

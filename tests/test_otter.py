@@ -18,7 +18,7 @@ from clip_jax.losses.transport import Plan, divergence, sinkhorn
 from clip_jax.methods.interface import make_method
 from clip_jax.methods.otter import Options, decay_of, loss
 from clip_jax.models.common import l2_normalize
-from clip_jax.training import sharding
+from clip_jax.runtime import sharding
 
 CONFIG = str(REPO / "configs" / "otter.py")
 
@@ -123,8 +123,13 @@ def test_divergence_is_that_of_the_matrices_and_has_their_gradient():
         entropy = jnp.where(target > 0, target * jnp.log(jnp.maximum(target, 1e-30)), 0).sum(1)
         return jnp.mean(entropy - jnp.sum(target * jax.nn.log_softmax(scale * u @ v.T), axis=1))
 
-    ours = jax.value_and_grad(lambda u, v, scale: divergence(u, v, scale, rows, cols, plan, 0.15, 200.0), argnums=(0, 1, 2))
-    (value, grads), (expected, expected_grads) = ours(u, v, 20.0), jax.value_and_grad(plain, argnums=(0, 1, 2))(u, v, 20.0)
+    ours = jax.value_and_grad(
+        lambda u, v, scale: divergence(u, v, scale, rows, cols, plan, 0.15, 200.0), argnums=(0, 1, 2)
+    )
+    (value, grads), (expected, expected_grads) = (
+        ours(u, v, 20.0),
+        jax.value_and_grad(plain, argnums=(0, 1, 2))(u, v, 20.0),
+    )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for a, b in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
@@ -143,7 +148,9 @@ def test_a_plan_is_spread_over_the_mesh(mesh8):
     got = sharded(*jax.device_put((u, v), spread))
     q = in_probabilities(similarity(u, v, 200.0), 0.15, 5)
     np.testing.assert_allclose(np.exp(got.log_mass), q.sum(1), rtol=1e-4)
-    np.testing.assert_allclose(matrix(similarity(u, v, 200.0), Plan(*map(np.asarray, got)), 0.15), q, rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(
+        matrix(similarity(u, v, 200.0), Plan(*map(np.asarray, got)), 0.15), q, rtol=1e-3, atol=1e-9
+    )
 
 
 def test_the_loss_holds_no_matrix(mesh8):
@@ -162,7 +169,13 @@ def test_the_loss_holds_no_matrix(mesh8):
 
 def features_of(g, raw=None):
     student = [l2_normalize(x) for x in (raw or (g["student_image_raw"], g["student_text_raw"]))]
-    return dict(zip(("image", "text", "teacher_image", "teacher_text"), (*student, g["teacher_image"], g["teacher_text"]), strict=True))
+    return dict(
+        zip(
+            ("image", "text", "teacher_image", "teacher_text"),
+            (*student, g["teacher_image"], g["teacher_text"]),
+            strict=True,
+        )
+    )
 
 
 def golden_loss(g, raw, scales, **options):
@@ -184,8 +197,12 @@ def test_golden_loss(file, kind, removed):
     ):
         plan = sinkhorn(*sides, reg, int(g["sinkhorn_iters"]), diagonal)
         np.testing.assert_allclose(similarity(*sides, diagonal), g[f"{kind}.{s}"], rtol=1e-3, atol=5e-5)
-        np.testing.assert_allclose(matrix(similarity(*sides, diagonal), plan, reg), g[f"{kind}.{plan_name}"], rtol=1e-3, atol=5e-5)
-        np.testing.assert_allclose(matrix(similarity(*sides, diagonal), plan, reg, True), g[f"{kind}.{target}"], rtol=1e-3, atol=5e-5)
+        np.testing.assert_allclose(
+            matrix(similarity(*sides, diagonal), plan, reg), g[f"{kind}.{plan_name}"], rtol=1e-3, atol=5e-5
+        )
+        np.testing.assert_allclose(
+            matrix(similarity(*sides, diagonal), plan, reg, True), g[f"{kind}.{target}"], rtol=1e-3, atol=5e-5
+        )
     inputs = (g["student_image_raw"], g["student_text_raw"]), (g["T_c"], g["T_s"])
     for stop, name in ((True, "keys_stopgrad"), (False, "keys_grad")):
 
@@ -257,7 +274,9 @@ def test_oracle_10_keys_carry_no_gradient():
     f = some_features()
     grads = {}
     for stop in (True, False):
-        grads[stop] = jax.grad(lambda x, stop=stop: value_of(Options(alpha=1.0, keys_stopgrad=stop), f | {"text": x})[0])(text)
+        grads[stop] = jax.grad(
+            lambda x, stop=stop: value_of(Options(alpha=1.0, keys_stopgrad=stop), f | {"text": x})[0]
+        )(text)
     own = jax.grad(lambda x: contrast(x, f["image"], np.exp(3.0))[0])(text)
     np.testing.assert_allclose(grads[True], own, rtol=1e-5, atol=1e-7)
     assert np.abs(grads[False] - own).max() > 1e-3
@@ -288,7 +307,9 @@ def test_the_warm_up_moves_the_weight_from_infonce_to_the_distillation():
     _, metrics = value_of(Options())
     for updates, weight in ((1, 0.0), (26, 0.125), (101, 0.5), (500, 0.5)):
         total = value_of(Options(warmup_steps=100), updates=updates)[0]
-        np.testing.assert_allclose(total, (1 - weight) * metrics["loss_infonce"] + weight * metrics["loss_distill"], rtol=1e-5)
+        np.testing.assert_allclose(
+            total, (1 - weight) * metrics["loss_infonce"] + weight * metrics["loss_distill"], rtol=1e-5
+        )
 
 
 # The teacher and the engine
@@ -349,7 +370,9 @@ def test_the_teacher_follows_the_student_from_the_start_of_each_step():
         np.testing.assert_allclose(ours, encode(expected, extra | {"updates": jnp.int32(0)})["image"], atol=2e-4)
         _, extra = method.heads(params, extra, None, None, None)
         for name in ("img", "txt"):
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), extra["teacher"][name], expected[name])
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), extra["teacher"][name], expected[name]
+            )
     assert extra["updates"] == 3
 
 
@@ -358,7 +381,11 @@ def test_oracle_9_a_student_that_stands_still_is_its_teacher():
     params, extra = jax.jit(method.init)(jax.random.key(0), BATCH)
     for _ in range(3):
         _, extra = method.heads(params, extra, None, None, None)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), extra["teacher"], {k: params[k] for k in ("img", "txt")})
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        extra["teacher"],
+        {k: params[k] for k in ("img", "txt")},
+    )
 
 
 def test_oracle_9_no_gradient_reaches_the_teacher():

@@ -42,7 +42,9 @@ def test_fit_is_the_minimum_of_the_documented_objective():
 def test_strength_is_chosen_on_the_validation_set():
     rng = np.random.default_rng(3)
     # 8 informative and 200 noise features from 60 examples: without regularisation the probe fits the noise.
-    (x, y), (x_val, y_val), (x_test, y_test) = (blobs(n, seed, size=8, noise=0.8) for n, seed in ((60, 4), (400, 5), (400, 6)))
+    (x, y), (x_val, y_val), (x_test, y_test) = (
+        blobs(n, seed, size=8, noise=0.8) for n, seed in ((60, 4), (400, 5), (400, 6))
+    )
     x, x_val, x_test = (np.concatenate([part, 2 * rng.normal(size=(len(part), 200))], 1) for part in (x, x_val, x_test))
     chosen = linear_probe(x, y, x_test, y_test, z_val=x_val, labels_val=y_val)
     weak = linear_probe(x, y, x_test, y_test, z_val=x_val, labels_val=y_val, l2_grid=[1e-6])
@@ -85,7 +87,11 @@ def test_nearest_classes_equals_brute_force():
 def test_nearest_classes_leaves_the_query_itself_out():
     references, labels = np.array([[0.0], [0.1], [5.0]]), np.array([0, 1, 2])
     assert baselines.nearest_classes(references, labels, references, 3, 1).tolist() == [[0], [1], [2]]
-    assert baselines.nearest_classes(references, labels, references, 3, 1, leave_out=[0, 1, -1]).tolist() == [[1], [0], [2]]
+    assert baselines.nearest_classes(references, labels, references, 3, 1, leave_out=[0, 1, -1]).tolist() == [
+        [1],
+        [0],
+        [2],
+    ]
 
 
 def test_pixel_features_average_over_areas():

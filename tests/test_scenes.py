@@ -8,9 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from clip_jax.data import scenes
 from clip_jax.data.loader import Loader
-from clip_jax.data.sources import make_source
+from clip_jax.data.sources import make_source, scenes
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
@@ -52,7 +51,9 @@ def test_the_relation_is_unambiguous_in_the_picture(records):
         first, *rest = record["texts"][0].split(", ")
         assert f" {record['relation']} " in first
         for clause, k in zip(rest, (1, 2), strict=False):  # the third is placed by the second, the fourth by the third
-            relation = next(r for r in ("to the left of", "to the right of", "above", "below") if f" {r} the " in clause)
+            relation = next(
+                r for r in ("to the left of", "to the right of", "above", "below") if f" {r} the " in clause
+            )
             assert clause.endswith(f"the {record['objects'][k]}") and record["objects"][k + 1] in clause
             assert holds(record, relation, k + 1, k)
     assert len(seen) == 4
@@ -75,14 +76,16 @@ def test_attributes_are_true(records):
     kinds = set()
     for record in everything(records):
         sides = (record["boxes"][:, 2] - record["boxes"][:, 0]) / 32
-        for tag, name, side, (x, y, *_) in zip(record["tags"], record["objects"], sides, record["boxes"].astype(int), strict=True):
+        for tag, name, side, (x, y, *_) in zip(
+            record["tags"], record["objects"], sides, record["boxes"].astype(int), strict=True
+        ):
             attribute = tag.removesuffix(name).strip()
             kinds.add(attribute)
             if attribute.endswith("-framed"):
                 color = attribute.removesuffix("-framed")
-                assert tuple(record["image"][y, x]) == scenes.COLORS[color] and f" in a {color} frame" in record["texts"][0].replace(
-                    " an ", " a "
-                )
+                assert tuple(record["image"][y, x]) == scenes.COLORS[color] and f" in a {color} frame" in record[
+                    "texts"
+                ][0].replace(" an ", " a ")
             else:
                 np.testing.assert_allclose(side, scenes.SIDES[attribute], atol=0.03)
                 assert f"{attribute} {name}".strip() in record["texts"][0]
@@ -103,13 +106,17 @@ def test_wrong_captions(records):
         assert record["wrong_attributes"] != text and sorted(record["wrong_attributes"].split()) == sorted(text.split())
         assert record["wrong_attributes"].replace(tag_a.removesuffix(a).strip(), "?") != text
         parts = record["wrong_attributes"].split(", ")[0].split(f" {record['relation']} ")
-        assert [re.sub(r"^an? |(big|small) | in an? .* frame", "", part) for part in parts] == [a, b], "only the attributes"
+        assert [re.sub(r"^an? |(big|small) | in an? .* frame", "", part) for part in parts] == [a, b], (
+            "only the attributes"
+        )
     assert 0.5 < with_attributes / COUNT < 0.8
 
 
 def test_summary(records):
     for record in records["train"]:
-        assert all(name in record["summary"] for name in record["objects"]) and len(record["summary"]) < len(record["texts"][0])
+        assert all(name in record["summary"] for name in record["objects"]) and len(record["summary"]) < len(
+            record["texts"][0]
+        )
     assert scenes._with_article("apple") == "an apple" and scenes._with_article("grapes") == "grapes"
     assert scenes._with_article("unicorn") == "a unicorn" and scenes._with_article("rhinoceros") == "a rhinoceros"
     assert scenes._with_article("octopus") == "an octopus" and scenes._with_article("cat") == "a cat"
@@ -128,7 +135,10 @@ def test_held_out_objects_and_pairs_are_never_in_training(records):
     for split in ("val", "test"):
         new = names(f"{split}_seen_vendor")
         assert not new & known
-        assert all(COUNT / 4 < n < COUNT / 2 for n in collections.Counter(record["held_out"] for record in records[split]).values())
+        assert all(
+            COUNT / 4 < n < COUNT / 2
+            for n in collections.Counter(record["held_out"] for record in records[split]).values()
+        )
         for record in records[split]:
             objects, first = record["objects"], frozenset(record["objects"][:2])
             assert sum(name in new for name in objects[:2]) == (record["held_out"] == "object")

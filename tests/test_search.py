@@ -16,7 +16,7 @@ import clip_jax
 from clip_jax import search, train
 from clip_jax.data.sources import make_source
 from clip_jax.errors import UserError
-from clip_jax.training import sharding
+from clip_jax.runtime import sharding
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +84,9 @@ def test_a_million_embeddings_are_searched_without_their_matrix_of_scores(device
     compiled = search.program(on, 100).lower(bank, jax.ShapeDtypeStruct((q, e), np.float32), 10**6).compile()
     memory = compiled.memory_analysis()
     assert memory.argument_size_in_bytes < n * e * 4 / devices + 2**20
-    assert memory.temp_size_in_bytes < 2**26 < q * n * 4 / devices  # neither a copy of the bank, nor the scores of all its rows
+    assert (
+        memory.temp_size_in_bytes < 2**26 < q * n * 4 / devices
+    )  # neither a copy of the bank, nor the scores of all its rows
 
 
 def test_queries_are_unit_vectors_of_sums_and_differences(model):
@@ -136,7 +138,10 @@ def test_embeddings_are_kept_beside_the_data_until_data_or_weights_change(model,
 
 
 def test_an_index_of_another_checkpoint_or_other_data_is_refused(model, workdir, photos, tmp_path):
-    assert make_index(model, photos, folder=tmp_path / "index")[1] and not make_index(model, photos, folder=tmp_path / "index")[1]
+    assert (
+        make_index(model, photos, folder=tmp_path / "index")[1]
+        and not make_index(model, photos, folder=tmp_path / "index")[1]
+    )
     with pytest.raises(UserError, match="was made with another checkpoint"):
         make_index(clip_jax.load(workdir, 1), photos, folder=tmp_path / "index")
     shutil.copytree(photos, tmp_path / "other")
@@ -153,20 +158,34 @@ def run(workdir, photos, *arguments):
 
 def test_the_command_finds_pictures_and_writes_a_page(workdir, model, photos, tmp_path, capsys):
     page = tmp_path / "found.html"
-    arguments = ["--text=<b>cat", f"--image={photos}/4.png", "--image=#6", "--k=4", f"--html={page}", f"--json={tmp_path}/found.json"]
+    arguments = [
+        "--text=<b>cat",
+        f"--image={photos}/4.png",
+        "--image=#6",
+        "--k=4",
+        f"--html={page}",
+        f"--json={tmp_path}/found.json",
+    ]
     assert run(workdir, photos, *arguments) == 0
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert [q["query"] for q in found] == ["<b>cat", f"{photos}/4.png", "#6 number 3 <&>"]
     assert [[hit["record"] for hit in q["found"]][0] for q in found[1:]] == [4, 6]  # a picture is most like itself
-    assert found[1]["found"][0]["score"] == pytest.approx(1, abs=1e-4) and found[1]["found"][0]["path"].endswith("4.png")
+    assert found[1]["found"][0]["score"] == pytest.approx(1, abs=1e-4) and found[1]["found"][0]["path"].endswith(
+        "4.png"
+    )
     z = model.embed_image([(photos / f"{i}.png").read_bytes() for i in range(9)])
     best = np.argsort(-(z @ model.embed_text(["<b>cat"])[0]))[:4]
     assert [hit["record"] for hit in found[0]["found"]] == best.tolist()
-    assert all(f"{rank:>4}  {hit['score']:6.3f}  #{hit['record']}" in printed for rank, hit in enumerate(found[0]["found"], 1))
+    assert all(
+        f"{rank:>4}  {hit['score']:6.3f}  #{hit['record']}" in printed for rank, hit in enumerate(found[0]["found"], 1)
+    )
     text = page.read_text()
     assert (
-        text.lower().startswith("<!doctype html>") and "<b>cat" not in text and "&lt;b&gt;cat" in text and "number 2 &lt;&amp;&gt;" in text
+        text.lower().startswith("<!doctype html>")
+        and "<b>cat" not in text
+        and "&lt;b&gt;cat" in text
+        and "number 2 &lt;&amp;&gt;" in text
     )
     assert text.count('<i class="t t0"') == 3 * 4 + 2  # results, and the queries that are pictures
     (sheet,) = re.findall(r"data:image/webp;base64,([\w+/=]+)", text)
@@ -175,7 +194,10 @@ def test_the_command_finds_pictures_and_writes_a_page(workdir, model, photos, tm
 
 def test_the_command_finds_texts_of_the_data_or_of_a_file(workdir, model, photos, tmp_path, capsys):
     assert run(workdir, photos, "--image=#2", "--find=texts", "--k=2", f"--json={tmp_path}/found.json") == 0
-    z = model.embed_text([f"number {i} <&>" for i in range(5)]) @ model.embed_image([(photos / "2.png").read_bytes()])[0]
+    z = (
+        model.embed_text([f"number {i} <&>" for i in range(5)])
+        @ model.embed_image([(photos / "2.png").read_bytes()])[0]
+    )
     hits = json.loads((tmp_path / "found.json").read_text())[0]["found"]
     assert [hit["text"] for hit in hits] == [f"number {i} <&>" for i in np.argsort(-z)[:2]]
     (tmp_path / "lines.txt").write_text("a cat\n\na dog\n")
@@ -191,7 +213,10 @@ def test_the_command_finds_texts_of_the_data_or_of_a_file(workdir, model, photos
         ([], "nothing is asked: give --text or --image"),
         (["--text=a", "--k=0"], "--k=0: must be at least 1"),
         (["--text=a", "--texts=x"], "--texts needs --find=texts"),
-        (["--text=a", "--find=texts", "--texts=/nowhere"], "--texts=/nowhere cannot be read: No such file or directory"),
+        (
+            ["--text=a", "--find=texts", "--texts=/nowhere"],
+            "--texts=/nowhere cannot be read: No such file or directory",
+        ),
         (["--image=/nowhere.png"], "--image=/nowhere.png: missing file"),
         (["--image=#9"], "has the records #0 to #8"),
         (["--image={}/0.txt"], "0.txt: corrupt image"),

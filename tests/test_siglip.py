@@ -60,7 +60,9 @@ def test_what_is_found_together_with_the_gradient_is_the_same(monkeypatch, mesh8
     expected, expected_metrics = jax.jit(sigmoid)(*z)
     np.testing.assert_allclose(value, 3 * expected, rtol=1e-6)
     assert metrics == expected_metrics and 0 < metrics["image_to_text_acc"] < 1
-    for grad, once in zip(grads, jax.jit(jax.grad(lambda *args: sigmoid(*args)[0], argnums=(0, 1, 2, 3)))(*z), strict=True):
+    for grad, once in zip(
+        grads, jax.jit(jax.grad(lambda *args: sigmoid(*args)[0], argnums=(0, 1, 2, 3)))(*z), strict=True
+    ):
         np.testing.assert_allclose(grad, 3 * once, rtol=1e-5, atol=1e-7)
 
 
@@ -96,7 +98,8 @@ def test_locked_image_tuning_moves_text_and_scalars_only():
     start = jax.jit(make_init(c, method, BATCH)[0])(jax.random.key(c.seed)).params
     _, state = run_steps(c, method, None, steps=1, devices=jax.devices()[:1])
     moved = {
-        name: any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (start[name], state.params[name])), strict=True)) for name in start
+        name: any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (start[name], state.params[name])), strict=True))
+        for name in start
     }
     assert moved == {"img": False, "txt": True, "logit_scale": True, "logit_bias": True}
 

@@ -7,7 +7,10 @@ import pytest
 from PIL import Image
 
 from clip_jax.data import decode
-from clip_jax.data.sources import ArrayRecordSource, BadRecord, MemorySource, MixtureSource, make_source
+from clip_jax.data.records import BadRecord
+from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.data.sources.arrayrecord import ArrayRecordSource
+from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.errors import UserError
 
 
@@ -37,11 +40,19 @@ def check(source, length):
 
 
 def write_tfds(folder, records, features, name="tiny", version="1.0.0", split="train"):
-    from clip_jax.data.build.tfds_writer import write_dataset
+    from clip_jax.tools.build.tfds_writer import write_dataset
 
     splits = records if isinstance(records, dict) else {split: records}
     write_dataset(
-        folder, name=name, version=version, features=features, splits=splits, description="", homepage="", citation="", license_text=""
+        folder,
+        name=name,
+        version=version,
+        features=features,
+        splits=splits,
+        description="",
+        homepage="",
+        citation="",
+        license_text="",
     )
     return folder
 
@@ -69,7 +80,9 @@ def tiny_tfds(tmp_path_factory):
         }
         for i in range(8)
     ]
-    return write_tfds(tmp_path_factory.mktemp("tfds") / "tiny" / "1.0.0", {"train": records, "test": records[:3]}, features)
+    return write_tfds(
+        tmp_path_factory.mktemp("tfds") / "tiny" / "1.0.0", {"train": records, "test": records[:3]}, features
+    )
 
 
 def test_tfds_folder(tiny_tfds):
@@ -78,7 +91,9 @@ def test_tfds_folder(tiny_tfds):
     record = source[5]
     assert isinstance(record["image"], bytes) and abs(colour(record) - 50) < 6 and "picture" not in record
     assert record["texts"] == ["thing 5 문어"] and record["tags"] == ["t0", "t1"] and record["score"] == 1.25
-    assert record["label"] == 1 and record["class_name"] == "green dog" and source.class_names == ["red_cat", "green dog"]
+    assert (
+        record["label"] == 1 and record["class_name"] == "green dog" and source.class_names == ["red_cat", "green dog"]
+    )
     assert source[6]["tags"] == [] and source[0]["class_name"] == "red cat"
 
 
@@ -106,7 +121,10 @@ def test_tfds_mistakes(tiny_tfds, arguments, message):
 
 def test_tfds_name_that_is_not_prepared(tiny_tfds, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_tfds.parent.parent))
-    with pytest.raises(UserError, match="tny: not prepared in .* \\(did you mean .tiny.\\?\\).*tfds build tny --file_format=array_record"):
+    with pytest.raises(
+        UserError,
+        match="tny: not prepared in .* \\(did you mean .tiny.\\?\\).*tfds build tny --file_format=array_record",
+    ):
         make_source("tfds:tny")
 
 
@@ -125,15 +143,22 @@ def test_tfds_in_tfrecord_format(tiny_tfds, tmp_path):
     info = json.loads((tmp_path / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="tfrecord, which cannot be read by index; prepare it with --file_format=array_record"):
+    with pytest.raises(
+        UserError, match="tfrecord, which cannot be read by index; prepare it with --file_format=array_record"
+    ):
         make_source(str(tmp_path))
 
 
 def test_tfds_several_captions_of_one_image(tmp_path):
     import tensorflow_datasets as tfds
 
-    features = {"image": tfds.features.Image(), "captions": tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64})}
-    records = [{"image": jpeg(), "captions": [{"text": f"caption {j}", "id": j} for j in range(i + 1)]} for i in range(3)]
+    features = {
+        "image": tfds.features.Image(),
+        "captions": tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64}),
+    }
+    records = [
+        {"image": jpeg(), "captions": [{"text": f"caption {j}", "id": j} for j in range(i + 1)]} for i in range(3)
+    ]
     source = make_source(str(write_tfds(tmp_path / "coco", records, features, name="coco")))
     assert source[2]["texts"] == ["caption 0", "caption 1", "caption 2"] and source[0]["texts"] == ["caption 0"]
 
@@ -161,7 +186,9 @@ def test_empty_names(spec):
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match="emojis: no such file or folder \\(did you mean 'emoji'\\?\\); embedded sets: "):
+    with pytest.raises(
+        UserError, match="emojis: no such file or folder \\(did you mean 'emoji'\\?\\); embedded sets: "
+    ):
         make_source("emojis")
 
 
@@ -190,7 +217,10 @@ def write_array_record(path, examples):
 
 def test_array_record(tmp_path):
     for shard in range(2):
-        examples = [{"jpeg_data": jpeg(10 * i + shard), "caption": f"{shard} {i}", "label": i, "tags": ["a", "b"]} for i in range(3)]
+        examples = [
+            {"jpeg_data": jpeg(10 * i + shard), "caption": f"{shard} {i}", "label": i, "tags": ["a", "b"]}
+            for i in range(3)
+        ]
         write_array_record(tmp_path / f"x.array_record-{shard:05d}-of-00002", examples)
     for spec in (f"{tmp_path}/x.array_record*", str(tmp_path)):
         source = make_source(spec)
@@ -281,7 +311,9 @@ def test_bad_rows_are_bad_records(tmp_path):
     with pytest.raises(UnicodeEncodeError):  # invalid UTF-8 is kept as surrogates; the text view refuses it
         source[4]["texts"][0].encode("utf-8")
 
-    (tmp_path / "a.jsonl").write_text('{"image": "pictures/0.jpg", "text": "fine"}\n{"image": "pictures\n[1]\n{"text": "x"}\n{"image":3}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"image": "pictures/0.jpg", "text": "fine"}\n{"image": "pictures\n[1]\n{"text": "x"}\n{"image":3}\n'
+    )
     source = make_source(str(tmp_path / "a.jsonl"))
     assert len(source) == 5 and source[0]["texts"] == ["fine"]
     for index in range(1, 5):
@@ -296,7 +328,11 @@ def test_bad_rows_are_bad_records(tmp_path):
         ("a.csv", b"foo,caption\n1,2\n", "no column for the image path.*columns: foo, caption"),
         ("a.csv", b"path,caption\n", "no rows"),
         ("a.jsonl", b"\n", "no column for the image path"),
-        ("a.csv", b'path,caption\nx,"' + b"y" * 200000, "field larger than field limit.*in the row that starts at byte 13"),
+        (
+            "a.csv",
+            b'path,caption\nx,"' + b"y" * 200000,
+            "field larger than field limit.*in the row that starts at byte 13",
+        ),
     ],
 )
 def test_unusable_tables(tmp_path, name, content, message):
@@ -316,7 +352,11 @@ def test_class_folders(tmp_path):
         (tmp_path / "train" / name / "notes.md").write_text("not a picture")
     (tmp_path / "train" / "tabby_cat" / "a.txt").write_text("my cat\n")
     (tmp_path / "train" / "empty").mkdir()
-    for source in (make_source(str(tmp_path)), make_source(str(tmp_path / "train")), make_source(f"{tmp_path}/{{split}}")):
+    for source in (
+        make_source(str(tmp_path)),
+        make_source(str(tmp_path / "train")),
+        make_source(f"{tmp_path}/{{split}}"),
+    ):
         check(source, 4)
         assert source.class_names == ["dog", "tabby_cat"] and [source[i]["label"] for i in range(4)] == [0, 0, 1, 1]
         assert [source[i]["texts"] for i in range(4)] == [["dog"], ["dog"], ["my cat"], ["tabby cat"]]
@@ -331,7 +371,12 @@ def test_flat_folder_with_captions_beside(tmp_path):
     (tmp_path / "a.txt").write_text("a cat")
     source = make_source(str(tmp_path))
     check(source, 2)
-    assert source[0]["texts"] == ["a cat"] and source[1]["texts"] == [] and "label" not in source[0] and source.class_names is None
+    assert (
+        source[0]["texts"] == ["a cat"]
+        and source[1]["texts"] == []
+        and "label" not in source[0]
+        and source.class_names is None
+    )
 
 
 @pytest.mark.parametrize(

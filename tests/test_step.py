@@ -11,7 +11,7 @@ from helpers import tiny_config
 
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
-from clip_jax.training import sharding
+from clip_jax.runtime import sharding
 from clip_jax.training.step import make_init, make_step
 
 BATCH = {
@@ -41,13 +41,21 @@ def collectives_in_conditionals(hlo):
 
 def run_steps(c, method, sizes, steps=5, devices=None):
     """Metrics of each step, and the last state, on a mesh."""
-    mesh = sharding.make_mesh(sizes) if devices is None else jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1), sharding.AXES)
+    mesh = (
+        sharding.make_mesh(sizes)
+        if devices is None
+        else jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1), sharding.AXES)
+    )
     with jax.set_mesh(mesh):
         init, tx = make_init(c, method, BATCH)
         shardings = sharding.state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
         state = jax.jit(init, out_shardings=shardings)(jax.random.key(c.seed))
         batch = sharding.to_global(BATCH, mesh)
-        step = jax.jit(make_step(c, method, tx), donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch).compile()
+        step = (
+            jax.jit(make_step(c, method, tx), donate_argnums=0, out_shardings=(shardings, None))
+            .lower(state, batch)
+            .compile()
+        )
         # XLA does not order these with the step's other collectives: on CPU devices the two may wait for each other for good.
         assert not collectives_in_conditionals(step.as_text())
         history = []
@@ -64,7 +72,8 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-    "data, fsdp, tensor, micro_batches", [(8, 1, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1), (1, 1, 1, 2), (1, 1, 1, 4), (2, 1, 4, 4)]
+    "data, fsdp, tensor, micro_batches",
+    [(8, 1, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1), (1, 1, 1, 2), (1, 1, 1, 4), (2, 1, 4, 4)],
 )
 def test_any_mesh_and_micro_batches_give_the_result_of_one_device(one_device, data, fsdp, tensor, micro_batches):
     c, method, expected, expected_state = one_device
@@ -117,7 +126,9 @@ def test_frozen_parameters_do_not_move():
     _, state = run_steps(c, method, None, steps=2, devices=jax.devices()[:1])
     for a, b in zip(jax.tree.leaves(start["img"]), jax.tree.leaves(state.params["img"]), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(start["txt"]), jax.tree.leaves(state.params["txt"]), strict=True))
+    assert any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(start["txt"]), jax.tree.leaves(state.params["txt"]), strict=True)
+    )
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted():
@@ -134,7 +145,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
     poison = {**BATCH, "example_id": -np.ones(16, np.int32)}
     after, metrics = step(state, poison)
     assert metrics["bad_steps"] == 1 and after.step == 1
-    for a, b in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((after.params, after.opt_state)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((after.params, after.opt_state)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     after, metrics = step(after, poison)
     assert metrics["bad_steps"] == 2
@@ -148,7 +161,13 @@ def temporary_bytes(*overrides):
     batch = {name: jax.ShapeDtypeStruct((64, *x.shape[1:]), x.dtype) for name, x in BATCH.items()}
     init, tx = make_init(c, method, batch)
     state = jax.eval_shape(init, jax.random.key(0))
-    return jax.jit(make_step(c, method, tx), donate_argnums=0).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+    return (
+        jax.jit(make_step(c, method, tx), donate_argnums=0)
+        .lower(state, batch)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
 
 
 def test_micro_batches_and_recomputation_save_memory():
@@ -166,7 +185,8 @@ def test_the_state_is_donated():
 
 
 @pytest.mark.parametrize(
-    "sizes, message", [(dict(data=3, fsdp=1, tensor=1), "does not fit 8"), (dict(data=-1, fsdp=-1, tensor=1), "at most one may be -1")]
+    "sizes, message",
+    [(dict(data=3, fsdp=1, tensor=1), "does not fit 8"), (dict(data=-1, fsdp=-1, tensor=1), "at most one may be -1")],
 )
 def test_impossible_meshes(sizes, message):
     with pytest.raises(UserError, match=message):

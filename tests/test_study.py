@@ -10,22 +10,27 @@ from helpers import TINY
 
 from clip_jax import config, study
 from clip_jax.errors import UserError
+from clip_jax.runtime import faults
 from clip_jax.study import Row, Study
-from clip_jax.training import faults
 
 METRIC = "retrieval/image_to_text_R@10"
 TASK = "retrieval(source='emoji', split='val_unseen_vendor', limit=16)"
 
 
 def make_study(tmp_path, names=("a", "b"), **fields):
-    rows = tuple(Row(name, str(REPO / "configs" / "clip.py:emoji"), (*TINY, "train.steps=2"), (10.0 * i,)) for i, name in enumerate(names))
+    rows = tuple(
+        Row(name, str(REPO / "configs" / "clip.py:emoji"), (*TINY, "train.steps=2"), (10.0 * i,))
+        for i, name in enumerate(names)
+    )
     return Study("two rows", rows, {"R@10": METRIC}, "published", **fields)
 
 
 def pretend(folder, value, step=2, gap=0.5):
     """What a run of two steps leaves behind."""
     folder.mkdir(parents=True)
-    rows = [{"step": s, "time": 0.0, "loss": 2.0, "gap": gap} for s in (1, 2)] + [{"step": step, "time": 0.0, METRIC: value}]
+    rows = [{"step": s, "time": 0.0, "loss": 2.0, "gap": gap} for s in (1, 2)] + [
+        {"step": step, "time": 0.0, METRIC: value}
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -33,7 +38,9 @@ def test_plan_is_the_training_command_of_every_row_and_seed(tmp_path, capsys):
     study.run_study(make_study(tmp_path), tmp_path / "runs", 2, ["optim.lr=0.5"], dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and not (tmp_path / "runs").exists()
-    assert all(line.startswith("python -m clip_jax.train --config=") and "--config.optim.lr=0.5" in line for line in lines)
+    assert all(
+        line.startswith("python -m clip_jax.train --config=") and "--config.optim.lr=0.5" in line for line in lines
+    )
     assert [line.rsplit("=", 1)[1] for line in lines] == ["0", "0", "1", "1"]
     assert f"--workdir={tmp_path}/runs/b/seed_1" in lines[-1]
 
@@ -51,12 +58,18 @@ def test_complete_runs_are_gathered_and_not_run_again(tmp_path, capsys, monkeypa
     figures = json.loads((tmp_path / "study.json").read_text())
     assert figures["runs"]["as trained"]["b"][1][METRIC] == 0.34 and figures["table"][1][0] == "a"
     page = (tmp_path / "study.html").read_text()
-    assert "32.00 ± 2.83" in page and "gap" in page and "[1,1]" in page.replace(" ", "").replace("1.0", "1")  # the mean of 0.5 and 1.5
+    assert (
+        "32.00 ± 2.83" in page and "gap" in page and "[1,1]" in page.replace(" ", "").replace("1.0", "1")
+    )  # the mean of 0.5 and 1.5
 
 
 @pytest.mark.parametrize(
     ("a", "b", "outcome"),
-    [((0.3, 0.31), (0.1, 0.11), "the other way round"), ((0.1, 0.3), (0.2, 0.3), "not told apart"), ((0.1,), (0.2,), "decides nothing")],
+    [
+        ((0.3, 0.31), (0.1, 0.11), "the other way round"),
+        ((0.1, 0.3), (0.2, 0.3), "not told apart"),
+        ((0.1,), (0.2,), "decides nothing"),
+    ],
 )
 def test_the_order_is_told_as_it_came_out(tmp_path, a, b, outcome):
     found = {"as trained": {"a": [{METRIC: x} for x in a], "b": [{METRIC: x} for x in b]}}
@@ -73,7 +86,8 @@ def test_each_readout_is_evaluated_once_and_kept(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("clip_jax.inference.load", load)
     monkeypatch.setattr(
-        "clip_jax.evaluate.run", lambda *_, **__: types.SimpleNamespace(metrics={METRIC: 0.9 if asked[-1][0] == "a" else 0.2})
+        "clip_jax.evaluate.run",
+        lambda *_, **__: types.SimpleNamespace(metrics={METRIC: 0.9 if asked[-1][0] == "a" else 0.2}),
     )
     for name, value in (("a", 0.1), ("b", 0.3)):
         pretend(tmp_path / name / "seed_0", value)
@@ -107,7 +121,9 @@ def test_rows_of_equal_compute(tmp_path):
 
 def test_a_run_that_fails_ends_the_study_with_its_last_line_and_status(tmp_path):
     handler = signal.getsignal(signal.SIGTERM)
-    run = study.Run(Row("a", "x"), 0, tmp_path / "a", ("-c", "print('error: no such data'); raise SystemExit(2)"), 2, 1.0)
+    run = study.Run(
+        Row("a", "x"), 0, tmp_path / "a", ("-c", "print('error: no such data'); raise SystemExit(2)"), 2, 1.0
+    )
     with pytest.raises(UserError, match="a, seed 0 ended with status 2: error: no such data"):
         study.train(run)
     run = study.Run(Row("a", "x"), 0, tmp_path / "b", ("-c", "raise SystemExit(42)"), 2, 1.0)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from clip_jax.data.sources import BadRecord
+from clip_jax.data.records import BadRecord
 from clip_jax.data.text_augment import eda, read_thesaurus
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.views import TextVariants, TextView
@@ -38,7 +38,10 @@ def test_one_of_three_operations_with_equal_chances():
 def test_a_synonym_keeps_punctuation_and_the_other_words(tmp_path):
     (tmp_path / "t.txt").write_text("# mine\nhappy, glad\nHappy,merry\nred,crimson red\nalone\n")
     found = {text for text in changed(CAPTION, thesaurus=str(tmp_path / "t.txt"), swaps=0, deletion=0.0)}
-    expected = {CAPTION.replace("Happy,", f"{word},") for word in ("glad", "merry")} | {CAPTION.replace("red", "crimson red"), CAPTION}
+    expected = {CAPTION.replace("Happy,", f"{word},") for word in ("glad", "merry")} | {
+        CAPTION.replace("red", "crimson red"),
+        CAPTION,
+    }
     assert found == expected
 
 
@@ -97,7 +100,10 @@ def test_both_forms_are_of_the_same_caption():
     [
         ("edda", "unknown operation 'edda'; did you mean 'eda'"),
         ("eda(3, 0.1, '', 5)", r"does not fit eda\(swaps, deletion, thesaurus\)"),
-        ("eda(deletion=2)", r"augment: 'eda\(deletion=2\)': swaps must be a whole number from 0 on, deletion between 0 and 1"),
+        (
+            "eda(deletion=2)",
+            r"augment: 'eda\(deletion=2\)': swaps must be a whole number from 0 on, deletion between 0 and 1",
+        ),
         ("eda(swaps='x')", "swaps must be a whole number"),
         ("eda(thesaurus='/no/such/file')", "cannot read the thesaurus '/no/such/file'"),
     ],

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from conftest import golden_files
 
-from clip_jax.data.tokenizers import METADATA_FILE, SHIPPED_CLIP_BPE, make_tokenizer
-from clip_jax.data.train_tokenizer import file_texts, main, source_texts, train
+from clip_jax.data.tokenizers import SHIPPED_CLIP_BPE, make_tokenizer
+from clip_jax.data.tokenizers.base import METADATA_FILE
 from clip_jax.errors import UserError
+from clip_jax.tools.train_tokenizer import file_texts, main, source_texts, train
 
 BERT_PIECES = "[PAD] [UNK] [CLS] [SEP] [MASK] a cat ##s cafe un ##aff ##able , ! [ ] cls 猫 ?".split()
 
@@ -48,7 +49,13 @@ def test_clip_bpe_golden_ids_of_the_openai_release(file):
 
 
 def test_clip_bpe_constants(clip_bpe):
-    assert (clip_bpe.vocab_size, clip_bpe.sot_id, clip_bpe.eot_id, clip_bpe.pad_id, clip_bpe.mask_id) == (49408, 49406, 49407, 0, None)
+    assert (clip_bpe.vocab_size, clip_bpe.sot_id, clip_bpe.eot_id, clip_bpe.pad_id, clip_bpe.mask_id) == (
+        49408,
+        49406,
+        49407,
+        0,
+        None,
+    )
     ids = clip_bpe(["hello world"], 8)
     assert ids.dtype == np.int32
     np.testing.assert_array_equal(ids, [[49406, 3306, 1002, 49407, 0, 0, 0, 0]])
@@ -83,7 +90,12 @@ def test_clip_bpe_reads_an_unpacked_vocabulary(tmp_path, clip_bpe):
 
 
 def test_sentencepiece_shipped_model(sentencepiece):
-    assert (sentencepiece.vocab_size, sentencepiece.pad_id, sentencepiece.eot_id, sentencepiece.mask_id) == (4096, 0, 1, 4)
+    assert (sentencepiece.vocab_size, sentencepiece.pad_id, sentencepiece.eot_id, sentencepiece.mask_id) == (
+        4096,
+        0,
+        1,
+        4,
+    )
     assert sentencepiece.sot_id is None
     assert sentencepiece.encode("Red APPLE") == sentencepiece.encode("red  apple")
     for text in ("a red apple", "woman firefighter", "문어", "𓀀 \U0001f419"):  # the last two only through bytes
@@ -116,7 +128,9 @@ def test_sentencepiece_foreign_model_without_pad_and_without_lower_casing(tmp_pa
 
     texts = iter(["one red apple", "two green pears", "three blue fish"] * 20)
     prefix = str(tmp_path / "m")
-    spm.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=prefix, vocab_size=40, hard_vocab_limit=False, minloglevel=2)
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_prefix=prefix, vocab_size=40, hard_vocab_limit=False, minloglevel=2
+    )
     tokenizer = make_tokenizer(f"sentencepiece:{tmp_path}/m.model")
     assert tokenizer.pad_id == tokenizer.eot_id == 2
     assert tokenizer.mask_id is None
@@ -148,7 +162,9 @@ def test_wordpiece_lit_and_flip_layouts(wordpiece_spec):
 # --- all of them ---
 
 
-@pytest.fixture(params=["sentencepiece", "sentencepiece?sot=true&pad_with_eot=true", "clip_bpe", "clip_bpe?mask=true", "wordpiece"])
+@pytest.fixture(
+    params=["sentencepiece", "sentencepiece?sot=true&pad_with_eot=true", "clip_bpe", "clip_bpe?mask=true", "wordpiece"]
+)
 def any_tokenizer(request, wordpiece_spec):
     return make_tokenizer(wordpiece_spec if request.param == "wordpiece" else request.param)
 
@@ -243,7 +259,7 @@ class ListSource:
         return len(self.records)
 
     def __getitem__(self, i):
-        from clip_jax.data.sources import BadRecord
+        from clip_jax.data.records import BadRecord
 
         if self.records[i] is None:
             raise BadRecord("corrupt image")
@@ -265,10 +281,16 @@ def test_train_is_deterministic_and_layout_is_ours():
     texts = ["one Red apple", "two green pears", "three blue fish", "línea\nnew"] * 20
     model = train(texts, 280)
     assert model == train(texts, 280)
-    from clip_jax.data.tokenizers import SentencePieceTokenizer
+    from clip_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
     tokenizer = SentencePieceTokenizer(model, sot=True)
-    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eot_id, tokenizer.sot_id, tokenizer.mask_id) == (280, 0, 1, 3, 4)
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eot_id, tokenizer.sot_id, tokenizer.mask_id) == (
+        280,
+        0,
+        1,
+        3,
+        4,
+    )
     assert tokenizer.decode(tokenizer.encode("Purple 문어")) == "purple 문어"
 
 
@@ -302,9 +324,19 @@ def test_command_trains_on_a_manifest(tmp_path, capsys):
 
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     (tmp_path / "more.txt.gz").write_bytes(gzip.compress(b"a quick brown fox\njumps over the lazy dog\n" * 20))
-    rows = ["image,caption"] + [f"x.png,{text}" for text in ["one red apple", "two green pears", "three blue fish"] * 20]
+    rows = ["image,caption"] + [
+        f"x.png,{text}" for text in ["one red apple", "two green pears", "three blue fish"] * 20
+    ]
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
-    main([f"--source={tmp_path}/pairs.csv", f"--out={tmp_path}/out/my.model", "--vocab-size=295", "--add-texts", f"{tmp_path}/more.txt.gz"])
+    main(
+        [
+            f"--source={tmp_path}/pairs.csv",
+            f"--out={tmp_path}/out/my.model",
+            "--vocab-size=295",
+            "--add-texts",
+            f"{tmp_path}/more.txt.gz",
+        ]
+    )
     assert "295 ids" in capsys.readouterr().out
     assert make_tokenizer(f"sentencepiece:{tmp_path}/out/my.model").vocab_size == 295
     with pytest.raises(SystemExit) as e:

@@ -21,7 +21,7 @@ from clip_jax.training import checkpoint
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """``(work folder, finished process)`` of an uninterrupted run of 8 steps, as a user starts it."""
+    """`(work folder, finished process)` of an uninterrupted run of 8 steps, as a user starts it."""
     workdir = tmp_path_factory.mktemp("finished")
     process = run(train_command(workdir, "train.steps=8", "log.tensorboard=true"))
     assert process.returncode == 0, process.stderr
@@ -45,9 +45,17 @@ def test_what_a_run_prints_and_writes(finished):
         assert text in line
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert {"loss", "logit_scale", "grad_norm", "param_norm", "lr", "images_per_s", "data_wait_share", "skipped", "eta_s"} <= rows[
-        -1
-    ].keys()
+    assert {
+        "loss",
+        "logit_scale",
+        "grad_norm",
+        "param_norm",
+        "lr",
+        "images_per_s",
+        "data_wait_share",
+        "skipped",
+        "eta_s",
+    } <= rows[-1].keys()
     assert any((workdir / "tensorboard").glob("events*")) and (workdir / "config.json").is_file()
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == ["6", "8"]
 
@@ -55,14 +63,18 @@ def test_what_a_run_prints_and_writes(finished):
 def test_the_same_command_again_has_nothing_to_do(finished):
     workdir, _ = finished
     before = losses(workdir)
-    assert train.train(tiny_config("train.steps=8", "mesh.data=1", "mesh.fsdp=-1"), workdir, say=lambda line: None) == {}
+    assert (
+        train.train(tiny_config("train.steps=8", "mesh.data=1", "mesh.fsdp=-1"), workdir, say=lambda line: None) == {}
+    )
     assert losses(workdir) == before
 
 
 def test_kill_and_resume_is_bit_identical(finished, tmp_path):
     """kill -9 somewhere after the first checkpoint; the same command again; the losses are those of the run that was not killed."""
     command = train_command(tmp_path, "train.steps=8", "log.tensorboard=true")
-    process = subprocess.Popen(command, cwd=REPO, env=run_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=REPO, env=run_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for line in process.stdout:
         if line.startswith("step 5/8"):
             process.send_signal(signal.SIGKILL)
@@ -159,7 +171,12 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     scores = iter([0.3, 0.9, 0.1, 0.2, 0.25])
     monkeypatch.setattr(evaluate, "run", lambda model, tasks, say: EvalResult({"score": next(scores)}))
     config = tiny_config(
-        "train.steps=5", "checkpoint.best=score", "checkpoint.keep=1", "checkpoint.steps=0", "eval.steps=1", "eval.train_tasks=('emoji',)"
+        "train.steps=5",
+        "checkpoint.best=score",
+        "checkpoint.keep=1",
+        "checkpoint.steps=0",
+        "eval.steps=1",
+        "eval.train_tasks=('emoji',)",
     )
     train.train(config, tmp_path, lambda line: None)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["2", "5"]
@@ -167,7 +184,9 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_stays_nan_stops_the_run(tmp_path):
-    config = tiny_config("train.steps=30", "optim.lr=1e30", "optim.weight_decay=0", "train.max_bad_steps=3", "checkpoint.steps=1")
+    config = tiny_config(
+        "train.steps=30", "optim.lr=1e30", "optim.weight_decay=0", "train.max_bad_steps=3", "checkpoint.steps=1"
+    )
     with pytest.raises(UserError, match=r"not finite in steps \d+ to \d+; their updates were skipped"):
         train.train(config, tmp_path, lambda line: None)
 
@@ -216,7 +235,9 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_earlier_checkpoint(tmp_pa
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (380_000, 380_000))
 
-    second = run(train_command(tmp_path, "train.steps=4"), preexec_fn=limit, env={"JAX_ENABLE_COMPILATION_CACHE": "false"})
+    second = run(
+        train_command(tmp_path, "train.steps=4"), preexec_fn=limit, env={"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    )
     assert second.returncode == 2, second.stderr
     error = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
     assert (

@@ -38,7 +38,11 @@ def test_without_tokens_the_last_block_does_less_and_the_result_is_the_same(case
     def run(tokens):
         tower = kind(**SIZES, **fields, remat=remat, tokens=tokens)
         assert (tower.apply(params, inputs)[1] is None) is not tokens
-        both = jax.jit(jax.value_and_grad(lambda params: jnp.sum(jnp.sin(tower.apply(params, inputs)[0])))).lower(params).compile()
+        both = (
+            jax.jit(jax.value_and_grad(lambda params: jnp.sum(jnp.sin(tower.apply(params, inputs)[0]))))
+            .lower(params)
+            .compile()
+        )
         return both.cost_analysis()["flops"], both(params)
 
     (flops, expected), (fewer, found) = run(True), run(False)
@@ -94,7 +98,9 @@ PAPER = """model.image.pool=cls model.image.cls_token=true model.text.pool=eot m
 )
 def test_every_step_is_a_program_for_gpus(gpu, method, overrides, fused):
     """JAX refuses cuDNN's attention where it cannot be trained with, among others for odd numbers of tokens, when it makes the program."""
-    program = make_program(config.load(f"{REPO}/configs/{method}", ["model.dtype=bfloat16", "data.batch_size=16", *overrides]))
+    program = make_program(
+        config.load(f"{REPO}/configs/{method}", ["model.dtype=bfloat16", "data.batch_size=16", *overrides])
+    )
     step = jax.jit(make_step(program.config, program.method, program.tx))
     text = step.trace(program.state, program.batch).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__cudnn$fmha") == 2 * fused, "forward and backward"

@@ -11,7 +11,9 @@ from test_sampling import write_table
 
 from clip_jax import config, train
 from clip_jax.data.loader import Loader
-from clip_jax.data.sources import BadRecord, MemorySource, MixtureSource, make_source
+from clip_jax.data.records import BadRecord
+from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.views import TextView
 from clip_jax.errors import UserError
@@ -19,7 +21,7 @@ from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import make_method
 from clip_jax.methods.unicl import unified_infonce
 from clip_jax.models.common import l2_normalize
-from clip_jax.training.sharding import batch_sharding, make_mesh
+from clip_jax.runtime.sharding import batch_sharding, make_mesh
 
 CONFIG = str(REPO / "configs" / "unicl.py")
 LABEL = np.array([0, 3, -1, 0, 1, -1, 3, 3, -1, 0, 2, -1, 1, 1, 0, -1], np.int32)  # as the loader gives it
@@ -78,7 +80,9 @@ def test_golden_loss_and_gradients(file):
     np.testing.assert_array_equal(positives(g["labels"]), g["targets"] > 0)
 
 
-@pytest.mark.parametrize("y", [np.zeros(N, np.int32), np.arange(1, N + 1, dtype=np.int32)], ids=["captions", "distinct classes"])
+@pytest.mark.parametrize(
+    "y", [np.zeros(N, np.int32), np.arange(1, N + 1, dtype=np.int32)], ids=["captions", "distinct classes"]
+)
 def test_oracle_a_without_equal_classes_it_is_clip(y):
     found, metrics = value(U, V, y)
     expected, expected_metrics = infonce(U, V, 9.0)
@@ -136,7 +140,9 @@ def test_oracle_f_gradient_in_the_logits():
 
 def test_oracle_g_of_one_set_of_vectors_it_is_supcon_with_itself():
     logits = 9.0 * U @ U.T
-    by_hand = [np.mean([jax.nn.logsumexp(logits[i]) - logits[i, k] for k in np.flatnonzero(positives(Y)[i])]) for i in range(N)]
+    by_hand = [
+        np.mean([jax.nn.logsumexp(logits[i]) - logits[i, k] for k in np.flatnonzero(positives(Y)[i])]) for i in range(N)
+    ]
     np.testing.assert_allclose(value(U, U, Y)[0], np.mean(by_hand), rtol=1e-5)
 
 
@@ -160,7 +166,10 @@ def test_accuracy_does_not_count_positives_as_rivals():
 def test_no_matrix_of_all_pairs():
     mesh, b = make_mesh({"data": 8, "fsdp": 1, "tensor": 1}), 16_384
     rows = batch_sharding(mesh)
-    z, y = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for shape, dtype in (((b, 64), jnp.float32), ((b,), jnp.int32)))
+    z, y = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for shape, dtype in (((b, 64), jnp.float32), ((b,), jnp.int32))
+    )
     with jax.set_mesh(mesh):
         fn = jax.jit(jax.value_and_grad(lambda u, v, y: unified_infonce(u, v, 9.0, y), argnums=(0, 1), has_aux=True))
         memory = fn.lower(z, z, y).compile().memory_analysis().temp_size_in_bytes
@@ -235,7 +244,11 @@ def test_the_embedded_halves():
     loader = Loader(source, method.views[1:], tokenizer, batch_size=256, seed=0)
     batch = next(loader)
     classes = batch["label"] >= 0
-    assert abs(classes.mean() - 0.5) < 0.01 and (batch["source_id"] == ~classes).all() and batch["label"].max() < len(source.class_names)
+    assert (
+        abs(classes.mean() - 0.5) < 0.01
+        and (batch["source_id"] == ~classes).all()
+        and batch["label"].max() < len(source.class_names)
+    )
     concepts = [set(), set()]
     for i, label, ids in zip(batch["example_id"], batch["label"], batch["text"], strict=True):
         record = source[int(i)]
@@ -268,7 +281,9 @@ def test_variants_are_complete(variant, differing):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    rows = [{"name": f"a thing number {i}", "tags": ["t"], "concept": i, "subgroup": f"group-{i % 3}"} for i in range(40)]
+    rows = [
+        {"name": f"a thing number {i}", "tags": ["t"], "concept": i, "subgroup": f"group-{i % 3}"} for i in range(40)
+    ]
     return write_table(tmp_path_factory.mktemp("unicl"), rows)
 
 
@@ -285,10 +300,16 @@ def run(folder, table, *overrides):
 def test_a_run_that_was_interrupted_goes_on_the_same(table, tmp_path):
     whole = run(tmp_path / "whole", table, "train.steps=4")
     run(tmp_path / "parts", table, "train.steps=2")
-    assert run(tmp_path / "parts", table, "train.steps=4") == whole and len(whole) == 4 and np.isfinite(list(whole.values())).all()
+    assert (
+        run(tmp_path / "parts", table, "train.steps=4") == whole
+        and len(whole) == 4
+        and np.isfinite(list(whole.values())).all()
+    )
 
 
-@pytest.mark.parametrize("part, keys", [(0, {"text", "example_id", "label"}), (1, {"text", "example_id"})], ids=["classes", "captions"])
+@pytest.mark.parametrize(
+    "part, keys", [(0, {"text", "example_id", "label"}), (1, {"text", "example_id"})], ids=["classes", "captions"]
+)
 def test_classes_or_captions_alone(table, part, keys):
     """What the loss makes of a batch without labels, and of one with labels alone: test_labels_of_a_batch."""
     c = config.load(CONFIG, [*TINY, f"data.source={table}?{HALVES[part]}"])
@@ -320,4 +341,6 @@ def test_wrong_labels_are_one_line(table):
         next(loader)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"numbers: no usable record among 4 tried \(no class name: 4\)"):
-        Loader(MemorySource([record | {"label": i} for i in range(4)], "numbers"), views, tokenizer, batch_size=4, seed=0)
+        Loader(
+            MemorySource([record | {"label": i} for i in range(4)], "numbers"), views, tokenizer, batch_size=4, seed=0
+        )

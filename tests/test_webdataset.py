@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from clip_jax.data import decode, webdataset
-from clip_jax.data.sources import BadRecord, make_source
+from clip_jax.data.records import BadRecord
+from clip_jax.data.sources import make_source
 from clip_jax.errors import UserError
 
 
@@ -61,7 +62,9 @@ def test_img2dataset_layout(tmp_path, spec):
         record = source[i]
         assert value(record) == i and record["texts"] == [f"caption {i} 문어"] and record["width"] == i
         assert copy[i] == record
-    assert "label" not in source[0] and "source_id" not in source[0]  # the JSON's fields of these names are something else
+    assert (
+        "label" not in source[0] and "source_id" not in source[0]
+    )  # the JSON's fields of these names are something else
 
 
 def test_fields_can_be_chosen_and_classes_are_read(tmp_path):
@@ -80,7 +83,11 @@ def test_without_txt_the_caption_is_the_json_s(tmp_path):
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_folders_dots_and_long_names(tmp_path, form):
     stem = "folder.v1/" + "x" * 90
-    members = [(f"{stem}{i}.{end}", data) for i in range(3) for end, data in (("jpg", png(i)), ("seg.png", b"other"), ("txt", b"c%d" % i))]
+    members = [
+        (f"{stem}{i}.{end}", data)
+        for i in range(3)
+        for end, data in (("jpg", png(i)), ("seg.png", b"other"), ("txt", b"c%d" % i))
+    ]
     write_tar(tmp_path / "a.tar", members, form)
     source = make_source(str(tmp_path / "a.tar"))
     assert len(source) == 3 and [value(source[i]) for i in range(3)] == [0, 1, 2] and source[2]["texts"] == ["c2"]

@@ -112,13 +112,20 @@ def test_scores_are_averaged_where_an_embedding_is_several_vectors():
 
     model, images = TableModel(table, late_interaction), rng.normal(size=(10, 5, 8)).astype(np.float32)
     classifier = make_classifier(model, list("abcd"), ["x {}", "y {}"])
-    by_hand = np.stack([np.mean([late_interaction(images, table[f"{t} {c}"][None])[:, 0] for t in "xy"], 0) for c in "abcd"], 1)
+    by_hand = np.stack(
+        [np.mean([late_interaction(images, table[f"{t} {c}"][None])[:, 0] for t in "xy"], 0) for c in "abcd"], 1
+    )
     np.testing.assert_allclose(classifier.scores(images), by_hand, rtol=1e-5)
     np.testing.assert_array_equal(classifier.top(images, 4)[0], np.argsort(-by_hand, 1))
 
 
 def test_average_of_scores_differs_from_average_of_embeddings():
-    table = {"x a": np.array([1.0, 0.0]), "y a": np.array([-1.0, 0.1]), "x b": np.array([0.0, 1.0]), "y b": np.array([0.0, 1.0])}
+    table = {
+        "x a": np.array([1.0, 0.0]),
+        "y a": np.array([-1.0, 0.1]),
+        "x b": np.array([0.0, 1.0]),
+        "y b": np.array([0.0, 1.0]),
+    }
     model, image = TableModel(table), np.array([[1.0, 0.0]])
     scores = make_classifier(model, ["a", "b"], ["x {}", "y {}"], average="scores").scores(image)
     np.testing.assert_allclose(scores, [[0.0, 0.0]], atol=1e-6)
@@ -136,7 +143,9 @@ def test_prediction_does_not_depend_on_the_block_size(monkeypatch):
     names = [str(i) for i in range(7)]
     table = {f"{t} {name}": rng.normal(size=4).astype(np.float32) for name in names for t in "xy"}
     model, images = TableModel(table), rng.normal(size=(11, 4)).astype(np.float32)
-    expected = [make_classifier(model, names, ["x {}", "y {}"], average=a).top(images, 3) for a in ("embeddings", "scores")]
+    expected = [
+        make_classifier(model, names, ["x {}", "y {}"], average=a).top(images, 3) for a in ("embeddings", "scores")
+    ]
     monkeypatch.setattr(zeroshot, "_SCORES_AT_ONCE", 20)
     monkeypatch.setattr(zeroshot, "_PROMPTS_AT_ONCE", 4)
     for average, (labels, scores) in zip(("embeddings", "scores"), expected, strict=True):

@@ -63,7 +63,9 @@ def test_oracle_b_reversal_exchanges_the_weights():
     np.testing.assert_allclose(mix(x, 0.3)[::-1], mix(x, 0.7), rtol=1e-6)
     np.testing.assert_allclose(value(U[::-1], V[::-1], 0.3), value(U, V, 0.3), rtol=1e-6)
     mixed = {lam: l2_normalize(mix(x, lam)) for lam in (0.3, 0.7)}
-    np.testing.assert_allclose(value(mixed[0.3], V, 0.3), value(mixed[0.7], V, 0.7), rtol=1e-6)  # why lam may be taken from 1/2 on
+    np.testing.assert_allclose(
+        value(mixed[0.3], V, 0.3), value(mixed[0.7], V, 0.7), rtol=1e-6
+    )  # why lam may be taken from 1/2 on
 
 
 @pytest.mark.parametrize("group", [0, 4, 3])
@@ -76,7 +78,9 @@ def test_oracle_c_targets(group):
     np.testing.assert_allclose(mixed_infonce(U, V, 9.0, 0.3, group)[0], np.mean(expected), rtol=1e-5)
     np.testing.assert_allclose(mix(rows(3), 0.3, group), y @ rows(3), rtol=1e-4, atol=1e-6)
     if group == 3:
-        np.testing.assert_allclose(mix(rows(3), 0.3, group)[1::3], rows(3)[1::3], rtol=1e-6, err_msg="the middle of an odd group stays")
+        np.testing.assert_allclose(
+            mix(rows(3), 0.3, group)[1::3], rows(3)[1::3], rtol=1e-6, err_msg="the middle of an odd group stays"
+        )
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
@@ -97,7 +101,9 @@ def test_golden_oracle_d_gradients_in_parts_are_those_of_the_batch(file, micro_b
     method = dataclasses.replace(setup()[1], encode=encode, loss=loss)
     params = {name: g[name] for name in ("W_image", "W_text", "tau")}
     batch = {"image": g["x_image"] if of_text else mix(g["x_image"], lam, group), "text": g["x_text"]}
-    found, _, _, _, grads = jax.jit(make_gradients(method, micro_batches), static_argnums=4)(params, {}, batch, None, lambda p: p)
+    found, _, _, _, grads = jax.jit(make_gradients(method, micro_batches), static_argnums=4)(
+        params, {}, batch, None, lambda p: p
+    )
     np.testing.assert_allclose(found, g["loss"], rtol=5e-4, atol=1e-4)
     for name, grad in grads.items():
         np.testing.assert_allclose(grad, g[f"grad_{name}"], rtol=5e-4, atol=1e-4, err_msg=name)
@@ -140,12 +146,18 @@ def test_oracle_f_one_modality_is_mixed_in_a_step():
         images = np.asarray(BATCH["image"], np.float32)
         lam, of_images = draw(Options(mix_alpha=1.0, mix_images=share), rng)
         assert bool(of_images) == (which == "image") and 0.5 < lam < 0.99
-        np.testing.assert_allclose(prepared["image"], lam * images + (1 - lam) * images[::-1] if of_images else images, rtol=1e-5)
+        np.testing.assert_allclose(
+            prepared["image"], lam * images + (1 - lam) * images[::-1] if of_images else images, rtol=1e-5
+        )
         np.testing.assert_array_equal(prepared["text"], BATCH["text"])
         features, _ = method.encode(params, extra, prepared, rng, train=True)
         np.testing.assert_allclose(jnp.linalg.norm(features["image"], axis=1), 1, rtol=1e-5)
-        assert jnp.abs(jnp.linalg.norm(features["text"], axis=1) - 1).min() > 1e-3, "not yet normalised: it is mixed before"
-        np.testing.assert_allclose(l2_normalize(features["text"]), method.embed_text(params, extra, BATCH["text"]), atol=1e-5)
+        assert jnp.abs(jnp.linalg.norm(features["text"], axis=1) - 1).min() > 1e-3, (
+            "not yet normalised: it is mixed before"
+        )
+        np.testing.assert_allclose(
+            l2_normalize(features["text"]), method.embed_text(params, extra, BATCH["text"]), atol=1e-5
+        )
         text = features["text"] if of_images else mix(features["text"], lam)
         expected, _ = mixed_infonce(features["image"], l2_normalize(text), jnp.exp(params["logit_scale"]), lam)
         np.testing.assert_allclose(method.loss(params, extra, features, prepared, rng)[0], expected, rtol=1e-5)
@@ -197,10 +209,18 @@ def test_oracle_g_nothing_is_chosen_at_0():
         np.testing.assert_array_equal(view(record, np.random.default_rng(0), SENTENCEPIECE), plain)
 
 
-@pytest.mark.parametrize("options", ["", "?sot=true", "?pad_with_eot=true", "?eot=false", "clip_bpe?mask=true", "wordpiece"])
+@pytest.mark.parametrize(
+    "options", ["", "?sot=true", "?pad_with_eot=true", "?eot=false", "clip_bpe?mask=true", "wordpiece"]
+)
 def test_oracle_g_other_tokenizers(options, tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\napple\n##s\n")
-    spec = f"wordpiece:{tmp_path}/vocab.txt" if options == "wordpiece" else options if "clip" in options else f"sentencepiece{options}"
+    spec = (
+        f"wordpiece:{tmp_path}/vocab.txt"
+        if options == "wordpiece"
+        else options
+        if "clip" in options
+        else f"sentencepiece{options}"
+    )
     tokenizer = make_tokenizer(spec)
     for text in ("red apples", "red apple " * 20):
         same = TextView("text", 9, augment=("tokens(0.0)",))({"texts": [text]}, np.random.default_rng(0), tokenizer)
@@ -209,7 +229,9 @@ def test_oracle_g_other_tokenizers(options, tmp_path):
         masked = TextView("text", 9, augment=("tokens(1.0, mask=1.0, replace=0.0)",))(
             {"texts": [text]}, np.random.default_rng(0), tokenizer
         )
-        expected = np.where(np.isin(same, list(tokenizer.special_ids | {tokenizer.pad_id, tokenizer.eot_id})), same, tokenizer.mask_id)
+        expected = np.where(
+            np.isin(same, list(tokenizer.special_ids | {tokenizer.pad_id, tokenizer.eot_id})), same, tokenizer.mask_id
+        )
         np.testing.assert_array_equal(masked, expected)
 
 
@@ -221,10 +243,14 @@ def test_oracle_g_shares():
     masked = sum(text.count(SENTENCEPIECE.mask_id) for text in texts)
     assert abs(masked / count - 0.1) < 0.01
     random = [i for text in texts for i in text if i not in ids and i != SENTENCEPIECE.mask_id]
-    assert abs(len(random) / count - 0.02) < 0.005 and not set(random) & SENTENCEPIECE.special_ids and max(random) < 4096
+    assert (
+        abs(len(random) / count - 0.02) < 0.005 and not set(random) & SENTENCEPIECE.special_ids and max(random) < 4096
+    )
     for text in texts:
         kept = [i for i in text if i in ids]
-        assert len(kept) > 20 and sum(a > b for a, b in zip(kept, kept[1:], strict=False)) <= 1, "in order, but for a random one"
+        assert len(kept) > 20 and sum(a > b for a, b in zip(kept, kept[1:], strict=False)) <= 1, (
+            "in order, but for a random one"
+        )
 
 
 def test_a_text_never_loses_all_its_tokens():
@@ -236,7 +262,9 @@ def test_a_text_never_loses_all_its_tokens():
 
 def test_evaluation_changes_nothing():
     view = TextView("text", 16, augment=("tokens(0.9)",))
-    np.testing.assert_array_equal(view({"texts": ["a red apple"]}, None, SENTENCEPIECE), SENTENCEPIECE(["a red apple"], 16)[0])
+    np.testing.assert_array_equal(
+        view({"texts": ["a red apple"]}, None, SENTENCEPIECE), SENTENCEPIECE(["a red apple"], 16)[0]
+    )
 
 
 # Configurations and whole runs
@@ -249,7 +277,9 @@ def test_variants_are_complete(variant):
     assert c.method == "zerovl" and c.data.sampling == "one_source"
     if variant.startswith("b16"):
         c.model.text.update(dict(vocab_size=30522, eot_id=102))
-        assert c.data.batch_size == 1024 * c.micro_batches and c.train.steps * c.data.batch_size == pytest.approx(20 * 14.2e6, rel=1e-3)
+        assert c.data.batch_size == 1024 * c.micro_batches and c.train.steps * c.data.batch_size == pytest.approx(
+            20 * 14.2e6, rel=1e-3
+        )
         assert c.zerovl.temperature == 0.02 and c.optim.no_decay == ()
         method = make_method(c)
         batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
@@ -291,7 +321,10 @@ def test_a_run_that_was_interrupted_goes_on_the_same(table, tmp_path):
         (["zerovl.temperature=-1"], "zerovl.temperature=-1.0: must be at least 0"),
         (["zerovl.text_augment=token(0.2)"], "augment: unknown operation 'token'; did you mean 'tokens'"),
         (["zerovl.text_augment=tokens(2)"], r"augment: tokens\(2, 0.5, 0.1\): shares are between 0 and 1"),
-        (["tokenizer=clip_bpe"], "augment: tokens masks words, but the tokenizer 'clip_bpe' has no mask token: give mask=0"),
+        (
+            ["tokenizer=clip_bpe"],
+            "augment: tokens masks words, but the tokenizer 'clip_bpe' has no mask token: give mask=0",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(table, overrides, message):

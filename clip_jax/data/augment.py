@@ -4,19 +4,18 @@ An augmentation is a tuple of strings, such as ("rrc(0.9, 1.0)", "flip", "jitter
 below and its arguments as Python literals. `size`, where an operation has it, is the view's size unless it is given.
 """
 
-import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from clip_jax.data import decode
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, did_you_mean
+from clip_jax.plugins import parse_call
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -26,7 +25,7 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_OPERATIONS: dict[str, Callable] = {}
+_OPERATIONS = {}
 
 
 def _operation(function):
@@ -42,17 +41,21 @@ class Pipeline:
     steps: tuple[Callable, ...]
     random: tuple[bool, ...]  # which steps draw random numbers
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
+    def __call__(self, image, rng):
         """Applies the steps to an image of `decode.open_image`; `rng` may be None when no step is random."""
         for step, is_random in zip(self.steps, self.random, strict=True):
-            if step.func not in (rrc, background, random_background):  # those read the pixels, or the transparency, themselves
+            if step.func not in (
+                rrc,
+                background,
+                random_background,
+            ):  # those read the pixels, or the transparency, themselves
                 image = decode.flatten(image)
             image = step(image, rng) if is_random else step(image)
         return decode.flatten(image)
 
 
 @functools.lru_cache(maxsize=256)
-def parse(spec: tuple[str, ...], size: int) -> Pipeline:
+def parse(spec, size):
     """Parses an augmentation for a view of `size` pixels; raises UserError for anything that could not run or ends at another size."""
     steps, random = [], []
     for text in spec:
@@ -73,16 +76,15 @@ def parse(spec: tuple[str, ...], size: int) -> Pipeline:
     return pipeline
 
 
-def bind(text: str, operations: Mapping[str, Callable], given: Sequence[str]) -> tuple[Callable, dict, list[str]]:
+def bind(text, operations, given):
     """Reads a call of one of the operations: (function, arguments by name, names of all that may be set: those not `given` later).
 
     Raises UserError for an unknown operation and for arguments that it does not have.
     """
     name, args, kwargs = parse_call(text, "augment")
     if name not in operations:
-        near = difflib.get_close_matches(name, operations, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"augment: unknown operation {name!r}; {hint}known: {', '.join(sorted(operations))}")
+        hint = did_you_mean(name, operations)
+        raise UserError(f"augment: unknown operation {name!r}{hint}; known: {', '.join(sorted(operations))}")
     settable = [parameter for parameter in inspect.signature(operations[name]).parameters if parameter not in given]
     if len(args) > len(settable) or not set(kwargs) <= set(settable) or set(settable[: len(args)]) & set(kwargs):
         raise UserError(f"augment: {text!r} does not fit {name}({', '.join(settable)})")
@@ -90,20 +92,7 @@ def bind(text: str, operations: Mapping[str, Callable], given: Sequence[str]) ->
     return operations[name], dict(zip(settable, args, strict=False)) | kwargs, settable
 
 
-def parse_call(text: str, what: str) -> tuple[str, list, dict]:
-    """Reads `name` or `name(arguments)` with Python literals: (name, args, kwargs); raises UserError, which begins with `what`."""
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-        if isinstance(node, ast.Name):
-            return node.id, [], {}
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and all(k.arg for k in node.keywords):
-            return node.func.id, [ast.literal_eval(a) for a in node.args], {k.arg: ast.literal_eval(k.value) for k in node.keywords}
-    except (SyntaxError, ValueError, AttributeError, TypeError):
-        pass
-    raise UserError(f"{what}: cannot read {text!r}; write name or name(arguments), arguments being numbers, strings or tuples of them")
-
-
-def _try(step: Callable, is_random: bool, text: str) -> None:
+def _try(step, is_random, text):
     """Runs a step once on a small picture, all its coins coming up heads, so that a wrong argument shows at once."""
 
     class Heads(np.random.Generator):
@@ -117,13 +106,13 @@ def _try(step: Callable, is_random: bool, text: str) -> None:
         raise UserError(f"augment: {text!r}: {error}") from None
 
 
-def _heads(rng: np.random.Generator, p: float) -> bool:
+def _heads(rng, p):
     if not 0 <= p <= 1:
         raise ValueError(f"p={p} is not a probability")
     return rng.random() < p
 
 
-def _filter(name: str) -> Image.Resampling:
+def _filter(name):
     if name not in _FILTERS:
         raise ValueError(f"interpolation {name!r} is not one of {', '.join(_FILTERS)}")
     return _FILTERS[name]
@@ -185,11 +174,13 @@ def squash(image, size=None, interpolation="bicubic", antialias=True):
     return Image.fromarray(_bilinear(np.asarray(image), size))
 
 
-def _bilinear(image_HWC: np.ndarray, size: int) -> np.ndarray:
+def _bilinear(image_HWC, size):
     """Bilinear resize with half-pixel centres and no antialiasing, truncated to uint8 [size,size,C]."""
 
     def taps(length):
-        centre = np.maximum((np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(length / size) - np.float32(0.5), 0)
+        centre = np.maximum(
+            (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(length / size) - np.float32(0.5), 0
+        )
         low = np.floor(centre).astype(np.int64)
         return np.minimum(low, length - 1), np.minimum(low + 1, length - 1), centre - low
 
@@ -214,7 +205,10 @@ def random_crop(image, rng, size=None):
     return _crop(
         image,
         size,
-        *(int(u * (side - size + 1)) if side > size else round((side - size) / 2) for u, side in ((x, image.width), (y, image.height))),
+        *(
+            int(u * (side - size + 1)) if side > size else round((side - size) / 2)
+            for u, side in ((x, image.width), (y, image.height))
+        ),
     )
 
 
@@ -383,7 +377,7 @@ _RANDAUGMENT = (
 )
 
 
-def _policy(table: str) -> tuple[tuple[tuple[str, float, int], ...], ...]:
+def _policy(table):
     """Reads lines of two operations, each written name:probability:level (level 0..9)."""
     lines = [[part.split(":") for part in line.split()] for line in table.strip().splitlines()]
     return tuple(tuple((name, float(p), int(level)) for name, p, level in line) for line in lines)
@@ -418,6 +412,6 @@ equalize:0.8:0   equalize:0.6:0
 """)
 
 
-def normalize(image: np.ndarray, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> np.ndarray:
+def normalize(image, mean=CLIP_MEAN, std=CLIP_STD):
     """uint8 [..., 3] -> float32 (image/255 - mean) / std: what a model's first operation on the device does, in NumPy."""
     return (image.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from clip_jax.data.sources import BadRecord
+from clip_jax.data.records import BadRecord
 
 MAX_PIXELS = 2**26  # 67 million pixels, 200 MB decoded
 SMALL_PIXELS = 256 * 256  # up to this size a picture is decoded whole, and may be kept in memory by the loader
@@ -14,7 +14,7 @@ _EXIF_ORIENTATION = 0x0112
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
-def open_image(data, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(data, max_pixels=MAX_PIXELS):
     """Opens encoded bytes, a uint8 array [H,W], [H,W,1|3|4] or a PIL image as an upright "RGB" or "RGBA" image.
 
     "RGBA" only where some pixel is transparent; of an animation the first frame. The pixels of a large JPEG are not read yet, so that
@@ -38,12 +38,17 @@ def open_image(data, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadRecord("image too large")
     if image.width * image.height == 0:
         raise BadRecord("corrupt image")
-    if image.format == "JPEG" and image.mode == "RGB" and image.width * image.height > SMALL_PIXELS and _orientation(image) == 1:
+    if (
+        image.format == "JPEG"
+        and image.mode == "RGB"
+        and image.width * image.height > SMALL_PIXELS
+        and _orientation(image) == 1
+    ):
         return image
     return _to_rgb(load(image))
 
 
-def load(image: Image.Image) -> Image.Image:
+def load(image):
     """Reads the pixels of an image that `open_image` returned; raises BadRecord when they are corrupt."""
     try:
         image.load()
@@ -52,7 +57,7 @@ def load(image: Image.Image) -> Image.Image:
     return image
 
 
-def shrink_on_load(image: Image.Image, box: tuple[float, float, float, float], size: int):
+def shrink_on_load(image, box, size):
     """Reads the pixels for a crop of `box` that is then resized to `size`; returns (image, box in its pixels).
 
     A JPEG that is not read yet is decoded at 1/2, 1/4 or 1/8 of its scale when the crop keeps at least twice the wanted side: the final
@@ -69,7 +74,7 @@ def shrink_on_load(image: Image.Image, box: tuple[float, float, float, float], s
     return load(image), box
 
 
-def flatten(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+def flatten(image, background=WHITE):
     """Puts an "RGBA" image on a background colour; an "RGB" image is returned with its pixels read."""
     if image.mode == "RGB":
         return load(image)
@@ -78,27 +83,31 @@ def flatten(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Ima
     return canvas
 
 
-def decode_image(data, background: tuple[int, int, int] = WHITE, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_image(data, background=WHITE, max_pixels=MAX_PIXELS):
     """Decodes to uint8 [H,W,3], transparent pixels over `background`. Input and errors as in `open_image`."""
     return np.asarray(flatten(open_image(data, max_pixels), background))
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(array):
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
+    if (
+        array.dtype != np.uint8
+        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+        or not array.size
+    ):
         raise BadRecord(f"unsupported array {array.dtype}{list(array.shape)}")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image):
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # broken EXIF does not make the picture unusable
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image):
     try:
         if _orientation(image) in range(2, 9):
             image = ImageOps.exif_transpose(image)
@@ -112,7 +121,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise BadRecord("corrupt image") from None
 
 
-def _to_8bit(image: Image.Image) -> Image.Image:
+def _to_8bit(image):
     """16-bit, 32-bit and float greys: Pillow's own conversion would clip at 255 instead of scaling."""
     values = np.asarray(image, dtype=np.float64)
     if image.mode == "F":

@@ -12,20 +12,21 @@ import math
 import os
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import flags
 
 from clip_jax.data import decode
 from clip_jax.data.order import make_order, randomness
-from clip_jax.data.sources import BadRecord, Record, Source, near
+from clip_jax.data.records import BadRecord
 from clip_jax.data.views import ImageView, RenderView, TextView, make_example
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, did_you_mean
 
 Batch = dict[str, np.ndarray]
 
-_PROBED = 256  # records that are tried before a source is called unusable, and counted before its share of bad ones is judged
+_PROBED = (
+    256  # records that are tried before a source is called unusable, and counted before its share of bad ones is judged
+)
 _GIVE_UP = 2048  # bad records in a row
 _RESERVED = {"example_id", "label", "source_id", "text_pair", "mask"}
 _MISSING = {"label": -1, "text_pair": 0}  # in batches where a record of another part of the mixture has them
@@ -46,21 +47,21 @@ class Loader:
 
     def __init__(
         self,
-        source: Source,
-        views: Sequence[ImageView | TextView],
+        source,
+        views,
         tokenizer,
         *,
-        batch_size: int,
-        seed: int,
-        start_step: int = 0,
-        host: int = 0,
-        hosts: int = 1,
-        one_source: bool = False,
-        workers: int = 0,
-        threads: int | None = None,
-        prefetch: int = 2,
-        max_bad_share: float = 0.1,
-        cache_bytes: int = 2**28,
+        batch_size,
+        seed,
+        start_step=0,
+        host=0,
+        hosts=1,
+        one_source=False,
+        workers=0,
+        threads=None,
+        prefetch=2,
+        max_bad_share=0.1,
+        cache_bytes=2**28,
     ):
         import grain
 
@@ -71,7 +72,7 @@ class Loader:
                 f"{max_bad_share} in [0, 1] do not all hold"
             )
         self.step = start_step
-        self.skipped: Counter = Counter(source.broken)  # what was not used, by reason, since this loader was made
+        self.skipped = Counter(source.broken)  # what was not used, by reason, since this loader was made
         self._name, self._max_bad_share = source.name, max_bad_share
         self._used, self._bad = 0, 0
         batches = _TrainingBatches(source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed, one_source)
@@ -80,16 +81,22 @@ class Loader:
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads) if threads else 0)
         dataset = grain.MapDataset.range(start_step, 2**62).map(batches).to_iter_dataset(reading)
         if workers:
-            if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts processes; in a library nobody has parsed them
+            if (
+                not flags.FLAGS.is_parsed()
+            ):  # Grain reads absl flags when it starts processes; in a library nobody has parsed them
                 flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+            )
         self._open = [iter(dataset)]
-        self._close = weakref.finalize(self, _close, self._open)  # also at exit, and before Grain's own modules are taken apart
+        self._close = weakref.finalize(
+            self, _close, self._open
+        )  # also at exit, and before Grain's own modules are taken apart
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self):
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self):
         if not self._open:
             raise ValueError("the loader is closed")
         batch, skipped = next(self._open[0])
@@ -105,32 +112,32 @@ class Loader:
         self.step += 1
         return batch
 
-    def close(self) -> None:
+    def close(self):
         """Ends worker processes and threads; safe to call twice."""
         self._close()
 
 
-def _close(iterators: list) -> None:
+def _close(iterators):
     while iterators:
         iterators.pop().close()
 
 
-def _threads() -> int:
+def _threads():
     """Pillow decodes and resizes without the interpreter's lock; beyond some threads the rest of the work is what counts."""
     return min(8, os.cpu_count() or 1)
 
 
 def iterate_once(
-    source: Source,
-    views: Sequence[ImageView | TextView],
+    source,
+    views,
     tokenizer,
-    batch_size: int,
-    host: int = 0,
-    hosts: int = 1,
+    batch_size,
+    host=0,
+    hosts=1,
     *,
-    threads: int | None = None,
-    skipped: Counter | None = None,
-) -> Iterator[Batch]:
+    threads=None,
+    skipped=None,
+):
     """One pass in order, without randomness: this host's rows of each batch, [batch_size / hosts, ...], with a bool `mask`.
 
     Rows where it is False are padding (zeros, example_id -1): after the last record, and in place of records that cannot be used, which
@@ -148,31 +155,33 @@ def iterate_once(
     batches = _EvaluationBatches(source, views, tokenizer, 0, batch_size, host, hosts)
     threads = _threads() if threads is None else threads
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return _unpack(grain.MapDataset.range(math.ceil(len(source) / batch_size)).map(batches).to_iter_dataset(reading), skipped)
+    return _unpack(
+        grain.MapDataset.range(math.ceil(len(source) / batch_size)).map(batches).to_iter_dataset(reading), skipped
+    )
 
 
-def check_source(source: Source, views: Sequence[ImageView | TextView], tokenizer, batch_size: int = 1, one_source: bool = False) -> None:
+def check_source(source, views, tokenizer, batch_size=1, one_source=False):
     """Raises the UserError that a loader would for a source and views that do not go together, without starting one."""
     _EvaluationBatches(source, views, tokenizer, 0, 1, 0, 1)
     if one_source:
         _check_one_source(source, batch_size)
 
 
-def _unpack(dataset, skipped: Counter | None) -> Iterator[Batch]:
+def _unpack(dataset, skipped):
     for batch, reasons in dataset:
         if skipped is not None:
             skipped.update(reasons)
         yield batch
 
 
-def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
+def _check_hosts(batch_size, host, hosts):
     if batch_size < 1 or hosts < 1 or batch_size % hosts:
         raise UserError(f"batch_size={batch_size} must be a positive multiple of the number of hosts, {hosts}")
     if not 0 <= host < hosts:
         raise UserError(f"host={host} is not in 0..{hosts - 1}")
 
 
-def _check_one_source(source: Source, batch_size: int) -> None:
+def _check_one_source(source, batch_size):
     for part in _parts(source):
         if len(part) < batch_size:
             raise UserError(
@@ -180,20 +189,18 @@ def _check_one_source(source: Source, batch_size: int) -> None:
             )
 
 
-def _parts(source: Source) -> list[Source]:
+def _parts(source):
     return getattr(source, "sources", [source])
 
 
-def _reasons(skipped: Counter) -> str:
+def _reasons(skipped):
     return ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common(5))
 
 
 class _Batches(abc.ABC):
     """Makes batches out of examples. Keeps decoded small pictures and the ids of bad records; worker processes start with neither."""
 
-    def __init__(
-        self, source: Source, views: Sequence[ImageView | TextView], tokenizer, cache_bytes: int, batch_size: int, host: int, hosts: int
-    ):
+    def __init__(self, source, views, tokenizer, cache_bytes, batch_size, host, hosts):
         names = [view.name for view in views]
         if len(set(names)) < len(names) or set(names) & _RESERVED:
             raise UserError(f"views: names {names} must differ from each other and from {', '.join(sorted(_RESERVED))}")
@@ -212,16 +219,18 @@ class _Batches(abc.ABC):
         found = set().union(*probes) | ({"label"} if source.class_names is not None else set())
         self._missing = {key: np.int32(value) for key, value in _MISSING.items() if key in found}
         self._check_templates()
-        self.blank = {key: np.zeros_like(value) for key, value in self._complete(probes[0]).items()} | {"example_id": np.int32(-1)}
+        self.blank = {key: np.zeros_like(value) for key, value in self._complete(probes[0]).items()} | {
+            "example_id": np.int32(-1)
+        }
 
     def __getstate__(self):
         return self.__dict__ | {"_cache": {}, "_bad": {}}
 
     @property
-    def keeps_pictures(self) -> bool:
+    def keeps_pictures(self):
         return bool(self._cache)
 
-    def __call__(self, step: int) -> tuple[Batch, Counter]:
+    def __call__(self, step):
         """This host's rows of a step's batch, and what was skipped for it by reason."""
         skipped = Counter()
         batch = {key: np.empty((len(self.rows), *value.shape), value.dtype) for key, value in self.blank.items()}
@@ -232,15 +241,15 @@ class _Batches(abc.ABC):
         return batch, skipped
 
     @abc.abstractmethod
-    def example(self, position: int, skipped: Counter) -> Batch:
+    def example(self, position, skipped):
         """The example at a position of the pass over the data; counts what it skips."""
 
-    def candidates(self, part: int, example_id: int) -> Iterator[int]:
+    def candidates(self, part, example_id):
         """All ids of one part of a mixture from `example_id` on, in steps that spread over it: bad records tend to lie together."""
         start, length, stride = self.starts[part], self.starts[part + 1] - self.starts[part], self._strides[part]
         return (start + (example_id - start + k * stride) % length for k in range(length))
 
-    def make(self, example_id: int, rng: np.random.Generator | None) -> Batch:
+    def make(self, example_id, rng):
         """The example; raises BadRecord."""
         if example_id in self._bad:
             raise BadRecord(self._bad[example_id])
@@ -250,25 +259,27 @@ class _Batches(abc.ABC):
             self._bad[example_id] = bad.args[0]
             raise
 
-    def _complete(self, example: Batch) -> Batch:
+    def _complete(self, example):
         """All examples have the same keys, though only some parts of a mixture may be labelled, or pairs of texts."""
         return self._missing | example
 
-    def _record(self, example_id: int) -> Record:
+    def _record(self, example_id):
         if (record := self._cache.get(example_id)) is not None:
             return record
         record = self.source[example_id]
         if self._cache_bytes > 0 and record.get("image") is not None:
             image = decode.open_image(record["image"])
             size = 4 * image.width * image.height + 2048
-            if image.width * image.height > decode.SMALL_PIXELS or (not self._cache and size * len(self.source) > self._cache_bytes):
+            if image.width * image.height > decode.SMALL_PIXELS or (
+                not self._cache and size * len(self.source) > self._cache_bytes
+            ):
                 self._cache_bytes = 0  # the pictures are large, or too many
             else:
                 record = self._cache[example_id] = record | {"image": image}
                 self._cache_bytes -= size
         return record
 
-    def _probe(self, part: int) -> Batch:
+    def _probe(self, part):
         """The first usable example of a part, so that a source or view that cannot work fails now; raises UserError when there is none."""
         reasons = Counter()
         for example_id in itertools.islice(self.candidates(part, self.starts[part]), _PROBED):
@@ -283,7 +294,7 @@ class _Batches(abc.ABC):
             f"{', '.join(sorted(self._fields)) or 'none'}"
         )
 
-    def _check_templates(self) -> None:
+    def _check_templates(self):
         """A field that no record among some has is a mistake; in JSON a record need not have all fields."""
         wanted = {}
         for view in self.views:
@@ -297,12 +308,12 @@ class _Batches(abc.ABC):
                 continue
         for field in sorted(wanted.keys() - self._fields):
             raise UserError(
-                f"{self.source.name}: no record has the field {field!r} of {wanted[field]}{near(field, self._fields)}; "
+                f"{self.source.name}: no record has the field {field!r} of {wanted[field]}{did_you_mean(field, self._fields)}; "
                 f"fields: {', '.join(sorted(self._fields))}"
             )
 
 
-def _stride(length: int) -> int:
+def _stride(length):
     return next(s for s in range(max(1, round(0.618 * length)), length + 1) if math.gcd(s, length) == 1)
 
 
@@ -318,7 +329,7 @@ class _TrainingBatches(_Batches):
         self._seed = seed
         self._order = make_order(self.starts, getattr(source, "weights", [1.0]), seed, batch_size, one_source)
 
-    def example(self, position: int, skipped: Counter) -> Batch:
+    def example(self, position, skipped):
         part, epoch, first_id = self._order[position]
         for example_id in itertools.islice(self.candidates(part, first_id), _GIVE_UP):
             try:
@@ -335,7 +346,7 @@ class _EvaluationBatches(_Batches):
         super().__init__(*arguments)
         self.blank |= {"mask": np.False_}
 
-    def example(self, example_id: int, skipped: Counter) -> Batch:
+    def example(self, example_id, skipped):
         if example_id >= len(self.source):
             return self.blank
         try:

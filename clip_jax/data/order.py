@@ -8,25 +8,26 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Sequence
 
 import numpy as np
 
-_SMALL_SOURCE = 2**16  # up to here an explicit permutation: Grain's shuffle by index costs up to milliseconds an index in a small range
+_SMALL_SOURCE = (
+    2**16
+)  # up to here an explicit permutation: Grain's shuffle by index costs up to milliseconds an index in a small range
 _BLOCK = 256  # steps within which the order of the sources is random
 
 
 class Stream:
     """Endless (part, epoch, example id) of one part of a mixture, by position: all its ids in a new order every epoch."""
 
-    def __init__(self, part: int, start: int, length: int, seed: int):
+    def __init__(self, part, start, length, seed):
         import grain
 
         self._part, self._start, self._length = part, start, length
         self._seed = _seed(seed, part)
         self._shuffled = grain.MapDataset.range(start, start + length).seed(self._seed).shuffle().repeat()
 
-    def __getitem__(self, position: int) -> tuple[int, int, int]:
+    def __getitem__(self, position):
         epoch, place = divmod(position, self._length)
         if self._length <= _SMALL_SOURCE:
             return self._part, epoch, self._start + int(_permutation(self._seed, epoch, self._length)[place])
@@ -36,30 +37,30 @@ class Stream:
 class Mixed:
     """Streams side by side: of any few positions in a row each stream has its share, by weight."""
 
-    def __init__(self, streams: Sequence[Stream], weights: Sequence[float]):
+    def __init__(self, streams, weights):
         self._index = _mix([stream.__getitem__ for stream in streams], weights)
 
-    def __getitem__(self, position: int) -> tuple[int, int, int]:
+    def __getitem__(self, position):
         return self._index[position]
 
 
 class OneSource:
     """Each batch from one stream (debiased sampling: ZeroVL, Cui et al. 2022).
 
-    The batches are dealt out by weight, as the examples of :class:`Mixed` are, and shuffled within blocks of 256 steps: the chance of a
+    The batches are dealt out by weight, as the examples of `Mixed` are, and shuffled within blocks of 256 steps: the chance of a
     stream at a step is its weight, its share of a block is exact but for rounding, and each stream goes through its epochs in order.
     """
 
-    def __init__(self, streams: Sequence[Stream], weights: Sequence[float], seed: int, batch_size: int):
+    def __init__(self, streams, weights, seed, batch_size):
         self._streams, self._batch_size, self._seed = streams, batch_size, _seed(seed, len(streams))
         self._batches = _mix([functools.partial(_pair, part) for part in range(len(streams))], weights)
 
-    def __getitem__(self, position: int) -> tuple[int, int, int]:
+    def __getitem__(self, position):
         step, row = divmod(position, self._batch_size)
         part, batch = _block(self, step // _BLOCK)[step % _BLOCK]
         return self._streams[part][batch * self._batch_size + row]
 
-    def block(self, number: int) -> list[tuple[int, int]]:
+    def block(self, number):
         """(part, number of the part's batch) of each step of a block."""
         dealt = [self._batches[number * _BLOCK + i] for i in range(_BLOCK)]
         shuffled = [dealt[i][0] for i in _permutation(self._seed, number, _BLOCK)]
@@ -67,7 +68,7 @@ class OneSource:
         return [(part, waiting[part].popleft()) for part in shuffled]
 
 
-def make_order(starts: Sequence[int], weights: Sequence[float], seed: int, batch_size: int, one_source: bool) -> Stream | Mixed | OneSource:
+def make_order(starts, weights, seed, batch_size, one_source):
     """(part, epoch, example id) by position.
 
     Args:
@@ -83,27 +84,27 @@ def make_order(starts: Sequence[int], weights: Sequence[float], seed: int, batch
     return OneSource(streams, weights, seed, batch_size) if one_source else Mixed(streams, weights)
 
 
-def _seed(seed: int, number: int) -> int:
+def _seed(seed, number):
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
-def _mix(functions: Sequence, weights: Sequence[float]):
+def _mix(functions, weights):
     import grain
 
     return grain.MapDataset.mix([grain.MapDataset.range(2**62).map(function) for function in functions], weights)
 
 
-def _pair(part: int, batch: int) -> tuple[int, int]:
+def _pair(part, batch):
     return part, batch
 
 
 @functools.lru_cache(maxsize=32)
-def _block(order: OneSource, number: int) -> list[tuple[int, int]]:
+def _block(order, number):
     return order.block(number)
 
 
 @functools.lru_cache(maxsize=32)
-def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+def _permutation(seed, epoch, length):
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
@@ -115,7 +116,7 @@ class _Randomness(threading.local):
         self._generator = np.random.Generator(self._bits)
         self._state = self._bits.state  # counter 0, nothing buffered
 
-    def __call__(self, seed: int, epoch: int, example_id: int) -> np.random.Generator:
+    def __call__(self, seed, epoch, example_id):
         self._state["state"]["key"][:] = seed << 32 | epoch, example_id
         self._bits.state = self._state
         return self._generator

@@ -3,9 +3,7 @@
 import functools
 import gzip
 import re
-from collections.abc import Mapping
 
-import numpy as np
 from etils import epath
 
 from clip_jax.errors import UserError
@@ -13,7 +11,7 @@ from clip_jax.errors import UserError
 THESAURUS = epath.Path(__file__).parent / "vocab" / "wordnet_synonyms.txt.gz"
 
 
-def eda(caption: str, rng: np.random.Generator, swaps: int = 1, deletion: float = 0.1, thesaurus: str = "") -> str:
+def eda(caption, rng, swaps=1, deletion=0.1, thesaurus=""):
     """One of three changes, drawn with equal chances: a synonym for a word, words swapped, words deleted.
 
     These are DeCLIP's operations and numbers; it has no random insertion. A caption that an operation cannot change, such as one of a
@@ -22,9 +20,9 @@ def eda(caption: str, rng: np.random.Generator, swaps: int = 1, deletion: float 
     Args:
         swaps: how often two words change places.
         deletion: the chance of each word to be deleted; one always stays.
-        thesaurus: a file as :func:`read_thesaurus` takes it; empty: WordNet's synonyms, which come with the package.
+        thesaurus: a file as `read_thesaurus` takes it; empty: WordNet's synonyms, which come with the package.
 
-    Raises ValueError for numbers out of range, and UserError as :func:`read_thesaurus` does.
+    Raises ValueError for numbers out of range, and UserError as `read_thesaurus` does.
     """
     if not (isinstance(swaps, int) and swaps >= 0 and 0 <= deletion <= 1):
         raise ValueError("swaps must be a whole number from 0 on, deletion between 0 and 1")
@@ -44,7 +42,7 @@ def eda(caption: str, rng: np.random.Generator, swaps: int = 1, deletion: float 
     return " ".join(words)
 
 
-def replace_word(words: list[str], rng: np.random.Generator, synonyms: Mapping[str, tuple[str, ...]]) -> list[str]:
+def replace_word(words, rng, synonyms):
     """A synonym, of all that its meanings have, in the place of one of the words that have any; punctuation around it stays."""
     parts = [re.fullmatch(r"(\W*)(.*?)(\W*)", word, re.DOTALL).groups() for word in words]
     known = [i for i, (_, word, _) in enumerate(parts) if word.lower() in synonyms]
@@ -57,7 +55,7 @@ def replace_word(words: list[str], rng: np.random.Generator, synonyms: Mapping[s
 
 
 @functools.lru_cache(maxsize=8)
-def read_thesaurus(path: str = "") -> dict[str, tuple[str, ...]]:
+def read_thesaurus(path=""):
     """word -> synonyms. The file: UTF-8 text, gzipped or not, one set of synonyms per line, split by commas; lines with # are skipped.
 
     Raises UserError when it cannot be read or no line has two words.
@@ -67,8 +65,10 @@ def read_thesaurus(path: str = "") -> dict[str, tuple[str, ...]]:
         data = file.read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the thesaurus {str(file)!r} ({getattr(error, 'strerror', None) or error})") from None
-    found: dict[str, dict[str, None]] = {}
+        raise UserError(
+            f"cannot read the thesaurus {str(file)!r} ({getattr(error, 'strerror', None) or error})"
+        ) from None
+    found = {}
     for line in text.splitlines():
         words = [] if line.startswith("#") else [word.strip().lower() for word in line.split(",") if word.strip()]
         for word in words:

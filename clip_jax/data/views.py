@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 import string
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from clip_jax.data import augment, decode, text_augment, token_augment
-from clip_jax.data.sources import BadRecord, Record
+from clip_jax.data.records import BadRecord
 from clip_jax.errors import UserError
 
 #: Operations of `TextView.augment`: on the caption, `f(caption, rng, **arguments)`, and on its ids, `f(ids, rng, tokenizer, **arguments)`;
@@ -32,17 +31,17 @@ class ImageView:
         augment.parse(self.augment, self.size)  # fails early
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self):
         """Of the array that the view gives; uint8 (`dtype`)."""
         return (self.size, self.size, 3)
 
     dtype = np.dtype(np.uint8)
 
     @property
-    def is_random(self) -> bool:
+    def is_random(self):
         return any(augment.parse(self.augment, self.size).random)
 
-    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer=None) -> np.ndarray:
+    def __call__(self, record, rng, tokenizer=None):
         if record.get("image") is None:
             raise BadRecord("no image")
         return np.asarray(augment.parse(self.augment, self.size)(decode.open_image(record["image"]), rng))
@@ -83,22 +82,22 @@ class TextView:
             _parse_template(template)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self):
         """Of the array that the view gives; int32 (`dtype`)."""
         return (self.context,)
 
     dtype = np.dtype(np.int32)
 
     @property
-    def fields(self) -> dict[str, str]:
+    def fields(self):
         """The record fields that are read by their name, and what names them."""
         return dict.fromkeys(_fields(self.templates), "a template") | dict.fromkeys(self.rewrites, "data.rewrites")
 
-    def caption(self, record: Record, rng: np.random.Generator | None) -> str:
+    def caption(self, record, rng):
         """The caption as text; raises BadRecord when no usable one is there."""
         return self._rewrite(record, rng) or self._own_caption(record, rng)
 
-    def _rewrite(self, record, rng) -> str:
+    def _rewrite(self, record, rng):
         """A rewrite, or an empty text: the record's own caption is wanted. Nothing is drawn where there is no choice."""
         if rng is None or not self.rewrite_prob or self._is_class(record):
             return ""
@@ -107,10 +106,10 @@ class TextView:
         chance = len(pool) / (len(pool) + own) if self.rewrite_prob == -1 else self.rewrite_prob
         return usable_rewrite(_pick(pool, rng)) if pool and rng.random() < chance else ""
 
-    def _is_class(self, record) -> bool:
+    def _is_class(self, record):
         return bool(self.class_templates) and record.get("label", -1) >= 0
 
-    def _own_caption(self, record, rng) -> str:
+    def _own_caption(self, record, rng):
         templates = self.templates
         if self._is_class(record):
             templates, record = self.class_templates, record | {"class_name": _class_name(record, rng)}
@@ -121,14 +120,14 @@ class TextView:
         parts = [literal + (_join(values[field], rng) if field else "") for literal, field in _pick(templates, rng)]
         return _usable(["".join(parts)])[0]
 
-    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
+    def __call__(self, record, rng, tokenizer):
         return self._augmented(self._words(record, rng), self.augment, rng, tokenizer)
 
-    def _words(self, record, rng) -> str:
+    def _words(self, record, rng):
         """The caption after word dropout."""
         return self._dropped(self.caption(record, rng), rng)
 
-    def _dropped(self, caption, rng) -> str:
+    def _dropped(self, caption, rng):
         if self.word_dropout and rng is not None:
             words = caption.split()
             kept = rng.random(len(words)) >= self.word_dropout
@@ -136,13 +135,15 @@ class TextView:
             caption = " ".join(word for word, keep in zip(words, kept, strict=True) if keep)
         return caption
 
-    def _augmented(self, caption: str, spec: tuple[str, ...], rng, tokenizer) -> np.ndarray:
+    def _augmented(self, caption, spec, rng, tokenizer):
         on_caption, on_ids = _parse_augment(spec) if rng is not None else ((), ())
         for operation in on_caption:
             caption = operation(caption, rng)
         if not on_ids:
             return tokenizer([caption], self.context)[0]
-        ids = tokenizer.encode(caption[: 100 * self.context])  # more cannot matter, and a broken record may have megabytes
+        ids = tokenizer.encode(
+            caption[: 100 * self.context]
+        )  # more cannot matter, and a broken record may have megabytes
         for operation in on_ids:
             ids = operation(ids, rng, tokenizer)
         return token_augment.pack(ids, tokenizer, self.context)
@@ -160,10 +161,10 @@ class TextVariants(TextView):
             _parse_augment(spec)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self):
         return (len(self.variants), self.context)
 
-    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
+    def __call__(self, record, rng, tokenizer):
         caption = self._words(record, rng)
         return np.stack([self._augmented(caption, spec, rng, tokenizer) for spec in self.variants])
 
@@ -179,10 +180,10 @@ class RewritesView(TextView):
     count: int = 4
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self):
         return (1 + self.count, self.context)
 
-    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
+    def __call__(self, record, rng, tokenizer):
         pool = [] if self._is_class(record) else rewrites_of(record, self.rewrites)
         captions = record.get("texts") or ()
         if not self.templates and len(captions) > 1:
@@ -199,7 +200,7 @@ class RewritesView(TextView):
 class OptionalTextView(TextView):
     """As `TextView`; ids of -1 where the record has no such text."""
 
-    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
+    def __call__(self, record, rng, tokenizer):
         try:
             return super().__call__(record, rng, tokenizer)
         except BadRecord:
@@ -225,18 +226,20 @@ class RegionView:
 
     def __post_init__(self):
         if self.features == "pixels" and self.width != PIXEL_FEATURES + 4:
-            raise UserError(f"regions of pixels have {PIXEL_FEATURES} features, and with their box {PIXEL_FEATURES + 4}, not {self.width}")
+            raise UserError(
+                f"regions of pixels have {PIXEL_FEATURES} features, and with their box {PIXEL_FEATURES + 4}, not {self.width}"
+            )
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self):
         return (self.count, self.width)
 
     @property
-    def fields(self) -> dict[str, str]:
+    def fields(self):
         """As of `TextView`."""
         return dict.fromkeys({self.boxes, self.features} - {"pixels"}, f"the view {self.name!r}")
 
-    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer=None) -> np.ndarray:
+    def __call__(self, record, rng, tokenizer=None):
         """Raises BadRecord for a box that is nowhere in the picture, and UserError for arrays of another shape."""
         rows, given = np.zeros(self.shape, np.float32), _read_rows(record, self.boxes, 4)
         real = given[: self.count].any(1)
@@ -257,7 +260,7 @@ class RegionView:
         return rows
 
 
-def read_boxes(record: Record, field: str, size: tuple[int, int]) -> np.ndarray:
+def read_boxes(record, field, size):
     """The boxes of a record, float32 [n, 4], without rows of zeros, cut at the edges of a picture of `size`, width and height.
 
     Raises BadRecord for one of which nothing is left, and UserError for an array of another shape.
@@ -265,20 +268,22 @@ def read_boxes(record: Record, field: str, size: tuple[int, int]) -> np.ndarray:
     return _cut_boxes(_read_rows(record, field, 4), size)
 
 
-def _cut_boxes(rows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _cut_boxes(rows, size):
     boxes = np.clip(rows[rows.any(1)], 0, np.array(size * 2, np.float32))
     if not (boxes[:, 2:] > boxes[:, :2]).all():
         raise BadRecord("region outside of its picture")
     return boxes
 
 
-def _read_rows(record: Record, field: str, width: int) -> np.ndarray:
+def _read_rows(record, field, width):
     try:
         values = np.asarray(record[field] if record.get(field) is not None else (), np.float32)
     except (TypeError, ValueError):
         raise UserError(f"regions: the field {field!r} does not hold lists of {width} numbers each") from None
     if values.size and (values.ndim != 2 or values.shape[1] != width):
-        raise UserError(f"regions: the field {field!r} holds an array {list(values.shape)}, but [regions, {width}] is needed")
+        raise UserError(
+            f"regions: the field {field!r} holds an array {list(values.shape)}, but [regions, {width}] is needed"
+        )
     return values.reshape(-1, width)
 
 
@@ -293,12 +298,12 @@ class RenderView(TextView):
     context: int = 224
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self):
         return (self.context, self.context, 1)
 
     dtype = np.dtype(np.uint8)
 
-    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer) -> np.ndarray:
+    def __call__(self, record, rng, tokenizer):
         if "sentences" not in record:
             return super().__call__(record, rng, tokenizer)
         return tokenizer(record["sentences"][1:], self.context)[0]
@@ -308,14 +313,14 @@ class RenderView(TextView):
 class ImageOrTextView(ImageView):
     """As `ImageView`; of a pair of sentences the first one, drawn by the tokenizer, a `render.Font`."""
 
-    def __call__(self, record: Record, rng: np.random.Generator | None, tokenizer=None) -> np.ndarray:
+    def __call__(self, record, rng, tokenizer=None):
         if "sentences" not in record:
             return super().__call__(record, rng)
         return np.broadcast_to(tokenizer(record["sentences"][:1], self.size)[0], self.shape)
 
 
 @functools.lru_cache(maxsize=256)
-def _parse_augment(spec: tuple[str, ...]) -> tuple[tuple, tuple]:
+def _parse_augment(spec):
     """The operations on the caption and those on its ids; raises UserError."""
     on_caption, on_ids = [], []
     for text in spec:
@@ -333,7 +338,7 @@ def _parse_augment(spec: tuple[str, ...]) -> tuple[tuple, tuple]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
+def _parse_template(template):
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -347,32 +352,32 @@ def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _fields(templates: tuple[str, ...]) -> frozenset[str]:
+def _fields(templates):
     return frozenset(field for template in templates for _, field in _parse_template(template) if field)
 
 
-def _class_name(record: Record, rng: np.random.Generator | None) -> str:
+def _class_name(record, rng):
     """As UniCL writes it; raises BadRecord when the class has no name."""
     if not (names := _usable(_as_texts(record.get("class_name")), strict=False)):
         raise BadRecord("no class name")
     return " ".join(_pick(names, rng).replace(",", "").replace("+", " ").split())
 
 
-def rewrites_of(record: Record, fields: Sequence[str]) -> list[str]:
+def rewrites_of(record, fields):
     """All texts of some fields of a record, in order; a field is a text or a list of texts, or it is missing."""
     return [text for field in fields for text in _as_texts(record.get(field))]
 
 
-def usable_rewrite(text: str) -> str:
+def usable_rewrite(text):
     """The text if it has two words or more and is UTF-8, otherwise an empty one."""
     return text if len(text.split()) >= 2 and _usable([text], strict=False) else ""
 
 
-def _as_texts(value) -> list[str]:
+def _as_texts(value):
     return [str(v) for v in value] if isinstance(value, list | tuple) else [] if value is None else [str(value)]
 
 
-def _usable(texts: Sequence[str], strict: bool = True) -> list[str]:
+def _usable(texts, strict=True):
     """The texts that hold something and are UTF-8; raises BadRecord when there is none and `strict`."""
     reason, usable = "empty caption", []
     for text in texts:
@@ -391,21 +396,19 @@ def _usable(texts: Sequence[str], strict: bool = True) -> list[str]:
     return usable
 
 
-def _pick(choices: Sequence, rng: np.random.Generator | None):
+def _pick(choices, rng):
     if not choices:
         raise BadRecord("empty caption")
     return choices[0 if rng is None or len(choices) == 1 else int(rng.random() * len(choices))]
 
 
-def _join(values: list[str], rng: np.random.Generator | None) -> str:
+def _join(values, rng):
     if rng is not None and len(values) > 1:
         values = rng.permutation(values)[: 1 + int(rng.random() * len(values))].tolist()
     return ", ".join(values)
 
 
-def make_example(
-    record: Record, example_id: int, views: Sequence[ImageView | TextView], tokenizer, rng: np.random.Generator | None = None
-) -> dict[str, np.ndarray]:
+def make_example(record, example_id, views, tokenizer, rng=None):
     """One example: {view.name: array} and int32 scalars `example_id` and, where the record has them, `label`, `source_id`, `text_pair`.
 
     The views draw from `rng` in their order; None means evaluation. Raises BadRecord when a view cannot use the record.

@@ -6,14 +6,13 @@ the start or end of the text more similar than any word stays as it is.
 
 import html
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from clip_jax.evaluation.report import Page
+    pass
 
 PICTURES = 24  # at most
 INTRO = """<p>Each picture is cut into the patches that the model sees. A patch has the colour of the word of the picture's text to which
@@ -37,8 +36,8 @@ class Alignment:
     pictures: list[dict]
 
 
-def align(model, z_image: np.ndarray, z_text: np.ndarray, texts: Sequence[str], records: Sequence[dict]) -> Alignment | None:
-    """The :class:`Alignment` of at most 24 pictures, evenly spaced; None where embeddings are no grid of patches, or no texts' tokens.
+def align(model, z_image, z_text, texts, records):
+    """The `Alignment` of at most 24 pictures, evenly spaced; None where embeddings are no grid of patches, or no texts' tokens.
 
     Args:
         model: has `image_view` and `tokenizer`.
@@ -63,7 +62,7 @@ def align(model, z_image: np.ndarray, z_text: np.ndarray, texts: Sequence[str], 
     return result
 
 
-def words_of(tokenizer, text: str, context: int) -> tuple[list[str], list[range]]:
+def words_of(tokenizer, text, context):
     """The words of a text, and the positions of each one's tokens among the `context` that the tokenizer gives; none that is cut off."""
     start = int(tokenizer.sot_id is not None)
     end = context - int(tokenizer.options["eot"])
@@ -77,7 +76,7 @@ def words_of(tokenizer, text: str, context: int) -> tuple[list[str], list[range]
     return words, places
 
 
-def draw(page: "Page", item: Alignment) -> str:
+def draw(page, item):
     """The pictures with coloured patches, and their words, as HTML for a report."""
     _, thumbnail = page.thumbnails(item.pictures, range(len(item.pictures)), 128)
     cards = []
@@ -88,19 +87,23 @@ def draw(page: "Page", item: Alignment) -> str:
         lines = []
         for k, word in enumerate(words):
             figures = f"{(best == k).mean():.0%} {patches[:, k].max():.2f}"
-            lines.append(f'<li style="--c:{_colour(k, len(words))}"><span>{html.escape(word)}</span><b>{figures}</b></li>')
+            lines.append(
+                f'<li style="--c:{_colour(k, len(words))}"><span>{html.escape(word)}</span><b>{figures}</b></li>'
+            )
         grid = f'<div class="grid" style="--n:{similarity.shape[1]}">{"".join(cells)}</div>'
         picture = thumbnail(number, " ".join(words))
-        cards.append(f'<div class="card patches"><div class="picture">{picture}{grid}</div><div><ol>{"".join(lines)}</ol></div></div>')
+        cards.append(
+            f'<div class="card patches"><div class="picture">{picture}{grid}</div><div><ol>{"".join(lines)}</ol></div></div>'
+        )
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _patch(words: list[str], word: int, similarity: np.ndarray, is_framed: bool) -> str:
+def _patch(words, word, similarity, is_framed):
     frame = ' class="best"' if is_framed else ""
     if word == len(words):
         return f"<i{frame}></i>"
     return f'<i{frame} style="--c:{_colour(word, len(words))}" title="{html.escape(words[word])} {similarity[word]:.2f}"></i>'
 
 
-def _colour(word: int, words: int) -> str:
+def _colour(word, words):
     return f"hsl({360 * word // words} 85% 50%)"

@@ -1,7 +1,6 @@
 """What an accuracy is to be read against: chance, and the nearest neighbour in pixels."""
 
 import functools
-from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,12 @@ import numpy as np
 _QUERIES = 512
 
 
-def chance(classes: int, k: int = 1) -> float:
+def chance(classes, k=1):
     """Expected top-k accuracy of a random ranking of the classes."""
     return min(k / classes, 1.0)
 
 
-def pixel_features(images: Iterable[np.ndarray], size: int = 16) -> np.ndarray:
+def pixel_features(images, size=16):
     """Pictures uint8 [H, W, 3] averaged down to size x size pixels: float32 [n, size * size * 3] in [-0.5, 0.5]."""
     from PIL import Image
 
@@ -23,7 +22,7 @@ def pixel_features(images: Iterable[np.ndarray], size: int = 16) -> np.ndarray:
     return np.asarray(small, np.float32).reshape(len(small), size * size * 3) / 255 - 0.5
 
 
-def nearest_classes(references, labels, queries, classes: int, k: int = 5, leave_out=None) -> np.ndarray:
+def nearest_classes(references, labels, queries, classes, k=5, leave_out=None):
     """The k classes whose nearest reference picture is nearest in Euclidean distance, nearest first: int32 [n, min(k, classes)].
 
     Args:

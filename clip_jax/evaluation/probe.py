@@ -1,7 +1,6 @@
 """Linear probe: multinomial logistic regression on frozen embeddings, as CLIP's evaluation does it."""
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -26,8 +25,8 @@ class ProbeResult:
 
 
 def linear_probe(
-    z_train, labels_train, z_test, labels_test, *, z_val=None, labels_val=None, l2_grid: Sequence[float] = L2_GRID, max_steps: int = 1000
-) -> ProbeResult:
+    z_train, labels_train, z_test, labels_test, *, z_val=None, labels_val=None, l2_grid=L2_GRID, max_steps=1000
+):
     """Fits `mean cross-entropy + l2/2 * |weights|^2` (bias free of it) by full-batch L-BFGS.
 
     `l2` is the value of the grid with the highest validation accuracy (of equal ones the strongest); the classifier is then fitted again on
@@ -75,7 +74,7 @@ def linear_probe(
     return ProbeResult(float((predictions == labels_test).mean()), best_accuracy, best_l2, predictions)
 
 
-def _validation_split(labels: np.ndarray) -> np.ndarray:
+def _validation_split(labels):
     """Bool [n]: a fifth of every class, chosen at random but always alike."""
     held_out = np.zeros(len(labels), bool)
     rng = np.random.default_rng(0)

@@ -8,28 +8,27 @@ ImageNet), "simple", "emoji", and sets of CLIP's for other data sets under the d
 import functools
 import json
 from collections import Counter
-from collections.abc import Sequence
 
 from etils import epath
 
-from clip_jax.data.tokenizers import canonicalize
+from clip_jax.data.tokenizers.base import canonicalize
 from clip_jax.errors import UserError
 
 _FOLDER = epath.Path(__file__).parent
 
 
 @functools.cache
-def _data(file: str) -> dict:
+def _data(file):
     return json.loads((_FOLDER / file).read_text())
 
 
-def template_sets() -> list[str]:
+def template_sets():
     """Names that `load_templates` knows."""
     data = _data("templates.json")
     return [*data["templates"], *data["aliases"]]
 
 
-def load_templates(spec: str | Sequence[str]) -> tuple[str, ...]:
+def load_templates(spec):
     """Templates by the name of a set, from a text file with one template a line, or as given in a list.
 
     Raises UserError for an unknown name, an empty file or list, and a template without exactly one `{}`.
@@ -39,7 +38,9 @@ def load_templates(spec: str | Sequence[str]) -> tuple[str, ...]:
         name = data["aliases"].get(spec, spec)
         if name in data["templates"]:
             return tuple(data["templates"][name])
-        templates = _lines(spec, f"templates={spec!r} is neither a set ({', '.join(template_sets())}) nor a readable text file")
+        templates = _lines(
+            spec, f"templates={spec!r} is neither a set ({', '.join(template_sets())}) nor a readable text file"
+        )
     else:
         templates = list(spec)
     if not templates:
@@ -50,7 +51,7 @@ def load_templates(spec: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(templates)
 
 
-def load_class_names(spec: str | Sequence[str]) -> list[str]:
+def load_class_names(spec):
     """Class names by label: "imagenet", a text file with one name a line, or a list as given.
 
     Raises UserError for an unknown name, an unreadable file, an empty list or an empty name.
@@ -69,7 +70,7 @@ def load_class_names(spec: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _lines(path: str, error: str) -> list[str]:
+def _lines(path, error):
     try:
         text = epath.Path(path).read_text()
     except (OSError, UnicodeDecodeError):
@@ -77,7 +78,7 @@ def _lines(path: str, error: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def resolve_duplicates(names: Sequence[str], duplicates: str = "error") -> tuple[list[str], list[int]]:
+def resolve_duplicates(names, duplicates="error"):
     """Class names and, for each of the given labels, the class that it now belongs to.
 
     Args:
@@ -93,12 +94,14 @@ def resolve_duplicates(names: Sequence[str], duplicates: str = "error") -> tuple
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated and duplicates == "error":
         some = ", ".join(map(repr, repeated[:5])) + (f" and {len(repeated) - 5} more" if len(repeated) > 5 else "")
-        raise UserError(f"class_names: several classes have the name {some}; rename them, or set duplicates to merge or keep")
+        raise UserError(
+            f"class_names: several classes have the name {some}; rename them, or set duplicates to merge or keep"
+        )
     index = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return list(index), [index[name] for name in names]
 
 
-def class_prompts(class_names: Sequence[str], templates: Sequence[str], canonical: bool = False) -> list[str]:
+def class_prompts(class_names, templates, canonical=False):
     """The prompts of all classes, those of the first class first: [classes * templates].
 
     Args:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clip_jax.data.sources import BadRecord
+from clip_jax.data.records import BadRecord
 from clip_jax.errors import UserError
 from clip_jax.evaluation import alignment
 
 if TYPE_CHECKING:
-    from clip_jax.evaluation.tasks import CaptionPairs, Classification, EmbeddingMap, EvalResult, Pictures, Retrieval, SimilarityMatrix
+    pass
 
 _SKELETON = Path(__file__).with_name("report.html")
 _GALLERY, _QUERIES = 24, 12  # predictions of each kind in a gallery; queries shown in each direction of a retrieval
@@ -38,13 +38,13 @@ _TEXT_LENGTH = 120  # longer captions are cut
 
 
 def write_report(
-    path: str | os.PathLike,
-    result: "EvalResult",
+    path,
+    result,
     *,
-    title: str,
-    config: Mapping | None = None,
-    metrics_jsonl: str | os.PathLike | None = None,
-) -> Path:
+    title,
+    config=None,
+    metrics_jsonl=None,
+):
     """Writes the page of an evaluation; a page that is there already is replaced only by a whole one.
 
     Args:
@@ -61,7 +61,7 @@ def write_report(
     return write_page(path, render(result, title=title, config=config, metrics_jsonl=metrics_jsonl))
 
 
-def write_page(path: str | os.PathLike, page: str) -> Path:
+def write_page(path, page):
     """Writes a page as one piece; makes its folder. Raises UserError when it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -77,7 +77,7 @@ def write_page(path: str | os.PathLike, page: str) -> Path:
     return path
 
 
-def render(result: "EvalResult", *, title: str, config: Mapping | None = None, metrics_jsonl: str | os.PathLike | None = None) -> str:
+def render(result, *, title, config=None, metrics_jsonl=None):
     """The page as a string; arguments as of `write_report`."""
     page = Page()
     artefacts = result.artefacts
@@ -88,7 +88,9 @@ def render(result: "EvalResult", *, title: str, config: Mapping | None = None, m
         "Relations": panels(artefacts.get("relations"), lambda item: _caption_pairs(page, item), _PAIRS_INTRO),
         "Retrieval": panels(artefacts.get("retrieval"), lambda item: _retrieval(page, item), _RETRIEVAL_INTRO),
         "Similarity": panels(artefacts.get("similarity"), lambda item: _similarity(page, item), _SIMILARITY_INTRO),
-        "Words and patches": panels(artefacts.get("alignment"), lambda item: alignment.draw(page, item), alignment.INTRO),
+        "Words and patches": panels(
+            artefacts.get("alignment"), lambda item: alignment.draw(page, item), alignment.INTRO
+        ),
         "Map": panels(artefacts.get("map"), lambda item: embedding_map(page, item), MAP_INTRO),
         "All metrics": _all_metrics(result.metrics),
         "Configuration": _configuration(config or {}),
@@ -101,16 +103,18 @@ class Page:
     """What sections add to the page besides their own HTML: sheets of thumbnails as CSS rules, and data for the script."""
 
     sheets: list[str] = field(default_factory=list)
-    data: dict[str, list] = field(default_factory=lambda: {"plot": [_LEFT, _WIDTH], "charts": [], "matrices": [], "maps": []})
+    data: dict[str, list] = field(
+        default_factory=lambda: {"plot": [_LEFT, _WIDTH], "charts": [], "matrices": [], "maps": []}
+    )
 
-    def thumbnails(self, pictures: "Pictures", rows: Iterable[int], tile: int = _TILE) -> tuple[str, Callable[[int, str], str]]:
+    def thumbnails(self, pictures, rows, tile=_TILE):
         """Makes a sheet of the pictures `rows`; returns its CSS class, and a function (row, label) -> HTML of that thumbnail."""
         place = {row: i for i, row in enumerate(sorted(set(map(int, rows))))}
         name = f"t{len(self.sheets)}"
         if not place:
             return name, lambda row, label: ""
 
-        def read(row: int) -> np.ndarray:
+        def read(row):
             return _thumbnail(pictures, row, tile)
 
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
@@ -119,19 +123,21 @@ class Page:
         size = f"calc({columns}*var(--s)) calc({lines}*var(--s))"
         self.sheets.append(f".{name}{{background-image:url({_data_uri(sheet, 'WEBP')});background-size:{size}}}")
 
-        def tag(row: int, label: str) -> str:
+        def tag(row, label):
             y, x = divmod(place[int(row)], _SHEET_COLUMNS)
             return f'<i class="t {name}" style="--x:{x};--y:{y}" role="img" aria-label="{_text(label)}" title="{_text(label)}"></i>'
 
         return name, tag
 
-    def html(self, title: str, sections: Mapping[str, str]) -> str:
+    def html(self, title, sections):
         """The whole page. title: untrusted; sections: name -> HTML."""
         parts = {
             "title": _text(title),
             "sheets": "\n".join(self.sheets),
             "nav": " ".join(f'<a href="#{_slug(name)}">{name}</a>' for name in sections),
-            "sections": "\n".join(f'<section id="{_slug(name)}"><h2>{name}</h2>{content}</section>' for name, content in sections.items()),
+            "sections": "\n".join(
+                f'<section id="{_slug(name)}"><h2>{name}</h2>{content}</section>' for name, content in sections.items()
+            ),
             # In a script element only "</" and "<!--" mean anything.
             "data": json.dumps(self.data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         }
@@ -141,7 +147,7 @@ class Page:
 # --- pictures ---
 
 
-def _thumbnail(pictures: "Pictures", row: int, tile: int) -> np.ndarray:
+def _thumbnail(pictures, row, tile):
     """uint8 [tile, tile, 3]: the whole picture on white; white alone when it cannot be read any more."""
     from PIL import Image
 
@@ -160,7 +166,7 @@ def _thumbnail(pictures: "Pictures", row: int, tile: int) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def _tiled(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
+def _tiled(tiles, columns):
     """Tiles [tile, tile, 3] side by side, `columns` in a row: uint8 [H, W, 3]."""
     columns = min(columns, len(tiles))
     lines = -(-len(tiles) // columns)
@@ -170,7 +176,7 @@ def _tiled(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return sheet.reshape(lines, columns, tile, tile, 3).swapaxes(1, 2).reshape(lines * tile, columns * tile, 3)
 
 
-def _data_uri(image: np.ndarray, kind: str) -> str:
+def _data_uri(image, kind):
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -182,34 +188,34 @@ def _data_uri(image: np.ndarray, kind: str) -> str:
 # --- text and numbers ---
 
 
-def _text(value) -> str:
+def _text(value):
     """Untrusted text for HTML, content or attribute; cut when long."""
     return html.escape(_short(value))
 
 
-def _short(value) -> str:
+def _short(value):
     text = " ".join(str(value).replace("\0", "").split())
     return text if len(text) <= _TEXT_LENGTH else text[: _TEXT_LENGTH - 1] + "…"
 
 
-def _slug(name: str) -> str:
+def _slug(name):
     return name.lower().replace(" ", "-")
 
 
-def _percent(value: float | None) -> str:
+def _percent(value):
     if value is None or not math.isfinite(value):
         return "–"
     percent = 100 * value
     return f"{percent:.2f}\u202f%" if 0 < abs(percent) < 1 else f"{percent:.1f}\u202f%"
 
 
-def _number(value: float | None) -> str:
+def _number(value):
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
+def table(head, rows, css=""):
     """Cells are HTML; the first of a row is its heading."""
     lines = ["".join(f'<th scope="col">{cell}</th>' for cell in head)]
     lines += [f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) for first, *rest in rows]
@@ -217,7 +223,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> 
     return f'<div class="scroll"><table class="{css}"><thead><tr>{lines[0]}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def panels(items: Mapping | None, draw: Callable, intro: str) -> str:
+def panels(items, draw, intro):
     """An introduction and a panel per artefact, the most telling cell of the emoji protocol first; the script makes tabs of them."""
     if not items:
         return ""
@@ -227,7 +233,7 @@ def panels(items: Mapping | None, draw: Callable, intro: str) -> str:
     return f'{intro}<div class="panels">{"".join(panels)}</div>'
 
 
-def _title(name: str) -> str:
+def _title(name):
     """A readable name of an artefact or of a metric's first part."""
     match = re.fullmatch(r"emoji(?:_(val|test))?/(seen|unseen)_concept(?:_(seen|unseen)_vendor)?", name)
     if not match:
@@ -236,16 +242,24 @@ def _title(name: str) -> str:
     return _cell_title(concept, vendor) + {"val": " (validation)", "test": " (test)", None: ""}[subset]
 
 
-def _cell_title(concept: str, vendor: str | None) -> str:
-    return f"{concept.capitalize()} concepts" + {"seen": ", seen vendors", "unseen": ", unseen vendor", None: ""}[vendor]
+def _cell_title(concept, vendor):
+    return (
+        f"{concept.capitalize()} concepts" + {"seen": ", seen vendors", "unseen": ", unseen vendor", None: ""}[vendor]
+    )
 
 
 # --- headline numbers ---
 
 _CELLS = [("seen", "seen"), ("seen", "unseen"), ("unseen", "seen"), ("unseen", "unseen")]
 _CELL_MEANING = {
-    ("seen", "seen"): "These very pictures were trained on: the number shows what was memorised, not what was learnt in general.",
-    ("seen", "unseen"): "Known things in a drawing style that is new. Vendors draw much alike, so nearest pixels do well here, too.",
+    (
+        "seen",
+        "seen",
+    ): "These very pictures were trained on: the number shows what was memorised, not what was learnt in general.",
+    (
+        "seen",
+        "unseen",
+    ): "Known things in a drawing style that is new. Vendors draw much alike, so nearest pixels do well here, too.",
     ("unseen", "seen"): "Things that never occurred in training, drawn in known styles.",
     ("unseen", "unseen"): "Neither the thing nor the drawing style occurred in training: the number that says most.",
 }
@@ -284,8 +298,8 @@ objects, that training never showed; <b>seen</b>: the others. <b>±</b>: the 95 
 _COUNTS = {"images": "pictures", "texts": "texts", "classes": "classes", "skipped": "unusable, left out"}
 
 
-def _results(metrics: Mapping[str, float]) -> str:
-    tasks: dict[str, dict[str, float]] = {}
+def _results(metrics):
+    tasks = {}
     for name, value in metrics.items():
         task, _, metric = name.rpartition("/")
         tasks.setdefault(task, {})[metric] = value
@@ -309,19 +323,25 @@ def _results(metrics: Mapping[str, float]) -> str:
             blocks.append(f"<h3>{title}</h3>{_recall_table(found)}{meaning}")
         elif found:
             blocks.append(f"<h3>{title}</h3>{_task_table(found, columns)}{meaning}")
-    rest = [(f"{task}/{metric}".lstrip("/"), value) for task, values in tasks.items() for metric, value in values.items()]
+    rest = [
+        (f"{task}/{metric}".lstrip("/"), value) for task, values in tasks.items() for metric, value in values.items()
+    ]
     if rest:
-        blocks.append(("<h3>Other metrics</h3>" if blocks else "") + table(["", ""], [(_text(n), _number(v)) for n, v in rest]))
+        blocks.append(
+            ("<h3>Other metrics</h3>" if blocks else "") + table(["", ""], [(_text(n), _number(v)) for n, v in rest])
+        )
     return "".join(blocks) or "<p>No task was run, so there are no metrics.</p>"
 
 
-def _emoji_results(cells: Mapping[tuple[str, str], Mapping[str, float]], skipped: float) -> str:
+def _emoji_results(cells, skipped):
     cards, subsets = [], []
     for cell, m in cells.items():
         rows = [("model", _percent(m["top1"]), _percent(m.get("top5")))]
         rows.append(("chance", _percent(m.get("chance_top1")), _percent(m.get("chance_top5"))))
         rows.append(("nearest in pixels", _percent(m.get("pixel_1nn_top1")), _percent(m.get("pixel_1nn_top5"))))
-        size = f"{_number(m.get('images'))} pictures, {_number(m.get('classes'))} names to choose from{_sampling_error(m)}"
+        size = (
+            f"{_number(m.get('images'))} pictures, {_number(m.get('classes'))} names to choose from{_sampling_error(m)}"
+        )
         cards.append(
             f'<div class="cell"><h4>{_cell_title(*cell)}</h4><p>{_CELL_MEANING[cell]}</p>{table(["", "top-1", "top-5"], rows)}'
             f'<p class="small">{size}</p></div>'
@@ -348,7 +368,7 @@ def _emoji_results(cells: Mapping[tuple[str, str], Mapping[str, float]], skipped
     return "".join(blocks)
 
 
-def _sampling_error(m: Mapping[str, float], metric: str = "top1") -> str:
+def _sampling_error(m, metric="top1"):
     """Half the 95 % interval of an accuracy, " (± 3.4)" in percentage points; empty when unknown."""
     share, count = m.get(metric, math.nan), m.get("images", 0)
     if not count or not 0 <= share <= 1:
@@ -356,18 +376,26 @@ def _sampling_error(m: Mapping[str, float], metric: str = "top1") -> str:
     return f" (±\u202f{196 * math.sqrt(share * (1 - share) / count):.1f})"
 
 
-def _recall_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
+def _recall_table(tasks):
     counts = [key for key in ("images", "texts", "skipped") if any(m.get(key) for m in tasks.values())]
     arrow = {"image_to_text": "picture → text", "text_to_image": "text → picture"}
     head = ["", *(f"{arrow[d]} R@{k}" for d, k in _RECALLS), *(_COUNTS[key] for key in counts)]
     rows = []
     for name, m in tasks.items():
-        rows.append((_text(name), *(_percent(m.get(f"{d}_R@{k}")) for d, k in _RECALLS), *(_number(m.get(key)) for key in counts)))
+        rows.append(
+            (
+                _text(name),
+                *(_percent(m.get(f"{d}_R@{k}")) for d, k in _RECALLS),
+                *(_number(m.get(key)) for key in counts),
+            )
+        )
     return table(head, rows, "wide")
 
 
-def _relation_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
-    found = dict.fromkeys(key.removeprefix("relations") for m in tasks.values() for key in m if re.match("relations(_|$)", key))
+def _relation_table(tasks):
+    found = dict.fromkeys(
+        key.removeprefix("relations") for m in tasks.values() for key in m if re.match("relations(_|$)", key)
+    )
     rows = []
     for (name, m), (test, words) in itertools.product(tasks.items(), _RELATIONS.items()):
         counts = {part: m.get(f"images{'_attributes' if test == 'attributes' else ''}{part}") for part in found}
@@ -378,7 +406,7 @@ def _relation_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
     return table(["", *(_text(part[1:]) or "all" for part in found)], rows, "wide")
 
 
-def _task_table(tasks: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> str:
+def _task_table(tasks, columns):
     counts = [key for key in ("images", "classes", "skipped") if any(m.get(key) for m in tasks.values())]
     rows = []
     for name, m in tasks.items():
@@ -400,7 +428,9 @@ _CURVES = {
 }
 _EVALUATION_CURVES = ["top1", "top5", "mean_per_class", "accuracy", "image_to_text_R@1", "text_to_image_R@1", "image_to_text_R@10",
                       "text_to_image_R@10"]  # fmt: skip
-_CONSTANT = re.compile(r"chance_.*|images.*|classes|texts|skipped|pixel_1nn_.*")  # evaluation metrics that do not depend on the model
+_CONSTANT = re.compile(
+    r"chance_.*|images.*|classes|texts|skipped|pixel_1nn_.*"
+)  # evaluation metrics that do not depend on the model
 _CURVE_WORDS = {"image_to_text": "picture → text", "text_to_image": "text → picture", "image_to_text_acc": "picture → text",
                 "text_to_image_acc": "text → picture", "top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}  # fmt: skip
 _LEFT, _TOP, _WIDTH, _HEIGHT = 46, 10, 300, 150  # the plotting area of a chart, in a view box of 360 x 190
@@ -408,7 +438,7 @@ _LEFT, _TOP, _WIDTH, _HEIGHT = 46, 10, 300, 150  # the plotting area of a chart,
 Series = list[tuple[int, float | None]]
 
 
-def read_metrics(path: str | os.PathLike) -> tuple[dict[str, Series], dict[str, Series]]:
+def read_metrics(path):
     """The series `{name: [(step, number or None), ...]}` of a metrics.jsonl: those of training and those of evaluations, by step.
 
     Of a number that is there for one step twice the last counts. Rows without "loss" are those of evaluations. A missing file gives none.
@@ -434,17 +464,21 @@ def read_metrics(path: str | os.PathLike) -> tuple[dict[str, Series], dict[str, 
     return tuple({name: sorted(values.items()) for name, values in kind.items()} for kind in (training, evaluation))
 
 
-def _training(page: Page, path: Path) -> str:
+def _training(page, path):
     training, evaluation = read_metrics(path)
     if not training and not evaluation:
         return "<p>There are no metrics of a training run beside the checkpoint, hence no curves.</p>"
     blocks, main, rest = [], [], dict(training)
     for title, pattern in _CURVES.items():
         chosen = {name: rest.pop(name) for name in sorted(rest) if re.fullmatch(pattern, name)}
-        main += [chart(page, title, {_CURVE_WORDS.get(name, name): series for name, series in chosen.items()})] if chosen else []
+        main += (
+            [chart(page, title, {_CURVE_WORDS.get(name, name): series for name, series in chosen.items()})]
+            if chosen
+            else []
+        )
     if main:
         blocks.append(f'<div class="charts">{"".join(main)}</div>')
-    by_metric: dict[str, dict[str, Series]] = {}
+    by_metric = {}
     for name, series in evaluation.items():
         task, _, metric = name.rpartition("/")
         if not _CONSTANT.fullmatch(metric):
@@ -456,17 +490,19 @@ def _training(page: Page, path: Path) -> str:
     more = [chart(page, name, {name: series}) for name, series in sorted(rest.items())]
     more += [chart(page, _metric_title(metric), by_metric[metric], named=True) for metric in sorted(by_metric)]
     if more:
-        blocks.append(f'<details><summary>More curves ({len(more)})</summary><div class="charts">{"".join(more)}</div></details>')
+        blocks.append(
+            f'<details><summary>More curves ({len(more)})</summary><div class="charts">{"".join(more)}</div></details>'
+        )
     return "".join(blocks)
 
 
-def _metric_title(metric: str) -> str:
+def _metric_title(metric):
     direction, _, k = metric.partition("_R@")
     title = f"{_CURVE_WORDS[direction]} R@{k}" if k and direction in _CURVE_WORDS else _CURVE_WORDS.get(metric)
     return metric if title is None else title[0].upper() + title[1:]
 
 
-def chart(page: Page, title: str, curves: Mapping[str, Series], named: bool = False) -> str:
+def chart(page, title, curves, named=False):
     """A line chart as SVG, with a legend where there are several curves or they are `named`; adds its numbers for tooltips to the page."""
     thin = {name: _thinned(series) for name, series in curves.items()}
     steps = [step for series in thin.values() for step, _ in series]
@@ -498,10 +534,18 @@ def chart(page: Page, title: str, curves: Mapping[str, Series], named: bool = Fa
         marks.append(f'<text x="{x(tick):.1f}" y="{_TOP + _HEIGHT + 16}" class="x">{_steps(tick)}</text>')
     for number, series in enumerate(thin.values()):
         pieces = _pieces(series)
-        path = "".join("M" + "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in piece) for piece in pieces if len(piece) > 1)
+        path = "".join(
+            "M" + "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in piece)
+            for piece in pieces
+            if len(piece) > 1
+        )
         marks.append(f'<path class="line c{number % _COLOURS}" d="{path}"/>')
         dots = series if len(series) <= 12 else [piece[0] for piece in pieces if len(piece) == 1]
-        marks += [f'<circle class="c{number % _COLOURS}" cx="{x(s):.1f}" cy="{y(v):.1f}" r="2.5"/>' for s, v in dots if v is not None]
+        marks += [
+            f'<circle class="c{number % _COLOURS}" cx="{x(s):.1f}" cy="{y(v):.1f}" r="2.5"/>'
+            for s, v in dots
+            if v is not None
+        ]
     legend = ""
     if named or len(curves) > 1:
         items = (f'<li><i class="c{number % _COLOURS}"></i>{_text(name)}</li>' for number, name in enumerate(curves))
@@ -522,7 +566,7 @@ def chart(page: Page, title: str, curves: Mapping[str, Series], named: bool = Fa
     )
 
 
-def _thinned(series: Series) -> Series:
+def _thinned(series):
     """At most `_POINTS` points: each the mean of the finite values of neighbouring ones, at the last one's step."""
     if len(series) <= _POINTS:
         return series
@@ -533,9 +577,9 @@ def _thinned(series: Series) -> Series:
     return result
 
 
-def _pieces(series: Series) -> list[Series]:
+def _pieces(series):
     """The runs of points between those that have no value."""
-    pieces: list[Series] = [[]]
+    pieces = [[]]
     for step, value in series:
         if value is None:
             pieces.append([])
@@ -544,7 +588,7 @@ def _pieces(series: Series) -> list[Series]:
     return [piece for piece in pieces if piece]
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
+def _ticks(low, high, count):
     """About `count` round numbers from low to high."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -552,12 +596,12 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def _log_ticks(low, high):
     """Powers of ten between 10**low and 10**high."""
     return [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)]
 
 
-def _steps(step: float) -> str:
+def _steps(step):
     return f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1e3:g}k" if step >= 1e4 else f"{step:g}"
 
 
@@ -568,14 +612,17 @@ are most similar to the picture and their similarity; <mark>the true name</mark>
 the second. No two pictures of one name are shown while there are other names.</p>"""
 
 
-def _gallery(page: Page, item: "Classification") -> str:
+def _gallery(page, item):
     labels, top, scores = np.asarray(item.labels), np.asarray(item.top), np.asarray(item.scores, np.float32)
     if not len(labels):
         return "<p>There are no pictures.</p>"
     with np.errstate(invalid="ignore"):  # of infinite scores
         confidence = np.nan_to_num(scores[:, 0] - scores[:, 1] if scores.shape[1] > 1 else scores[:, 0], nan=-np.inf)
     is_right = top[:, 0] == labels
-    chosen = {kind: _most_confident(np.flatnonzero(is_right == (kind == "right")), confidence, labels) for kind in ("right", "wrong")}
+    chosen = {
+        kind: _most_confident(np.flatnonzero(is_right == (kind == "right")), confidence, labels)
+        for kind in ("right", "wrong")
+    }
     rows = np.concatenate(list(chosen.values()))
     _, thumbnail = page.thumbnails(item.pictures, rows)
     best = float(np.abs(scores[rows][np.isfinite(scores[rows])]).max(initial=1e-9))
@@ -588,7 +635,11 @@ def _gallery(page: Page, item: "Classification") -> str:
             name, group = item.class_names[labels[row]], str(item.group[row])
             guesses = []
             for label, score in zip(top[row], scores[row], strict=True):
-                number, width = (f"{score:.{digits}f}", round(100 * max(float(score), 0) / best)) if math.isfinite(score) else ("–", 0)
+                number, width = (
+                    (f"{score:.{digits}f}", round(100 * max(float(score), 0) / best))
+                    if math.isfinite(score)
+                    else ("–", 0)
+                )
                 start = f'<li{" class=hit" if label == labels[row] else ""} style="--w:{width}%">'
                 guesses.append(f"{start}<span>{_text(item.class_names[label])}</span><b>{number}</b></li>")
             note = f'<span class="small">{_text(group)}</span>' if len(groups) > 1 and group != str(name) else ""
@@ -600,22 +651,24 @@ def _gallery(page: Page, item: "Classification") -> str:
     return "".join(blocks)
 
 
-def _gallery_kind(kind: str, is_right: np.ndarray, cards: Sequence[str]) -> str:
+def _gallery_kind(kind, is_right, cards):
     count = int(is_right.sum() if kind == "right" else (~is_right).sum())
     content = f'<div class="cards">{"".join(cards)}</div>' if cards else "<p>None.</p>"
     return f'<div class="kind" data-kind="{kind}"><h4>{kind.capitalize()}: {count:,} of {len(is_right):,} pictures</h4>{content}</div>'
 
 
-def _gallery_filter(groups: Sequence[str]) -> str:
+def _gallery_filter(groups):
     kinds = '<option value="">right and wrong</option><option>right</option><option>wrong</option>'
     choice = f'<label>Show <select data-filter="kind">{kinds}</select></label>'
     if len(groups) > 1:
         options = "".join(f'<option value="{i}">{_text(group)}</option>' for i, group in enumerate(groups))
-        choice += f'<label>of <select data-filter="group"><option value="">all groups</option>{options}</select></label>'
+        choice += (
+            f'<label>of <select data-filter="group"><option value="">all groups</option>{options}</select></label>'
+        )
     return f'<div class="filter">{choice}</div>'
 
 
-def _most_confident(rows: np.ndarray, confidence: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _most_confident(rows, confidence, labels):
     """Up to `_GALLERY` of `rows`, most confident first; one of each label, and further ones only when labels run out."""
     order = rows[np.argsort(-confidence[rows], kind="stable")]
     _, first = np.unique(labels[order], return_index=True)
@@ -629,12 +682,14 @@ _PAIRS_INTRO = f"""<p>A picture, <mark>its caption</mark>, and one of the same w
 right and wrong answers, {_GALLERY} of each where there are as many; a tie is shown as wrong.</p>"""
 
 
-def _caption_pairs(page: Page, item: "CaptionPairs") -> str:
+def _caption_pairs(page, item):
     scores = np.asarray(item.scores, np.float32).reshape(-1, 2)
     with np.errstate(invalid="ignore"):  # of infinite scores
         margin = np.nan_to_num(scores[:, 0] - scores[:, 1], nan=0.0)
     is_right, every = margin > 0, np.arange(len(margin))
-    chosen = {kind: _most_confident(every[is_right == (kind == "right")], abs(margin), every) for kind in ("right", "wrong")}
+    chosen = {
+        kind: _most_confident(every[is_right == (kind == "right")], abs(margin), every) for kind in ("right", "wrong")
+    }
     _, thumbnail = page.thumbnails(item.pictures, np.concatenate(list(chosen.values())))
     groups = sorted({str(group) for group in item.group})
     blocks = [_gallery_filter(groups)]
@@ -642,7 +697,9 @@ def _caption_pairs(page: Page, item: "CaptionPairs") -> str:
         cards = []
         for row in rows:
             captions = zip((" class=hit", ""), (item.right[row], item.wrong[row]), scores[row], strict=True)
-            lines = "".join(f"<li{css}><span>{_text(text)}</span><b>{score:.3f}</b></li>" for css, text, score in captions)
+            lines = "".join(
+                f"<li{css}><span>{_text(text)}</span><b>{score:.3f}</b></li>" for css, text, score in captions
+            )
             note = f'<span class="small">{_text(item.group[row])} {margin[row]:+.3f}</span>'
             cards.append(
                 f'<div class="card" data-group="{groups.index(str(item.group[row]))}">{thumbnail(row, item.right[row])}'
@@ -658,7 +715,7 @@ _RETRIEVAL_INTRO = """<p>A sample of the queries, evenly spaced and not chosen b
 <mark>right ones</mark> are marked.</p>"""
 
 
-def _retrieval(page: Page, item: "Retrieval") -> str:
+def _retrieval(page, item):
     image_ids, text_ids = np.asarray(item.image_ids), np.asarray(item.text_ids)
     texts = _evenly(np.flatnonzero(np.isin(text_ids, image_ids)), _QUERIES)
     images = _evenly(np.flatnonzero(np.isin(image_ids, text_ids)), _QUERIES)
@@ -668,7 +725,7 @@ def _retrieval(page: Page, item: "Retrieval") -> str:
     _, thumbnail = page.thumbnails(item.pictures, [*found.ravel(), *images])
     first_text = dict(zip(text_ids.tolist()[::-1], item.texts[::-1], strict=True))
 
-    def label_of(image: int) -> str:
+    def label_of(image):
         return first_text.get(int(image_ids[image]), "a picture without a text")
 
     rows = []
@@ -677,7 +734,9 @@ def _retrieval(page: Page, item: "Retrieval") -> str:
         for image in pictures:
             hit = " class=hit" if image_ids[image] == text_ids[text] else ""
             matches.append(f"<span{hit}>{thumbnail(image, label_of(image))}</span>")
-        rows.append(f'<div class="query"><b>{_text(item.texts[text])}</b><div class="found">{"".join(matches)}</div></div>')
+        rows.append(
+            f'<div class="query"><b>{_text(item.texts[text])}</b><div class="found">{"".join(matches)}</div></div>'
+        )
     cards = []
     for image in images:
         lines = "".join(
@@ -685,11 +744,13 @@ def _retrieval(page: Page, item: "Retrieval") -> str:
             for text in np.asarray(item.image_to_text)[image][:5]
         )
         label = label_of(image)
-        cards.append(f'<div class="card">{thumbnail(image, label)}<div><b>{_text(label)}</b><ol>{lines}</ol></div></div>')
+        cards.append(
+            f'<div class="card">{thumbnail(image, label)}<div><b>{_text(label)}</b><ol>{lines}</ol></div></div>'
+        )
     return f'<h4>From text to picture</h4>{"".join(rows)}<h4>From picture to text</h4><div class="cards">{"".join(cards)}</div>'
 
 
-def _evenly(items: np.ndarray, limit: int) -> np.ndarray:
+def _evenly(items, limit):
     return items if len(items) <= limit else items[np.arange(limit) * len(items) // limit]
 
 
@@ -701,7 +762,7 @@ _LIGHT_MAP = ((250, 250, 248), (190, 219, 222), (94, 165, 184), (36, 100, 145), 
 _DARK_MAP = ((24, 27, 34), (28, 62, 96), (32, 118, 140), (112, 184, 150), (246, 233, 160))
 
 
-def _similarity(page: Page, item: "SimilarityMatrix") -> str:
+def _similarity(page, item):
     values = np.asarray(item.values, np.float32)
     finite = values[np.isfinite(values)]
     if values.ndim != 2 or not finite.size:
@@ -730,12 +791,12 @@ def _similarity(page: Page, item: "SimilarityMatrix") -> str:
     )
 
 
-def _mean(values: np.ndarray) -> str:
+def _mean(values):
     values = values[np.isfinite(values)]
     return f"{values.mean():.3g}" if len(values) else "–"
 
 
-def _heat(position: np.ndarray, label: str) -> str:
+def _heat(position, label):
     """Numbers [h, w] from 0 to 1 (NaN: transparent) as a picture of one pixel each, in the colours of a light or dark page."""
     sources = []
     for colours in (_DARK_MAP, _LIGHT_MAP):
@@ -754,7 +815,7 @@ contrastive model keeps pictures and texts in separate regions, the modality gap
 it is seen whether both are arranged alike. Point at a picture to see it and the text that belongs to it.</p>"""
 
 
-def embedding_map(page: Page, item: "EmbeddingMap") -> str:
+def embedding_map(page, item):
     images, texts = np.asarray(item.images, np.float64), np.asarray(item.texts_embedded, np.float64)
     if images.ndim != 2 or texts.ndim != 2:
         return "<p>An example has several embeddings here (one per token), so there is no map of points.</p>"
@@ -773,7 +834,9 @@ def embedding_map(page: Page, item: "EmbeddingMap") -> str:
     shown = sorted(frequent) if len(frequent) <= _COLOURS else [*sorted(frequent[: _COLOURS - 1]), "other"]
     number = {name: i for i, name in enumerate(shown)}
     groups = [number.get(str(group), _COLOURS - 1) for group in item.group]
-    of_text = dict(zip(np.asarray(item.text_of_image).tolist()[::-1], groups[::-1], strict=True))  # of its first picture
+    of_text = dict(
+        zip(np.asarray(item.text_of_image).tolist()[::-1], groups[::-1], strict=True)
+    )  # of its first picture
     page.data["maps"].append(
         {
             "views": views,
@@ -793,7 +856,7 @@ def embedding_map(page: Page, item: "EmbeddingMap") -> str:
     )
 
 
-def _pca(points: np.ndarray) -> tuple[np.ndarray, float]:
+def _pca(points):
     """The two main components of float [n, E] as float [n, 2], and the share of the variance that they hold."""
     points = points - points.mean(0)
     variances, directions = np.linalg.eigh(points.T @ points)
@@ -802,7 +865,7 @@ def _pca(points: np.ndarray) -> tuple[np.ndarray, float]:
     return plane, float(variances[-2:].sum() / max(variances.sum(), 1e-12))
 
 
-def _on_grid(points: np.ndarray) -> np.ndarray:
+def _on_grid(points):
     """Points [n, 2] as int [n, 2] in [0, 1000], both axes with one scale, the middle in the middle."""
     low, high = points.min(0), points.max(0)
     return np.rint(500 + 1000 * (points - (low + high) / 2) / max((high - low).max(), 1e-12)).astype(int)
@@ -811,7 +874,7 @@ def _on_grid(points: np.ndarray) -> np.ndarray:
 # --- tables at the end ---
 
 
-def _all_metrics(metrics: Mapping[str, float]) -> str:
+def _all_metrics(metrics):
     if not metrics:
         return ""
     rows = "".join(
@@ -820,20 +883,26 @@ def _all_metrics(metrics: Mapping[str, float]) -> str:
     )
     head = '<th scope="col"><button>metric</button></th><th scope="col"><button>value</button></th>'
     table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-    choice = '<div class="filter"><label>Filter <input type="search" data-rows placeholder="part of a name"></label></div>'
+    choice = (
+        '<div class="filter"><label>Filter <input type="search" data-rows placeholder="part of a name"></label></div>'
+    )
     return f"<details><summary>{len(metrics):,} metrics</summary>{choice}{table}</details>"
 
 
-def _configuration(config: Mapping) -> str:
+def _configuration(config):
     fields = _flat(config)
     rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td></tr>" for key, value in fields)
     table = f'<table class="config"><tbody>{rows}</tbody></table>'
     return f"<details><summary>{len(fields)} fields</summary>{table}</details>" if fields else ""
 
 
-def _flat(config: Mapping, prefix: str = "") -> list[tuple[str, str]]:
+def _flat(config, prefix=""):
     """Fields as ("optim.lr", "0.0005"), the names that the command line takes."""
     fields = []
     for key, value in config.items():
-        fields += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [(f"{prefix}{key}", repr(value))]
+        fields += (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping) and value
+            else [(f"{prefix}{key}", repr(value))]
+        )
     return fields

@@ -1,7 +1,6 @@
 """Retrieval by similarity: exact top-k block by block, and recall at k in both directions."""
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -17,7 +16,7 @@ def dot_similarity(z_image, z_text):
     return jnp.matmul(z_image, z_text.T, precision=jax.lax.Precision.HIGHEST)
 
 
-def top_k(queries, candidates, k: int, scores: Callable = dot_similarity) -> tuple[np.ndarray, np.ndarray]:
+def top_k(queries, candidates, k, scores=dot_similarity):
     """The k candidates with the highest score for every query, best first.
 
     Only blocks of the [n, m] scores exist at any time. Ties are broken by index: of equal scores the lower index comes first, so the
@@ -45,9 +44,13 @@ def top_k(queries, candidates, k: int, scores: Callable = dot_similarity) -> tup
     return indices, values
 
 
-def _padded(block, length: int):
+def _padded(block, length):
     block = np.asarray(block)  # blocks of one shape compile once
-    return np.concatenate([block, np.zeros((length - len(block), *block.shape[1:]), block.dtype)]) if len(block) < length else block
+    return (
+        np.concatenate([block, np.zeros((length - len(block), *block.shape[1:]), block.dtype)])
+        if len(block) < length
+        else block
+    )
 
 
 @jax.jit
@@ -65,7 +68,9 @@ def _merge(best_scores, best_indices, scores, start, m):
     scores = jnp.where(index < m, rankable(scores), -jnp.inf)  # -inf: padding
     all_scores = jnp.concatenate([best_scores, scores], axis=1)
     all_indices = jnp.concatenate([best_indices, jnp.broadcast_to(index, scores.shape)], axis=1)
-    top, position = jax.lax.top_k(all_scores, best_scores.shape[1])  # of equal scores the first, which has the lower index
+    top, position = jax.lax.top_k(
+        all_scores, best_scores.shape[1]
+    )  # of equal scores the first, which has the lower index
     return top, jnp.take_along_axis(all_indices, position, axis=1)
 
 
@@ -81,12 +86,12 @@ class Recall:
 def recall(
     z_image,
     z_text,
-    image_ids: Sequence[int],
-    text_ids: Sequence[int],
-    ks: Sequence[int] = (1, 5, 10),
-    similarity: Callable | None = None,
-    text_similarity: Callable | None = None,
-) -> Recall:
+    image_ids,
+    text_ids,
+    ks=(1, 5, 10),
+    similarity=None,
+    text_similarity=None,
+):
     """Recall at k: the share of queries with at least one match among their k best candidates.
 
     An image and a text match when their ids are equal: several captions of an image carry its id, several pictures of one thing share it.

@@ -46,20 +46,21 @@ Pictures are not held: `Pictures` reads a record again when it is asked for one 
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from clip_jax.data.decode import decode_image
-from clip_jax.data.sources import BadRecord, Record, Source, make_source, near
-from clip_jax.errors import UserError
+from clip_jax.data.records import BadRecord, Record
+from clip_jax.data.sources import make_source
+from clip_jax.errors import UserError, did_you_mean
 from clip_jax.evaluation import alignment, baselines, zeroshot
 from clip_jax.evaluation.probe import linear_probe
 from clip_jax.evaluation.prompts import class_prompts, load_class_names, load_templates, resolve_duplicates
 from clip_jax.evaluation.retrieval import recall
-from clip_jax.training import hosts
+from clip_jax.runtime import hosts
 
 KINDS = ("classification", "relations", "retrieval", "similarity", "alignment", "map")
 _MATRIX, _MAP = 48, 2000  # pictures in a similarity matrix, in a map
@@ -69,10 +70,10 @@ _PAIRS = 16  # pictures compared at once with a caption each
 class Pictures(Sequence):
     """Records read on demand: item i is the record (a dict with "image") of the i-th picture; `where[i]` = (number of source, index)."""
 
-    def __init__(self, sources: Sequence[Source], where: np.ndarray):
+    def __init__(self, sources, where):
         self.sources, self.where = list(sources), np.asarray(where, np.int64).reshape(-1, 2)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.where)
 
     def __getitem__(self, i):
@@ -81,7 +82,7 @@ class Pictures(Sequence):
         number, index = self.where[i]
         return self.sources[number][int(index)]
 
-    def select(self, rows) -> "Pictures":
+    def select(self, rows):
         """The pictures of `rows` (indices or a bool mask)."""
         return Pictures(self.sources, self.where[rows])
 
@@ -138,7 +139,9 @@ class EmbeddingMap:
     texts_embedded: np.ndarray  # float32 [m, E]
     texts: list[str]  # m
     text_of_image: np.ndarray  # int32 [n], index into texts
-    group: list[str]  # n: what points may be coloured by (emoji: the CLDR group, "animals-nature"; else class name or "")
+    group: list[
+        str
+    ]  # n: what points may be coloured by (emoji: the CLDR group, "animals-nature"; else class name or "")
     pictures: Pictures  # n
 
 
@@ -150,7 +153,7 @@ class EvalResult:
     artefacts: dict[str, dict] = field(default_factory=lambda: {kind: {} for kind in KINDS})
 
 
-def merge_results(results: Sequence[EvalResult]) -> EvalResult:
+def merge_results(results):
     """One result with the metrics and artefacts of all; of two with the same name the later one stays."""
     merged = EvalResult({})
     for result in results:
@@ -162,17 +165,17 @@ def merge_results(results: Sequence[EvalResult]) -> EvalResult:
 
 def zeroshot_task(
     model,
-    source: Source,
-    class_names: str | Sequence[str] | None = None,
-    templates: str | Sequence[str] = ("{}",),
+    source,
+    class_names=None,
+    templates=("{}",),
     *,
-    name: str = "zeroshot",
-    duplicates: str = "error",
-    canonical: bool = False,
-    average: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 256,
-) -> EvalResult:
+    name="zeroshot",
+    duplicates="error",
+    canonical=False,
+    average=None,
+    limit=None,
+    batch_size=256,
+):
     """Zero-shot classification of a labelled source.
 
     Args:
@@ -206,7 +209,9 @@ def zeroshot_task(
     }
     result = EvalResult({f"{name}/{key}": float(value) for key, value in metrics.items()})
     groups = [class_names[i] for i in labels]
-    result.artefacts["classification"][name] = Classification(class_names, labels, top, scores, embedded.pictures, groups)
+    result.artefacts["classification"][name] = Classification(
+        class_names, labels, top, scores, embedded.pictures, groups
+    )
     prompts = class_prompts(class_names, load_templates(templates)[:1], canonical)
     z_text = np.asarray(model.embed_text(prompts))
     _add_pairs(result, name, model, embedded, labels, class_names, z_text, prompts)
@@ -214,7 +219,7 @@ def zeroshot_task(
     return result
 
 
-def retrieval_task(model, source: Source, *, name: str = "retrieval", limit: int | None = None, batch_size: int = 256) -> EvalResult:
+def retrieval_task(model, source, *, name="retrieval", limit=None, batch_size=256):
     """Retrieval in both directions between the pictures of a source and all their captions.
 
     Args:
@@ -223,7 +228,9 @@ def retrieval_task(model, source: Source, *, name: str = "retrieval", limit: int
     Raises UserError when no picture is usable or there is no caption.
     """
     embedded = _embed(model, [source], batch_size, limit)
-    captions = [(image, text) for image, record in enumerate(embedded.records) for text in record["texts"] if text.strip()]
+    captions = [
+        (image, text) for image, record in enumerate(embedded.records) for text in record["texts"] if text.strip()
+    ]
     if not captions:
         raise UserError(f"{name}: {source.name} has no captions")
     text_ids, texts = np.asarray([image for image, _ in captions], np.int32), [text for _, text in captions]
@@ -232,7 +239,9 @@ def retrieval_task(model, source: Source, *, name: str = "retrieval", limit: int
     found = recall(embedded.z, z_text, image_ids, text_ids, **_similarities(model))
     metrics = found.metrics | {"images": len(image_ids), "texts": len(texts), "skipped": embedded.skipped}
     result = EvalResult({f"{name}/{key}": float(value) for key, value in metrics.items()})
-    result.artefacts["retrieval"][name] = Retrieval(texts, image_ids, text_ids, found.image_to_text, found.text_to_image, embedded.pictures)
+    result.artefacts["retrieval"][name] = Retrieval(
+        texts, image_ids, text_ids, found.image_to_text, found.text_to_image, embedded.pictures
+    )
     captioned, first = np.unique(text_ids, return_index=True)  # of every picture its first caption
     pairs, pair_texts, z_first = embedded.select(captioned), [texts[i] for i in first], z_text[first]
     _add_pairs(result, name, model, pairs, np.arange(len(first)), pair_texts, z_first, pair_texts)
@@ -240,7 +249,7 @@ def retrieval_task(model, source: Source, *, name: str = "retrieval", limit: int
     return result
 
 
-def relations_task(model, source: Source, *, name: str = "scenes", limit: int | None = 1500, batch_size: int = 256) -> EvalResult:
+def relations_task(model, source, *, name="scenes", limit=1500, batch_size=256):
     """Relations and attributes: is the right caption more similar to a picture than one of the same words that is wrong?
 
     Records have `wrong_objects`, their first caption with two objects in each other's place, and may have `wrong_attributes`, the same with
@@ -252,16 +261,25 @@ def relations_task(model, source: Source, *, name: str = "scenes", limit: int | 
     Raises UserError when no picture is usable, or no record has a caption and `wrong_objects`.
     """
     embedded = _embed(model, [source], batch_size, limit)
-    usable = [row for row, record in enumerate(embedded.records) if _first_text(record, "texts") and _first_text(record, "wrong_objects")]
+    usable = [
+        row
+        for row, record in enumerate(embedded.records)
+        if _first_text(record, "texts") and _first_text(record, "wrong_objects")
+    ]
     if not usable:
-        raise UserError(f"{name}: {source.name} has no records with a caption and `wrong_objects`, that caption with two objects exchanged")
+        raise UserError(
+            f"{name}: {source.name} has no records with a caption and `wrong_objects`, that caption with two objects exchanged"
+        )
     skipped = embedded.skipped + len(embedded.records) - len(usable)
     embedded = embedded.select(np.asarray(usable))
     right = [_first_text(record, "texts") for record in embedded.records]
     z_right, parts = np.asarray(model.embed_text(right)), [record.get("held_out") for record in embedded.records]
     scores = _paired_similarity(model, embedded.z, z_right)
     result = EvalResult({})
-    for test, wrong_field, count in (("relations", "wrong_objects", "images"), ("attributes", "wrong_attributes", "images_attributes")):
+    for test, wrong_field, count in (
+        ("relations", "wrong_objects", "images"),
+        ("attributes", "wrong_attributes", "images_attributes"),
+    ):
         wrong = [_first_text(record, wrong_field) for record in embedded.records]
         if not len(rows := np.flatnonzero([bool(text) for text in wrong])):
             continue
@@ -271,43 +289,52 @@ def relations_task(model, source: Source, *, name: str = "scenes", limit: int | 
         of_row = np.asarray(["" if parts[i] is None else str(parts[i]) or "seen" for i in rows])
         for part in ["", *sorted(set(of_row) - {""}, key=lambda part: (part != "seen", part))]:
             of_part, end = correct[of_row == part] if part else correct, part and f"_{part}"
-            result.metrics |= {f"{name}/{test}{end}": float(of_part.mean()), f"{name}/{count}{end}": float(len(of_part))}
+            result.metrics |= {
+                f"{name}/{test}{end}": float(of_part.mean()),
+                f"{name}/{count}{end}": float(len(of_part)),
+            }
         result.artefacts["relations"][f"{name}/{test}"] = CaptionPairs(
             [right[i] for i in rows], [wrong[i] for i in rows], pairs, embedded.pictures.select(rows), of_row.tolist()
         )
     texts, first, ids = np.unique(right, return_index=True, return_inverse=True)
-    result.metrics |= {f"{name}/{k}": v for k, v in recall(embedded.z, z_right, ids, ids, **_similarities(model)).metrics.items()}
+    result.metrics |= {
+        f"{name}/{k}": v for k, v in recall(embedded.z, z_right, ids, ids, **_similarities(model)).metrics.items()
+    }
     result.metrics[f"{name}/skipped"] = float(skipped)
     _add_pairs(result, name, model, embedded, ids, texts.tolist(), z_right[first], texts.tolist())
     return result
 
 
-def _first_text(record: Record, field: str) -> str:
+def _first_text(record, field):
     """The text of a field, the first one of a list; empty where there is none."""
     value = record.get(field) or ""
     return str(value if isinstance(value, str) else next(iter(value), "")).strip()
 
 
-def _paired_similarity(model, z_image: np.ndarray, z_text: np.ndarray) -> np.ndarray:
+def _paired_similarity(model, z_image, z_text):
     """The similarity of each image with the text of the same row, float32 [n].
 
     A model compares sets with sets, so this is the diagonal of small blocks: little beside the embedding, and no more than a block is held.
     """
     n = len(z_image)
-    blocks = np.resize(np.arange(n), (-(-n // _PAIRS), _PAIRS))  # of one shape, which compiles once: the last begins again
-    return np.concatenate([np.diagonal(np.asarray(model.similarity(z_image[b], z_text[b]), np.float32)) for b in blocks])[:n]
+    blocks = np.resize(
+        np.arange(n), (-(-n // _PAIRS), _PAIRS)
+    )  # of one shape, which compiles once: the last begins again
+    return np.concatenate(
+        [np.diagonal(np.asarray(model.similarity(z_image[b], z_text[b]), np.float32)) for b in blocks]
+    )[:n]
 
 
 def probe_task(
     model,
-    train: Source,
-    test: Source,
+    train,
+    test,
     *,
-    val: Source | None = None,
-    name: str = "probe",
-    limit: int | None = None,
-    batch_size: int = 256,
-) -> EvalResult:
+    val=None,
+    name="probe",
+    limit=None,
+    batch_size=256,
+):
     """Linear probe on the image embeddings of labelled sources, see `probe.linear_probe`; its strength is chosen on `val`.
 
     Args:
@@ -320,7 +347,9 @@ def probe_task(
     parts = {part: _embed(model, [source], batch_size, limit) for part, source in sources.items() if source is not None}
     z = {part: _vectors(embedded.z) for part, embedded in parts.items()}
     labels = {part: _labels(embedded, sources[part], name) for part, embedded in parts.items()}
-    probe = linear_probe(z["train"], labels["train"], z["test"], labels["test"], z_val=z.get("val"), labels_val=labels.get("val"))
+    probe = linear_probe(
+        z["train"], labels["train"], z["test"], labels["test"], z_val=z.get("val"), labels_val=labels.get("val")
+    )
     metrics = {
         "accuracy": probe.accuracy,
         "val_accuracy": probe.val_accuracy,
@@ -334,15 +363,15 @@ def probe_task(
 
 def emoji_task(
     model,
-    subset: str = "all",
-    language: str = "en",
+    subset="all",
+    language="en",
     *,
-    templates: str | Sequence[str] = ("{}",),
-    canonical: bool = False,
-    seen_pictures: int | None = 2048,
-    batch_size: int = 256,
-    open_split: Callable[[str], Source] | None = None,
-) -> EvalResult:
+    templates=("{}",),
+    canonical=False,
+    seen_pictures=2048,
+    batch_size=256,
+    open_split=None,
+):
     """The embedded emoji set's own protocol: {seen, unseen concept} x {seen, unseen vendor}, classes being the concepts' CLDR names.
 
     Args:
@@ -361,11 +390,15 @@ def emoji_task(
     if language != "en":
         prefix, field = f"{prefix}_{language}", "name_" + language.replace("-", "_")
     result = EvalResult({})
-    unseen = {v: _embed(model, [open_split(f"{part}_{v}_vendor") for part in parts], batch_size) for v in ("seen", "unseen")}
+    unseen = {
+        v: _embed(model, [open_split(f"{part}_{v}_vendor") for part in parts], batch_size) for v in ("seen", "unseen")
+    }
     records = [record for embedded in unseen.values() for record in embedded.records]
     if missing := [record for record in records if field not in record]:
         known = sorted(key.removeprefix("name_").replace("_", "-") for key in missing[0] if key.startswith("name_"))
-        raise UserError(f"emoji: language={language!r}: no such names{near(language, known)}; allowed: {', '.join(known) or 'en'}")
+        raise UserError(
+            f"emoji: language={language!r}: no such names{did_you_mean(language, known)}; allowed: {', '.join(known) or 'en'}"
+        )
     names = sorted({record[field] for record in records})
     classifier = zeroshot.make_classifier(model, names, templates, canonical=canonical)
     prompts = class_prompts(names, load_templates(templates)[:1], canonical)
@@ -377,7 +410,9 @@ def emoji_task(
         texts = [names[i] for i in present]
         found = recall(embedded.z, z_text[present], labels, present, **_similarities(model))
         result.metrics |= {f"{cell}/{key}": value for key, value in found.metrics.items()}
-        result.artefacts["retrieval"][cell] = Retrieval(texts, labels, present, found.image_to_text, found.text_to_image, embedded.pictures)
+        result.artefacts["retrieval"][cell] = Retrieval(
+            texts, labels, present, found.image_to_text, found.text_to_image, embedded.pictures
+        )
         _add_pairs(result, cell, model, embedded, labels, names, z_text, prompts)
     both = _join(*unseen.values())
     groups = [record["group"] for record in both.records]
@@ -406,13 +441,13 @@ def emoji_task(
     return result
 
 
-def _is_sign(record: Record) -> bool:
+def _is_sign(record):
     """Flags, clock faces and keycaps: symbols whose parts recur in every one of their kind."""
     is_clock = record["subgroup"] == "time" and re.search(r"o.clock$|-thirty$", record["name"])
     return record["group"] == "flags" or record["subgroup"] == "keycap" or bool(is_clock)
 
 
-def _is_composition(record: Record) -> bool:
+def _is_composition(record):
     """The signs, man or woman x role, and families."""
     words = re.findall(r"\w+", record["name"])
     is_gendered = len(words) > 1 and bool({"man", "woman", "men", "women"} & set(words))
@@ -420,23 +455,25 @@ def _is_composition(record: Record) -> bool:
     return _is_sign(record) or is_family or (record["subgroup"].startswith("person") and is_gendered)
 
 
-def _emoji_accuracies(top: np.ndarray, labels: np.ndarray, records: Sequence[Record]) -> dict[str, float]:
+def _emoji_accuracies(top, labels, records):
     metrics = {}
-    for suffix, left_out in (("", None), ("_without_flags_clocks_keycaps", _is_sign), ("_without_compositions", _is_composition)):
+    for suffix, left_out in (
+        ("", None),
+        ("_without_flags_clocks_keycaps", _is_sign),
+        ("_without_compositions", _is_composition),
+    ):
         keep = np.asarray([left_out is None or not left_out(record) for record in records], bool)
         for k in (1, 5):
             metrics[f"top{k}{suffix}"] = zeroshot.accuracy(top[keep], labels[keep], k)
     return metrics
 
 
-def _emoji_labels(records: Sequence[Record], names: Sequence[str], field: str) -> np.ndarray:
+def _emoji_labels(records, names, field):
     label = {name: i for i, name in enumerate(names)}
     return np.asarray([label[record[field]] for record in records], np.int32)
 
 
-def _add_emoji_cell(
-    result: EvalResult, cell: str, classifier: zeroshot.Classifier, names: list[str], field: str, embedded: "_Embedded"
-) -> np.ndarray:
+def _add_emoji_cell(result, cell, classifier, names, field, embedded):
     """Adds the classification of a cell to `result`; returns the labels int32 [n]. field: of the records, with their name."""
     labels = _emoji_labels(embedded.records, names, field)
     top, scores = classifier.top(embedded.z)
@@ -464,33 +501,31 @@ class _Embedded:
     pictures: Pictures  # n
     skipped: int
 
-    def select(self, rows: np.ndarray) -> "_Embedded":
+    def select(self, rows):
         return _Embedded(self.z[rows], [self.records[i] for i in rows], self.pictures.select(rows), self.skipped)
 
 
-def _join(a: _Embedded, b: _Embedded) -> _Embedded:
+def _join(a, b):
     where = np.concatenate([a.pictures.where, b.pictures.where + [len(a.pictures.sources), 0]])
     pictures = Pictures(a.pictures.sources + b.pictures.sources, where)
     return _Embedded(np.concatenate([a.z, b.z]), a.records + b.records, pictures, a.skipped + b.skipped)
 
 
-def _everything(sources: Sequence[Source]) -> np.ndarray:
+def _everything(sources):
     return np.asarray([(number, i) for number, source in enumerate(sources) for i in range(len(source))]).reshape(-1, 2)
 
 
-def _evenly(n: int, limit: int | None) -> np.ndarray:
+def _evenly(n, limit):
     """At most `limit` of the indices below n, evenly spaced."""
     return np.arange(n) if limit is None or limit >= n else np.arange(limit) * n // limit
 
 
-def _read(
-    pictures: Pictures, render: Callable[[Record], np.ndarray], batch_size: int, share: range | None = None
-) -> Iterator[tuple[list[int], list[Record], list]]:
+def _read(pictures, render, batch_size, share=None):
     """Yields (rows, records without pictures, rendered pictures) of the usable ones of every `batch_size` rows, in order; reads the next
     batch meanwhile. share: rows, by default all."""
     share = range(len(pictures)) if share is None else share
 
-    def read(row: int):
+    def read(row):
         try:
             record = pictures[row]
             return row, {key: value for key, value in record.items() if key != "image"}, render(record)
@@ -506,18 +541,20 @@ def _read(
             yield tuple(list(part) for part in zip(*batch, strict=True)) if batch else ([], [], [])
 
 
-def _embed(model, sources: Sequence[Source], batch_size: int, limit: int | None = None) -> _Embedded:
+def _embed(model, sources, batch_size, limit=None):
     """Embeds the pictures of the sources, in order. Raises UserError if none is usable."""
     where = _everything(sources)
     pictures = Pictures(sources, where[_evenly(len(where), limit)])
     shared = len(pictures) and getattr(model, "host_share", (0, 1))[1] > 1
     z, rows, records = (_embed_share if shared else _embed_all)(model, pictures, batch_size)
     if not rows:
-        raise UserError(f"{' + '.join(source.name for source in sources)}: no usable picture among {len(pictures)} records")
+        raise UserError(
+            f"{' + '.join(source.name for source in sources)}: no usable picture among {len(pictures)} records"
+        )
     return _Embedded(np.concatenate(z), records, pictures.select(rows), len(pictures) - len(rows))
 
 
-def _embed_all(model, pictures: Pictures, batch_size: int) -> tuple[list[np.ndarray], list[int], list[Record]]:
+def _embed_all(model, pictures, batch_size):
     """Embeddings (in parts), rows and records of the usable pictures."""
     z, rows, records = [], [], []
     for batch_rows, batch_records, images in _read(pictures, lambda record: model.image_view(record, None), batch_size):
@@ -528,7 +565,7 @@ def _embed_all(model, pictures: Pictures, batch_size: int) -> tuple[list[np.ndar
     return z, rows, records
 
 
-def _embed_share(model, pictures: Pictures, batch_size: int) -> tuple[list[np.ndarray], list[int], list[Record]]:
+def _embed_share(model, pictures, batch_size):
     """The same where every host reads only its share: all take part in equally many batches, and tell each other the records."""
     index, count = model.host_share
     length, size = -(-len(pictures) // count), -(-batch_size // count)
@@ -542,13 +579,15 @@ def _embed_share(model, pictures: Pictures, batch_size: int) -> tuple[list[np.nd
         z.append(z_batch.reshape(count, size, *z_batch.shape[1:]))
         rows.append(batch_rows + [-1] * len(blank))
         records += batch_records
-    shares = dict(hosts.gather((index, (np.concatenate(rows), records))))  # hosts of one tensor-parallel group have the same share
+    shares = dict(
+        hosts.gather((index, (np.concatenate(rows), records)))
+    )  # hosts of one tensor-parallel group have the same share
     rows = np.concatenate([shares[i][0] for i in range(count)])
     z = np.stack(z, axis=1).reshape(len(rows), *z[0].shape[2:])
     return [z[rows >= 0]], rows[rows >= 0].tolist(), [record for i in range(count) for record in shares[i][1]]
 
 
-def _pixels(pictures: Pictures) -> tuple[np.ndarray, list[Record], np.ndarray]:
+def _pixels(pictures):
     """Pixel features float32 [n, F] of the usable pictures, their records, and their indices in their source, int [n]."""
     features, rows, records = [], [], []
     for batch_rows, batch_records, images in _read(pictures, lambda record: decode_image(record["image"]), 256):
@@ -559,34 +598,36 @@ def _pixels(pictures: Pictures) -> tuple[np.ndarray, list[Record], np.ndarray]:
     return np.concatenate(features), records, pictures.where[rows, 1]
 
 
-def _labels(embedded: _Embedded, source: Source, task: str, classes: int | None = None) -> np.ndarray:
+def _labels(embedded, source, task, classes=None):
     if any("label" not in record for record in embedded.records):
         raise UserError(f"{task}: {source.name} has records without a label")
     labels = np.asarray([record["label"] for record in embedded.records], np.int32)
     if labels.min() < 0 or (classes is not None and labels.max() >= classes):
-        raise UserError(f"{task}: {source.name} has labels {labels.min()}..{labels.max()}, but there are names for 0..{(classes or 1) - 1}")
+        raise UserError(
+            f"{task}: {source.name} has labels {labels.min()}..{labels.max()}, but there are names for 0..{(classes or 1) - 1}"
+        )
     return labels
 
 
-def _vectors(z: np.ndarray) -> np.ndarray:
+def _vectors(z):
     """One unit vector per example: float32 [n, E] from [n, ..., E] (the mean, where a method gives several; zeros are padding)."""
     return zeroshot.normalize(z.reshape(len(z), -1, z.shape[-1]).mean(1))
 
 
-def _similarities(model) -> dict[str, Callable | None]:
+def _similarities(model):
     return {"similarity": model.similarity, "text_similarity": getattr(model, "text_similarity", None)}
 
 
 def _add_pairs(
-    result: EvalResult,
-    name: str,
+    result,
+    name,
     model,
-    embedded: _Embedded,
+    embedded,
     text_of_image,
-    texts: Sequence[str],
-    z_text: np.ndarray,
-    prompts: Sequence[str],
-) -> None:
+    texts,
+    z_text,
+    prompts,
+):
     """Adds "similarity" and "alignment" of at most 48 pictures with different texts.
 
     text_of_image: int [n], index into texts. prompts: what is embedded for the texts.
@@ -602,7 +643,7 @@ def _add_pairs(
         result.artefacts["alignment"][name] = found
 
 
-def _embedding_map(embedded: _Embedded, text_of_image, texts: Sequence[str], z_text: np.ndarray, groups: Sequence[str]) -> EmbeddingMap:
+def _embedding_map(embedded, text_of_image, texts, z_text, groups):
     """Of at most 2,000 pictures and their texts."""
     rows = _evenly(len(embedded.records), _MAP)
     columns, text_of_row = np.unique(np.asarray(text_of_image)[rows], return_inverse=True)

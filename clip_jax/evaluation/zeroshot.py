@@ -5,7 +5,6 @@ prediction the class with the highest similarity. Where embeddings are not singl
 of them, and the scores are averaged over the prompts instead.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ _PROMPTS_AT_ONCE = 8192
 _SCORES_AT_ONCE = 2**24
 
 
-def normalize(z: np.ndarray) -> np.ndarray:
+def normalize(z):
     """Rows of unit length, float32 like z [..., E]; zero rows stay zero."""
     z = np.asarray(z, np.float32)
     return z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
@@ -41,29 +40,27 @@ class Classifier:
     prompts: int = 1
 
     @property
-    def classes(self) -> int:
+    def classes(self):
         return len(self.embeddings) // self.prompts
 
-    def scores(self, z_image) -> np.ndarray:
+    def scores(self, z_image):
         """Similarity of image embeddings [n, ...] with every class, float32 [n, classes], without the logit scale."""
         return np.concatenate(list(self._blocks(z_image)))
 
-    def top(self, z_image, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    def top(self, z_image, k=5):
         """The k best classes, best first, of equal ones the lower label first: int32 [n, min(k, classes)], and their scores, float32."""
         top = [jax.lax.top_k(rankable(jnp.asarray(scores)), min(k, self.classes)) for scores in self._blocks(z_image)]
         scores, labels = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*top, strict=True))
         return labels, scores
 
-    def _blocks(self, z_image) -> Iterator[np.ndarray]:
+    def _blocks(self, z_image):
         rows = max(_SCORES_AT_ONCE // len(self.embeddings), 1)
         for start in range(0, max(len(z_image), 1), rows):
             scores = np.asarray(self.model.similarity(z_image[start : start + rows], self.embeddings), np.float32)
             yield scores if self.prompts == 1 else scores.reshape(len(scores), self.classes, self.prompts).mean(-1)
 
 
-def make_classifier(
-    model, class_names: Sequence[str], templates: str | Sequence[str] = ("{}",), *, canonical: bool = False, average: str | None = None
-) -> Classifier:
+def make_classifier(model, class_names, templates=("{}",), *, canonical=False, average=None):
     """Embeds the prompts of all classes.
 
     Args:
@@ -79,7 +76,9 @@ def make_classifier(
     step = max(_PROMPTS_AT_ONCE // len(templates), 1)
     parts = []
     for start in range(0, len(class_names), step):
-        z = np.asarray(model.embed_text(class_prompts(class_names[start : start + step], templates, canonical)), np.float32)
+        z = np.asarray(
+            model.embed_text(class_prompts(class_names[start : start + step], templates, canonical)), np.float32
+        )
         if average == "embeddings" or (average is None and z.ndim == 2):
             z = normalize(normalize(z).reshape(-1, len(templates), *z.shape[1:]).mean(1))
         parts.append(z)
@@ -87,19 +86,17 @@ def make_classifier(
     return Classifier(model, embeddings, len(embeddings) // len(class_names))
 
 
-def class_scores(
-    model, z_image, class_names: Sequence[str], templates: str | Sequence[str] = ("{}",), *, canonical: bool = False
-) -> np.ndarray:
+def class_scores(model, z_image, class_names, templates=("{}",), *, canonical=False):
     """Similarity of image embeddings [n, ...] with every class, float32 [n, classes], without the logit scale."""
     return make_classifier(model, class_names, templates, canonical=canonical).scores(np.asarray(z_image))
 
 
-def accuracy(top: np.ndarray, labels, k: int = 1) -> float:
+def accuracy(top, labels, k=1):
     """Share of rows whose label is among the first k of `top` int [n, K]; 0 without rows."""
     return float((top[:, :k] == np.asarray(labels)[:, None]).any(1).mean()) if len(top) else 0.0
 
 
-def per_class_accuracy(top: np.ndarray, labels, classes: int) -> np.ndarray:
+def per_class_accuracy(top, labels, classes):
     """Top-1 accuracy of every class, float64 [classes]; NaN for a class without pictures."""
     labels = np.asarray(labels)
     hits = np.bincount(labels, top[:, 0] == labels, minlength=classes)

@@ -10,7 +10,12 @@ from clip_jax.errors import UserError
 
 HALF = (0.5, 0.5, 0.5)
 BILINEAR = "squash(interpolation='bilinear', antialias=False)"  # TensorFlow's resize in big_vision
-ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu"}  # Hugging Face's names
+ACTS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}  # Hugging Face's names
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 # Fields of open_clip that change the model and that we have no counterpart for, with the values that change nothing.
@@ -31,12 +36,12 @@ TIMM_TANH = r"vit_(base_patch32|large_patch16_siglip(_gap)?_512|so400m_patch16|g
 
 
 def open_clip(cfg, preprocess, shapes):
-    """Of the arguments of open_clip's ``CLIP`` or ``CustomTextCLIP`` (``model_cfg``).
+    """Of the arguments of open_clip's `CLIP` or `CustomTextCLIP` (`model_cfg`).
 
     Args:
-      cfg: the arguments, ``vision_cfg`` and ``text_cfg`` among them.
-      preprocess: ``preprocess_cfg`` (mean, std, interpolation, resize_mode), or nothing.
-      shapes: ``{name: something with a shape}``, of which the sizes of a timm tower are taken.
+      cfg: the arguments, `vision_cfg` and `text_cfg` among them.
+      preprocess: `preprocess_cfg` (mean, std, interpolation, resize_mode), or nothing.
+      shapes: `{name: something with a shape}`, of which the sizes of a timm tower are taken.
     """
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]
     for section, neutral in NEUTRAL.items():
@@ -49,8 +54,12 @@ def open_clip(cfg, preprocess, shapes):
         c.model.image = _timm(vision, shapes)
     elif isinstance(vision.get("layers", 12), list | tuple):
         if vision.get("head_width", 64) != 64:
-            raise UserError(f"vision_cfg.head_width={vision['head_width']}: the heads of a ResNet's attention pooling have a width of 64")
-        c.model.image = dict(kind="resnet", size=_square(vision), layers=tuple(vision["layers"]), width=vision.get("width", 64))
+            raise UserError(
+                f"vision_cfg.head_width={vision['head_width']}: the heads of a ResNet's attention pooling have a width of 64"
+            )
+        c.model.image = dict(
+            kind="resnet", size=_square(vision), layers=tuple(vision["layers"]), width=vision.get("width", 64)
+        )
     else:
         c.model.image = _open_clip_vit(vision, act)
     pools = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}
@@ -69,11 +78,18 @@ def open_clip(cfg, preprocess, shapes):
     )
     published = {"mean": HALF, "std": HALF, "resize_mode": "squash"} if c.method == "siglip" else {}
     preprocess = (
-        {"mean": CLIP_MEAN, "std": CLIP_STD, "resize_mode": "shortest", "interpolation": "bicubic"} | published | (preprocess or {})
+        {"mean": CLIP_MEAN, "std": CLIP_STD, "resize_mode": "shortest", "interpolation": "bicubic"}
+        | published
+        | (preprocess or {})
     )
     filter_ = preprocess["interpolation"]
-    modes = {"shortest": (f"resize(interpolation={filter_!r})", "center_crop"), "squash": (f"squash(interpolation={filter_!r})",)}
-    _preprocess(c, preprocess["mean"], preprocess["std"], _known(modes, preprocess["resize_mode"], "preprocess_cfg.resize_mode"))
+    modes = {
+        "shortest": (f"resize(interpolation={filter_!r})", "center_crop"),
+        "squash": (f"squash(interpolation={filter_!r})",),
+    }
+    _preprocess(
+        c, preprocess["mean"], preprocess["std"], _known(modes, preprocess["resize_mode"], "preprocess_cfg.resize_mode")
+    )
     return c
 
 
@@ -82,19 +98,31 @@ def _open_clip_vit(vision, act):
     pool = _known({"tok": "cls", "avg": "gap"}, vision.get("pool_type", "tok"), "vision_cfg.pool_type")
     fields = _transformer(vision, width, vision.get("layers", 12), width // vision.get("head_width", 64), act)
     patch = vision.get("patch_size", 16)
-    return dict(fields, kind="vit", size=_square(vision), patch=patch, pool=pool, cls_token=True, ln_pre=not vision.get("no_ln_pre", False))
+    return dict(
+        fields,
+        kind="vit",
+        size=_square(vision),
+        patch=patch,
+        pool=pool,
+        cls_token=True,
+        ln_pre=not vision.get("no_ln_pre", False),
+    )
 
 
 def _transformer(cfg, width, depth, heads, act):
     """What open_clip's two transformers share."""
     if cfg.get("act_kwargs"):
-        act = _known({"tanh": "gelu_tanh", "none": "gelu"}, cfg["act_kwargs"].get("approximate"), "act_kwargs.approximate")
+        act = _known(
+            {"tanh": "gelu_tanh", "none": "gelu"}, cfg["act_kwargs"].get("approximate"), "act_kwargs.approximate"
+        )
     eps = (cfg.get("norm_kwargs") or {}).get("eps", 1e-5)
-    return dict(width=width, depth=depth, heads=heads, mlp_dim=int(width * cfg.get("mlp_ratio", 4.0)), act=act, ln_eps=eps)
+    return dict(
+        width=width, depth=depth, heads=heads, mlp_dim=int(width * cfg.get("mlp_ratio", 4.0)), act=act, ln_eps=eps
+    )
 
 
 def _timm(vision, shapes):
-    """timm's ViT with attention pooling; ``timm_model_name`` alone does not give its sizes, the weights do."""
+    """timm's ViT with attention pooling; `timm_model_name` alone does not give its sizes, the weights do."""
     for field, allowed in (("timm_pool", ("map", "")), ("timm_proj", ("none", "", None, "linear"))):
         if vision.get(field) not in allowed:
             raise UserError(f"vision_cfg.{field}={vision.get(field)!r} of open_clip is not supported")
@@ -104,35 +132,61 @@ def _timm(vision, shapes):
         mlp_dim, _ = shapes[f"{trunk}.blocks.0.mlp.fc1.weight"].shape
         shapes[f"{trunk}.attn_pool.latent"]
     except (KeyError, ValueError):
-        raise UserError(f"the image tower {vision['timm_model_name']!r} is no ViT with attention pooling as SigLIP has it") from None
+        raise UserError(
+            f"the image tower {vision['timm_model_name']!r} is no ViT with attention pooling as SigLIP has it"
+        ) from None
     heads = vision.get("timm_tiny_overrides", {}).get("heads") or vision.get("heads") or TIMM_HEADS.get(width)
     if not heads:
         raise UserError(f"how many heads an image tower of width {width} has cannot be told: give --heads=IMAGE,TEXT")
     name = vision["timm_model_name"]
-    act = {"GELU none": "gelu", "GELU tanh": "gelu_tanh"}.get(vision.get("timm_act"), "gelu_tanh" if re.match(TIMM_TANH, name) else "gelu")
+    act = {"GELU none": "gelu", "GELU tanh": "gelu_tanh"}.get(
+        vision.get("timm_act"), "gelu_tanh" if re.match(TIMM_TANH, name) else "gelu"
+    )
     eps = vision.get("timm_norm_eps", 1e-6)
-    fields = dict(width=width, depth=_count(shapes, rf"{trunk}\.blocks\.(\d+)\."), heads=heads, mlp_dim=mlp_dim, act=act, ln_eps=eps)
+    fields = dict(
+        width=width,
+        depth=_count(shapes, rf"{trunk}\.blocks\.(\d+)\."),
+        heads=heads,
+        mlp_dim=mlp_dim,
+        act=act,
+        ln_eps=eps,
+    )
     proj = f"{trunk.removesuffix('trunk')}head.proj.weight" in shapes
-    return dict(_map_vit(fields, _square(vision), patch, proj), proj_bias=f"{trunk.removesuffix('trunk')}head.proj.bias" in shapes)
+    return dict(
+        _map_vit(fields, _square(vision), patch, proj),
+        proj_bias=f"{trunk.removesuffix('trunk')}head.proj.bias" in shapes,
+    )
 
 
 def _map_vit(fields, size, patch, proj):
     """SigLIP's image tower."""
-    return dict(fields, kind="vit", size=size, patch=patch, pool="map", cls_token=False, ln_pre=False, patch_bias=True, proj=proj)
+    return dict(
+        fields,
+        kind="vit",
+        size=size,
+        patch=patch,
+        pool="map",
+        cls_token=False,
+        ln_pre=False,
+        patch_bias=True,
+        proj=proj,
+    )
 
 
 def open_clip_of_weights(shapes, act, heads):
-    """The arguments of open_clip's ``CLIP`` for a state dict without a configuration.
+    """The arguments of open_clip's `CLIP` for a state dict without a configuration.
 
     Args:
-      shapes: ``{name: something with a shape}``.
+      shapes: `{name: something with a shape}`.
       act: the activation, which weights do not tell.
       heads: of the image and the text tower, or None for those of the published models.
 
     Raises UserError when the sizes cannot be told.
     """
     if "visual.trunk.patch_embed.proj.weight" in shapes or "text_projection" not in shapes:
-        raise UserError("a state dict of a CustomTextCLIP (timm or text.* in its names) needs its open_clip_config.json beside it")
+        raise UserError(
+            "a state dict of a CustomTextCLIP (timm or text.* in its names) needs its open_clip_config.json beside it"
+        )
     text = {
         "context_length": shapes["positional_embedding"].shape[0],
         "vocab_size": shapes["token_embedding.weight"].shape[0],
@@ -144,7 +198,9 @@ def open_clip_of_weights(shapes, act, heads):
     if "visual.proj" in shapes:
         width, patch, size = _vit_sizes(shapes)
         if heads and width % heads[0]:
-            raise UserError(f"--heads={heads[0]},{heads[1]}: {heads[0]} heads do not divide the width of the image tower, {width}")
+            raise UserError(
+                f"--heads={heads[0]},{heads[1]}: {heads[0]} heads do not divide the width of the image tower, {width}"
+            )
         vision = {
             "width": width,
             "layers": _count(shapes, r"visual\.transformer\.resblocks\.(\d+)\."),
@@ -157,28 +213,41 @@ def open_clip_of_weights(shapes, act, heads):
         vision = dict(zip(("layers", "width", "image_size"), _resnet_sizes(shapes), strict=True))
     for which, fields in (("image", vision), ("text", text)):
         if not heads and (fields["width"] % 64 or fields["width"] < 512) and isinstance(fields["layers"], int):
-            raise UserError(f"how many heads the {which} tower of width {fields['width']} has cannot be told: give --heads=IMAGE,TEXT")
+            raise UserError(
+                f"how many heads the {which} tower of width {fields['width']} has cannot be told: give --heads=IMAGE,TEXT"
+            )
     embed_dim = shapes["text_projection"].shape[1]
     approximate = {"act_kwargs": {"approximate": "tanh"}} if act == "gelu_tanh" else {}
-    return {"embed_dim": embed_dim, "quick_gelu": act == "quick_gelu", "vision_cfg": vision | approximate, "text_cfg": text | approximate}
+    return {
+        "embed_dim": embed_dim,
+        "quick_gelu": act == "quick_gelu",
+        "vision_cfg": vision | approximate,
+        "text_cfg": text | approximate,
+    }
 
 
 def pyramidclip(shapes, heads=(None, None)):
     """Of the weights of a released PyramidCLIP.
 
     Args:
-      shapes: ``{name: something with a shape}``.
+      shapes: `{name: something with a shape}`.
       heads: of the image and the text tower, None where they are 64 wide.
 
     Returns:
-      ``(configuration, (blocks in the first part of the image tower, of the text tower))``.
+      `(configuration, (blocks in the first part of the image tower, of the text tower))`.
     """
     from clip_jax.methods.pyramidclip import Options
 
     def tower(prefix, width, heads):
         parts = [_count(shapes, rf"{re.escape(prefix)}transformer\.resblocks{part}\.(\d+)\.") for part in (1, 2)]
-        mlp_dim = next(x.shape[0] for name, x in shapes.items() if re.match(rf"{re.escape(prefix)}transformer\..*\.c_fc\.bias", name))
-        return parts[0], dict(width=width, depth=sum(parts), heads=heads or max(1, width // 64), mlp_dim=mlp_dim, act="quick_gelu")
+        mlp_dim = next(
+            x.shape[0]
+            for name, x in shapes.items()
+            if re.match(rf"{re.escape(prefix)}transformer\..*\.c_fc\.bias", name)
+        )
+        return parts[0], dict(
+            width=width, depth=sum(parts), heads=heads or max(1, width // 64), mlp_dim=mlp_dim, act="quick_gelu"
+        )
 
     c = _start("pyramidclip", shapes["text_projection"].shape[1])
     front = 0
@@ -193,19 +262,21 @@ def pyramidclip(shapes, heads=(None, None)):
         c.model.image = dict(kind="pyramid_resnet", size=size, layers=tuple(layers), width=width, region_dim=region_dim)
     text_front, fields = tower("", shapes["ln_final.weight"].shape[0], heads[1])
     context, (vocab, _) = shapes["positional_embedding"].shape[0], shapes["token_embedding.weight"].shape
-    c.model.text = dict(fields, kind="transformer", context=context, vocab_size=vocab, eot_id=vocab - 1, pool="max", causal=True)
+    c.model.text = dict(
+        fields, kind="transformer", context=context, vocab_size=vocab, eot_id=vocab - 1, pool="max", causal=True
+    )
     c.pyramidclip = config_lib.ConfigDict(dataclasses.asdict(Options()))
     return c, (front, text_front)
 
 
 def _vit_sizes(shapes):
-    """``(width, patch size, pixels of a side)`` of the ViT of OpenAI's layout."""
+    """`(width, patch size, pixels of a side)` of the ViT of OpenAI's layout."""
     width, _, patch, _ = shapes["visual.conv1.weight"].shape
     return width, patch, patch * math.isqrt(shapes["visual.positional_embedding"].shape[0] - 1)
 
 
 def _resnet_sizes(shapes):
-    """``(blocks of each layer, width, pixels of a side)`` of the ModifiedResNet of OpenAI's layout."""
+    """`(blocks of each layer, width, pixels of a side)` of the ModifiedResNet of OpenAI's layout."""
     layers = [_count(shapes, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4)]
     side = math.isqrt(shapes["visual.attnpool.positional_embedding"].shape[0] - 1)
     return layers, shapes["visual.layer1.0.conv1.weight"].shape[0], 32 * side
@@ -229,30 +300,48 @@ _HF_ALIGN_VISION = dict(
 
 
 def hf_clip(cfg, preprocessor):
-    """Of the ``config.json`` and ``preprocessor_config.json`` of a CLIPModel."""
+    """Of the `config.json` and `preprocessor_config.json` of a CLIPModel."""
     vision = {**_HF_TRANSFORMER, **_HF_CLIP, "image_size": 224, "patch_size": 32} | cfg.get("vision_config", {})
-    small = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, vocab_size=49408, max_position_embeddings=77)
+    small = dict(
+        hidden_size=512, intermediate_size=2048, num_attention_heads=8, vocab_size=49408, max_position_embeddings=77
+    )
     text = {**_HF_TRANSFORMER, **_HF_CLIP, **small, "eos_token_id": 49407} | cfg.get("text_config", {})
     c = _start("clip", cfg.get("projection_dim", 512))
     image = _hf_transformer(vision)
-    c.model.image = dict(image, kind="vit", size=vision["image_size"], patch=vision["patch_size"], pool="cls", cls_token=True, ln_pre=True)
+    c.model.image = dict(
+        image,
+        kind="vit",
+        size=vision["image_size"],
+        patch=vision["patch_size"],
+        pool="cls",
+        cls_token=True,
+        ln_pre=True,
+    )
     # An end-of-text id of 2 stands in old files for "the largest id".
     eot_id = text["vocab_size"] - 1 if text["eos_token_id"] == 2 else text["eos_token_id"]
     c.model.text = dict(_hf_text(text), eot_id=eot_id, pool="eot", causal=True)
-    defaults = dict(size={"shortest_edge": 224}, crop_size=224, do_center_crop=True, image_mean=CLIP_MEAN, image_std=CLIP_STD)
+    defaults = dict(
+        size={"shortest_edge": 224}, crop_size=224, do_center_crop=True, image_mean=CLIP_MEAN, image_std=CLIP_STD
+    )
     _hf_preprocess(c, preprocessor, defaults | dict(resample=3))
     return c
 
 
 def hf_siglip(cfg, preprocessor):
-    """Of the ``config.json`` and ``preprocessor_config.json`` of a SiglipModel."""
+    """Of the `config.json` and `preprocessor_config.json` of a SiglipModel."""
     vision = {**_HF_SIGLIP, "image_size": 224, "patch_size": 16} | cfg.get("vision_config", {})
-    text = {**_HF_SIGLIP, "vocab_size": 32000, "max_position_embeddings": 64, "eos_token_id": 1} | cfg.get("text_config", {})
+    text = {**_HF_SIGLIP, "vocab_size": 32000, "max_position_embeddings": 64, "eos_token_id": 1} | cfg.get(
+        "text_config", {}
+    )
     c = _start("siglip", vision["hidden_size"])
     if text.get("projection_size", c.model.embed_dim) != c.model.embed_dim:
-        raise UserError(f"text_config.projection_size={text['projection_size']} is not vision_config.hidden_size={c.model.embed_dim}")
+        raise UserError(
+            f"text_config.projection_size={text['projection_size']} is not vision_config.hidden_size={c.model.embed_dim}"
+        )
     if vision.get("vision_use_head") is False:
-        raise UserError("vision_config.vision_use_head=false: a SiglipModel without attention pooling has no image embedding")
+        raise UserError(
+            "vision_config.vision_use_head=false: a SiglipModel without attention pooling has no image embedding"
+        )
     c.model.image = _map_vit(_hf_transformer(vision), vision["image_size"], vision["patch_size"], proj=False)
     # Their files name other ids as end of text; the tokenizer's, and the padding, is 1.
     c.model.text = dict(_hf_text(text), eot_id=1, pool="last", causal=False, proj_bias=True)
@@ -261,19 +350,42 @@ def hf_siglip(cfg, preprocessor):
 
 
 def hf_align(cfg, preprocessor):
-    """Of the ``config.json`` and ``preprocessor_config.json`` of an AlignModel."""
+    """Of the `config.json` and `preprocessor_config.json` of an AlignModel."""
     vision = _HF_ALIGN_VISION | cfg.get("vision_config", {})
-    text = {**_HF_TRANSFORMER, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "vocab_size": 30522, "max_position_embeddings": 512}
+    text = {
+        **_HF_TRANSFORMER,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+    }
     text = text | {"type_vocab_size": 2, "pad_token_id": 0} | cfg.get("text_config", {})
-    for field in ("depth_divisor", "depthwise_padding", "squeeze_expansion_ratio", "hidden_act", "batch_norm_eps", "pooling_type"):
+    for field in (
+        "depth_divisor",
+        "depthwise_padding",
+        "squeeze_expansion_ratio",
+        "hidden_act",
+        "batch_norm_eps",
+        "pooling_type",
+    ):
         if vision[field] != _HF_ALIGN_VISION[field]:
-            raise UserError(f"vision_config.{field}={vision[field]!r} of an AlignModel: only {_HF_ALIGN_VISION[field]!r} is supported")
+            raise UserError(
+                f"vision_config.{field}={vision[field]!r} of an AlignModel: only {_HF_ALIGN_VISION[field]!r} is supported"
+            )
     c = _start("align", cfg.get("projection_dim", 640))
     columns = ("out_channels", "num_block_repeats", "kernel_sizes", "strides", "expand_ratios")
     coefficients = {name: vision[name] for name in ("width_coefficient", "depth_coefficient")}
     stages = tuple(zip(*(vision[name] for name in columns), strict=True))
-    c.model.image = dict(coefficients, kind="efficientnet", size=vision["image_size"], stages=stages, padding="even", proj=False)
-    fields = dict(_hf_text(text), kind="bert", positions=text["max_position_embeddings"], types=text["type_vocab_size"], proj_bias=True)
+    c.model.image = dict(
+        coefficients, kind="efficientnet", size=vision["image_size"], stages=stages, padding="even", proj=False
+    )
+    fields = dict(
+        _hf_text(text),
+        kind="bert",
+        positions=text["max_position_embeddings"],
+        types=text["type_vocab_size"],
+        proj_bias=True,
+    )
     fields["context"] = min(64, fields["positions"])  # what ALIGN was trained with and its processor pads to
     c.model.text = dict(fields, pad_id=text["pad_token_id"], eot_id=-1)
     defaults = dict(size=dict(height=346, width=346), do_center_crop=True, crop_size=vision["image_size"], resample=2)
@@ -284,18 +396,28 @@ def hf_align(cfg, preprocessor):
 def _hf_transformer(cfg):
     act = _known(ACTS, cfg["hidden_act"], "hidden_act")
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")
-    return dict(zip(("width", "depth", "heads", "mlp_dim", "ln_eps"), (cfg[name] for name in names), strict=True), act=act)
+    return dict(
+        zip(("width", "depth", "heads", "mlp_dim", "ln_eps"), (cfg[name] for name in names), strict=True), act=act
+    )
 
 
 def _hf_text(cfg):
-    return dict(_hf_transformer(cfg), kind="transformer", context=cfg["max_position_embeddings"], vocab_size=cfg["vocab_size"])
+    return dict(
+        _hf_transformer(cfg), kind="transformer", context=cfg["max_position_embeddings"], vocab_size=cfg["vocab_size"]
+    )
 
 
 def _hf_preprocess(c, given, defaults):
     """The transforms of an image processor; without its file those of the model as published."""
     p, size = defaults | (given or {}), c.model.image.size
     filter_, to = _known(RESAMPLE, p["resample"], "preprocessor_config.json: resample"), p["size"] if given else size
-    if isinstance(to, dict) and "shortest_edge" in to or p.get("do_center_crop") and isinstance(to, int) and c.method == "clip":
+    if (
+        isinstance(to, dict)
+        and "shortest_edge" in to
+        or p.get("do_center_crop")
+        and isinstance(to, int)
+        and c.method == "clip"
+    ):
         edge = to["shortest_edge"] if isinstance(to, dict) else to
         steps = (_sized("resize", edge, size, filter_), "center_crop")
     else:
@@ -309,10 +431,10 @@ def _sized(name, edge, size, filter_):
 
 
 def big_vision(shapes, cfg):
-    """Of the arrays of an .npz of big_vision (names without ``params/``); ``cfg``: what the models were made with, checked if given.
+    """Of the arrays of an .npz of big_vision (names without `params/`); `cfg`: what the models were made with, checked if given.
 
-    The method is ``siglip`` or ``clip`` for two towers, ``clippo`` for one with a temperature. An image tower alone has the method
-    ``clip`` without a section ``model.text``.
+    The method is `siglip` or `clip` for two towers, `clippo` for one with a temperature. An image tower alone has the method
+    `clip` without a section `model.text`.
     """
     bare = "embedding/kernel" in shapes
     image, prefix = (cfg, "") if bare else (cfg.get("image", {}), "img/")
@@ -341,7 +463,14 @@ def big_vision(shapes, cfg):
         context = shapes["txt/pos_embedding"].shape[1]
         fields = _bv_encoder(shapes, "txt/Encoder_0", text)
         c.model.text = dict(
-            fields, kind="transformer", context=context, vocab_size=vocab, eot_id=1, pool="last", causal=False, proj_bias=True
+            fields,
+            kind="transformer",
+            context=context,
+            vocab_size=vocab,
+            eot_id=1,
+            pool="last",
+            causal=False,
+            proj_bias=True,
         )
     else:
         del c.model.text
@@ -357,12 +486,18 @@ def _bv_encoder(shapes, prefix, cfg):
     try:
         heads = shapes[f"{block}/MultiHeadDotProductAttention_0/query/kernel"].shape[-2]
         width, mlp_dim = shapes[f"{block}/MlpBlock_0/Dense_0/kernel"].shape[-2:]
-        depth = shapes[f"{block}/LayerNorm_0/scale"].shape[0] if stacked else _count(shapes, rf"{prefix}/encoderblock_(\d+)/")
+        depth = (
+            shapes[f"{block}/LayerNorm_0/scale"].shape[0]
+            if stacked
+            else _count(shapes, rf"{prefix}/encoderblock_(\d+)/")
+        )
     except (KeyError, IndexError):
         raise UserError(f"there is no transformer of big_vision under {prefix!r}") from None
     for field, value in dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=heads).items():
         _agree(cfg, field, value)
-    return dict(width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, act="gelu_tanh", ln_eps=1e-6, weight_init="xavier")
+    return dict(
+        width=width, depth=depth, heads=heads, mlp_dim=mlp_dim, act="gelu_tanh", ln_eps=1e-6, weight_init="xavier"
+    )
 
 
 def _agree(cfg, field, value):

@@ -1,25 +1,25 @@
-"""Our models for others: ``python -m clip_jax.interop.export --checkpoint=runs/clip --to=open_clip|hf --out=FOLDER``.
+"""Our models for others; the command is `python -m clip_jax.tools.export`.
 
-``open_clip`` writes a folder for ``open_clip.create_model_and_transforms("local-dir:FOLDER")``, ``hf`` one for transformers'
-``CLIPModel``, ``SiglipModel`` or ``AlignModel.from_pretrained("FOLDER")`` with ``AutoProcessor``: weights in float32, the
+`open_clip` writes a folder for `open_clip.create_model_and_transforms("local-dir:FOLDER")`, `hf` one for transformers'
+`CLIPModel`, `SiglipModel` or `AlignModel.from_pretrained("FOLDER")` with `AutoProcessor`: weights in float32, the
 configuration, the preprocessing and the tokenizer. docs/checkpoints.md says what fits.
 
 What is written is read again as an import reads it, and has to describe the same model: what the target has no place for is an
 error, never left out.
 """
 
-import argparse
 import json
 import math
 import pathlib
+import runpy
 import sys
 
 from clip_jax import config as config_lib
-from clip_jax.data import augment
 from clip_jax.errors import UserError
 from clip_jax.interop import configs, export_tokenizer, layouts, load
 from clip_jax.interop.layouts import hf, open_clip
 from clip_jax.methods.interface import Method
+from clip_jax.plugins import parse_call
 
 WEIGHTS = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors"}
 TARGETS = tuple(WEIGHTS)
@@ -39,11 +39,11 @@ TRAINING = {"weight_init", "patch_drop", "dropout", "bn_group"}
 
 
 def export(model, to, out, tokenizer=True):
-    """Writes a :class:`clip_jax.inference.Model` into the folder ``out``, which must be new or empty.
+    """Writes a `clip_jax.inference.Model` into the folder `out`, which must be new or empty.
 
     Args:
       model: the model.
-      to: ``"open_clip"`` or ``"hf"``.
+      to: `"open_clip"` or `"hf"`.
       out: the folder.
       tokenizer: also write the tokenizer.
 
@@ -74,7 +74,9 @@ def export(model, to, out, tokenizer=True):
         files |= export_tokenizer.for_hf(model.tokenizer, config.model.text.context)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (out / name).write_bytes(content if isinstance(content, bytes) else (json.dumps(content, indent=1) + "\n").encode())
+        (out / name).write_bytes(
+            content if isinstance(content, bytes) else (json.dumps(content, indent=1) + "\n").encode()
+        )
     save_file(theirs, out / WEIGHTS[to], metadata={"format": "pt"})
     count = sum(math.prod(x.shape) for path, x in arrays.items() if path.startswith("params/"))
     return [f"written: {out}: {count:,} parameters; {', '.join(sorted([WEIGHTS[to], *files]))}", *notes]
@@ -89,18 +91,18 @@ def check_out(out):
 
 
 def _arrays(model):
-    """``{path: array}`` of parameters and running statistics, layers not stacked."""
+    """`{path: array}` of parameters and running statistics, layers not stacked."""
     import jax
 
     from clip_jax.models.transformer import unstack_layers
-    from clip_jax.training.sharding import path_name
+    from clip_jax.runtime.sharding import path_name
 
     tree = unstack_layers({"params": model.params, "extra": model.extra})
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _open_clip(config, arrays):
-    """``(files, layout, note or None)`` for open_clip."""
+    """`(files, layout, note or None)` for open_clip."""
     image, text = _towers(config, "open_clip", {"vit", "resnet"}, {"transformer"})
     timm = image.get("pool") == "map"
     acts = [tower["act"] for tower in (image, text) if "act" in tower]
@@ -113,13 +115,21 @@ def _open_clip(config, arrays):
                 "--to=open_clip: timm, whose towers open_clip takes for attention pooling, has none of this patch, width, depth and size; "
                 "--to=hf can express it"
             )
-        vision = dict(image_size=size, timm_model_name=f"{name}_{size}", timm_pool="map", timm_proj="linear" if image["proj"] else "none")
+        vision = dict(
+            image_size=size,
+            timm_model_name=f"{name}_{size}",
+            timm_pool="map",
+            timm_proj="linear" if image["proj"] else "none",
+        )
         vision |= dict(timm_model_pretrained=False, timm_proj_bias=image["proj_bias"])
     elif image["kind"] == "resnet":
         vision = dict(image_size=size, layers=list(image["layers"]), width=image["width"])
     else:
         vision = dict(
-            _open_clip_transformer(image), image_size=size, patch_size=image["patch"], head_width=image["width"] // image["heads"]
+            _open_clip_transformer(image),
+            image_size=size,
+            patch_size=image["patch"],
+            head_width=image["width"] // image["heads"],
         )
         vision |= dict(pool_type="avg" if image["pool"] == "gap" else "tok", no_ln_pre=not image["ln_pre"])
     cfg = {
@@ -127,7 +137,12 @@ def _open_clip(config, arrays):
         "quick_gelu": "quick_gelu" in acts,
         "vision_cfg": vision,
         "text_cfg": _open_clip_transformer(text)
-        | dict(context_length=text["context"], vocab_size=text["vocab_size"], heads=text["heads"], proj_bias=text["proj_bias"])
+        | dict(
+            context_length=text["context"],
+            vocab_size=text["vocab_size"],
+            heads=text["heads"],
+            proj_bias=text["proj_bias"],
+        )
         | dict(pool_type=pools.get(text["pool"], "argmax"), eos_id=text["eot_id"], no_causal_mask=not text["causal"]),
     }
     if timm:
@@ -152,7 +167,7 @@ def _open_clip_transformer(tower):
 
 
 def _hf(config, arrays):
-    """``(files, layout, note or None)`` for transformers."""
+    """`(files, layout, note or None)` for transformers."""
     if config.method == "align":
         cfg, entries = _hf_align(config), hf.align_entries
     elif "params/logit_bias" in arrays:
@@ -176,7 +191,12 @@ def _hf(config, arrays):
 def _hf_clip(config):
     image, text = _towers(config, "CLIPModel of transformers", {"vit"}, {"transformer"})
     vision = dict(_hf_transformer(image), image_size=image["size"], patch_size=image["patch"])
-    text = dict(_hf_transformer(text), vocab_size=text["vocab_size"], max_position_embeddings=text["context"], eos_token_id=text["eot_id"])
+    text = dict(
+        _hf_transformer(text),
+        vocab_size=text["vocab_size"],
+        max_position_embeddings=text["context"],
+        eos_token_id=text["eot_id"],
+    )
     text |= dict(bos_token_id=text["eos_token_id"] - 1, pad_token_id=0)
     cfg = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=config.model.embed_dim)
     return _hf_sections(cfg, vision, text, "clip", projection_dim=config.model.embed_dim)
@@ -225,9 +245,13 @@ def _towers(config, target, images, texts):
     for which, kinds in (("image", images), ("text", texts)):
         if config.model[which].kind not in kinds:
             found = f"model.{which}.kind={config.model[which].kind!r}"
-            raise UserError(f"{target} cannot express {found}: its {which} tower is of the kind {' or '.join(sorted(kinds))}")
+            raise UserError(
+                f"{target} cannot express {found}: its {which} tower is of the kind {' or '.join(sorted(kinds))}"
+            )
     if config.model.image.get("stem"):
-        raise UserError(f"{target} cannot express model.image.stem={tuple(config.model.image.stem)}: it embeds patches by one convolution")
+        raise UserError(
+            f"{target} cannot express model.image.stem={tuple(config.model.image.stem)}: it embeds patches by one convolution"
+        )
     return config.model.image.to_dict(), config.model.text.to_dict()
 
 
@@ -257,11 +281,11 @@ def _same_model(config, files, theirs, to):
 def _steps(config):
     """The preprocessing in the terms of others.
 
-    Returns ``{"keep": is the ratio kept, "edge": pixels that the shorter side, or both, are resized to, "filter", "exact"}``; not
-    ``exact`` is what has more to it.
+    Returns `{"keep": is the ratio kept, "edge": pixels that the shorter side, or both, are resized to, "filter", "exact"}`; not
+    `exact` is what has more to it.
     """
     found = dict(keep=True, edge=config.model.image.size, filter="bicubic", exact=True)
-    for name, args, kwargs in (augment.parse_call(step, "eval.transform") for step in config.eval.transform):
+    for name, args, kwargs in (parse_call(step, "eval.transform") for step in config.eval.transform):
         if name in ("resize", "squash"):
             found |= dict(keep=name == "resize", filter=kwargs.get("interpolation", "bicubic"))
             found["edge"] = (args[0] if args else kwargs.get("size")) or found["edge"]
@@ -272,36 +296,15 @@ def _steps(config):
 
 
 def _preprocessing_note(config, steps, written):
-    """A line when the target resizes pictures in another way, ``written``: its edge and filter; else None."""
+    """A line when the target resizes pictures in another way, `written`: its edge and filter; else None."""
     if steps["exact"] and written == (steps["edge"], steps["filter"]):
         return None
     what = f"{'shorter side' if steps['keep'] else 'both sides'} to {written[0]} pixels, {written[1]}, antialiased, center crop"
-    return f"note: the preprocessing {', '.join(config.eval.transform)} has no equal there; written is the nearest: {what}"
-
-
-def main(argv=None):
-    """The command; returns the exit status: 0, or 2 after a one-line error."""
-    from clip_jax.training import faults
-
-    parser = argparse.ArgumentParser(
-        prog="clip_jax.interop.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return (
+        f"note: the preprocessing {', '.join(config.eval.transform)} has no equal there; written is the nearest: {what}"
     )
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="work folder, checkpoint, or weights of others")
-    parser.add_argument("--which", default="latest", help="latest, best, or a step (default: %(default)s)")
-    parser.add_argument("--to", required=True, choices=TARGETS)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
-    parser.add_argument("--without-tokenizer", action="store_true", help="leave the tokenizer out")
-    args = parser.parse_args(argv)
-    return faults.command(lambda: _run(args))
-
-
-def _run(args):
-    from clip_jax import inference
-
-    check_out(args.out)
-    model = inference.load(args.checkpoint, args.which)
-    print("\n".join(export(model, args.to, args.out, tokenizer=not args.without_tokenizer)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print("clip_jax.interop.export is now clip_jax.tools.export", file=sys.stderr)
+    runpy.run_module("clip_jax.tools.export", run_name="__main__", alter_sys=True)

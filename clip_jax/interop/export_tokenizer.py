@@ -8,11 +8,13 @@ from clip_jax.errors import UserError
 
 #: Special tokens of transformers by their names there.
 _BERT = dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
-_CLIP = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>")
+_CLIP = dict(
+    bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"
+)
 
 
 def for_open_clip(tokenizer, context, text_cfg):
-    """``{file name: content}`` for an open_clip folder; what it needs is added to the configuration's section ``text_cfg``."""
+    """`{file name: content}` for an open_clip folder; what it needs is added to the configuration's section `text_cfg`."""
     if tokenizer == tokenizers.make_tokenizer("clip_bpe"):
         return {}  # open_clip's own
     text_cfg["hf_tokenizer_name"] = "local"  # of a local folder it takes the files in it, whatever the name
@@ -20,19 +22,28 @@ def for_open_clip(tokenizer, context, text_cfg):
 
 
 def for_hf(tokenizer, context):
-    """``{file name: content}`` for ``AutoTokenizer.from_pretrained``.
+    """`{file name: content}` for `AutoTokenizer.from_pretrained`.
 
     Args:
-      tokenizer: a :class:`clip_jax.data.tokenizers.Tokenizer`.
+      tokenizer: a `clip_jax.data.tokenizers.Tokenizer`.
       context: tokens in a sequence.
 
     Raises UserError for a tokenizer that transformers cannot express.
     """
-    make = {"clip_bpe": _clip_bpe, "wordpiece": _wordpiece, "sentencepiece": _sentencepiece, "siglip": _sentencepiece}.get(tokenizer.kind)
+    make = {
+        "clip_bpe": _clip_bpe,
+        "wordpiece": _wordpiece,
+        "sentencepiece": _sentencepiece,
+        "siglip": _sentencepiece,
+    }.get(tokenizer.kind)
     if make is None:
-        raise UserError(f"transformers has no tokenizer of the kind {tokenizer.kind!r}: export without it (--without-tokenizer)")
+        raise UserError(
+            f"transformers has no tokenizer of the kind {tokenizer.kind!r}: export without it (--without-tokenizer)"
+        )
     files, config = make(tokenizer)
-    config |= dict(model_max_length=context, padding_side="right", truncation_side="right", clean_up_tokenization_spaces=False)
+    config |= dict(
+        model_max_length=context, padding_side="right", truncation_side="right", clean_up_tokenization_spaces=False
+    )
     return files | {"tokenizer_config.json": config}
 
 
@@ -90,11 +101,13 @@ def _sentencepiece(tokenizer):
     ids = [(eot, tokenizer.eot_id)] + ([(start, tokenizer.sot_id)] if sot else [])
     model.post_processor = processors.TemplateProcessing(f"{start} $A {eot}".strip(), special_tokens=ids)
     special = dict(eos_token=eot, pad_token=eot if tokenizer.options["pad_with_eot"] else pad)
-    return {"tokenizer.json": json.loads(model.to_str())}, special | dict(tokenizer_class="PreTrainedTokenizerFast", clean=clean)
+    return {"tokenizer.json": json.loads(model.to_str())}, special | dict(
+        tokenizer_class="PreTrainedTokenizerFast", clean=clean
+    )
 
 
 def unigram(data):
-    """The ``tokenizers.Tokenizer`` of a SentencePiece model (``data``: the file's content), without special tokens around a text.
+    """The `tokenizers.Tokenizer` of a SentencePiece model (`data`: the file's content), without special tokens around a text.
 
     Raises UserError for a model of another kind than unigram.
     """
@@ -104,13 +117,19 @@ def unigram(data):
     proto = pb.ModelProto.FromString(data)
     spec, normal = proto.trainer_spec, proto.normalizer_spec
     if spec.model_type != spec.UNIGRAM:
-        raise UserError("a SentencePiece model of another kind than unigram is not exported: export without it (--without-tokenizer)")
+        raise UserError(
+            "a SentencePiece model of another kind than unigram is not exported: export without it (--without-tokenizer)"
+        )
     model = Tokenizer(models.Unigram([(p.piece, p.score) for p in proto.pieces], spec.unk_id, spec.byte_fallback))
     steps = [normalizers.Precompiled(normal.precompiled_charsmap)] if normal.precompiled_charsmap else []
     if normal.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     model.normalizer = normalizers.Sequence(steps)
-    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if normal.add_dummy_prefix else "never", split=False)
+    model.pre_tokenizer = pre_tokenizers.Metaspace(
+        prepend_scheme="always" if normal.add_dummy_prefix else "never", split=False
+    )
     model.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
-    model.add_special_tokens([AddedToken(p.piece, special=True, normalized=False) for p in proto.pieces if p.type == p.CONTROL])
+    model.add_special_tokens(
+        [AddedToken(p.piece, special=True, normalized=False) for p in proto.pieces if p.type == p.CONTROL]
+    )
     return model

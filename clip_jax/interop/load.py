@@ -1,11 +1,10 @@
-"""Models of others in our form: ``python -m clip_jax.interop.load --from=PATH --workdir=OUT [--act=gelu]``.
+"""Models of others in our form: `python -m clip_jax.interop.load --from=PATH --workdir=OUT [--act=gelu]`.
 
 PATH is a weight file or folder of OpenAI's CLIP, open_clip, Hugging Face (CLIPModel, SiglipModel, AlignModel) or big_vision;
 docs/checkpoints.md says what loads and what to look out for. The result is a work folder as training leaves it, for
-``clip_jax.load``, ``clip_jax.evaluate`` and ``clip_jax.search``.
+`clip_jax.load`, `clip_jax.evaluate` and `clip_jax.search`.
 """
 
-import argparse
 import dataclasses
 import math
 import pathlib
@@ -26,8 +25,8 @@ class Imported:
     """A model of others in our form.
 
     Attributes:
-      config: the configuration; of an image tower alone it has no section ``model.text``.
-      params, extra: as ``Method.init`` gives them (``{"img": ...}`` of an image tower alone), float32, sharded.
+      config: the configuration; of an image tower alone it has no section `model.text`.
+      params, extra: as `Method.init` gives them (`{"img": ...}` of an image tower alone), float32, sharded.
       tokenizer: the tokenizer that came with it, or None.
       summary: lines that say what was loaded and what was assumed.
     """
@@ -40,12 +39,12 @@ class Imported:
 
 
 def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
-    """The :class:`Imported` model of a weight file or folder of others.
+    """The `Imported` model of a weight file or folder of others.
 
     Args:
       path: see the module's docstring.
-      act: the activation (``quick_gelu``, ``gelu``, ``gelu_tanh``), needed for a bare state dict that is not OpenAI's.
-      heads: ``(image, text)`` heads, where the widths are not those of published models.
+      act: the activation (`quick_gelu`, `gelu`, `gelu_tanh`), needed for a bare state dict that is not OpenAI's.
+      heads: `(image, text)` heads, where the widths are not those of published models.
       size: pixels of a side; other than the model's own, its position embeddings are resized.
       tokenizer: a spec (clip_jax.data.tokenizers); by default the one in the folder, or CLIP's if its vocabulary fits.
       mesh: where the parameters go, by the rules of training/sharding.py; by default on every device.
@@ -78,12 +77,12 @@ def is_image_tower(config):
 
 
 def shapes(config):
-    """``{path: ShapeDtypeStruct}`` of the parameters and running statistics of a configuration, whose towers get all their fields."""
+    """`{path: ShapeDtypeStruct}` of the parameters and running statistics of a configuration, whose towers get all their fields."""
     import jax
 
     from clip_jax.methods.interface import make_method
     from clip_jax.models import towers
-    from clip_jax.training.sharding import path_name
+    from clip_jax.runtime.sharding import path_name
 
     for which, kinds in (("image", towers.IMAGE_TOWERS), ("text", towers.TEXT_TOWERS)):
         if which in config.model:
@@ -91,7 +90,9 @@ def shapes(config):
     if is_image_tower(config):
         size = config.model.image.size
         image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-        tree = {"params": {"img": jax.eval_shape(towers.image_tower(config.model).init, jax.random.key(0), image)["params"]}}
+        tree = {
+            "params": {"img": jax.eval_shape(towers.image_tower(config.model).init, jax.random.key(0), image)["params"]}
+        }
     else:
         method = make_method(config)
         batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
@@ -102,7 +103,7 @@ def shapes(config):
 def _placed(ours, mesh):
     import jax
 
-    from clip_jax.training import sharding
+    from clip_jax.runtime import sharding
 
     mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
     tree = sharding.state_shardings(_nested(ours), mesh)
@@ -117,9 +118,9 @@ def _nested(flat):
 
 
 def _resize(config, entries, tensors, ours, size, kind):
-    """The tensors with position embeddings for pictures of ``size`` pixels, which is set in the configuration."""
-    from clip_jax.interop.readers import Tensor
+    """The tensors with position embeddings for pictures of `size` pixels, which is set in the configuration."""
     from clip_jax.models.towers import image_tower
+    from clip_jax.weight_files import Tensor
 
     entry, old, image = next(e for e in entries if POS in e.ours), ours[POS].shape, config.model.image
     image.size = size
@@ -135,7 +136,7 @@ def _resize(config, entries, tensors, ours, size, kind):
 
 
 def resize_positions(pos, grid, first=0, bicubic=True):
-    """Position embeddings float32 ``[1, first + old * old, D]`` for another grid, ``[1, first + grid * grid, D]``.
+    """Position embeddings float32 `[1, first + old * old, D]` for another grid, `[1, first + grid * grid, D]`.
 
     Args:
       pos: the embeddings, rows of the grid after each other.
@@ -179,15 +180,22 @@ def _tokenizer(foreign, spec):
     if text.eot_id == -1:
         text.eot_id = tokenizer.eot_id
     elif text.eot_id != tokenizer.eot_id:
-        raise UserError(f"the tokenizer {config.tokenizer!r} ends texts with {tokenizer.eot_id}, {foreign.file} with {text.eot_id}")
+        raise UserError(
+            f"the tokenizer {config.tokenizer!r} ends texts with {tokenizer.eot_id}, {foreign.file} with {text.eot_id}"
+        )
     return tokenizer
 
 
 def _describe(foreign, config, ours, tokenizer):
     image, text = config.model.image, config.model.get("text", {})
     count = sum(math.prod(x.shape) for path, x in ours.items() if path.startswith("params/"))
-    sizes = " ".join(f"{name}={image[name]}" for name in ("size", "patch", "width", "depth", "layers", "heads") if name in image)
-    lines = [f"{foreign.kind} from {foreign.file}: {count:,} parameters; method {config.method}", f"image tower: {image.kind} {sizes}"]
+    sizes = " ".join(
+        f"{name}={image[name]}" for name in ("size", "patch", "width", "depth", "layers", "heads") if name in image
+    )
+    lines = [
+        f"{foreign.kind} from {foreign.file}: {count:,} parameters; method {config.method}",
+        f"image tower: {image.kind} {sizes}",
+    ]
     if text:
         sizes = " ".join(f"{name}={text[name]}" for name in ("context", "vocab_size", "width", "depth", "heads"))
         lines.append(f"text tower: {text.kind} {sizes}")
@@ -196,13 +204,14 @@ def _describe(foreign, config, ours, tokenizer):
     mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (config.model.image_mean, config.model.image_std))
     lines.append(f"preprocessing: {', '.join(config.eval.transform)}; mean ({mean}), std ({std})")
     lines.append(
-        f"tokenizer: {config.tokenizer or 'none'}" + (f", {tokenizer.vocab_size:,} ids" if tokenizer and tokenizer.vocab_size else "")
+        f"tokenizer: {config.tokenizer or 'none'}"
+        + (f", {tokenizer.vocab_size:,} ids" if tokenizer and tokenizer.vocab_size else "")
     )
     return lines
 
 
 def write(imported, workdir):
-    """Writes an :class:`Imported` model as checkpoint 0 of a work folder; raises UserError when there is a checkpoint already."""
+    """Writes an `Imported` model as checkpoint 0 of a work folder; raises UserError when there is a checkpoint already."""
     from clip_jax.training import checkpoint
 
     workdir = pathlib.Path(workdir)
@@ -211,7 +220,9 @@ def write(imported, workdir):
     if (workdir / "checkpoints").exists():
         raise UserError(f"--workdir={workdir}: there are checkpoints in it already")
     if imported.tokenizer is None:
-        raise UserError("the model came without a tokenizer: give --tokenizer=SPEC, such as clip_bpe or sentencepiece:/path/to.model")
+        raise UserError(
+            "the model came without a tokenizer: give --tokenizer=SPEC, such as clip_bpe or sentencepiece:/path/to.model"
+        )
     with checkpoint.Checkpointer(workdir, imported.config, imported.tokenizer) as checkpointer:
         checkpointer.save(0, {"params": imported.params, "extra": imported.extra}, {})
         checkpointer.wait()
@@ -219,19 +230,19 @@ def write(imported, workdir):
 
 def main(argv=None):
     """The command; returns the exit status: 0, or 2 after a one-line error."""
-    from clip_jax.training import faults
+    from clip_jax.runtime import command
 
-    parser = argparse.ArgumentParser(
-        prog="clip_jax.interop.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.make_parser("clip_jax.interop.load", __doc__)
     parser.add_argument("--from", dest="source", required=True, metavar="PATH", help="weight file, or folder")
     parser.add_argument("--workdir", required=True, metavar="OUT", help="where the checkpoint goes")
     parser.add_argument("--act", help=f"activation of a bare state dict: {', '.join(recognize.ACTS)}")
     parser.add_argument("--heads", type=_pair, metavar="IMAGE,TEXT", help="attention heads, where they cannot be told")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="resize the position embeddings for pictures of this size")
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="resize the position embeddings for pictures of this size"
+    )
     parser.add_argument("--tokenizer", metavar="SPEC", help="by default the one beside the weights")
     args = parser.parse_args(argv)
-    return faults.command(lambda: _run(args))
+    return command.run(lambda: _run(args))
 
 
 def _pair(text):

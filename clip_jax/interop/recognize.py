@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from clip_jax import weight_files as readers
 from clip_jax.errors import UserError
-from clip_jax.interop import configs, readers
+from clip_jax.interop import configs
 from clip_jax.interop.layouts import big_vision, hf, open_clip
 
 # Where the weights are, the first that is there; in a folder that holds a model for open_clip and for transformers, open_clip's.
@@ -29,7 +30,7 @@ class Foreign:
     Attributes:
       kind: what it is, in words.
       file: the weights, or the index of their files.
-      tensors: ``{name: Tensor}``.
+      tensors: `{name: Tensor}`.
       config: our configuration of it, without tokenizer.
       entries: function of our paths that gives the layout.
       ignored: patterns of names that are no parameters.
@@ -46,7 +47,7 @@ class Foreign:
 
 
 def recognize(path, act=None, heads=None, size=None):
-    """The :class:`Foreign` model of a file or folder.
+    """The `Foreign` model of a file or folder.
 
     Args:
       path: a weight file, with the configuration beside it if there is one, or a folder.
@@ -75,10 +76,14 @@ def recognize(path, act=None, heads=None, size=None):
     towers = [foreign.config.model[which] for which in ("image", "text") if which in foreign.config.model]
     acts = {tower["act"] for tower in towers if "act" in tower}
     if act and acts != {act}:
-        raise UserError(f"--act={act} contradicts {file} or the configuration beside it: {' and '.join(sorted(acts))} there")
+        raise UserError(
+            f"--act={act} contradicts {file} or the configuration beside it: {' and '.join(sorted(acts))} there"
+        )
     found = [tower.get("heads") for tower in towers]
     if heads and any(a not in (None, b) for a, b in zip(found, heads, strict=False)):
-        raise UserError(f"--heads={heads[0]},{heads[1]} contradicts {file} or the configuration beside it: {found} there")
+        raise UserError(
+            f"--heads={heads[0]},{heads[1]} contradicts {file} or the configuration beside it: {found} there"
+        )
     return foreign
 
 
@@ -89,7 +94,10 @@ def is_foreign(path):
 
 
 def _candidates(folder):
-    files, npz = [folder / name for name in (*OPEN_CLIP_FILES, *HF_FILES, "checkpoint.npz")], sorted(folder.glob("*.npz"))
+    files, npz = (
+        [folder / name for name in (*OPEN_CLIP_FILES, *HF_FILES, "checkpoint.npz")],
+        sorted(folder.glob("*.npz")),
+    )
     return [file for file in files if file.is_file()] + (npz if len(npz) == 1 else [])
 
 
@@ -122,7 +130,9 @@ def _open_clip(file, tensors, cfg, act, heads):
     if cfg and "model_cfg" in cfg:
         cfg, preprocess = cfg["model_cfg"], cfg.get("preprocess_cfg")
     if cfg and not {"embed_dim", "vision_cfg", "text_cfg"} <= cfg.keys():
-        raise UserError(f"{file}: the configuration beside it is none of open_clip: embed_dim, vision_cfg and text_cfg are expected")
+        raise UserError(
+            f"{file}: the configuration beside it is none of open_clip: embed_dim, vision_cfg and text_cfg are expected"
+        )
     if cfg and heads and "timm_model_name" in cfg["vision_cfg"]:
         cfg["vision_cfg"].setdefault("heads", heads[0])
     if not cfg:
@@ -144,7 +154,7 @@ def _open_clip(file, tensors, cfg, act, heads):
 
 
 def _pyramidclip(file, tensors, cfg, heads):
-    """``cfg``: the arguments of the released model class, or nothing; it tells the text tower's heads."""
+    """`cfg`: the arguments of the released model class, or nothing; it tells the text tower's heads."""
     config, parts = configs.pyramidclip(tensors, heads or (None, (cfg or {}).get("transformer_heads")))
     notes = ["sizes read off the weights; the published preprocessing is taken"]
     return Foreign(
@@ -156,7 +166,9 @@ def _hf(file, tensors, cfg):
     if not cfg:
         raise UserError(f"{file}: the model's config.json has to be beside it")
     if cfg.get("model_type") not in HF_KINDS:
-        raise UserError(f"{file.parent / 'config.json'}: model_type={cfg.get('model_type')!r}: allowed are {', '.join(HF_KINDS)}")
+        raise UserError(
+            f"{file.parent / 'config.json'}: model_type={cfg.get('model_type')!r}: allowed are {', '.join(HF_KINDS)}"
+        )
     make, entries, kind = HF_KINDS[cfg["model_type"]]
     preprocessor = _json(file.parent / "preprocessor_config.json")
     config = make(cfg, preprocessor)
@@ -168,7 +180,9 @@ def _big_vision(file, tensors, cfg, size):
     tensors = {name.removeprefix("params/"): t for name, t in tensors.items() if not name.startswith("opt/")}
     tensors, notes = _modernize(tensors), []
     if lit := [name for name in tensors if name.startswith("txt/BertEncoder")]:
-        notes.append(f"LiT's text tower ({lit[0].split('/')[1]}) is left out: its layout is not published; the image tower alone is loaded")
+        notes.append(
+            f"LiT's text tower ({lit[0].split('/')[1]}) is left out: its layout is not published; the image tower alone is loaded"
+        )
         tensors = {name: t for name, t in tensors.items() if name.startswith("img/")}
     bare = "embedding/kernel" in tensors
     image = "" if bare else "img/"
@@ -178,7 +192,9 @@ def _big_vision(file, tensors, cfg, size):
     elif positions is not None and f"{image}cls" in tensors:
         cls_position = math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]
     config = configs.big_vision(tensors, cfg or {})
-    options = dict(bare=bare, stacked=f"{image}Transformer/encoderblock/LayerNorm_0/scale" in tensors, cls_position=cls_position)
+    options = dict(
+        bare=bare, stacked=f"{image}Transformer/encoderblock/LayerNorm_0/scale" in tensors, cls_position=cls_position
+    )
     return Foreign(
         "big_vision", file, tensors, config, lambda ours: big_vision.entries(ours, **options), big_vision.IGNORED, notes
     )  # fmt: skip
@@ -190,10 +206,14 @@ def _modernize(tensors):
     for name, tensor in tensors.items():
         # A position embedding once belonged to the encoder; the pooling head once had no name of its own.
         name = re.sub(r"Transformer/posembed_input/pos_embedding$", "pos_embedding", name)
-        name = re.sub(r"^(img/)?(probe|MlpBlock_0/|LayerNorm_0/|MultiHeadDotProductAttention_0/)", r"\1MAPHead_0/\2", name)
+        name = re.sub(
+            r"^(img/)?(probe|MlpBlock_0/|LayerNorm_0/|MultiHeadDotProductAttention_0/)", r"\1MAPHead_0/\2", name
+        )
         found[name.replace("img/MAPHead_0/MAPHead_0", "img/MAPHead_0")] = tensor
     if "txt/Encoder_0/pos_embedding" in found:
         first, second = found.pop("txt/Encoder_0/pos_embedding"), found.get("txt/pos_embedding")
-        total = first if second is None else readers.Tensor(first.shape, first.dtype, lambda: first.read() + second.read())
+        total = (
+            first if second is None else readers.Tensor(first.shape, first.dtype, lambda: first.read() + second.read())
+        )
         found["txt/pos_embedding"] = total
     return found

@@ -26,7 +26,11 @@ def find(folder, method, vocab_size):
     if method == "siglip":
         return _siglip(folder, vocab_size)
     if method == "align":
-        return _of_json(folder) if not (folder / "vocab.txt").is_file() else tokenizers.make_tokenizer(f"wordpiece:{folder / 'vocab.txt'}")
+        return (
+            _of_json(folder)
+            if not (folder / "vocab.txt").is_file()
+            else tokenizers.make_tokenizer(f"wordpiece:{folder / 'vocab.txt'}")
+        )
     if (folder / "merges.txt").is_file():
         return tokenizers.make_tokenizer(f"clip_bpe:{folder / 'merges.txt'}")
     if (folder / "tokenizer.json").is_file():
@@ -37,7 +41,7 @@ def find(folder, method, vocab_size):
 def _siglip(folder, vocab_size):
     """Bare lower-case words as in open_clip and transformers; of SigLIP 2 (Gemma's vocabulary) lower-case text as in big_vision.
 
-    What ``clip_jax.interop.export`` wrote says itself which.
+    What `clip_jax.interop.export` wrote says itself which.
     """
     config, clean = folder / "tokenizer_config.json", "lower" if vocab_size == GEMMA_VOCABULARY else "canonical"
     if config.is_file():
@@ -52,7 +56,7 @@ def _siglip(folder, vocab_size):
 
 
 def _of_json(folder):
-    """CLIP's or BERT's tokenizer of a ``tokenizer.json``."""
+    """CLIP's or BERT's tokenizer of a `tokenizer.json`."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None

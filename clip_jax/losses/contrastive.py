@@ -1,7 +1,7 @@
 """Contrastive losses as pure functions of features. Logits and losses are float32 whatever the features' dtype.
 
-Under ``jax.jit`` with the batch sharded over a mesh the functions below are the losses of the global batch. None of them holds
-the matrix of all pairs, forward or backward: see :mod:`clip_jax.losses.pairwise`.
+Under `jax.jit` with the batch sharded over a mesh the functions below are the losses of the global batch. None of them holds
+the matrix of all pairs, forward or backward: see `clip_jax.losses.pairwise`.
 """
 
 import functools
@@ -14,7 +14,7 @@ from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise, pairwise_loss
 
 
 def cross_entropy(logits, targets):
-    """Soft cross-entropy per row, ``-(targets * log_softmax(logits)).sum(-1)``, float32 ``[B]``."""
+    """Soft cross-entropy per row, `-(targets * log_softmax(logits)).sum(-1)`, float32 `[B]`."""
     return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
@@ -22,39 +22,43 @@ def infonce(z_image, z_text, scale, smoothing=0.0, weights=None, kinds=None):
     """InfoNCE over the global batch: the mean of both directions (CLIP: Radford et al. 2021, figure 3; ALIGN: twice this).
 
     Args:
-      z_image, z_text: unit vectors ``[B, E]``; row i of one belongs to row i of the other.
-      scale: ``exp(logit_scale)``, scalar.
-      smoothing: label smoothing; the target is ``1 - smoothing`` on the diagonal plus ``smoothing / B`` everywhere.
-      weights: of the examples' losses, ``[B]``, for both directions; the sum is divided by B all the same.
-      kinds: ``{name: bool [B]}``, kinds of examples whose accuracies are to be told apart.
+      z_image, z_text: unit vectors `[B, E]`; row i of one belongs to row i of the other.
+      scale: `exp(logit_scale)`, scalar.
+      smoothing: label smoothing; the target is `1 - smoothing` on the diagonal plus `smoothing / B` everywhere.
+      weights: of the examples' losses, `[B]`, for both directions; the sum is divided by B all the same.
+      kinds: `{name: bool [B]}`, kinds of examples whose accuracies are to be told apart.
 
     Returns:
-      ``(loss, metrics)``: a float32 scalar, and the accuracy in the batch of both directions, ``image_to_text_acc`` and
-      ``text_to_image_acc``; with ``kinds`` in their place ``<name>_acc``, their mean over the examples of a kind, 0 without any.
+      `(loss, metrics)`: a float32 scalar, and the accuracy in the batch of both directions, `image_to_text_acc` and
+      `text_to_image_acc`; with `kinds` in their place `<name>_acc`, their mean over the examples of a kind, 0 without any.
     """
     z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
     positive = scale * jnp.sum(z_image * z_text, axis=1)
     negatives = pairwise(_negatives_tile, scale, z_image, z_text)
-    losses = [jnp.logaddexp(lse, positive) - (1 - smoothing) * positive for lse in (negatives.row_lse, negatives.col_lse)]
+    losses = [
+        jnp.logaddexp(lse, positive) - (1 - smoothing) * positive for lse in (negatives.row_lse, negatives.col_lse)
+    ]
     if smoothing:
         losses[0] -= smoothing * scale * z_image @ z_text.mean(0)
         losses[1] -= smoothing * scale * z_text @ z_image.mean(0)
     if kinds is None:
         return _mean(losses, weights), _accuracies(positive, negatives)
     won = ((positive > negatives.row_max).astype(jnp.float32) + (positive > negatives.col_max)) / 2
-    return _mean(losses, weights), {f"{name}_acc": jnp.sum(won * kind) / jnp.maximum(jnp.sum(kind), 1) for name, kind in kinds.items()}
+    return _mean(losses, weights), {
+        f"{name}_acc": jnp.sum(won * kind) / jnp.maximum(jnp.sum(kind), 1) for name, kind in kinds.items()
+    }
 
 
 def contrast(queries, keys, scale, smoothing=0.0):
     """InfoNCE in one direction: each query is to find its own key among all keys of the global batch.
 
     Args:
-      queries, keys: unit vectors ``[B, E]``; both get a gradient.
+      queries, keys: unit vectors `[B, E]`; both get a gradient.
       scale: scalar, multiplies the similarities.
       smoothing: of the target, spread evenly over the wrong keys.
 
     Returns:
-      ``(loss, share of the queries whose key beats all others)``, float32 scalars.
+      `(loss, share of the queries whose key beats all others)`, float32 scalars.
     """
     queries, keys, scale = (jnp.asarray(x, jnp.float32) for x in (queries, keys, scale))
     positive = scale * jnp.sum(queries * keys, axis=1)
@@ -70,20 +74,21 @@ def views_infonce(images, texts, scale, groups=None, both=True):
     """InfoNCE of every view of the images with every view of the texts, all in one pass over the pairs.
 
     Args:
-      images, texts: lists of unit vectors ``[B, E]``.
+      images, texts: lists of unit vectors `[B, E]`.
       scale: scalar.
-      groups: for each view of the texts int ``[B]``; wrong texts of the group of an image's own text are left out. None: all count.
+      groups: for each view of the texts int `[B]`; wrong texts of the group of an image's own text are left out. None: all count.
       both: the mean of both directions; False: images are to find texts alone.
 
     Returns:
-      ``(losses, metrics)``: float32 scalars in the order of ``itertools.product(images, texts)``, and the accuracies of the first pair.
+      `(losses, metrics)`: float32 scalars in the order of `itertools.product(images, texts)`, and the accuracies of the first pair.
     """
     groups = groups or [jnp.arange(len(images[0]))] * len(texts)
     positives = [scale * jnp.sum(u * v, axis=1) for u in images for v in texts]
     out = pairwise(functools.partial(_views_tile, both), scale, (images, groups), (texts, groups))
     sides = ((out.row_lse, out.row_max), (out.col_lse, out.col_max))[: 1 + both]
     losses = [
-        sum(jnp.mean(jnp.logaddexp(lse[k], positive) - positive) for lse, _ in sides) / len(sides) for k, positive in enumerate(positives)
+        sum(jnp.mean(jnp.logaddexp(lse[k], positive) - positive) for lse, _ in sides) / len(sides)
+        for k, positive in enumerate(positives)
     ]
     names = ("image_to_text_acc", "text_to_image_acc")[: len(sides)]
     return losses, {name: (positives[0] > largest[0]).mean() for name, (_, largest) in zip(names, sides, strict=True)}
@@ -93,14 +98,14 @@ def soft_infonce(z_image, z_text, scale, target_fn, target_params, image_targets
     """InfoNCE against soft targets that are a function of the pair: UniCL's labels, ZeroVL's mixtures, OTTER's matchings.
 
     Args:
-      z_image, z_text, scale, weights: as for :func:`infonce`.
-      target_fn: pure function ``(target_params, image_targets [t, ...], text_targets [u, ...], i [t, 1], j [1, u])`` to a tile
-        ``[t, u]`` of the target, not negative and with a positive sum over each row and column. The target of image i is its
+      z_image, z_text, scale, weights: as for `infonce`.
+      target_fn: pure function `(target_params, image_targets [t, ...], text_targets [u, ...], i [t, 1], j [1, u])` to a tile
+        `[t, u]` of the target, not negative and with a positive sum over each row and column. The target of image i is its
         row, that of text j its column, each divided by its sum.
       target_params, image_targets, text_targets: pytrees of arrays; of the last two with leading axis B. They get a gradient.
 
     Returns:
-      ``(loss, metrics)`` as :func:`infonce`.
+      `(loss, metrics)` as `infonce`.
     """
     z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
     positive = scale * jnp.sum(z_image * z_text, axis=1)
@@ -117,17 +122,20 @@ def sigmoid(z_image, z_text, scale, bias):
     """SigLIP's loss (Zhai et al. 2023, equation 1): every pair a binary decision; the sum over all pairs divided by B.
 
     Args:
-      z_image, z_text: unit vectors ``[B, E]``.
-      scale, bias: scalars; a pair's logit is ``scale * <z_image, z_text> + bias``.
+      z_image, z_text: unit vectors `[B, E]`.
+      scale, bias: scalars; a pair's logit is `scale * <z_image, z_text> + bias`.
 
     Returns:
-      ``(loss, metrics)`` as :func:`infonce`.
+      `(loss, metrics)` as `infonce`.
     """
     z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
     similarity = jnp.sum(z_image * z_text, axis=1)
     own = lax.stop_gradient(similarity)
     negatives, out = pairwise_loss(_sigmoid_tile, (scale, bias), (z_image, own), (z_text, own))
-    ahead = {name: (x["ahead"] == 0).mean() for name, x in (("image_to_text_acc", out.row_sum), ("text_to_image_acc", out.col_sum))}
+    ahead = {
+        name: (x["ahead"] == 0).mean()
+        for name, x in (("image_to_text_acc", out.row_sum), ("text_to_image_acc", out.col_sum))
+    }
     return negatives / len(similarity) + jax.nn.softplus(-(scale * similarity + bias)).mean(), ahead
 
 
@@ -138,13 +146,13 @@ def filip(image_tokens, text_tokens, text_mask, scale, keys=None):
     tokens of the best image token.
 
     Args:
-      image_tokens, text_tokens: unit vectors ``[B, P, D]`` and ``[B, L, D]``.
-      text_mask: bool ``[B, L]``, True for real tokens, at least one in each text.
+      image_tokens, text_tokens: unit vectors `[B, P, D]` and `[B, L, D]`.
+      text_mask: bool `[B, L]`, True for real tokens, at least one in each text.
       scale: scalar.
-      keys: ``(image tokens [B, p, D], (text tokens [B, l, D], their mask))`` among which the best ones are sought; None: all.
+      keys: `(image tokens [B, p, D], (text tokens [B, l, D], their mask))` among which the best ones are sought; None: all.
 
     Returns:
-      ``(loss, metrics)`` as :func:`infonce`.
+      `(loss, metrics)` as `infonce`.
     """
     image_keys, text_keys = keys or (None, None)
     rows, cols = (image_tokens, image_keys), ((text_tokens, text_mask), text_keys)
@@ -154,7 +162,10 @@ def filip(image_tokens, text_tokens, text_mask, scale, keys=None):
     own = jax.vmap(lambda *pair: _late_interaction(*jax.tree.map(lambda x: x[None], pair)))(rows, cols)
     positives = [scale * x[:, 0, 0] for x in own]
     out = pairwise(_filip_tile, scale, rows, cols, entry_size)
-    losses = [jnp.logaddexp(lse, positive) - positive for lse, positive in zip((out.row_lse, out.col_lse), positives, strict=True)]
+    losses = [
+        jnp.logaddexp(lse, positive) - positive
+        for lse, positive in zip((out.row_lse, out.col_lse), positives, strict=True)
+    ]
     accuracies = _accuracies(positives[0], out), _accuracies(positives[1], out)
     return _mean(losses), {name: accuracies[k][name] for k, name in enumerate(accuracies[0])}
 
@@ -172,8 +183,10 @@ def _accuracies(positive, negatives):
 
 
 def similarities(a, b):
-    """Dot products of all rows of two arrays, float32 ``[a, b]``."""
-    return jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)  # a scale of 100 makes the error of bfloat16 passes visible
+    """Dot products of all rows of two arrays, float32 `[a, b]`."""
+    return jnp.matmul(
+        a, b.T, precision=lax.Precision.HIGHEST
+    )  # a scale of 100 makes the error of bfloat16 passes visible
 
 
 def _negatives_tile(scale, z_image, z_text, i, j):
@@ -188,7 +201,9 @@ def _contrast_tile(scale, queries, keys, i, j):
 def _views_tile(both, scale, rows, cols, i, j):
     (images, own), (texts, others) = rows, cols
     left_out = [a[:, None] == b for a, b in zip(own, others, strict=True)]
-    logits = [jnp.where(x, EXCLUDED, scale * similarities(u, v)) for u in images for v, x in zip(texts, left_out, strict=True)]
+    logits = [
+        jnp.where(x, EXCLUDED, scale * similarities(u, v)) for u in images for v, x in zip(texts, left_out, strict=True)
+    ]
     return Tile(logits, logits if both else ())
 
 
@@ -211,7 +226,7 @@ def _sigmoid_tile(params, rows, cols, i, j):
 
 
 def _late_interaction(rows, cols):
-    """Scores ``[t, u]`` of images for texts, and of texts for images."""
+    """Scores `[t, u]` of images for texts, and of texts for images."""
     (image_tokens, image_keys), (text, text_keys) = rows, cols
     similarity = _token_similarities(image_tokens, text[0])
     to_keys = similarity if text_keys is None else _token_similarities(image_tokens, text_keys[0])

@@ -14,13 +14,13 @@ from clip_jax.models.common import l2_normalize
 
 
 def new_queue(rng, size, width):
-    """A queue of ``size`` random unit rows: ``{"rows": float32 [Q, D], "next": position of the oldest, "filled": rows put in so far}``."""
+    """A queue of `size` random unit rows: `{"rows": float32 [Q, D], "next": position of the oldest, "filled": rows put in so far}`."""
     rows = l2_normalize(jax.random.normal(rng, (size, width)))
     return {"rows": rows, "next": jnp.zeros((), jnp.int32), "filled": jnp.zeros((), jnp.int32)}
 
 
 def enqueue(queue, x):
-    """The queue with the rows of ``x [n, D]`` in the place of the oldest ones; of more rows than it has places, the last stay."""
+    """The queue with the rows of `x [n, D]` in the place of the oldest ones; of more rows than it has places, the last stay."""
     size = len(queue["rows"])
     kept = min(len(x), size)
     places = (queue["next"] + len(x) - kept + jnp.arange(kept)) % size
@@ -32,7 +32,7 @@ def enqueue(queue, x):
 
 
 def nearest(queries, rows):
-    """The row with the largest dot product with each query, ``(float32 [B, D], its number int32 [B])``; of equal ones the first."""
+    """The row with the largest dot product with each query, `(float32 [B, D], its number int32 [B])`; of equal ones the first."""
     number = top_k(queries, rows, 1)[1]
     return take(rows, number)[:, 0], number[:, 0]
 
@@ -44,14 +44,14 @@ def top_k(queries, rows, k, count=None, approximate=False):
     what was found, never the rows, and of the scores only those of one block exist.
 
     Args:
-      queries: ``[B, D]``.
-      rows: ``[Q, D]``.
+      queries: `[B, D]`.
+      rows: `[Q, D]`.
       k: at most the number of rows.
-      count: only the first ``count`` rows, at least k, take part; None: all.
-      approximate: a little less than all of them are found, faster on a TPU (``jax.lax.approx_max_k``; elsewhere it is exact).
+      count: only the first `count` rows, at least k, take part; None: all.
+      approximate: a little less than all of them are found, faster on a TPU (`jax.lax.approx_max_k`; elsewhere it is exact).
 
     Returns:
-      ``(dot products float32 [B, k], numbers of the rows int32 [B, k])``.
+      `(dot products float32 [B, k], numbers of the rows int32 [B, k])`.
     """
     axes, _ = layout(len(queries), len(rows))
     fn = functools.partial(_top_k, axes, k, len(rows) if count is None else count, approximate)
@@ -59,7 +59,7 @@ def top_k(queries, rows, k, count=None, approximate=False):
 
 
 def take(rows, numbers):
-    """``rows [Q, ...]`` at the numbers int ``[B, k]``, ``[B, k, ...]``, without a gradient; every device gives those that it holds."""
+    """`rows [Q, ...]` at the numbers int `[B, k]`, `[B, k, ...]`, without a gradient; every device gives those that it holds."""
     axes, _ = layout(len(numbers), len(rows))
     return _sharded(functools.partial(_take, axes), axes)(numbers, lax.stop_gradient(rows))
 
@@ -98,7 +98,7 @@ def _top_k(axes, k, count, approximate, queries, rows):
 
 
 def _best(k, *pairs):
-    """The k largest of values ``[B, n]`` with their numbers, of ``values, numbers, values, numbers, ...``."""
+    """The k largest of values `[B, n]` with their numbers, of `values, numbers, values, numbers, ...`."""
     values, numbers = jnp.concatenate(pairs[::2], 1), jnp.concatenate(pairs[1::2], 1)
     values, place = lax.top_k(values, k)
     return values, jnp.take_along_axis(numbers, place, axis=1)

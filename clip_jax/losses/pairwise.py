@@ -1,6 +1,6 @@
 """Sums and log-sum-exps over all pairs of a batch, tile by tile, in memory linear in the batch.
 
-A contrastive loss needs, of the matrix of all pairs, only sums over its rows and columns. :func:`pairwise` computes them from
+A contrastive loss needs, of the matrix of all pairs, only sums over its rows and columns. `pairwise` computes them from
 a function that gives one tile of the matrix. Every device holds its share of the rows and of the columns; the columns, with
 what was summed over them so far, go once around all devices; log-sum-exps are taken online (Milakov & Gimelshein 2018). The
 backward rule computes the tiles again: automatic differentiation of such a loop would keep every one of them.
@@ -24,7 +24,7 @@ TILE_ENTRIES = 2**20
 
 
 class Tile(NamedTuple):
-    """The entries of a tile ``[t, u]`` by what is done with them; each field a float32 array, a pytree of such, or empty."""
+    """The entries of a tile `[t, u]` by what is done with them; each field a float32 array, a pytree of such, or empty."""
 
     row_lse: Any = ()
     col_lse: Any = ()
@@ -33,9 +33,9 @@ class Tile(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """Over the whole matrix ``[R, C]``: row fields hold float32 ``[R]``, column fields ``[C]``, in the structure of :class:`Tile`.
+    """Over the whole matrix `[R, C]`: row fields hold float32 `[R]`, column fields `[C]`, in the structure of `Tile`.
 
-    ``row_max`` and ``col_max``, without a gradient, are the largest entries of what the log-sum-exps were taken of.
+    `row_max` and `col_max`, without a gradient, are the largest entries of what the log-sum-exps were taken of.
     """
 
     row_lse: Any
@@ -47,19 +47,19 @@ class Reduced(NamedTuple):
 
 
 def pairwise(tile_fn, params, rows, cols, entry_size=1):
-    """Reduces the matrix that ``tile_fn`` gives tile by tile over its rows and columns. Differentiable once, in reverse.
+    """Reduces the matrix that `tile_fn` gives tile by tile over its rows and columns. Differentiable once, in reverse.
 
-    Under a mesh in use (``jax.set_mesh``) rows and columns are spread over all of its devices that divide them.
+    Under a mesh in use (`jax.set_mesh`) rows and columns are spread over all of its devices that divide them.
 
     Args:
-      tile_fn: pure function ``(params, rows [t, ...], cols [u, ...], i int32 [t, 1], j int32 [1, u]) -> Tile``; i and j are
+      tile_fn: pure function `(params, rows [t, ...], cols [u, ...], i int32 [t, 1], j int32 [1, u]) -> Tile`; i and j are
         positions in the whole matrix. Traced arrays reach it by its arguments alone, not by a closure.
       params: pytree of float arrays that every tile needs whole, such as the scale.
-      rows, cols: pytrees of arrays ``[R, ...]`` and ``[C, ...]``; integer arrays have no gradient.
-      entry_size: how many numbers ``tile_fn`` holds for an entry, where it is more than one; tiles shrink accordingly.
+      rows, cols: pytrees of arrays `[R, ...]` and `[C, ...]`; integer arrays have no gradient.
+      entry_size: how many numbers `tile_fn` holds for an entry, where it is more than one; tiles shrink accordingly.
 
     Returns:
-      :class:`Reduced`.
+      `Reduced`.
     """
     plan, rows, cols = _make_plan(tile_fn, rows, cols, entry_size)
     return _pairwise(plan, params, rows, cols)
@@ -71,18 +71,18 @@ def pairwise_loss(tile_fn, params, rows, cols):
     Nothing but a factor of such a gradient depends on what is done with the sum, so the tiles need not be computed again for it.
 
     Args:
-      tile_fn: as that of :func:`pairwise`, with the losses and else nothing in ``row_sum["loss"]``; only they have a gradient.
+      tile_fn: as that of `pairwise`, with the losses and else nothing in `row_sum["loss"]`; only they have a gradient.
       params, rows, cols: as there.
 
     Returns:
-      ``(sum of the losses, Reduced)``; of the latter only the sums are filled in.
+      `(sum of the losses, Reduced)`; of the latter only the sums are filled in.
     """
     plan, rows, cols = _make_plan(tile_fn, rows, cols)
     return _pairwise_loss(plan, params, rows, cols)
 
 
 def tile_side(entry_size=1):
-    """How many rows and columns a tile has, at most, if ``entry_size`` numbers are held for an entry."""
+    """How many rows and columns a tile has, at most, if `entry_size` numbers are held for an entry."""
     return max(1, math.isqrt(TILE_ENTRIES // entry_size))
 
 
@@ -99,7 +99,7 @@ class _Plan:
 
 
 def _make_plan(tile_fn, rows, cols, entry_size=1):
-    """``(plan, arrays of the rows, arrays of the columns)``."""
+    """`(plan, arrays of the rows, arrays of the columns)`."""
     (row_leaves, row_def), (col_leaves, col_def) = jax.tree.flatten(rows), jax.tree.flatten(cols)
     plan = _Plan(tile_fn, row_def, col_def, *layout(len(row_leaves[0]), len(col_leaves[0])), tile_side(entry_size))
     return plan, row_leaves, col_leaves
@@ -160,7 +160,7 @@ _pairwise_loss.defvjp(_pairwise_loss_fwd, _pairwise_loss_bwd)
 
 
 def _like(grad, x):
-    """A gradient as reverse differentiation wants it: of the dtype of ``x``, none for integers."""
+    """A gradient as reverse differentiation wants it: of the dtype of `x`, none for integers."""
     return grad.astype(x.dtype) if _has_gradient(x) else None
 
 
@@ -169,7 +169,7 @@ def _has_gradient(x):
 
 
 def _sharded(plan, fn, out_specs):
-    """``fn(plan, params, by_row, by_col)`` as a function of global arrays."""
+    """`fn(plan, params, by_row, by_col)` as a function of global arrays."""
     fn = functools.partial(fn, plan)
     if not plan.axes:
         return fn
@@ -209,7 +209,7 @@ def _forward(plan, params, rows, cols):
 
 
 def _add(state, index, lse, total, axis):
-    """Adds a tile to the running (maximum, sum of exponentials, sum), each ``[tiles, t]``, of the rows (axis 1) or columns (0)."""
+    """Adds a tile to the running (maximum, sum of exponentials, sum), each `[tiles, t]`, of the rows (axis 1) or columns (0)."""
     largest, exps, sums = state
     new = jax.tree.map(lambda m, x: jnp.maximum(m[index], x.max(axis)), largest, lse)
     exps = jax.tree.map(
@@ -221,7 +221,7 @@ def _add(state, index, lse, total, axis):
 
 
 def _finish(state, length):
-    """``(maximum, log-sum-exp, sum)``, each ``[length]``, of the running values."""
+    """`(maximum, log-sum-exp, sum)`, each `[length]`, of the running values."""
     largest, exps, sums = jax.tree.map(lambda x: x.reshape(-1)[:length], state)
     return largest, jax.tree.map(lambda m, s: m + jnp.log(s), largest, exps), sums
 
@@ -239,13 +239,21 @@ def _backward(plan, params, by_row, by_col):
 def _forward_and_backward(plan, params, rows, cols):
     def of_tile(tile, transpose, *_):
         nothing = jax.tree.map(jnp.zeros_like, tile)
-        d_params, d_rows, d_cols = transpose(nothing._replace(row_sum=nothing.row_sum | {"loss": jnp.ones_like(tile.row_sum["loss"])}))
-        row_sums, col_sums = ([x.sum(axis) for x in jax.tree.leaves(tree)] for tree, axis in ((tile.row_sum, 1), (tile.col_sum, 0)))
+        d_params, d_rows, d_cols = transpose(
+            nothing._replace(row_sum=nothing.row_sum | {"loss": jnp.ones_like(tile.row_sum["loss"])})
+        )
+        row_sums, col_sums = (
+            [x.sum(axis) for x in jax.tree.leaves(tree)] for tree, axis in ((tile.row_sum, 1), (tile.col_sum, 0))
+        )
         return d_params, d_rows + row_sums, d_cols + col_sums
 
-    shapes = jax.eval_shape(lambda: _entries(plan, params, len(rows[0]), len(cols[0]), _cut(plan, rows), _cut(plan, cols), 0, (0, 0)))
+    shapes = jax.eval_shape(
+        lambda: _entries(plan, params, len(rows[0]), len(cols[0]), _cut(plan, rows), _cut(plan, cols), 0, (0, 0))
+    )
     row_def, col_def = jax.tree.structure(shapes.row_sum), jax.tree.structure(shapes.col_sum)
-    d_params, d_rows, d_cols = _gradients(plan, params, (rows,), (cols,), of_tile, (row_def.num_leaves, col_def.num_leaves))
+    d_params, d_rows, d_cols = _gradients(
+        plan, params, (rows,), (cols,), of_tile, (row_def.num_leaves, col_def.num_leaves)
+    )
     sums = row_def.unflatten(d_rows[len(rows) :]), col_def.unflatten(d_cols[len(cols) :])
     return Reduced((), (), *sums, (), ()), d_params, d_rows[: len(rows)], d_cols[: len(cols)]
 
@@ -253,8 +261,8 @@ def _forward_and_backward(plan, params, rows, cols):
 def _gradients(plan, params, by_row, by_col, of_tile, more=(0, 0)):
     """Gradients of the parameters, rows and columns, added up over the tiles.
 
-    ``of_tile(tile, its transpose, values of its rows, values of its columns)`` gives those of a tile; the values follow rows and columns in
-    ``by_row`` and ``by_col``. So many more arrays follow the gradients of rows ``[t, ...]``, and of columns, to be added up like them.
+    `of_tile(tile, its transpose, values of its rows, values of its columns)` gives those of a tile; the values follow rows and columns in
+    `by_row` and `by_col`. So many more arrays follow the gradients of rows `[t, ...]`, and of columns, to be added up like them.
     """
     r, c = len(by_row[0][0]), len(by_col[0][0])
     by_row, by_col = _cut(plan, by_row), _cut(plan, by_col)
@@ -265,7 +273,10 @@ def _gradients(plan, params, by_row, by_col, of_tile, more=(0, 0)):
 
         def add_tile(state, place):
             d_params, d_rows, d_cols = state
-            (a, *row_values), (b, *col_values) = jax.tree.map(lambda x: x[place[0]], by_row), jax.tree.map(lambda x: x[place[1]], by_col)
+            (a, *row_values), (b, *col_values) = (
+                jax.tree.map(lambda x: x[place[0]], by_row),
+                jax.tree.map(lambda x: x[place[1]], by_col),
+            )
             tile, transpose = jax.vjp(lambda *args: _tile(plan, *args, r, c, owner, place), params, a, b)
             dp, da, db = of_tile(tile, transpose, row_values, col_values)
             d_rows = [x.at[place[0]].add(d) if _has_gradient(d) else x for x, d in zip(d_rows, da, strict=True)]
@@ -278,15 +289,21 @@ def _gradients(plan, params, by_row, by_col, of_tile, more=(0, 0)):
     def zeros(x):
         return jnp.zeros(x.shape if _has_gradient(x) else (), jnp.float32)
 
-    start_rows, start_cols = ([*map(zeros, x), *[jnp.zeros(x[0].shape[:2])] * k] for x, k in zip((rows, by_col[0]), more, strict=True))
-    (d_params, d_rows), (_, d_cols) = _around(plan, visit, (jax.tree.map(zeros, params), start_rows), (by_col, start_cols))
+    start_rows, start_cols = (
+        [*map(zeros, x), *[jnp.zeros(x[0].shape[:2])] * k] for x, k in zip((rows, by_col[0]), more, strict=True)
+    )
+    (d_params, d_rows), (_, d_cols) = _around(
+        plan, visit, (jax.tree.map(zeros, params), start_rows), (by_col, start_cols)
+    )
     if plan.axes:
         d_params = lax.psum(d_params, plan.axes)
     return d_params, [_join(x, r) for x in d_rows], [_join(x, c) for x in d_cols]
 
 
 def _d_lse(entries, lse, grad, axis):
-    return jax.tree.map(lambda x, z, g: jnp.expand_dims(g, axis) * jnp.exp(x - jnp.expand_dims(z, axis)), entries, lse, grad)
+    return jax.tree.map(
+        lambda x, z, g: jnp.expand_dims(g, axis) * jnp.exp(x - jnp.expand_dims(z, axis)), entries, lse, grad
+    )
 
 
 def _d_sum(entries, grad, axis):
@@ -294,7 +311,7 @@ def _d_sum(entries, grad, axis):
 
 
 def _around(plan, visit, staying, moving):
-    """Takes ``moving`` once around all devices: ``visit(position of its owner, staying, moving) -> (staying, moving)`` on each."""
+    """Takes `moving` once around all devices: `visit(position of its owner, staying, moving) -> (staying, moving)` on each."""
     if plan.devices == 1:
         return visit(0, staying, moving)
     here = lax.axis_index(plan.axes)
@@ -308,7 +325,7 @@ def _around(plan, visit, staying, moving):
 
 
 def _cut(plan, tree):
-    """Arrays ``[n, ...]`` as ``[tiles, t, ...]``: as few as their side allows, the last one filled up with copies of the last row."""
+    """Arrays `[n, ...]` as `[tiles, t, ...]`: as few as their side allows, the last one filled up with copies of the last row."""
 
     def cut(x):
         n = len(x)
@@ -320,7 +337,7 @@ def _cut(plan, tree):
 
 
 def _join(x, length):
-    """The reverse of :func:`_cut`; a scalar, which stands for no gradient, stays one per row."""
+    """The reverse of `_cut`; a scalar, which stands for no gradient, stays one per row."""
     return x.reshape(-1, *x.shape[2:])[:length] if x.ndim else jnp.zeros(length)
 
 
@@ -335,7 +352,7 @@ def _entries(plan, params, r, c, rows, cols, owner, place):
 
 
 def _tile(plan, params, a, b, r, c, owner, place):
-    """The tile of the rows ``a`` and columns ``b``; what they are filled up with takes part in nothing."""
+    """The tile of the rows `a` and columns `b`; what they are filled up with takes part in nothing."""
     here = lax.axis_index(plan.axes) if plan.axes else 0
     i, j = place[0] * len(a[0]) + jnp.arange(len(a[0]))[:, None], place[1] * len(b[0]) + jnp.arange(len(b[0]))
     tile = plan.tile_fn(params, plan.row_def.unflatten(a), plan.col_def.unflatten(b), here * r + i, owner * c + j[None])
@@ -346,4 +363,6 @@ def _tile(plan, params, a, b, r, c, owner, place):
     def keep(entries, other):
         return jax.tree.map(lambda x: jnp.where(real, x.astype(jnp.float32), other), entries)
 
-    return Tile(keep(tile.row_lse, EXCLUDED), keep(tile.col_lse, EXCLUDED), keep(tile.row_sum, 0.0), keep(tile.col_sum, 0.0))
+    return Tile(
+        keep(tile.row_lse, EXCLUDED), keep(tile.col_lse, EXCLUDED), keep(tile.row_sum, 0.0), keep(tile.col_sum, 0.0)
+    )

@@ -1,8 +1,8 @@
 """Entropic optimal transport between the two sides of a batch (OTTER: Wu et al. 2022), in the log domain and float32.
 
-The similarity of all pairs is that of two sets of vectors, ``S = rows @ cols^T - diagonal * I``. Sinkhorn's iterations keep it, a
-device its rows. What they give are potentials, numbers per row and column, from which :func:`divergence` makes the targets again tile
-by tile, in memory linear in the batch. The module's functions carry no gradient to ``S``.
+The similarity of all pairs is that of two sets of vectors, `S = rows @ cols^T - diagonal * I`. Sinkhorn's iterations keep it, a
+device its rows. What they give are potentials, numbers per row and column, from which `divergence` makes the targets again tile
+by tile, in memory linear in the batch. The module's functions carry no gradient to `S`.
 """
 
 import functools
@@ -18,9 +18,9 @@ from clip_jax.losses.pairwise import Tile, layout, pairwise
 
 
 class Plan(NamedTuple):
-    """``exp(S / reg + row[:, None] + col)`` is the transport plan, of total mass 1; each field float32 ``[B]``.
+    """`exp(S / reg + row[:, None] + col)` is the transport plan, of total mass 1; each field float32 `[B]`.
 
-    ``log_mass`` is the logarithm of the plan's row sums: less it, ``row`` gives the plan whose rows sum to 1, the target.
+    `log_mass` is the logarithm of the plan's row sums: less it, `row` gives the plan whose rows sum to 1, the target.
     """
 
     row: jax.Array
@@ -31,16 +31,16 @@ class Plan(NamedTuple):
 def sinkhorn(rows, cols, reg, iterations, diagonal=0.0):
     """The entropic plan with uniform marginals after some of Sinkhorn's iterations, each of which fits the rows, then the columns.
 
-    Under a mesh in use every device keeps its rows of the matrix, ``[B / devices, B]``, and exchanges numbers per column alone.
+    Under a mesh in use every device keeps its rows of the matrix, `[B / devices, B]`, and exchanges numbers per column alone.
 
     Args:
-      rows, cols: float32 ``[B, K]``, B at least 2.
+      rows, cols: float32 `[B, K]`, B at least 2.
       reg: the weight of the entropy; similarities are divided by it.
-      iterations: 0: the plan is the softmax of ``S / reg`` over all pairs.
+      iterations: 0: the plan is the softmax of `S / reg` over all pairs.
       diagonal: taken from the similarity of row i and column i.
 
     Returns:
-      :class:`Plan`.
+      `Plan`.
     """
     axes, _ = layout(len(rows))
     fn = functools.partial(_sinkhorn, axes, reg, iterations, diagonal)
@@ -83,8 +83,8 @@ def divergence(queries, keys, scale, rows, cols, plan, reg, diagonal=0.0):
     """The Kullback-Leibler divergence of softmax(scale * queries @ keys^T) from a plan's rows, the mean over the rows; no matrix is held.
 
     Args:
-      queries, keys: unit vectors ``[B, E]``; both get a gradient, as does the scalar ``scale``.
-      rows, cols, reg, diagonal: what :func:`sinkhorn` was given.
+      queries, keys: unit vectors `[B, E]`; both get a gradient, as does the scalar `scale`.
+      rows, cols, reg, diagonal: what `sinkhorn` was given.
       plan: what it gave.
 
     Returns:

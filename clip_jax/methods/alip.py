@@ -1,6 +1,6 @@
 """ALIP: Yang et al. 2023, "ALIP: Adaptive Language-Image Pre-training with Synthetic Caption" (arXiv 2308.08428).
 
-CLIP on two texts of each picture, the raw one of the data and a synthetic caption (``clip_jax/data/caption.py``), through one text tower.
+CLIP on two texts of each picture, the raw one of the data and a synthetic caption (`clip_jax/tools/caption.py`), through one text tower.
 How well the three agree weights the examples: with u, r, c the unit embeddings of picture, raw text and caption, S_rc = r.c, S_ur = u.r,
 S_uc = u.c, and H the running averages of these three over the global batch,
 
@@ -10,7 +10,7 @@ S_uc = u.c, and H the running averages of these three over the global batch,
     loss = mean(W W_ur pair(u, r)) + mean(W W_uc pair(u, c))            pair: InfoNCE, half the sum of both directions; a sum of two terms
 
 The weights have no gradient. The three averages start at 1, as in the released code, and take some 300 steps to settle. They are in
-``extra``, and so in checkpoints: the released code starts them anew where a run goes on. There each of eight processes has the whole loss
+`extra`, and so in checkpoints: the released code starts them anew where a run goes on. There each of eight processes has the whole loss
 without the gradient through the others' features, an eighth of the gradient after the mean over processes; here it is the loss's own, to
 which a bound on the gradient's norm applies.
 """
@@ -32,12 +32,12 @@ PAIRS = ("text_synthetic", "image_text", "image_synthetic")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section ``config.alip``; defaults are the released run's. Raises UserError for wrong values.
+    """The section `config.alip`; defaults are the released run's. Raises UserError for wrong values.
 
     Attributes:
       gamma_sample, gamma_pair: how fast the weights of examples and of pairs fall with a similarity below the average.
       momentum: of the running averages.
-      synthetic: the synthetic caption, templates with fields of the record as in ``data.templates``.
+      synthetic: the synthetic caption, templates with fields of the record as in `data.templates`.
     """
 
     gamma_sample: float = 2.0
@@ -64,7 +64,7 @@ def make(config):
         return params, extra | {"averages": {pair: jnp.ones((), jnp.float32) for pair in PAIRS}}
 
     def encode(params, extra, batch, rng, train):
-        """Unit rows ``image``, ``text`` and ``synthetic``, float32 ``[b, E]``."""
+        """Unit rows `image`, `text` and `synthetic`, float32 `[b, E]`."""
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 3))(batch["example_id"])
         image, _, extra = towers.encode_image(params, extra, batch["image"], train, keys[:, 0])
         ids, text_keys = side_by_side([shard_batch(batch[name]) for name in ("text", "synthetic")], keys[:, 1:])
@@ -74,28 +74,34 @@ def make(config):
 
     def heads(params, extra, features, batch, rng):
         found, m = similarities(features), options.momentum
-        return features, extra | {"averages": {pair: m * extra["averages"][pair] + (1 - m) * found[pair].mean() for pair in PAIRS}}
+        return features, extra | {
+            "averages": {pair: m * extra["averages"][pair] + (1 - m) * found[pair].mean() for pair in PAIRS}
+        }
 
     def loss(params, extra, features, batch, rng):
         scale = jnp.exp(params["logit_scale"])
         value, metrics = adaptive_infonce(features, extra["averages"], scale, options.gamma_sample, options.gamma_pair)
-        return value, {**metrics, "logit_scale": scale} | {f"average_{pair}": x for pair, x in extra["averages"].items()}
+        return value, {**metrics, "logit_scale": scale} | {
+            f"average_{pair}": x for pair, x in extra["averages"].items()
+        }
 
     views = (*base.views, text_view(config, "synthetic", templates=options.synthetic, rewrites=()))
     return dataclasses.replace(base, views=views, init=init, encode=encode, heads=heads, loss=loss)
 
 
 def similarities(features):
-    """``{pair: float32 [B]}`` of each picture's own texts, without a gradient."""
+    """`{pair: float32 [B]}` of each picture's own texts, without a gradient."""
     fixed = jax.lax.stop_gradient({name: x.astype(jnp.float32) for name, x in features.items()})
     return {pair: jnp.sum(fixed[a] * fixed[b], axis=1) for pair in PAIRS for a, b in [pair.split("_")]}
 
 
 def weights(found, averages, gamma_sample=2.0, gamma_pair=2.0):
-    """``(of the examples, {"text", "synthetic": of the pairs})``, float32 ``[B]``, of similarities ``[B]`` and their averages."""
+    """`(of the examples, {"text", "synthetic": of the pairs})`, float32 `[B]`, of similarities `[B]` and their averages."""
     below = {pair: found[pair] - averages[pair] for pair in PAIRS}
     raw = jnp.exp(gamma_sample * below["text_synthetic"])
-    pairs = {text: jnp.where(raw < 1, jnp.exp(gamma_pair * below[f"image_{text}"]), 1.0) for text in ("text", "synthetic")}
+    pairs = {
+        text: jnp.where(raw < 1, jnp.exp(gamma_pair * below[f"image_{text}"]), 1.0) for text in ("text", "synthetic")
+    }
     return jnp.minimum(raw, 1.0), pairs
 
 
@@ -103,12 +109,12 @@ def adaptive_infonce(features, averages, scale, gamma_sample=2.0, gamma_pair=2.0
     """ALIP's loss.
 
     Args:
-      features: unit vectors ``image``, ``text`` and ``synthetic``, ``[B, E]``.
-      averages: scalars by the names of :data:`PAIRS`, this step's already in them.
+      features: unit vectors `image`, `text` and `synthetic`, `[B, E]`.
+      averages: scalars by the names of `PAIRS`, this step's already in them.
       scale: scalar.
-      gamma_sample, gamma_pair: see :class:`Options`.
+      gamma_sample, gamma_pair: see `Options`.
 
-    Returns ``(loss, metrics)``: accuracies of the raw text and of the synthetic one, both terms, and the mean weights.
+    Returns `(loss, metrics)`: accuracies of the raw text and of the synthetic one, both terms, and the mean weights.
     """
     of_sample, of_pair = weights(similarities(features), averages, gamma_sample, gamma_pair)
     metrics, value = {"weight_sample": of_sample.mean()}, 0.0

@@ -1,11 +1,11 @@
 """CLIPPO: Tschannen et al. 2023, "CLIPPO: Image-and-Language Understanding from Pixels Only".
 
-One vision transformer for both inputs: captions are drawn as pictures (``clip_jax/data/render.py``, in a tokenizer's place) and go through
+One vision transformer for both inputs: captions are drawn as pictures (`clip_jax/data/font.py`, in a tokenizer's place) and go through
 the encoder of the images, patch embedding, position embedding, pooling and projection included. InfoNCE over the global batch, the mean of
-both directions; the logit scale holds the logarithm. With a mixture of data such as ``"pairs.jsonl*3 + text:c4.jsonl*1"`` a quarter of each
+both directions; the logit scale holds the logarithm. With a mixture of data such as `"pairs.jsonl*3 + text:c4.jsonl*1"` a quarter of each
 batch are pairs of consecutive sentences, both drawn, under the same loss and among each other's negatives (section 3.2 of the paper).
 
-As in big_vision the logit scale has no bound unless ``model.logit_scale_max`` sets one. There embeddings are divided by their norm plus
+As in big_vision the logit scale has no bound unless `model.logit_scale_max` sets one. There embeddings are divided by their norm plus
 1e-8, here by the norm: float32 shows no difference for any norm above 0.1.
 """
 
@@ -25,9 +25,13 @@ def make(config):
     """The CLIPPO method of a configuration; raises UserError for a tower that cannot be built and a tokenizer that does not draw."""
     model, size = config.model, config.model.image.size
     if "text" in model:
-        raise UserError("method='clippo' has one tower for images and texts, but the configuration has a section model.text")
+        raise UserError(
+            "method='clippo' has one tower for images and texts, but the configuration has a section model.text"
+        )
     if size < 32 or size % 16:
-        raise UserError(f"model.image.size={size}: method='clippo' draws texts in rows of 16 pixels: a multiple of 16 from 32 on is needed")
+        raise UserError(
+            f"model.image.size={size}: method='clippo' draws texts in rows of 16 pixels: a multiple of 16 from 32 on is needed"
+        )
     tower = image_tower(model)
     mean, std = (np.asarray(x, np.float32) * 255 for x in (model.image_mean, model.image_std))
 

@@ -1,7 +1,7 @@
 """DeCLIP: Li et al. 2022, "Supervision Exists Everywhere: A Data Efficient Contrastive Language-Image Pre-training Paradigm".
 
 CLIP with more supervision from the same pairs: two views of a picture and two of its caption, of which the second is an EDA of it
-(``clip_jax/data/text_augment.py``) and the first is masked for language modelling. With embeddings u1, u2 and v1, v2:
+(`clip_jax/data/text_augment.py`) and the first is masked for language modelling. With embeddings u1, u2 and v1, v2:
 
     clip        InfoNCE of u1 and v1, the mean of both directions
     multi_view  the mean of InfoNCE of the three other pairs of views
@@ -14,7 +14,7 @@ configs/declip.py. SLIP (Mu et al. 2022) and DeFILIP (Cui et al. 2022) have the 
 
 Unlike the released code: BatchNorm is that of the global batch, in a ResNet of both views together; the queue is one for all devices,
 wraps around and is saved with the state; random words are no special tokens, so that a text ends where it ended; no masked word makes
-the loss 0, not NaN. The queue spans ``queue_size / (2 * batch size)`` steps. Each of the released run's 32 devices had 65,536 captions of
+the loss 0, not NaN. The queue spans `queue_size / (2 * batch size)` steps. Each of the released run's 32 devices had 65,536 captions of
 its own, 256 steps: the span of 2,097,152 here. Assumptions: SLIP's term sees the views and heads of SimSiam; DeFILIP's tokens are
 projected linearly, and padding takes no part.
 """
@@ -45,7 +45,7 @@ TERMS = ("clip", "multi_view", "nn", "simsiam", "mlm", "simclr", "filip")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section ``config.declip``. A weight of 0 leaves a term out, with the views and parameters that it alone needs.
+    """The section `config.declip`. A weight of 0 leaves a term out, with the views and parameters that it alone needs.
 
     Attributes:
       clip, multi_view, nn, simsiam, mlm, simclr, filip: weights of the terms.
@@ -57,7 +57,7 @@ class Options:
       text_mask: the chance of each token of a caption to be chosen for mlm.
       word_masks: of the chosen ones the share that is masked and the share that becomes a random word; the rest stay.
       contrast_on_masked: the masked caption is also the one that is embedded; False: another pass embeds it as it is.
-      logit_scale_clamp: the logarithm of the scale after each step; where it is used it is at most ``model.logit_scale_max``.
+      logit_scale_clamp: the logarithm of the scale after each step; where it is used it is at most `model.logit_scale_max`.
       mask_id, special_ids: of the tokenizer, filled in by itself; without a mask it is the id after all others.
 
     Raises UserError for wrong values.
@@ -93,7 +93,9 @@ class Options:
         if not self.temperature > 0:
             raise UserError(f"declip.temperature={self.temperature}: must be above 0")
         if not 0 < self.text_mask < 1:
-            raise UserError(f"declip.text_mask={self.text_mask}: must be between 0 and 1; declip.mlm=0 leaves masking out")
+            raise UserError(
+                f"declip.text_mask={self.text_mask}: must be between 0 and 1; declip.mlm=0 leaves masking out"
+            )
         if len(self.word_masks) != 2 or not 0 <= min(self.word_masks) <= sum(self.word_masks) <= 1:
             raise UserError(f"declip.word_masks={self.word_masks}: two shares are needed, together at most 1")
         if len(self.logit_scale_clamp) != 2 or self.logit_scale_clamp[0] > self.logit_scale_clamp[1]:
@@ -120,10 +122,10 @@ def make(config):
 
 
 class DeCLIP:
-    """The functions of the method. ``batch["text"]`` holds the forms of a caption, int32 ``[b, 1 or 2, n]``.
+    """The functions of the method. `batch["text"]` holds the forms of a caption, int32 `[b, 1 or 2, n]`.
 
-    Parameters beside the towers' and ``logit_scale``: ``projector``, ``predictor``, ``mlm`` and ``filip``; ``extra``: ``queue``, and
-    ``batch_stats`` of the heads.
+    Parameters beside the towers' and `logit_scale`: `projector`, `predictor`, `mlm` and `filip`; `extra`: `queue`, and
+    `batch_stats` of the heads.
     """
 
     def __init__(self, config):
@@ -142,7 +144,9 @@ class DeCLIP:
         if projected:
             self.modules["projector"] = MlpHead((o.head_width,) * 3, bias=True, last_norm="affine", dtype=dtype)
         if o.simsiam:
-            self.modules["predictor"] = MlpHead((o.predictor_width, o.head_width), bias=True, last_norm="none", dtype=dtype)
+            self.modules["predictor"] = MlpHead(
+                (o.predictor_width, o.head_width), bias=True, last_norm="none", dtype=dtype
+            )
         self.mlm = nn.Dense(model.text.vocab_size, dtype=dtype)
         self.to_token = nn.Dense(model.embed_dim, use_bias=False, dtype=dtype)
 
@@ -162,20 +166,24 @@ class DeCLIP:
         if o.filip:
             tokens = jax.eval_shape(lambda: self.towers.encode_image(params, extra, batch["image"])[1])
             widths = {"img": tokens.shape[-1], "txt": self.text.width}
-            params["filip"] = {name: self.to_token.init(rngs.pop(), jnp.zeros((1, width)))["params"] for name, width in widths.items()}
+            params["filip"] = {
+                name: self.to_token.init(rngs.pop(), jnp.zeros((1, width)))["params"] for name, width in widths.items()
+            }
             params["logit_scale_tokens"] = jnp.asarray(self.scale_init, jnp.float32)
         if o.nn:
             extra = extra | {"queue": new_queue(rng_queue, o.queue_size, self.embed_dim)}
         return params, extra | ({"batch_stats": stats} if stats else {})
 
     def encode(self, params, extra, batch, rng, train):
-        """``image`` (as the tower gives it) and ``text`` (unit rows) of all views, float32 ``[b, v, E]``, and the sums of ``mlm``."""
+        """`image` (as the tower gives it) and `text` (unit rows) of all views, float32 `[b, v, E]`, and the sums of `mlm`."""
         o = self.options
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 6))(batch["example_id"])
         ids = shard_batch(batch["text"])
         real, texts, masked = real_tokens(ids[:, 0], self.text.eot_id), [*jnp.moveaxis(ids, 1, 0)], 0
         if o.mlm:
-            masks = mask_tokens(keys[:, 0], texts[0], real, o.text_mask, o.word_masks, self.vocab_size, o.special_ids, o.mask_id)
+            masks = mask_tokens(
+                keys[:, 0], texts[0], real, o.text_mask, o.word_masks, self.vocab_size, o.special_ids, o.mask_id
+            )
             masked = 0 if o.contrast_on_masked else len(texts)
             texts[masked : masked + 1] = [masks["ids"]]
         # One pass for all views, an example's side by side: so every device keeps its own rows.
@@ -188,18 +196,21 @@ class DeCLIP:
             features["mlm"] = self.masked_modelling(params, apart(words, len(ids))[:, masked], masks)
         if o.filip:
             given = {"img": apart(tokens, len(ids))[:, 0], "txt": apart(words, len(ids))[:, 0]}
-            features |= {f"tokens_{k}": l2_normalize(self.to_token.apply({"params": params["filip"][k]}, x)) for k, x in given.items()}
+            features |= {
+                f"tokens_{k}": l2_normalize(self.to_token.apply({"params": params["filip"][k]}, x))
+                for k, x in given.items()
+            }
             features["real"] = real
         return features, extra
 
     def masked_modelling(self, params, words, masks):
-        """:func:`sum_and_count` of the losses of chosen words, of states ``[b, n, D]`` and what :func:`mask_tokens` gives."""
+        """`sum_and_count` of the losses of chosen words, of states `[b, n, D]` and what `mask_tokens` gives."""
         x = jnp.take_along_axis(words, masks["positions"][..., None], axis=1)
         logits = self.mlm.apply({"params": params["mlm"]}, x).astype(jnp.float32)
         return sum_and_count(optax.softmax_cross_entropy_with_integer_labels(logits, masks["targets"]), masks["chosen"])
 
     def heads(self, params, extra, features, batch, rng):
-        """Adds ``projected`` and ``predicted``, float32 ``[B, v, head width]``; each view of the pictures has its own statistics."""
+        """Adds `projected` and `predicted`, float32 `[B, v, head width]`; each view of the pictures has its own statistics."""
         stats, x = extra.get("batch_stats", {}), features["image"]
         for name, result in (("projector", "projected"), ("predictor", "predicted")):
             if name in self.modules:
@@ -239,7 +250,7 @@ class DeCLIP:
         return sum(getattr(o, term) * x for term, x in values.items()), metrics
 
     def scale(self, parameter):
-        """At most ``exp(model.logit_scale_max)``, with a gradient there as well, as the released code has it by changing the parameter."""
+        """At most `exp(model.logit_scale_max)`, with a gradient there as well, as the released code has it by changing the parameter."""
         scale = jnp.exp(parameter)
         return scale + jax.lax.stop_gradient(jnp.minimum(scale, self.scale_max) - scale)
 
@@ -250,11 +261,13 @@ class DeCLIP:
         return extra
 
     def constrain(self, params):
-        return params | {name: jnp.clip(x, *self.options.logit_scale_clamp) for name, x in params.items() if name == "logit_scale"}
+        return params | {
+            name: jnp.clip(x, *self.options.logit_scale_clamp) for name, x in params.items() if name == "logit_scale"
+        }
 
 
 def nt_xent(views, temperature):
-    """SimCLR's loss (Chen et al. 2020, equation 1) of ``[B, 2, D]``: each view is to find the other one among all 2 B - 1."""
+    """SimCLR's loss (Chen et al. 2020, equation 1) of `[B, 2, D]`: each view is to find the other one among all 2 B - 1."""
     z = l2_normalize(views)
     positive = jnp.repeat(jnp.sum(z[:, 0] * z[:, 1], axis=1), 2) / temperature
     z = z.reshape(-1, z.shape[-1])

@@ -1,14 +1,14 @@
 """FILIP: Yao et al. 2022, "FILIP: Fine-grained Interactive Language-Image Pre-Training".
 
 CLIP, but images and texts are compared token by token. Each token of either tower is projected to a unit vector of
-``model.embed_dim``. An image scores a text by the mean over its patches of the most similar word, a text an image by the mean over
+`model.embed_dim`. An image scores a text by the mean over its patches of the most similar word, a text an image by the mean over
 its words of the most similar patch (equations 3 to 5): two different numbers, of which each is what InfoNCE in its direction
-takes (``clip_jax/losses/contrastive.py``). Embeddings are token vectors, ``[n, P, E]`` and ``[n, L, E]``, padding being rows of zeros.
+takes (`clip_jax/losses/contrastive.py`). Embeddings are token vectors, `[n, P, E]` and `[n, L, E]`, padding being rows of zeros.
 
-``token_select`` seeks the best words and patches among a few of a sample's tokens, which saves communication and half of the matrix
+`token_select` seeks the best words and patches among a few of a sample's tokens, which saves communication and half of the matrix
 products; the mean is over all of them:
 
-    paper25  the quarter whose most similar token among ``local_batch`` neighbouring samples is the most similar (section 3.1). The
+    paper25  the quarter whose most similar token among `local_batch` neighbouring samples is the most similar (section 3.1). The
              paper's neighbours are those of a device: here a number, so that the result does not depend on the machine. Assumptions:
              a quarter of the real tokens, rounded up; the mean over all tokens
     repo16   the 16 with the largest sum of similarities with the tokens of the own partner: Sense-GVT/DeCLIP, where FILIP is rebuilt
@@ -41,7 +41,7 @@ PAPER_SHARE, REPO_TOKENS = 0.25, 16
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section ``config.filip``. Raises UserError for wrong values.
+    """The section `config.filip`. Raises UserError for wrong values.
 
     Attributes:
       use_cls: the image's class token takes part.
@@ -74,7 +74,9 @@ def make(config):
     if options.use_cls and not image.cls_token:
         raise UserError("filip.use_cls=True needs model.image.cls_token=True")
     if options.token_select == "paper25" and config.data.batch_size % options.local_batch:
-        raise UserError(f"filip.local_batch={options.local_batch} does not divide data.batch_size={config.data.batch_size}")
+        raise UserError(
+            f"filip.local_batch={options.local_batch} does not divide data.batch_size={config.data.batch_size}"
+        )
     towers, base = TokenTowers(config.model, options), clip.make(config)
 
     def loss(params, extra, features, batch, rng):
@@ -102,9 +104,9 @@ def make(config):
 
 
 class TokenTowers(TwoTower):
-    """Towers whose embeddings are all their tokens: unit rows, float32 ``[b, P, E]`` and ``[b, L, E]``, zeros for padding.
+    """Towers whose embeddings are all their tokens: unit rows, float32 `[b, P, E]` and `[b, L, E]`, zeros for padding.
 
-    ``params["filip"]`` holds the projections ``img`` and ``txt``. The towers have none of their own.
+    `params["filip"]` holds the projections `img` and `txt`. The towers have none of their own.
     """
 
     def __init__(self, model, options):
@@ -119,7 +121,9 @@ class TokenTowers(TwoTower):
         params, extra = super().init(rng, batch)
         widths = {"img": self.image.width, "txt": self.text.width}
         pairs = zip(rngs, widths.items(), strict=True)
-        projections = {name: self.projections[name].init(key, jnp.zeros((1, width)))["params"] for key, (name, width) in pairs}
+        projections = {
+            name: self.projections[name].init(key, jnp.zeros((1, width)))["params"] for key, (name, width) in pairs
+        }
         return params | {"filip": projections}, extra
 
     def encode_image(self, params, extra, images, train=False, keys=None):
@@ -139,9 +143,9 @@ class TokenTowers(TwoTower):
 
 
 def late_interaction(queries, candidates):
-    """The mean over the real tokens of a query of the most similar real token of a candidate, float32 ``[n, m]``.
+    """The mean over the real tokens of a query of the most similar real token of a candidate, float32 `[n, m]`.
 
-    It takes embeddings of images and texts alike, ``[n, P, E]`` and ``[m, L, E]``; rows of zeros are padding. Tile by tile: never
+    It takes embeddings of images and texts alike, `[n, P, E]` and `[m, L, E]`; rows of zeros are padding. Tile by tile: never
     are the similarities of all tokens held.
     """
     side = pairwise.tile_side(queries.shape[1] * candidates.shape[1])
@@ -158,22 +162,32 @@ def late_interaction(queries, candidates):
 
 
 def select_keys(options, image_tokens, text_tokens, real):
-    """The argument ``keys`` of :func:`clip_jax.losses.contrastive.filip`: chosen without a gradient, padding never."""
+    """The argument `keys` of `clip_jax.losses.contrastive.filip`: chosen without a gradient, padding never."""
     fixed = lax.stop_gradient((image_tokens, text_tokens))
     p, n = image_tokens.shape[1], text_tokens.shape[1]
     if options.token_select == "repo16":
-        similarity = jnp.where(real[:, None], jnp.einsum("bpd,bld->bpl", *fixed, preferred_element_type=jnp.float32), 0.0)
-        of_patches, of_words, counts = similarity.sum(2), similarity.sum(1), (min(REPO_TOKENS, p), min(REPO_TOKENS, n), REPO_TOKENS)
+        similarity = jnp.where(
+            real[:, None], jnp.einsum("bpd,bld->bpl", *fixed, preferred_element_type=jnp.float32), 0.0
+        )
+        of_patches, of_words, counts = (
+            similarity.sum(2),
+            similarity.sum(1),
+            (min(REPO_TOKENS, p), min(REPO_TOKENS, n), REPO_TOKENS),
+        )
     else:
         of_patches, of_words = best_in_group(*fixed, real, options.local_batch)
-        counts = math.ceil(PAPER_SHARE * p), math.ceil(PAPER_SHARE * n), jnp.ceil(PAPER_SHARE * real.sum(1, keepdims=True))
+        counts = (
+            math.ceil(PAPER_SHARE * p),
+            math.ceil(PAPER_SHARE * n),
+            jnp.ceil(PAPER_SHARE * real.sum(1, keepdims=True)),
+        )
     image_keys, _ = _top(image_tokens, True, of_patches, counts[0])
     text_keys, is_real = _top(text_tokens, real, of_words, counts[1])
     return image_keys, (text_keys, is_real & (jnp.arange(counts[1]) < counts[2]))
 
 
 def best_in_group(image_tokens, text_tokens, real, size):
-    """The similarity of each token with its most similar one among ``size`` examples in a row, float32 ``[B, P]`` and ``[B, L]``."""
+    """The similarity of each token with its most similar one among `size` examples in a row, float32 `[B, P]` and `[B, L]`."""
     images, texts, real = (x.reshape(-1, size, *x.shape[1:]) for x in (image_tokens, text_tokens, real))
 
     def add(of_words, one_of_each):
@@ -186,6 +200,6 @@ def best_in_group(image_tokens, text_tokens, real, size):
 
 
 def _top(tokens, real, score, k):
-    """The ``k`` real tokens with the largest scores, ``[b, k, D]``, and which of them are real, bool ``[b, k]``."""
+    """The `k` real tokens with the largest scores, `[b, k, D]`, and which of them are real, bool `[b, k]`."""
     values, index = lax.top_k(jnp.where(real, score, pairwise.EXCLUDED), k)
     return jnp.take_along_axis(tokens, index[..., None], axis=1), values > pairwise.EXCLUDED

@@ -1,14 +1,12 @@
-"""What a method is to the rest of the program: a frozen dataclass of pure functions, made by ``make(config)`` of its module."""
+"""What a method is to the rest of the program: a frozen dataclass of pure functions, made by `make(config)` of its module."""
 
 import dataclasses
-import importlib
-import importlib.util
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
+from clip_jax import plugins
 from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
 from clip_jax.models.two_tower import TwoTower
@@ -16,26 +14,26 @@ from clip_jax.models.two_tower import TwoTower
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The functions of a method. ``batch`` is a dict of arrays ``[B, ...]``, one entry per view, plus ``example_id`` int32 ``[B]``.
+    """The functions of a method. `batch` is a dict of arrays `[B, ...]`, one entry per view, plus `example_id` int32 `[B]`.
 
     Attributes:
-      views: what the method asks of the data in training (``clip_jax.data.views``).
+      views: what the method asks of the data in training (`clip_jax.data.views`).
       eval_view: the image view of evaluation and search.
-      init: ``(rng, batch) -> (params, extra)``; ``extra`` is everything without a gradient (teachers, queues, statistics).
-      encode: ``(params, extra, batch, rng, train) -> (features, extra)``, per example: may be called on micro-batches.
-        Randomness of an example must be folded from ``rng`` and its ``example_id``, so that a second pass replays it.
-      loss: ``(params, extra, features, batch, rng) -> (loss, metrics)`` over the global batch; float32 scalars.
-      embed_image: ``(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, E]``, unit rows; of each token ``[b, P, E]``.
-      embed_text: ``(params, extra, ids int32 [b, n]) -> float32 [b, E]``, unit rows; of each token ``[b, n, E]``, zeros for padding.
-      heads: ``(params, extra, features, batch, rng) -> (features, extra)``: what between ``encode`` and ``loss`` needs the global
-        batch and changes ``extra``: heads with BatchNorm.
-      prepare: ``(batch, rng) -> batch``: work on the whole batch on the device before encoding (mixup, masks).
-      update: ``(params, extra, features, step) -> extra`` after the optimizer's step, without gradient; the features of ``heads``.
-      constrain: ``params -> params`` after the optimizer's step: projection onto the allowed set (the logit scale's clamp).
-      fill: ``(extra, source, mesh) -> extra``, once, when a run starts: what of ``extra`` comes from data or other weights, as arrays of
+      init: `(rng, batch) -> (params, extra)`; `extra` is everything without a gradient (teachers, queues, statistics).
+      encode: `(params, extra, batch, rng, train) -> (features, extra)`, per example: may be called on micro-batches.
+        Randomness of an example must be folded from `rng` and its `example_id`, so that a second pass replays it.
+      loss: `(params, extra, features, batch, rng) -> (loss, metrics)` over the global batch; float32 scalars.
+      embed_image: `(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, E]`, unit rows; of each token `[b, P, E]`.
+      embed_text: `(params, extra, ids int32 [b, n]) -> float32 [b, E]`, unit rows; of each token `[b, n, E]`, zeros for padding.
+      heads: `(params, extra, features, batch, rng) -> (features, extra)`: what between `encode` and `loss` needs the global
+        batch and changes `extra`: heads with BatchNorm.
+      prepare: `(batch, rng) -> batch`: work on the whole batch on the device before encoding (mixup, masks).
+      update: `(params, extra, features, step) -> extra` after the optimizer's step, without gradient; the features of `heads`.
+      constrain: `params -> params` after the optimizer's step: projection onto the allowed set (the logit scale's clamp).
+      fill: `(extra, source, mesh) -> extra`, once, when a run starts: what of `extra` comes from data or other weights, as arrays of
         NumPy or on the mesh.
-      similarity: ``(image embeddings [n, ...], text embeddings [m, ...]) -> float32 [n, m]``: images are the queries.
-      text_similarity: ``(text embeddings [m, ...], image embeddings [n, ...]) -> float32 [m, n]``: texts are; None: the transpose.
+      similarity: `(image embeddings [n, ...], text embeddings [m, ...]) -> float32 [n, m]`: images are the queries.
+      text_similarity: `(text embeddings [m, ...], image embeddings [n, ...]) -> float32 [m, n]`: texts are; None: the transpose.
         Where embeddings are not single vectors, search compares like with like by these two as well.
     """
 
@@ -56,7 +54,7 @@ class Method:
 
 
 def read_options(config, name, kind):
-    """The section ``config.<name>`` as a dataclass of the class ``kind``, which checks its values; UserError for a field it has not."""
+    """The section `config.<name>` as a dataclass of the class `kind`, which checks its values; UserError for a field it has not."""
     given = dict(config.get(name, {}))
     for field in sorted(given.keys() - {f.name for f in dataclasses.fields(kind)}):
         raise UserError(f"{name}.{field} is no field of method={name!r}")
@@ -64,22 +62,24 @@ def read_options(config, name, kind):
 
 
 def text_view(config, name="text", kind=TextView, **fields):
-    """The view of texts as the section ``config.data`` has it, of a kind of :class:`TextView`; ``fields``: of its fields other values."""
+    """The view of texts as the section `config.data` has it, of a kind of `TextView`; `fields`: of its fields other values."""
     data = config.data
     given = dict(templates=data.templates, word_dropout=data.word_dropout)
-    given |= {field: data[field] for field in ("rewrites", "rewrite_prob") if field in data}  # older checkpoints have none
+    given |= {
+        field: data[field] for field in ("rewrites", "rewrite_prob") if field in data
+    }  # older checkpoints have none
     context = {} if "context" in fields else dict(context=config.model.text.context)
     return kind(name, **context | given | fields)
 
 
 def two_tower_method(config, scalars, loss, **fields):
-    """A method whose encoding is that of the two towers of ``config.model``, of an image and a text, and no more.
+    """A method whose encoding is that of the two towers of `config.model`, of an image and a text, and no more.
 
     Args:
       config: the configuration.
-      scalars: names of scalar parameters, which start at ``config.model.<name>_init``.
-      loss: as of :class:`Method`; ``features`` are the unit rows ``image`` and ``text``, float32 ``[B, E]``.
-      fields: more fields of :class:`Method`.
+      scalars: names of scalar parameters, which start at `config.model.<name>_init`.
+      loss: as of `Method`; `features` are the unit rows `image` and `text`, float32 `[B, E]`.
+      fields: more fields of `Method`.
 
     Raises UserError for towers that cannot be built.
     """
@@ -102,30 +102,20 @@ def two_tower_method(config, scalars, loss, **fields):
 
 
 def make_method(config):
-    """The method that ``config.method`` names: a module of ``clip_jax.methods``, or the import path of a module of the user's.
+    """The method that `config.method` names: a module of `clip_jax.methods`, or the import path of a user's module.
 
-    Raises UserError when there is no such module or it has no ``make``.
+    Raises UserError when there is no such module or it has no function `make(config)`.
     """
-    return _module(config.method).make(config)
+    return _module(config).make(config)
 
 
 def resolve(config, source):
-    """The configuration with what its method fills in of the data: ``resolve(config, source)`` of the method's module, if it has one."""
-    return getattr(_module(config.method), "resolve", lambda config, source: config)(config, source)
+    """The configuration with what its method fills in of the data: `resolve(config, source)` of the method's module, if it has one."""
+    return getattr(_module(config), "resolve", lambda config, source: config)(config, source)
 
 
-def _module(name):
-    path = name if "." in name else f"clip_jax.methods.{name}"
+def _module(config):
     try:
-        spec = importlib.util.find_spec(path)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None:
-        import clip_jax.methods
-
-        known = sorted({m.name for m in pkgutil.iter_modules(clip_jax.methods.__path__)} - {"interface"})
-        raise UserError(f"method={name!r} is neither a method ({', '.join(known)}) nor the import path of a module")
-    module = importlib.import_module(path)
-    if not hasattr(module, "make"):
-        raise UserError(f"method={name!r}: the module {path} has no function make(config)")
-    return module
+        return plugins.load(config.method, "clip_jax.methods", "make")
+    except UserError as error:
+        raise UserError(f"method={error}") from None

@@ -1,10 +1,10 @@
 """LaCLIP: Fan et al. 2023, "Improving CLIP Training with Language Rewrites" (arXiv 2305.20088).
 
-CLIP on texts that vary as pictures do: a language model has rewritten each caption M times beforehand (``clip_jax/data/rewrite.py``), and
+CLIP on texts that vary as pictures do: a language model has rewritten each caption M times beforehand (`clip_jax/tools/rewrite.py`), and
 at each visit one of the M + 1 texts is drawn, all equally likely. Model, loss and cost are CLIP's. The draw is the text view's, so that
-every other method takes rewrites just as well: ``data.rewrites`` and ``data.rewrite_prob``.
+every other method takes rewrites just as well: `data.rewrites` and `data.rewrite_prob`.
 
-LaCLIP-MT (``laclip.multi_text``) has all texts of a picture in the batch. With V_j the embeddings of the texts number j of all pictures:
+LaCLIP-MT (`laclip.multi_text`) has all texts of a picture in the batch. With V_j the embeddings of the texts number j of all pictures:
 
     image to text: the mean over j of CE(s u V_j^T), a text among the other pictures' texts of the same number
     text to image: CE(s v u^T), of one text v of each picture, drawn; or the mean over j for all of them
@@ -31,12 +31,12 @@ TEXT_TO_IMAGE = ("sampled", "all")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section ``config.laclip``. Raises UserError for wrong values.
+    """The section `config.laclip`. Raises UserError for wrong values.
 
     Attributes:
       multi_text: LaCLIP-MT.
       mt_rewrites: M, of each caption so many are used; of MT alone.
-      mt_t2i: which texts are to find their picture: one that is drawn (``sampled``) or ``all``.
+      mt_t2i: which texts are to find their picture: one that is drawn (`sampled`) or `all`.
     """
 
     multi_text: bool = False
@@ -54,19 +54,21 @@ def make(config):
     """The LaCLIP method of a configuration; raises UserError for options or towers that cannot be, and a field of rewrites not named."""
     options, base = read_options(config, "laclip", Options), clip.make(config)
     if not config.data.rewrites:
-        raise UserError("data.rewrites=(): method='laclip' needs the field that holds the rewrites, such as data.rewrites=rewrites")
+        raise UserError(
+            "data.rewrites=(): method='laclip' needs the field that holds the rewrites, such as data.rewrites=rewrites"
+        )
     return multi_text(config, options, base) if options.multi_text else base
 
 
 def multi_text(config, options, base):
-    """LaCLIP-MT over the method ``base``. ``batch["text"]`` holds a caption and its rewrites, int32 ``[b, 1 + M, n]``."""
+    """LaCLIP-MT over the method `base`. `batch["text"]` holds a caption and its rewrites, int32 `[b, 1 + M, n]`."""
     towers = TwoTower(config.model)
 
     def init(rng, batch):
         return base.init(rng, batch | {"text": batch["text"][:, 0]})
 
     def encode(params, extra, batch, rng, train):
-        """``image``, float32 ``[b, E]``, ``text``, float32 ``[b, 1 + M, E]``, and ``drawn``, int32 ``[b]``, one of the texts."""
+        """`image`, float32 `[b, E]`, `text`, float32 `[b, 1 + M, E]`, and `drawn`, int32 `[b]`, one of the texts."""
         texts = shard_batch(batch["text"])
         b, count = texts.shape[:2]
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 2 + count))(batch["example_id"])
@@ -78,7 +80,9 @@ def multi_text(config, options, base):
 
     def loss(params, extra, features, batch, rng):
         scale = jnp.exp(params["logit_scale"])
-        value, metrics = multi_text_infonce(features["image"], features["text"], features["drawn"], scale, options.mt_t2i)
+        value, metrics = multi_text_infonce(
+            features["image"], features["text"], features["drawn"], scale, options.mt_t2i
+        )
         return value, {**metrics, "logit_scale": scale}
 
     view = text_view(config, kind=RewritesView, count=options.mt_rewrites)
@@ -89,13 +93,13 @@ def multi_text_infonce(image, texts, drawn, scale, text_to_image="sampled"):
     """LaCLIP-MT's loss.
 
     Args:
-      image: unit vectors ``[B, E]``.
-      texts: unit vectors ``[B, V, E]``, V texts of each image, in the same order for all.
-      drawn: int32 ``[B]``, the text that is to find its image, where not ``all`` are.
+      image: unit vectors `[B, E]`.
+      texts: unit vectors `[B, V, E]`, V texts of each image, in the same order for all.
+      drawn: int32 `[B]`, the text that is to find its image, where not `all` are.
       scale: scalar.
-      text_to_image: ``sampled`` or ``all``.
+      text_to_image: `sampled` or `all`.
 
-    Returns ``(loss, metrics)`` as of ``infonce``: of image to text the metric is that of the first text.
+    Returns `(loss, metrics)` as of `infonce`: of image to text the metric is that of the first text.
     """
     numbers = [*jnp.moveaxis(texts, 1, 0)]
     losses, metrics = views_infonce([image], numbers, scale, both=text_to_image == "all")

@@ -10,7 +10,7 @@ embedding of Q with the keys and values of KV; F(I,T|I,T) that of both together;
     CMC   F(I,T|I,T)                     -> the same
 
 CMC is trained with masked modelling of images, texts and both. No code of the authors is known. All that the published summaries leave
-open is a field of :class:`Options`, and its default an assumption, as are the learned vector in a masked word's place, the means after the
+open is a field of `Options`, and its default an assumption, as are the learned vector in a masked word's place, the means after the
 projector, keys from the batch alone (no queue), and running statistics of BatchNorm from the passes of F(I) and F(T) only, the ones that
 evaluation uses. The teacher has no statistics of its own: its BatchNorm takes those of the batch.
 """
@@ -44,30 +44,30 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section ``config.oner``. A weight of 0 leaves a term out, and the pass that it alone needs. Raises UserError for wrong values.
+    """The section `config.oner`. A weight of 0 leaves a term out, and the pass that it alone needs. Raises UserError for wrong values.
 
     Attributes:
       itc, xmc, cic, cmc: weights of the contrastive terms.
       mim, mlm: weights of masked image and language modelling in the pass of each modality alone.
       joint_mim, joint_mlm: the same in the pass of both together.
       two_heads: projector and predictor of each modality's own (row 2 of the paper's table; ITC only).
-      head_width: of the hidden layers of projector and predictor; their output is ``model.embed_dim``.
+      head_width: of the hidden layers of projector and predictor; their output is `model.embed_dim`.
       predictor: False: the projector's output is compared.
       joint_bn: BatchNorm by the statistics of both modalities together; False: of each apart, which hides the gap between them.
       temperature: of the contrast, whose loss is multiplied by twice this.
-      mix: ``mean`` of the projector's outputs, or ``norm_mean``, of their unit vectors.
-      joint_cls: F(I,T|I,T) is the ``mean`` of the two CLS tokens' embeddings, or that of ``one`` CLS token alone.
-      cic_kv: F(I|T) attends to the states that the text has under F(T|I) (``cross``), or under F(T|T) (``self``).
+      mix: `mean` of the projector's outputs, or `norm_mean`, of their unit vectors.
+      joint_cls: F(I,T|I,T) is the `mean` of the two CLS tokens' embeddings, or that of `one` CLS token alone.
+      cic_kv: F(I|T) attends to the states that the text has under F(T|I) (`cross`), or under F(T|T) (`self`).
       type_embedding: a learned vector of the modality on all its tokens.
       image_mask, text_mask: shares of the patches and words that are masked in the student's inputs.
       joint_image_mask, joint_text_mask: the same in the pass of both, drawn apart.
       word_masks: of the chosen words, the share that is hidden and the share that becomes a random word; the rest stay.
-      mim_target: normalised ``pixels`` of the patch, or the ``teacher``'s last state, normalised.
-      mim_loss: ``l1`` or ``l2``.
+      mim_target: normalised `pixels` of the patch, or the `teacher`'s last state, normalised.
+      mim_loss: `l1` or `l2`.
       teacher_augment: transforms of the teacher's picture; empty: the student's picture, without masks.
       momentum, momentum_end: of the teacher, from the one to the other along half a cosine.
-      embed: what evaluation compares: the state of ``cls``, the output of the ``projector`` or of the ``predictor``, or as training does
-        (``query_key``) the predictor's of a picture with the projector's of a text.
+      embed: what evaluation compares: the state of `cls`, the output of the `projector` or of the `predictor`, or as training does
+        (`query_key`) the predictor's of a picture with the projector's of a text.
     """
 
     itc: float = 1.0
@@ -115,13 +115,17 @@ class Options:
         if not self.temperature > 0:
             raise UserError(f"oner.temperature={self.temperature}: must be above 0")
         if self.two_heads and (self.xmc or self.cic or self.cmc):
-            raise UserError("oner.two_heads=True has no head for a mean of both modalities: set oner.xmc, oner.cic and oner.cmc to 0")
+            raise UserError(
+                "oner.two_heads=True has no head for a mean of both modalities: set oner.xmc, oner.cic and oner.cmc to 0"
+            )
         if self.mim_target == "teacher" and self.teacher_augment and (self.mim or self.joint_mim):
             raise UserError(
                 "oner.mim_target='teacher' needs oner.teacher_augment=(), the student's picture: else the patches are not the same"
             )
         if self.embed in ("predictor", "query_key") and not (self.predictor and self.itc):
-            raise UserError(f"oner.embed={self.embed!r} needs oner.predictor=True and oner.itc above 0, which trains it on each modality")
+            raise UserError(
+                f"oner.embed={self.embed!r} needs oner.predictor=True and oner.itc above 0, which trains it on each modality"
+            )
 
 
 CONTRASTIVE = ("itc", "xmc", "cic", "cmc")
@@ -153,8 +157,8 @@ def make(config):
 class OneR:
     """The functions of the method.
 
-    Parameters: ``tower``, ``projector``, ``predictor``, with two heads ``projector_text`` and ``predictor_text``, and the linear
-    decoders ``mim`` and ``mlm``. ``extra``: ``teacher``, the moving average of tower and projectors, and ``batch_stats``.
+    Parameters: `tower`, `projector`, `predictor`, with two heads `projector_text` and `predictor_text`, and the linear
+    decoders `mim` and `mlm`. `extra`: `teacher`, the moving average of tower and projectors, and `batch_stats`.
     """
 
     def __init__(self, config):
@@ -195,14 +199,17 @@ class OneR:
         return params, {"teacher": teacher, "batch_stats": stats}
 
     def encode(self, params, extra, batch, rng, train):
-        """CLS states ``[b, D]`` of student and teacher, a pair for image and text, and of each masked modelling ``[b, 2]``: sum, count."""
+        """CLS states `[b, D]` of student and teacher, a pair for image and text, and of each masked modelling `[b, 2]`: sum, count."""
         o = self.options
         images, ids = self._pixels(batch["image"]), shard_batch(batch["text"])
         real = real_tokens(ids, self.eot_id)
         clean = self._pixels(batch["teacher_image"]) if "teacher_image" in batch else images
         teacher = self._states(extra["teacher"], clean, ids, real, "block_diagonal")
         target = self._mim_target(images, teacher) if o.mim or o.joint_mim else None
-        keys = [jax.vmap(lambda i, k=k: jax.random.fold_in(jax.random.fold_in(rng, i), k))(batch["example_id"]) for k in range(2)]
+        keys = [
+            jax.vmap(lambda i, k=k: jax.random.fold_in(jax.random.fold_in(rng, i), k))(batch["example_id"])
+            for k in range(2)
+        ]
 
         def student(mode, masks):
             return self._states(params, images, masks["ids"], real, mode, masks["patches"], masks["words"])
@@ -222,10 +229,12 @@ class OneR:
         return features, extra
 
     def heads(self, params, extra, features, batch, rng):
-        """Adds ``pairs``, for each contrastive term its ``(queries, keys)``, and ``projected``, F(I) and F(T); float32 ``[B, E]``."""
+        """Adds `pairs`, for each contrastive term its `(queries, keys)`, and `projected`, F(I) and F(T); float32 `[B, E]`."""
         o = self.options
         projected, stats = self._apply("projector", params, extra["batch_stats"], features["student"])
-        keys = jax.lax.stop_gradient(self._apply("projector", extra["teacher"], extra["batch_stats"], features["teacher"])[0])
+        keys = jax.lax.stop_gradient(
+            self._apply("projector", extra["teacher"], extra["batch_stats"], features["teacher"])[0]
+        )
         pairs = {}
         if o.itc:
             predicted, stats = self._apply("predictor", params, stats, projected) if o.predictor else (projected, stats)
@@ -245,12 +254,16 @@ class OneR:
             found = [contrast(query, key, o.temperature) for query, key in pairs]
             values[term] = sum(value for value, _ in found)
             if term == "itc":
-                metrics |= dict(zip(("image_to_text_acc", "text_to_image_acc"), (accuracy for _, accuracy in found), strict=True))
+                metrics |= dict(
+                    zip(("image_to_text_acc", "text_to_image_acc"), (accuracy for _, accuracy in found), strict=True)
+                )
         for term in MASKED:
             if term in features:
                 values[term] = mean_of_chosen(features[term])
         means = [l2_normalize(x).mean(0) for x in features["projected"]]
-        metrics |= {"modality_gap": jnp.linalg.norm(means[0] - means[1])} | {f"loss_{term}": x for term, x in values.items()}
+        metrics |= {"modality_gap": jnp.linalg.norm(means[0] - means[1])} | {
+            f"loss_{term}": x for term, x in values.items()
+        }
         return sum(getattr(o, term) * x for term, x in values.items()), metrics
 
     def update(self, params, extra, features, step):
@@ -286,7 +299,7 @@ class OneR:
         return kind, kind + "_text" if self.options.two_heads else kind
 
     def _apply(self, kind, params, stats, inputs):
-        """``(outputs, batch statistics)`` of the heads of this kind in training, for a pair of inputs ``[B, D]``, image and text."""
+        """`(outputs, batch statistics)` of the heads of this kind in training, for a pair of inputs `[B, D]`, image and text."""
         if self.options.joint_bn and not self.options.two_heads:
             # Side by side and not one after the other, so that every device keeps its own rows.
             y, stats = self._run(kind, params, stats, jnp.stack(inputs, axis=1))
@@ -298,12 +311,15 @@ class OneR:
         return tuple(outputs), stats
 
     def _run(self, name, params, stats, x):
-        module, variables = self.head_modules[name.removesuffix("_text")], {"params": params[name], "batch_stats": stats[name]}
+        module, variables = (
+            self.head_modules[name.removesuffix("_text")],
+            {"params": params[name], "batch_stats": stats[name]},
+        )
         y, new = module.apply(variables, shard_batch(x), train=True, mutable=["batch_stats"])
         return y, stats | {name: new["batch_stats"]}
 
     def _masks(self, keys, ids, real, image_share, text_share):
-        """The hidden ``patches``, bool ``[b, n]``, or None, and what :func:`mask_words` gives; without it ``words`` (None) and ``ids``."""
+        """The hidden `patches`, bool `[b, n]`, or None, and what `mask_words` gives; without it `words` (None) and `ids`."""
         masks = dict(patches=None, words=None, ids=ids)
         if image_share:
             masks["patches"] = mask_patches(keys, (self.tower.size // self.tower.patch_size) ** 2, image_share)
@@ -317,7 +333,7 @@ class OneR:
         return jax.lax.stop_gradient(jax.nn.standardize(x, epsilon=1e-6))
 
     def _masked_modelling(self, params, states, masks, target, weights):
-        """``[b, 2]`` for each term that has a weight: the sum of the losses of masked tokens, and their number."""
+        """`[b, 2]` for each term that has a weight: the sum of the losses of masked tokens, and their number."""
         found = {}
         if weights["mim"] and masks["patches"] is not None:
             x = states["image"][:, 1:]
@@ -337,18 +353,20 @@ def contrast(queries, keys, temperature):
     """MoCo v3's contrast: each query is to find its own key among those of the batch. No gradient reaches the keys.
 
     Args:
-      queries, keys: ``[B, E]``, of any length.
+      queries, keys: `[B, E]`, of any length.
       temperature: of the softmax; the loss is multiplied by twice this.
 
     Returns:
-      ``(loss, share of the queries whose key beats all others)``, float32 scalars.
+      `(loss, share of the queries whose key beats all others)`, float32 scalars.
     """
-    loss, accuracy = contrastive.contrast(l2_normalize(queries), l2_normalize(jax.lax.stop_gradient(keys)), 1 / temperature)
+    loss, accuracy = contrastive.contrast(
+        l2_normalize(queries), l2_normalize(jax.lax.stop_gradient(keys)), 1 / temperature
+    )
     return 2 * temperature * loss, accuracy
 
 
 def mix(image, text, how="mean"):
-    """The mean of two embeddings ``[B, E]``, or with ``norm_mean`` of their unit vectors."""
+    """The mean of two embeddings `[B, E]`, or with `norm_mean` of their unit vectors."""
     if how == "norm_mean":
         image, text = l2_normalize(image), l2_normalize(text)
     return (image + text) / 2

@@ -9,10 +9,10 @@ without the diagonal, are soft targets beside the pair itself (U, V: the teacher
     loss    = alpha InfoNCE + (1 - alpha) Distill
 
 Sums of both directions and two scales s and s', clipped to [1, 100] where they are used, as in the released code; the paper's form, one
-cross-entropy, is the same up to a constant where both scales are equal. Released runs have eight processes, whose ``remove_diag`` clears
+cross-entropy, is the same up to a constant where both scales are equal. Released runs have eight processes, whose `remove_diag` clears
 the right diagonal on the first one alone; here it is the right one. The teacher is in training mode, with statistics of its own batch.
-The rest of the paper's table: ``alpha=1`` is InfoNCE, with ``label_smoothing`` LS; ``iterations=0, entropy=0.01, remove_diag=False``,
-a softmax of 100 S, is KD. Not in the paper: ``warmup_steps``, for runs whose towers start from nothing.
+The rest of the paper's table: `alpha=1` is InfoNCE, with `label_smoothing` LS; `iterations=0, entropy=0.01, remove_diag=False`,
+a softmax of 100 S, is KD. Not in the paper: `warmup_steps`, for runs whose towers start from nothing.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ SCALES = ("logit_scale", "logit_scale_distill")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section ``config.otter``; defaults are the published run's. Raises UserError for wrong values.
+    """The section `config.otter`; defaults are the published run's. Raises UserError for wrong values.
 
     Attributes:
       alpha: weight of InfoNCE; 1 - alpha is the distillation's. With 1 there is no teacher.
@@ -40,9 +40,9 @@ class Options:
       gamma_image, gamma_text: weights of the similarities of images and of texts in the teacher's.
       entropy: lambda, by which similarities are divided.
       iterations: of Sinkhorn; 0: rows are softmaxes.
-      remove_diag: the pair itself is no target, by ``eta = 100 (gamma_image + gamma_text)`` taken from its similarity.
+      remove_diag: the pair itself is no target, by `eta = 100 (gamma_image + gamma_text)` taken from its similarity.
       keys_stopgrad: an image learns from finding its text and a text from finding its image, but neither from being found.
-      decay: of the teacher; update n, from 1, has at most ``(1 + n) / (10 + n)``.
+      decay: of the teacher; update n, from 1, has at most `(1 + n) / (10 + n)`.
       warmup_steps: the distillation's weight grows linearly from 0 so long; the rest is InfoNCE's.
     """
 
@@ -72,18 +72,20 @@ def make(config):
     """The OTTER method of a configuration; raises UserError for options or towers that cannot be, and a batch without a wrong pair."""
     options = read_options(config, "otter", Options)
     if config.data.batch_size < 2:
-        raise UserError(f"data.batch_size={config.data.batch_size}: method='otter' matches a pair with other pairs: at least 2 are needed")
+        raise UserError(
+            f"data.batch_size={config.data.batch_size}: method='otter' matches a pair with other pairs: at least 2 are needed"
+        )
     base = two_tower_method(config, SCALES[:1], functools.partial(loss, options, config.model.logit_scale_max))
     return base if options.alpha == 1 else with_teacher(base, TwoTower(config.model), options.decay)
 
 
 def decay_of(n, decay):
-    """The teacher's decay in update ``n``, from 1: less in the first ones, which follow the student faster."""
+    """The teacher's decay in update `n`, from 1: less in the first ones, which follow the student faster."""
     return jnp.minimum(decay, (1 + n) / (10 + n))
 
 
 def with_teacher(base, towers, decay):
-    """The method with the features ``teacher_image`` and ``teacher_text`` of a moving average of its towers, ``extra["teacher"]``.
+    """The method with the features `teacher_image` and `teacher_text` of a moving average of its towers, `extra["teacher"]`.
 
     The average is moved at the start of a step, so the first one would move it to where it is: there the student, which may have got
     weights from elsewhere, is its own teacher.
@@ -92,7 +94,10 @@ def with_teacher(base, towers, decay):
     def init(rng, batch):
         params, extra = base.init(rng, batch)
         params["logit_scale_distill"] = params["logit_scale"]
-        return params, extra | {"teacher": {name: params[name] for name in ("img", "txt")}, "updates": jnp.zeros((), jnp.int32)}
+        return params, extra | {
+            "teacher": {name: params[name] for name in ("img", "txt")},
+            "updates": jnp.zeros((), jnp.int32),
+        }
 
     def moved(params, extra):
         n = extra["updates"] + 1
@@ -112,14 +117,16 @@ def with_teacher(base, towers, decay):
 
 
 def loss(options, scale_max, params, extra, features, batch, rng):
-    """OTTER's loss on unit rows ``image``, ``text`` and, unless alpha is 1, ``teacher_image``, ``teacher_text``, float32 ``[B, E]``."""
+    """OTTER's loss on unit rows `image`, `text` and, unless alpha is 1, `teacher_image`, `teacher_text`, float32 `[B, E]`."""
     o, image, text = options, features["image"], features["text"]
     scales = {name: jnp.exp(jnp.clip(params[name], 0.0, scale_max)) for name in SCALES if name in params}
     keys = jax.lax.stop_gradient((text, image)) if o.keys_stopgrad else (text, image)
     directions = list(zip((image, text), keys, strict=True))
     found = [contrast(query, key, scales["logit_scale"], o.label_smoothing) for query, key in directions]
     value = sum(x for x, _ in found)
-    metrics = dict(zip(("image_to_text_acc", "text_to_image_acc"), (accuracy for _, accuracy in found), strict=True)) | scales
+    metrics = (
+        dict(zip(("image_to_text_acc", "text_to_image_acc"), (accuracy for _, accuracy in found), strict=True)) | scales
+    )
     if o.alpha == 1:
         return value, metrics
     u, v = features["teacher_image"], features["teacher_text"]

@@ -7,7 +7,7 @@ pairs of levels six have a term, InfoNCE in both directions with softened target
     soft(x, l) = (CE(s x l^T, Y) + CE(s l x^T, Y)) / 2,   Y = 1 - a on the diagonal, a / (B - 1) elsewhere
     loss = (1 - lam - mu) (soft(G, S) + soft(L, T)) / 2 + lam (soft(G, A) + soft(R, S)) / 2 + mu (soft(L, A) + soft(R, T)) / 2
 
-The towers are the released ones (``clip_jax/models/pyramid.py``; of a text the maximum over all positions, ``model.text.pool``).
+The towers are the released ones (`clip_jax/models/pyramid.py`; of a text the maximum over all positions, `model.text.pool`).
 The loss was never released: it is what secondary notes say of the paper, normalised so that targets sum to 1. Softened targets for all six
 terms are an assumption, as are boxes as shares of the picture, x1, y1, x2, y2. A picture without regions or tags takes no part in their
 terms, not as a negative either. In evaluation a picture is its global crop.
@@ -37,15 +37,15 @@ TERMS = (*PEER, *CROSS_GLOBAL, *CROSS_LOCAL)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section ``config.pyramidclip``; the weights are the paper's. Raises UserError for wrong values.
+    """The section `config.pyramidclip`; the weights are the paper's. Raises UserError for wrong values.
 
     Attributes:
       softening: a, the share of the target that the wrong pairs have.
       cross_global, cross_local: lam and mu, the weights of the crossing terms.
-      local_augment: of the local crop; ``data.augment`` is that of the global one.
-      summary, tags: templates with fields of the record, as ``data.templates``.
+      local_augment: of the local crop; `data.augment` is that of the global one.
+      summary, tags: templates with fields of the record, as `data.templates`.
       regions: at most so many of a picture.
-      features, boxes: fields of the record; features ``pixels`` needs none (:class:`~clip_jax.data.views.RegionView`).
+      features, boxes: fields of the record; features `pixels` needs none (`RegionView`).
     """
 
     softening: float = 0.2
@@ -73,7 +73,7 @@ class Options:
 
     @property
     def weights(self):
-        """Of :data:`TERMS`."""
+        """Of `TERMS`."""
         peer = 1 - self.cross_global - self.cross_local
         return tuple(weight / 2 for weight in (peer, peer, *(self.cross_global,) * 2, *(self.cross_local,) * 2))
 
@@ -82,18 +82,24 @@ def make(config):
     """The PyramidCLIP method of a configuration; raises UserError for options or towers that cannot be."""
     options, image = read_options(config, "pyramidclip", Options), config.model.image
     if not image.kind.startswith("pyramid_"):
-        raise UserError(f"method='pyramidclip' needs model.image.kind='pyramid_vit' or 'pyramid_resnet', not {image.kind!r}")
+        raise UserError(
+            f"method='pyramidclip' needs model.image.kind='pyramid_vit' or 'pyramid_resnet', not {image.kind!r}"
+        )
     if image.kind == "pyramid_vit" and not 0 <= image.front < image.depth:
-        raise UserError(f"model.image.front={image.front}: of the {image.depth} blocks at least one must be left to regions")
+        raise UserError(
+            f"model.image.front={image.front}: of the {image.depth} blocks at least one must be left to regions"
+        )
     base, towers = clip.make(config), TwoTower(config.model)
 
     def embed_regions(params, rows):
-        """Unit rows float32 ``[b, E]`` of ``rows`` float32 ``[b, m, region_dim]``, and whether there is any region, bool ``[b]``."""
+        """Unit rows float32 `[b, E]` of `rows` float32 `[b, m, region_dim]`, and whether there is any region, bool `[b]`."""
         mask = rows.any(-1)
-        return l2_normalize(towers.image.apply({"params": params["img"]}, None, regions=rows, mask=mask)[0]), mask.any(-1)
+        return l2_normalize(towers.image.apply({"params": params["img"]}, None, regions=rows, mask=mask)[0]), mask.any(
+            -1
+        )
 
     def encode(params, extra, batch, rng, train):
-        """Unit rows of all six levels, float32 ``[b, E]``, and bool ``[b]``, ``has_regions`` and ``has_tags``."""
+        """Unit rows of all six levels, float32 `[b, E]`, and bool `[b]`, `has_regions` and `has_tags`."""
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 5))(batch["example_id"])
         # Two passes, the local crop first, so that each has BatchNorm statistics of its own, as released.
         local, _, extra = towers.encode_image(params, extra, batch["local"], train, keys[:, 0])
@@ -101,7 +107,13 @@ def make(config):
         regions, has_regions = embed_regions(params, shard_batch(batch["regions"]))
         ids, text_keys = side_by_side([shard_batch(batch[name]) for name in TEXTS], keys[:, 2:])
         texts, _, extra = towers.encode_text(params, extra, jnp.maximum(ids, 0), train, text_keys)
-        features = {"global": whole, "local": local, "regions": regions, "has_regions": has_regions, "has_tags": batch["tags"][:, 0] >= 0}
+        features = {
+            "global": whole,
+            "local": local,
+            "regions": regions,
+            "has_regions": has_regions,
+            "has_tags": batch["tags"][:, 0] >= 0,
+        }
         return features | dict(zip(TEXTS, jnp.moveaxis(apart(texts, len(whole)), 1, 0), strict=True)), extra
 
     def loss(params, extra, features, batch, rng):
@@ -124,13 +136,13 @@ def pyramid_infonce(features, scale, softening=0.2, weights=(1 / 6,) * 6):
     """PyramidCLIP's loss.
 
     Args:
-      features: unit vectors ``[B, E]`` by the names in :data:`TERMS`; bool ``[B]``, ``has_regions`` and ``has_tags``, where some have none.
+      features: unit vectors `[B, E]` by the names in `TERMS`; bool `[B]`, `has_regions` and `has_tags`, where some have none.
       scale: scalar.
       softening: the share of the target that the wrong pairs have.
-      weights: of :data:`TERMS`.
+      weights: of `TERMS`.
 
     Returns:
-      ``(loss, metrics)``: the terms, and the accuracies in the batch of the local crop with the caption.
+      `(loss, metrics)`: the terms, and the accuracies in the batch of the local crop with the caption.
     """
     names = ("global", "local", "regions"), TEXTS
     images, texts = ({name: features[name].astype(jnp.float32) for name in side} for side in names)
@@ -146,12 +158,19 @@ def pyramid_infonce(features, scale, softening=0.2, weights=(1 / 6,) * 6):
         term = 0.0
         for queries, of_others, lse in zip((x, z), sums, (out.row_lse[k], out.col_lse[k]), strict=True):
             wrong = scale * queries @ of_others - positive
-            losses = jnp.logaddexp(lse, positive) - (1 - softening) * positive - softening / jnp.maximum(count - 1, 1) * wrong
+            losses = (
+                jnp.logaddexp(lse, positive)
+                - (1 - softening) * positive
+                - softening / jnp.maximum(count - 1, 1) * wrong
+            )
             term += jnp.sum(losses, where=keep) / count / 2
         value += weights[k] * term
         metrics[f"loss_{image}_{text}"] = term
         if (image, text) == ("local", "text"):
-            metrics |= {"image_to_text_acc": (positive > out.row_max[k]).mean(), "text_to_image_acc": (positive > out.col_max[k]).mean()}
+            metrics |= {
+                "image_to_text_acc": (positive > out.row_max[k]).mean(),
+                "text_to_image_acc": (positive > out.col_max[k]).mean(),
+            }
     return value, metrics
 
 

@@ -1,14 +1,14 @@
 """RA-CLIP: Xie et al. 2023, "RA-CLIP: Retrieval Augmented Contrastive Language-Image Pre-training" (a reconstruction: there is no code).
 
 CLIP in which a picture looks up pairs of a reference set that training never shows: a frozen encoder finds the K pairs whose pictures
-are nearest, the retrieval augmented module (``clip_jax/models/retrieval.py``) adds what their pictures and texts say to the picture's
+are nearest, the retrieval augmented module (`clip_jax/models/retrieval_augmentation.py`) adds what their pictures and texts say to the picture's
 embedding, and the loss is CLIP's. The text tower is CLIP's, so that a zero-shot classifier is made as CLIP's, but every picture
-retrieves, in evaluation, too. ``extra["bank"]`` holds the reference set's features, ``extra["encoder"]`` the frozen weights: a checkpoint
+retrieves, in evaluation, too. `extra["bank"]` holds the reference set's features, `extra["encoder"]` the frozen weights: a checkpoint
 has all that retrieval needs. The bank is made when a run starts.
 
 Assumptions, for the paper leaves them open: K, heads of 64, no biases in the module, neighbours from the augmented picture
-(``retrieval="online"``; ``"cached"`` looks each training record's up once, by its evaluation view). A neighbour that is the picture
-itself, more similar than ``skip_above``, does not count.
+(`retrieval="online"`; `"cached"` looks each training record's up once, by its evaluation view). A neighbour that is the picture
+itself, more similar than `skip_above`, does not count.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clip_jax.data.filter import image_key, records
-from clip_jax.data.sources import BadRecord, configured_source
+from clip_jax.data.records import BadRecord, image_key, records
+from clip_jax.data.sources import configured_source
 from clip_jax.errors import UserError
-from clip_jax.frozen import make_encoder, stored_config
 from clip_jax.losses.neighbors import take, top_k
 from clip_jax.methods import clip
+from clip_jax.methods.frozen_encoders import make_encoder, stored_config
 from clip_jax.methods.interface import read_options
 from clip_jax.models.common import BATCH_AXES, l2_normalize
-from clip_jax.models.retrieval import OUT_INITS, RetrievalAugmentation
+from clip_jax.models.retrieval_augmentation import OUT_INITS, RetrievalAugmentation
 from clip_jax.models.two_tower import TwoTower
 
 _CHECKED = 20_000, 100_000  # records of the training set that are looked for among so many of the reference set
@@ -37,17 +37,17 @@ _AT_ONCE = 256  # the bank's rows, too, are a multiple of it, so that devices ca
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section ``config.raclip``.
+    """The section `config.raclip`.
 
     Attributes:
-      reference: the held-out pairs, a data set as ``data.source``; none of them may be in the training set.
-      encoder: the frozen encoder: ``pixels``, which needs no weights, ``efficientnet_lite0`` or ``efficientnet_lite0:FILE``, which was
+      reference: the held-out pairs, a data set as `data.source`; none of them may be in the training set.
+      encoder: the frozen encoder: `pixels`, which needs no weights, `efficientnet_lite0` or `efficientnet_lite0:FILE`, which was
         trained with ImageNet's classes, or the work folder of a run.
       k: neighbours of a picture.
       use_bank: False embeds every picture as if nothing were found, to see what retrieval brings.
-      retrieval: ``online`` or ``cached``.
+      retrieval: `online` or `cached`.
       approximate: faster on a TPU, a little less than all neighbours are found.
-      heads, layers, bias, pre_ln, out_init: of the retrieval augmented module; ``out_init`` is ``xavier``, or ``zeros`` to start as CLIP.
+      heads, layers, bias, pre_ln, out_init: of the retrieval augmented module; `out_init` is `xavier`, or `zeros` to start as CLIP.
       skip_above: neighbours with a greater cosine are the picture itself.
       bank_size, train_size, encoder_config: filled in by themselves: the records of the reference set and of the training set, what
         there is to keep of the encoder.
@@ -84,7 +84,9 @@ def resolve(config, source):
     """A copy of the configuration with what it takes from the data filled in; raises UserError for a reference set that cannot be."""
     o, data = read_options(config, "raclip", Options), config.data
     if not o.reference:
-        raise UserError("raclip.reference is empty: name the held-out pairs, such as 'DATA?part=record:1/10', and train on the rest")
+        raise UserError(
+            "raclip.reference is empty: name the held-out pairs, such as 'DATA?part=record:1/10', and train on the rest"
+        )
     reference = configured_source(data, o.reference)
     if o.k > len(reference):
         raise UserError(f"raclip.k={o.k}, but raclip.reference={o.reference!r} has {len(reference):,} records")
@@ -101,7 +103,7 @@ def resolve(config, source):
 
 
 def _spread(source, most):
-    """``(index, record)`` of at most so many readable records, evenly spaced."""
+    """`(index, record)` of at most so many readable records, evenly spaced."""
     for index in range(0, len(source), -(-len(source) // most)):
         try:
             yield index, source[index]
@@ -121,9 +123,9 @@ def make(config):
 
 
 class RaClip:
-    """What is not CLIP's; ``base`` is the method without retrieval.
+    """What is not CLIP's; `base` is the method without retrieval.
 
-    Parameters beside the towers' and ``logit_scale``: ``ram``; ``extra``: ``bank``, ``encoder`` and, of cached neighbours, ``neighbors``.
+    Parameters beside the towers' and `logit_scale`: `ram`; `extra`: `bank`, `encoder` and, of cached neighbours, `neighbors`.
     """
 
     def __init__(self, config):
@@ -139,9 +141,14 @@ class RaClip:
     def init(self, base, rng, batch):
         o, dims = self.options, {"image": self.encoder.image_dim, "text": self.encoder.text_dim}
         params, extra = base.init(rng, batch)
-        z, images, texts = (jnp.zeros(shape) for shape in ((1, self.config.model.embed_dim), (1, 1, dims["image"]), (1, 1, dims["text"])))
+        z, images, texts = (
+            jnp.zeros(shape)
+            for shape in ((1, self.config.model.embed_dim), (1, 1, dims["image"]), (1, 1, dims["text"]))
+        )
         params["ram"] = self.ram.init(jax.random.fold_in(rng, 1), z, images, texts, jnp.ones((1, 1), bool))["params"]
-        rows = -(-max(o.bank_size, o.k) // _AT_ONCE) * _AT_ONCE  # without data, as for clip_jax.compile, the size is not known
+        rows = (
+            -(-max(o.bank_size, o.k) // _AT_ONCE) * _AT_ONCE
+        )  # without data, as for clip_jax.compile, the size is not known
         bank = {name: jnp.zeros((rows, dim)) for name, dim in dims.items()} | {"count": jnp.zeros((), jnp.int32)}
         extra = extra | {"bank": bank, "encoder": self.encoder.variables()}
         if o.retrieval == "cached":
@@ -156,11 +163,11 @@ class RaClip:
         return {"image": self.augment(params, extra, batch["image"], image, known), "text": text}, extra
 
     def embed_image(self, base, params, extra, images):
-        """Unit rows, float32 ``[b, E]``."""
+        """Unit rows, float32 `[b, E]`."""
         return self.augment(params, extra, images, self.towers.encode_image(params, extra, images, normalize=False)[0])
 
     def augment(self, params, extra, images, z, neighbors=None):
-        """Unit rows of the embeddings ``z`` of ``images`` with what their neighbours say, of which the numbers may be known."""
+        """Unit rows of the embeddings `z` of `images` with what their neighbours say, of which the numbers may be known."""
         if not self.options.use_bank:
             return l2_normalize(z)
         if neighbors is None:
@@ -171,23 +178,30 @@ class RaClip:
         return l2_normalize(self.ram.apply({"params": params["ram"]}, z, *found, mask))
 
     def retrieve(self, bank, encoder, images):
-        """The nearest records of the reference set, ``(numbers int32 [b, K], which of them count bool [b, K])``."""
+        """The nearest records of the reference set, `(numbers int32 [b, K], which of them count bool [b, K])`."""
         o = self.options
-        cosines, numbers = top_k(self.encoder.embed_image(encoder, images), bank["image"], o.k, bank["count"], o.approximate)
+        cosines, numbers = top_k(
+            self.encoder.embed_image(encoder, images), bank["image"], o.k, bank["count"], o.approximate
+        )
         return numbers, jnp.isfinite(cosines) & (cosines <= o.skip_above)
 
     def fill(self, base, extra, source, mesh):
-        """``extra`` of a new run with the reference set's features, the encoder's weights and the cached neighbours, as NumPy arrays."""
+        """`extra` of a new run with the reference set's features, the encoder's weights and the cached neighbours, as NumPy arrays."""
         o, reference = self.options, configured_source(self.config.data, self.options.reference)
         weights, parts = self.encoder.load(mesh), {"image": [], "text": []}
-        whole, spread = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (BATCH_AXES,)))  # each host needs all results
+        whole, spread = (
+            NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (BATCH_AXES,))
+        )  # each host needs all results
         embed = jax.jit(self.encoder.embed_image, out_shardings=whole)
         for _, images, texts in self._blocks(base, reference):
             parts["image"].append(np.asarray(embed(weights, images))[: len(texts)])
             parts["text"].append(self.encoder.embed_text(texts))
         bank = {name: np.concatenate(rows) for name, rows in parts.items()}
         count, total = len(bank["image"]), len(extra["bank"]["image"])
-        bank = {name: np.concatenate([rows, np.zeros((total - count, rows.shape[1]), rows.dtype)]) for name, rows in bank.items()}
+        bank = {
+            name: np.concatenate([rows, np.zeros((total - count, rows.shape[1]), rows.dtype)])
+            for name, rows in bank.items()
+        }
         extra = extra | {"bank": bank | {"count": np.int32(count)}, "encoder": weights}
         if o.retrieval == "cached":
             neighbors, retrieve = np.full((len(source), o.k), -1, np.int32), jax.jit(self.retrieve, out_shardings=whole)
@@ -199,7 +213,7 @@ class RaClip:
         return extra
 
     def _blocks(self, base, source):
-        """``(numbers of the records, pictures uint8 [256, size, size, 3], captions)`` of all usable records; the last pictures may be 0."""
+        """`(numbers of the records, pictures uint8 [256, size, size, 3], captions)` of all usable records; the last pictures may be 0."""
 
         def usable():
             for index, record in records(source):

@@ -3,7 +3,7 @@
 CLIP's two towers under another loss: every pair of the global batch is a binary decision of its own (equation 1), with a learned
 bias beside the learned temperature (section 3.2). The logit scale holds the logarithm; as in big_vision it is not clamped. The
 paper starts it at ln 10 and the bias at -10, as nearly all of the B * B pairs are negatives. Locked-image tuning (SigLiT) is this
-method with ``optim.freeze=("^img/",)``.
+method with `optim.freeze=("^img/",)`.
 """
 
 import jax.numpy as jnp

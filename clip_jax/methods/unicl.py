@@ -7,7 +7,7 @@ this is CLIP. The authors' training loop is not published; this is the paper's a
     L = 1/2N sum_i -1/|P(i)| sum_{k in P(i)} log softmax_k(s u_i.v)  +  the same with u and v exchanged        P(i) = {k: y_k = y_i}
 
 Labels: in a data source they go from 0, and the loader gives -1 where there is none; y is one more, 0 for a caption, as in the paper. The
-share of either kind in a batch is that of its sources in a mixture, ``data.source="CLASSES*1 + CAPTIONS*1"``.
+share of either kind in a batch is that of its sources in a mixture, `data.source="CLASSES*1 + CAPTIONS*1"`.
 
 As examples of one class cannot be told apart, the loss has a floor, the mean of log|P(i)|: a metric, as is the share of classes.
 """
@@ -26,11 +26,11 @@ from clip_jax.methods.interface import read_options
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section ``config.unicl``. Raises UserError for wrong values.
+    """The section `config.unicl`. Raises UserError for wrong values.
 
     Attributes:
-      class_templates: the texts of records with a label, fields of the record in braces as in ``data.templates``; ``{class_name}`` is the
-        name of the class. Other records have the captions of ``data.templates``.
+      class_templates: the texts of records with a label, fields of the record in braces as in `data.templates`; `{class_name}` is the
+        name of the class. Other records have the captions of `data.templates`.
     """
 
     class_templates: tuple[str, ...] = ("{class_name}",)
@@ -52,20 +52,22 @@ def make(config):
         return value, {**metrics, "logit_scale": scale}
 
     image_view, text_view = base.views
-    return dataclasses.replace(base, loss=loss, views=(image_view, dataclasses.replace(text_view, class_templates=options.class_templates)))
+    return dataclasses.replace(
+        base, loss=loss, views=(image_view, dataclasses.replace(text_view, class_templates=options.class_templates))
+    )
 
 
 def unified_infonce(z_image, z_text, scale, y):
     """The bidirectional loss of algorithm 1.
 
     Args:
-      z_image, z_text: unit vectors ``[B, E]``.
-      scale: ``exp(logit_scale)``, scalar.
-      y: int32 ``[B]``; 0 for a caption, from 1 on the class.
+      z_image, z_text: unit vectors `[B, E]`.
+      scale: `exp(logit_scale)`, scalar.
+      y: int32 `[B]`; 0 for a caption, from 1 on the class.
 
     Returns:
-      ``(loss, metrics)``: a float32 scalar, its floor ``loss_floor``, ``class_share`` of the batch, and ``image_to_text_acc`` and
-      ``text_to_image_acc``, the shares of examples whose own pair beats the pairs with all examples that are not positives.
+      `(loss, metrics)`: a float32 scalar, its floor `loss_floor`, `class_share` of the batch, and `image_to_text_acc` and
+      `text_to_image_acc`, the shares of examples whose own pair beats the pairs with all examples that are not positives.
     """
     value, _ = soft_infonce(z_image, z_text, scale, _positive, (), y, y)
     z_image, z_text = (lax.stop_gradient(z.astype(jnp.float32)) for z in (z_image, z_text))

@@ -2,12 +2,12 @@
 
 CLIP's two towers under four habits for small data, of which two are this file: in each step a coin decides whether pictures, or texts'
 embeddings before normalisation, are mixed with those of the reversed batch, and the targets of InfoNCE with them; and tokens of the texts
-are masked, replaced and deleted (``clip_jax/data/token_augment.py``). The other two are anybody's: debiased sampling is
-``data.sampling="one_source"``, decoupled gradient accumulation is ``micro_batches``.
+are masked, replaced and deleted (`clip_jax/data/token_augment.py`). The other two are anybody's: debiased sampling is
+`data.sampling="one_source"`, decoupled gradient accumulation is `micro_batches`.
 
     x~_i = lam x_i + (1 - lam) x_flip(i)      Y = lam I + (1 - lam) Flip      lam ~ Beta(0.1, 0.1), the same for the whole batch
 
-The published code reverses the part of the batch that a device holds; here ``mix_group`` says it, so that devices change nothing. Its
+The published code reverses the part of the batch that a device holds; here `mix_group` says it, so that devices change nothing. Its
 temperature is the constant 0.02 in all released configurations; from scratch it is learned as CLIP's, in log space, and clamped.
 """
 
@@ -28,7 +28,7 @@ STEP = 2**31  # what the step's own randomness is folded from, beyond all ids of
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section ``config.zerovl``. Raises UserError for wrong values.
+    """The section `config.zerovl`. Raises UserError for wrong values.
 
     Attributes:
       mix_alpha: of the Beta distribution of lam; 0: nothing is mixed.
@@ -86,7 +86,7 @@ class Towers(TwoTower):
 
 
 def draw(options, rng):
-    """``(lam, are images mixed)`` of a step, float32 and bool scalars.
+    """`(lam, are images mixed)` of a step, float32 and bool scalars.
 
     lam is at least 1/2: lam and 1 - lam are the same batch in another order, and like this the metrics count the larger part.
     """
@@ -98,13 +98,13 @@ def draw(options, rng):
 
 
 def mix(x, lam, group=0):
-    """``lam`` times ``x[B, ...]`` and ``1 - lam`` times the same with each ``group`` examples in a row (0: all) in reverse order."""
+    """`lam` times `x[B, ...]` and `1 - lam` times the same with each `group` examples in a row (0: all) in reverse order."""
     groups = x.reshape(-1, group or len(x), *x.shape[1:])
     return (lam * groups + (1 - lam) * groups[:, ::-1]).reshape(x.shape)
 
 
 def mixed_infonce(z_image, z_text, scale, lam, group=0):
-    """InfoNCE against ``lam I + (1 - lam) Flip``, one side being :func:`mix` of it; arguments, value and metrics as of ``infonce``."""
+    """InfoNCE against `lam I + (1 - lam) Flip`, one side being `mix` of it; arguments, value and metrics as of `infonce`."""
     size = group or len(z_image)
 
     def targets(lam, image, text, i, j):

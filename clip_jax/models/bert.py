@@ -12,9 +12,9 @@ from clip_jax.models.transformer import Attention, Init, Mlp, apply_blocks, bloc
 
 
 class PostNormBlock(nn.Module):
-    """One post-LN block: ``x = LN(x + MHA(x)); x = LN(x + MLP(x))``, with dropout of both branches.
+    """One post-LN block: `x = LN(x + MHA(x)); x = LN(x + MLP(x))`, with dropout of both branches.
 
-    Takes ``(x[b, n, D], its index)`` and ``(mask, keys)`` and gives ``(x, index of the next block)``.
+    Takes `(x[b, n, D], its index)` and `(mask, keys)` and gives `(x, index of the next block)`.
     """
 
     heads: int
@@ -31,16 +31,20 @@ class PostNormBlock(nn.Module):
         (x, index), (mask, keys) = carry, context
         x = shard_batch(x)
         y = Attention(self.heads, self.inits, self.dtype, self.attention, name="attn")(x, x, mask)
-        x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln1")(x + drop(y, self.dropout, keys, 2 * index + 1))
+        x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln1")(
+            x + drop(y, self.dropout, keys, 2 * index + 1)
+        )
         y = Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(x)
-        x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln2")(x + drop(y, self.dropout, keys, 2 * index + 2))
+        x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln2")(
+            x + drop(y, self.dropout, keys, 2 * index + 2)
+        )
         return x, index + 1
 
 
 class Bert(nn.Module, kw_only=True):
-    """The encoder: int32 ids ``[b, n]``, n at most ``positions``, and bool ``real[b, n]``, False at padding -> states ``[b, n, D]``.
+    """The encoder: int32 ids `[b, n]`, n at most `positions`, and bool `real[b, n]`, False at padding -> states `[b, n, D]`.
 
-    Every token is of type 0 ("sentence A"). ``dropout`` is that of hidden states; attention weights are not dropped.
+    Every token is of type 0 ("sentence A"). `dropout` is that of hidden states; attention weights are not dropped.
     """
 
     vocab_size: int
@@ -68,17 +72,25 @@ class Bert(nn.Module, kw_only=True):
         x = drop(nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_embed")(x), self.dropout, keys, 0)
         init = block_init("bert", self.width, self.mlp_dim, self.depth)
         block = functools.partial(
-            PostNormBlock, self.heads, self.mlp_dim, self.act, self.ln_eps, init, self.dropout, self.dtype, self.attention
+            PostNormBlock,
+            self.heads,
+            self.mlp_dim,
+            self.act,
+            self.ln_eps,
+            init,
+            self.dropout,
+            self.dtype,
+            self.attention,
         )
         carry = x, jnp.zeros((), jnp.int32)
         return apply_blocks(self, lambda name: block(name=name), carry, (real[:, None, None, :], keys))[0]
 
 
 class BertTower(Bert, kw_only=True):
-    """Text tower: int32 ids ``[b, n]`` -> ``(embedding float32 [b, embed_dim], tokens [b, n, D])``.
+    """Text tower: int32 ids `[b, n]` -> `(embedding float32 [b, embed_dim], tokens [b, n, D])`.
 
-    The embedding is the last state of the first token, [CLS], projected unless ``embed_dim`` is 0, not normalised. No token
-    attends to padding: to what follows the first token with the id ``eot_id`` ([SEP]), or to the id ``pad_id`` where that is given.
+    The embedding is the last state of the first token, [CLS], projected unless `embed_dim` is 0, not normalised. No token
+    attends to padding: to what follows the first token with the id `eot_id` ([SEP]), or to the id `pad_id` where that is given.
     """
 
     context: int

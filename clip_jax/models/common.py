@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 
 def shard_batch(x, axis=0):
-    """Constrains the batch axis of ``x`` to be split over the batch axes of the mesh in use (``jax.set_mesh``); identity without one.
+    """Constrains the batch axis of `x` to be split over the batch axes of the mesh in use (`jax.set_mesh`); identity without one.
 
     Left to itself the partitioner may gather activations on every device; one constraint at the input of every block
     prevents that.
@@ -42,7 +42,7 @@ def gather(x):
 
 
 def l2_normalize(x, axis=-1):
-    """Unit vectors along ``axis``, computed in float32 whatever the input's dtype. A zero vector stays zero."""
+    """Unit vectors along `axis`, computed in float32 whatever the input's dtype. A zero vector stays zero."""
     x = x.astype(jnp.float32)
     # The maximum keeps the gradient finite at zero; it changes no vector longer than 1e-12.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis, keepdims=True), 1e-24))
@@ -59,7 +59,7 @@ torch_conv = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def sincos_2d(height, width, dim, temperature=10_000.0):
-    """Fixed 2-D sine-cosine position embedding, float32 ``[height * width, dim]`` (MoCo v3); ``dim`` divisible by 4."""
+    """Fixed 2-D sine-cosine position embedding, float32 `[height * width, dim]` (MoCo v3); `dim` divisible by 4."""
     y, x = jnp.mgrid[:height, :width]
     omega = 1.0 / temperature ** (jnp.arange(dim // 4) / (dim // 4 - 1))
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
@@ -67,9 +67,9 @@ def sincos_2d(height, width, dim, temperature=10_000.0):
 
 
 def drop(x, rate, keys, index, whole=False):
-    """Dropout of ``x[b, ...]``, drawn per example from ``keys[b]`` and ``index``, the number of the place where it is used.
+    """Dropout of `x[b, ...]`, drawn per example from `keys[b]` and `index`, the number of the place where it is used.
 
-    With ``whole`` an example is dropped or kept as a whole (stochastic depth, Huang et al. 2016). Identity where ``keys`` is None.
+    With `whole` an example is dropped or kept as a whole (stochastic depth, Huang et al. 2016). Identity where `keys` is None.
     """
     if keys is None or isinstance(rate, int | float) and not rate:
         return x
@@ -79,13 +79,13 @@ def drop(x, rate, keys, index, whole=False):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of ``x[b, ..., c]``, computed in float32; parameters ``scale`` and ``bias``, statistics ``mean`` and ``var``.
+    """Batch normalisation of `x[b, ..., c]`, computed in float32; parameters `scale` and `bias`, statistics `mean` and `var`.
 
-    In training by the statistics of the batch, under ``jit`` of the global batch, whatever devices hold it; the running ones in the
-    collection ``batch_stats`` move towards them by ``1 - decay``. As in PyTorch and TensorFlow, and unlike ``flax.linen.BatchNorm``,
-    the running variance is the unbiased one. With ``group`` the statistics are those of each ``group`` examples ("ghost" batch norm,
+    In training by the statistics of the batch, under `jit` of the global batch, whatever devices hold it; the running ones in the
+    collection `batch_stats` move towards them by `1 - decay`. As in PyTorch and TensorFlow, and unlike `flax.linen.BatchNorm`,
+    the running variance is the unbiased one. With `group` the statistics are those of each `group` examples ("ghost" batch norm,
     Hoffer et al. 2017; what training with statistics per device computes), and the running ones move towards their average.
-    Without ``affine`` there are no parameters.
+    Without `affine` there are no parameters.
     """
 
     decay: float = 0.9
@@ -109,7 +109,9 @@ class BatchNorm(nn.Module):
         if train:
             group = self.group or shape[0]
             if shape[0] % group:
-                raise UserError(f"model.image.bn_group={group} does not divide the {shape[0]} examples of a (micro-)batch")
+                raise UserError(
+                    f"model.image.bn_group={group} does not divide the {shape[0]} examples of a (micro-)batch"
+                )
             x = x.reshape(-1, group, *shape[1:])
             axes = tuple(range(1, x.ndim - 1))
             mean = x.mean(axes, keepdims=True)
@@ -123,12 +125,12 @@ class BatchNorm(nn.Module):
 
 
 def side_by_side(views, keys):
-    """Views ``[b, ...]``, v of them, as ``[b * v, ...]``, an example's side by side, so that every device keeps its own rows; and as many
-    of the ``keys[b, >= v]``."""
+    """Views `[b, ...]`, v of them, as `[b * v, ...]`, an example's side by side, so that every device keeps its own rows; and as many
+    of the `keys[b, >= v]`."""
     x, keys = jnp.stack(views, axis=1), keys[:, : len(views)]
     return x.reshape(-1, *x.shape[2:]), keys.reshape(-1)
 
 
 def apart(x, b):
-    """``[b * v, ...]`` as ``[b, v, ...]``."""
+    """`[b * v, ...]` as `[b, v, ...]`."""
     return x.reshape(b, -1, *x.shape[1:])

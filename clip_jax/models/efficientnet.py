@@ -12,7 +12,15 @@ from clip_jax.models.conv import Conv
 from clip_jax.models.transformer import project, rematerialized
 
 #: Stages of B0 as (channels, blocks, kernel, stride, expansion); the coefficients scale channels and blocks.
-STAGES = ((16, 1, 3, 1, 1), (24, 2, 3, 2, 6), (40, 2, 5, 2, 6), (80, 3, 3, 2, 6), (112, 3, 5, 1, 6), (192, 4, 5, 2, 6), (320, 1, 3, 1, 6))
+STAGES = (
+    (16, 1, 3, 1, 1),
+    (24, 2, 3, 2, 6),
+    (40, 2, 5, 2, 6),
+    (80, 3, 3, 2, 6),
+    (112, 3, 5, 1, 6),
+    (192, 4, 5, 2, 6),
+    (320, 1, 3, 1, 6),
+)
 STEM = 32
 PADDINGS = ("same", "even")
 INIT = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
@@ -28,7 +36,7 @@ def scaled(channels, coefficient):
 
 
 def conv(x, features, size, stride, padding, dtype, name, depthwise=False):
-    """A convolution without bias. A stride of 2 pads as TensorFlow's SAME does, by ``even`` as that does for an even size."""
+    """A convolution without bias. A stride of 2 pads as TensorFlow's SAME does, by `even` as that does for an even size."""
     pad = ((size // 2 - 1, size // 2),) * 2 if padding == "even" and stride == 2 else None
     return Conv(features, size, stride, pad, depthwise, dtype, DEPTHWISE_INIT if depthwise else INIT, name=name)(x)
 
@@ -36,7 +44,7 @@ def conv(x, features, size, stride, padding, dtype, name, depthwise=False):
 class MBConv(nn.Module):
     """Inverted bottleneck: 1x1 expansion, depthwise convolution, squeeze and excitation, 1x1 projection; a residual where shapes allow.
 
-    ``drop_rate``: stochastic depth, the chance in training that an example skips the block.
+    `drop_rate`: stochastic depth, the chance in training that an example skips the block.
     """
 
     features: int
@@ -52,7 +60,7 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False, keys=None, place=None):
-        """``place``: instead of the fields, (index, drop_rate) as arrays, where one block runs in several places."""
+        """`place`: instead of the fields, (index, drop_rate) as arrays, where one block runs in several places."""
         index, drop_rate = place or (self.index, self.drop_rate)
 
         def norm(y, name):
@@ -66,7 +74,9 @@ class MBConv(nn.Module):
         y = conv(y, y.shape[-1], self.size, self.stride, self.padding, self.dtype, "depthwise_conv", depthwise=True)
         y = self.act(norm(y, "depthwise_bn"))
         if self.squeeze:
-            squeezed = nn.Dense(max(1, width // 4), dtype=self.dtype, kernel_init=INIT, name="se_reduce")(y.mean((1, 2)))
+            squeezed = nn.Dense(max(1, width // 4), dtype=self.dtype, kernel_init=INIT, name="se_reduce")(
+                y.mean((1, 2))
+            )
             excited = nn.Dense(y.shape[-1], dtype=self.dtype, kernel_init=INIT, name="se_expand")(self.act(squeezed))
             y = y * nn.sigmoid(excited)[:, None, None]
         y = norm(conv(y, self.features, 1, 1, self.padding, self.dtype, "project_conv"), "project_bn")
@@ -76,14 +86,14 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """Image tower: normalised ``[b, size, size, 3]`` -> ``(embedding float32 [b, embed_dim], feature map [b, n, width])``.
+    """Image tower: normalised `[b, size, size, 3]` -> `(embedding float32 [b, embed_dim], feature map [b, n, width])`.
 
-    The embedding is the mean of the last block's output, projected unless ``embed_dim`` is 0, not normalised. Block i of N is
-    dropped with the chance ``stochastic_depth * i / N``.
+    The embedding is the mean of the last block's output, projected unless `embed_dim` is 0, not normalised. Block i of N is
+    dropped with the chance `stochastic_depth * i / N`.
 
-    ``padding``: ``same`` (TensorFlow, the published training code) or ``even`` (Hugging Face's AlignModel); they differ where a
-    stride of 2 meets an odd size. With ``scan`` the blocks of a stage after its first are one, run in a loop, their parameters stacked.
-    ``bn_group`` as ``group`` of :class:`~clip_jax.models.common.BatchNorm`.
+    `padding`: `same` (TensorFlow, the published training code) or `even` (Hugging Face's AlignModel); they differ where a
+    stride of 2 meets an odd size. With `scan` the blocks of a stage after its first are one, run in a loop, their parameters stacked.
+    `bn_group` as `group` of `BatchNorm`.
     """
 
     size: int
@@ -107,7 +117,9 @@ class EfficientNet(nn.Module):
 
     @nn.compact
     def __call__(self, images, train=False, keys=None):
-        x = conv(images.astype(self.dtype), scaled(STEM, self.width_coefficient), 3, 2, self.padding, self.dtype, "stem_conv")
+        x = conv(
+            images.astype(self.dtype), scaled(STEM, self.width_coefficient), 3, 2, self.padding, self.dtype, "stem_conv"
+        )
         x = self.act(BatchNorm(0.99, 1e-3, self.bn_group, self.dtype, name="stem_bn")(x, train))
         block = rematerialized(self.block, self.remat, static_argnums=2, prevent_cse=not self.scan)
         repeats = [math.ceil(blocks * self.depth_coefficient) for _, blocks, *_ in self.stages]
@@ -116,7 +128,13 @@ class EfficientNet(nn.Module):
             features = scaled(channels, self.width_coefficient)
             rates = [self.stochastic_depth * k / sum(repeats) for k in range(i, i + blocks)]
             make = functools.partial(
-                block, features, size, expansion=expansion, padding=self.padding, bn_group=self.bn_group, dtype=self.dtype
+                block,
+                features,
+                size,
+                expansion=expansion,
+                padding=self.padding,
+                bn_group=self.bn_group,
+                dtype=self.dtype,
             )
             x = make(stride=stride, index=i, drop_rate=rates[0], name=f"mbconv_{i}")(x, train, keys)
             if self.scan and blocks > 1:

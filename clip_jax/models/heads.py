@@ -9,11 +9,11 @@ from clip_jax.models.common import BatchNorm, torch_uniform
 
 
 class MlpHead(nn.Module):
-    """An MLP with batch norm and ReLU after every layer but the last, ``[B, ..., D] -> float32 [B, ..., widths[-1]]``.
+    """An MLP with batch norm and ReLU after every layer but the last, `[B, ..., D] -> float32 [B, ..., widths[-1]]`.
 
-    The defaults are those of MoCo v3 (Chen et al. 2021): linear layers ``fc1``, ``fc2``, ... without bias, and after the last one a
-    batch norm without scale and shift. ``last_norm`` may also be ``affine`` (SimSiam's projector) or ``none`` (its predictor, whose
-    last layer has a bias). What lies between the first and the last axis shares the statistics: ``[B, 2, D]`` of two modalities.
+    The defaults are those of MoCo v3 (Chen et al. 2021): linear layers `fc1`, `fc2`, ... without bias, and after the last one a
+    batch norm without scale and shift. `last_norm` may also be `affine` (SimSiam's projector) or `none` (its predictor, whose
+    last layer has a bias). What lies between the first and the last axis shares the statistics: `[B, 2, D]` of two modalities.
     """
 
     widths: tuple[int, ...]

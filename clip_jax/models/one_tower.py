@@ -21,16 +21,16 @@ from clip_jax.models.vit import embed_patches, patches
 #:   full_one_cls        the same, but no one attends to the text's CLS, so that the image's is that of both
 MODES = ("block_diagonal", "off_diagonal", "off_diagonal_self", "full", "full_one_cls")
 
-_SHARED = ("dtype", "remat", "scan", "attention")  # fields of ``config.model`` itself
+_SHARED = ("dtype", "remat", "scan", "attention")  # fields of `config.model` itself
 
 
 def real_tokens(ids, eot_id):
-    """bool ``[b, n]``: True up to the first token with the id ``eot_id``."""
+    """bool `[b, n]`: True up to the first token with the id `eot_id`."""
     return jnp.arange(ids.shape[1]) <= jnp.argmax(ids == eot_id, axis=1)[:, None]
 
 
 class ImageTokens(nn.Module):
-    """Patch embeddings with positions, ``[b, size, size, 3] -> [b, n, D]``; ``hidden`` ones, bool ``[b, n]``, are a learned vector."""
+    """Patch embeddings with positions, `[b, size, size, 3] -> [b, n, D]`; `hidden` ones, bool `[b, n]`, are a learned vector."""
 
     width: int
     patch: int
@@ -50,7 +50,7 @@ class ImageTokens(nn.Module):
 
 
 class TextTokens(nn.Module):
-    """Word embeddings with positions, int32 ``[b, n] -> [b, n, D]``; ``hidden`` ones, bool ``[b, n]``, are a learned vector."""
+    """Word embeddings with positions, int32 `[b, n] -> [b, n, D]`; `hidden` ones, bool `[b, n]`, are a learned vector."""
 
     width: int
     vocab_size: int
@@ -59,7 +59,9 @@ class TextTokens(nn.Module):
 
     @nn.compact
     def __call__(self, ids, hidden=None):
-        x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype, name="embed")(ids)
+        x = nn.Embed(
+            self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype, name="embed"
+        )(ids)
         return _hide_and_place(self, x, hidden, self.context)
 
 
@@ -73,8 +75,8 @@ def _hide_and_place(tokens, x, hidden, positions):
 class OneTower(nn.Module):
     """A pre-LN transformer whose weights, CLS token included, images and texts share; apart from it each has its embedding and positions.
 
-    Before the tokens of each modality stands the CLS token, without a position. With ``type_embedding`` a learned vector of the
-    modality is added to all its tokens. The patch size is ``patch``, or with a ``stem`` of convolutions ``2 ** len(stem)``.
+    Before the tokens of each modality stands the CLS token, without a position. With `type_embedding` a learned vector of the
+    modality is added to all its tokens. The patch size is `patch`, or with a `stem` of convolutions `2 ** len(stem)`.
     """
 
     size: int
@@ -101,46 +103,55 @@ class OneTower(nn.Module):
 
     @nn.compact
     def __call__(self, images=None, ids=None, real=None, mode="block_diagonal", hidden_patches=None, hidden_words=None):
-        """States after the last layer norm, ``{"image": [b, 1 + n, D], "text": [b, 1 + m, D]}``, the CLS token first.
+        """States after the last layer norm, `{"image": [b, 1 + n, D], "text": [b, 1 + m, D]}`, the CLS token first.
 
         Args:
-          images: normalised ``[b, size, size, 3]``, or None: texts alone.
-          ids: int32 ``[b, m]``, m at most ``context``, or None: images alone.
-          real: bool ``[b, m]``, False at padding, to which no token attends.
-          mode: one of :data:`MODES`; one modality alone attends to itself.
-          hidden_patches, hidden_words: bool ``[b, n]`` and ``[b, m]``, or None: tokens in whose place a learned vector stands.
+          images: normalised `[b, size, size, 3]`, or None: texts alone.
+          ids: int32 `[b, m]`, m at most `context`, or None: images alone.
+          real: bool `[b, m]`, False at padding, to which no token attends.
+          mode: one of `MODES`; one modality alone attends to itself.
+          hidden_patches, hidden_words: bool `[b, n]` and `[b, m]`, or None: tokens in whose place a learned vector stands.
         """
         normal = nn.initializers.normal(0.02)
         cls = self.param("cls", normal, (1, 1, self.width))
         kind = self.param("type", normal, (2, self.width)) if self.type_embedding else jnp.zeros((2, self.width))
         streams = {}
         if images is not None:
-            tokens = ImageTokens(self.width, self.patch_size, self.stem, self.act, self.dtype, name="img")(images, hidden_patches)
+            tokens = ImageTokens(self.width, self.patch_size, self.stem, self.act, self.dtype, name="img")(
+                images, hidden_patches
+            )
             streams["image"] = kind[0], tokens, jnp.ones(tokens.shape[:2], bool)
         if ids is not None:
             tokens = TextTokens(self.width, self.vocab_size, self.context, self.dtype, name="txt")(ids, hidden_words)
             streams["text"] = kind[1], tokens, real
         parts = [
-            jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.width)), x], axis=1) + k.astype(x.dtype)
+            jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.width)), x], axis=1)
+            + k.astype(x.dtype)
             for k, x, _ in streams.values()
         ]
         x, mask = jnp.concatenate(parts, axis=1), None
         lengths = [part.shape[1] for part in parts]
         if ids is not None:
-            keys = jnp.concatenate([jnp.pad(r, ((0, 0), (1, 0)), constant_values=True) for _, _, r in streams.values()], axis=1)
+            keys = jnp.concatenate(
+                [jnp.pad(r, ((0, 0), (1, 0)), constant_values=True) for _, _, r in streams.values()], axis=1
+            )
             mask = attention_mask(mode, lengths, keys)
         if mode == "off_diagonal_self":  # the second copy is what the first one attends to
             x = jnp.concatenate([x, x], axis=1)
         init = block_init(self.weight_init, self.width, self.mlp_dim, self.depth)
-        block = functools.partial(Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, dtype=self.dtype, attention=self.attention)
+        block = functools.partial(
+            Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, dtype=self.dtype, attention=self.attention
+        )
         x = apply_blocks(self, lambda name: block(name=name), x, mask)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_post")(x)
         starts = [0, *lengths]
-        return {name: x[:, start : start + length] for name, start, length in zip(streams, starts, lengths, strict=False)}
+        return {
+            name: x[:, start : start + length] for name, start, length in zip(streams, starts, lengths, strict=False)
+        }
 
 
 def attention_mask(mode, lengths, keys):
-    """Who may attend to whom, bool ``[b, 1, q, k]``: one of :data:`MODES` on segments of the ``lengths``; ``keys``: bool ``[b, k]``."""
+    """Who may attend to whom, bool `[b, 1, q, k]`: one of `MODES` on segments of the `lengths`; `keys`: bool `[b, k]`."""
     segment = np.repeat(np.arange(len(lengths)), lengths)
     same = segment[:, None] == segment
     if mode == "off_diagonal_self":
@@ -154,17 +165,26 @@ def attention_mask(mode, lengths, keys):
 
 
 def patch_pixels(images, patch):
-    """The pixels of each patch, float32 ``[b, n, patch * patch * 3]``."""
+    """The pixels of each patch, float32 `[b, n, patch * patch * 3]`."""
     x = patches(images.astype(jnp.float32), patch, patch)
     return x.reshape(len(x), -1, x.shape[-1])
 
 
 def one_tower(model, **fields):
-    """The tower of the sections ``model.image`` (its own fields) and ``model.text`` (``context``, ``vocab_size``); raises UserError."""
+    """The tower of the sections `model.image` (its own fields) and `model.text` (`context`, `vocab_size`); raises UserError."""
     image, text = {k: tuple(v) if isinstance(v, list) else v for k, v in model.image.items()}, model.text
-    known = {f.name for f in dataclasses.fields(OneTower)} - {"parent", "name", "vocab_size", "context", *fields, *_SHARED}
+    known = {f.name for f in dataclasses.fields(OneTower)} - {
+        "parent",
+        "name",
+        "vocab_size",
+        "context",
+        *fields,
+        *_SHARED,
+    }
     for name in sorted(set(image) - known):
-        raise UserError(f"model.image.{name} is no field of a tower for images and texts; there are {', '.join(sorted(known))}")
+        raise UserError(
+            f"model.image.{name} is no field of a tower for images and texts; there are {', '.join(sorted(known))}"
+        )
     for name, choices in (("act", ACTIVATIONS), ("weight_init", WEIGHT_INITS)):
         if name in image and image[name] not in choices:
             raise UserError(f"model.image.{name}={image[name]!r}: allowed are {', '.join(choices)}")

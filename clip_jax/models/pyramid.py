@@ -1,6 +1,6 @@
 """PyramidCLIP's image towers (Gao et al. 2022): the published ViT and ResNet with a second way in, for features of regions.
 
-A region enters as its features and its box (``clip_jax.data.views.RegionView``), is projected to the tower's width, and goes through
+A region enters as its features and its box (`clip_jax.data.views.RegionView`), is projected to the tower's width, and goes through
 the last part of the tower alone: the rear blocks of the ViT, the attention pooling of the ResNet.
 """
 
@@ -21,7 +21,7 @@ from clip_jax.models.vit import embed_patches
 class LeFF(nn.Module):
     """Locally-enhanced feed-forward (Yuan et al. 2021, "Incorporating Convolution Designs into Visual Transformers", section 3.2).
 
-    ``[b, 1 + n, D] -> [b, 1 + n, D]``, the class token first, which comes out as it went in. The patches, n a square number, are widened,
+    `[b, 1 + n, D] -> [b, 1 + n, D]`, the class token first, which comes out as it went in. The patches, n a square number, are widened,
     convolved depthwise, 3x3, on their grid and narrowed, each step with batch norm and activation.
     """
 
@@ -41,16 +41,28 @@ class LeFF(nn.Module):
         def norm(name, x):
             return ACTIVATIONS[self.act](BatchNorm(dtype=self.dtype, name=name)(x, train))
 
-        x = nn.Dense(self.mlp_dim, dtype=self.dtype, kernel_init=self.inits.fc1, bias_init=self.inits.mlp_bias_1, name="fc1")(x)
+        x = nn.Dense(
+            self.mlp_dim, dtype=self.dtype, kernel_init=self.inits.fc1, bias_init=self.inits.mlp_bias_1, name="fc1"
+        )(x)
         x = norm("bn1", x).reshape(b, side, side, self.mlp_dim)
-        x = Conv(self.mlp_dim, 3, padding=((1, 1), (1, 1)), depthwise=True, dtype=self.dtype, kernel_init=torch_uniform(9), name="conv")(x)
+        x = Conv(
+            self.mlp_dim,
+            3,
+            padding=((1, 1), (1, 1)),
+            depthwise=True,
+            dtype=self.dtype,
+            kernel_init=torch_uniform(9),
+            name="conv",
+        )(x)
         x = norm("bn2", x).reshape(b, n, self.mlp_dim)
-        x = nn.Dense(width, dtype=self.dtype, kernel_init=self.inits.fc2, bias_init=self.inits.mlp_bias_2, name="fc2")(x)
+        x = nn.Dense(width, dtype=self.dtype, kernel_init=self.inits.fc2, bias_init=self.inits.mlp_bias_2, name="fc2")(
+            x
+        )
         return jnp.concatenate([cls, norm("bn3", x)], axis=1)
 
 
 class LeFFBlock(nn.Module):
-    """A pre-LN block with :class:`LeFF` in the place of the MLP, ``[b, 1 + n, D] -> [b, 1 + n, D]``."""
+    """A pre-LN block with `LeFF` in the place of the MLP, `[b, 1 + n, D] -> [b, 1 + n, D]`."""
 
     heads: int
     mlp_dim: int
@@ -70,11 +82,11 @@ class LeFFBlock(nn.Module):
 
 
 class PyramidViT(nn.Module):
-    """Image tower: normalised ``[b, size, size, 3]`` -> ``(embedding float32 [b, embed_dim], None)``; CLIP's but for the first blocks.
+    """Image tower: normalised `[b, size, size, 3]` -> `(embedding float32 [b, embed_dim], None)`; CLIP's but for the first blocks.
 
-    Of the ``depth`` blocks the first ``front`` have :class:`LeFF`. Instead of images ``regions`` ``[b, m, region_dim]`` may be given, and
-    ``mask``, bool ``[b, m]``, False where a row is none: they go with the class token, and without positions, through the other blocks.
-    ``stem``, which the paper does not have, puts convolutions in the place of the patches: :class:`~clip_jax.models.vit.ConvStem`.
+    Of the `depth` blocks the first `front` have `LeFF`. Instead of images `regions` `[b, m, region_dim]` may be given, and
+    `mask`, bool `[b, m]`, False where a row is none: they go with the class token, and without positions, through the other blocks.
+    `stem`, which the paper does not have, puts convolutions in the place of the patches: `ConvStem`.
     """
 
     size: int
@@ -127,7 +139,7 @@ class PyramidViT(nn.Module):
 
 
 class PyramidResNet(ModifiedResNet):
-    """Image tower: CLIP's ResNet, which takes ``regions`` ``[b, m, region_dim]`` and their ``mask`` as :class:`PyramidViT` does.
+    """Image tower: CLIP's ResNet, which takes `regions` `[b, m, region_dim]` and their `mask` as `PyramidViT` does.
 
     They go, with their mean before them and without positions, through a layer norm of their own and the attention pooling.
     """
@@ -139,7 +151,9 @@ class PyramidResNet(ModifiedResNet):
     def __call__(self, images, train=False, keys=None, regions=None, mask=None):
         del keys  # nothing in it is random
         width = 32 * self.width
-        to_token = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(width**-0.5), name="regions")
+        to_token = nn.Dense(
+            width, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(width**-0.5), name="regions"
+        )
         ln = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")
         pool = AttentionPool(self.embed_dim, self.dtype, name="pool")
         if self.is_initializing():
@@ -148,6 +162,8 @@ class PyramidResNet(ModifiedResNet):
             return pool(self.feature_map(images, train)).astype(jnp.float32), None
         x = to_token(shard_batch(regions))
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        mean = jnp.sum(x, axis=1, keepdims=True, where=mask[..., None]) / jnp.maximum(mask.sum(1), 1)[:, None, None].astype(x.dtype)
+        mean = jnp.sum(x, axis=1, keepdims=True, where=mask[..., None]) / jnp.maximum(mask.sum(1), 1)[
+            :, None, None
+        ].astype(x.dtype)
         mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
         return pool(ln(jnp.concatenate([mean, x], axis=1)), positions=False, mask=mask).astype(jnp.float32), None

@@ -12,7 +12,7 @@ HEAD_WIDTH = 64
 
 
 def conv(features, size, dtype, name, stride=1):
-    """A convolution without bias, padded as in PyTorch by ``size // 2`` on each side."""
+    """A convolution without bias, padded as in PyTorch by `size // 2` on each side."""
     pad = size // 2
     return nn.Conv(
         features, (size, size), stride, [(pad, pad)] * 2, use_bias=False, dtype=dtype, kernel_init=torch_conv, name=name
@@ -20,12 +20,12 @@ def conv(features, size, dtype, name, stride=1):
 
 
 def average(x, stride):
-    """Mean over windows of ``stride`` by ``stride`` pixels; identity for 1."""
+    """Mean over windows of `stride` by `stride` pixels; identity for 1."""
     return nn.avg_pool(x, (stride, stride), (stride, stride)) if stride > 1 else x
 
 
 class Stem(nn.Module):
-    """Three 3x3 convolutions, the first of stride 2, and an average over 2x2: ``[b, h, w, 3] -> [b, h/4, w/4, width]``."""
+    """Three 3x3 convolutions, the first of stride 2, and an average over 2x2: `[b, h, w, 3] -> [b, h/4, w/4, width]`."""
 
     width: int
     bn_group: int = 0
@@ -40,7 +40,7 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution to ``4 * width`` channels, all of stride 1; the stride is an average before the third."""
+    """1x1, 3x3 and 1x1 convolution to `4 * width` channels, all of stride 1; the stride is an average before the third."""
 
     width: int
     stride: int = 1
@@ -55,7 +55,9 @@ class Bottleneck(nn.Module):
         x = shard_batch(x)
         y = nn.relu(norm("bn1")(conv(self.width, 1, self.dtype, "conv1")(x), train))
         y = nn.relu(norm("bn2")(conv(self.width, 3, self.dtype, "conv2")(y), train))
-        y = norm("bn3", nn.initializers.zeros)(conv(4 * self.width, 1, self.dtype, "conv3")(average(y, self.stride)), train)
+        y = norm("bn3", nn.initializers.zeros)(
+            conv(4 * self.width, 1, self.dtype, "conv3")(average(y, self.stride)), train
+        )
         if self.stride > 1 or x.shape[-1] != 4 * self.width:
             x = conv(4 * self.width, 1, self.dtype, "downsample_conv")(average(x, self.stride))
             x = norm("downsample_bn")(x, train)
@@ -63,10 +65,10 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention from the first token to all, ``[b, n, D] -> [b, embed_dim]``, heads of width 64.
+    """Attention from the first token to all, `[b, n, D] -> [b, embed_dim]`, heads of width 64.
 
-    The first token is the mean of the others, which is put before them. Without ``positions`` it is given, the tokens have no position
-    embedding, and those where ``mask`` (bool ``[b, n]``) is False are not attended to.
+    The first token is the mean of the others, which is put before them. Without `positions` it is given, the tokens have no position
+    embedding, and those where `mask` (bool `[b, n]`) is False are not attended to.
     """
 
     embed_dim: int
@@ -87,15 +89,17 @@ class AttentionPool(nn.Module):
 
         q, k, v = heads("query", x[:, :1]), heads("key", x), heads("value", x)
         y = attend(q, k, v, mask)[:, 0]
-        out = nn.DenseGeneral(self.embed_dim, axis=(-2, -1), dtype=self.dtype, kernel_init=normal, bias_init=bias, name="out")
+        out = nn.DenseGeneral(
+            self.embed_dim, axis=(-2, -1), dtype=self.dtype, kernel_init=normal, bias_init=bias, name="out"
+        )
         return out(y)
 
 
 class ModifiedResNet(nn.Module):
-    """Image tower: normalised ``[b, size, size, 3]`` -> ``(embedding float32 [b, embed_dim], feature map [b, n, 32 * width])``.
+    """Image tower: normalised `[b, size, size, 3]` -> `(embedding float32 [b, embed_dim], feature map [b, n, 32 * width])`.
 
-    Four stages of ``layers`` bottlenecks; ``size`` a multiple of 32. The attention pooling is the projection. ``bn_group`` as
-    ``group`` of :class:`~clip_jax.models.common.BatchNorm`.
+    Four stages of `layers` bottlenecks; `size` a multiple of 32. The attention pooling is the projection. `bn_group` as
+    `group` of `BatchNorm`.
     """
 
     size: int
@@ -114,7 +118,7 @@ class ModifiedResNet(nn.Module):
         return embedding.astype(jnp.float32), x
 
     def feature_map(self, images, train):
-        """What is pooled, ``[b, n, 32 * width]``; called inside ``__call__``."""
+        """What is pooled, `[b, n, 32 * width]`; called inside `__call__`."""
         x = Stem(self.width, self.bn_group, self.dtype, name="stem")(images.astype(self.dtype), train)
         block = rematerialized(Bottleneck, self.remat, static_argnums=2)
         for i, blocks in enumerate(self.layers):

@@ -12,14 +12,14 @@ POOLS = ("eot", "last", "first", "mean", "max", "max_masked", "map")
 
 
 class TextTransformer(nn.Module):
-    """Text tower: int32 ids ``[b, n]``, n at most ``context`` -> ``(embedding float32 [b, embed_dim], tokens [b, n, D])``.
+    """Text tower: int32 ids `[b, n]`, n at most `context` -> `(embedding float32 [b, embed_dim], tokens [b, n, D])`.
 
-    The embedding is the pooled output after the last layer norm, projected unless ``embed_dim`` is 0, not normalised. Without
-    ``tokens`` None comes in their place, which saves work where one of them is pooled.
+    The embedding is the pooled output after the last layer norm, projected unless `embed_dim` is 0, not normalised. Without
+    `tokens` None comes in their place, which saves work where one of them is pooled.
 
-    ``pool``: ``eot`` (the first token with the id ``eot_id``; CLIP), ``last`` (sticky EOS; SigLIP), ``first`` (BERT's
-    [CLS], FLIP), ``mean`` (over the tokens up to the end), ``max`` (over all positions), ``max_masked`` (up to the end), ``map``.
-    With ``mask_padding`` no token attends to what follows the end-of-text token; under a causal mask the pooled token never does anyhow.
+    `pool`: `eot` (the first token with the id `eot_id`; CLIP), `last` (sticky EOS; SigLIP), `first` (BERT's
+    [CLS], FLIP), `mean` (over the tokens up to the end), `max` (over all positions), `max_masked` (up to the end), `map`.
+    With `mask_padding` no token attends to what follows the end-of-text token; under a causal mask the pooled token never does anyhow.
     """
 
     vocab_size: int
@@ -56,7 +56,9 @@ class TextTransformer(nn.Module):
         real = jnp.arange(n) <= end[:, None]
         mask = real[:, None, None, :] if self.mask_padding else None
         init = block_init(self.weight_init, self.width, self.mlp_dim, self.depth)
-        block = functools.partial(Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, self.causal, self.dtype, self.attention)
+        block = functools.partial(
+            Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, self.causal, self.dtype, self.attention
+        )
         position = {"eot": end, "last": n - 1, "first": 0}.get(self.pool)
         only = only_at(self, position)
         x = apply_blocks(self, lambda name: block(name=name), x, mask, only)

@@ -1,11 +1,10 @@
 """Towers by configuration: the one place that knows which kinds of towers there are, and the published sizes."""
 
 import dataclasses
-import difflib
 
 import jax.numpy as jnp
 
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, did_you_mean
 from clip_jax.models import bert, efficientnet, pyramid, resnet, text, vit
 from clip_jax.models.common import ACTIVATIONS
 from clip_jax.models.transformer import WEIGHT_INITS
@@ -16,7 +15,13 @@ IMAGE_TOWERS = {
 }  # fmt: skip
 TEXT_TOWERS = {"transformer": text.TextTransformer, "bert": bert.BertTower}
 CHOICES = {"act": ACTIVATIONS, "weight_init": WEIGHT_INITS, "posemb": vit.POSEMBS, "padding": efficientnet.PADDINGS}
-SHARED = ("embed_dim", "dtype", "remat", "scan", "attention")  # fields of ``config.model`` that a tower takes where it has them
+SHARED = (
+    "embed_dim",
+    "dtype",
+    "remat",
+    "scan",
+    "attention",
+)  # fields of `config.model` that a tower takes where it has them
 
 _B = dict(width=768, depth=12, heads=12, mlp_dim=3072)
 _L = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
@@ -31,14 +36,22 @@ def _text(width, depth=12):
 def _siglip(tower, patch, size, context=64):
     """Zhai et al. 2023: attention pooling without a projection; bidirectional text, its last token projected."""
     shared = dict(tower, act="gelu_tanh", ln_eps=1e-6, weight_init="xavier")
-    image = dict(kind="vit", size=size, patch=patch, pool="map", cls_token=False, ln_pre=False, patch_bias=True, proj=False)
+    image = dict(
+        kind="vit", size=size, patch=patch, pool="map", cls_token=False, ln_pre=False, patch_bias=True, proj=False
+    )
     text = dict(kind="transformer", context=context, pool="last", causal=False, proj_bias=True)
     return dict(image, **shared), dict(text, **shared), tower["width"]
 
 
 def _align(width_coefficient, depth_coefficient, proj, text_width, text_depth, embed_dim):
     """Jia et al. 2021, section 5; BERT's own dropout."""
-    image = dict(kind="efficientnet", size=289, width_coefficient=width_coefficient, depth_coefficient=depth_coefficient, proj=proj)
+    image = dict(
+        kind="efficientnet",
+        size=289,
+        width_coefficient=width_coefficient,
+        depth_coefficient=depth_coefficient,
+        proj=proj,
+    )
     return image, dict(_text(text_width, text_depth), kind="bert", context=64, dropout=0.1), embed_dim
 
 
@@ -74,7 +87,7 @@ EFFICIENTNETS = {
 
 
 def use_size(model, name):
-    """Makes the towers of the section ``config.model`` those of the published size ``name``, with every field that they have."""
+    """Makes the towers of the section `config.model` those of the published size `name`, with every field that they have."""
     image, text, model.embed_dim = SIZES[name]
     model.image = all_fields(IMAGE_TOWERS, image)
     model.text = all_fields(TEXT_TOWERS, dict(text, vocab_size=0, eot_id=-1))  # these two come from the tokenizer
@@ -83,13 +96,15 @@ def use_size(model, name):
 
 
 def all_fields(kinds, given):
-    """The fields ``given`` of a tower of one of the ``kinds``, and the defaults of its module for the others."""
-    defaults = {f.name: f.default for f in dataclasses.fields(kinds[given["kind"]]) if f.default is not dataclasses.MISSING}
+    """The fields `given` of a tower of one of the `kinds`, and the defaults of its module for the others."""
+    defaults = {
+        f.name: f.default for f in dataclasses.fields(kinds[given["kind"]]) if f.default is not dataclasses.MISSING
+    }
     return {k: v for k, v in defaults.items() if k not in (*SHARED, "tokens", "parent", "name")} | given
 
 
 def image_tower(model, tokens=True):
-    """The image tower of the section ``config.model``, which gives its tokens or not; raises UserError as :func:`_make` does."""
+    """The image tower of the section `config.model`, which gives its tokens or not; raises UserError as `_make` does."""
     image, what, stride = model.image, "", 1
     if image.kind in ("vit", "pyramid_vit"):
         what, stride = (" (2 ** len(stem))", 2 ** len(image.stem)) if image.get("stem") else ("", image.patch)
@@ -103,18 +118,20 @@ def image_tower(model, tokens=True):
 
 
 def text_tower(model, tokens=True):
-    """The text tower of the section ``config.model``, which gives its tokens or not; raises UserError as :func:`_make` does."""
+    """The text tower of the section `config.model`, which gives its tokens or not; raises UserError as `_make` does."""
     if model.text.context > model.text.get("positions", model.text.context):
-        raise UserError(f"model.text.context={model.text.context} is more than model.text.positions={model.text.positions}")
+        raise UserError(
+            f"model.text.context={model.text.context} is more than model.text.positions={model.text.positions}"
+        )
     return _make(TEXT_TOWERS, model, "text", CHOICES | {"pool": text.POOLS}, tokens)
 
 
 def _make(kinds, model, which, choices, tokens):
-    """Builds a tower from ``model[which]``: but for ``kind`` and ``proj`` its fields are arguments of the tower's module.
+    """Builds a tower from `model[which]`: but for `kind` and `proj` its fields are arguments of the tower's module.
 
-    ``proj=False`` leaves the projection out. Raises UserError for an unknown kind or field, for a value that is none of the
-    ``choices`` of its field, for a width that the heads do not divide, and for a tower without projection whose width is not
-    ``model.embed_dim``.
+    `proj=False` leaves the projection out. Raises UserError for an unknown kind or field, for a value that is none of the
+    `choices` of its field, for a width that the heads do not divide, and for a tower without projection whose width is not
+    `model.embed_dim`.
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in model[which].items()}
     kind = fields.pop("kind")
@@ -125,15 +142,18 @@ def _make(kinds, model, which, choices, tokens):
     shared |= {"tokens": tokens} if "tokens" in known else {}
     known = known - {*SHARED, "tokens"} | ({"proj"} if "proj_bias" in known else set())
     for name in sorted(set(fields) - known):
-        near = difflib.get_close_matches(name, known, 1)
-        raise UserError(f"model.{which}.{name} is no field of a {kind!r} tower" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise UserError(f"model.{which}.{name} is no field of a {kind!r} tower{did_you_mean(name, known)}")
     for name in fields.keys() & choices.keys():
         if fields[name] not in choices[name]:
             raise UserError(f"model.{which}.{name}={fields[name]!r}: allowed are {', '.join(choices[name])}")
     if "heads" in fields and fields["width"] % fields["heads"]:
-        raise UserError(f"model.{which}.width={fields['width']} is not divisible by model.{which}.heads={fields['heads']}")
+        raise UserError(
+            f"model.{which}.width={fields['width']} is not divisible by model.{which}.heads={fields['heads']}"
+        )
     projected = fields.pop("proj", True)
     tower = kinds[kind](**fields, **shared | ({} if projected else {"embed_dim": 0}))
     if not projected and tower.width != model.embed_dim:
-        raise UserError(f"model.{which}.proj=False needs model.embed_dim={tower.width}, the width of the tower, not {model.embed_dim}")
+        raise UserError(
+            f"model.{which}.proj=False needs model.embed_dim={tower.width}, the width of the tower, not {model.embed_dim}"
+        )
     return tower

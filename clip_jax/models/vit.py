@@ -15,7 +15,7 @@ POSEMBS = ("learn", "sincos2d")
 
 
 def patches(x, size, stride):
-    """Cuts ``x[b, h, w, c]`` into patches, ``[b, rows, cols, size * size * c]``, rows of a patch first.
+    """Cuts `x[b, h, w, c]` into patches, `[b, rows, cols, size * size * c]`, rows of a patch first.
 
     With the product with a kernel that follows it is a convolution; written as one matrix product it is as fast on an
     accelerator and, with its gradient, several times faster on a CPU.
@@ -26,13 +26,15 @@ def patches(x, size, stride):
         x = x[:, : rows * size, : cols * size].reshape(b, rows, size, cols, size, c)
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows, cols, size * size * c)
     taps = [
-        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (cols - 1) * stride + 1 : stride] for i in range(size) for j in range(size)
+        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (cols - 1) * stride + 1 : stride]
+        for i in range(size)
+        for j in range(size)
     ]
     return jnp.concatenate(taps, axis=-1)
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of patches, ``[b, h, w, c] -> [b, h/P, w/P, D]``; the kernel has a convolution's shape ``[P, P, c, D]``."""
+    """Linear embedding of patches, `[b, h, w, c] -> [b, h/P, w/P, D]`; the kernel has a convolution's shape `[P, P, c, D]`."""
 
     width: int
     patch: int
@@ -52,8 +54,8 @@ class PatchEmbed(nn.Module):
 class ConvStem(nn.Module):
     """Early convolutions in the place of the patch embedding (Xiao et al. 2021, "Early Convolutions Help Transformers See Better").
 
-    One 3x3 convolution of stride 2, layer norm and activation per entry of ``channels``, then a linear map to the width:
-    the patch size is ``2 ** len(channels)``.
+    One 3x3 convolution of stride 2, layer norm and activation per entry of `channels`, then a linear map to the width:
+    the patch size is `2 ** len(channels)`.
     """
 
     channels: tuple[int, ...]
@@ -66,27 +68,29 @@ class ConvStem(nn.Module):
         x = x.astype(self.dtype)
         for i, channels in enumerate(self.channels):
             x = patches(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
-            x = nn.Dense(channels, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal(), name=f"conv_{i}")(x)
+            x = nn.Dense(
+                channels, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal(), name=f"conv_{i}"
+            )(x)
             x = ACTIVATIONS[self.act](nn.LayerNorm(dtype=self.dtype, name=f"ln_{i}")(x))
         return nn.Dense(self.width, dtype=self.dtype, name="out")(x)
 
 
 def embed_patches(tower, images, bias, kernel_init=torch_conv):
-    """``[b, h, w, 3] -> [b, rows, columns, D]`` by the ``stem`` of ``tower``, or else by patches; called inside its compact method."""
+    """`[b, h, w, 3] -> [b, rows, columns, D]` by the `stem` of `tower`, or else by patches; called inside its compact method."""
     if tower.stem:
         return ConvStem(tuple(tower.stem), tower.width, tower.act, tower.dtype, name="stem")(images)
     return PatchEmbed(tower.width, tower.patch, bias, tower.dtype, kernel_init, name="patch")(images)
 
 
 class VisionTransformer(nn.Module):
-    """Image tower: normalised ``[b, size, size, 3]`` -> ``(embedding float32 [b, embed_dim], tokens [b, n, D])``.
+    """Image tower: normalised `[b, size, size, 3]` -> `(embedding float32 [b, embed_dim], tokens [b, n, D])`.
 
-    The embedding is the pooled output after the last layer norm, projected unless ``embed_dim`` is 0, not normalised. Without
-    ``tokens`` None comes in their place, which saves work where one of them is pooled.
+    The embedding is the pooled output after the last layer norm, projected unless `embed_dim` is 0, not normalised. Without
+    `tokens` None comes in their place, which saves work where one of them is pooled.
 
-    ``pool``: ``cls`` (class token), ``gap`` (mean of patch tokens), ``mean_all`` (mean of all tokens, FLIP), ``map``
-    (attention pooling, SigLIP). ``cls_token`` may be on without being pooled. ``patch_drop`` keeps a random part of the
-    patches in training (FLIP); which ones is drawn per example from ``keys[b]``. ``qk_norm``: layer norms on each head's
+    `pool`: `cls` (class token), `gap` (mean of patch tokens), `mean_all` (mean of all tokens, FLIP), `map`
+    (attention pooling, SigLIP). `cls_token` may be on without being pooled. `patch_drop` keeps a random part of the
+    patches in training (FLIP); which ones is drawn per example from `keys[b]`. `qk_norm`: layer norms on each head's
     queries and keys (LaCLIP).
     """
 
@@ -117,7 +121,12 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, images, train=False, keys=None):
-        x = embed_patches(self, images, self.patch_bias, nn.initializers.lecun_normal() if self.weight_init == "xavier" else torch_conv)
+        x = embed_patches(
+            self,
+            images,
+            self.patch_bias,
+            nn.initializers.lecun_normal() if self.weight_init == "xavier" else torch_conv,
+        )
         b, rows, cols, width = x.shape
         x = x.reshape(b, rows * cols, width)
         scale = nn.initializers.normal(width**-0.5)
@@ -137,7 +146,15 @@ class VisionTransformer(nn.Module):
             x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")(x)
         init = block_init(self.weight_init, width, self.mlp_dim, self.depth)
         block = functools.partial(
-            Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, dtype=self.dtype, attention=self.attention, qk_norm=self.qk_norm
+            Block,
+            self.heads,
+            self.mlp_dim,
+            self.act,
+            self.ln_eps,
+            init,
+            dtype=self.dtype,
+            attention=self.attention,
+            qk_norm=self.qk_norm,
         )
         only = only_at(self, 0 if self.pool == "cls" else None)
         x = apply_blocks(self, lambda name: block(name=name), x, only=only)
@@ -152,7 +169,7 @@ class VisionTransformer(nn.Module):
 
 
 def drop_patches(x, drop, keys):
-    """Keeps ``round(n * (1 - drop))`` of the tokens of ``x[b, n, D]``, in order, drawn per example with ``keys[b]`` (FLIP)."""
+    """Keeps `round(n * (1 - drop))` of the tokens of `x[b, n, D]`, in order, drawn per example with `keys[b]` (FLIP)."""
     n = x.shape[1]
     keep = max(1, round(n * (1 - drop)))
     index = jax.vmap(lambda key: jnp.sort(jax.random.permutation(key, n)[:keep]))(keys)

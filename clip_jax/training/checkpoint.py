@@ -1,6 +1,6 @@
 """Checkpoints through Orbax: asynchronous, sharded, and each complete in itself.
 
-``<workdir>/checkpoints/<step>/`` holds the state and a ``meta`` item with the configuration, the tokenizer's files, the
+`<workdir>/checkpoints/<step>/` holds the state and a `meta` item with the configuration, the tokenizer's files, the
 versions and the metrics, so that one such folder is enough to evaluate, resume or export. Of several hosts each writes what
 its devices hold, into one folder that all share.
 """
@@ -16,10 +16,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-import clip_jax
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError
-from clip_jax.training import faults, hosts
+from clip_jax.runtime import faults, hosts
+from clip_jax.version import __version__
 
 #: Fields that decide what the saved arrays are and mean: a run cannot go on with other values.
 IDENTITY = ("method", "model", "tokenizer", "optim.name", "optim.freeze", "optim.ema_decay", "seed", "data.batch_size")
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves and restores the states of one run in ``<workdir>/checkpoints``. A context manager; every host has to make each call."""
+    """Saves and restores the states of one run in `<workdir>/checkpoints`. A context manager; every host has to make each call."""
 
     def __init__(self, workdir, config, tokenizer):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
@@ -44,7 +44,7 @@ class Checkpointer:
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
 
     def save(self, step, state, metrics):
-        """Starts to save ``state`` (a TrainState) after ``step`` steps; ``metrics`` are the numbers that ``checkpoint.best`` looks at.
+        """Starts to save `state` (a TrainState) after `step` steps; `metrics` are the numbers that `checkpoint.best` looks at.
 
         Raises UserError when the save before this one, or the beginning of this one, failed.
         """
@@ -52,7 +52,7 @@ class Checkpointer:
             return
         meta = {
             "format": 1,
-            "clip_jax": clip_jax.__version__,
+            "clip_jax": __version__,
             "jax": jax.__version__,
             "step": step,
             "config": json.loads(config_lib.to_json(self.config)),
@@ -61,7 +61,9 @@ class Checkpointer:
         }
         with faults.stage("checkpoint"), _SaveFailure(self, step):
             self.manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)), metrics=metrics or None
+                step,
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)),
+                metrics=metrics or None,
             )
 
     def wait(self):
@@ -84,7 +86,7 @@ class Checkpointer:
                 self.manager.close()
 
     def restore(self, state):
-        """The newest usable state with the shapes and shardings of ``state`` (a TrainState of ShapeDtypeStruct), or None if there is none.
+        """The newest usable state with the shapes and shardings of `state` (a TrainState of ShapeDtypeStruct), or None if there is none.
 
         A damaged checkpoint is passed over, with a warning, for the one before. Raises UserError when none is left, and when the
         run in the folder was made with a configuration or tokenizer that does not fit, naming the fields.
@@ -106,7 +108,9 @@ class Checkpointer:
                 problem = next(filter(None, problems))
                 logger.warning("checkpoint %s/%d is damaged (%s); trying the one before", self.folder, step, problem)
         if steps:
-            raise UserError(f"none of the checkpoints in {self.folder} can be read ({', '.join(map(str, steps))}); use another --workdir")
+            raise UserError(
+                f"none of the checkpoints in {self.folder} can be read ({', '.join(map(str, steps))}); use another --workdir"
+            )
         return None
 
     def _check(self, meta):
@@ -114,11 +118,19 @@ class Checkpointer:
         changed = config_lib.differences(old, self.config, IDENTITY)
         if changed:
             what = "; ".join(f"{key} was {a!r}, is now {b!r}" for key, a, b in changed)
-            raise UserError(f"{self.folder} holds a run that this configuration cannot continue: {what}. Use another --workdir")
+            raise UserError(
+                f"{self.folder} holds a run that this configuration cannot continue: {what}. Use another --workdir"
+            )
         if meta["tokenizer"]["fingerprint"] != self.tokenizer["fingerprint"]:
             what = f"the files of the tokenizer {self.config.tokenizer!r} are others than it was trained with"
-            raise UserError(f"{self.folder} holds a run that this configuration cannot continue: {what}. Use another --workdir")
-        changed = [c for c in config_lib.differences(old, self.config) if c[0].split(".")[0] not in ("log", "eval", "checkpoint", "mesh")]
+            raise UserError(
+                f"{self.folder} holds a run that this configuration cannot continue: {what}. Use another --workdir"
+            )
+        changed = [
+            c
+            for c in config_lib.differences(old, self.config)
+            if c[0].split(".")[0] not in ("log", "eval", "checkpoint", "mesh")
+        ]
         for key, a, b in changed:
             logger.warning("the run is continued with another %s: it was %r, is now %r", key, a, b)
 
@@ -150,22 +162,24 @@ def _alone():
 
 
 def restore_arrays(folder, target):
-    """The arrays of checkpoint ``folder`` that a pytree of ShapeDtypeStruct names, with its dtypes and shardings; others are not read."""
-    args = ocp.args.PyTreeRestore(item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
+    """The arrays of checkpoint `folder` that a pytree of ShapeDtypeStruct names, with its dtypes and shardings; others are not read."""
+    args = ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+    )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
         return checkpointer.restore(pathlib.Path(folder).absolute() / "state", args=args)
 
 
 def read_meta(folder):
-    """The ``meta`` item of one checkpoint folder, a dict; raises OSError or ValueError when it is not there or damaged."""
+    """The `meta` item of one checkpoint folder, a dict; raises OSError or ValueError when it is not there or damaged."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
         return checkpointer.restore(pathlib.Path(folder).absolute() / "meta", args=ocp.args.JsonRestore())
 
 
 def find(path, which="latest"):
-    """The folder of one checkpoint: ``path`` is a work folder, its ``checkpoints`` folder, or the folder of one step.
+    """The folder of one checkpoint: `path` is a work folder, its `checkpoints` folder, or the folder of one step.
 
-    ``which``: ``latest``, ``best`` (by the metric that the run was configured with), or a step number. Raises UserError when
+    `which`: `latest`, `best` (by the metric that the run was configured with), or a step number. Raises UserError when
     there is none.
     """
     path = pathlib.Path(path)
@@ -176,12 +190,16 @@ def find(path, which="latest"):
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
     if not steps:
-        raise UserError(f"there is no checkpoint in {str(path)!r}: it has no folder with a step's number and 'state' and 'meta' in it")
+        raise UserError(
+            f"there is no checkpoint in {str(path)!r}: it has no folder with a step's number and 'state' and 'meta' in it"
+        )
     if which == "latest":
         return folder / str(steps[-1])
     if which != "best":
         if str(which) not in map(str, steps):
-            raise UserError(f"there is no checkpoint of step {which} in {str(folder)!r}: there are {', '.join(map(str, steps))}")
+            raise UserError(
+                f"there is no checkpoint of step {which} in {str(folder)!r}: there are {', '.join(map(str, steps))}"
+            )
         return folder / str(which)
     scores = {}
     for step in steps:
@@ -191,7 +209,9 @@ def find(path, which="latest"):
         if value is not None:
             scores[step] = -value if name.startswith("-") else value
     if not scores:
-        raise UserError(f"no checkpoint in {str(folder)!r} has a metric to be best by: the run had checkpoint.best={name!r}")
+        raise UserError(
+            f"no checkpoint in {str(folder)!r} has a metric to be best by: the run had checkpoint.best={name!r}"
+        )
     return folder / str(max(scores, key=scores.get))
 
 
@@ -203,7 +223,7 @@ def _pack(tokenizer):
 
 
 def unpack_tokenizer(meta):
-    """The tokenizer stored in a ``meta`` item."""
+    """The tokenizer stored in a `meta` item."""
     from clip_jax.data.tokenizers import make_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:

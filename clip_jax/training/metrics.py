@@ -1,4 +1,4 @@
-"""What a run tells: one progress line, ``metrics.jsonl``, TensorBoard, Weights & Biases; and what a machine could do at most."""
+"""What a run tells: one progress line, `metrics.jsonl`, TensorBoard, Weights & Biases; and what a machine could do at most."""
 
 import collections
 import json
@@ -9,9 +9,8 @@ import time
 import jax
 import numpy as np
 
-from clip_jax import hardware
 from clip_jax.errors import UserError
-from clip_jax.training import hosts
+from clip_jax.runtime import hardware, hosts
 
 
 def peak_flops():
@@ -21,7 +20,7 @@ def peak_flops():
 
 
 class Writer:
-    """Writes scalars to ``<workdir>/metrics.jsonl`` and, as configured, to TensorBoard and Weights & Biases; of several hosts one does."""
+    """Writes scalars to `<workdir>/metrics.jsonl` and, as configured, to TensorBoard and Weights & Biases; of several hosts one does."""
 
     def __init__(self, workdir, config):
         self.sinks = []
@@ -33,7 +32,9 @@ class Writer:
             import tensorboardX
 
             board = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
-            self.sinks.append((lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()], board.close))
+            self.sinks.append(
+                (lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()], board.close)
+            )
         if config.log.wandb:
             try:
                 import wandb
@@ -42,12 +43,16 @@ class Writer:
                     f"log.wandb={config.log.wandb!r} needs the package wandb: pip install 'clip-jax-pretraining[wandb]'"
                 ) from None
             run = wandb.init(
-                project=config.log.wandb, dir=str(workdir), config=config.to_dict(), resume="allow", id=pathlib.Path(workdir).name
+                project=config.log.wandb,
+                dir=str(workdir),
+                config=config.to_dict(),
+                resume="allow",
+                id=pathlib.Path(workdir).name,
             )
             self.sinks.append((lambda step, values: run.log(values, step=step), run.finish))
 
     def write(self, step, values):
-        """Writes ``{name: number}`` of a step; a number that is not finite becomes null in the JSON file."""
+        """Writes `{name: number}` of a step; a number that is not finite becomes null in the JSON file."""
         values = {k: float(v) for k, v in values.items()}
         for write, _ in self.sinks:
             write(step, values)
@@ -84,7 +89,7 @@ class Progress:
         self.start += seconds
 
     def report(self, step, skipped=0):
-        """Mean metrics and rates since the last report, ``{name: float}``, and the progress line; ``skipped``: unusable records so far."""
+        """Mean metrics and rates since the last report, `{name: float}`, and the progress line; `skipped`: unusable records so far."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         values = {name: total / self.done for name, total in self.sums.items()}
         values["images_per_s"] = self.done * self.batch_size / seconds
@@ -116,7 +121,7 @@ class Progress:
 
 
 def duration(seconds):
-    """``"1h02m"``, ``"3m05s"`` or ``"12s"``."""
+    """`"1h02m"`, `"3m05s"` or `"12s"`."""
     seconds = int(round(seconds))
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

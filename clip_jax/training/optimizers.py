@@ -8,11 +8,11 @@ import optax
 
 from clip_jax.errors import UserError
 from clip_jax.models.transformer import STACKED
-from clip_jax.training.sharding import path_name
+from clip_jax.runtime.sharding import path_name
 
 
 def make_schedule(optim, steps):
-    """``step -> learning rate``: linear warm-up to ``optim.lr`` in ``warmup_steps``, then ``optim.schedule``, which ends at ``steps``."""
+    """`step -> learning rate`: linear warm-up to `optim.lr` in `warmup_steps`, then `optim.schedule`, which ends at `steps`."""
     lr, warmup = optim.lr, optim.warmup_steps
     rest = max(steps - warmup, 1)
     after = {
@@ -28,11 +28,13 @@ def make_schedule(optim, steps):
 
 def _matches(patterns, params):
     """A pytree of bool: does one of the patterns find the parameter's path?"""
-    return jax.tree_util.tree_map_with_path(lambda path, _: any(re.search(p, path_name(path)) for p in patterns), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(re.search(p, path_name(path)) for p in patterns), params
+    )
 
 
 def frozen(optim, params):
-    """A pytree of bool like ``params``: True where nothing is trained (``optim.freeze``, or a factor of 0 in ``optim.lr_mult``)."""
+    """A pytree of bool like `params`: True where nothing is trained (`optim.freeze`, or a factor of 0 in `optim.lr_mult`)."""
     by_factor = jax.tree.map(lambda factor: factor == 0, _factors(optim, params))
     return jax.tree.map(lambda a, b: a or b, _matches(optim.freeze, params), by_factor)
 
@@ -69,27 +71,31 @@ def _scale_by_trust_ratio(params):
 
 
 def make_optimizer(optim, steps, params):
-    """The gradient transformation of the section ``config.optim``.
+    """The gradient transformation of the section `config.optim`.
 
     Order: clipping of the global gradient norm, the optimizer's direction, decoupled weight decay, LAMB's trust ratio, the
     factor of the path, the learning rate.
 
     Args:
-      optim: the section; see :func:`clip_jax.config.base`.
+      optim: the section; see `clip_jax.config.base`.
       steps: the number of training steps.
       params: parameters or their shapes.
 
     Raises:
-      UserError: a pattern of ``freeze`` or ``lr_mult`` finds no parameter, or nothing is left to train.
+      UserError: a pattern of `freeze` or `lr_mult` finds no parameter, or nothing is left to train.
     """
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for field, patterns in (("freeze", optim.freeze), ("lr_mult", [pattern for pattern, _ in optim.lr_mult])):
         for pattern in patterns:
             if not any(re.search(pattern, path) for path in paths):
-                raise UserError(f"optim.{field}: {pattern!r} finds no parameter; paths look like {paths[0]!r}, {paths[-1]!r}")
+                raise UserError(
+                    f"optim.{field}: {pattern!r} finds no parameter; paths look like {paths[0]!r}, {paths[-1]!r}"
+                )
     no_decay = _matches(optim.no_decay, params)
     decay = (
-        optax.add_decayed_weights(optim.weight_decay, jax.tree.map(lambda x: not x, no_decay)) if optim.weight_decay else optax.identity()
+        optax.add_decayed_weights(optim.weight_decay, jax.tree.map(lambda x: not x, no_decay))
+        if optim.weight_decay
+        else optax.identity()
     )
     direction = {
         "adamw": lambda: [optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay],
@@ -107,7 +113,9 @@ def make_optimizer(optim, steps, params):
     if all(jax.tree.leaves(is_frozen)):
         raise UserError(f"optim.freeze={optim.freeze} and optim.lr_mult={optim.lr_mult} leave no parameter to train")
     if any(jax.tree.leaves(is_frozen)):
-        tx = optax.partition({"train": tx, "freeze": optax.set_to_zero()}, jax.tree.map(lambda f: "freeze" if f else "train", is_frozen))
+        tx = optax.partition(
+            {"train": tx, "freeze": optax.set_to_zero()}, jax.tree.map(lambda f: "freeze" if f else "train", is_frozen)
+        )
     return tx
 
 
@@ -121,4 +129,6 @@ def scale_by_adafactor(min_dim_size_to_factor=32, decay_rate=0.8, beta2_cap=0.99
     second = optax.scale_by_factored_rms(
         decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor, epsilon=eps, decay_rate_fn=decay
     )
-    return optax.chain(second, optax.ema(momentum, debias=False, accumulator_dtype=jnp.bfloat16) if momentum else optax.identity())
+    return optax.chain(
+        second, optax.ema(momentum, debias=False, accumulator_dtype=jnp.bfloat16) if momentum else optax.identity()
+    )

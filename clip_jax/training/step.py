@@ -1,4 +1,4 @@
-"""The state of training and the step: a pure function ``(state, batch) -> (state, metrics)``."""
+"""The state of training and the step: a pure function `(state, batch) -> (state, metrics)`."""
 
 from typing import Any
 
@@ -33,11 +33,11 @@ class TrainState:
 
 
 def make_init(config, method, batch):
-    """``(init, tx)``: ``init(rng) -> TrainState``, to be jitted with the shardings of its result, and the optimizer.
+    """`(init, tx)`: `init(rng) -> TrainState`, to be jitted with the shardings of its result, and the optimizer.
 
     Args:
       config: the configuration.
-      method: a :class:`~clip_jax.methods.interface.Method`.
+      method: a `Method`.
       batch: arrays or shapes of a batch; only a few rows of it are used, and none of its values.
     """
     small = {name: jnp.zeros((2, *x.shape[1:]), x.dtype) for name, x in batch.items()}
@@ -53,12 +53,12 @@ def make_init(config, method, batch):
 
 
 def make_gradients(method, micro_batches):
-    """``gradients(params, extra, batch, rng, view) -> (loss, metrics, features, extra, grads)`` of ``loss(heads(encode(view(params))))``.
+    """`gradients(params, extra, batch, rng, view) -> (loss, metrics, features, extra, grads)` of `loss(heads(encode(view(params))))`.
 
     With several micro-batches the loss is still that of the whole batch, with all its negatives (gradient caching, Gao et al.
     2021): all parts are encoded without a gradient, the loss gives the gradient of the features, and each part is encoded
     again to carry it to the parameters. Memory is that of one part and all features; the work is that of one forward pass
-    more. The result is the same but for rounding, except under statistics over the batch inside ``encode`` (BatchNorm).
+    more. The result is the same but for rounding, except under statistics over the batch inside `encode` (BatchNorm).
     """
 
     def finish(params, extra, features, batch, rng):
@@ -117,9 +117,9 @@ def make_gradients(method, micro_batches):
 
 
 def make_step(config, method, tx):
-    """``step(state, batch) -> (state, metrics)``; metrics are float32 scalars.
+    """`step(state, batch) -> (state, metrics)`; metrics are float32 scalars.
 
-    A loss or gradient that is not finite leaves everything but ``step`` and ``bad_steps`` as it was.
+    A loss or gradient that is not finite leaves everything but `step` and `bad_steps` as it was.
     """
     schedule = optimizers.make_schedule(config.optim, config.train.steps)
     decay = config.optim.ema_decay

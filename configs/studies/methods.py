@@ -12,12 +12,30 @@ import pathlib
 from clip_jax.study import Row, Study
 
 STUDIES = ("",)
-METHODS = ("clip", "siglip", "flip", "align", "clippo", "oner", "declip", "otter", "zerovl", "unicl", "filip", "laclip", "alip", "raclip")
+METHODS = (
+    "clip",
+    "siglip",
+    "flip",
+    "align",
+    "clippo",
+    "oner",
+    "declip",
+    "otter",
+    "zerovl",
+    "unicl",
+    "filip",
+    "laclip",
+    "alip",
+    "raclip",
+)
 CELLS = [(concept, vendor) for concept in ("seen", "unseen") for vendor in ("seen", "unseen")]
 
 
 def get_study(variant=""):
     folder = pathlib.Path(__file__).parents[1]
     rows = tuple(Row(name, f"{folder / name}.py{':emoji' if name == 'clip' else ''}") for name in METHODS)
-    metrics = {f"{concept} concept, {vendor} vendor": f"emoji/{concept}_concept_{vendor}_vendor/top1" for concept, vendor in CELLS}
+    metrics = {
+        f"{concept} concept, {vendor} vendor": f"emoji/{concept}_concept_{vendor}_vendor/top1"
+        for concept, vendor in CELLS
+    }
     return Study("Methods on the embedded pictures, top-1", rows, metrics, equal_compute=True)

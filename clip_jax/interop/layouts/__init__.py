@@ -1,11 +1,11 @@
 """How others lay out the parameters that we have: maps that work in both directions.
 
-A layout is a function ``entries(ours, **options) -> [Entry, ...]`` of the paths of our parameters and their shapes, fully
-expanded: one entry per array of theirs. The same list imports (:func:`load`), exports (:func:`save`) and tells what does not
-fit (:func:`check`).
+A layout is a function `entries(ours, **options) -> [Entry, ...]` of the paths of our parameters and their shapes, fully
+expanded: one entry per array of theirs. The same list imports (`load`), exports (`save`) and tells what does not
+fit (`check`).
 
-Paths of ours begin with ``params/`` or ``extra/`` (running statistics): ``params/img/block_0/mlp/fc1/kernel``. Layers are not
-stacked (``model.scan=False``); ``clip_jax.models.transformer`` converts.
+Paths of ours begin with `params/` or `extra/` (running statistics): `params/img/block_0/mlp/fc1/kernel`. Layers are not
+stacked (`model.scan=False`); `clip_jax.models.transformer` converts.
 """
 
 import math
@@ -21,7 +21,7 @@ from clip_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Op:
-    """Theirs is ours with dimensions put together or apart (``reshape``: shape of ours -> shape), then permuted by ``axes``."""
+    """Theirs is ours with dimensions put together or apart (`reshape`: shape of ours -> shape), then permuted by `axes`."""
 
     reshape: Callable = tuple
     axes: tuple[int, ...] | None = None
@@ -43,7 +43,7 @@ class Op:
 
 @dataclass(frozen=True)
 class WithoutFirst(Op):
-    """Positions ``[1, 1 + n, D]`` of which theirs has the last n: the class token, which has a vector of its own, has none."""
+    """Positions `[1, 1 + n, D]` of which theirs has the last n: the class token, which has a vector of its own, has none."""
 
     def shape(self, ours):
         return (ours[0], ours[1] - 1, ours[2])
@@ -82,26 +82,26 @@ class Entry:
     stack: bool = False
 
     def shape(self, shapes):
-        """The shape of theirs; ``shapes``: those of ours by path."""
+        """The shape of theirs; `shapes`: those of ours by path."""
         part = self.op.shape(tuple(shapes[self.ours[0]]))
         if self.stack:
             return (len(self.ours), *part)
         return part if len(self.ours) == 1 else (len(self.ours) * part[0], *part[1:])
 
     def save(self, arrays):
-        """The array of theirs; ``arrays``: ours by path, NumPy."""
+        """The array of theirs; `arrays`: ours by path, NumPy."""
         parts = [self.op.save(arrays[path]) for path in self.ours]
         return np.stack(parts) if self.stack else parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def load(self, y, shapes):
-        """Yields ``(path, array)`` of ours; ``y``: the array of theirs."""
+        """Yields `(path, array)` of ours; `y`: the array of theirs."""
         parts = y if self.stack else np.split(y, len(self.ours)) if len(self.ours) > 1 else [y]
         for path, part in zip(self.ours, parts, strict=True):
             yield path, self.op.load(part, tuple(shapes[path]))
 
 
 def entry(theirs, ours, op=KEEP, **kwargs):
-    """An :class:`Entry`; ``ours``: one path, or several."""
+    """An `Entry`; `ours`: one path, or several."""
     return Entry(theirs, (ours,) if isinstance(ours, str) else tuple(ours), op, **kwargs)
 
 
@@ -111,7 +111,7 @@ def norm(theirs, ours):
 
 
 def batch_norm(theirs, ours):
-    """Batch norm in PyTorch; ``ours`` without ``params/``."""
+    """Batch norm in PyTorch; `ours` without `params/`."""
     statistics = [entry(f"{theirs}.running_{name}", f"extra/batch_stats/{ours}/{name}") for name in ("mean", "var")]
     return [*norm(theirs, f"params/{ours}"), *statistics]
 
@@ -130,7 +130,7 @@ def fused(weight, bias, ours, names=("query", "key", "value")):
 
 
 def depth(ours, tower):
-    """The number of blocks of a tower, ``"params/img"``."""
+    """The number of blocks of a tower, `"params/img"`."""
     return len({m[1] for path in ours if (m := re.match(rf"{tower}/block_(\d+)/", path))})
 
 
@@ -144,8 +144,8 @@ def check(entries, theirs, ours, ignored=(), source="the file"):
 
     Args:
       entries: of a layout.
-      theirs: ``{name: something with a shape}``.
-      ours: ``{path: something with a shape}``.
+      theirs: `{name: something with a shape}`.
+      ours: `{path: something with a shape}`.
       ignored: regular expressions of names of theirs that are no parameters.
       source: what the message calls them.
     """
@@ -156,8 +156,16 @@ def check(entries, theirs, ours, ignored=(), source="the file"):
     missing = expected.keys() - theirs.keys()
     unexpected = [name for name in theirs.keys() - expected.keys() if not any(re.fullmatch(p, name) for p in ignored)]
     both = expected.keys() & theirs.keys()
-    misshapen = {n: f"{shape_text(theirs[n].shape)} for {shape_text(expected[n])}" for n in both if tuple(theirs[n].shape) != expected[n]}
-    parts = [f"{len(names)} {what}: {list_names(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+    misshapen = {
+        n: f"{shape_text(theirs[n].shape)} for {shape_text(expected[n])}"
+        for n in both
+        if tuple(theirs[n].shape) != expected[n]
+    }
+    parts = [
+        f"{len(names)} {what}: {list_names(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
     if misshapen:
         parts.append(f"{len(misshapen)} of another shape: {list_names(misshapen)}")
     if parts:
@@ -183,12 +191,12 @@ def list_names(names):
 
 
 def load(entries, theirs, ours):
-    """``{path: jax.Array}``, read one after the other and each put where it belongs.
+    """`{path: jax.Array}`, read one after the other and each put where it belongs.
 
     Args:
-      entries: of a layout; :func:`check` found nothing.
-      theirs: ``{name: Tensor}`` (readers.py).
-      ours: ``{path: jax.ShapeDtypeStruct with a sharding}``; float32 of float16 and bfloat16 is exact.
+      entries: of a layout; `check` found nothing.
+      theirs: `{name: Tensor}` (readers.py).
+      ours: `{path: jax.ShapeDtypeStruct with a sharding}`; float32 of float16 and bfloat16 is exact.
     """
     import jax
 
@@ -201,6 +209,6 @@ def load(entries, theirs, ours):
 
 
 def save(entries, ours):
-    """``{name: NumPy array}`` in their layout of ``{path: array}``; the reverse of :func:`load`, bit for bit."""
+    """`{name: NumPy array}` in their layout of `{path: array}`; the reverse of `load`, bit for bit."""
     arrays = {path: np.asarray(x) for path, x in ours.items()}
     return {e.theirs: np.asarray(e.save(arrays), order="C") for e in entries}

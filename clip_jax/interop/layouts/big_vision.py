@@ -6,12 +6,12 @@ IGNORED = ()
 
 
 def entries(ours, bare=False, stacked=False, cls_position=False):
-    """Of paths of ours (``{path: ...}``).
+    """Of paths of ours (`{path: ...}`).
 
     Args:
       ours: the paths of our parameters.
-      bare: an image tower alone, without the prefix ``img/``.
-      stacked: the layers lie stacked in ``encoderblock`` (``scan=True`` there).
+      bare: an image tower alone, without the prefix `img/`.
+      stacked: the layers lie stacked in `encoderblock` (`scan=True` there).
       cls_position: the positions have a first row for the class token, as in old files.
     """
     img, txt, image = "params/img", "params/txt", "" if bare else "img/"
@@ -42,11 +42,19 @@ def _leaves(theirs, ours, names):
 
 def _attention(theirs, ours):
     theirs = f"{theirs}/MultiHeadDotProductAttention_0"
-    return [e for name in ("query", "key", "value", "out") for e in _leaves(f"{theirs}/{name}", f"{ours}/attn/{name}", ("kernel", "bias"))]
+    return [
+        e
+        for name in ("query", "key", "value", "out")
+        for e in _leaves(f"{theirs}/{name}", f"{ours}/attn/{name}", ("kernel", "bias"))
+    ]
 
 
 def _mlp(theirs, ours):
-    return [e for i in (0, 1) for e in _leaves(f"{theirs}/MlpBlock_0/Dense_{i}", f"{ours}/mlp/fc{i + 1}", ("kernel", "bias"))]
+    return [
+        e
+        for i in (0, 1)
+        for e in _leaves(f"{theirs}/MlpBlock_0/Dense_{i}", f"{ours}/mlp/fc{i + 1}", ("kernel", "bias"))
+    ]
 
 
 def _encoder(theirs, ours, last_norm, count, stacked):

@@ -2,7 +2,20 @@
 
 import re
 
-from clip_jax.interop.layouts import CONV, LINEAR_OUT, TABLE, VECTOR, Op, batch_norm, depth, entry, fused, linear, norm, present
+from clip_jax.interop.layouts import (
+    CONV,
+    LINEAR_OUT,
+    TABLE,
+    VECTOR,
+    Op,
+    batch_norm,
+    depth,
+    entry,
+    fused,
+    linear,
+    norm,
+    present,
+)
 
 #: Buffers, counters of batch norms, and BERT's second head, which AlignModel's embedding does not use.
 IGNORED = (r".*\.(position|token_type)_ids", r".*\.num_batches_tracked", r"text_model\.pooler\..*")
@@ -11,7 +24,7 @@ DENSE_AS_CONV = Op(lambda s: (1, 1, *s), CONV.axes)
 
 
 def clip_entries(ours):
-    """CLIPModel, of paths of ours (``{path: ...}``)."""
+    """CLIPModel, of paths of ours (`{path: ...}`)."""
     return present(
         [
             *_towers(ours),
@@ -26,7 +39,7 @@ def clip_entries(ours):
 
 
 def siglip_entries(ours):
-    """SiglipModel, of paths of ours (``{path: ...}``)."""
+    """SiglipModel, of paths of ours (`{path: ...}`)."""
     head, pool = "vision_model.head", "params/img/map"
     return present(
         [
@@ -46,7 +59,7 @@ def siglip_entries(ours):
 
 
 def align_entries(ours):
-    """AlignModel, of paths of ours (``{path: ...}``)."""
+    """AlignModel, of paths of ours (`{path: ...}`)."""
     return present(
         [
             *_efficientnet(ours),

@@ -5,18 +5,30 @@ PyramidCLIP's released ones are much alike: their blocks are in two parts, of wh
 
 import re
 
-from clip_jax.interop.layouts import CONV, LINEAR_OUT, TABLE, VECTOR, batch_norm, depth, entry, fused, linear, norm, present
+from clip_jax.interop.layouts import (
+    CONV,
+    LINEAR_OUT,
+    TABLE,
+    VECTOR,
+    batch_norm,
+    depth,
+    entry,
+    fused,
+    linear,
+    norm,
+    present,
+)
 
 #: What else is in OpenAI's archives; counters of PyTorch's batch norms.
 IGNORED = ("input_resolution", "context_length", "vocab_size", r"(.*\.)?attn_mask", r".*\.num_batches_tracked")
 
 
 def entries(ours, custom_text=False, timm=False, parts=(0, 0)):
-    """Of paths of ours (``{path: ...}``).
+    """Of paths of ours (`{path: ...}`).
 
     Args:
       ours: the paths of our parameters.
-      custom_text: the text tower has the prefix ``text.`` and a linear layer as projection (``CustomTextCLIP``).
+      custom_text: the text tower has the prefix `text.` and a linear layer as projection (`CustomTextCLIP`).
       timm: the image tower is timm's.
       parts: of PyramidCLIP, the numbers of blocks in the first part of the image and of the text tower.
     """
@@ -27,7 +39,7 @@ def entries(ours, custom_text=False, timm=False, parts=(0, 0)):
 
 
 def _blocks(theirs, tower, ours, first):
-    """``first``: the number of blocks in the first of two parts, or 0 where there are none."""
+    """`first`: the number of blocks in the first of two parts, or 0 where there are none."""
     for i in range(depth(ours, tower)):
         part, number = ("", i) if not first else ("1", i) if i < first else ("2", i - first)
         t, o = f"{theirs}.resblocks{part}.{number}", f"{tower}/block_{i}"
@@ -84,11 +96,16 @@ def _text(ours, prefix, custom_text, parts):
 
 def _resnet(ours):
     def conv_norm(theirs, ours, i):
-        return [entry(f"{theirs}conv{i}.weight", f"params/{ours}/conv{i}/kernel", CONV), *batch_norm(f"{theirs}bn{i}", f"{ours}/bn{i}")]
+        return [
+            entry(f"{theirs}conv{i}.weight", f"params/{ours}/conv{i}/kernel", CONV),
+            *batch_norm(f"{theirs}bn{i}", f"{ours}/bn{i}"),
+        ]
 
     for i in (1, 2, 3):
         yield from conv_norm("visual.", "img/stem", i)
-    for layer, j in sorted({(int(m[1]), int(m[2])) for path in ours if (m := re.match(r"params/img/layer_(\d+)_(\d+)/", path))}):
+    for layer, j in sorted(
+        {(int(m[1]), int(m[2])) for path in ours if (m := re.match(r"params/img/layer_(\d+)_(\d+)/", path))}
+    ):
         t, o = f"visual.layer{layer}.{j}", f"img/layer_{layer}_{j}"
         for i in (1, 2, 3):
             yield from conv_norm(f"{t}.", o, i)

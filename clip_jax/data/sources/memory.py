@@ -1,0 +1,28 @@
+"""Records that are in memory."""
+
+from clip_jax.data.records import BaseSource
+from clip_jax.errors import UserError
+
+
+class MemorySource(BaseSource):
+    """Records that are in memory already, in canonical form: `MemorySource([{"image": array, "texts": ["a cat"]}, ...])`."""
+
+    def __init__(self, records, name="memory", class_names=None):
+        super().__init__(name)
+        if not len(records):
+            raise UserError(f"{name}: the source is empty")
+        self._records = records
+        if class_names is not None:
+            self._set_classes(class_names)
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        record = dict(self._records[index])
+        record.setdefault("texts", [])
+        if record.get("label") is not None:
+            record["label"] = label = self._label(record["label"])
+            if self.class_names is not None and label >= 0:
+                record.setdefault("class_name", self._class_name(label))
+        return record

@@ -1,0 +1,47 @@
+"""Mixtures of sources."""
+
+import bisect
+import itertools
+from collections import Counter
+
+from clip_jax.data.records import BaseSource
+from clip_jax.errors import UserError
+
+
+class MixtureSource(BaseSource):
+    """Several sources side by side; the loader draws from them in proportion to `weights`. Records gain `source_id`.
+
+    The classes are those of all sources; classes of one name are one class. Of a mixture among them the sources are taken, with its weight
+    divided among them by theirs.
+    """
+
+    def __init__(self, sources, weights, name=None):
+        super().__init__(name or " + ".join(f"{s.name}*{w:g}" for s, w in zip(sources, weights, strict=True)))
+        if not sources or min(weights) <= 0:
+            raise UserError(f"mixture {self.name!r}: weights must be positive")
+        self.sources, self.weights = [], []
+        for source, weight in zip(sources, weights, strict=True):
+            inner = isinstance(source, MixtureSource)
+            self.sources += source.sources if inner else [source]
+            self.weights += [weight * w / sum(source.weights) for w in source.weights] if inner else [weight]
+        sources = self.sources
+        self.broken = sum((Counter(s.broken) for s in sources), Counter())
+        self._ends = list(itertools.accumulate(len(s) for s in sources))
+        if any(s.class_names is not None for s in sources):
+            self._set_classes(list(dict.fromkeys(itertools.chain.from_iterable(s.class_names or () for s in sources))))
+
+    def __len__(self):
+        return self._ends[-1]
+
+    def __getitem__(self, index):
+        source_id = bisect.bisect_right(self._ends, index)
+        start = self._ends[source_id - 1] if source_id else 0
+        source = self.sources[source_id]
+        record = source[index - start] | {"source_id": source_id}
+        if self.class_names is None or record.get("label", -1) < 0:
+            return record
+        if source.class_names is None:
+            raise UserError(
+                f"{source.name}: its labels have no class names, and other sources of the mixture have class names"
+            )
+        return record | {"label": self._class_index[source.class_names[record["label"]]]}

@@ -1,0 +1,6 @@
+"""Tokenizers, and the font that takes a tokenizer's place."""
+
+from clip_jax.data.tokenizers.base import TextInput, Tokenizer
+from clip_jax.data.tokenizers.make import make_tokenizer
+
+__all__ = ["TextInput", "Tokenizer", "make_tokenizer"]

@@ -1,0 +1,117 @@
+"""CLIP BPE."""
+
+import gzip
+import html
+
+from clip_jax.data.tokenizers.base import Tokenizer
+from clip_jax.errors import UserError
+
+
+class ClipBpeTokenizer(Tokenizer):
+    """Byte-level BPE of OpenAI CLIP: text is repaired (ftfy), HTML-unescaped twice, whitespace-collapsed and lower-cased; PAD is 0.
+
+    Words are split by the Unicode tables of the `tokenizers` library, which know a few rare scripts (Tangut) later than others do.
+
+    Args:
+        specials: which literal strings in a text become the ids of SOT and EOT: "open_clip" (`<start_of_text>`, `<end_of_text>`),
+            "openai" (`<|startoftext|>`, `<|endoftext|>`) or "none". Everything else is plain text.
+        mask: adds a mask token as DeCLIP does, before SOT and EOT (49406, 49407, 49408), so that EOT stays the largest id.
+    """
+
+    kind, file = "clip_bpe", "bpe_simple_vocab_16e6.txt.gz"
+    _SPECIALS = {
+        "open_clip": ("<start_of_text>", "<end_of_text>"),
+        "openai": ("<|startoftext|>", "<|endoftext|>"),
+        "none": (),
+    }
+    _MERGES = 48_894
+
+    def __init__(
+        self,
+        data,
+        *,
+        sot=True,
+        eot=True,
+        pad_with_eot=False,
+        specials="open_clip",
+        mask=False,
+    ):
+        from tokenizers import Regex, models, pre_tokenizers
+        from tokenizers import Tokenizer as HfTokenizer
+
+        super().__init__(data, sot=sot, eot=eot, pad_with_eot=pad_with_eot, specials=specials, mask=mask)
+        if specials not in self._SPECIALS:
+            raise UserError(f"specials={specials!r} is unknown; allowed: {', '.join(self._SPECIALS)}")
+        try:
+            lines = (
+                (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode().split("\n")[1 : self._MERGES + 1]
+            )
+            merges = [tuple(line.split(" ")) for line in lines]
+            valid = len(merges) == self._MERGES and all(len(merge) == 2 for merge in merges)
+        except (OSError, EOFError, UnicodeDecodeError):
+            valid = False
+        if not valid:
+            raise UserError(
+                f"the file is not CLIP's BPE vocabulary: a header and at least {self._MERGES} merges are expected"
+            )
+
+        # Ids: the 256 bytes, printable ones first, each without and with the end-of-word mark; then the merges; then the special tokens.
+        printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+        others = [byte for byte in range(256) if byte not in printable]
+        self._byte_of_char = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+        self._pieces = [
+            *self._byte_of_char,
+            *(c + "</w>" for c in self._byte_of_char),
+            *("".join(merge) for merge in merges),
+        ]
+        first = len(self._pieces) + mask
+        self.mask_id = first - 1 if mask else None
+        self.sot_id = first if sot else None
+        self.eot_id = first + 1
+        self.pad_id = 0
+        self.vocab_size = first + 2
+        self.special_ids = frozenset(
+            range(len(self._pieces), self.vocab_size)
+        )  # without PAD, whose id 0 is also that of "!"
+
+        self._literals = dict(zip(self._SPECIALS[specials], (first, first + 1), strict=False))
+        # [sſ]: the published pattern ignores case, and ſ is a case variant of s that lower-casing keeps.
+        words = [
+            *self._literals,
+            "'[sſ]",
+            "'t",
+            "'re",
+            "'ve",
+            "'m",
+            "'ll",
+            "'d",
+            r"\p{L}+",
+            r"\p{N}",
+            r"[^\s\p{L}\p{N}]+",
+        ]
+        pattern = "|".join(word.replace("|", r"\|") for word in words)
+        self._words = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+        bytes_to_chars = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        vocab = {piece: i for i, piece in enumerate(self._pieces)}
+        self._bpe = HfTokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+        self._bpe.pre_tokenizer = pre_tokenizers.Sequence([self._words, bytes_to_chars])
+
+    def _encode(self, text):
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = " ".join(text.split()).lower()
+        if not any(literal in text for literal in self._literals):
+            return self._bpe.encode(text).ids
+        ids = []
+        for word, _ in self._words.pre_tokenize_str(text):
+            ids += [self._literals[word]] if word in self._literals else self._bpe.encode(word).ids
+        return ids
+
+    def decode(self, ids):
+        ids = [int(i) for i in ids]
+        if self.eot_id in ids:  # what follows is padding, and PAD would read as "!"
+            ids = ids[: ids.index(self.eot_id)]
+        words = "".join(self._pieces[i] for i in ids if i not in self.special_ids).replace("</w>", " ")
+        raw = b"".join(b" " if c == " " else bytes([self._byte_of_char[c]]) for c in words)
+        return raw.decode("utf-8", "replace").strip()

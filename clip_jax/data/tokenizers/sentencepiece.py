@@ -1,0 +1,89 @@
+"""SentencePiece, and SigLIP."""
+
+from clip_jax.data.tokenizers.base import Tokenizer, canonicalize
+from clip_jax.errors import UserError
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; EOT is its `</s>`, SOT its `<s>`, PAD its `<pad>`, the mask its piece `<mask>` if it has one.
+
+    A model without a padding piece pads with EOT. `lower=True` lower-cases before the model's own normalisation.
+    """
+
+    kind, file = "sentencepiece", "sentencepiece.model"
+
+    def __init__(self, data, *, sot=False, eot=True, pad_with_eot=False, lower=False):
+        import sentencepiece
+
+        super().__init__(data, sot=sot, eot=eot, pad_with_eot=pad_with_eot, lower=lower)
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError as e:
+            raise UserError("the file is not a SentencePiece model") from e
+        if self._model.eos_id() < 0:
+            raise UserError("the SentencePiece model has no </s> piece, which is needed as end of text")
+        if sot and self._model.bos_id() < 0:
+            raise UserError("sot=true, but the SentencePiece model has no <s> piece")
+        self.vocab_size = self._model.get_piece_size()
+        self.eot_id = self._model.eos_id()
+        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eot_id
+        self.sot_id = self._model.bos_id() if sot else None
+        mask = self._model.piece_to_id("<mask>")
+        self.mask_id = mask if self._model.id_to_piece(mask) == "<mask>" else None
+        self.special_ids = frozenset(
+            i for i in range(self.vocab_size) if self._model.is_control(i) or i == self.mask_id
+        )
+
+    def _encode(self, text):
+        return self._model.encode(text.lower() if self.options["lower"] else text)
+
+    def decode(self, ids):
+        return self._model.decode([int(i) for i in ids if int(i) not in self.special_ids])
+
+
+class SiglipTokenizer(Tokenizer):
+    """SigLIP's tokenizer as released: a SentencePiece model, or the `tokenizer.json` that Hugging Face made of one.
+
+    Texts are padded with EOT ("sticky EOT": the last token, which is pooled, is always EOT).
+
+    Args:
+        clean: what is done to a text before: "canonical" (SigLIP in open_clip and transformers: lower case, no punctuation, single
+            spaces) or "lower" (SigLIP and SigLIP 2 in big_vision).
+    """
+
+    kind, file = "siglip", "vocabulary"
+    _EOT = ("</s>", "<eos>")
+
+    def __init__(self, data, *, eot=True, pad_with_eot=True, clean="canonical"):
+        super().__init__(data, eot=eot, pad_with_eot=pad_with_eot, clean=clean)
+        if clean not in ("canonical", "lower"):
+            raise UserError(f"clean={clean!r} is unknown; allowed: canonical, lower")
+        if data[:1] == b"{":
+            from tokenizers import Tokenizer as HfTokenizer
+
+            try:
+                model = HfTokenizer.from_str(data.decode())
+            except Exception as e:  # the library raises nothing more specific
+                raise UserError(f"the file is not a tokenizer.json ({e})") from e
+            ids = {
+                piece: model.token_to_id(piece) for piece in (*self._EOT, "<pad>", "<unk>", "<bos>", "<s>", "<mask>")
+            }
+            eot_ids = [ids[piece] for piece in self._EOT if ids[piece] is not None]
+            if not eot_ids:
+                raise UserError(
+                    f"the tokenizer.json has none of the pieces {', '.join(self._EOT)}, one of which is needed as end of text"
+                )
+            self.eot_id, self.vocab_size = eot_ids[0], model.get_vocab_size()
+            self.special_ids = frozenset(i for i in ids.values() if i is not None and i != ids["<unk>"])
+            self._ids, self._text = lambda text: model.encode(text, add_special_tokens=False).ids, model.decode
+        else:
+            model = SentencePieceTokenizer(data)
+            self.eot_id, self.vocab_size, self.special_ids = model.eot_id, model.vocab_size, model.special_ids
+            self._ids, self._text = model._encode, model.decode
+        self.pad_id, self.sot_id, self.mask_id = self.eot_id, None, None
+
+    def _encode(self, text):
+        return self._ids(canonicalize(text) if self.options["clean"] == "canonical" else text.lower())
+
+    def decode(self, ids):
+        return self._text([int(i) for i in ids if int(i) not in self.special_ids])

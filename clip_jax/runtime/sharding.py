@@ -1,0 +1,189 @@
+"""The device mesh and how state and batches are laid out over it.
+
+One mesh with the axes `data`, `fsdp` and `tensor`; a batch is split over `data` and `fsdp` together; one list of
+rules says which dimension of a parameter goes over which axis. Optimizer state and moving averages carry the parameter's
+path as the end of their own, so the same rules hold for them.
+"""
+
+import collections
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clip_jax.errors import UserError
+from clip_jax.models.common import BATCH_AXES
+from clip_jax.models.transformer import STACKED
+
+AXES = ("data", "fsdp", "tensor")
+
+#: (regular expression that the path must contain, mesh axis of each dimension); the first that fits counts.
+RULES = (
+    (r"/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
+    (r"/(query|key|value)/bias$", ("tensor", None)),
+    (r"/(attn|pool)/out/kernel$", ("tensor", None, "fsdp")),
+    (r"/fc1/kernel$", ("fsdp", "tensor")),
+    (r"/fc1/bias$", ("tensor",)),
+    (r"/fc2/kernel$", ("tensor", "fsdp")),
+    (r"/embed/embedding$", ("tensor", "fsdp")),
+    (r"/(queue/rows|bank/image|bank/text|neighbors)$", (BATCH_AXES, None)),
+    (r"/kernel$", ("fsdp", None)),
+    (r"/kernel$", (None, None, None, "fsdp")),  # of patches and convolutions
+)
+
+
+def mesh_shape(sizes, count):
+    """The sizes of all axes on `count` devices, of `{"data": -1, "fsdp": 1, "tensor": 1}`; -1, at most once, takes what is left.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    shape = [sizes[axis] for axis in AXES]
+    given = _given(shape)
+    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise UserError(f"mesh {given}: each size must be at least 1, and at most one may be -1")
+    known = int(np.prod([n for n in shape if n != -1]))
+    if count % known or (-1 not in shape and known != count):
+        raise UserError(f"mesh {given} does not fit {count} device(s)")
+    return tuple(count // known if n == -1 else n for n in shape)
+
+
+def make_mesh(sizes, devices=None):
+    """The mesh of `mesh_shape` over all devices, or over `devices`, which need not be there.
+
+    Raises UserError as it does, and when the mesh does not go with the hosts or the slices.
+    """
+    devices = devices or jax.devices()
+    shape, axis_types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(AXES)
+    mesh = Mesh(arrange(shape, devices), AXES, axis_types=axis_types)
+    hosts = len({device.process_index for device in devices})
+    if hosts > 1 and not _in_order(mesh):
+        # The order that suits the network best would give a host rows that do not lie together in the batch.
+        devices = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
+        mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=axis_types)
+        if not _in_order(mesh):
+            raise UserError(
+                f"mesh {_given(shape)} does not fit {len(devices) // hosts} device(s) on each of {hosts} hosts"
+            )
+    return mesh
+
+
+def arrange(shape, devices):
+    """The devices as an array of a mesh's `shape`, neighbours in it being neighbours in the network.
+
+    Slices, of TPUs or of the GPUs that NVLink joins, lie side by side along `data`, and where that is not enough along `fsdp`: between
+    them the network is slow. Raises UserError when they cannot, or are of several sizes.
+    """
+    slices = collections.Counter(map(_slice, devices))
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    between, left = [], len(slices)
+    for size in shape[:2]:
+        between.append(math.gcd(size, left))
+        left //= between[-1]
+    if left > 1 or len(set(slices.values())) > 1:
+        sizes = ", ".join(map(str, sorted(set(slices.values()))))
+        raise UserError(
+            f"mesh {_given(shape)} does not fit {len(slices)} slices of {sizes} devices: each has to be a part of data or fsdp"
+        )
+    within = [size // count for size, count in zip(shape, (*between, 1), strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(within, (*between, 1), devices, allow_split_physical_axes=True)
+
+
+def _slice(device):
+    return getattr(device, "slice_index", 0)  # CPUs have none
+
+
+def _given(shape):
+    return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+
+
+def _parts_by_host(mesh):
+    """Which of the parts that a batch is split into each process has, `{process: [part, ...]}`."""
+    parts = collections.defaultdict(set)
+    for part, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+        for device in devices:
+            parts[device.process_index].add(part)
+    return {process: sorted(part) for process, part in sorted(parts.items())}
+
+
+def _in_order(mesh):
+    """Do the processes, one after the other, have equal contiguous shares of a batch? Those of one tensor-parallel group have the same."""
+    shares = sorted(set(map(tuple, _parts_by_host(mesh).values())))
+    together = [part for share in shares for part in share]
+    return together == list(range(len(together))) and len(set(map(len, shares))) == 1
+
+
+@functools.cache
+def host_share(mesh):
+    """`(index, count)`: a batch is read in `count` equal shares, of which this process needs number `index`."""
+    parts = _parts_by_host(mesh)
+    shares = sorted(set(map(tuple, parts.values())))
+    return shares.index(tuple(parts[jax.process_index()])), len(shares)
+
+
+def path_name(path):
+    """`"img/block_0/attn/query/kernel"` of a path in a pytree."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _size(mesh, axes):
+    """The number of parts that an axis, or several together, split a dimension into."""
+    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
+
+
+def _spec(path, shape, mesh):
+    for pattern, axes in RULES:
+        if re.search(STACKED, path):
+            axes = (None, *axes)
+        if re.search(pattern, path) and len(axes) == len(shape):
+            # A dimension that an axis does not divide is not split: the layout never decides whether a model is allowed.
+            return PartitionSpec(
+                *(axis if axis and n % _size(mesh, axis) == 0 else None for axis, n in zip(axes, shape, strict=True))
+            )
+    return PartitionSpec()
+
+
+def state_shardings(tree, mesh):
+    """`NamedSharding` for every leaf of a pytree of arrays or shapes, by `RULES`; what no rule names is on every device."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, _spec("/" + path_name(path), x.shape, mesh)), tree
+    )
+
+
+def place(tree, shardings):
+    """A pytree of arrays, those of NumPy the same on every host, with these shardings."""
+
+    def put(x, layout):
+        if isinstance(x, jax.Array):
+            return x if x.sharding == layout else jax.device_put(x, layout)
+        return jax.make_array_from_callback(np.shape(x), layout, np.asarray(x).__getitem__)
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def batch_sharding(mesh):
+    """The layout of arrays `[batch, ...]`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(batch_size, mesh, field="data.batch_size", micro_batches=1):
+    """Raises UserError unless the devices that share a batch divide each of its micro-batches."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (parts * micro_batches):
+        times = f" times micro_batches={micro_batches}" if micro_batches > 1 else ""
+        raise UserError(
+            f"{field}={batch_size} is not divisible by the {parts} devices that share a batch (mesh data x fsdp){times}"
+        )
+
+
+def to_global(batch, mesh):
+    """The global arrays `[batch, ...]`, sharded over the mesh, of this host's share of the rows `{name: ndarray [b, ...]}`."""
+    sharding, (_, count) = batch_sharding(mesh), host_share(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:]))
+        for name, x in batch.items()
+    }

@@ -1,0 +1,113 @@
+"""Our checkpoints in CLIP_benchmark's command line, which has this module's model type beside its own:
+
+    python -m clip_jax.tools.clip_benchmark eval --model=runs/clip --dataset=cifar10 --output=result.json
+
+`--model` is what `clip_jax.load` takes, `--pretrained` which checkpoint: latest (the default), best, or a step. Everything
+else is CLIP_benchmark's (`pip install clip_benchmark`), which with PyTorch is needed only here. Embeddings are computed by JAX,
+on its devices; pictures and texts are prepared as the checkpoint says.
+"""
+
+import sys
+
+import numpy as np
+
+from clip_jax import inference
+from clip_jax.data.views import TextView
+from clip_jax.errors import UserError
+from clip_jax.methods.interface import Method
+
+MODEL_TYPE = "clip_jax"
+
+
+class Transform:
+    """A picture as uint8 tensor `[size, size, 3]`, normalised in the model."""
+
+    def __init__(self, view):
+        self.view = view
+
+    def __call__(self, image):
+        import torch
+
+        return torch.from_numpy(self.view({"image": image}, None).copy())
+
+
+class TorchModel:
+    """A `clip_jax.inference.Model` that takes and gives PyTorch tensors."""
+
+    def __init__(self, model):
+        import jax
+
+        self.model, self._text = model, jax.jit(model.method.embed_text)
+
+    def eval(self):
+        return self
+
+    def encode_image(self, images):
+        """Unit rows float32 `[n, E]` of uint8 `[n, size, size, 3]`."""
+        return self._tensor(self.model.embed_image(images.cpu().numpy()), images)
+
+    def encode_text(self, ids):
+        """Unit rows float32 `[n, E]` of what the tokenizer gave."""
+        return self._tensor(np.asarray(self._text(self.model.params, self.model.extra, ids.cpu().numpy())), ids)
+
+    @staticmethod
+    def _tensor(array, like):
+        import torch
+
+        return torch.from_numpy(array.copy()).to(like.device)
+
+
+def load_clip_jax(model_name, pretrained="latest", cache_dir=None, device="cpu"):
+    """`(model, transform, tokenizer)`, as CLIP_benchmark wants it.
+
+    Args:
+      model_name: path of a checkpoint, or of weights of others.
+      pretrained: latest, best, or a step.
+      cache_dir, device: not needed: nothing is downloaded, and JAX has its own devices.
+
+    Raises UserError when it cannot be loaded, has no tokenizer, or compares by something else than a dot product.
+    """
+    import torch
+
+    model = inference.load(model_name, pretrained)
+    if model.tokenizer is None:
+        raise UserError(
+            f"{model_name!r} came without a tokenizer: import it by python -m clip_jax.interop.load --tokenizer=..."
+        )
+    if model.method.similarity is not Method.similarity:
+        raise UserError(
+            f"method={model.config.method!r} is not evaluated by CLIP_benchmark: its similarity is not a dot product"
+        )
+    context = next(view.context for view in model.method.views if isinstance(view, TextView))
+    return (
+        TorchModel(model),
+        Transform(model.image_view),
+        lambda texts: torch.from_numpy(model.tokenizer(texts, context)),
+    )
+
+
+def main(argv=None):
+    """CLIP_benchmark's command with the model type `clip_jax`, which is the default; returns the exit status."""
+    from clip_jax.runtime import command
+
+    return command.run(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv):
+    try:
+        from clip_benchmark import cli, models
+    except ImportError as error:
+        raise UserError(f"CLIP_benchmark cannot be imported ({error}): pip install clip_benchmark") from None
+    models.TYPE2FUNC[MODEL_TYPE] = load_clip_jax
+    if MODEL_TYPE not in models.MODEL_TYPES:
+        models.MODEL_TYPES.append(MODEL_TYPE)
+    if argv[:1] == ["eval"]:
+        for option, value in (("--model_type", MODEL_TYPE), ("--pretrained", "latest")):
+            if not any(argument.split("=")[0] == option for argument in argv):
+                argv = [*argv, option, value]
+    sys.argv = ["clip_benchmark", *argv]
+    cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Tables of the filter: counts on disk that fit into memory piece by piece, and near duplicates of images."""
+
+import array
+import collections
+import contextlib
+import itertools
+import os
+
+import numpy as np
+
+from clip_jax.data import decode
+
+_BUFFER = 2**21  # rows of a table that are held in memory, 16 bytes each
+
+
+class Table:
+    """Rows (key, value) of uint64 on disk, in 256 files by the key's first byte, so that each fits into memory; 16 bytes a row."""
+
+    def __init__(self, folder, name, sums=False):
+        """sums: values of the same key may be added up before they are written."""
+        self._path, self._sums, self.bytes = os.path.join(folder, name), sums, 0
+        self._keys, self._values = array.array("Q"), array.array("Q")
+
+    def add(self, keys, values):
+        self._keys.frombytes(keys.tobytes())
+        self._values.frombytes(values.tobytes())
+        if len(self._keys) >= _BUFFER:
+            self._flush()
+
+    def _flush(self):
+        keys, values = np.array(self._keys, np.uint64), np.array(self._values, np.uint64)
+        self._keys, self._values = array.array("Q"), array.array("Q")
+        order = np.argsort(keys, kind="stable")
+        keys, values = keys[order], values[order]
+        if self._sums and len(keys):
+            keys, first = np.unique(keys, return_index=True)
+            values = np.add.reduceat(values, first)
+        ends = np.searchsorted(keys >> np.uint64(56), np.arange(256), "right").tolist()
+        for part, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+            if start < end:
+                with open(f"{self._path}.{part:02x}", "ab") as file:
+                    np.stack([keys[start:end], values[start:end]], 1).tofile(file)
+        self.bytes += 16 * len(keys)
+
+    def parts(self):
+        """(keys, values) of one file after the other, in the order of keys, then of values."""
+        self._flush()
+        for part in range(256):
+            with contextlib.suppress(FileNotFoundError):
+                rows = np.fromfile(f"{self._path}.{part:02x}", np.uint64).reshape(-1, 2)
+                order = np.lexsort((rows[:, 1], rows[:, 0]))
+                yield rows[order, 0], rows[order, 1]
+
+    def more_than(self, limit):
+        """The keys, in order, that have more than `limit` different values."""
+        found = [np.zeros(0, np.uint64)]
+        for keys, values in self.parts():
+            is_new = np.ones(len(keys), bool)
+            is_new[1:] = (keys[1:] != keys[:-1]) | (values[1:] != values[:-1])
+            unique, counts = np.unique(keys[is_new], return_counts=True)
+            found.append(unique[counts > limit])
+        return np.concatenate(found)
+
+    def most_frequent(self, size, path):
+        """The keys, in order, whose values have the largest sums, as a file that is mapped into memory.
+
+        Of equal sums all are among the `size` keys or none. None instead of the keys where that leaves nothing out.
+        """
+        histogram = collections.Counter()
+        for sums in (sums for _, sums in self._summed()):
+            histogram.update(dict(zip(*(x.tolist() for x in np.unique(sums, return_counts=True)), strict=True)))
+        total, taken, least = histogram.total(), 0, max(histogram, default=0) + 1
+        for count, keys in sorted(histogram.items(), reverse=True):
+            if taken + keys > size:
+                break
+            taken, least = taken + keys, count
+        facts = {"different": total, "kept": taken, "occurrences_of_the_rarest_kept": least}
+        if taken == total:
+            return None, facts
+        with open(path, "wb") as file:
+            for keys, sums in self._summed():
+                keys[sums >= least].tofile(file)
+        return np.memmap(path, np.uint64, "r") if taken else np.zeros(0, np.uint64), facts
+
+    def _summed(self):
+        for keys, values in self.parts():
+            unique, first = np.unique(keys, return_index=True)
+            yield unique, np.add.reduceat(values, first)
+
+
+def contains(keys, wanted):
+    """Which of the `wanted` are among the sorted keys, bool like `wanted`."""
+    wanted = np.asarray(wanted, np.uint64)
+    if not len(keys):
+        return np.zeros(wanted.shape, bool)
+    return keys[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted
+
+
+def picture_hash(image):
+    """16 bytes of a picture: which neighbours, across and down, get brighter at 9 x 9 grey pixels. Raises BadRecord."""
+    image = decode.open_image(image)
+    image, _ = decode.shrink_on_load(image, (0, 0, *image.size), 9)
+    grey = np.asarray(decode.flatten(image).convert("L").resize((9, 9), decode.Image.Resampling.BOX))
+    return np.packbits([grey[:8, 1:] > grey[:8, :-1], grey[1:, :8] > grey[:-1, :8]]).tobytes()
+
+
+class NearDuplicates:
+    """Finds hashes within some bits of given ones: two that differ in d bits agree in one of d + 1 pieces, by which they are looked up."""
+
+    def __init__(self, hashes, distance):
+        self._distance, self._pieces = (
+            distance,
+            [(p[0], p[-1] + 1) for p in np.array_split(np.arange(16), distance + 1)],
+        )
+        self._tables = [collections.defaultdict(set) for _ in self._pieces]
+        for known in set(hashes):
+            for table, (start, end) in zip(self._tables, self._pieces, strict=True):
+                table[known[start:end]].add(known)
+
+    def _contains__(self, wanted):
+        number = int.from_bytes(wanted)
+        found = (
+            table.get(wanted[start:end], ()) for table, (start, end) in zip(self._tables, self._pieces, strict=True)
+        )
+        return any(
+            (int.from_bytes(known) ^ number).bit_count() <= self._distance
+            for known in itertools.chain.from_iterable(found)
+        )

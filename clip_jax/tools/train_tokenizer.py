@@ -1,0 +1,163 @@
+"""Trains a SentencePiece model on the texts of any data source.
+
+    python -m clip_jax.tools.train_tokenizer --source='/data/cc3m/{00000..00331}.tar' --out=cc3m.model --vocab-size=32000
+    python -m clip_jax.train --config=configs/clip.py --config.tokenizer=sentencepiece:cc3m.model
+
+Unigram pieces with byte fallback (no text is ever unknown), NFKC and case folding inside the model. The control symbols are
+`<pad>` 0, `</s>` 1 (end of text), `<unk>` 2, `<s>` 3 and `<mask>` 4; a caption that spells one of them does not become its id.
+
+The model that ships with the package, `data/vocab/emoji_4k.model`, was made by
+
+    python -m clip_jax.tools.train_tokenizer --source=emoji --out=clip_jax/data/vocab/emoji_4k.model --vocab-size=4096 \\
+        --fields='name*12,tags*4,keywords*4' --add-texts clip_jax/data/embedded/emoji/1.0.0/names_i18n.json.xz --character-coverage=0.995
+
+(English first, and enough of the names in 28 languages that a Latin or Cyrillic one is no string of bytes.)
+"""
+
+import gzip
+import io
+import itertools
+import json
+import lzma
+import re
+import sys
+
+from etils import epath
+
+from clip_jax.data.records import BadRecord
+from clip_jax.errors import UserError
+from clip_jax.runtime import command
+from clip_jax.tools.source_arguments import open_source, source_parser
+
+
+def train(texts, vocab_size, *, character_coverage=0.9995):
+    """Trains a SentencePiece unigram model and returns it serialised; the same texts in the same order give the same model.
+
+    Args:
+        texts: training texts; a text's frequency is its weight. Line breaks count as spaces, empty texts are skipped.
+        vocab_size: number of ids, among them 5 control symbols and 256 bytes.
+        character_coverage: share of all characters that get pieces of their own; the rest is spelled in bytes.
+
+    Raises UserError if there is no text, or too little of it for `vocab_size` pieces.
+    """
+    import sentencepiece
+
+    lines = (" ".join(text.split()) for text in texts)
+    lines = [line.encode("utf-8", "replace").decode() for line in lines if line]
+    if not lines:
+        raise UserError("no text to train the tokenizer on")
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=out, model_type="unigram", vocab_size=vocab_size, byte_fallback=True,
+            normalization_rule_name="nmt_nfkc_cf", character_coverage=character_coverage,
+            pad_id=0, eos_id=1, unk_id=2, bos_id=3, control_symbols=["<mask>"],
+            input_sentence_size=2_000_000, shuffle_input_sentence=True, train_extremely_large_corpus=False,
+            num_threads=1, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as e:
+        most, least = (
+            re.search(r"value <= (\d+)", str(e)),
+            re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e)),
+        )
+        reason = (
+            f"at most {most[1]} is possible"
+            if most
+            else f"at least {least[1]} is needed"
+            if least
+            else " ".join(str(e).split())
+        )
+        raise UserError(f"vocab_size={vocab_size} does not fit the {len(lines)} training texts: {reason}") from e
+    return out.getvalue()
+
+
+def source_texts(source, fields="texts"):
+    """All texts of a source's records (unusable records are skipped).
+
+    Args:
+        source: a `clip_jax.data.sources` Source.
+        fields: record fields, "texts,name*3,tags": str, list[str] or dict of these; a field's texts count as often as its weight says.
+
+    Raises UserError if no record has one of the fields.
+    """
+    weights = {}
+    for item in fields.split(","):
+        name, star, weight = item.strip().partition("*")
+        if not name or (star and not (weight.isdigit() and int(weight) > 0)):
+            raise UserError(f"--fields={fields!r}: {item!r} is not of the form name or name*weight")
+        weights[name] = int(weight or 1)
+    seen = set()
+    for i in range(len(source)):
+        try:
+            record = source[i]
+        except BadRecord:
+            continue
+        for name, weight in weights.items():
+            if name in record:
+                seen.add(name)
+                for text in _strings(record[name]):
+                    yield from [text] * weight
+    if missing := [name for name in weights if name not in seen]:
+        raise UserError(f"--fields: no record of the source has {', '.join(map(repr, missing))}")
+
+
+def file_texts(path):
+    """Texts of a file: the lines of a text file, or all strings in a JSON file; `.gz` and `.xz` are unpacked.
+
+    Raises UserError if the file cannot be read.
+    """
+    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(epath.Path(path).suffix, bytes)
+    try:
+        text = unpack(epath.Path(path).read_bytes()).decode("utf-8", "replace")
+        is_json = ".json" in epath.Path(path).suffixes
+        yield from _strings(json.loads(text)) if is_json else text.splitlines()
+    except (OSError, EOFError, lzma.LZMAError, json.JSONDecodeError) as e:
+        raise UserError(f"--add-texts={path}: cannot be read ({' '.join(str(e).split())})") from e
+
+
+def _strings(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def main(argv=None):
+    """The command; returns the exit status: 0, or 2 after a one-line error."""
+    parser = source_parser("clip_jax.tools.train_tokenizer", __doc__, ())
+    add = parser.add_argument
+    add("--fields", default="texts", help="record fields to read, 'texts,name*3' (default: the captions)")
+    add(
+        "--add-texts",
+        nargs="*",
+        default=[],
+        help="more texts: a file with one a line, or JSON; .gz and .xz are unpacked",
+    )
+    add("--out", required=True, help="file to write, my.model; used as --config.tokenizer=sentencepiece:my.model")
+    add("--vocab-size", type=int, default=4096, help="ids, 5 control symbols and 256 bytes included (default: 4096)")
+    add(
+        "--character-coverage", type=float, default=0.9995, help="share of characters with own pieces (default: 0.9995)"
+    )
+    args = parser.parse_args(argv)
+    return command.run(lambda: _main(args))
+
+
+def _main(args):
+    source = open_source(args)
+    texts = itertools.chain(source_texts(source, args.fields), *map(file_texts, args.add_texts))
+    model = train(texts, args.vocab_size, character_coverage=args.character_coverage)
+    out = epath.Path(args.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(model)
+    except OSError as error:
+        raise UserError(f"--out={args.out}: cannot be written ({error.strerror or error})") from error
+    print(f"{args.out}: {args.vocab_size} ids, {len(model) / 1e3:.0f} kB, from {len(source)} records of {args.source}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -156,14 +156,16 @@ def measure(size, target, args, report):
         found = dict(np.load(f"{folder}/out.npz"))
         z = {"image": model.embed_image(pixels), "text": model.embed_text(TEXTS)}
         differences = {name: float(np.abs(x - found[name]).max()) for name, x in z.items()}
-        apart = min(float(np.abs(x[i] - x[j]).max()) for x in z.values() for i in range(len(x)) for j in range(i))
+        unstack_views = min(
+            float(np.abs(x[i] - x[j]).max()) for x in z.values() for i in range(len(x)) for j in range(i)
+        )
         context = model.config.model.text.context
         ids = model.tokenizer(TEXTS, context)
         looked_at = np.arange(context) < model.tokenizer.lengths(ids)[:, None]
         same = bool((np.where(looked_at, ids, 0) == np.where(looked_at, found["ids"], 0)).all())
         about = {name: str(x) for name, x in found.items() if name.startswith("version_")}
         report.add(**{
-            "model": size, "target": target, "parameters": int(found["parameters"]), "apart": apart, "same ids": str(same),
+            "model": size, "target": target, "parameters": int(found["parameters"]), "apart": unstack_views, "same ids": str(same),
             "seconds": time.perf_counter() - start, **differences, **about,
         })  # fmt: skip
         return max(differences.values()) <= args.tolerance and same

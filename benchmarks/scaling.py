@@ -50,7 +50,7 @@ def main():
             ]
             row = {"mesh": mesh, "chips": chips, "batch": chips * args.batch_per_chip}
             try:
-                result = compile_lib.run(compile_lib.parse_args(command), say=lambda line: None)
+                result = compile_lib.run(compile_lib.parse_args(command), log=lambda line: None)
             except UserError as error:
                 sys.exit(f"error: {error}")
             if not result["fits"]:

@@ -108,8 +108,7 @@ def make_program(config):
     config_lib.validate(config)
     config = config_lib.resolve(config, make_tokenizer(config.tokenizer))
     method, size = make_method(config), config.data.batch_size
-    batch = {view.name: jax.ShapeDtypeStruct((size, *view.shape), view.dtype) for view in method.views}
-    batch["example_id"] = jax.ShapeDtypeStruct((size,), "int32")
+    batch = method.batch_spec(size)
     init, tx = make_init(config, method, batch)
     return Program(config, method, tx, jax.eval_shape(lambda: init(jax.random.key(config.seed))), batch)
 
@@ -303,17 +302,17 @@ def variants(config, topology, state_bytes, temporary):
     return found
 
 
-def search(args, topology, devices, tries, say):
+def search(args, topology, devices, tries, log):
     """Compiles the configuration with each of some overrides until one fits; says the result of each."""
     for overrides, _ in tries:
         flags = " ".join(f"--config.{o}" for o in overrides)
         try:
             result = compile_for_tpu(make_program(config_lib.load(args.config, [*args.overrides, *overrides])), devices)
         except DoesNotFit as error:
-            say(f"  {flags}: {error}")
+            log(f"  {flags}: {error}")
             continue
         total, hbm = result["memory"]["total"], topology.chip.device_hbm
-        say(f"  {flags}: {gib(total)} of {gib(hbm)} ({total / hbm:.0%})")
+        log(f"  {flags}: {gib(total)} of {gib(hbm)} ({total / hbm:.0%})")
         if total <= USABLE * hbm:
             return dict(result, overrides=overrides)
     return None
@@ -411,7 +410,7 @@ def parse_args(argv):
     return args
 
 
-def run(args, say=print):
+def run(args, log=print):
     """Compiles or estimates; returns the figures, a dict with `fits`. Raises UserError."""
     topology = parse_topology(args.topology)
     config = config_lib.load(args.config, args.overrides)
@@ -424,7 +423,7 @@ def run(args, say=print):
         result = estimate_gpu(topology, program, flops)
         result["fits"] = result["memory"]["total"] <= topology.chip.device_hbm
     else:
-        say(f"compiling for {topology.count} chips, which takes minutes for a large model ...")
+        log(f"compiling for {topology.count} chips, which takes minutes for a large model ...")
         try:
             result = compile_for_tpu(program, devices)
             memory, hbm = result["memory"], topology.chip.device_hbm
@@ -433,27 +432,27 @@ def run(args, say=print):
                 raise DoesNotFit(line, memory["temp"])
         except DoesNotFit as error:
             return dict(
-                about, fits=False, compiler=str(error), found=advise(args, topology, program, error, devices, say)
+                about, fits=False, compiler=str(error), found=advise(args, topology, program, error, devices, log)
             )
         result = dict(result, fits=True, estimate=estimate(topology, config, result, flops))
     for line in describe(topology, config, result, flops):
-        say(line)
+        log(line)
     return about | result
 
 
-def advise(args, topology, program, error, devices, say):
+def advise(args, topology, program, error, devices, log):
     """Says what would make a step fit; with `--search` the figures of the first that does, else None."""
     from clip_jax.runtime import sharding
 
     *_, state_bytes, _ = shard(program, sharding.make_mesh(program.config.mesh, devices))
-    say(f"it does not fit: {error}")
+    log(f"it does not fit: {error}")
     tries = variants(program.config, topology, state_bytes, error.temporary)
-    say(f"parameters and optimizer state take {gib(state_bytes)} of it; smaller, the cheapest first:")
+    log(f"parameters and optimizer state take {gib(state_bytes)} of it; smaller, the cheapest first:")
     if args.search:
-        return search(args, topology, devices, tries, say)
+        return search(args, topology, devices, tries, log)
     for overrides, effect in tries:
-        say(f"  {' '.join(f'--config.{o}' for o in overrides)}: {effect}")
-    say("  --search compiles them one after the other until one fits")
+        log(f"  {' '.join(f'--config.{o}' for o in overrides)}: {effect}")
+    log("  --search compiles them one after the other until one fits")
     return None
 
 
@@ -465,7 +464,7 @@ def main(argv=None):
 
     def work():
         args = parse_args(argv)
-        result = run(args, say=lambda line: print(line, flush=True))
+        result = run(args, log=lambda line: print(line, flush=True))
         if args.json:
             pathlib.Path(args.json).write_text(json.dumps(result, indent=1))
         fits.append(result["fits"])

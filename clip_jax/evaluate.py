@@ -93,7 +93,7 @@ def parse_task(text):
     return lambda model: TASKS[name](model, *args, **kwargs)
 
 
-def run(model, tasks, say=print):
+def run(model, tasks, log=print):
     """Runs tasks (strings) on a model; prints a short table of each; returns their merged EvalResult."""
     from clip_jax.evaluation.tasks import merge_results
 
@@ -101,7 +101,7 @@ def run(model, tasks, say=print):
     for task in tasks:
         result = parse_task(task)(model)
         for line in summary(result.metrics):
-            say(line)
+            log(line)
         results.append(result)
     return merge_results(results)
 
@@ -204,7 +204,7 @@ def evaluate(args):
     tasks = args.task or model.config.eval.tasks
     if not tasks:
         raise UserError("the run was configured with no evaluation tasks: name some with --task")
-    result = run(model, tasks, hosts.say)
+    result = run(model, tasks, hosts.log)
     if hosts.is_first() and args.json:
         pathlib.Path(args.json).write_text(json.dumps(result.metrics, indent=1, sort_keys=True))
     if hosts.is_first() and args.report is not None:

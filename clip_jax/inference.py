@@ -41,7 +41,7 @@ class Model:
         self.image_view = method.eval_view
         self._context = next(view.context for view in method.views if isinstance(view, TextView))
         self.mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
-        self.host_share = sharding.host_share(self.mesh)
+        self.process_shard = sharding.process_shard(self.mesh)
         whole = NamedSharding(self.mesh, PartitionSpec())
         self._image = jax.jit(method.embed_image, out_shardings=whole)
         self._text = jax.jit(method.embed_text, out_shardings=whole)
@@ -66,7 +66,7 @@ class Model:
 
     def embed_image_share(self, images):
         """Unit rows, float32 `[count * n, E]`, of the shares `[n, size, size, 3]` that the hosts prepared, one after the other."""
-        count = self.host_share[1]
+        count = self.process_shard[1]
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // count
         padded = _padded(images, -(-len(images) // parts) * parts)
         with jax.set_mesh(self.mesh), faults.stage("evaluation"):

@@ -254,8 +254,7 @@ def _own(path):
         raise UserError(f"init_from: {error}") from None
     config = config_lib.from_json(json.dumps(meta["config"]))
     method = make_method(config)
-    batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
-    params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
+    params, extra = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2))
     weights = "ema" if config.eval.ema else "params"
     unstacked = jax.eval_shape(_flat, params, extra)
 

@@ -183,7 +183,7 @@ def data_key(source, spec, split):
     return hashlib.blake2b(json.dumps([fingerprint(source), split, listing]).encode(), digest_size=16).hexdigest()
 
 
-def make_index(model, source, kind, spec, split="train", folder=None, say=print):
+def make_index(model, source, kind, spec, split="train", folder=None, log=print):
     """The `Index` of a data set, the one that is kept if it still fits.
 
     Args:
@@ -201,7 +201,7 @@ def make_index(model, source, kind, spec, split="train", folder=None, say=print)
     for place in places:
         found, index = _read_index(place)
         if index is not None and all(found[field] == value for field, value in key.items()):
-            say(f"{kind}: {len(index.z):,} embeddings of {place}")
+            log(f"{kind}: {len(index.z):,} embeddings of {place}")
             return index
         if folder and index is not None:
             other = next(field for field, value in key.items() if found[field] != value)
@@ -224,7 +224,7 @@ def make_index(model, source, kind, spec, split="train", folder=None, say=print)
                 f"the embeddings cannot be kept in {place.parent}: {error.strerror}; name a folder with --index"
             ) from None
         try:
-            _write_index(partial, key, model, source, kind, say)
+            _write_index(partial, key, model, source, kind, log)
             shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)
         finally:
@@ -253,7 +253,7 @@ def _read_index(folder):
         return {}, None
 
 
-def _write_index(folder, key, model, source, kind, say):
+def _write_index(folder, key, model, source, kind, log):
     skipped, count, shape, told = collections.Counter(), 0, (), 0
     parts = _embed_images(model, source, skipped) if kind == "images" else _embed_texts(model, source, skipped)
     with open(folder / "z.f32", "wb") as z_file, open(folder / "where.i64", "wb") as where_file:
@@ -263,11 +263,11 @@ def _write_index(folder, key, model, source, kind, say):
             count, shape = count + len(z), z.shape[1:]
             if count >= 2 * told + 10_000:
                 told = count
-                say(f"{kind}: {count:,} embedded ...")
+                log(f"{kind}: {count:,} embedded ...")
     if not count:
         raise UserError(f"{source.name}: no {kind} to search among {len(source):,} records")
     (folder / "meta.json").write_text(json.dumps(dict(key, shape=(count, *shape), skipped=skipped)))
-    say(f"{kind}: {count:,} embedded" + "".join(f", {n:,} records left out: {reason}" for reason, n in skipped.items()))
+    log(f"{kind}: {count:,} embedded" + "".join(f", {n:,} records left out: {reason}" for reason, n in skipped.items()))
 
 
 def _embed_images(model, source, skipped):
@@ -441,7 +441,7 @@ def read_lines(path):
     return [line for line in lines if line]
 
 
-def search(args, say=print):
+def search(args, log=print):
     """The work of the command; `args`: its parsed arguments. Returns `[(Query, hits)]`. Raises UserError."""
     if not args.text and not args.image:
         raise UserError("nothing is asked: give --text or --image")
@@ -459,7 +459,7 @@ def search(args, say=print):
     if texts:
         z, where = model.embed_text(texts), np.stack([np.arange(len(texts))] * 2, 1)
     else:
-        index = make_index(model, source, args.find, args.images, args.split, args.index, say)
+        index = make_index(model, source, args.find, args.images, args.split, args.index, log)
         z, where = index.z, index.where
     queries = make_queries(model, args.text, pictures, args.plus, args.minus)
     bank, found, results = Bank(z, model.mesh), [], []
@@ -472,9 +472,9 @@ def search(args, say=print):
         ]
         results.append((query, hits))
         for line in table(query, hits):
-            say(line)
+            log(line)
     if args.html:
-        say(f"\npage: {write_html(args.html, f'{args.find.capitalize()} of {args.images}', results)}")
+        log(f"\npage: {write_html(args.html, f'{args.find.capitalize()} of {args.images}', results)}")
     if args.json:
         found = [
             {"query": q.label, "found": [{k: v for k, v in hit.items() if k != "image"} for hit in hits]}

@@ -150,7 +150,7 @@ def read_out(study, run, metrics):
         key = f"step {run.steps}: {' '.join(changes)}"
         if changes and key not in kept:
             model = inference.load(run.folder, overrides=changes)
-            kept[key] = evaluate.run(model, model.config.eval.tasks, say=lambda line: None).metrics
+            kept[key] = evaluate.run(model, model.config.eval.tasks, log=lambda line: None).metrics
             file.write_text(json.dumps(kept, indent=1))
         found[name] = kept[key] if changes else metrics
     return found

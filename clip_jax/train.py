@@ -92,7 +92,7 @@ def make_loader(config, source, tokenizer, method, mesh, start_step):
     from clip_jax.data.loader import Loader
     from clip_jax.runtime import sharding
 
-    data, (host, count) = config.data, sharding.host_share(mesh)
+    data, (host, count) = config.data, sharding.process_shard(mesh)
     return Loader(
         source, method.views, tokenizer, batch_size=data.batch_size, seed=config.seed, start_step=start_step, host=host,
         hosts=count, one_source=data.sampling == "one_source", workers=data.workers, threads=data.threads, prefetch=data.prefetch,
@@ -100,7 +100,7 @@ def make_loader(config, source, tokenizer, method, mesh, start_step):
     )  # fmt: skip
 
 
-def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer, say):
+def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer, log):
     """`(state, optimizer)` on the mesh: the newest checkpoint's, or a new one that no single device ever holds whole.
 
     A new one has the weights that `config.init_from` names, and what the method takes from the data.
@@ -118,10 +118,10 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     state = checkpointer.restore(shapes)
     if state is None:
         state = jax.jit(init, out_shardings=shardings)(rng)
-        state = state.replace(extra=sharding.place(method.fill(state.extra, source, mesh), shardings.extra))
+        state = state.replace(extra=sharding.place(method.init_from_data(state.extra, source, mesh), shardings.extra))
         if config.init_from:
             state, line = init_from.start(config, state, tokenizer)
-            say(line)
+            log(line)
     return state, tx
 
 
@@ -177,7 +177,7 @@ class Run:
     checkpointer: Checkpointer
     writer: Writer
     signals: faults.Signals
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def evaluate(self, state, tasks):
         """The EvalResult of a state, its metrics written down."""
@@ -187,7 +187,7 @@ class Run:
         params = state.ema if self.config.eval.ema else state.params
         with faults.stage("evaluation"):
             result = evaluate.run(
-                Model(self.config, self.method, params, state.extra, self.tokenizer, self.mesh), tasks, self.say
+                Model(self.config, self.method, params, state.extra, self.tokenizer, self.mesh), tasks, self.log
             )
         if result.metrics:
             self.writer.write(int(state.step), result.metrics)
@@ -199,7 +199,7 @@ class Run:
         raise faults.Stopped(status, f"at step {step}: state saved")
 
 
-def train(config, workdir, say=print, cluster=None):
+def train(config, workdir, log=print, cluster=None):
     """Trains and evaluates; returns the metrics of the last evaluation.
 
     Args:
@@ -227,35 +227,32 @@ def train(config, workdir, say=print, cluster=None):
 
     if not hosts.is_first():
         logging.getLogger().setLevel(logging.ERROR)
-        say = lambda line: None  # noqa: E731
-    say(f"clip_jax {__version__}: {config.method} on {config.data.source}, work folder {workdir}")
+        log = lambda line: None  # noqa: E731
+    log(f"clip_jax {__version__}: {config.method} on {config.data.source}, work folder {workdir}")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch_size, mesh, micro_batches=config.micro_batches)
-    layout = sharding.batch_sharding(mesh)
-    shapes = {
-        v.name: jax.ShapeDtypeStruct((config.data.batch_size, *v.shape), v.dtype, sharding=layout) for v in method.views
-    }
+    shapes = method.batch_spec(config.data.batch_size, sharding.batch_sharding(mesh))
     with (
         faults.Signals() as signals,
         faults.watch(config.train.stall_minutes),
         jax.set_mesh(mesh),
         checkpoint.Checkpointer(workdir, config, tokenizer) as checkpointer,
     ):
-        state, tx = init_or_restore(config, source, method, mesh, checkpointer, shapes, tokenizer, say)
+        state, tx = init_or_restore(config, source, method, mesh, checkpointer, shapes, tokenizer, log)
         if hosts.is_first():
             (workdir / "config.json").write_text(config_lib.to_json(config))
         with closing(metrics.Writer(workdir, config)) as writer:
-            run = Run(config, method, tokenizer, mesh, checkpointer, writer, signals, say)
+            run = Run(config, method, tokenizer, mesh, checkpointer, writer, signals, log)
             if int(state.step) < config.train.steps:
                 state = loop(run, source, tx, state)
             else:
-                say(f"the run in {workdir} is complete: {int(state.step)} of {config.train.steps} steps")
+                log(f"the run in {workdir} is complete: {int(state.step)} of {config.train.steps} steps")
             result = run.evaluate(state, config.eval.tasks)
         checkpointer.save(int(state.step), state, result.metrics)
         checkpointer.wait()
     if hosts.is_first() and config.eval.report:
-        say(f"report: {evaluate.write_report(workdir, config, result)}")
-    say(f"done: checkpoints, metrics.jsonl, config.json are in {workdir}")
+        log(f"report: {evaluate.write_report(workdir, config, result)}")
+    log(f"done: checkpoints, metrics.jsonl, config.json are in {workdir}")
     hosts.wait("reported")  # by the first one
     return result.metrics
 
@@ -267,18 +264,18 @@ def loop(run, source, tx, state):
     from clip_jax.runtime import sharding
     from clip_jax.training import metrics
 
-    config, say = run.config, run.say
+    config, log = run.config, run.log
     steps, first = config.train.steps, int(state.step)
     loader = make_loader(config, source, run.tokenizer, run.method, run.mesh, first)
-    known, shares = loader.skipped.total(), sharding.host_share(run.mesh)[1]  # known: on every host the same
-    say("reading the first batch and compiling the step ...")
+    known, shares = loader.skipped.total(), sharding.process_shard(run.mesh)[1]  # known: on every host the same
+    log("reading the first batch and compiling the step ...")
     with faults.stage("data"):
         batch = sharding.to_global(next(loader), run.mesh)
     start = time.perf_counter()
     step_fn, flops, size = compile_step(config, run.method, tx, state, batch)
     hosts.wait("compiled")  # a host that had the step in a cache waits here, and not in a step that must not take long
     for line in describe(config, source, run.mesh, state, flops, size, time.perf_counter() - start):
-        say(line)
+        log(line)
     progress = metrics.Progress(config.data.batch_size, steps, flops)
     saved, behind = time.monotonic(), None
 
@@ -298,7 +295,7 @@ def loop(run, source, tx, state):
             # Hosts with the same share of the rows skip the same.
             values, line = progress.report(step, known + int(skipped) * shares // hosts.count())
             run.writer.write(step, values)
-            say(line)
+            log(line)
         return int(wish)
 
     with closing(loader), run.signals.deferred():

@@ -142,7 +142,7 @@ def test_which_rows_a_host_reads(monkeypatch, shape, processes, in_order, shares
     assert sharding._in_order(mesh) == in_order
     if not in_order:
         return
-    index = sharding.host_share.__wrapped__
+    index = sharding.process_shard.__wrapped__
     for process in set(processes):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         where, count = index(mesh)

@@ -210,7 +210,7 @@ def test_the_bank_and_its_neighbours_do_not_depend_on_the_devices():
     for devices in (1, 8):
         mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:devices])
         with jax.set_mesh(mesh):
-            filled.append(method.fill(extra, source, mesh))
+            filled.append(method.init_from_data(extra, source, mesh))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *(x["bank"] for x in filled))
     assert (filled[0]["neighbors"] == filled[1]["neighbors"]).mean() > 0.99  # rounding may exchange neighbours
     assert (filled[0]["neighbors"] >= 0).mean() > 0.9

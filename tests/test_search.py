@@ -116,7 +116,7 @@ def test_the_index_holds_every_usable_picture_and_every_text_once(model, photos)
 def make_index(model, photos, **options):
     """The index and whether it was made anew."""
     lines = []
-    index = search.make_index(model, make_source(str(photos)), "images", str(photos), say=lines.append, **options)
+    index = search.make_index(model, make_source(str(photos)), "images", str(photos), log=lines.append, **options)
     return index, any("embedded" in line for line in lines)
 
 

@@ -64,7 +64,7 @@ def test_the_same_command_again_has_nothing_to_do(finished):
     workdir, _ = finished
     before = losses(workdir)
     assert (
-        train.train(tiny_config("train.steps=8", "mesh.data=1", "mesh.fsdp=-1"), workdir, say=lambda line: None) == {}
+        train.train(tiny_config("train.steps=8", "mesh.data=1", "mesh.fsdp=-1"), workdir, log=lambda line: None) == {}
     )
     assert losses(workdir) == before
 
@@ -169,7 +169,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     from clip_jax.evaluation.tasks import EvalResult
 
     scores = iter([0.3, 0.9, 0.1, 0.2, 0.25])
-    monkeypatch.setattr(evaluate, "run", lambda model, tasks, say: EvalResult({"score": next(scores)}))
+    monkeypatch.setattr(evaluate, "run", lambda model, tasks, log: EvalResult({"score": next(scores)}))
     config = tiny_config(
         "train.steps=5",
         "checkpoint.best=score",

@@ -567,7 +567,7 @@ def _embed_all(model, pictures, batch_size):
 
 def _embed_share(model, pictures, batch_size):
     """The same where every host reads only its share: all take part in equally many batches, and tell each other the records."""
-    index, count = model.host_share
+    index, count = model.process_shard
     length, size = -(-len(pictures) // count), -(-batch_size // count)
     share = range(len(pictures))[index * length : (index + 1) * length]
     batches = _read(pictures, lambda record: model.image_view(record, None), size, share)

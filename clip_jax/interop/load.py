@@ -95,8 +95,9 @@ def shapes(config):
         }
     else:
         method = make_method(config)
-        batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
-        tree = dict(zip(("params", "extra"), jax.eval_shape(method.init, jax.random.key(0), batch), strict=True))
+        tree = dict(
+            zip(("params", "extra"), jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2)), strict=True)
+        )
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 

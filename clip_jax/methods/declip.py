@@ -33,7 +33,7 @@ from clip_jax.losses.contrastive import filip, similarities, views_infonce
 from clip_jax.losses.neighbors import enqueue, nearest, new_queue
 from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
 from clip_jax.methods.interface import Method, read_options, text_view
-from clip_jax.models.common import apart, l2_normalize, shard_batch, side_by_side
+from clip_jax.models.common import l2_normalize, shard_batch, stack_views, unstack_views
 from clip_jax.models.heads import MlpHead
 from clip_jax.models.masking import mask_tokens, mean_of_chosen, sum_and_count
 from clip_jax.models.one_tower import real_tokens
@@ -187,15 +187,18 @@ class DeCLIP:
             masked = 0 if o.contrast_on_masked else len(texts)
             texts[masked : masked + 1] = [masks["ids"]]
         # One pass for all views, an example's side by side: so every device keeps its own rows.
-        x, picture_keys = side_by_side([batch[name] for name in PICTURES[: self.image_views]], keys[:, 1:3])
+        x, picture_keys = stack_views([batch[name] for name in PICTURES[: self.image_views]], keys[:, 1:3])
         image, tokens, extra = self.towers.encode_image(params, extra, x, train, picture_keys, normalize=False)
-        x, text_keys = side_by_side(texts, keys[:, 3:])
+        x, text_keys = stack_views(texts, keys[:, 3:])
         text, words, extra = self.towers.encode_text(params, extra, x, train, text_keys)
-        features = {"image": apart(image, len(ids)), "text": apart(text, len(ids))[:, : self.text_views]}
+        features = {
+            "image": unstack_views(image, len(ids)),
+            "text": unstack_views(text, len(ids))[:, : self.text_views],
+        }
         if o.mlm:
-            features["mlm"] = self.masked_modelling(params, apart(words, len(ids))[:, masked], masks)
+            features["mlm"] = self.masked_modelling(params, unstack_views(words, len(ids))[:, masked], masks)
         if o.filip:
-            given = {"img": apart(tokens, len(ids))[:, 0], "txt": apart(words, len(ids))[:, 0]}
+            given = {"img": unstack_views(tokens, len(ids))[:, 0], "txt": unstack_views(words, len(ids))[:, 0]}
             features |= {
                 f"tokens_{k}": l2_normalize(self.to_token.apply({"params": params["filip"][k]}, x))
                 for k, x in given.items()

@@ -128,8 +128,7 @@ class CheckpointEncoder:
 
     def __init__(self, path, stored_config):
         self.path, self.method = path, make_method(config_lib.from_json(stored_config))
-        batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in self.method.views}
-        self._shapes = jax.eval_shape(lambda batch: self.method.init(jax.random.key(0), batch), batch)
+        self._shapes = jax.eval_shape(self.method.init, jax.random.key(0), self.method.batch_spec(2))
         self.size = self.method.eval_view.size
         text = next(view for view in self.method.views if len(view.shape) == 1)
         self._context = text.context

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from clip_jax import plugins
@@ -30,7 +31,7 @@ class Method:
       prepare: `(batch, rng) -> batch`: work on the whole batch on the device before encoding (mixup, masks).
       update: `(params, extra, features, step) -> extra` after the optimizer's step, without gradient; the features of `heads`.
       constrain: `params -> params` after the optimizer's step: projection onto the allowed set (the logit scale's clamp).
-      fill: `(extra, source, mesh) -> extra`, once, when a run starts: what of `extra` comes from data or other weights, as arrays of
+      init_from_data: `(extra, source, mesh) -> extra`, once, when a run starts: what of `extra` comes from data or other weights, as arrays of
         NumPy or on the mesh.
       similarity: `(image embeddings [n, ...], text embeddings [m, ...]) -> float32 [n, m]`: images are the queries.
       text_similarity: `(text embeddings [m, ...], image embeddings [n, ...]) -> float32 [m, n]`: texts are; None: the transpose.
@@ -48,9 +49,16 @@ class Method:
     prepare: Callable = lambda batch, rng: batch
     update: Callable = lambda params, extra, features, step: extra
     constrain: Callable = lambda params: params
-    fill: Callable = lambda extra, source, mesh: extra
+    init_from_data: Callable = lambda extra, source, mesh: extra
     similarity: Callable = lambda z_image, z_text: jnp.matmul(z_image, z_text.T)
     text_similarity: Callable | None = None
+
+    def batch_spec(self, size, sharding=None):
+        """Shapes of a batch of `size` examples: `{name: jax.ShapeDtypeStruct}` of every view and of `example_id`."""
+        shapes = {view.name: ((size, *view.shape), view.dtype) for view in self.views} | {
+            "example_id": ((size,), "int32")
+        }
+        return {name: jax.ShapeDtypeStruct(*spec, sharding=sharding) for name, spec in shapes.items()}
 
 
 def read_options(config, name, kind):

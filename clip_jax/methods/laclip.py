@@ -23,7 +23,7 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import contrast, views_infonce
 from clip_jax.methods import clip
 from clip_jax.methods.interface import read_options, text_view
-from clip_jax.models.common import apart, shard_batch, side_by_side
+from clip_jax.models.common import shard_batch, stack_views, unstack_views
 from clip_jax.models.two_tower import TwoTower
 
 TEXT_TO_IMAGE = ("sampled", "all")
@@ -73,10 +73,10 @@ def multi_text(config, options, base):
         b, count = texts.shape[:2]
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 2 + count))(batch["example_id"])
         image, _, extra = towers.encode_image(params, extra, batch["image"], train, keys[:, 0])
-        ids, text_keys = side_by_side([*jnp.moveaxis(texts, 1, 0)], keys[:, 2:])
+        ids, text_keys = stack_views([*jnp.moveaxis(texts, 1, 0)], keys[:, 2:])
         text, _, extra = towers.encode_text(params, extra, ids, train, text_keys)
         drawn = jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(keys[:, 1])
-        return {"image": image, "text": apart(text, b), "drawn": drawn}, extra
+        return {"image": image, "text": unstack_views(text, b), "drawn": drawn}, extra
 
     def loss(params, extra, features, batch, rng):
         scale = jnp.exp(params["logit_scale"])

@@ -24,7 +24,7 @@ from clip_jax.losses.contrastive import similarities
 from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
 from clip_jax.methods import clip
 from clip_jax.methods.interface import read_options, text_view
-from clip_jax.models.common import apart, l2_normalize, shard_batch, side_by_side
+from clip_jax.models.common import l2_normalize, shard_batch, stack_views, unstack_views
 from clip_jax.models.two_tower import TwoTower
 
 TEXTS = ("text", "summary", "tags")
@@ -105,7 +105,7 @@ def make(config):
         local, _, extra = towers.encode_image(params, extra, batch["local"], train, keys[:, 0])
         whole, _, extra = towers.encode_image(params, extra, batch["image"], train, keys[:, 1])
         regions, has_regions = embed_regions(params, shard_batch(batch["regions"]))
-        ids, text_keys = side_by_side([shard_batch(batch[name]) for name in TEXTS], keys[:, 2:])
+        ids, text_keys = stack_views([shard_batch(batch[name]) for name in TEXTS], keys[:, 2:])
         texts, _, extra = towers.encode_text(params, extra, jnp.maximum(ids, 0), train, text_keys)
         features = {
             "global": whole,
@@ -114,7 +114,7 @@ def make(config):
             "has_regions": has_regions,
             "has_tags": batch["tags"][:, 0] >= 0,
         }
-        return features | dict(zip(TEXTS, jnp.moveaxis(apart(texts, len(whole)), 1, 0), strict=True)), extra
+        return features | dict(zip(TEXTS, jnp.moveaxis(unstack_views(texts, len(whole)), 1, 0), strict=True)), extra
 
     def loss(params, extra, features, batch, rng):
         scale = jnp.exp(params["logit_scale"])

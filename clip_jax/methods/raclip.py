@@ -118,7 +118,7 @@ def _key(record):
 def make(config):
     """The RA-CLIP method of a configuration; raises UserError for options, towers or an encoder that cannot be."""
     raclip, base = RaClip(config), clip.make(config)
-    fields = ("init", "encode", "embed_image", "fill")
+    fields = ("init", "encode", "embed_image", "init_from_data")
     return dataclasses.replace(base, **{name: functools.partial(getattr(raclip, name), base) for name in fields})
 
 
@@ -185,7 +185,7 @@ class RaClip:
         )
         return numbers, jnp.isfinite(cosines) & (cosines <= o.skip_above)
 
-    def fill(self, base, extra, source, mesh):
+    def init_from_data(self, base, extra, source, mesh):
         """`extra` of a new run with the reference set's features, the encoder's weights and the cached neighbours, as NumPy arrays."""
         o, reference = self.options, configured_source(self.config.data, self.options.reference)
         weights, parts = self.encoder.load(mesh), {"image": [], "text": []}

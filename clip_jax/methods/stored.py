@@ -58,8 +58,7 @@ def load(path, which="latest", ema=None, mesh=None, overrides=()):
     if ema and not config.optim.ema_decay:
         raise UserError(f"{str(folder)!r} has no moving average of the weights: its run had optim.ema_decay=0")
     mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
-    batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
-    params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
+    params, extra = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2))
     weights = "ema" if ema else "params"
     target = {weights: params, "extra": extra}
     layouts = sharding.state_shardings(target, mesh)

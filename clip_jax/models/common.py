@@ -124,13 +124,13 @@ class BatchNorm(nn.Module):
         return y.reshape(shape).astype(self.dtype)
 
 
-def side_by_side(views, keys):
+def stack_views(views, keys):
     """Views `[b, ...]`, v of them, as `[b * v, ...]`, an example's side by side, so that every device keeps its own rows; and as many
     of the `keys[b, >= v]`."""
     x, keys = jnp.stack(views, axis=1), keys[:, : len(views)]
     return x.reshape(-1, *x.shape[2:]), keys.reshape(-1)
 
 
-def apart(x, b):
+def unstack_views(x, b):
     """`[b * v, ...]` as `[b, v, ...]`."""
     return x.reshape(b, -1, *x.shape[1:])

@@ -134,7 +134,7 @@ def is_first():
     return jax.process_index() == 0
 
 
-def say(line):
+def log(line):
     """Prints a line, of several processes once."""
     if is_first():
         print(line, flush=True)

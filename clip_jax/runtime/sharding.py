@@ -118,7 +118,7 @@ def _in_order(mesh):
 
 
 @functools.cache
-def host_share(mesh):
+def process_shard(mesh):
     """`(index, count)`: a batch is read in `count` equal shares, of which this process needs number `index`."""
     parts = _parts_by_host(mesh)
     shares = sorted(set(map(tuple, parts.values())))
@@ -182,7 +182,7 @@ def check_batch(batch_size, mesh, field="data.batch_size", micro_batches=1):
 
 def to_global(batch, mesh):
     """The global arrays `[batch, ...]`, sharded over the mesh, of this host's share of the rows `{name: ndarray [b, ...]}`."""
-    sharding, (_, count) = batch_sharding(mesh), host_share(mesh)
+    sharding, (_, count) = batch_sharding(mesh), process_shard(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:]))
         for name, x in batch.items()

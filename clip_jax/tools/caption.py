@@ -125,7 +125,7 @@ def make_captioner(spec, bank, top=1, own=None, prompt=""):
     raise UserError(f"--captioner={spec}: allowed are transformers:MODEL and retrieval:CHECKPOINT")
 
 
-def run(source, out, captioner, *, about, batch=256, say=print):
+def run(source, out, captioner, *, about, batch=256, log=print):
     """Writes the column `synthetic` of a source, or the rest of it; returns the reasons of what is empty with their numbers.
 
     about: what made the captions, for the header. Raises UserError as `write_texts` does, and when a whole batch has no caption.
@@ -150,7 +150,7 @@ def run(source, out, captioner, *, about, batch=256, say=print):
             raise UserError(f"none of {len(chunk):,} records in a row has a caption ({listed(+reasons)})")
         return [{"synthetic": captions.get(i, "")} for i, _ in chunk]
 
-    write_texts(source, out, about, batch, make, lambda line: say(f"{line}, {failures.total():,} captions are empty"))
+    write_texts(source, out, about, batch, make, lambda line: log(f"{line}, {failures.total():,} captions are empty"))
     return failures
 
 

@@ -34,7 +34,7 @@ def grid_boxes(width, height, side):
 
 def run(
     source, out, encoder, weights, *, boxes="boxes", grid=0, count=10, batch=256,
-    about=None, say=print,
+    about=None, log=print,
 ):  # fmt: skip
     """Writes the columns `regions` and `boxes` of a source; returns the numbers of pictures without regions, by reason.
 
@@ -68,7 +68,7 @@ def run(
                 if len(queue) == batch:
                     flush()
             if (index + 1) % 10_000 == 0:
-                say(f"{index + 1:,} of {len(source):,} records")
+                log(f"{index + 1:,} of {len(source):,} records")
         flush()
         if failures.total() == len(source):
             raise UserError(f"{source.name}: no picture has a region ({listed(failures)})")

@@ -154,7 +154,7 @@ def run(
     words=("tags", "keywords"),
     demonstrations="",
     about=(),
-    say=print,
+    log=print,
 ):
     """Writes the columns of a source, or the rest of them, and returns the reasons of what is empty with their numbers.
 
@@ -203,11 +203,11 @@ def run(
         "words": list(words),
         **dict(about),
     }
-    write_texts(source, out, about, batch, make, lambda line: say(f"{line}, {failures.total():,} rewrites are empty"))
+    write_texts(source, out, about, batch, make, lambda line: log(f"{line}, {failures.total():,} rewrites are empty"))
     return failures
 
 
-def write_texts(source, out, about, batch, make, say=print):
+def write_texts(source, out, about, batch, make, log=print):
     """Writes text columns of a source, or the rest of them, in batches of records.
 
     make: `list[(index, record, or None where it cannot be read)] -> list[{field: value}]`. A batch is made as a whole again where only its
@@ -231,7 +231,7 @@ def write_texts(source, out, about, batch, make, say=print):
                     writer.write(record, values)
             if time.monotonic() - last > 30:
                 last = time.monotonic()
-                say(f"{writer.done:,} of {len(source):,} records")
+                log(f"{writer.done:,} of {len(source):,} records")
 
 
 def listed(reasons):

@@ -158,6 +158,16 @@ def load(spec, overrides=()):
     return override(module.get_config(variant), overrides)
 
 
+def sibling(file, spec):
+    """Returns the configuration `spec`, such as `"clip.py:emoji"`, from the folder of `file`.
+
+    Args:
+      file: the `__file__` of a configuration that starts from another one.
+      spec: `FILE.py[:VARIANT]`, relative to that folder.
+    """
+    return load(os.path.join(os.path.dirname(os.path.abspath(file)), spec))
+
+
 def override(config, overrides):
     """Sets fields of a configuration, `["optim.lr=3e-4", ...]`, and returns it; raises UserError as `load` does."""
     for text in overrides:

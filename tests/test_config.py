@@ -76,6 +76,14 @@ def test_wrong_config_files(spec, message):
         config.load(spec)
 
 
+def test_sibling_loads_from_the_folder_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the working directory does not matter
+    c = config.sibling(str(REPO / "configs" / "siglip.py"), "clip.py:smoke")
+    assert c == config.load(f"{CLIP}:smoke") and c.is_locked
+    with pytest.raises(UserError, match="there is no file"):
+        config.sibling(CLIP, "clipp.py")
+
+
 def test_a_config_file_without_get_config(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("x = 1\n")

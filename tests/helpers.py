@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 from conftest import COMPILE_FAST, REPO
 
@@ -53,3 +54,54 @@ def run(command, **kwargs):
     """Runs a command from the repository's root on one CPU device; returns the finished process with its output."""
     env = {**os.environ, "XLA_FLAGS": COMPILE_FAST, **kwargs.pop("env", {})}
     return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600, **kwargs)
+
+
+class Page(HTMLParser):
+    """A parsed HTML page; its elements must be nested properly.
+
+    Attributes:
+      elements: `[(tag, {attribute: value})]`.
+      text: the text outside of scripts and styles.
+      data: the JSON of the first script.
+    """
+
+    VOID = {"meta", "img", "input", "source"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.words, self.scripts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+        self.data = json.loads(self.scripts[0])
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+            if tag == "script":
+                self.scripts.append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "script" in self.open:
+            self.scripts[-1] += data
+        elif "style" not in self.open:
+            self.words.append(data)
+
+    def find(self, tag, **wanted):
+        names = {key.rstrip("_").replace("_", "-"): value for key, value in wanted.items()}
+        return [a for t, a in self.elements if t == tag and all(a.get(key) == value for key, value in names.items())]
+
+
+def render(result, **options):
+    """The report of an evaluation's result, parsed."""
+    from clip_jax.evaluation import report
+
+    return Page(report.render(result, **{"title": "a title"} | options))

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_bert import BERT
-from test_efficientnet import EFFICIENTNET
+from helpers import unit
+from model_helpers import BERT, EFFICIENTNET
 
 from clip_jax import config
 from clip_jax.methods import align
-from clip_jax.models.common import l2_normalize
 from clip_jax.models.towers import use_size
 
 
@@ -26,10 +25,6 @@ def loss(z_image, z_text, temperature):
     return float(value), metrics
 
 
-def unit(seed, b=64, e=16):
-    return l2_normalize(jax.random.normal(jax.random.key(seed), (b, e)))
-
-
 def smoothed_cross_entropy(logits):
     """Sum of both directions by the formula, targets 0.9 on the diagonal plus 0.1 / B everywhere."""
     b = len(logits)
@@ -39,14 +34,14 @@ def smoothed_cross_entropy(logits):
 
 @pytest.mark.parametrize("temperature", [1.0, 1 / 64])
 def test_the_loss_is_the_sum_of_both_smoothed_directions_with_a_divisor(temperature):
-    z_image, z_text = unit(0), unit(1)
+    z_image, z_text = unit(0, 64, 16), unit(1, 64, 16)
     value, metrics = loss(z_image, z_text, temperature)
     np.testing.assert_allclose(value, smoothed_cross_entropy(z_image @ z_text.T / temperature), rtol=1e-5)
     np.testing.assert_allclose(metrics["logit_scale"], 1 / temperature)
 
 
 def test_collapsed_embeddings_cost_twice_ln_b():
-    z = jnp.broadcast_to(unit(0, 1), (64, 16))
+    z = jnp.broadcast_to(unit(0, 1, 16), (64, 16))
     np.testing.assert_allclose(loss(z, z, 0.5)[0], 2 * np.log(64), rtol=1e-5)
 
 

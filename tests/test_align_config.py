@@ -5,10 +5,10 @@ import pytest
 from conftest import REPO
 from PIL import Image
 
-from clip_jax import compile as compile_lib
 from clip_jax import config, train
 from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
+from clip_jax.program import make_program
 
 ALIGN = str(REPO / "configs" / "align.py")
 
@@ -76,7 +76,7 @@ def test_pictures_are_squashed_to_346_and_cropped_to_289():
 
 def test_a_published_size_is_built_with_its_tokenizer_and_optimizer(vocabulary):
     c = config.load(f"{ALIGN}:b3", [vocabulary])
-    program = compile_lib.make_program(c)
+    program = make_program(c)
     assert program.config.model.text.vocab_size == 30522 and program.config.model.text.eot_id == 3
     trunk = sum(x.size for name, part in program.state.params["img"].items() if name != "proj" for x in _leaves(part))
     assert trunk == 10_103_336 and program.batch["image"].shape == (16384, 289, 289, 3)

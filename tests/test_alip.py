@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_step
 from conftest import REPO, golden_files
 from helpers import TINY, losses
+from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
 from clip_jax.data.records import BadRecord
@@ -123,7 +123,7 @@ def test_oracle_b_consistent_texts_have_the_weight_1_for_any_gamma(gammas):
 
 def test_oracle_c_averages_move_by_a_hundredth_before_they_are_used():
     c, method = setup("alip.momentum=0.99")
-    _, extra = method.init(jax.random.key(0), test_step.BATCH | {"synthetic": test_step.BATCH["text"]})
+    _, extra = method.init(jax.random.key(0), BATCH | {"synthetic": BATCH["text"]})
     assert extra["averages"] == dict.fromkeys(PAIRS, 1)
     _, after = method.heads({}, extra, FEATURES, {}, None)
     for name in PAIRS:
@@ -178,18 +178,17 @@ def test_oracle_h_equal_texts_are_twice_clip():
 # The step
 
 
-def test_a_mesh_and_micro_batches_give_the_result_of_one_device(monkeypatch):
-    synthetic = np.random.default_rng(5).integers(10, 4000, (16, 12), np.int32)
-    monkeypatch.setattr(test_step, "BATCH", {**test_step.BATCH, "synthetic": synthetic})
+def test_a_mesh_and_micro_batches_give_the_result_of_one_device():
+    batch = {**BATCH, "synthetic": np.random.default_rng(5).integers(10, 4000, (16, 12), np.int32)}
     c, method = setup()
-    expected, state = test_step.run_steps(c, method, None, steps=3, devices=jax.devices()[:1])
+    expected, state = run_steps(c, method, None, steps=3, devices=jax.devices()[:1], batch=batch)
     averages = jax.device_get(state.extra["averages"])
     assert (
         all(0 < x < 1 for x in averages.values())
         and expected[0]["average_image_text"] != expected[2]["average_image_text"]
     )
     c.micro_batches = 4
-    history, state = test_step.run_steps(c, method, dict(data=2, fsdp=2, tensor=2), steps=3)
+    history, state = run_steps(c, method, dict(data=2, fsdp=2, tensor=2), steps=3, batch=batch)
     for a, b in zip(history, expected, strict=True):
         for name in ("loss", "grad_norm", "logit_scale", "weight_sample", *(f"average_{name}" for name in PAIRS)):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)

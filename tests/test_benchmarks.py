@@ -55,7 +55,7 @@ def test_line_chart_draws_every_line_inside_of_its_axes(tmp_path, log_y):
 
 def test_unknown_argument_is_refused(capsys):
     parser = common.make_parser("doc", "name")
-    assert common.parse(parser, ["--config.a.b=1"]).overrides == ["a.b=1"]
+    assert common.parse(parser, ["--config.a.b=1", "--config.c", "2"]).overrides == ["a.b=1", "c=2"]
     with pytest.raises(SystemExit):
         common.parse(parser, ["--batchs=3"])
     assert "'--batchs=3'" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden_files
-from test_models import like, run_tower, tiny
+from model_helpers import BERT, parameter_shapes, run_tower, tiny
 
 import clip_jax
 from clip_jax.errors import UserError
@@ -13,7 +13,6 @@ from clip_jax.models.common import drop, l2_normalize
 from clip_jax.models.towers import text_tower
 from clip_jax.models.transformer import stack_layers, unstack_layers
 
-BERT = dict(kind="bert", context=8, positions=10, vocab_size=64, eot_id=63, width=32, depth=2, heads=2, mlp_dim=64)
 IDS = np.array([[5, 9, 63, 0, 0, 0], [5, 9, 8, 7, 63, 0], [5, 11, 12, 13, 14, 63]])
 
 
@@ -62,7 +61,7 @@ def test_scan_and_recomputation_change_nothing_but_the_layout():
     params = text_tower(model).init(jax.random.key(0), IDS)["params"]
     expected, expected_grads = run_tower("text", model, params, IDS)
     model.scan, model.remat = True, "full"
-    embedding, grads = run_tower("text", model, stack_layers(params, like("text", model, IDS)), IDS)
+    embedding, grads = run_tower("text", model, stack_layers(params, parameter_shapes("text", model, IDS)), IDS)
     np.testing.assert_allclose(embedding, expected, rtol=1e-5, atol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), unstack_layers(grads), expected_grads
@@ -97,7 +96,7 @@ def test_the_layers_of_a_scan_drop_what_single_layers_drop():
     params = text_tower(model).init(jax.random.key(0), IDS)["params"]
     expected = text_tower(model).apply({"params": params}, IDS, train=True, keys=keys)[0]
     model.scan = True
-    stacked = stack_layers(params, like("text", model, IDS))
+    stacked = stack_layers(params, parameter_shapes("text", model, IDS))
     np.testing.assert_allclose(
         text_tower(model).apply({"params": stacked}, IDS, train=True, keys=keys)[0], expected, rtol=1e-4, atol=1e-5
     )  # fmt: skip

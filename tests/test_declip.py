@@ -6,12 +6,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import model_helpers
 import numpy as np
 import pytest
-import test_step
 from conftest import REPO, golden_files
+from data_helpers import EOT, texts
 from helpers import TINY, losses, unit
-from test_step import run_steps
+from model_helpers import run_steps
 
 import clip_jax
 from clip_jax import config, train
@@ -21,7 +22,7 @@ from clip_jax.losses.contrastive import filip, infonce
 from clip_jax.losses.neighbors import enqueue, nearest, new_queue
 from clip_jax.methods import declip as declip_module
 from clip_jax.methods.declip import TERMS, DeCLIP, Options, nt_xent
-from clip_jax.methods.interface import make_method
+from clip_jax.methods.interface import make_method, resolve
 from clip_jax.models.common import l2_normalize
 from clip_jax.models.heads import MlpHead
 from clip_jax.models.masking import mask_tokens
@@ -29,7 +30,6 @@ from clip_jax.models.one_tower import real_tokens
 from clip_jax.runtime import sharding
 
 CONFIG = str(REPO / "configs" / "declip.py")
-EOT = 1
 
 
 def tiny(*overrides, variant="smoke"):
@@ -40,25 +40,17 @@ def tiny(*overrides, variant="smoke"):
         "declip.queue_size=48",
         "declip.wait_for_queue=false",
     ]
-    return config.resolve(config.load(f"{CONFIG}:{variant}", [*given, *overrides]), make_tokenizer("sentencepiece"))
+    return resolve(config.load(f"{CONFIG}:{variant}", [*given, *overrides]), make_tokenizer("sentencepiece"))
 
 
 def weights(**given):
     return [f"declip.{term}={given.get(term, 0)}" for term in TERMS]
 
 
-def texts(seed, shape=(16, 2, 12), vocab=4000):
-    """Ids of texts of different lengths, with the end-of-text token and zeros behind it."""
-    rng = np.random.default_rng(seed)
-    ids, length = rng.integers(5, vocab, shape, np.int32), rng.integers(3, shape[-1], (*shape[:-1], 1))
-    place = np.arange(shape[-1])
-    return np.where(place < length, ids, np.where(place == length, EOT, 0)).astype(np.int32)
-
-
 BATCH = {
-    "image": test_step.BATCH["image"],
+    "image": model_helpers.BATCH["image"],
     "image_2": np.random.default_rng(7).integers(0, 256, (16, 16, 16, 3), np.uint8),
-    "text": texts(0),
+    "text": texts(0, (16, 2, 12)),
     "example_id": np.arange(16, dtype=np.int32),
 }
 
@@ -366,12 +358,12 @@ def test_oracle_7_modelling_at_the_start_and_without_a_masked_word(started):
 
 def test_the_mask_is_the_tokenizers_or_one_id_more():
     c = config.load(f"{CONFIG}:b32")
-    c = config.resolve(c, make_tokenizer(c.tokenizer))
+    c = resolve(c, make_tokenizer(c.tokenizer))
     assert (c.model.text.vocab_size, c.declip.mask_id, c.declip.special_ids) == (49409, 49406, (49406, 49407, 49408))
     declip = DeCLIP(c)
     assert declip.text.vocab_size == 49409 and declip.mlm.features == 49409
     c = config.load(f"{CONFIG}:b32", ["tokenizer=clip_bpe"])
-    c = config.resolve(c, make_tokenizer(c.tokenizer))
+    c = resolve(c, make_tokenizer(c.tokenizer))
     assert (c.model.text.vocab_size, c.declip.mask_id) == (49408, 49408)
     assert DeCLIP(c).text.vocab_size == 49409 and DeCLIP(c).mlm.features == 49409
 
@@ -446,9 +438,7 @@ ENGINE = ["declip.skip_same_neighbor=true"]
 
 
 def steps(c, sizes, count, devices=None):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_step, "BATCH", BATCH)
-        return run_steps(c, make_method(c), sizes, steps=count, devices=devices)
+    return run_steps(c, make_method(c), sizes, steps=count, devices=devices, batch=BATCH)
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden_files
-from test_models import tiny
+from model_helpers import EFFICIENTNET, tiny
 
 import clip_jax
 from clip_jax.models.common import drop, l2_normalize
 from clip_jax.models.efficientnet import EfficientNet, conv, scaled
 from clip_jax.models.towers import EFFICIENTNETS, image_tower
 from clip_jax.models.transformer import stack_layers, unstack_layers
-
-EFFICIENTNET = dict(kind="efficientnet", size=32, stages=((8, 2, 3, 1, 1), (16, 2, 5, 2, 4)), proj=False)
 
 
 # B3, B7 and L2: align.md's figures; the others are those of the published models without top convolution and classifier.

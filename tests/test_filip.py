@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO, golden_files
+from data_helpers import EOT, texts
 from helpers import TINY, losses, unit
-from test_oner import EOT, texts
-from test_step import BATCH, run_steps
+from model_helpers import BATCH, run_steps
 
 import clip_jax
 from clip_jax import config, search, train
@@ -22,7 +22,7 @@ from clip_jax.evaluation.zeroshot import make_classifier
 from clip_jax.losses import contrastive
 from clip_jax.methods import filip as method_lib
 from clip_jax.methods.filip import Options, late_interaction, select_keys
-from clip_jax.methods.interface import make_method
+from clip_jax.methods.interface import make_method, resolve
 from clip_jax.models.common import l2_normalize
 from clip_jax.runtime.sharding import batch_sharding, make_mesh
 
@@ -61,7 +61,7 @@ def both(u, v, real):
 
 def setup(*overrides, variant=""):
     c = config.load(f"{CONFIG}:{variant}", [*TINY, *overrides])
-    c = config.resolve(c, make_tokenizer(c.tokenizer))
+    c = resolve(c, make_tokenizer(c.tokenizer))
     return c, make_method(c)
 
 
@@ -258,14 +258,13 @@ def test_the_scale_is_clamped():
     assert method.constrain({"logit_scale": jnp.float32(9)})["logit_scale"] == np.float32(4.6052)
 
 
-def test_oracle_g1_a_mesh_and_micro_batches_give_the_result_of_one_device(monkeypatch):
-    monkeypatch.setattr("test_step.BATCH", PAIRS)
+def test_oracle_g1_a_mesh_and_micro_batches_give_the_result_of_one_device():
     c, method = setup()
-    expected, expected_state = run_steps(c, method, None, steps=3, devices=jax.devices()[:1])
+    expected, expected_state = run_steps(c, method, None, steps=3, devices=jax.devices()[:1], batch=PAIRS)
     c = c.copy_and_resolve_references()
     for sizes, micro_batches in ((dict(data=8, fsdp=1, tensor=1), 2), (dict(data=2, fsdp=2, tensor=2), 4)):
         c.micro_batches = micro_batches
-        history, state = run_steps(c, method, sizes, steps=3)
+        history, state = run_steps(c, method, sizes, steps=3, batch=PAIRS)
         for a, b in zip(history, expected, strict=True):
             for name in ("loss", "grad_norm", "logit_scale", "image_to_text_acc"):
                 np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=f"{name} {sizes} {micro_batches}")
@@ -318,7 +317,7 @@ def test_wrong_options_are_one_line(overrides, message):
 )
 def test_published_recipes(variant, expected):
     c = config.load(f"{CONFIG}:{variant}")
-    c = config.resolve(c, make_tokenizer(c.tokenizer))
+    c = resolve(c, make_tokenizer(c.tokenizer))
     config.validate(c)
     make_method(c)
     found = c.train.steps, c.data.batch_size, c.optim.lr, c.optim.name, c.model.embed_dim, c.filip.token_select

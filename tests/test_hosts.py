@@ -112,7 +112,7 @@ def test_where_jax_finds_the_others_by_itself(monkeypatch):
 
 
 def test_one_host_starts_without_jax():
-    code = "import sys; from clip_jax.training import faults, hosts; hosts.start(); sys.exit('jax' in sys.modules)"
+    code = "import sys; from clip_jax.runtime import faults, hosts; hosts.start(); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
 
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_step
 from conftest import REPO
 from helpers import TINY, losses, unit
+from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
 from clip_jax.data.loader import Loader
@@ -28,6 +28,7 @@ from clip_jax.models.vit import VisionTransformer
 CONFIG = str(REPO / "configs" / "laclip.py")
 REWRITES = ["first rewrite", "second rewrite", "third rewrite", "fourth rewrite"]
 RECORD = {"image": np.zeros((16, 16, 3), np.uint8), "texts": ["the caption"], "rewrites": REWRITES}
+WITH_REWRITES = {**BATCH, "text": np.random.default_rng(1).integers(10, 4000, (16, 5, 12), np.int32)}
 
 
 def view(**fields):
@@ -185,13 +186,11 @@ def test_the_loss_is_that_of_the_formula(which):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_a_mesh_and_micro_batches_give_the_result_of_one_device(monkeypatch):
-    texts = np.random.default_rng(1).integers(10, 4000, (16, 5, 12), np.int32)
-    monkeypatch.setattr(test_step, "BATCH", {**test_step.BATCH, "text": texts})
+def test_a_mesh_and_micro_batches_give_the_result_of_one_device():
     c, method = setup("mt")
-    expected, _ = test_step.run_steps(c, method, None, steps=2, devices=jax.devices()[:1])
+    expected, _ = run_steps(c, method, None, steps=2, devices=jax.devices()[:1], batch=WITH_REWRITES)
     c.micro_batches = 2
-    history, _ = test_step.run_steps(c, method, dict(data=4, fsdp=2, tensor=1), steps=2)
+    history, _ = run_steps(c, method, dict(data=4, fsdp=2, tensor=1), steps=2, batch=WITH_REWRITES)
     for a, b in zip(history, expected, strict=True):
         for name in ("loss", "grad_norm", "logit_scale"):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
@@ -199,9 +198,8 @@ def test_a_mesh_and_micro_batches_give_the_result_of_one_device(monkeypatch):
 
 def test_the_text_that_finds_its_picture_is_drawn_for_each_example():
     _, method = setup("mt")
-    batch = {**test_step.BATCH, "text": np.random.default_rng(1).integers(10, 4000, (16, 5, 12), np.int32)}
-    params, extra = method.init(jax.random.key(0), batch)
-    features = jax.jit(lambda rng: method.encode(params, extra, batch, rng, True)[0]["drawn"])
+    params, extra = method.init(jax.random.key(0), WITH_REWRITES)
+    features = jax.jit(lambda rng: method.encode(params, extra, WITH_REWRITES, rng, True)[0]["drawn"])
     drawn = np.stack([features(jax.random.key(k)) for k in range(40)])
     assert (
         drawn.min() == 0

@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from data_helpers import PLAIN, VIEWS, Bytes, assert_equal, concatenate, encoded, loader, records, take
 from PIL import Image
 
 from clip_jax.data.loader import Loader, iterate_once
@@ -12,60 +13,6 @@ from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.views import ImageView, TextView, make_example
 from clip_jax.errors import UserError
-
-
-class Bytes:
-    """A tokenizer: bytes + 2, EOT 1, padding 0."""
-
-    vocab_size, pad_id, eot_id, sot_id, mask_id = 258, 0, 1, None, None
-
-    def encode(self, text):
-        return [byte + 2 for byte in text.encode()]
-
-    def decode(self, ids):
-        return bytes(i - 2 for i in ids if i > 1).decode()
-
-    def __call__(self, texts, context):
-        rows = [self.encode(text)[: context - 1] + [1] for text in texts]
-        return np.array([row + [0] * (context - len(row)) for row in rows], np.int32)
-
-
-def encoded(value, form="PNG", size=12):
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size + 4), (value % 256, 7, 9)).save(buffer, form)
-    return buffer.getvalue()
-
-
-def records(count, **fields):
-    return [{"image": encoded(i), "texts": [f"caption {i}"], "number": i} | fields for i in range(count)]
-
-
-VIEWS = (ImageView("image", 8, ("rrc(0.3, 1.0)", "flip", "jitter")), TextView("text", 16, ("{number}", "n {number}")))
-PLAIN = (ImageView("image", 8), TextView("text", 16))
-
-
-def loader(source, views=VIEWS, **arguments):
-    return Loader(source, views, Bytes(), **(dict(batch_size=8, seed=3) | arguments))
-
-
-def take(iterator, count):
-    return [next(iterator) for _ in range(count)]
-
-
-def assert_equal(first, second):
-    assert len(first) == len(second) > 0
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
-            assert a[key].dtype == b[key].dtype
-
-
-def concatenate(shares):
-    return [
-        {key: np.concatenate([share[key] for share in step]) for key in step[0]} for step in zip(*shares, strict=True)
-    ]
-
 
 # What a batch is
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import golden_files
 from helpers import tiny_config
+from model_helpers import TOWERS, parameter_shapes, run_tower, tiny
 from safetensors.numpy import load_file
 
 from clip_jax import config
@@ -21,14 +22,6 @@ from clip_jax.models.two_tower import TwoTower
 from clip_jax.models.vit import drop_patches, patches
 from clip_jax.runtime import sharding
 from clip_jax.training.step import make_init, make_step
-
-
-def tiny(**image):
-    c = config.base()
-    c.model.dtype, c.model.embed_dim = "float32", 16
-    c.model.image.update(dict(size=16, patch=8, width=32, depth=2, heads=2, mlp_dim=64, **image))
-    c.model.text.update(dict(vocab_size=64, eot_id=63, context=10, width=32, depth=2, heads=2, mlp_dim=64))
-    return c.model
 
 
 def count(module, *inputs):
@@ -326,18 +319,6 @@ def test_a_field_that_was_added_later_counts_as_its_default():
     assert config.differences(old, new, ["model"]) == [("model.image.proj", None, False)]
 
 
-def run_tower(name, model, params, inputs):
-    """Embedding and gradient of a tower."""
-    tower = {"image": image_tower, "text": text_tower}[name](model)
-
-    def fn(params):
-        embedding = tower.apply({"params": params}, inputs)[0]
-        return (embedding**2).sum(), embedding
-
-    (_, embedding), grads = jax.jit(jax.value_and_grad(fn, has_aux=True))(params)
-    return embedding, grads
-
-
 @pytest.mark.parametrize("name", ["image", "text"])
 @pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "dots"), (True, "full")])
 def test_scan_and_remat_change_nothing_but_the_layout(name, scan, remat):
@@ -345,21 +326,15 @@ def test_scan_and_remat_change_nothing_but_the_layout(name, scan, remat):
     inputs = {"image": jax.random.normal(jax.random.key(1), (3, 16, 16, 3)), "text": jnp.arange(30).reshape(3, 10)}[
         name
     ]
-    params = {"image": image_tower, "text": text_tower}[name](model).init(jax.random.key(0), inputs)["params"]
+    params = TOWERS[name](model).init(jax.random.key(0), inputs)["params"]
     expected, expected_grads = run_tower(name, model, params, inputs)
     model.scan, model.remat = scan, remat
-    embedding, grads = run_tower(name, model, stack_layers(params, like(name, model, inputs)), inputs)
+    embedding, grads = run_tower(name, model, stack_layers(params, parameter_shapes(name, model, inputs)), inputs)
     np.testing.assert_allclose(embedding, expected, rtol=1e-5, atol=1e-5)
     assert ("block" in grads) == scan
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), unstack_layers(grads), expected_grads
     )
-
-
-def like(name, model, inputs):
-    """The shapes of a tower's parameters, layers stacked or not."""
-    tower = {"image": image_tower, "text": text_tower}[name](model)
-    return jax.eval_shape(tower.init, jax.random.key(0), inputs)["params"]
 
 
 def test_scanned_layers_start_different_and_as_large_as_single_ones():

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 from conftest import REPO, golden_files
+from data_helpers import EOT, texts
 from helpers import TINY, losses
-from test_step import BATCH, run_steps
+from model_helpers import BATCH, run_steps
 
 import clip_jax
 from clip_jax import config, train
@@ -33,20 +34,11 @@ OURS = [o for o in TINY if not o.startswith(("model.text", "checkpoint"))] + [
     "oner.teacher_augment=()",
 ]
 EVERY_TERM = [f"oner.{term}=1" for term in ("itc", "xmc", "cic", "cmc", "mim", "mlm", "joint_mim", "joint_mlm")]
-EOT = 1
 
 
 def tiny(*overrides, row="itc_cmc"):
     c = config.load(f"{CONFIG}:small_{row}", [*OURS, *overrides])
     return config.resolve(c, make_tokenizer(c.tokenizer))
-
-
-def texts(seed, count=16, n=12, vocab=4000):
-    """Ids of texts of different lengths, with the end-of-text token and zeros behind it."""
-    rng = np.random.default_rng(seed)
-    ids, length = rng.integers(5, vocab, (count, n), np.int32), rng.integers(3, n, (count, 1))
-    place = np.arange(n)
-    return np.where(place < length, ids, np.where(place == length, EOT, 0)).astype(np.int32)
 
 
 PAIRS = {**BATCH, "text": texts(0)}
@@ -75,7 +67,7 @@ def tower(**fields):
     module = OneTower(
         **dict(dict(size=16, patch=8, width=16, depth=2, heads=2, mlp_dim=32, vocab_size=50, context=6), **fields)
     )
-    images, ids = jax.random.normal(jax.random.key(0), (3, 16, 16, 3)), jnp.asarray(texts(1, 3, 6, 50))
+    images, ids = jax.random.normal(jax.random.key(0), (3, 16, 16, 3)), jnp.asarray(texts(1, (3, 6), 50))
     params = module.init(jax.random.key(1), images, ids, ids == ids, "full", jnp.zeros((3, 4), bool), ids < 0)
     params = jax.tree.map(
         lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params
@@ -188,7 +180,7 @@ def test_patches_are_hidden_per_example():
 
 
 def test_words_are_chosen_as_bert_does():
-    ids = texts(3, 2000, 20)
+    ids = texts(3, (2000, 20))
     real = np.asarray(real_tokens(ids, EOT))
     keys = jax.random.split(jax.random.key(0), len(ids))
     masks = jax.device_get(jax.jit(lambda *x: mask_words(*x, 0.15, (0.8, 0.1), 4000))(keys, ids, real))
@@ -447,7 +439,7 @@ def test_256_pairs_are_learned():
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (256, 16, 16, 3), np.uint8),
-        "text": texts(5, 256),
+        "text": texts(5, (256, 12)),
         "example_id": np.arange(256, dtype=np.int32),
     }
     tx = optax.adam(3e-3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import REPO, golden_files
 from helpers import TINY, losses, unit
-from test_step import BATCH, run_steps
+from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
 from clip_jax.data.tokenizers import make_tokenizer

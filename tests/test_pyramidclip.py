@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_step
 from conftest import REPO, golden_files
 from helpers import TINY, losses
+from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
 from clip_jax.data.tokenizers import make_tokenizer
@@ -293,7 +293,7 @@ def test_pooling_over_real_words_ignores_padding():
 
 
 @pytest.fixture
-def batch(monkeypatch):
+def batch():
     rng, (c, _) = np.random.default_rng(3), setup()
     regions = rng.normal(size=(16, 4, c.model.image.region_dim)).astype(np.float32)
     regions[3], regions[5, 2:] = 0, 0
@@ -301,13 +301,13 @@ def batch(monkeypatch):
     tags[7] = -1
     texts = {name: rng.integers(10, 4000, tags.shape, np.int32) for name in ("text", "summary")}
     images = {name: rng.integers(0, 256, (16, 16, 16, 3), np.uint8) for name in ("image", "local")}
-    monkeypatch.setattr(test_step, "BATCH", {**test_step.BATCH, **images, **texts, "tags": tags, "regions": regions})
+    return {**BATCH, **images, **texts, "tags": tags, "regions": regions}
 
 
 def test_oracle_g1_a_mesh_and_micro_batches_give_the_result_of_one_device(batch):
     c, method = setup("optim.lr=1e-4")
-    expected, state = test_step.run_steps(c, method, None, steps=2, devices=jax.devices()[:1])
-    history, _ = test_step.run_steps(c, method, dict(data=2, fsdp=2, tensor=2), steps=2)
+    expected, state = run_steps(c, method, None, steps=2, devices=jax.devices()[:1], batch=batch)
+    history, _ = run_steps(c, method, dict(data=2, fsdp=2, tensor=2), steps=2, batch=batch)
     terms = ("loss", *(f"loss_{image}_{text}" for image, text in TERMS))
     compare(history, expected, terms)
     # Of the first step alone: Adam makes steps of rounding, after which batch norm and the maximum over words have other gradients.
@@ -316,9 +316,9 @@ def test_oracle_g1_a_mesh_and_micro_batches_give_the_result_of_one_device(batch)
     assert np.abs(statistics["mean"]).max() > 1e-4
     # Without LeFF there are no statistics over the batch, and micro-batches change nothing.
     c, method = setup("model.image.front=0", "optim.lr=1e-4")
-    expected, _ = test_step.run_steps(c, method, None, steps=2, devices=jax.devices()[:1])
+    expected, _ = run_steps(c, method, None, steps=2, devices=jax.devices()[:1], batch=batch)
     c.micro_batches = 4
-    history, _ = test_step.run_steps(c, method, None, steps=2, devices=jax.devices()[:1])
+    history, _ = run_steps(c, method, None, steps=2, devices=jax.devices()[:1], batch=batch)
     compare(history, expected, terms)
     compare(history[:1], expected[:1], ("grad_norm",))
 
@@ -361,7 +361,7 @@ def test_a_run_that_was_interrupted_goes_on_the_same_with_its_statistics(tmp_pat
     found, after = run("parts", "train.steps=4")
     assert found == whole and len(whole) == 4 and np.isfinite(list(whole.values())).all()
     jax.tree.map(np.testing.assert_array_equal, after, extra)
-    z = load(tmp_path / "whole").embed_image(test_step.BATCH["image"])
+    z = load(tmp_path / "whole").embed_image(BATCH["image"])
     np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, rtol=1e-5)
 
 

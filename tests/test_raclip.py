@@ -192,7 +192,9 @@ def test_micro_batches_and_eight_devices_agree(setting):
     mesh = sharding.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
     with jax.set_mesh(mesh):
         state = {"params": params, "extra": extra}
-        state = sharding.place(jax.tree.map(np.asarray, state), sharding.state_shardings(state, mesh))
+        state = sharding.place(
+            jax.tree.map(np.asarray, state), sharding.state_shardings(state, mesh, method.sharding_rules)
+        )
         assert state["extra"]["bank"]["image"].addressable_shards[0].data.shape[0] == 32
         results.append(gradients(method)(state["params"], state["extra"], sharding.to_global(BATCH, mesh)))
     for loss, grads in results[1:]:

@@ -5,8 +5,8 @@ import types
 
 import numpy as np
 import pytest
+from helpers import render
 from PIL import Image
-from test_report import render
 
 from clip_jax import config, evaluate
 from clip_jax.data.loader import check_source

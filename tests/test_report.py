@@ -3,10 +3,10 @@ import io
 import json
 import os
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from helpers import Page, render
 from PIL import Image
 
 from clip_jax.data.sources import MemorySource, make_source
@@ -63,48 +63,6 @@ def make_result(metrics=None, name="pets", texts=("cat", "dog", "fox"), groups=(
         "map": {name: make_map(texts=texts, groups=groups)},
     }
     return result
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, the text of the page without scripts and styles, and the data of the script; fails on bad nesting."""
-
-    VOID = {"meta", "img", "input", "source"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.open, self.words, self.scripts = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-        self.text = " ".join(" ".join(self.words).split())
-        self.data = json.loads(self.scripts[0])
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-            if tag == "script":
-                self.scripts.append("")
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "script" in self.open:
-            self.scripts[-1] += data
-        elif "style" not in self.open:
-            self.words.append(data)
-
-    def find(self, tag, **wanted):
-        names = {key.rstrip("_").replace("_", "-"): value for key, value in wanted.items()}
-        return [a for t, a in self.elements if t == tag and all(a.get(key) == value for key, value in names.items())]
-
-
-def render(result, **options):
-    return Page(report.render(result, **{"title": "a title"} | options))
 
 
 def write_metrics(path, rows):

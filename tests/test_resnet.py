@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO, golden_files
-from test_models import tiny
+from model_helpers import tiny
 
 import clip_jax
 from clip_jax import config

@@ -1,14 +1,12 @@
 """Debiased sampling (ZeroVL's oracle e), selections of a source by a field, labels of mixtures."""
 
-import json
 import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
+from data_helpers import Bytes, assert_equal, concatenate, loader, records, take, write_table
 from helpers import tiny_config
-from PIL import Image
-from test_loader import Bytes, assert_equal, concatenate, loader, records, take
 
 from clip_jax import train
 from clip_jax.data.loader import check_source
@@ -21,16 +19,6 @@ from clip_jax.errors import UserError
 SIZES = (60, 30, 10)
 STARTS = [0, 60, 90, 100]
 TEXT = [TextView("text", 8)]
-
-
-def write_table(folder, rows, name="pairs.jsonl"):
-    """A table of small pictures; a row is the fields of a record."""
-    lines = []
-    for i, row in enumerate(rows):
-        Image.new("RGB", (20, 20), (7 * i % 256, 40 * i % 256, 99)).save(folder / f"{i}.png")
-        lines.append(json.dumps({"image": f"{i}.png", **row}))
-    (folder / name).write_text("\n".join(lines))
-    return str(folder / name)
 
 
 def mixture(weights=SIZES):

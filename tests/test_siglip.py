@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY
-from test_step import BATCH, run_steps
+from helpers import TINY, unit
+from model_helpers import BATCH, run_steps
 
 from clip_jax import config
 from clip_jax.data.tokenizers import make_tokenizer
@@ -23,10 +23,6 @@ def setup(*overrides):
     return c, make_method(c)
 
 
-def unit(seed, b, e=16):
-    return l2_normalize(jax.random.normal(jax.random.key(seed), (b, e)))
-
-
 @pytest.mark.parametrize("b, expected", [(256, 10.0116), (1024, 10.0465)])
 def test_loss_at_the_published_start(b, expected):
     z_image, z_text = unit(0, b, 4096), unit(1, b, 4096)  # random vectors of many dimensions are nearly orthogonal
@@ -42,7 +38,7 @@ def test_gradient_of_the_bias_at_the_start():
 
 
 def test_the_two_directions_are_one_and_a_shift_of_a_row_counts():
-    z_image, z_text = unit(0, 32), unit(1, 32)
+    z_image, z_text = unit(0, 32, 16), unit(1, 32, 16)
     value = sigmoid(z_image, z_text, 5.0, -2.0)[0]
     np.testing.assert_allclose(sigmoid(z_text, z_image, 5.0, -2.0)[0], value, rtol=1e-6)
     assert abs(sigmoid(z_image, z_text, 5.0, -1.0)[0] - value) > 0.1  # a softmax over rows would not see it
@@ -75,7 +71,7 @@ def test_scalars_start_as_configured_and_are_not_clamped():
     params, extra = jax.jit(method.init)(jax.random.key(0), BATCH)
     assert params["logit_scale"] == 6 and params["logit_bias"] == -3 and extra == {}
     assert method.constrain(params)["logit_scale"] == 6  # beyond ln 100
-    features = {"image": unit(0, 16), "text": unit(1, 16)}
+    features = {"image": unit(0, 16, 16), "text": unit(1, 16, 16)}
     value, metrics = method.loss(params, extra, features, BATCH, None)
     np.testing.assert_allclose(value, sigmoid(features["image"], features["text"], np.exp(6.0), -3.0)[0])
     np.testing.assert_allclose((metrics["logit_scale"], metrics["logit_bias"]), (np.exp(6.0), -3), rtol=1e-6)

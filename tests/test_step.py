@@ -1,24 +1,18 @@
 """The train step: the same on one and on eight devices, moving average, constraints, frozen parts, updates that are not finite, memory."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_config
+from model_helpers import BATCH, run_steps
 
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
 from clip_jax.runtime import sharding
 from clip_jax.training.step import make_init, make_step
-
-BATCH = {
-    "image": np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8),
-    "text": np.random.default_rng(1).integers(10, 4000, (16, 12), np.int32),
-    "example_id": np.arange(16, dtype=np.int32),
-}
 
 
 def setup(*overrides):
@@ -27,42 +21,6 @@ def setup(*overrides):
 
     c = config.resolve(tiny_config(*overrides), make_tokenizer("sentencepiece"))
     return c, make_method(c)
-
-
-def collectives_in_conditionals(hlo):
-    """Lines of a compiled program in which a branch of a conditional communicates with other devices."""
-    computations = re.split(r"\n(?=%|ENTRY )", hlo)
-    branches = set(re.findall(r"(?:true|false)_computation=(%[\w.-]+)", hlo))
-    for names in re.findall(r"branch_computations=\{([^}]*)\}", hlo):
-        branches |= set(names.split(", "))
-    bodies = "\n".join(body for body in computations if body.split(" ")[0] in branches)
-    return re.findall(r".*(?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)\(.*", bodies)
-
-
-def run_steps(c, method, sizes, steps=5, devices=None):
-    """Metrics of each step, and the last state, on a mesh."""
-    mesh = (
-        sharding.make_mesh(sizes)
-        if devices is None
-        else jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1), sharding.AXES)
-    )
-    with jax.set_mesh(mesh):
-        init, tx = make_init(c, method, BATCH)
-        shardings = sharding.state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
-        state = jax.jit(init, out_shardings=shardings)(jax.random.key(c.seed))
-        batch = sharding.to_global(BATCH, mesh)
-        step = (
-            jax.jit(make_step(c, method, tx), donate_argnums=0, out_shardings=(shardings, None))
-            .lower(state, batch)
-            .compile()
-        )
-        # XLA does not order these with the step's other collectives: on CPU devices the two may wait for each other for good.
-        assert not collectives_in_conditionals(step.as_text())
-        history = []
-        for _ in range(steps):
-            state, metrics = step(state, batch)
-            history.append(jax.device_get(metrics))
-    return history, state
 
 
 @pytest.fixture(scope="module")

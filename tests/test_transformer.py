@@ -7,7 +7,7 @@ import pytest
 from conftest import REPO
 
 from clip_jax import config
-from clip_jax.compile import make_program
+from clip_jax.program import make_program
 from clip_jax.models import transformer
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import VisionTransformer

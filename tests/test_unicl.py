@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_step
 from conftest import REPO, golden_files
-from helpers import TINY, losses
-from test_sampling import write_table
+from data_helpers import write_table
+from helpers import TINY, losses, unit
+from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
 from clip_jax.data.loader import Loader
@@ -20,7 +20,6 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import make_method
 from clip_jax.methods.unicl import unified_infonce
-from clip_jax.models.common import l2_normalize
 from clip_jax.runtime.sharding import batch_sharding, make_mesh
 
 CONFIG = str(REPO / "configs" / "unicl.py")
@@ -35,11 +34,7 @@ def setup(*overrides):
     return c, make_method(c)
 
 
-def unit(seed, b=N, e=16):
-    return l2_normalize(jax.random.normal(jax.random.key(seed), (b, e)))
-
-
-U, V = unit(0), unit(1)
+U, V = unit(0, N, 16), unit(1, N, 16)
 
 
 @jax.jit
@@ -108,7 +103,7 @@ def test_oracle_d_the_floor():
     np.testing.assert_allclose(value(U, V, Y)[1]["loss_floor"], floor, rtol=1e-6)
     assert floor > 0.5
     for seed in range(6):
-        assert value(unit(seed), unit(seed + 10), Y)[0] >= floor
+        assert value(unit(seed, N, 16), unit(seed + 10, N, 16), Y)[0] >= floor
     perfect = jnp.eye(N)[np.where(Y > 0, Y - 1, 4 + np.arange(N) % 12)]
     assert len(np.unique(np.asarray(perfect), axis=0)) == 4 + 5
     loss, metrics = unified_infonce(perfect, perfect, 100.0, Y)
@@ -118,7 +113,7 @@ def test_oracle_d_the_floor():
 
 def test_oracle_e_one_text_of_each_class_is_cross_entropy_over_classes():
     y = np.array([1, 2, 2, 3, 3, 3, 1, 4, 4, 1, 1, 1, 2, 3, 4, 4])
-    counts, w = np.bincount(y, minlength=5)[1:], unit(2, 4)
+    counts, w = np.bincount(y, minlength=5)[1:], unit(2, 4, 16)
     image_to_text = half(9.0 * U @ w[y - 1].T, positives(y)).mean()
     over_classes = 9.0 * U @ w.T + np.log(counts)
     expected = (-jax.nn.log_softmax(over_classes, axis=1)[np.arange(N), y - 1] + np.log(counts[y - 1])).mean()
@@ -179,12 +174,6 @@ def test_no_matrix_of_all_pairs():
 # The step
 
 
-@pytest.fixture
-def labelled(monkeypatch):
-    monkeypatch.setattr(test_step, "BATCH", {**test_step.BATCH, "label": LABEL})
-    return test_step.run_steps
-
-
 @pytest.mark.parametrize("label, y", [(LABEL, Y), (None, 0 * Y), (0 * LABEL - 1, 0 * Y), (0 * LABEL, 0 * Y + 1)])
 def test_labels_of_a_batch(label, y):
     """-1 is a caption and 0 the first class; without labels all are captions."""
@@ -198,14 +187,15 @@ def test_labels_of_a_batch(label, y):
     np.testing.assert_allclose(metrics["logit_scale"], 9, rtol=1e-6)
 
 
-def test_a_mesh_and_micro_batches_give_the_result_of_one_device(labelled):
+def test_a_mesh_and_micro_batches_give_the_result_of_one_device():
     c, method = setup()
-    expected, _ = labelled(c, method, None, steps=3, devices=jax.devices()[:1])
+    batch = {**BATCH, "label": LABEL}
+    expected, _ = run_steps(c, method, None, steps=3, devices=jax.devices()[:1], batch=batch)
     assert expected[0]["class_share"] == (LABEL >= 0).mean() and expected[0]["loss_floor"] > 0.5
     for sizes, micro_batches in ((dict(data=8, fsdp=1, tensor=1), 2), (dict(data=2, fsdp=2, tensor=2), 4)):
         c = c.copy_and_resolve_references()
         c.micro_batches = micro_batches
-        history, _ = labelled(c, method, sizes, steps=3)
+        history, _ = run_steps(c, method, sizes, steps=3, batch=batch)
         for a, b in zip(history, expected, strict=True):
             for name in ("loss", "grad_norm", "logit_scale", "loss_floor"):
                 np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=f"{name} {sizes} {micro_batches}")

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO, golden_files
+from data_helpers import write_table
 from helpers import TINY, losses
-from test_sampling import write_table
-from test_step import BATCH, run_steps
+from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
 from clip_jax.data.token_augment import tokens

@@ -1,0 +1,91 @@
+"""Helpers for tests of models and methods: small towers, a batch, and train steps on any mesh."""
+
+import re
+
+import jax
+import numpy as np
+
+from clip_jax import config
+from clip_jax.models.towers import image_tower, text_tower
+from clip_jax.runtime import sharding
+from clip_jax.training.step import make_init, make_step
+
+TOWERS = {"image": image_tower, "text": text_tower}
+BERT = dict(kind="bert", context=8, positions=10, vocab_size=64, eot_id=63, width=32, depth=2, heads=2, mlp_dim=64)
+EFFICIENTNET = dict(kind="efficientnet", size=32, stages=((8, 2, 3, 1, 1), (16, 2, 5, 2, 4)), proj=False)
+#: A batch for `helpers.tiny_config`.
+BATCH = {
+    "image": np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8),
+    "text": np.random.default_rng(1).integers(10, 4000, (16, 12), np.int32),
+    "example_id": np.arange(16, dtype=np.int32),
+}
+
+
+def tiny(**image):
+    """The section `model` of a configuration with two towers of two layers; `image` gives fields of the image tower."""
+    c = config.base()
+    c.model.dtype, c.model.embed_dim = "float32", 16
+    c.model.image.update(dict(size=16, patch=8, width=32, depth=2, heads=2, mlp_dim=64, **image))
+    c.model.text.update(dict(vocab_size=64, eot_id=63, context=10, width=32, depth=2, heads=2, mlp_dim=64))
+    return c.model
+
+
+def parameter_shapes(name, model, inputs):
+    """The shapes of a tower's parameters, in the layout that `model.scan` asks for."""
+    return jax.eval_shape(TOWERS[name](model).init, jax.random.key(0), inputs)["params"]
+
+
+def run_tower(name, model, params, inputs):
+    """Embedding and gradient of a tower."""
+    tower = TOWERS[name](model)
+
+    def fn(params):
+        embedding = tower.apply({"params": params}, inputs)[0]
+        return (embedding**2).sum(), embedding
+
+    (_, embedding), grads = jax.jit(jax.value_and_grad(fn, has_aux=True))(params)
+    return embedding, grads
+
+
+def collectives_in_conditionals(hlo):
+    """Lines of a compiled program in which a branch of a conditional communicates with other devices."""
+    computations = re.split(r"\n(?=%|ENTRY )", hlo)
+    branches = set(re.findall(r"(?:true|false)_computation=(%[\w.-]+)", hlo))
+    for names in re.findall(r"branch_computations=\{([^}]*)\}", hlo):
+        branches |= set(names.split(", "))
+    bodies = "\n".join(body for body in computations if body.split(" ")[0] in branches)
+    return re.findall(r".*(?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)\(.*", bodies)
+
+
+def run_steps(c, method, sizes, steps=5, devices=None, batch=BATCH):
+    """Runs train steps on one global batch.
+
+    Args:
+      c: the configuration.
+      method: the method.
+      sizes: `{mesh axis: size}` over all devices; None with `devices`.
+      steps: how many steps.
+      devices: the one device to use instead, in a list.
+      batch: the global batch.
+
+    Returns:
+      The metrics of each step, and the last state.
+    """
+    if devices is None:
+        mesh = sharding.make_mesh(sizes)
+    else:
+        mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1), sharding.AXES)
+    with jax.set_mesh(mesh):
+        init, tx = make_init(c, method, batch)
+        shardings = sharding.state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh, method.sharding_rules)
+        state = jax.jit(init, out_shardings=shardings)(jax.random.key(c.seed))
+        batch = sharding.to_global(batch, mesh)
+        step = jax.jit(make_step(c, method, tx), donate_argnums=0, out_shardings=(shardings, None))
+        step = step.lower(state, batch).compile()
+        # XLA does not order such collectives with the step's other ones: CPU devices could wait for each other forever.
+        assert not collectives_in_conditionals(step.as_text())
+        history = []
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+            history.append(jax.device_get(metrics))
+    return history, state

@@ -102,12 +102,12 @@ def make_program(config):
     import jax
 
     from clip_jax.data.tokenizers import make_tokenizer
-    from clip_jax.methods.interface import make_method
+    from clip_jax.methods import interface
     from clip_jax.training.step import make_init
 
     config_lib.validate(config)
-    config = config_lib.resolve(config, make_tokenizer(config.tokenizer))
-    method, size = make_method(config), config.data.batch_size
+    config = interface.resolve(config, make_tokenizer(config.tokenizer))
+    method, size = interface.make_method(config), config.data.batch_size
     batch = method.batch_spec(size)
     init, tx = make_init(config, method, batch)
     return Program(config, method, tx, jax.eval_shape(lambda: init(jax.random.key(config.seed))), batch)
@@ -136,7 +136,7 @@ def shard(program, mesh):
 
     sharding.check_batch(program.config.data.batch_size, mesh, micro_batches=program.config.micro_batches)
     layouts = (
-        sharding.state_shardings(program.state, mesh),
+        sharding.state_shardings(program.state, mesh, program.method.sharding_rules),
         jax.tree.map(lambda _: sharding.batch_sharding(mesh), program.batch),
     )
     with_layout = jax.tree.map(

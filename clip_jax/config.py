@@ -272,7 +272,11 @@ def from_json(text):
 
 
 def resolve(config, tokenizer):
-    """A copy with what depends on the tokenizer filled in; raises UserError when the configuration demands another one."""
+    """Returns a copy whose `model.text` has the tokenizer's `vocab_size` and `eot_id`.
+
+    `clip_jax.methods.interface.resolve` calls this and fills in the fields of the method too. Raises UserError when the
+    configuration gives other values.
+    """
     config = config.copy_and_resolve_references()
     text = config.model.get("text", {})
     for field, value in (("vocab_size", tokenizer.vocab_size), ("eot_id", tokenizer.eot_id)):
@@ -280,11 +284,6 @@ def resolve(config, tokenizer):
             if text[field] not in (0, -1, value):
                 raise UserError(f"model.text.{field}={text[field]}, but the tokenizer {config.tokenizer!r} has {value}")
             text[field] = value
-    mask_id = tokenizer.vocab_size if tokenizer.mask_id is None else tokenizer.mask_id
-    filled_in = dict(mask_id=mask_id, special_ids=tuple(sorted(getattr(tokenizer, "special_ids", ()))))
-    for section in config.values():
-        if isinstance(section, ConfigDict):  # of a method
-            section.update({field: value for field, value in filled_in.items() if field in section})
     return config.lock()
 
 

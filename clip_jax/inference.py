@@ -9,7 +9,6 @@ probabilities = model.classify(images, ["cat", "dog"], templates=("a photo of a 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -99,14 +98,8 @@ class Model:
         """
         from clip_jax.evaluation.zeroshot import class_scores
 
-        scale = 100.0
-        if "logit_scale" in self.params:
-            scale = jnp.exp(self.params["logit_scale"])
-        elif "temperature" in self.params:  # ALIGN's, a divisor
-            scale = 1 / self.params["temperature"]
-        return np.asarray(
-            jax.nn.softmax(scale * class_scores(self, self.embed_image(images), class_names, templates), axis=1)
-        )
+        scores = class_scores(self, self.embed_image(images), class_names, templates)
+        return np.asarray(jax.nn.softmax(self.method.scale(self.params) * scores, axis=1))
 
     def _embed(self, function, inputs, batch_size, prepare=lambda part: part):
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]

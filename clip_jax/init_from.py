@@ -265,9 +265,7 @@ def _own(path):
             {weights: params, "extra": extra}, lambda p: re.sub(rf"^({weights}|extra)/", "", p) in names or "_to_" in p
         )
         mesh = next(iter(targets.values())).sharding.mesh
-        placed = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding.state_shardings(tree, mesh)
-        )  # fmt: skip
+        placed = sharding.with_shardings(tree, sharding.state_shardings(tree, mesh, method.sharding_rules))
         state = checkpoint.restore_arrays(folder, placed)
         found = _flat(state.get(weights, {}), state.get("extra", {}))
         return {name: jax.device_put(found[name], x.sharding) for name, x in targets.items()}

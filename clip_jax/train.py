@@ -79,9 +79,8 @@ def make_parts(config):
     for task in (*config.eval.tasks, *config.eval.train_tasks):
         evaluate.parse_task(task)
     tokenizer = make_tokenizer(config.tokenizer)
-    config, data = config_lib.resolve(config, tokenizer), config.data
-    source = configured_source(data)
-    config = interface.resolve(config, source)
+    source, data = configured_source(config.data), config.data
+    config = interface.resolve(config, tokenizer, source)
     method = interface.make_method(config)
     check_source(source, method.views, tokenizer, data.batch_size, data.sampling == "one_source")
     return config, source, tokenizer, method
@@ -113,7 +112,7 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     init, tx = make_init(config, method, batch)
     rng = jax.random.key(config.seed)
     shapes = jax.eval_shape(init, rng)
-    shardings = sharding.state_shardings(shapes, mesh)
+    shardings = sharding.state_shardings(shapes, mesh, method.sharding_rules)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     state = checkpointer.restore(shapes)
     if state is None:

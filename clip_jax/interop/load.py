@@ -66,7 +66,7 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
         summary.append(f"position embeddings resized from {config.model.image.size} to {size} pixels")
         tensors = _resize(config, entries, tensors, ours, size, foreign.kind)
         ours = shapes(config)
-    found = layouts.load(entries, tensors, _placed(ours, mesh))
+    found = layouts.load(entries, tensors, _placed(config, ours, mesh))
     tree = _nested(found)
     return Imported(config.lock(), tree["params"], tree.get("extra", {}), tokenizer, summary)
 
@@ -101,13 +101,15 @@ def shapes(config):
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _placed(ours, mesh):
+def _placed(config, ours, mesh):
     import jax
 
+    from clip_jax.methods.interface import make_method
     from clip_jax.runtime import sharding
 
     mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
-    tree = sharding.state_shardings(_nested(ours), mesh)
+    rules = () if is_image_tower(config) else make_method(config).sharding_rules
+    tree = sharding.state_shardings(_nested(ours), mesh, rules)
     shardings = {sharding.path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(tree)}
     return {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in ours.items()}
 

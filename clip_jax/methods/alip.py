@@ -79,7 +79,7 @@ def make(config):
         }
 
     def loss(params, extra, features, batch, rng):
-        scale = jnp.exp(params["logit_scale"])
+        scale = base.scale(params)
         value, metrics = adaptive_infonce(features, extra["averages"], scale, options.gamma_sample, options.gamma_pair)
         return value, {**metrics, "logit_scale": scale} | {
             f"average_{pair}": x for pair, x in extra["averages"].items()

@@ -16,6 +16,7 @@ import numpy as np
 from clip_jax.data.views import ImageOrTextView, ImageView, RenderView
 from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
+from clip_jax.methods.clip import scale
 from clip_jax.methods.interface import Method, text_view
 from clip_jax.models.common import l2_normalize, shard_batch
 from clip_jax.models.towers import image_tower
@@ -54,11 +55,10 @@ def make(config):
         return {"image": z[:, 0], "text": z[:, 1]}, extra
 
     def loss(params, extra, features, batch, rng):
-        scale = jnp.exp(params["logit_scale"])
         is_pair = batch["text_pair"] == 1 if "text_pair" in batch else None
         kinds = None if is_pair is None else {"image_text": ~is_pair, "text_text": is_pair}
-        value, metrics = infonce(features["image"], features["text"], scale, kinds=kinds)
-        return value, {**metrics, "logit_scale": scale}
+        value, metrics = infonce(features["image"], features["text"], scale(params), kinds=kinds)
+        return value, {**metrics, "logit_scale": scale(params)}
 
     return Method(
         views=(
@@ -71,5 +71,6 @@ def make(config):
         loss=loss,
         embed_image=lambda params, extra, images: apply(params, images),
         embed_text=lambda params, extra, texts: apply(params, texts),
+        scale=scale,
         constrain=lambda params: {**params, "logit_scale": jnp.minimum(params["logit_scale"], model.logit_scale_max)},
     )

@@ -33,12 +33,14 @@ from clip_jax.losses.contrastive import filip, similarities, views_infonce
 from clip_jax.losses.neighbors import enqueue, nearest, new_queue
 from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
 from clip_jax.methods.interface import Method, read_options, text_view
-from clip_jax.models.common import l2_normalize, shard_batch, stack_views, unstack_views
+from clip_jax.models.common import BATCH_AXES, l2_normalize, shard_batch, stack_views, unstack_views
 from clip_jax.models.heads import MlpHead
 from clip_jax.models.masking import mask_tokens, mean_of_chosen, sum_and_count
 from clip_jax.models.one_tower import real_tokens
 from clip_jax.models.two_tower import TwoTower
 
+#: Fields of the configuration that get the tokenizer's values (`clip_jax.methods.interface.resolve`).
+TOKENIZER_FIELDS = {"declip": ("mask_id", "special_ids")}
 PICTURES = ("image", "image_2")
 TERMS = ("clip", "multi_view", "nn", "simsiam", "mlm", "simclr", "filip")
 
@@ -118,6 +120,8 @@ def make(config):
         constrain=declip.constrain,
         embed_image=declip.towers.embed_image,
         embed_text=declip.towers.embed_text,
+        scale=declip.scale,
+        sharding_rules=((r"/queue/rows$", (BATCH_AXES, None)),),
     )
 
 
@@ -227,7 +231,7 @@ class DeCLIP:
         return features, extra | ({"batch_stats": stats} if stats else {})
 
     def loss(self, params, extra, features, batch, rng):
-        o, values, scale = self.options, {}, self.scale(params["logit_scale"])
+        o, values, scale = self.options, {}, self.scale(params)
         images, texts = ([*jnp.moveaxis(l2_normalize(features[name]), 1, 0)] for name in ("image", "text"))
         seen = 2 if o.multi_view else 1
         (values["clip"], *others), metrics = views_infonce(images[:seen], texts[:seen], scale)
@@ -247,14 +251,17 @@ class DeCLIP:
         if o.simclr:
             values["simclr"] = nt_xent(features["projected"], o.temperature)
         if o.filip:
-            scale_tokens = self.scale(params["logit_scale_tokens"])
+            scale_tokens = self.scale(params, "logit_scale_tokens")
             values["filip"] = filip(features["tokens_img"], features["tokens_txt"], features["real"], scale_tokens)[0]
         metrics |= {f"loss_{term}": x for term, x in values.items()} | {"logit_scale": scale}
         return sum(getattr(o, term) * x for term, x in values.items()), metrics
 
-    def scale(self, parameter):
-        """At most `exp(model.logit_scale_max)`, with a gradient there as well, as the released code has it by changing the parameter."""
-        scale = jnp.exp(parameter)
+    def scale(self, params, name="logit_scale"):
+        """Returns the factor of the similarities, `exp(params[name])`, at most `exp(model.logit_scale_max)`.
+
+        The gradient passes through the bound, as in the released code, which changes the parameter itself.
+        """
+        scale = jnp.exp(params[name])
         return scale + jax.lax.stop_gradient(jnp.minimum(scale, self.scale_max) - scale)
 
     def update(self, params, extra, features, step):

@@ -35,6 +35,8 @@ from clip_jax.models.common import l2_normalize
 from clip_jax.models.one_tower import real_tokens
 from clip_jax.models.two_tower import TwoTower
 
+#: Fields of the configuration that get the tokenizer's values (`clip_jax.methods.interface.resolve`).
+TOKENIZER_FIELDS = {"filip": ("special_ids",)}
 SELECTIONS = ("none", "paper25", "repo16")
 PAPER_SHARE, REPO_TOKENS = 0.25, 16
 
@@ -80,7 +82,7 @@ def make(config):
     towers, base = TokenTowers(config.model, options), clip.make(config)
 
     def loss(params, extra, features, batch, rng):
-        image, text, scale = features["image"], features["text"], jnp.exp(params["logit_scale"])
+        image, text, scale = features["image"], features["text"], base.scale(params)
         real = text.any(-1)
         keys = select_keys(options, image, text, real) if options.token_select != "none" else None
         value, metrics = filip(image, text, real, scale, keys)

@@ -40,6 +40,7 @@ class HashedWords:
     """Texts by the words in them, each a random direction, which needs no weights."""
 
     text_dim = 256
+    sharding_rules = ()
 
     def embed_text(self, texts):
         """Unit rows float32 `[n, 256]`."""
@@ -131,7 +132,7 @@ class CheckpointEncoder:
         self._shapes = jax.eval_shape(self.method.init, jax.random.key(0), self.method.batch_spec(2))
         self.size = self.method.eval_view.size
         text = next(view for view in self.method.views if len(view.shape) == 1)
-        self._context = text.context
+        self._context, self.sharding_rules = text.context, self.method.sharding_rules
         image = jax.ShapeDtypeStruct((1, self.size, self.size, 3), jnp.uint8)
         outputs = [
             jax.eval_shape(self.method.embed_image, *self._shapes, image),

@@ -1,4 +1,4 @@
-"""What a method is to the rest of the program: a frozen dataclass of pure functions, made by `make(config)` of its module."""
+"""The interface of a method: a frozen dataclass of pure functions, built by `make(config)` in the method's module."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clip_jax import config as config_lib
 from clip_jax import plugins
 from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
@@ -15,27 +16,38 @@ from clip_jax.models.two_tower import TwoTower
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The functions of a method. `batch` is a dict of arrays `[B, ...]`, one entry per view, plus `example_id` int32 `[B]`.
+    """A pretraining method as pure functions.
+
+    In the signatures below, `batch` is a dict of arrays `[B, ...]` with one entry per view and `example_id` int32 `[B]`.
 
     Attributes:
-      views: what the method asks of the data in training (`clip_jax.data.views`).
+      views: the views that training reads of each example (`clip_jax.data.views`).
       eval_view: the image view of evaluation and search.
-      init: `(rng, batch) -> (params, extra)`; `extra` is everything without a gradient (teachers, queues, statistics).
-      encode: `(params, extra, batch, rng, train) -> (features, extra)`, per example: may be called on micro-batches.
-        Randomness of an example must be folded from `rng` and its `example_id`, so that a second pass replays it.
+      init: `(rng, batch) -> (params, extra)`. `extra` holds everything that has no gradient: teachers, queues, statistics.
+      encode: `(params, extra, batch, rng, train) -> (features, extra)`, per example; the engine may call it on micro-batches.
+        An example's randomness must be folded from `rng` and its `example_id`, so that a second pass replays it.
       loss: `(params, extra, features, batch, rng) -> (loss, metrics)` over the global batch; float32 scalars.
-      embed_image: `(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, E]`, unit rows; of each token `[b, P, E]`.
-      embed_text: `(params, extra, ids int32 [b, n]) -> float32 [b, E]`, unit rows; of each token `[b, n, E]`, zeros for padding.
-      heads: `(params, extra, features, batch, rng) -> (features, extra)`: what between `encode` and `loss` needs the global
-        batch and changes `extra`: heads with BatchNorm.
-      prepare: `(batch, rng) -> batch`: work on the whole batch on the device before encoding (mixup, masks).
-      update: `(params, extra, features, step) -> extra` after the optimizer's step, without gradient; the features of `heads`.
-      constrain: `params -> params` after the optimizer's step: projection onto the allowed set (the logit scale's clamp).
-      init_from_data: `(extra, source, mesh) -> extra`, once, when a run starts: what of `extra` comes from data or other weights, as arrays of
-        NumPy or on the mesh.
-      similarity: `(image embeddings [n, ...], text embeddings [m, ...]) -> float32 [n, m]`: images are the queries.
-      text_similarity: `(text embeddings [m, ...], image embeddings [n, ...]) -> float32 [m, n]`: texts are; None: the transpose.
-        Where embeddings are not single vectors, search compares like with like by these two as well.
+      embed_image: `(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, E]`, unit rows. A method that compares
+        tokens returns `[b, P, E]`.
+      embed_text: `(params, extra, ids int32 [b, n]) -> float32 [b, E]`, unit rows. A method that compares tokens returns
+        `[b, n, E]`, with zeros for padding.
+      scale: `params -> float32 scalar`, the factor of the similarities in the softmax of the loss. Classification uses
+        the same factor.
+      heads: `(params, extra, features, batch, rng) -> (features, extra)` between `encode` and `loss`, on the global batch.
+        Heads with BatchNorm belong here because they change `extra`.
+      prepare: `(batch, rng) -> batch`, work on the whole batch on the device before encoding (mixup, masks).
+      update: `(params, extra, features, step) -> extra` after the optimizer step, without a gradient. The features are
+        those that `heads` returned.
+      constrain: `params -> params` after the optimizer step: the projection onto the allowed set, such as the clamp of
+        the logit scale.
+      init_from_data: `(extra, source, mesh) -> extra`, once, at the start of a run: fills the parts of `extra` that come
+        from data or from other weights. It returns NumPy arrays or arrays on the mesh.
+      similarity: `(image embeddings [n, ...], text embeddings [m, ...]) -> float32 [n, m]`; images are the queries.
+      text_similarity: `(text embeddings [m, ...], image embeddings [n, ...]) -> float32 [m, n]`; texts are the queries.
+        None: the transpose of `similarity`. Where embeddings are not single vectors, search also compares images with
+        images and texts with texts by these two functions.
+      sharding_rules: how the arrays of `extra` are sharded: pairs `(regular expression, mesh axis of each dimension)`,
+        matched before the general rules of `clip_jax.runtime.sharding`.
     """
 
     views: tuple[Any, ...]
@@ -45,6 +57,7 @@ class Method:
     loss: Callable
     embed_image: Callable
     embed_text: Callable
+    scale: Callable
     heads: Callable = lambda params, extra, features, batch, rng: (features, extra)
     prepare: Callable = lambda batch, rng: batch
     update: Callable = lambda params, extra, features, step: extra
@@ -52,9 +65,10 @@ class Method:
     init_from_data: Callable = lambda extra, source, mesh: extra
     similarity: Callable = lambda z_image, z_text: jnp.matmul(z_image, z_text.T)
     text_similarity: Callable | None = None
+    sharding_rules: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
     def batch_spec(self, size, sharding=None):
-        """Shapes of a batch of `size` examples: `{name: jax.ShapeDtypeStruct}` of every view and of `example_id`."""
+        """Returns `{name: jax.ShapeDtypeStruct}` of a batch of `size` examples: every view and `example_id`."""
         shapes = {view.name: ((size, *view.shape), view.dtype) for view in self.views} | {
             "example_id": ((size,), "int32")
         }
@@ -62,7 +76,10 @@ class Method:
 
 
 def read_options(config, name, kind):
-    """The section `config.<name>` as a dataclass of the class `kind`, which checks its values; UserError for a field it has not."""
+    """Returns the section `config.<name>` as the dataclass `kind`, which checks its values.
+
+    Raises UserError for a field that `kind` lacks.
+    """
     given = dict(config.get(name, {}))
     for field in sorted(given.keys() - {f.name for f in dataclasses.fields(kind)}):
         raise UserError(f"{name}.{field} is no field of method={name!r}")
@@ -70,26 +87,32 @@ def read_options(config, name, kind):
 
 
 def text_view(config, name="text", kind=TextView, **fields):
-    """The view of texts as the section `config.data` has it, of a kind of `TextView`; `fields`: of its fields other values."""
+    """Returns the text view that `config.data` describes.
+
+    Args:
+      config: the configuration.
+      name: the view's name in the batch.
+      kind: the class of the view, `TextView` or a subclass.
+      fields: fields of the view whose values replace those of the configuration.
+    """
     data = config.data
     given = dict(templates=data.templates, word_dropout=data.word_dropout)
-    given |= {
-        field: data[field] for field in ("rewrites", "rewrite_prob") if field in data
-    }  # older checkpoints have none
+    # Configurations of older checkpoints lack these two fields.
+    given |= {field: data[field] for field in ("rewrites", "rewrite_prob") if field in data}
     context = {} if "context" in fields else dict(context=config.model.text.context)
     return kind(name, **context | given | fields)
 
 
 def two_tower_method(config, scalars, loss, **fields):
-    """A method whose encoding is that of the two towers of `config.model`, of an image and a text, and no more.
+    """Returns a method that encodes one image and one text with the two towers of `config.model`.
 
     Args:
       config: the configuration.
-      scalars: names of scalar parameters, which start at `config.model.<name>_init`.
-      loss: as of `Method`; `features` are the unit rows `image` and `text`, float32 `[B, E]`.
-      fields: more fields of `Method`.
+      scalars: names of scalar parameters. Each starts at `config.model.<name>_init`.
+      loss: `Method.loss`; `features` holds the unit rows `image` and `text`, float32 `[B, E]`.
+      fields: further fields of `Method`; `scale` is required.
 
-    Raises UserError for towers that cannot be built.
+    Raises UserError for invalid towers.
     """
     model, towers = config.model, TwoTower(config.model)
 
@@ -110,16 +133,38 @@ def two_tower_method(config, scalars, loss, **fields):
 
 
 def make_method(config):
-    """The method that `config.method` names: a module of `clip_jax.methods`, or the import path of a user's module.
+    """Returns the method that `config.method` names: a module of `clip_jax.methods` or the import path of a user's module.
 
-    Raises UserError when there is no such module or it has no function `make(config)`.
+    Raises UserError when the module is missing or has no function `make(config)`.
     """
     return _module(config).make(config)
 
 
-def resolve(config, source):
-    """The configuration with what its method fills in of the data: `resolve(config, source)` of the method's module, if it has one."""
-    return getattr(_module(config), "resolve", lambda config, source: config)(config, source)
+def resolve(config, tokenizer, source=None):
+    """Returns a copy of the configuration with the fields that follow from the tokenizer and from the data.
+
+    In this order:
+      1. `model.text` gets the tokenizer's vocabulary size and end-of-text id (`clip_jax.config.resolve`).
+      2. The fields of `TOKENIZER_FIELDS = {section: (field, ...)}` in the method's module get the tokenizer's values.
+         A field is `mask_id` or `special_ids`. A tokenizer without a mask token gets the id after its vocabulary.
+      3. `resolve(config, source)` of the method's module, if it has one, takes its own fields from the data.
+
+    Args:
+      config: the configuration.
+      tokenizer: the tokenizer.
+      source: the training data; None skips the third part.
+
+    Raises UserError when the configuration contradicts the tokenizer, or for invalid data.
+    """
+    module, config = _module(config), config_lib.resolve(config, tokenizer)
+    mask_id = tokenizer.vocab_size if tokenizer.mask_id is None else tokenizer.mask_id
+    values = dict(mask_id=mask_id, special_ids=tuple(sorted(getattr(tokenizer, "special_ids", ()))))
+    for section, fields in getattr(module, "TOKENIZER_FIELDS", {}).items():
+        if section in config:
+            config[section].update({field: values[field] for field in fields if field in config[section]})
+    if source is None or not hasattr(module, "resolve"):
+        return config
+    return module.resolve(config, source)
 
 
 def _module(config):

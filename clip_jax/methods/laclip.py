@@ -79,7 +79,7 @@ def multi_text(config, options, base):
         return {"image": image, "text": unstack_views(text, b), "drawn": drawn}, extra
 
     def loss(params, extra, features, batch, rng):
-        scale = jnp.exp(params["logit_scale"])
+        scale = base.scale(params)
         value, metrics = multi_text_infonce(
             features["image"], features["text"], features["drawn"], scale, options.mt_t2i
         )

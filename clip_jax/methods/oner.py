@@ -151,6 +151,7 @@ def make(config):
         update=oner.update,
         embed_image=oner.embed_image,
         embed_text=oner.embed_text,
+        scale=oner.scale,
     )
 
 
@@ -265,6 +266,10 @@ class OneR:
             f"loss_{term}": x for term, x in values.items()
         }
         return sum(getattr(o, term) * x for term, x in values.items()), metrics
+
+    def scale(self, params):
+        """Returns the factor of the similarities, one over the temperature, which is constant."""
+        return jnp.float32(1 / self.options.temperature)
 
     def update(self, params, extra, features, step):
         """The teacher that the next step meets: MoCo v3 moves it, by the momentum of that step, before the keys are computed."""

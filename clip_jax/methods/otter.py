@@ -75,8 +75,19 @@ def make(config):
         raise UserError(
             f"data.batch_size={config.data.batch_size}: method='otter' matches a pair with other pairs: at least 2 are needed"
         )
-    base = two_tower_method(config, SCALES[:1], functools.partial(loss, options, config.model.logit_scale_max))
+    scale_max = config.model.logit_scale_max
+    base = two_tower_method(
+        config,
+        SCALES[:1],
+        functools.partial(loss, options, scale_max),
+        scale=lambda params: clipped_scale(params["logit_scale"], scale_max),
+    )
     return base if options.alpha == 1 else with_teacher(base, TwoTower(config.model), options.decay)
+
+
+def clipped_scale(parameter, scale_max):
+    """Returns `exp(parameter)` between 1 and `exp(scale_max)`, float32."""
+    return jnp.exp(jnp.clip(parameter, 0.0, scale_max))
 
 
 def decay_of(n, decay):
@@ -119,7 +130,7 @@ def with_teacher(base, towers, decay):
 def loss(options, scale_max, params, extra, features, batch, rng):
     """OTTER's loss on unit rows `image`, `text` and, unless alpha is 1, `teacher_image`, `teacher_text`, float32 `[B, E]`."""
     o, image, text = options, features["image"], features["text"]
-    scales = {name: jnp.exp(jnp.clip(params[name], 0.0, scale_max)) for name in SCALES if name in params}
+    scales = {name: clipped_scale(params[name], scale_max) for name in SCALES if name in params}
     keys = jax.lax.stop_gradient((text, image)) if o.keys_stopgrad else (text, image)
     directions = list(zip((image, text), keys, strict=True))
     found = [contrast(query, key, scales["logit_scale"], o.label_smoothing) for query, key in directions]

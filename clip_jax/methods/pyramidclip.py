@@ -117,7 +117,7 @@ def make(config):
         return features | dict(zip(TEXTS, jnp.moveaxis(unstack_views(texts, len(whole)), 1, 0), strict=True)), extra
 
     def loss(params, extra, features, batch, rng):
-        scale = jnp.exp(params["logit_scale"])
+        scale = base.scale(params)
         value, metrics = pyramid_infonce(features, scale, options.softening, options.weights)
         return value, {**metrics, "logit_scale": scale}
 

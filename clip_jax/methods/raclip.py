@@ -31,6 +31,9 @@ from clip_jax.models.common import BATCH_AXES, l2_normalize
 from clip_jax.models.retrieval_augmentation import OUT_INITS, RetrievalAugmentation
 from clip_jax.models.two_tower import TwoTower
 
+#: The bank and the cached neighbours are split over the devices that share a batch.
+SHARDING_RULES = ((r"/bank/(image|text)$", (BATCH_AXES, None)), (r"/neighbors$", (BATCH_AXES, None)))
+
 _CHECKED = 20_000, 100_000  # records of the training set that are looked for among so many of the reference set
 _AT_ONCE = 256  # the bank's rows, too, are a multiple of it, so that devices can share them
 
@@ -119,7 +122,11 @@ def make(config):
     """The RA-CLIP method of a configuration; raises UserError for options, towers or an encoder that cannot be."""
     raclip, base = RaClip(config), clip.make(config)
     fields = ("init", "encode", "embed_image", "init_from_data")
-    return dataclasses.replace(base, **{name: functools.partial(getattr(raclip, name), base) for name in fields})
+    return dataclasses.replace(
+        base,
+        sharding_rules=(*SHARDING_RULES, *raclip.encoder.sharding_rules),
+        **{name: functools.partial(getattr(raclip, name), base) for name in fields},
+    )
 
 
 class RaClip:

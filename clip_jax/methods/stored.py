@@ -61,7 +61,6 @@ def load(path, which="latest", ema=None, mesh=None, overrides=()):
     params, extra = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2))
     weights = "ema" if ema else "params"
     target = {weights: params, "extra": extra}
-    layouts = sharding.state_shardings(target, mesh)
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, layouts)
-    state = checkpoint.restore_arrays(folder, target)
+    layouts = sharding.state_shardings(target, mesh, method.sharding_rules)
+    state = checkpoint.restore_arrays(folder, sharding.with_shardings(target, layouts))
     return Stored(config, method, state[weights], state["extra"], checkpoint.unpack_tokenizer(meta))

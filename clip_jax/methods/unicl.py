@@ -45,7 +45,7 @@ def make(config):
     options, base = read_options(config, "unicl", Options), clip.make(config)
 
     def loss(params, extra, features, batch, rng):
-        scale = jnp.exp(params["logit_scale"])
+        scale = base.scale(params)
         # The one place in which the labels of the data become those of the paper.
         y = batch["label"] + 1 if "label" in batch else jnp.zeros(len(features["image"]), jnp.int32)
         value, metrics = unified_infonce(features["image"], features["text"], scale, y)

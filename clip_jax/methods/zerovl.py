@@ -67,12 +67,14 @@ def make(config):
 
     def loss(params, extra, features, batch, rng):
         lam, of_images = draw(options, rng)
-        scale = jnp.float32(1 / options.temperature) if options.temperature else jnp.exp(params["logit_scale"])
         text = l2_normalize(mix(features["text"], jnp.where(of_images, 1.0, lam), group))
-        value, metrics = mixed_infonce(features["image"], text, scale, lam, group)
-        return value, {**metrics, "logit_scale": scale}
+        value, metrics = mixed_infonce(features["image"], text, base.scale(params), lam, group)
+        return value, {**metrics, "logit_scale": base.scale(params)}
 
-    base = two_tower_method(config, (), loss) if options.temperature else clip.make(config)
+    if options.temperature:
+        base = two_tower_method(config, (), loss, scale=lambda params: jnp.float32(1 / options.temperature))
+    else:
+        base = clip.make(config)
     image_view, text_view = base.views
     views = (image_view, dataclasses.replace(text_view, augment=options.text_augment))
     return dataclasses.replace(base, views=views, prepare=prepare, encode=Towers(config.model).encode, loss=loss)

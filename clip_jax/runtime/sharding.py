@@ -30,7 +30,6 @@ RULES = (
     (r"/fc1/bias$", ("tensor",)),
     (r"/fc2/kernel$", ("tensor", "fsdp")),
     (r"/embed/embedding$", ("tensor", "fsdp")),
-    (r"/(queue/rows|bank/image|bank/text|neighbors)$", (BATCH_AXES, None)),
     (r"/kernel$", ("fsdp", None)),
     (r"/kernel$", (None, None, None, "fsdp")),  # of patches and convolutions
 )
@@ -135,8 +134,8 @@ def _size(mesh, axes):
     return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
 
 
-def _spec(path, shape, mesh):
-    for pattern, axes in RULES:
+def _spec(path, shape, mesh, rules):
+    for pattern, axes in rules:
         if re.search(STACKED, path):
             axes = (None, *axes)
         if re.search(pattern, path) and len(axes) == len(shape):
@@ -147,11 +146,26 @@ def _spec(path, shape, mesh):
     return PartitionSpec()
 
 
-def state_shardings(tree, mesh):
-    """`NamedSharding` for every leaf of a pytree of arrays or shapes, by `RULES`; what no rule names is on every device."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, _spec("/" + path_name(path), x.shape, mesh)), tree
-    )
+def state_shardings(tree, mesh, rules=()):
+    """Returns the `NamedSharding` of every leaf of a pytree of arrays or shapes.
+
+    Args:
+      tree: the pytree. Each leaf has a `shape`.
+      mesh: the mesh.
+      rules: rules that come before `RULES`, in the same form (`Method.sharding_rules`).
+
+    A leaf that no rule matches is replicated on every device.
+    """
+
+    def layout(path, x):
+        return NamedSharding(mesh, _spec("/" + path_name(path), x.shape, mesh, (*rules, *RULES)))
+
+    return jax.tree_util.tree_map_with_path(layout, tree)
+
+
+def with_shardings(tree, shardings):
+    """Returns a pytree of `jax.ShapeDtypeStruct` with the shapes and dtypes of `tree` and these shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def place(tree, shardings):

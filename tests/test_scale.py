@@ -1,0 +1,112 @@
+"""`Method.scale` is the factor of the similarities in the loss of every method, and the one that `Model.classify` uses."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import REPO
+from helpers import TINY
+
+from clip_jax import config, plugins
+from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.inference import Model
+from clip_jax.methods import interface
+from clip_jax.runtime import sharding
+
+ONE_TOWER = [o for o in TINY if not o.startswith("model.text")]
+SMALL = {
+    "align": [o for o in TINY if not o.startswith("model.") or o.startswith("model.embed_dim")],
+    "clippo": [o for o in ONE_TOWER if "image.size" not in o] + ["model.image.size=32", "model.image.patch=16"],
+    "declip": [*TINY, "declip.head_width=8", "declip.predictor_width=8", "declip.queue_size=32"],
+    "oner": [*ONE_TOWER, "oner.head_width=8"],
+    "pyramidclip": [*TINY, "model.image.depth=2"],
+    "raclip": [*TINY, "raclip.heads=2", "raclip.k=4", "raclip.bank_size=8", "raclip.encoder_config=pixels"],
+}
+LEARNED = {"logit_scale": 1.5}
+#: Of each method: fields of its configuration, values of its scalar parameters, the scale that its paper's loss has then.
+CASES = [
+    ("align", [], {"temperature": 0.05}, 20.0),
+    ("alip", [], LEARNED, math.exp(1.5)),
+    ("clip", [], LEARNED, math.exp(1.5)),
+    ("clippo", [], LEARNED, math.exp(1.5)),
+    ("declip", [], LEARNED, math.exp(1.5)),
+    ("declip", [], {"logit_scale": 6.0}, 100.0),
+    ("filip", [], LEARNED, math.exp(1.5)),
+    ("laclip", [], LEARNED, math.exp(1.5)),
+    ("oner", ["oner.temperature=0.1"], {}, 10.0),
+    ("otter", [], LEARNED, math.exp(1.5)),
+    ("otter", [], {"logit_scale": 6.0}, 100.0),
+    ("otter", [], {"logit_scale": -1.0}, 1.0),
+    ("pyramidclip", [], LEARNED, math.exp(1.5)),
+    ("raclip", [], LEARNED, math.exp(1.5)),
+    ("siglip", [], {"logit_scale": 6.0}, math.exp(6.0)),
+    ("unicl", [], LEARNED, math.exp(1.5)),
+    ("zerovl", ["zerovl.temperature=0.02"], {}, 50.0),
+    ("zerovl", ["zerovl.temperature=0"], LEARNED, math.exp(1.5)),
+]
+NAMES = ["a cat", "a dog", "a house"]
+
+
+@functools.cache
+def setup(name, *overrides):
+    """`(config, method, params, extra, tokenizer)` of a method with tiny towers, on one device."""
+    c = config.load(
+        str(REPO / "configs" / f"{name}.py:smoke"), [*SMALL.get(name, TINY), "model.dtype=float32", *overrides]
+    )
+    tokenizer = make_tokenizer(c.tokenizer)
+    c = interface.resolve(c, tokenizer)
+    method = interface.make_method(c)
+    batch = {key: np.zeros(spec.shape, spec.dtype) for key, spec in method.batch_spec(4).items()}
+    return c, method, *jax.jit(method.init)(jax.random.key(0), batch), tokenizer
+
+
+def test_every_method_has_a_case():
+    assert {name for name, *_ in CASES} == set(plugins.names("clip_jax.methods", "make"))
+
+
+@pytest.mark.parametrize("name, overrides, scalars, expected", CASES)
+def test_scale_is_that_of_the_loss(name, overrides, scalars, expected):
+    c, method, params, extra, tokenizer = setup(name, *overrides)
+    assert scalars.keys() <= params.keys()
+    params = params | {key: np.float32(value) for key, value in scalars.items()}
+    scale = method.scale(params)
+    assert scale.dtype == np.float32 and scale.shape == ()
+    np.testing.assert_allclose(scale, expected, rtol=1e-4)
+
+    def metrics(params, extra, batch):
+        rng = jax.random.key(1)
+        batch = method.prepare(batch, rng)
+        features, extra = method.encode(params, extra, batch, rng, True)
+        features, extra = method.heads(params, extra, features, batch, rng)
+        return method.loss(params, extra, features, batch, rng)[1]
+
+    if "logit_scale" in jax.eval_shape(metrics, params, extra, method.batch_spec(4)):
+        batch = {key: np.ones(spec.shape, spec.dtype) for key, spec in method.batch_spec(4).items()}
+        np.testing.assert_array_equal(jax.jit(metrics)(params, extra, batch)["logit_scale"], scale)
+
+
+@pytest.mark.parametrize("name, overrides, scalars", [case[:3] for case in CASES])
+def test_classify_uses_the_scale(name, overrides, scalars):
+    c, method, params, extra, tokenizer = setup(name, *overrides)
+    params = params | {key: np.float32(value) for key, value in scalars.items()}
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    model = Model(c, method, params, extra, tokenizer, mesh)
+    rng = np.random.default_rng(0)
+    images = [PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)) for _ in range(2)]
+    found = model.classify(images, NAMES)
+    similarities = model.similarity(model.embed_image(images), model.embed_text(NAMES))
+    expected = np.asarray(jax.nn.softmax(method.scale(params) * similarities, axis=1))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert np.ptp(found, axis=1).min() > 0
+
+
+def test_the_released_temperatures():
+    for name, overrides, expected in (
+        ("zerovl", ("zerovl.temperature=0.02",), 50),
+        ("oner", ("oner.temperature=0.1",), 10),
+    ):
+        _, method, params, _, _ = setup(name, *overrides)
+        np.testing.assert_allclose(method.scale(params), expected, rtol=1e-6)

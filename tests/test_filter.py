@@ -9,9 +9,12 @@ import PIL.Image
 import pytest
 
 from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.data.sources.index import IndexedSource
 from clip_jax.errors import UserError
 from clip_jax.tools import filter as filters
+from clip_jax.tools import filter_tables
 from clip_jax.tools.filter import Rules
+from clip_jax.tools.filter_tables import NearDuplicates, Table
 
 EMPTY = np.zeros(0, np.uint64)
 NOTHING = filters.Counts(EMPTY, EMPTY, None, {})
@@ -30,7 +33,7 @@ def filtered(tmp_path, records, exclude=(), **rules):
     rules = dict(min_side=20, min_words=1) | rules
     source = MemorySource(records)
     report = filters.run(source, tmp_path / "kept", Rules(**rules), exclude)
-    kept = filters.IndexedSource(source, tmp_path / "kept")
+    kept = IndexedSource(source, tmp_path / "kept")
     return report, [kept[i] for i in range(len(kept))]
 
 
@@ -136,7 +139,7 @@ def test_near_duplicates_of_test_pictures_are_removed(tmp_path):
 def test_near_duplicates_are_found_up_to_the_distance(distance):
     rng = np.random.default_rng(0)
     known = rng.bytes(16)
-    table = filters.NearDuplicates([known, rng.bytes(16)], distance)
+    table = NearDuplicates([known, rng.bytes(16)], distance)
     for bits in (distance, distance + 1):
         changed = int.from_bytes(known)
         for bit in rng.choice(128, bits, replace=False).tolist():
@@ -145,10 +148,10 @@ def test_near_duplicates_are_found_up_to_the_distance(distance):
 
 
 def test_tables_on_disk_count_like_a_dictionary(tmp_path, monkeypatch):
-    monkeypatch.setattr(filters, "_BUFFER", 100)  # many spills
+    monkeypatch.setattr(filter_tables, "_BUFFER", 100)  # many spills
     rng = np.random.default_rng(0)
     keys = (rng.zipf(1.5, 3000) % 200).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    pairs, sums = filters.Table(str(tmp_path), "pairs"), filters.Table(str(tmp_path), "sums", sums=True)
+    pairs, sums = Table(str(tmp_path), "pairs"), Table(str(tmp_path), "sums", sums=True)
     values = rng.integers(0, 2**63, 3000, dtype=np.uint64) | np.uint64(1)  # large: no float can hold them
     values[1::2] = values[::2]
     for start in range(0, 3000, 37):

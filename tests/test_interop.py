@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import clip_jax
 from clip_jax import config as config_lib
-from clip_jax.data.tokenizers import SHIPPED_CLIP_BPE, SHIPPED_SENTENCEPIECE, make_tokenizer
+from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.data.tokenizers.base import VOCAB_FOLDER
 from clip_jax.errors import UserError
 from clip_jax.interop import configs, layouts, load, recognize
 from clip_jax.interop import tokenizer as tokenizer_files
@@ -501,7 +502,7 @@ TEXTS = ["A Photo, of: a_cat!", "pizza", ""]
 
 def test_clip_tokenizer_beside_the_weights(tmp_path):
     expected = make_tokenizer("clip_bpe")(TEXTS, 12).tolist()
-    lines = gzip.decompress(SHIPPED_CLIP_BPE.read_bytes()).decode().split("\n")
+    lines = gzip.decompress((VOCAB_FOLDER / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
     merges = lines[1 : 49152 - 256 - 2 + 1]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": merges}}))
     assert ids_of(tmp_path, "clip", 49408, TEXTS) == expected
@@ -529,7 +530,7 @@ def test_bert_tokenizer_beside_the_weights(tmp_path):
 
 
 def test_siglip_tokenizer_beside_the_weights(tmp_path):
-    (tmp_path / "spiece.model").write_bytes(SHIPPED_SENTENCEPIECE.read_bytes())
+    (tmp_path / "spiece.model").write_bytes((VOCAB_FOLDER / "emoji_4k.model").read_bytes())
     plain = make_tokenizer("sentencepiece")
     ids = ids_of(tmp_path, "siglip", 4096, TEXTS)
     clean = plain.encode("a photo of a cat")

@@ -3,7 +3,9 @@
 import json
 import pathlib
 
-from clip_jax.data import tokenizers
+from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.data.tokenizers.clip_bpe import ClipBpeTokenizer
+from clip_jax.data.tokenizers.wordpiece import WordPieceTokenizer
 from clip_jax.errors import UserError
 
 CLIP_VOCABULARY = 49408
@@ -22,20 +24,20 @@ def find(folder, method, vocab_size):
     """
     folder = pathlib.Path(folder)
     if method == "clippo":
-        return tokenizers.make_tokenizer("unifont")
+        return make_tokenizer("unifont")
     if method == "siglip":
         return _siglip(folder, vocab_size)
     if method == "align":
         return (
             _of_json(folder)
             if not (folder / "vocab.txt").is_file()
-            else tokenizers.make_tokenizer(f"wordpiece:{folder / 'vocab.txt'}")
+            else make_tokenizer(f"wordpiece:{folder / 'vocab.txt'}")
         )
     if (folder / "merges.txt").is_file():
-        return tokenizers.make_tokenizer(f"clip_bpe:{folder / 'merges.txt'}")
+        return make_tokenizer(f"clip_bpe:{folder / 'merges.txt'}")
     if (folder / "tokenizer.json").is_file():
         return _of_json(folder)
-    return tokenizers.make_tokenizer("clip_bpe") if vocab_size == CLIP_VOCABULARY else None
+    return make_tokenizer("clip_bpe") if vocab_size == CLIP_VOCABULARY else None
 
 
 def _siglip(folder, vocab_size):
@@ -51,7 +53,7 @@ def _siglip(folder, vocab_size):
             raise UserError(f"{config}: not a tokenizer's configuration ({type(error).__name__}: {error})") from None
     for name in ("tokenizer.json", "spiece.model", "tokenizer.model"):
         if (folder / name).is_file():
-            return tokenizers.make_tokenizer(f"siglip:{folder / name}?clean={clean}")
+            return make_tokenizer(f"siglip:{folder / name}?clean={clean}")
     return None
 
 
@@ -64,8 +66,8 @@ def _of_json(folder):
         model = json.loads(file.read_text())["model"]
         if model.get("type", "BPE") == "WordPiece":
             vocab = sorted(model["vocab"], key=model["vocab"].get)
-            return tokenizers.WordPieceTokenizer("\n".join(vocab).encode())
+            return WordPieceTokenizer("\n".join(vocab).encode())
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a tokenizer of Hugging Face ({type(error).__name__}: {error})") from None
-    return tokenizers.ClipBpeTokenizer("\n".join(["#version: 0.2", *merges]).encode())
+    return ClipBpeTokenizer("\n".join(["#version: 0.2", *merges]).encode())

@@ -78,7 +78,7 @@ class Retrieval:
         self._embedded = model.embed_text(self._bank)
 
     def __call__(self, pictures, of):
-        from clip_jax.evaluation.retrieval import top_k
+        from clip_jax.evaluation.topk import top_k
 
         own = [{one_line(text) for text in self._own(record)} if self._own else set() for record in of]
         z = self._model.embed_image(list(pictures))

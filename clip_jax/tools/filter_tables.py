@@ -117,7 +117,7 @@ class NearDuplicates:
             for table, (start, end) in zip(self._tables, self._pieces, strict=True):
                 table[known[start:end]].add(known)
 
-    def _contains__(self, wanted):
+    def __contains__(self, wanted):
         number = int.from_bytes(wanted)
         found = (
             table.get(wanted[start:end], ()) for table, (start, end) in zip(self._tables, self._pieces, strict=True)

@@ -15,8 +15,9 @@ from collections import Counter
 
 import numpy as np
 
-from clip_jax.data import columns, decode
+from clip_jax.data import decode
 from clip_jax.data.records import BadRecord, records
+from clip_jax.data.sources.columns import array_writer
 from clip_jax.data.views import read_boxes
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.runtime import command
@@ -47,7 +48,7 @@ def run(
     if not grid:
         _check_field(source, boxes)
     shapes = {"regions": ((count, encoder.image_dim), np.float16), "boxes": ((count, 4), np.float32)}
-    with columns.array_writer(out, source, shapes, about or {}) as arrays:
+    with array_writer(out, source, shapes, about or {}) as arrays:
 
         def flush():
             if queue:

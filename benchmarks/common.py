@@ -34,12 +34,14 @@ def make_parser(doc, name):
 
 
 def parse(parser, argv=None):
-    """The arguments, with `args.overrides`, the fields set by `--config.FIELD=VALUE`."""
+    """Returns the arguments, with `args.overrides`, the fields set by `--config.FIELD=VALUE` or `--config.FIELD VALUE`."""
+    from clip_jax import config
+
     args, rest = parser.parse_known_args(argv)
-    wrong = [argument for argument in rest if not re.match(r"--config\..+=", argument)]
-    if wrong:
-        parser.error(f"unknown argument {wrong[0]!r}; fields of the configuration are set by --config.FIELD=VALUE")
-    args.overrides = [argument.removeprefix("--config.") for argument in rest]
+    try:
+        args.overrides = config.parse_overrides(rest)
+    except config.UserError as error:
+        parser.error(str(error))
     return args
 
 

@@ -87,11 +87,11 @@ class Step:
         import jax
         import numpy as np
 
-        from clip_jax import compile as compile_lib
+        from clip_jax.program import make_program, model_flops
         from clip_jax.training.step import make_init, make_step
 
-        self.program = program = compile_lib.make_program(config)
-        self.flops = compile_lib.model_flops(config)
+        self.program = program = make_program(config)
+        self.flops = model_flops(config)
         rng, vocab = np.random.default_rng(0), program.config.model.get("text", {}).get("vocab_size", 1)
         limits = {name: 256 if x.dtype == np.uint8 else vocab for name, x in program.batch.items()}
         batch = {

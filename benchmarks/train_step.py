@@ -39,13 +39,13 @@ class Ours:
     def __init__(self, spec):
         import jax
 
-        from clip_jax import compile as compile_lib
         from clip_jax import config as config_lib
+        from clip_jax.program import make_program
 
         self.jax = jax
         self.config = config_lib.load(spec["config"], spec["overrides"])
         self.device = jax.devices()[0]
-        self.make_program = compile_lib.make_program
+        self.make_program = make_program
 
     def prepare(self, batch_size):
         """Compiles for a batch size and makes state and batch; returns what is known then."""
@@ -255,14 +255,14 @@ def open_clip_model(config):
 
 def sides_of(args, variant):
     """`({name of a side: (specification, interpreter)}, the model's FLOPs per example)` of a variant of the configuration."""
-    from clip_jax import compile as compile_lib
     from clip_jax import config as config_lib
+    from clip_jax.program import make_program, model_flops
 
     path = f"{args.config}:{variant}" if variant else args.config
     overrides = [f"model.dtype={args.dtype}", f"data.batch_size={args.batch}", "optim.name=adamw", *args.overrides]
-    program = compile_lib.make_program(config_lib.load(path, overrides))
+    program = make_program(config_lib.load(path, overrides))
     config, optim = program.config, program.config.optim
-    flops = compile_lib.model_flops(config) / config.data.batch_size
+    flops = model_flops(config) / config.data.batch_size
     sides = {
         "clip_jax": (dict(side="clip_jax", config=path, overrides=overrides, largest=args.largest), sys.executable)
     }

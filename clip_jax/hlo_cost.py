@@ -1,7 +1,7 @@
-"""What a program costs: its matrix FLOPs, memory traffic and collectives, with loops counted as often as they run.
+"""The cost of a compiled program on one device: FLOPs of matrix products, memory traffic and collectives.
 
-`hlo_cost` reads the text of a compiled program, so it sees what the compiler made of it on one device (the compiler's
-own `cost_analysis` counts the body of a loop once). `jaxpr_flops` counts what was written, on all devices together.
+The figures come from the optimized HLO text, so they describe what the compiler made of the program. A loop counts as often as it
+runs; the compiler's own `cost_analysis` counts its body once. `clip_jax.program.jaxpr_flops` counts a program as written.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-#: Collectives that a device takes part in; their asynchronous forms end in -start and -done.
+#: The collectives of HLO. Their asynchronous forms end in -start and -done.
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -41,14 +41,14 @@ _DIGITS = re.compile(r"[a-z]+(\d+)")
 
 
 class Collective(NamedTuple):
-    """One kind of exchange between `group` devices.
+    """One kind of exchange between devices.
 
     Attributes:
       kind: one of `COLLECTIVES`.
-      shape: what a device contributes, such as `"f32[128,512]"`.
+      shape: the input on one device, such as `"f32[128,512]"`.
       group: the number of devices that exchange with each other.
-      sent: bytes that a device sends when they form a ring.
-      name: the operation of the source program that it came from.
+      sent: the bytes that one device sends when the group forms a ring.
+      name: the operation of the source program that the collective comes from.
     """
 
     kind: str
@@ -60,14 +60,14 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass
 class Cost:
-    """Of one run of a program on one device.
+    """The cost of one run of a program on one device.
 
     Attributes:
-      flops: of matrix products and convolutions, a multiplication and an addition counted as two.
+      flops: FLOPs of matrix products and convolutions; a multiplication and an addition are two.
       traffic: bytes read from and written to the device's main memory.
-      collectives: `{Collective: how often}`, within a TPU slice.
+      collectives: `{Collective: count}`, within a TPU slice.
       between_slices: bytes handed to the network between TPU slices.
-      unknown_loops: loops whose number of rounds the text does not tell; their bodies count once.
+      unknown_loops: the number of loops whose trip count the text does not give; their bodies count once.
     """
 
     flops: float = 0.0
@@ -77,6 +77,7 @@ class Cost:
     unknown_loops: int = 0
 
     def add(self, other, times=1):
+        """Adds another cost, `times` times."""
         self.flops += times * other.flops
         self.traffic += times * other.traffic
         for key, count in other.collectives.items():
@@ -86,7 +87,7 @@ class Cost:
 
     @property
     def sent(self):
-        """Bytes that a device sends to others."""
+        """Bytes that a device sends to other devices."""
         return sum(key.sent * count for key, count in self.collectives.items())
 
 
@@ -95,31 +96,38 @@ class _Instruction(NamedTuple):
     shape: str
     op: str
     operands: tuple[str, ...]
-    text: str  # operands as written, which for a constant or parameter is its value or number
+    text: str  # operands as written; the value of a constant, the number of a parameter
     attributes: str
 
     def called(self, keys):
-        """The computation that an attribute names; `keys` is a regular expression."""
+        """The name of the computation in an attribute whose key matches the regular expression `keys`."""
         return re.search(rf"\b(?:{keys})=%?([\w.\-]+)", self.attributes)[1]
 
     def branches(self):
-        """The computations of a conditional."""
+        """The names of the computations of a conditional."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
         named = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", self.attributes)
         return re.findall(r"[\w.\-]+", listed[1]) if listed else named
 
 
 def hlo_cost(text):
-    """The `Cost` of the optimized HLO text of a program (`compiled.as_text()`)."""
-    program = _Program(text)
-    return program.cost(program.entry)
+    """Returns the `Cost` of a program from its optimized HLO text, `compiled.as_text()`."""
+    module = _HloModule(text)
+    return module.cost(module.entry)
 
 
-class _Program:
-    """The computations of a program: `{name: {name of an instruction: instruction}}`, the root once more under None."""
+class _HloModule:
+    """The computations of a program.
+
+    Attributes:
+      computations: `{name: {name of an instruction: instruction}}`; the key None repeats the root instruction.
+      entry: the name of the computation that the program starts with.
+      devices: the number of devices that run the program.
+    """
 
     def __init__(self, text):
-        self.computations, self.entry, current = {}, None, {}
+        self.computations, self.entry = {}, None
+        self._costs, current = {}, {}
         self.devices = math.prod(
             int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
         )
@@ -132,9 +140,13 @@ class _Program:
                 current = self.computations[match[2]] = {}
                 self.entry = match[2] if match[1] else self.entry
 
-    @functools.cache  # noqa: B019
     def cost(self, name, fused=False):
-        """Of one computation. What happens inside a fusion is no memory traffic: its operands and results are."""
+        """The `Cost` of one computation. A fusion's operands and results are memory traffic, its inner arrays are not."""
+        if (name, fused) not in self._costs:
+            self._costs[name, fused] = self._cost(name, fused)
+        return self._costs[name, fused]
+
+    def _cost(self, name, fused):
         total, scope = Cost(), self.computations[name]
         for i in (i for key, i in scope.items() if key is not None):
             kind = i.op.removesuffix("-start")
@@ -147,11 +159,10 @@ class _Program:
                 total.add(max(costs, key=lambda cost: (cost.flops, cost.traffic)))
             elif i.op in ("call", "async-start"):
                 total.add(self.cost(i.called("to_apply|calls"), fused))
-            elif kind in COLLECTIVES and not _goes_on(i, scope):
-                # A TPU runs an all-reduce of which each device keeps a part, written as one fusion, as a reduce-scatter.
-                total.collectives[
-                    self.collective(i, scope, "reduce-scatter" if name.startswith("all-reduce-scatter") else kind)
-                ] += 1
+            elif kind in COLLECTIVES and not _is_continued(i, scope):
+                # When each device keeps a part of an all-reduce, in one fusion, a TPU runs it as a reduce-scatter.
+                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
+                total.collectives[self.collective(i, scope, kind)] += 1
             elif i.op == "send" and "xla_megascale" in i.attributes:
                 total.between_slices += sum(a.bytes for a in _arrays(scope[i.operands[0]].shape))
             elif i.op == "fusion":
@@ -165,7 +176,7 @@ class _Program:
         return total
 
     def trip_count(self, loop, scope):
-        """How often a loop runs: what the compiler says, or else a counter's way to a constant; None when it is neither."""
+        """How often a loop runs: the compiler's own count, or that of a counter compared to a constant; else None."""
         if known := re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes):
             return int(known[1])
         condition, body = self.computations[loop.called("condition")], self.computations[loop.called("body")]
@@ -185,6 +196,7 @@ class _Program:
         return -(-(int(limit.text) - int(first.text)) // int(steps[0].text))
 
     def collective(self, i, scope, kind):
+        """The `Collective` of an instruction."""
         arrays = [a for o in i.operands for a in _arrays(scope[o].shape)]
         group = self.group_size(i.attributes)
         rounds = {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group, "collective-permute": 1}
@@ -194,9 +206,10 @@ class _Program:
         return Collective(kind, shapes, group, sent, name[1] if name else "")
 
     def group_size(self, attributes):
-        """Devices in a group; all when none is given.
+        """The number of devices in a replica group; all devices when the attributes name no group.
 
-        Written as `{{0,1},{2,3}}`, `[groups,size]<=[...]` or `mesh['a'=2,'b'=2], device_ids=(...) {'a'}`, with or without device_ids.
+        HLO writes groups as `{{0,1},{2,3}}`, as `[groups,size]<=[...]`, or as `mesh['a'=2,'b'=2], device_ids=(...) {'a'}`, where
+        `device_ids` may be missing.
         """
         if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)? *\{([^}]*)\}", attributes):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
@@ -210,7 +223,7 @@ class _Program:
         return self.devices
 
     def traffic(self, i, scope):
-        """Bytes that an instruction itself moves from and to the main memory."""
+        """Bytes that an instruction itself moves between the device and its main memory."""
         if i.op in _NO_TRAFFIC or i.op in ("while", "conditional", "call", "async-start") or i.op.endswith("-done"):
             return 0
         if i.op == "fusion":
@@ -223,7 +236,7 @@ class _Program:
                 else read + _written(root, body)
             )
         if i.op in ("copy-start", "slice-start"):
-            ends = _arrays(i.shape)[:2]  # the whole of one end, or a slice of it, is the other
+            ends = _arrays(i.shape)[:2]  # source and destination, of which one may be a slice of the other
             return min(a.bytes for a in ends) * sum(a.main > 0 for a in ends)
         if i.op in _SLICES:
             return sum(a.bytes for a in _arrays(i.shape)) * (_bytes(scope[i.operands[0]].shape) > 0) + _bytes(i.shape)
@@ -235,7 +248,7 @@ class _Program:
         return read + _bytes(i.shape)
 
     def read(self, body, name, shape):
-        """Bytes of an array `shape` that a fusion reads by its instruction `name`: slices, where it takes nothing else of it."""
+        """Bytes that a fusion reads of its parameter `name`: only the slices where it uses nothing else of the array."""
         whole = total = _bytes(shape)
         if whole:
             users = [i for key, i in body.items() if key is not None and name in i.operands]
@@ -260,7 +273,7 @@ class _Program:
 class _Array(NamedTuple):
     dtype: str
     dims: tuple[int, ...]
-    main: int  # bytes in the main memory: all or none
+    main: int  # bytes in main memory: all or none
 
     @property
     def bytes(self):
@@ -277,7 +290,10 @@ def _size(dtype, dims):
 
 @functools.cache
 def _arrays(shape):
-    """The arrays of a shape such as `(f32[8,128]{1,0:T(8,128)S(1)}, u32[])`; `S(n)`, n > 0, is a memory on the chip or the host."""
+    """The arrays of a shape such as `(f32[8,128]{1,0:T(8,128)S(1)}, u32[])`.
+
+    `S(n)` with n > 0 marks memory on the chip or on the host.
+    """
     arrays = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         dims = tuple(int(n) for n in dims.split(",") if n)
@@ -295,7 +311,7 @@ def _dims(name, scope):
 
 
 def _closing(text, start):
-    """The index after the bracket that closes the one at `start`."""
+    """The index after the bracket that closes the first bracket from `start` on."""
     depth = 0
     for bracket in re.compile(r"[()]").finditer(text, start):
         depth += 1 if bracket[0] == "(" else -1
@@ -305,7 +321,7 @@ def _closing(text, start):
 
 
 def _parse(name, text):
-    """The instruction of `shape op(operands), attributes`."""
+    """Parses `shape op(operands), attributes` into an instruction."""
     end = _closing(text, 0) if text[0] == "(" else text.index(" ")
     opening = text.index("(", end)
     closing = _closing(text, opening)
@@ -322,13 +338,13 @@ def _source(i, scope):
 
 
 def _parameters(body):
-    """Names of the parameters of a computation in their order."""
+    """The names of the parameters of a computation, in order."""
     parameters = [i for key, i in body.items() if key is not None and i.op == "parameter"]
     return [i.name for i in sorted(parameters, key=lambda i: int(i.text))]
 
 
 def _written(i, scope):
-    """Bytes that a fusion writes for one of its results: of an update in place the new part."""
+    """Bytes that a fusion writes for one of its results. An update in place writes only the new part."""
     shape = i.shape
     while i.op == "bitcast":
         i = scope[i.operands[0]]
@@ -339,8 +355,8 @@ def _written(i, scope):
     return _bytes(shape)
 
 
-def _goes_on(i, scope):
-    """Did an earlier fusion start this collective? A TPU spreads one over a chain of fusions that each repeat it."""
+def _is_continued(i, scope):
+    """Whether an earlier fusion started this collective. A TPU spreads one over a chain of fusions that each repeat it."""
     return "async_collective_fusion_config" in i.attributes and not any(
         "AsyncCollectiveStart" in o.attributes for o in scope.values()
     )
@@ -354,7 +370,7 @@ def _dot_flops(i, scope):
 
 
 def _convolution_flops(i, scope):
-    """Without products with padding: a TPU writes batched matrix products as convolutions that are mostly that."""
+    """FLOPs without the products with padding. A TPU writes batched matrix products as convolutions that are mostly padding."""
     lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
     lhs, rhs, out = _dims(i.operands[0], scope), _dims(i.operands[1], scope), _arrays(i.shape)[0].dims
     batches = re.search(r"batch_group_count=(\d+)", i.attributes)
@@ -379,31 +395,9 @@ def _convolution_flops(i, scope):
 
 @functools.cache
 def _positions(lhs, rhs, out, stride, lhs_dilate, rhs_dilate, pad):
-    """Pairs of an output and a kernel position, along one dimension, that meet an element of the input."""
+    """The number of pairs of output and kernel positions, along one dimension, that meet an element of the input."""
     starts, count = np.arange(out) * stride - pad, 0
     for k in range(rhs):
         at = starts + k * rhs_dilate
         count += int(np.sum((at >= 0) & (at <= (lhs - 1) * lhs_dilate) & (at % lhs_dilate == 0)))
     return count
-
-
-def jaxpr_flops(jaxpr):
-    """FLOPs of the matrix products and convolutions of a `ClosedJaxpr`; of a `cond` the dearest branch, of a `while` one round."""
-    return _jaxpr_flops(jaxpr.jaxpr)
-
-
-def _jaxpr_flops(jaxpr):
-    total = 0
-    for eqn in jaxpr.eqns:
-        name, out = eqn.primitive.name, math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
-        if name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += 2 * out * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-        elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            total += 2 * out * math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        else:
-            values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else (p,))]
-            inner = [_jaxpr_flops(getattr(v, "jaxpr", v)) for v in values if hasattr(getattr(v, "jaxpr", v), "eqns")]
-            total += max(inner) if name == "cond" else eqn.params.get("length", 1) * sum(inner)
-    return total

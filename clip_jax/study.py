@@ -96,7 +96,7 @@ def load(spec):
 
 def plan(study, workdir, seeds, overrides):
     """The runs of a study, all rows with one seed, then with the next; raises UserError for a configuration that cannot be."""
-    from clip_jax.compile import model_flops
+    from clip_jax.program import model_flops
     from clip_jax.train import make_parts
 
     runs = []

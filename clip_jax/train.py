@@ -1,23 +1,20 @@
 """Pretraining: `python -m clip_jax.train --config=configs/clip.py[:variant] --workdir=runs/clip [--config.optim.lr=5e-4 ...]`.
 
-The whole of it, top to bottom: configuration -> source, tokenizer, method -> mesh -> state, sharded from birth -> compiled step
--> loop with metrics, evaluation and checkpoints. The same command again goes on from the newest checkpoint.
+The file reads from top to bottom: configuration -> source, tokenizer, method -> mesh -> sharded state -> compiled step
+-> loop with metrics, evaluation and checkpoints. The same command again resumes from the newest checkpoint.
 
-On several hosts every one runs the same command. The exit status: 0 done, 2 wrong input or a full disk, 42 preempted (SIGTERM)
-and 130 interrupted (Ctrl-C), the state being saved, 43 another host is lost or nothing moves.
+On several hosts, each host runs the same command. Exit status: 0 done, 2 wrong input or a full disk, 42 preempted (SIGTERM) with
+the state saved, 43 another host is lost or nothing progresses, 130 interrupted (Ctrl-C) with the state saved.
 """
-
-from __future__ import annotations
 
 import logging
 import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from clip_jax import config as config_lib
 from clip_jax import init_from
@@ -25,27 +22,20 @@ from clip_jax.errors import UserError
 from clip_jax.runtime import command, faults, hosts
 from clip_jax.version import __version__
 
-#: What a host may wish of all: to save now; greater is an exit status to stop with.
+# Importing JAX takes seconds and wrong input is refused before, so functions import what needs JAX.
+
+#: Request shared by all hosts: 0 none, SAVE saves now, a larger value is the exit status after saving.
 SAVE = 1
-
-if TYPE_CHECKING:  # JAX takes seconds to import, and wrong input is answered before
-    from jax.sharding import Mesh
-    from ml_collections import ConfigDict
-
-    from clip_jax.data.tokenizers import Tokenizer
-    from clip_jax.methods.interface import Method
-    from clip_jax.training.checkpoint import Checkpointer
-    from clip_jax.training.metrics import Writer
 
 
 def parse_args(argv):
-    """`(configuration, work folder, hosts.Cluster or None)` of a command line; raises UserError."""
+    """Returns `(config, workdir, cluster)` of a command line; `cluster` is a `hosts.Cluster` or None. Raises UserError."""
     parser = command.make_parser("clip_jax.train", __doc__)
     parser.add_argument(
         "--config", required=True, metavar="FILE[:VARIANT]", help="a configuration, e.g. configs/clip.py:smoke"
     )
     parser.add_argument(
-        "--workdir", required=True, help="checkpoints, metrics and the report go here; a run in it is continued"
+        "--workdir", required=True, help="folder of checkpoints, metrics and the report; a run in it is resumed"
     )
     hosts.add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
@@ -53,10 +43,10 @@ def parse_args(argv):
 
 
 def prepare_workdir(workdir):
-    """Makes the work folder; raises UserError when it cannot be written."""
+    """Creates the work folder and returns its path. Raises UserError when it cannot be written."""
     if "://" in str(workdir):
         raise UserError(
-            f"--workdir={workdir}: a folder is needed; mount the bucket, for instance with gcsfuse, and give its path"
+            f"--workdir={workdir}: must be a folder; mount the bucket, for instance with gcsfuse, and give its path"
         )
     workdir = pathlib.Path(workdir)
     try:
@@ -68,7 +58,7 @@ def prepare_workdir(workdir):
 
 
 def make_parts(config):
-    """`(config, source, tokenizer, method)`, checked, without touching a device; raises UserError."""
+    """Returns `(config, source, tokenizer, method)`, all checked, without touching a device. Raises UserError."""
     from clip_jax import evaluate
     from clip_jax.data.loader import check_source
     from clip_jax.data.sources import configured_source
@@ -79,7 +69,7 @@ def make_parts(config):
     for task in (*config.eval.tasks, *config.eval.train_tasks):
         evaluate.parse_task(task)
     tokenizer = make_tokenizer(config.tokenizer)
-    source, data = configured_source(config.data), config.data
+    data, source = config.data, configured_source(config.data)
     config = interface.resolve(config, tokenizer, source)
     method = interface.make_method(config)
     check_source(source, method.views, tokenizer, data.batch_size, data.sampling == "one_source")
@@ -87,7 +77,7 @@ def make_parts(config):
 
 
 def make_loader(config, source, tokenizer, method, mesh, start_step):
-    """This host's share of the batches from `start_step` on."""
+    """Returns the loader of this host's share of the batches, from `start_step` on."""
     from clip_jax.data.loader import Loader
     from clip_jax.runtime import sharding
 
@@ -100,9 +90,9 @@ def make_loader(config, source, tokenizer, method, mesh, start_step):
 
 
 def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer, log):
-    """`(state, optimizer)` on the mesh: the newest checkpoint's, or a new one that no single device ever holds whole.
+    """Returns `(state, optimizer)` on the mesh: the newest checkpoint or a new state, sharded from the start.
 
-    A new one has the weights that `config.init_from` names, and what the method takes from the data.
+    A new state takes the weights that `config.init_from` names and the start values that the method computes from the data.
     """
     import jax
 
@@ -113,8 +103,7 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     rng = jax.random.key(config.seed)
     shapes = jax.eval_shape(init, rng)
     shardings = sharding.state_shardings(shapes, mesh, method.sharding_rules)
-    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    state = checkpointer.restore(shapes)
+    state = checkpointer.restore(sharding.with_shardings(shapes, shardings))
     if state is None:
         state = jax.jit(init, out_shardings=shardings)(rng)
         state = state.replace(extra=sharding.place(method.init_from_data(state.extra, source, mesh), shardings.extra))
@@ -124,76 +113,34 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     return state, tx
 
 
-def compile_step(config, method, tx, state, batch):
-    """`(step, FLOPs, bytes per device or None)`: the compiled step, which reuses the state's memory, and its cost.
-
-    FLOPs are the model's, over all devices: what is computed twice to save memory counts once.
-    """
-    import jax
-
-    from clip_jax.compile import model_flops
-    from clip_jax.training.step import make_step
-
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(make_step(config, method, tx), donate_argnums=0, out_shardings=(shardings, None))
-    compiled = step.lower(state, batch).compile()
-    memory = compiled.memory_analysis()
-    size = (
-        memory
-        and memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
-    return compiled, model_flops(config), size
-
-
-def describe(config, source, mesh, state, flops, size, seconds):
-    """What a user wants to know before the first step."""
-    import jax
-
-    from clip_jax.training import metrics
-
-    devices = jax.devices()
-    steps, batch = config.train.steps, config.data.batch_size
-    memory = f"{size / 2**20:,.0f} MiB per device" if size else "memory unknown"
-    machine = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} host(s)"
-    yield f"devices: {machine}; mesh {dict(mesh.shape)}"
-    yield f"data: {config.data.source!r} {config.data.split!r}, {len(source):,} records"
-    yield "parameters:\n" + metrics.parameter_table(state.params)
-    yield f"step compiled in {seconds:.1f} s: {flops / batch / 1e9:.2f} GFLOP per example (forward and backward), {memory}"
-    yield f"{steps:,} steps of {batch:,}: {steps * batch:,} examples, {steps * batch / len(source):.1f} epochs; from step {int(state.step)}"
-
-
 @dataclass(frozen=True)
 class Run:
     """What stays the same from the first step to the last."""
 
-    config: ConfigDict
-    method: Method
-    tokenizer: Tokenizer
-    mesh: Mesh
-    checkpointer: Checkpointer
-    writer: Writer
+    config: Any  # resolved
+    method: Any
+    tokenizer: Any
+    mesh: Any
+    checkpointer: Any
+    writer: Any  # of metrics
     signals: faults.Signals
-    log: Callable[[str], None]
+    log: Any  # takes a line of text
 
     def evaluate(self, state, tasks):
-        """The EvalResult of a state, its metrics written down."""
+        """Evaluates a state, writes its metrics and returns the `EvalResult`."""
         from clip_jax import evaluate
         from clip_jax.inference import Model
 
         params = state.ema if self.config.eval.ema else state.params
         with faults.stage("evaluation"):
-            result = evaluate.run(
-                Model(self.config, self.method, params, state.extra, self.tokenizer, self.mesh), tasks, self.log
-            )
+            model = Model(self.config, self.method, params, state.extra, self.tokenizer, self.mesh)
+            result = evaluate.run(model, tasks, self.log)
         if result.metrics:
             self.writer.write(int(state.step), result.metrics)
         return result
 
     def stop(self, status, step):
-        """Ends the run, whose state of `step` is being saved, as a signal asked."""
+        """Ends the run with the exit status that a signal asked for, once the state of `step` is on disk."""
         self.checkpointer.wait()
         raise faults.Stopped(status, f"at step {step}: state saved")
 
@@ -204,12 +151,10 @@ def train(config, workdir, log=print, cluster=None):
     Args:
       config: a configuration.
       workdir: the work folder, which all hosts share.
-      say: takes the lines that tell what is going on, on the first host.
-      cluster: a `clip_jax.runtime.hosts.Cluster`; None: what the machine knows of itself, else one host.
+      log: takes the lines that report progress, on the first host.
+      cluster: a `clip_jax.runtime.hosts.Cluster`. None detects Cloud TPU and SLURM; elsewhere this is the only host.
 
-    Raises:
-      UserError: wrong input, or nothing can be saved.
-      clip_jax.runtime.faults.Stopped: a signal told it to stop.
+    Raises UserError on wrong input or when nothing can be saved, and `clip_jax.runtime.faults.Stopped` after a signal.
     """
     workdir = prepare_workdir(workdir)
     config, source, tokenizer, method = make_parts(config)
@@ -226,7 +171,7 @@ def train(config, workdir, log=print, cluster=None):
 
     if not hosts.is_first():
         logging.getLogger().setLevel(logging.ERROR)
-        log = lambda line: None  # noqa: E731
+    log = hosts.on_first(log)
     log(f"clip_jax {__version__}: {config.method} on {config.data.source}, work folder {workdir}")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch_size, mesh, micro_batches=config.micro_batches)
@@ -252,92 +197,136 @@ def train(config, workdir, log=print, cluster=None):
     if hosts.is_first() and config.eval.report:
         log(f"report: {evaluate.write_report(workdir, config, result)}")
     log(f"done: checkpoints, metrics.jsonl, config.json are in {workdir}")
-    hosts.wait("reported")  # by the first one
+    hosts.wait("reported")  # until the first host has written the report
     return result.metrics
 
 
-def loop(run, source, tx, state):
-    """The steps up to `config.train.steps`; host work happens one step behind the devices. Returns the last state."""
-    import jax
-
+def next_batch(loader, mesh):
+    """Returns `(global batch on the mesh, seconds waited for this host's rows)`."""
     from clip_jax.runtime import sharding
+
+    start = time.perf_counter()
+    with faults.stage("data"):
+        rows = next(loader)
+    waited = time.perf_counter() - start
+    return sharding.to_global(rows, mesh), waited
+
+
+def compile_on_all_hosts(run, source, tx, state, batch):
+    """Compiles the step, logs what a user reads before the first step, and returns `(step, FLOPs over all devices)`."""
+    from clip_jax import program
     from clip_jax.training import metrics
 
-    config, log = run.config, run.log
-    steps, first = config.train.steps, int(state.step)
-    loader = make_loader(config, source, run.tokenizer, run.method, run.mesh, first)
-    known, shares = loader.skipped.total(), sharding.process_shard(run.mesh)[1]  # known: on every host the same
-    log("reading the first batch and compiling the step ...")
-    with faults.stage("data"):
-        batch = sharding.to_global(next(loader), run.mesh)
     start = time.perf_counter()
-    step_fn, flops, size = compile_step(config, run.method, tx, state, batch)
-    hosts.wait("compiled")  # a host that had the step in a cache waits here, and not in a step that must not take long
-    for line in describe(config, source, run.mesh, state, flops, size, time.perf_counter() - start):
-        log(line)
-    progress = metrics.Progress(config.data.batch_size, steps, flops)
-    saved, behind = time.monotonic(), None
+    step_fn = program.compile_step(program.Program(run.config, run.method, tx, state, batch))
+    flops, size = program.model_flops(run.config), program.device_bytes(step_fn)
+    # A host with a cached step waits here, outside of the stage "step", whose time is limited.
+    hosts.wait("compiled")
+    seconds = time.perf_counter() - start
+    for line in metrics.describe_run(run.config, len(source), run.mesh, state, flops, size, seconds):
+        run.log(line)
+    return step_fn, flops
 
-    def account(step, values, agreed, waited):
-        """Takes in the metrics of a step that the devices have finished, or are about to; returns what the hosts wish."""
+
+class Recorder:
+    """Records finished steps and knows when this host asks for a checkpoint.
+
+    Args:
+      run: the `Run`.
+      loader: the `Loader` of this host, which counts unusable records.
+      skipped: their number when the loader was made, the same on all hosts.
+      first: the number of the first step.
+    """
+
+    def __init__(self, run, loader, skipped, first, flops):
+        from clip_jax.training import metrics
+
+        self.run, self.loader = run, loader
+        self.skipped, self.first = skipped, first
+        self.progress = metrics.Progress(run.config.data.batch_size, run.config.train.steps, flops)
+        self.saved = time.monotonic()
+
+    def exchange(self):
+        """Sends this host's request and its skipped records to all hosts; returns `(request, skipped)` of all of them."""
+        request, minutes = self.run.signals.status, self.run.config.checkpoint.minutes
+        if not request and minutes and time.monotonic() - self.saved > 60 * minutes:
+            request, self.saved = SAVE, time.monotonic()
+        return hosts.exchange(self.run.mesh, request, self.loader.skipped.total() - self.skipped)
+
+    def record_step(self, step, values, agreed, waited):
+        """Waits for the metrics of a step, checks and logs them; returns the request that the hosts agreed on."""
+        import jax
+
+        from clip_jax.runtime import sharding
+
+        run, config = self.run, self.run.config.train
         with faults.stage("step"):
-            values, (wish, skipped) = jax.device_get((values, agreed))
-        progress.add(values, waited)
-        if values["bad_steps"] >= config.train.max_bad_steps:
+            values, (request, skipped) = jax.device_get((values, agreed))
+        self.progress.add(values, waited)
+        if values["bad_steps"] >= config.max_bad_steps:
             run.checkpointer.wait()
             since = step - int(values["bad_steps"]) + 1
             raise UserError(
-                f"the loss or a gradient was not finite in steps {since} to {step}; their updates were skipped, so the newest checkpoint,"
-                f" {run.checkpointer.newest()}, is still good: lower the learning rate and start again"
+                f"the loss or a gradient was not finite in steps {since} to {step}; their updates were skipped, so the newest"
+                f" checkpoint, {run.checkpointer.newest()}, is still good: lower the learning rate and start again"
             )
-        if step % config.train.log_steps == 0 or step in (first + 1, steps):
-            # Hosts with the same share of the rows skip the same.
-            values, line = progress.report(step, known + int(skipped) * shares // hosts.count())
+        if step % config.log_steps == 0 or step in (self.first, config.steps):
+            # Hosts with the same rows skip the same records: each of the shares counts once.
+            shares = sharding.process_shard(run.mesh)[1]
+            values, line = self.progress.report(step, self.skipped + int(skipped) * shares // hosts.count())
             run.writer.write(step, values)
-            log(line)
-        return int(wish)
+            run.log(line)
+        return int(request)
 
+    def evaluate(self, state):
+        """Returns the metrics of `config.eval.train_tasks`; the time does not count as training."""
+        start = time.perf_counter()
+        result = self.run.evaluate(state, self.run.config.eval.train_tasks).metrics
+        self.progress.pause(time.perf_counter() - start)
+        return result
+
+
+def loop(run, source, tx, state):
+    """Runs the steps up to `config.train.steps` and returns the last state. Host work happens one step behind the devices."""
+    config, first = run.config, int(state.step) + 1
+    steps = config.train.steps
+    loader = make_loader(config, source, run.tokenizer, run.method, run.mesh, first - 1)
+    skipped = loader.skipped.total()
+    run.log("reading the first batch and compiling the step ...")
+    batch, _ = next_batch(loader, run.mesh)
+    step_fn, flops = compile_on_all_hosts(run, source, tx, state, batch)
+    recorder, pending = Recorder(run, loader, skipped, first, flops), None
     with closing(loader), run.signals.deferred():
-        for step in range(first + 1, steps + 1):
-            wish = run.signals.status
-            if not wish and config.checkpoint.minutes and time.monotonic() - saved > 60 * config.checkpoint.minutes:
-                wish, saved = SAVE, time.monotonic()
+        for step in range(first, steps + 1):
             with faults.stage("step"):
                 state, values = step_fn(state, batch)
-                agreed = hosts.exchange(run.mesh, wish, loader.skipped.total() - known)
-            wish = account(*behind) if behind else 0
+                agreed = recorder.exchange()
+            stop_request = recorder.record_step(*pending) if pending else 0
             waited = 0.0
             if step < steps:
-                start = time.perf_counter()
-                with faults.stage("data"):
-                    rows = next(loader)
-                waited = time.perf_counter() - start
-                batch = sharding.to_global(rows, run.mesh)
-            behind = (step, values, agreed, waited)
+                batch, waited = next_batch(loader, run.mesh)
+            pending = (step, values, agreed, waited)
             by_steps = config.checkpoint.steps and step % config.checkpoint.steps == 0
             evaluates = config.eval.steps and step % config.eval.steps == 0
-            if step < steps and (by_steps or evaluates or wish):
-                # What a checkpoint holds, the metrics hold too.
-                wish, behind, result = max(wish, account(*behind)), None, {}
-                if evaluates:
-                    start = time.perf_counter()
-                    result = run.evaluate(state, config.eval.train_tasks).metrics
-                    progress.pause(time.perf_counter() - start)
-                if by_steps or wish or config.checkpoint.best:
+            if step < steps and (by_steps or evaluates or stop_request):
+                # metrics.jsonl has every step that a checkpoint has.
+                stop_request, pending = max(stop_request, recorder.record_step(*pending)), None
+                result = recorder.evaluate(state) if evaluates else {}
+                if by_steps or stop_request or config.checkpoint.best:
                     run.checkpointer.save(step, state, result)
-                    saved = time.monotonic()
-                if wish > SAVE:
-                    run.stop(wish, step)
-        wish = max(wish, account(*behind))
-        if wish > SAVE or not config.checkpoint.best:  # nothing that goes wrong in the evaluation costs the training
+                    recorder.saved = time.monotonic()
+                if stop_request > SAVE:
+                    run.stop(stop_request, step)
+        stop_request = max(stop_request, recorder.record_step(*pending))
+        if stop_request > SAVE or not config.checkpoint.best:  # a failing evaluation must not cost the training
             run.checkpointer.save(steps, state, {})
-        if wish > SAVE:
-            run.stop(wish, steps)
+        if stop_request > SAVE:
+            run.stop(stop_request, steps)
     return state
 
 
 def main(argv=None):
-    """The command; returns the exit status, see the top of this file."""
+    """Runs the command and returns its exit status, which the top of this file lists."""
 
     def work():
         config, workdir, cluster = parse_args(argv)

@@ -7,10 +7,10 @@ import pytest
 from conftest import REPO
 
 from clip_jax import config
-from clip_jax.program import make_program
 from clip_jax.models import transformer
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import VisionTransformer
+from clip_jax.program import make_program
 from clip_jax.training.step import make_step
 
 SIZES = dict(width=32, depth=2, heads=2, mlp_dim=64, embed_dim=8)

@@ -134,6 +134,15 @@ def is_first():
     return jax.process_index() == 0
 
 
+def on_first(log):
+    """Returns `log` on the first host; on the others, a function that ignores its line."""
+    return log if is_first() else _ignore
+
+
+def _ignore(_):
+    pass
+
+
 def log(line):
     """Prints a line, of several processes once."""
     if is_first():

@@ -128,6 +128,31 @@ def duration(seconds):
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
+def describe_run(config, records, mesh, state, flops, size, seconds):
+    """Yields the lines that a user reads before the first step.
+
+    Args:
+      config: the configuration.
+      records: the number of records in the source.
+      mesh: the device mesh.
+      state: the `TrainState` to start from.
+      flops: FLOPs of a step, over all devices.
+      size: bytes of the step on one device, or None.
+      seconds: the time that its compilation took.
+    """
+    devices = jax.devices()
+    steps, batch = config.train.steps, config.data.batch_size
+    memory = f"{size / 2**20:,.0f} MiB per device" if size else "memory unknown"
+    machine = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} host(s)"
+    yield f"devices: {machine}; mesh {dict(mesh.shape)}"
+    yield f"data: {config.data.source!r} {config.data.split!r}, {records:,} records"
+    yield "parameters:\n" + parameter_table(state.params)
+    gflops = flops / batch / 1e9
+    yield f"step compiled in {seconds:.1f} s: {gflops:.2f} GFLOP per example (forward and backward), {memory}"
+    epochs = f"{steps * batch:,} examples, {steps * batch / records:.1f} epochs"
+    yield f"{steps:,} steps of {batch:,}: {epochs}; from step {int(state.step)}"
+
+
 def parameter_table(params):
     """Parameters by part: a table of the two upper levels of the tree, and the total."""
     from clu import parameter_overview

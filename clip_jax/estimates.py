@@ -1,0 +1,210 @@
+"""Time and memory of a training step on a machine that is not at hand, and the lines that report them.
+
+The estimates divide the cost of a step by the makers' peak figures (`clip_jax.runtime.hardware`). They are not measurements.
+"""
+
+import math
+
+from clip_jax import program as program_lib
+from clip_jax.runtime import sharding
+
+GIB = 2**30
+#: The share of the memory that a step may take. The next batch and the runtime need the rest.
+USABLE = 0.9
+
+
+def gib(size):
+    """The text of a number of bytes, such as `"1.50 GiB"`."""
+    return f"{size / GIB:.2f} GiB"
+
+
+def estimate(topology, config, result, flops):
+    """Estimates the time of a compiled step.
+
+    Args:
+      topology: a `clip_jax.compile.Topology`.
+      config: the configuration.
+      result: a result of `clip_jax.compile.compile_for_tpu`.
+      flops: the model's FLOPs of a step, on all chips.
+
+    Returns:
+      A dict: `parts` holds the seconds of compute, memory traffic and links, each at its peak. `at_best` and `one_by_one` are
+      the `schedule` of their maximum, as if all of them overlapped, and of their sum.
+    """
+    chip = topology.chip
+    parts = {
+        "compute": result["flops"] * chip.devices / chip.flops,
+        "memory": result["traffic"] * chip.devices / chip.hbm_bandwidth,
+        "links": result["sent"] * chip.devices / chip.link_bandwidth,
+    }
+    times = {"at_best": max(parts.values()), "one_by_one": sum(parts.values())}
+    return {"parts": parts} | {name: schedule(topology, config, seconds, flops) for name, seconds in times.items()}
+
+
+def schedule(topology, config, seconds, flops):
+    """Returns what `seconds` per step mean for the whole run: MFU, examples per second, hours, chip-hours."""
+    hours = config.train.steps * seconds / 3600
+    return dict(
+        seconds=seconds,
+        mfu=flops / (seconds * topology.chip.flops * topology.count),
+        examples_per_second=config.data.batch_size / seconds,
+        hours=hours,
+        chip_hours=hours * topology.count,
+    )
+
+
+def estimate_gpu(topology, program, flops):
+    """Estimates a run on GPUs from shapes alone.
+
+    Activations are missing: only the GPU's compiler knows how many of them are kept. Memory traffic and exchange are those that
+    every step needs: the state is read and written once, and the gradients are summed in one ring.
+
+    Args:
+      topology: a `clip_jax.compile.Topology`.
+      program: a `clip_jax.program.Program` of shapes.
+      flops: the model's FLOPs of a step, on all GPUs.
+
+    Returns:
+      A dict with the fields of `clip_jax.compile.compile_for_tpu` that are known, for one GPU, and `estimate`.
+    """
+    from jax.sharding import AbstractMesh
+
+    config, chip = program.config, topology.chip
+    mesh = AbstractMesh(sharding.mesh_shape(config.mesh, topology.count), sharding.AXES)
+    sharded, state_bytes, batch_bytes = program_lib.shard(program, mesh)
+    gradients = program_lib.shard_bytes(sharded.state.params)
+    executed = program_lib.step_flops(program) / topology.count
+    replicas = topology.count // mesh.shape["tensor"]
+    sent = 2 * (replicas - 1) / replicas * gradients * mesh.shape["fsdp"]
+    parts = {
+        "compute": executed / chip.flops,
+        "memory": 2 * state_bytes / chip.hbm_bandwidth,
+        "links": sent / chip.link_bandwidth,
+    }
+    times = {"at_best": max(parts.values()), "at_40_percent": executed / (0.4 * chip.flops)}
+    schedules = {name: schedule(topology, config, seconds, flops) for name, seconds in times.items()}
+    total = state_bytes + gradients + batch_bytes
+    return dict(
+        mesh=dict(mesh.shape),
+        memory=dict(state=state_bytes, gradients=gradients, batch=batch_bytes, total=total),
+        flops=executed,
+        traffic=2 * state_bytes,
+        sent=sent,
+        estimate={"parts": parts} | schedules,
+    )
+
+
+def variants(config, topology, state_bytes, temporary):
+    """Lists changes that make a step smaller, the cheapest first.
+
+    Args:
+      config: the configuration that does not fit.
+      topology: a `clip_jax.compile.Topology`.
+      state_bytes: the bytes of the state on one device.
+      temporary: the bytes of temporaries that the step needs on one device, or None when unknown.
+
+    Returns:
+      `[(overrides, their effect in words)]`.
+    """
+    usable = USABLE * topology.chip.device_hbm
+    shards = math.gcd(topology.count, 16)
+    found = []
+    if config.mesh.fsdp == 1 and shards > 1 and state_bytes > usable / 8:
+        sizes = f"{gib(state_bytes)} -> {gib(state_bytes / shards)}"
+        effect = f"parameters and optimizer state {sizes}, gathered where they are used"
+        found.append(([f"mesh.fsdp={shards}"], effect))
+    if config.model.scan:
+        effect = "the compiler sees each block and keeps less of it; compiles for longer"
+        found.append((["model.scan=false"], effect))
+    if config.model.remat == "none":
+        found.append((["model.remat=dots"], "keeps only the results of matrix products; little more compute"))
+    if config.model.remat != "full":
+        found.append((["model.remat=full"], "keeps only the inputs of blocks; a third more compute"))
+    per_device = config.data.batch_size * max(1, config.mesh.tensor) // (topology.count * topology.chip.devices)
+    parts = [k for k in (2**n * config.micro_batches for n in range(1, 20)) if per_device % k == 0]
+    enough = [k for k in parts if temporary and state_bytes + temporary * config.micro_batches / k <= usable]
+    for k in enough[:1] or parts[-1:]:
+        effect = f"activations of {per_device // k} examples at a time; a third more compute"
+        found.append(([f"micro_batches={k}"], effect))
+        if config.model.remat != "full":
+            found.append(([f"micro_batches={k}", "model.remat=full"], "both; two thirds more compute"))
+    return found
+
+
+def describe(topology, config, result, flops):
+    """Yields the lines that report a result of `clip_jax.compile.compile_for_tpu` or `estimate_gpu` to a user."""
+    chip = topology.chip
+    mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
+    per = "chip" if chip.devices == 1 else f"device; a chip is {chip.devices} devices"
+    yield f"{topology.name}: {topology.count} chips, mesh {mesh}, batch {config.data.batch_size:,}; figures are per {per}"
+    yield from _describe_memory(topology, result)
+    own, per_example = flops / topology.count / chip.devices / 1e12, flops / config.data.batch_size / 1e9
+    yield (
+        f"matrix products: {result['flops'] / 1e12:.2f} TFLOP, of which the model's own {own:.2f}"
+        f" ({per_example:.1f} GFLOP per example, forward and backward, nothing computed twice)"
+    )
+    only_state = "" if topology.shape else ", only the state read and written once"
+    yield f"memory traffic: {result['traffic'] / 1e9:.1f} GB{only_state}"
+    one_ring = "" if topology.shape else ", the gradients summed in one ring"
+    yield f"sent to other chips: {result['sent'] / 1e9:.2f} GB{one_ring}"
+    yield from _describe_collectives(result.get("collectives", []))
+    if topology.slices > 1:
+        yield f"sent to other slices: {result['between_slices'] / 1e9:.2f} GB; the times below leave this network out"
+    if count := result.get("unknown_loops"):
+        yield f"  {count} loop(s) of unknown length count as one round: FLOPs, traffic and collectives are too low"
+    yield from _describe_time(topology, config, result["estimate"])
+
+
+def _describe_memory(topology, result):
+    memory, hbm = result["memory"], topology.chip.device_hbm
+    total = f"{gib(memory['total'])} of {gib(hbm)}"
+    share = f"({memory['total'] / hbm:.1%})"
+    if topology.shape:
+        yield f"compiled in {result['compile_seconds']:.0f} s"
+        yield (
+            f"memory: arguments {gib(memory['argument'])} (state {gib(memory['state'])}, batch {gib(memory['batch'])})"
+            f" + outputs {gib(memory['output'])} - reused {gib(memory['alias'])} + temporary {gib(memory['temp'])}"
+            f" + program {gib(memory['generated_code'])}"
+        )
+        yield f"  = {total} HBM {share}: it fits"
+        if memory["total"] > USABLE * hbm:
+            yield f"  that is more than {USABLE:.0%}: the next batch and the runtime may lack memory"
+    else:
+        parts = " + ".join(f"{part} {gib(memory[part])}" for part in ("state", "gradients", "batch"))
+        yield f"memory: {parts} = {total} {share}"
+        yield "  activations come on top and are not estimated: only the GPU's compiler knows how many of them are kept"
+
+
+def _describe_collectives(collectives):
+    """Lines with the collectives by kind, and the five largest."""
+    kinds = {}
+    for c in collectives:
+        count, sent = kinds.get(c["kind"], (0, 0.0))
+        kinds[c["kind"]] = count + c["count"], sent + c["count"] * c["sent"]
+    for kind, (count, sent) in sorted(kinds.items(), key=lambda item: -item[1][1]):
+        yield f"  {kind:<20}{count:>7,} x {sent / 1e6:>12,.2f} MB in all"
+    for c in sorted(collectives, key=lambda c: -c["count"] * c["sent"])[:5]:
+        shape = c["shape"] if len(c["shape"]) < 60 else c["shape"][:57] + "..."
+        yield f"    {c['count']} x {c['kind']} of {shape} among {c['group']}: {c['sent'] / 1e6:,.2f} MB each; {c['name']}"
+
+
+def _describe_time(topology, config, estimate):
+    chip = topology.chip
+    parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in estimate["parts"].items())
+    yield f"step time by part, each at its peak: {parts}"
+    labels = {
+        "at_best": "all parts overlapped",
+        "one_by_one": "one after the other",
+        "at_40_percent": "at 40 % of the peak FLOP/s",
+    }
+    for name, label in labels.items():
+        if times := estimate.get(name):
+            yield (
+                f"  {label}: {1e3 * times['seconds']:.1f} ms, MFU {times['mfu']:.0%}, {times['examples_per_second']:,.0f} examples/s;"
+                f" {config.train.steps:,} steps {times['hours']:,.1f} h, {times['chip_hours']:,.0f} chip-hours"
+            )
+    yield (
+        f"  assumed for a chip: {chip.flops / 1e12:.0f} TFLOP/s (bf16), {chip.hbm_bandwidth / 1e9:,.0f} GB/s of memory and"
+        f" {chip.link_bandwidth / 1e9:.0f} GB/s sent over all its links, in rings; other arithmetic, latency and the input pipeline"
+        + (" are not counted" if topology.shape else ", and a network between servers, are not counted")
+    )

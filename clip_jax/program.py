@@ -1,0 +1,124 @@
+"""The program of a training step: its shapes, its compilation and its FLOPs."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from clip_jax import config as config_lib
+from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.methods import interface
+from clip_jax.runtime import sharding
+from clip_jax.training.step import make_init, make_step
+
+
+class Program(NamedTuple):
+    """A configuration with everything that its step is compiled from.
+
+    Attributes:
+      config: the resolved configuration.
+      method: its `Method`.
+      tx: its optimizer.
+      state: a `TrainState` of arrays or `jax.ShapeDtypeStruct`.
+      batch: `{name: array or jax.ShapeDtypeStruct}`, each `[B, ...]`.
+    """
+
+    config: Any
+    method: Any
+    tx: Any
+    state: Any
+    batch: Any
+
+
+def make_program(config):
+    """Returns the `Program` of a configuration as shapes. It needs no data and no device.
+
+    Raises UserError when the configuration is wrong.
+    """
+    config_lib.validate(config)
+    config = interface.resolve(config, make_tokenizer(config.tokenizer))
+    method = interface.make_method(config)
+    batch = method.batch_spec(config.data.batch_size)
+    init, tx = make_init(config, method, batch)
+    return Program(config, method, tx, jax.eval_shape(lambda: init(jax.random.key(config.seed))), batch)
+
+
+def shard(program, mesh):
+    """Returns `(program, state bytes, batch bytes)`: the shapes with their shardings, and the bytes per device.
+
+    Raises UserError when the devices do not divide the batch.
+    """
+    config = program.config
+    sharding.check_batch(config.data.batch_size, mesh, micro_batches=config.micro_batches)
+    layouts = sharding.state_shardings(program.state, mesh, program.method.sharding_rules)
+    state = sharding.with_shardings(program.state, layouts)
+    batch = sharding.with_shardings(program.batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), program.batch))
+    return program._replace(state=state, batch=batch), shard_bytes(state), shard_bytes(batch)
+
+
+def shard_bytes(tree):
+    """The bytes of a pytree of arrays or shapes with shardings on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def compile_step(program):
+    """Returns the compiled step `(state, batch) -> (state, metrics)`, which donates the state, a `jax.stages.Compiled`.
+
+    Args:
+      program: a `Program` whose state and batch have shardings; the step returns the state in the same ones.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, program.state)
+    step = make_step(program.config, program.method, program.tx)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return step.lower(program.state, program.batch).compile()
+
+
+def device_bytes(compiled):
+    """The bytes that a `jax.stages.Compiled` takes on one device, or None when the compiler does not report them."""
+    memory = compiled.memory_analysis()
+    if not memory:
+        return None
+    arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return arrays + memory.temp_size_in_bytes
+
+
+def step_flops(program):
+    """FLOPs of the matrix products and convolutions of a step as written, over all devices."""
+    step = make_step(program.config, program.method, program.tx)
+    return jaxpr_flops(jax.make_jaxpr(step)(program.state, program.batch))
+
+
+def model_flops(config):
+    """FLOPs of the model in a step: forward and backward pass, over the whole batch.
+
+    What rematerialisation and micro-batches compute twice counts once.
+    """
+    plain = config.copy_and_resolve_references()
+    plain.micro_batches, plain.model.remat = 1, "none"
+    return step_flops(make_program(plain))
+
+
+def jaxpr_flops(jaxpr):
+    """FLOPs of the matrix products and convolutions of a `ClosedJaxpr`.
+
+    A scan counts all of its rounds, a `cond` its most expensive branch, a `while` one round. A multiplication and an
+    addition are two FLOPs.
+    """
+    return _jaxpr_flops(jaxpr.jaxpr)
+
+
+def _jaxpr_flops(jaxpr):
+    total = 0
+    for eqn in jaxpr.eqns:
+        name, out = eqn.primitive.name, math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * out * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            total += 2 * out * math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        else:
+            values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else (p,))]
+            inner = [_jaxpr_flops(getattr(v, "jaxpr", v)) for v in values if hasattr(getattr(v, "jaxpr", v), "eqns")]
+            total += max(inner) if name == "cond" else eqn.params.get("length", 1) * sum(inner)
+    return total

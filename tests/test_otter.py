@@ -431,7 +431,7 @@ def test_a_run_resumes_bit_by_bit(tmp_path):
         (["otter.alpha=1.5"], "otter.alpha=1.5: must be between 0 and 1"),
         (["otter.entropy=0"], "otter.entropy=0.0: must be above 0"),
         (["otter.iterations=-1"], "otter.iterations=-1: must be at least 0"),
-        (["data.batch_size=1"], "data.batch_size=1: method='otter' matches a pair with other pairs"),
+        (["data.batch_size=1"], "data.batch_size=1: method='otter' compares a pair with others"),
     ],
 )
 def test_wrong_input_is_one_line(overrides, message):

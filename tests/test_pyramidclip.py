@@ -372,7 +372,7 @@ def test_a_run_that_was_interrupted_goes_on_the_same_with_its_statistics(tmp_pat
         (["pyramidclip.cross_global=0.96"], "cross_local=0.05.*: must be at least 0, together at most 1"),
         (["pyramidclip.regions=0"], "pyramidclip.regions=0: must be at least 1"),
         (["pyramidclip.tags=()"], r'pyramidclip.tags=\(\): at least one template is needed, such as "{tags}"'),
-        (["model.image.front=2"], "model.image.front=2: of the 2 blocks at least one must be left to regions"),
+        (["model.image.front=2"], "model.image.front=2: must be at least 0 and below model.image.depth=2"),
         (["model.image.region_dim=100"], "regions of pixels have 192 features, and with their box 196, not 100"),
         (["pyramidclip.boxes=boxs"], "no record has the field 'boxs' of the view 'regions' .did you mean 'boxes'"),
         (["pyramidclip.tags={tag}"], "no record has the field 'tag' of a template .did you mean 'tags'"),

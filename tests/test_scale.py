@@ -1,4 +1,4 @@
-"""`Method.scale` is the factor of the similarities in the loss of every method, and the one that `Model.classify` uses."""
+"""`Method.scale` is the factor of the similarities in a method's loss, and `Model.classify` uses it."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ SMALL = {
     "raclip": [*TINY, "raclip.heads=2", "raclip.k=4", "raclip.bank_size=8", "raclip.encoder_config=pixels"],
 }
 LEARNED = {"logit_scale": 1.5}
-#: Of each method: fields of its configuration, values of its scalar parameters, the scale that its paper's loss has then.
+#: (method, overrides, values of scalar parameters, the scale of the loss with them).
 CASES = [
     ("align", [], {"temperature": 0.05}, 20.0),
     ("alip", [], LEARNED, math.exp(1.5)),

@@ -1,11 +1,11 @@
 """ALIGN: Jia et al. 2021, "Scaling Up Visual and Vision-Language Representation Learning With Noisy Text Supervision".
 
-CLIP's loss on noisy alt-texts with an EfficientNet and BERT (section 4.2). The loss is the sum of both directions (equations 1
-and 2) with label smoothing 0.1. The temperature divides the cosines. It starts at 1 and is itself the parameter, not its
-logarithm (coyo-align).
+CLIP's loss on noisy alt-texts with an EfficientNet and BERT (section 4.2). The loss is the sum of both directions
+(equations 1 and 2) with label smoothing 0.1. The temperature divides the cosines. It starts at 1 and is itself the
+parameter, not its logarithm (coyo-align).
 
-Assumption: after each step the temperature is raised to at least 0.001. The published code has no floor, and a step through 0
-would reverse the loss.
+Assumption: after each step the temperature is raised to at least 0.001. The published code has no floor, and a step
+through 0 would reverse the loss.
 """
 
 import jax.numpy as jnp

@@ -1,18 +1,21 @@
 """ALIP: Yang et al. 2023, "ALIP: Adaptive Language-Image Pre-training with Synthetic Caption" (arXiv 2308.08428).
 
-CLIP on two texts of each picture, the raw one of the data and a synthetic caption (`clip_jax/tools/caption.py`), through one text tower.
-How well the three agree weights the examples: with u, r, c the unit embeddings of picture, raw text and caption, S_rc = r.c, S_ur = u.r,
-S_uc = u.c, and H the running averages of these three over the global batch,
+CLIP on two texts of each image, the raw text of the data and a synthetic caption (`clip_jax/tools/caption.py`), with
+one text tower. Examples are weighted by how well image and texts agree. Let u, r and c be the unit embeddings of image,
+raw text and caption, S_rc = r.c, S_ur = u.r, S_uc = u.c, and H the running averages of these three over the global
+batch:
 
     H    <- m H + (1 - m) mean(S), before it is used
-    W    = min(exp(gamma_s (S_rc - H_rc)), 1)                           language consistency gate: the weight of an example
-    W_ur = exp(gamma_p (S_ur - H_ur)) where W < 1, else 1; W_uc alike   description consistency gate: the weights of its pairs
-    loss = mean(W W_ur pair(u, r)) + mean(W W_uc pair(u, c))            pair: InfoNCE, half the sum of both directions; a sum of two terms
+    W    = min(exp(gamma_s (S_rc - H_rc)), 1)                    language consistency gate: the weight of an example
+    W_ur = exp(gamma_p (S_ur - H_ur)) where W < 1, else 1        description consistency gate: the weight of a pair
+    W_uc = exp(gamma_p (S_uc - H_uc)) where W < 1, else 1
+    loss = mean(W W_ur pair(u, r)) + mean(W W_uc pair(u, c))     pair: InfoNCE, half the sum of both directions
 
-The weights have no gradient. The three averages start at 1, as in the released code, and take some 300 steps to settle. They are in
-`extra`, and so in checkpoints: the released code starts them anew where a run goes on. There each of eight processes has the whole loss
-without the gradient through the others' features, an eighth of the gradient after the mean over processes; here it is the loss's own, to
-which a bound on the gradient's norm applies.
+The loss is a sum of two terms, not their mean. The weights have no gradient. The three averages start at 1, as in the
+released code, and take about 300 steps to settle. They are part of `extra` and therefore of checkpoints; the released
+code restarts them when a run resumes. In the released code each of eight processes computes the whole loss without the
+gradient through the features of the others, so the mean over processes is an eighth of the gradient. Here the gradient
+is that of the loss, and a bound on the gradient norm applies to it.
 """
 
 import dataclasses
@@ -32,12 +35,13 @@ PAIRS = ("text_synthetic", "image_text", "image_synthetic")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section `config.alip`; defaults are the released run's. Raises UserError for wrong values.
+    """The section `config.alip`. The defaults are those of the released run. Raises UserError for invalid values.
 
     Attributes:
-      gamma_sample, gamma_pair: how fast the weights of examples and of pairs fall with a similarity below the average.
+      gamma_sample, gamma_pair: how fast the weights of examples and of pairs fall when a similarity is below the
+        average.
       momentum: of the running averages.
-      synthetic: the synthetic caption, templates with fields of the record as in `data.templates`.
+      synthetic: templates of the synthetic caption with fields of the record, as in `data.templates`.
     """
 
     gamma_sample: float = 2.0
@@ -56,7 +60,7 @@ class Options:
 
 
 def make(config):
-    """The ALIP method of a configuration; raises UserError for options or towers that cannot be."""
+    """Returns the ALIP method of a configuration; raises UserError for invalid options or towers."""
     options, base, towers = read_options(config, "alip", Options), clip.make(config), TwoTower(config.model)
 
     def init(rng, batch):
@@ -64,7 +68,7 @@ def make(config):
         return params, extra | {"averages": {pair: jnp.ones((), jnp.float32) for pair in PAIRS}}
 
     def encode(params, extra, batch, rng, train):
-        """Unit rows `image`, `text` and `synthetic`, float32 `[b, E]`."""
+        """Returns the unit rows `image`, `text` and `synthetic`, float32 `[b, E]`."""
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 3))(batch["example_id"])
         image, _, extra = towers.encode_image(params, extra, batch["image"], train, keys[:, 0])
         ids, text_keys = stack_views([shard_batch(batch[name]) for name in ("text", "synthetic")], keys[:, 1:])
@@ -90,13 +94,23 @@ def make(config):
 
 
 def similarities(features):
-    """`{pair: float32 [B]}` of each picture's own texts, without a gradient."""
+    """Returns `{pair: float32 [B]}`, the similarities within each example, without a gradient."""
     fixed = jax.lax.stop_gradient({name: x.astype(jnp.float32) for name, x in features.items()})
     return {pair: jnp.sum(fixed[a] * fixed[b], axis=1) for pair in PAIRS for a, b in [pair.split("_")]}
 
 
 def weights(found, averages, gamma_sample=2.0, gamma_pair=2.0):
-    """`(of the examples, {"text", "synthetic": of the pairs})`, float32 `[B]`, of similarities `[B]` and their averages."""
+    """Returns the weights of the loss.
+
+    Args:
+      found: similarities `[B]` by the names of `PAIRS`.
+      averages: scalars by the names of `PAIRS`.
+      gamma_sample, gamma_pair: see `Options`.
+
+    Returns:
+      `(sample, pairs)`: the weights of the examples, float32 `[B]`, and `{"text": ..., "synthetic": ...}`, those of the
+      pairs of the image with either text, float32 `[B]`.
+    """
     below = {pair: found[pair] - averages[pair] for pair in PAIRS}
     raw = jnp.exp(gamma_sample * below["text_synthetic"])
     pairs = {
@@ -106,15 +120,17 @@ def weights(found, averages, gamma_sample=2.0, gamma_pair=2.0):
 
 
 def adaptive_infonce(features, averages, scale, gamma_sample=2.0, gamma_pair=2.0):
-    """ALIP's loss.
+    """Returns ALIP's loss.
 
     Args:
       features: unit vectors `image`, `text` and `synthetic`, `[B, E]`.
-      averages: scalars by the names of `PAIRS`, this step's already in them.
+      averages: scalars by the names of `PAIRS`, which already include this step.
       scale: scalar.
       gamma_sample, gamma_pair: see `Options`.
 
-    Returns `(loss, metrics)`: accuracies of the raw text and of the synthetic one, both terms, and the mean weights.
+    Returns:
+      `(loss, metrics)`: the metrics are the accuracies of the raw text and of the synthetic caption, both terms and the
+      mean weights.
     """
     of_sample, of_pair = weights(similarities(features), averages, gamma_sample, gamma_pair)
     metrics, value = {"weight_sample": of_sample.mean()}, 0.0

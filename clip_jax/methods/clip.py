@@ -1,8 +1,9 @@
 """CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 
-Two towers, a linear projection of each into one space, and InfoNCE over the global batch in both directions with a learned
-temperature (figure 3 of the paper). The parameter `logit_scale` is the logarithm of the scale. It starts at ln(1/0.07) and is
-clamped to [0, ln 100] after each step, as in open_clip. The paper clips it so that no logit is scaled by more than 100.
+Two towers, a linear projection of each into one space, and InfoNCE over the global batch in both directions with a
+learned temperature (figure 3 of the paper). The parameter `logit_scale` is the logarithm of the scale. It starts at
+ln(1/0.07) and is clamped to [0, ln 100] after each step, as in open_clip. The paper clips it so that no logit is scaled
+by more than 100.
 """
 
 import jax.numpy as jnp

@@ -1,12 +1,15 @@
 """CLIPPO: Tschannen et al. 2023, "CLIPPO: Image-and-Language Understanding from Pixels Only".
 
-One vision transformer for both inputs: captions are drawn as pictures (`clip_jax/data/font.py`, in a tokenizer's place) and go through
-the encoder of the images, patch embedding, position embedding, pooling and projection included. InfoNCE over the global batch, the mean of
-both directions; the logit scale holds the logarithm. With a mixture of data such as `"pairs.jsonl*3 + text:c4.jsonl*1"` a quarter of each
-batch are pairs of consecutive sentences, both drawn, under the same loss and among each other's negatives (section 3.2 of the paper).
+One vision transformer encodes both inputs. The font renderer (`clip_jax/data/tokenizers/font.py`), used instead of a
+tokenizer, draws captions as images, which share the encoder of the images with its patch embedding, position
+embeddings, pooling and projection. The loss is InfoNCE over the global batch, the mean of both directions. In a mixture
+of data such as `"pairs.jsonl*3 + text:c4.jsonl*1"`, a quarter of each batch are pairs of consecutive sentences. Both
+sentences are drawn, the loss is the same, and all pairs of the batch are each other's negatives (section 3.2 of the
+paper).
 
-As in big_vision the logit scale has no bound unless `model.logit_scale_max` sets one. There embeddings are divided by their norm plus
-1e-8, here by the norm: float32 shows no difference for any norm above 0.1.
+The parameter `logit_scale` is the logarithm of the scale. As in big_vision it has no bound unless
+`model.logit_scale_max` sets one. big_vision divides embeddings by their norm plus 1e-8, this module by the norm: in
+float32 the results are equal for any norm above 0.1.
 """
 
 import jax
@@ -23,7 +26,10 @@ from clip_jax.models.towers import image_tower
 
 
 def make(config):
-    """The CLIPPO method of a configuration; raises UserError for a tower that cannot be built and a tokenizer that does not draw."""
+    """Returns the CLIPPO method of a configuration.
+
+    Raises UserError for an invalid tower or image size and for a section `model.text`.
+    """
     model, size = config.model, config.model.image.size
     if "text" in model:
         raise UserError(
@@ -31,13 +37,13 @@ def make(config):
         )
     if size < 32 or size % 16:
         raise UserError(
-            f"model.image.size={size}: method='clippo' draws texts in rows of 16 pixels: a multiple of 16 from 32 on is needed"
+            f"model.image.size={size}: method='clippo' draws texts in rows of 16 pixels: allowed are 32, 48, 64, ..."
         )
     tower = image_tower(model)
     mean, std = (np.asarray(x, np.float32) * 255 for x in (model.image_mean, model.image_std))
 
     def apply(params, images, **kwargs):
-        images = (shard_batch(images).astype(jnp.float32) - mean) / std  # repeats the one channel of a drawn text
+        images = (shard_batch(images).astype(jnp.float32) - mean) / std  # broadcasts the single channel of a drawn text
         return l2_normalize(tower.apply({"params": params["img"]}, images, **kwargs)[0])
 
     def init(rng, batch):
@@ -48,7 +54,7 @@ def make(config):
         return params, {}
 
     def encode(params, extra, batch, rng, train):
-        # One pass for both, an example's two pictures side by side: so every device keeps its own rows.
+        # One pass encodes both. The two images of an example are adjacent, so that every device keeps its own rows.
         images = jnp.stack([batch["image"], jnp.broadcast_to(batch["text"], batch["image"].shape)], axis=1)
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i)))(batch["example_id"]).reshape(-1)
         z = apply(params, images.reshape(-1, *images.shape[2:]), train=train, keys=keys).reshape(len(images), 2, -1)

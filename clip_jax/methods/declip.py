@@ -1,22 +1,30 @@
-"""DeCLIP: Li et al. 2022, "Supervision Exists Everywhere: A Data Efficient Contrastive Language-Image Pre-training Paradigm".
+"""DeCLIP: Li et al. 2022, "Supervision Exists Everywhere: A Data Efficient Contrastive Language-Image Pre-training
+Paradigm".
 
-CLIP with more supervision from the same pairs: two views of a picture and two of its caption, of which the second is an EDA of it
-(`clip_jax/data/text_augment.py`) and the first is masked for language modelling. With embeddings u1, u2 and v1, v2:
+CLIP with more supervision from the same pairs: two views of an image and two of its caption. The second text view is an
+EDA of the caption (`clip_jax/data/text_augment.py`), the first is masked for language modelling. With embeddings u1, u2
+and v1, v2:
 
     clip        InfoNCE of u1 and v1, the mean of both directions
-    multi_view  the mean of InfoNCE of the three other pairs of views
-    nn          an image is to find its caption's nearest neighbour among earlier captions, a first-in-first-out queue: mean over views
-    simsiam     SimSiam (Chen & He 2021) on both views of the picture
-    mlm         BERT's masked language modelling (Devlin et al. 2019) of the caption, by the pass that embeds it
+    multi_view  the mean of InfoNCE over the three other pairs of views
+    nn          InfoNCE of each image view with the nearest neighbour of each text view in a first-in-first-out queue of
+                earlier captions, from image to text, the mean over the pairs of views
+    simsiam     SimSiam (Chen & He 2021) on the two views of the image
+    mlm         BERT's masked language modelling (Devlin et al. 2019) of the caption, in the pass that embeds it
 
-The weights are those of the released code, 0.4 on the mean of all four pairs; the paper's, from secondary notes, are in
-configs/declip.py. SLIP (Mu et al. 2022) and DeFILIP (Cui et al. 2022) have the terms simclr and filip.
+The default weights are those of the released code, with 0.4 on the mean of all four pairs. configs/declip.py has the
+paper's, taken from secondary notes. SLIP (Mu et al. 2022) adds the term simclr, DeFILIP (Cui et al. 2022) the term
+filip.
 
-Unlike the released code: BatchNorm is that of the global batch, in a ResNet of both views together; the queue is one for all devices,
-wraps around and is saved with the state; random words are no special tokens, so that a text ends where it ended; no masked word makes
-the loss 0, not NaN. The queue spans `queue_size / (2 * batch size)` steps. Each of the released run's 32 devices had 65,536 captions of
-its own, 256 steps: the span of 2,097,152 here. Assumptions: SLIP's term sees the views and heads of SimSiam; DeFILIP's tokens are
-projected linearly, and padding takes no part.
+Deviations from the released code:
+  - BatchNorm uses the statistics of the global batch, and in a ResNet those of both views together.
+  - One queue serves all devices, wraps around and is saved with the state.
+  - Random words are never special tokens, so the end of a text stays in place.
+  - Without a masked word the loss is 0, not NaN.
+
+The queue spans `queue_size / (2 * batch size)` steps. Each of the 32 devices of the released run had its own 65,536
+captions, which is 256 steps; here 2,097,152 captions span as many. Assumptions: SLIP's term uses the views and heads of
+SimSiam; DeFILIP projects tokens linearly and ignores padding.
 """
 
 import dataclasses
@@ -41,28 +49,33 @@ from clip_jax.models.two_tower import TwoTower
 
 #: Fields of the configuration that get the tokenizer's values (`clip_jax.methods.interface.resolve`).
 TOKENIZER_FIELDS = {"declip": ("mask_id", "special_ids")}
-PICTURES = ("image", "image_2")
+IMAGES = ("image", "image_2")
 TERMS = ("clip", "multi_view", "nn", "simsiam", "mlm", "simclr", "filip")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section `config.declip`. A weight of 0 leaves a term out, with the views and parameters that it alone needs.
+    """The section `config.declip`. A weight of 0 removes a term and the views and parameters that only it needs.
 
     Attributes:
       clip, multi_view, nn, simsiam, mlm, simclr, filip: weights of the terms.
-      head_width, predictor_width: of SimSiam's projector, whose three layers are as wide, and of the predictor's hidden layer.
+      head_width: the width of all three layers of SimSiam's projector.
+      predictor_width: the width of the predictor's hidden layer.
       temperature: of simclr.
-      queue_size: captions in the queue of nn.
-      wait_for_queue: nn counts from when the queue's first, random rows are gone.
-      skip_same_neighbor: a caption whose nearest neighbour is that of the image's own is no negative for nn.
-      text_mask: the chance of each token of a caption to be chosen for mlm.
-      word_masks: of the chosen ones the share that is masked and the share that becomes a random word; the rest stay.
-      contrast_on_masked: the masked caption is also the one that is embedded; False: another pass embeds it as it is.
-      logit_scale_clamp: the logarithm of the scale after each step; where it is used it is at most `model.logit_scale_max`.
-      mask_id, special_ids: of the tokenizer, filled in by itself; without a mask it is the id after all others.
+      queue_size: the number of captions in the queue of nn.
+      wait_for_queue: nn counts only after the queue's first, random rows have been replaced.
+      skip_same_neighbor: two captions with the same nearest neighbour are not negatives of each other in nn.
+      text_mask: the probability that a token of a caption is chosen for mlm.
+      word_masks: the share of the chosen tokens that is masked and the share that becomes a random word. The rest
+        stays.
+      contrast_on_masked: the masked caption is the one that is embedded. False embeds the unmasked caption in another
+        pass.
+      logit_scale_clamp: bounds of the logarithm of the scale after each step. The loss bounds it by
+        `model.logit_scale_max`.
+      mask_id, special_ids: the tokenizer's, filled in automatically. Without a mask token the mask is the id after the
+        vocabulary.
 
-    Raises UserError for wrong values.
+    Raises UserError for invalid values.
     """
 
     clip: float = 0.1
@@ -105,9 +118,9 @@ class Options:
 
 
 def make(config):
-    """The DeCLIP method of a configuration; raises UserError for options or towers that cannot be."""
+    """Returns the DeCLIP method of a configuration; raises UserError for invalid options or towers."""
     declip, model, data = DeCLIP(config), config.model, config.data
-    images = [ImageView(name, model.image.size, data.augment) for name in PICTURES[: declip.image_views]]
+    images = [ImageView(name, model.image.size, data.augment) for name in IMAGES[: declip.image_views]]
     variants = ((), ("eda",))[: declip.text_views]
     return Method(
         views=(*images, text_view(config, kind=TextVariants, variants=variants)),
@@ -126,10 +139,10 @@ def make(config):
 
 
 class DeCLIP:
-    """The functions of the method. `batch["text"]` holds the forms of a caption, int32 `[b, 1 or 2, n]`.
+    """The functions of the method. `batch["text"]` holds the text views of a caption, int32 `[b, 1 or 2, n]`.
 
-    Parameters beside the towers' and `logit_scale`: `projector`, `predictor`, `mlm` and `filip`; `extra`: `queue`, and
-    `batch_stats` of the heads.
+    Parameters besides those of the towers and `logit_scale`: `projector`, `predictor`, `mlm` and `filip`. `extra` holds
+    `queue` and the `batch_stats` of the heads.
     """
 
     def __init__(self, config):
@@ -141,8 +154,8 @@ class DeCLIP:
         self.text, self.embed_dim, self.scale_max = model.text, model.embed_dim, math.exp(model.logit_scale_max)
         self.scale_init = model.logit_scale_init
         self.towers = TwoTower(model, tokens=bool(o.mlm or o.filip))
-        two_pictures = o.multi_view or o.nn or o.simsiam or o.simclr
-        self.image_views, self.text_views = 1 + bool(two_pictures), 1 + bool(o.multi_view or o.nn)
+        two_images = o.multi_view or o.nn or o.simsiam or o.simclr
+        self.image_views, self.text_views = 1 + bool(two_images), 1 + bool(o.multi_view or o.nn)
         dtype = jnp.dtype(model.dtype)
         self.modules, projected = {}, o.simsiam or o.simclr
         if projected:
@@ -179,7 +192,10 @@ class DeCLIP:
         return params, extra | ({"batch_stats": stats} if stats else {})
 
     def encode(self, params, extra, batch, rng, train):
-        """`image` (as the tower gives it) and `text` (unit rows) of all views, float32 `[b, v, E]`, and the sums of `mlm`."""
+        """Returns `image` (not normalised) and `text` (unit rows), float32 `[b, v, E]`, and the sums of `mlm`.
+
+        DeFILIP adds the unit vectors of the tokens, `tokens_img` and `tokens_txt`, and `real`, bool `[b, n]`.
+        """
         o = self.options
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 6))(batch["example_id"])
         ids = shard_batch(batch["text"])
@@ -190,9 +206,9 @@ class DeCLIP:
             )
             masked = 0 if o.contrast_on_masked else len(texts)
             texts[masked : masked + 1] = [masks["ids"]]
-        # One pass for all views, an example's side by side: so every device keeps its own rows.
-        x, picture_keys = stack_views([batch[name] for name in PICTURES[: self.image_views]], keys[:, 1:3])
-        image, tokens, extra = self.towers.encode_image(params, extra, x, train, picture_keys, normalize=False)
+        # One pass encodes all views. The views of an example are adjacent, so that every device keeps its own rows.
+        x, image_keys = stack_views([batch[name] for name in IMAGES[: self.image_views]], keys[:, 1:3])
+        image, tokens, extra = self.towers.encode_image(params, extra, x, train, image_keys, normalize=False)
         x, text_keys = stack_views(texts, keys[:, 3:])
         text, words, extra = self.towers.encode_text(params, extra, x, train, text_keys)
         features = {
@@ -211,13 +227,19 @@ class DeCLIP:
         return features, extra
 
     def masked_modelling(self, params, words, masks):
-        """`sum_and_count` of the losses of chosen words, of states `[b, n, D]` and what `mask_tokens` gives."""
+        """Returns `sum_and_count` of the losses of the chosen words.
+
+        Args:
+          params: the parameters.
+          words: states of the text tower, `[b, n, D]`.
+          masks: the result of `mask_tokens`.
+        """
         x = jnp.take_along_axis(words, masks["positions"][..., None], axis=1)
         logits = self.mlm.apply({"params": params["mlm"]}, x).astype(jnp.float32)
         return sum_and_count(optax.softmax_cross_entropy_with_integer_labels(logits, masks["targets"]), masks["chosen"])
 
     def heads(self, params, extra, features, batch, rng):
-        """Adds `projected` and `predicted`, float32 `[B, v, head width]`; each view of the pictures has its own statistics."""
+        """Adds `projected` and `predicted`, float32 `[B, v, head width]`. Each view has its own batch statistics."""
         stats, x = extra.get("batch_stats", {}), features["image"]
         for name, result in (("projector", "projected"), ("predictor", "predicted")):
             if name in self.modules:
@@ -265,7 +287,7 @@ class DeCLIP:
         return scale + jax.lax.stop_gradient(jnp.minimum(scale, self.scale_max) - scale)
 
     def update(self, params, extra, features, step):
-        """The queue that the next step looks in: the captions' second form goes in first."""
+        """Enqueues the captions for the next step, the second text view first."""
         for k in (1, 0) if "queue" in extra else ():
             extra = extra | {"queue": enqueue(extra["queue"], features["text"][:, k])}
         return extra
@@ -277,7 +299,12 @@ class DeCLIP:
 
 
 def nt_xent(views, temperature):
-    """SimCLR's loss (Chen et al. 2020, equation 1) of `[B, 2, D]`: each view is to find the other one among all 2 B - 1."""
+    """Returns SimCLR's loss (Chen et al. 2020, equation 1), float32 scalar.
+
+    Args:
+      views: `[B, 2, D]`. The positive of a view is the other view of its example, among all 2 B - 1 other views.
+      temperature: divides the cosines.
+    """
     z = l2_normalize(views)
     positive = jnp.repeat(jnp.sum(z[:, 0] * z[:, 1], axis=1), 2) / temperature
     z = z.reshape(-1, z.shape[-1])

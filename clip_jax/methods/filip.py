@@ -1,20 +1,24 @@
 """FILIP: Yao et al. 2022, "FILIP: Fine-grained Interactive Language-Image Pre-Training".
 
-CLIP, but images and texts are compared token by token. Each token of either tower is projected to a unit vector of
-`model.embed_dim`. An image scores a text by the mean over its patches of the most similar word, a text an image by the mean over
-its words of the most similar patch (equations 3 to 5): two different numbers, of which each is what InfoNCE in its direction
-takes (`clip_jax/losses/contrastive.py`). Embeddings are token vectors, `[n, P, E]` and `[n, L, E]`, padding being rows of zeros.
+CLIP with token-wise late interaction. Each token of either tower is projected to a unit vector of `model.embed_dim`. An
+image scores a text by the mean over its patches of the most similar word, a text scores an image by the mean over its
+words of the most similar patch (equations 3 to 5). The two scores differ, and each is the logit of InfoNCE in its own
+direction (`clip_jax/losses/contrastive.py`). Embeddings are token vectors, `[n, P, E]` and `[n, L, E]`, with rows of
+zeros for padding.
 
-`token_select` seeks the best words and patches among a few of a sample's tokens, which saves communication and half of the matrix
-products; the mean is over all of them:
+`token_select` searches for the best words and patches only among a few tokens of each sample, which saves communication
+and half of the matrix products. The mean still runs over all tokens:
 
-    paper25  the quarter whose most similar token among `local_batch` neighbouring samples is the most similar (section 3.1). The
-             paper's neighbours are those of a device: here a number, so that the result does not depend on the machine. Assumptions:
-             a quarter of the real tokens, rounded up; the mean over all tokens
-    repo16   the 16 with the largest sum of similarities with the tokens of the own partner: Sense-GVT/DeCLIP, where FILIP is rebuilt
+    paper25  the quarter of the tokens with the largest maximum similarity to the tokens of `local_batch` neighbouring
+             samples (section 3.1). The paper's neighbours are the samples of a device. Here their number is an option,
+             so that the result does not depend on the machine. Assumptions: a quarter of the real tokens, rounded up;
+             the mean over all tokens
+    repo16   the 16 tokens with the largest sum of similarities to the tokens of the paired sample, as in
+             Sense-GVT/DeCLIP, which reimplements FILIP
 
-There is no code of the authors. Assumptions: the tokens are those after the tower's last layer norm; CLS takes no part, start and end
-of a text do. Unlike Sense-GVT/DeCLIP: padding takes no part, patches are taken after the last norm, and the scale is clamped.
+The authors released no code. Assumptions: the tokens are those after the tower's last layer norm; the class token is
+excluded, the start and end tokens of a text are included. Deviations from Sense-GVT/DeCLIP: padding is excluded,
+patches are taken after the last norm, and the scale is clamped.
 """
 
 import dataclasses
@@ -43,15 +47,15 @@ PAPER_SHARE, REPO_TOKENS = 0.25, 16
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section `config.filip`. Raises UserError for wrong values.
+    """The section `config.filip`. Raises UserError for invalid values.
 
     Attributes:
       use_cls: the image's class token takes part.
-      use_bos_eos: the tokens of a text's start and end take part; they do in any case where a text has no other.
+      use_bos_eos: the start and end tokens of a text take part. They always do in a text without other tokens.
       token_select: none, paper25 or repo16.
-      local_batch: of paper25; divides the batch.
-      text_augment: operations on texts: docs/data.md.
-      special_ids: of the tokenizer, filled in by itself.
+      local_batch: the number of neighbouring samples of paper25. It must divide the batch.
+      text_augment: operations on texts (docs/data.md).
+      special_ids: the tokenizer's, filled in automatically.
     """
 
     use_cls: bool = False
@@ -69,7 +73,7 @@ class Options:
 
 
 def make(config):
-    """The FILIP method of a configuration; raises UserError for options or towers that cannot be."""
+    """Returns the FILIP method of a configuration; raises UserError for invalid options or towers."""
     options, image = read_options(config, "filip", Options), config.model.image
     if image.kind != "vit":
         raise UserError(f"method='filip' compares patches: it needs model.image.kind='vit', not {image.kind!r}")
@@ -106,9 +110,9 @@ def make(config):
 
 
 class TokenTowers(TwoTower):
-    """Towers whose embeddings are all their tokens: unit rows, float32 `[b, P, E]` and `[b, L, E]`, zeros for padding.
+    """Towers that embed an input as all its tokens: unit rows, float32 `[b, P, E]` and `[b, L, E]`, zeros for padding.
 
-    `params["filip"]` holds the projections `img` and `txt`. The towers have none of their own.
+    `params["filip"]` holds the projections `img` and `txt`. They replace the projections of the towers.
     """
 
     def __init__(self, model, options):
@@ -145,10 +149,13 @@ class TokenTowers(TwoTower):
 
 
 def late_interaction(queries, candidates):
-    """The mean over the real tokens of a query of the most similar real token of a candidate, float32 `[n, m]`.
+    """Returns the mean over a query's real tokens of the most similar real token of a candidate, float32 `[n, m]`.
 
-    It takes embeddings of images and texts alike, `[n, P, E]` and `[m, L, E]`; rows of zeros are padding. Tile by tile: never
-    are the similarities of all tokens held.
+    Works tile by tile and never holds the similarities of all tokens.
+
+    Args:
+      queries: embeddings of images or texts, `[n, P, E]`; rows of zeros are padding.
+      candidates: embeddings of images or texts, `[m, L, E]`; rows of zeros are padding.
     """
     side = pairwise.tile_side(queries.shape[1] * candidates.shape[1])
 
@@ -164,7 +171,7 @@ def late_interaction(queries, candidates):
 
 
 def select_keys(options, image_tokens, text_tokens, real):
-    """The argument `keys` of `clip_jax.losses.contrastive.filip`: chosen without a gradient, padding never."""
+    """Returns the argument `keys` of `contrastive.filip`. The selection has no gradient and never contains padding."""
     fixed = lax.stop_gradient((image_tokens, text_tokens))
     p, n = image_tokens.shape[1], text_tokens.shape[1]
     if options.token_select == "repo16":
@@ -189,7 +196,7 @@ def select_keys(options, image_tokens, text_tokens, real):
 
 
 def best_in_group(image_tokens, text_tokens, real, size):
-    """The similarity of each token with its most similar one among `size` examples in a row, float32 `[B, P]` and `[B, L]`."""
+    """Returns each token's largest similarity among `size` consecutive examples, float32 `[B, P]` and `[B, L]`."""
     images, texts, real = (x.reshape(-1, size, *x.shape[1:]) for x in (image_tokens, text_tokens, real))
 
     def add(of_words, one_of_each):
@@ -202,6 +209,6 @@ def best_in_group(image_tokens, text_tokens, real, size):
 
 
 def _top(tokens, real, score, k):
-    """The `k` real tokens with the largest scores, `[b, k, D]`, and which of them are real, bool `[b, k]`."""
+    """Returns the `k` tokens with the largest scores, `[b, k, D]`, and a mask of those that are real, bool `[b, k]`."""
     values, index = lax.top_k(jnp.where(real, score, pairwise.EXCLUDED), k)
     return jnp.take_along_axis(tokens, index[..., None], axis=1), values > pairwise.EXCLUDED

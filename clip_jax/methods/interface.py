@@ -18,30 +18,33 @@ from clip_jax.models.two_tower import TwoTower
 class Method:
     """A pretraining method as pure functions.
 
-    In the signatures below, `batch` is a dict of arrays `[B, ...]` with one entry per view and `example_id` int32 `[B]`.
+    In the signatures below, `batch` is a dict of arrays `[B, ...]` with one entry per view and `example_id` int32
+    `[B]`.
 
     Attributes:
       views: the views that training reads of each example (`clip_jax.data.views`).
       eval_view: the image view of evaluation and search.
-      init: `(rng, batch) -> (params, extra)`. `extra` holds everything that has no gradient: teachers, queues, statistics.
-      encode: `(params, extra, batch, rng, train) -> (features, extra)`, per example; the engine may call it on micro-batches.
-        An example's randomness must be folded from `rng` and its `example_id`, so that a second pass replays it.
+      init: `(rng, batch) -> (params, extra)`. `extra` holds everything that has no gradient: teachers, queues,
+        statistics.
+      encode: `(params, extra, batch, rng, train) -> (features, extra)`, per example; the engine may call it on
+        micro-batches. An example's randomness must be folded from `rng` and its `example_id`, so that a second pass
+        replays it.
       loss: `(params, extra, features, batch, rng) -> (loss, metrics)` over the global batch; float32 scalars.
       embed_image: `(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, E]`, unit rows. A method that compares
         tokens returns `[b, P, E]`.
-      embed_text: `(params, extra, ids int32 [b, n]) -> float32 [b, E]`, unit rows. A method that compares tokens returns
-        `[b, n, E]`, with zeros for padding.
+      embed_text: `(params, extra, ids int32 [b, n]) -> float32 [b, E]`, unit rows. A method that compares tokens
+        returns `[b, n, E]`, with zeros for padding.
       scale: `params -> float32 scalar`, the factor of the similarities in the softmax of the loss. Classification uses
         the same factor.
-      heads: `(params, extra, features, batch, rng) -> (features, extra)` between `encode` and `loss`, on the global batch.
-        Heads with BatchNorm belong here because they change `extra`.
+      heads: `(params, extra, features, batch, rng) -> (features, extra)` between `encode` and `loss`, on the global
+        batch. Heads with BatchNorm belong here because they change `extra`.
       prepare: `(batch, rng) -> batch`, work on the whole batch on the device before encoding (mixup, masks).
       update: `(params, extra, features, step) -> extra` after the optimizer step, without a gradient. The features are
         those that `heads` returned.
       constrain: `params -> params` after the optimizer step: the projection onto the allowed set, such as the clamp of
         the logit scale.
-      init_from_data: `(extra, source, mesh) -> extra`, once, at the start of a run: fills the parts of `extra` that come
-        from data or from other weights. It returns NumPy arrays or arrays on the mesh.
+      init_from_data: `(extra, source, mesh) -> extra`, once, at the start of a run: fills the parts of `extra` that
+        come from data or from other weights. It returns NumPy arrays or arrays on the mesh.
       similarity: `(image embeddings [n, ...], text embeddings [m, ...]) -> float32 [n, m]`; images are the queries.
       text_similarity: `(text embeddings [m, ...], image embeddings [n, ...]) -> float32 [m, n]`; texts are the queries.
         None: the transpose of `similarity`. Where embeddings are not single vectors, search also compares images with
@@ -133,7 +136,7 @@ def two_tower_method(config, scalars, loss, **fields):
 
 
 def make_method(config):
-    """Returns the method that `config.method` names: a module of `clip_jax.methods` or the import path of a user's module.
+    """Returns the method that `config.method` names: a module of `clip_jax.methods` or an import path.
 
     Raises UserError when the module is missing or has no function `make(config)`.
     """

@@ -1,16 +1,18 @@
 """LaCLIP: Fan et al. 2023, "Improving CLIP Training with Language Rewrites" (arXiv 2305.20088).
 
-CLIP on texts that vary as pictures do: a language model has rewritten each caption M times beforehand (`clip_jax/tools/rewrite.py`), and
-at each visit one of the M + 1 texts is drawn, all equally likely. Model, loss and cost are CLIP's. The draw is the text view's, so that
-every other method takes rewrites just as well: `data.rewrites` and `data.rewrite_prob`.
+CLIP with text augmentation: a language model has written M rewrites of each caption in advance
+(`clip_jax/tools/rewrite.py`). Each visit of an example draws one of the M + 1 texts, all equally likely. Model, loss
+and cost are those of CLIP. The text view makes the draw, so every other method can use rewrites too (`data.rewrites`
+and `data.rewrite_prob`).
 
-LaCLIP-MT (`laclip.multi_text`) has all texts of a picture in the batch. With V_j the embeddings of the texts number j of all pictures:
+LaCLIP-MT (`laclip.multi_text`) has all texts of an image in the batch. Let V_j be the embeddings of text j of all
+images:
 
-    image to text: the mean over j of CE(s u V_j^T), a text among the other pictures' texts of the same number
-    text to image: CE(s v u^T), of one text v of each picture, drawn; or the mean over j for all of them
+    image to text: the mean over j of CE(s u V_j^T): each text competes with text j of the other images
+    text to image: CE(s v u^T) of one drawn text v of each image, or the mean over all j
 
-Its code is not released, and this is what secondary notes say of the paper. Unlike the plain form its caption is one of M + 1 texts even
-where a rewrite is missing, whose place it takes: the number of texts is the same for all pictures.
+The code of LaCLIP-MT is not released; this follows what secondary notes say of the paper. Unlike the plain form, which
+draws from the texts that exist, LaCLIP-MT has M + 1 texts of every image. The caption replaces a missing rewrite.
 """
 
 import dataclasses
@@ -31,12 +33,12 @@ TEXT_TO_IMAGE = ("sampled", "all")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section `config.laclip`. Raises UserError for wrong values.
+    """The section `config.laclip`. Raises UserError for invalid values.
 
     Attributes:
-      multi_text: LaCLIP-MT.
-      mt_rewrites: M, of each caption so many are used; of MT alone.
-      mt_t2i: which texts are to find their picture: one that is drawn (`sampled`) or `all`.
+      multi_text: True selects LaCLIP-MT.
+      mt_rewrites: M, the number of rewrites of each caption in LaCLIP-MT.
+      mt_t2i: the texts in the loss of text to image: one that is drawn (`sampled`) or `all`.
     """
 
     multi_text: bool = False
@@ -51,7 +53,10 @@ class Options:
 
 
 def make(config):
-    """The LaCLIP method of a configuration; raises UserError for options or towers that cannot be, and a field of rewrites not named."""
+    """Returns the LaCLIP method of a configuration.
+
+    Raises UserError for invalid options or towers and when `data.rewrites` is empty.
+    """
     options, base = read_options(config, "laclip", Options), clip.make(config)
     if not config.data.rewrites:
         raise UserError(
@@ -61,14 +66,17 @@ def make(config):
 
 
 def multi_text(config, options, base):
-    """LaCLIP-MT over the method `base`. `batch["text"]` holds a caption and its rewrites, int32 `[b, 1 + M, n]`."""
+    """Returns LaCLIP-MT on top of the method `base`.
+
+    `batch["text"]` holds each caption and its rewrites, int32 `[b, 1 + M, n]`.
+    """
     towers = TwoTower(config.model)
 
     def init(rng, batch):
         return base.init(rng, batch | {"text": batch["text"][:, 0]})
 
     def encode(params, extra, batch, rng, train):
-        """`image`, float32 `[b, E]`, `text`, float32 `[b, 1 + M, E]`, and `drawn`, int32 `[b]`, one of the texts."""
+        """Returns `image` float32 `[b, E]`, `text` float32 `[b, 1 + M, E]` and `drawn` int32 `[b]`, a text's index."""
         texts = shard_batch(batch["text"])
         b, count = texts.shape[:2]
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 2 + count))(batch["example_id"])
@@ -90,16 +98,17 @@ def multi_text(config, options, base):
 
 
 def multi_text_infonce(image, texts, drawn, scale, text_to_image="sampled"):
-    """LaCLIP-MT's loss.
+    """Returns LaCLIP-MT's loss.
 
     Args:
       image: unit vectors `[B, E]`.
-      texts: unit vectors `[B, V, E]`, V texts of each image, in the same order for all.
-      drawn: int32 `[B]`, the text that is to find its image, where not `all` are.
+      texts: unit vectors `[B, V, E]`, V texts of each image, in the same order for all images.
+      drawn: int32 `[B]`, the index of the text that `sampled` uses from text to image.
       scale: scalar.
       text_to_image: `sampled` or `all`.
 
-    Returns `(loss, metrics)` as of `infonce`: of image to text the metric is that of the first text.
+    Returns:
+      `(loss, metrics)` like `infonce`. The accuracy of image to text is that of the first text.
     """
     numbers = [*jnp.moveaxis(texts, 1, 0)]
     losses, metrics = views_infonce([image], numbers, scale, both=text_to_image == "all")

@@ -1,18 +1,21 @@
-"""OneR: Jang et al. 2023, "Unifying Vision-Language Representation Space with Single-Tower Transformer" (arXiv 2211.11153).
+"""OneR: Jang et al. 2023, "Unifying Vision-Language Representation Space with Single-Tower Transformer" (arXiv
+2211.11153).
 
-One transformer and one head for images, texts and both at once, trained as MoCo v3 trains with a picture and its caption for the two
-views: the student's embedding, through a predictor, is to find the embedding of an exponential-moving-average teacher. F(Q|KV) is the
-embedding of Q with the keys and values of KV; F(I,T|I,T) that of both together; a bar is the teacher.
+One transformer and one head encode images, texts and both together. Training follows MoCo v3 with an image and its
+caption as the two views: the student's embedding, through a predictor, is contrasted with the embeddings of an
+exponential moving average teacher. F(Q|KV) is the embedding of Q with the keys and values of KV, F(I,T|I,T) that of
+both together, and a bar marks the teacher.
 
     ITC   F(I) -> bar F(T)  and  F(T) -> bar F(I)
     XMC   the mean of F(I) and F(T)      -> the mean of bar F(I) and bar F(T)
     CIC   the mean of F(I|T) and F(T|I)  -> the same
     CMC   F(I,T|I,T)                     -> the same
 
-CMC is trained with masked modelling of images, texts and both. No code of the authors is known. All that the published summaries leave
-open is a field of `Options`, and its default an assumption, as are the learned vector in a masked word's place, the means after the
-projector, keys from the batch alone (no queue), and running statistics of BatchNorm from the passes of F(I) and F(T) only, the ones that
-evaluation uses. The teacher has no statistics of its own: its BatchNorm takes those of the batch.
+CMC is trained together with masked modelling of images, of texts and of both. No code of the authors is known.
+Everything that the published summaries leave open is a field of `Options` whose default is an assumption. Further
+assumptions: a learned vector replaces a masked word; means are taken after the projector; keys come from the batch
+alone, without a queue; the running statistics of BatchNorm come only from the passes of F(I) and F(T), which evaluation
+uses. The teacher has no running statistics; its BatchNorm uses those of the batch.
 """
 
 import dataclasses
@@ -44,30 +47,35 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section `config.oner`. A weight of 0 leaves a term out, and the pass that it alone needs. Raises UserError for wrong values.
+    """The section `config.oner`. A weight of 0 removes a term and the pass that only it needs.
 
     Attributes:
       itc, xmc, cic, cmc: weights of the contrastive terms.
       mim, mlm: weights of masked image and language modelling in the pass of each modality alone.
       joint_mim, joint_mlm: the same in the pass of both together.
-      two_heads: projector and predictor of each modality's own (row 2 of the paper's table; ITC only).
-      head_width: of the hidden layers of projector and predictor; their output is `model.embed_dim`.
-      predictor: False: the projector's output is compared.
-      joint_bn: BatchNorm by the statistics of both modalities together; False: of each apart, which hides the gap between them.
-      temperature: of the contrast, whose loss is multiplied by twice this.
-      mix: `mean` of the projector's outputs, or `norm_mean`, of their unit vectors.
-      joint_cls: F(I,T|I,T) is the `mean` of the two CLS tokens' embeddings, or that of `one` CLS token alone.
-      cic_kv: F(I|T) attends to the states that the text has under F(T|I) (`cross`), or under F(T|T) (`self`).
-      type_embedding: a learned vector of the modality on all its tokens.
+      two_heads: a projector and a predictor for each modality (row 2 of the paper's table; ITC only).
+      head_width: the width of the hidden layers of projector and predictor. Their output has `model.embed_dim`.
+      predictor: False compares the output of the projector.
+      joint_bn: BatchNorm uses the statistics of both modalities together. False uses those of each modality, which
+        hides the gap between them.
+      temperature: of the softmax. The loss is multiplied by twice this.
+      mix: the `mean` of the projector's outputs, or `norm_mean`, the mean of their unit vectors.
+      joint_cls: F(I,T|I,T) is the `mean` of the embeddings of the two CLS tokens, or the embedding of a single CLS
+        token (`one`).
+      cic_kv: F(I|T) attends to the states of the text under F(T|I) (`cross`) or under F(T|T) (`self`).
+      type_embedding: a learned vector of the modality is added to all its tokens.
       image_mask, text_mask: shares of the patches and words that are masked in the student's inputs.
-      joint_image_mask, joint_text_mask: the same in the pass of both, drawn apart.
-      word_masks: of the chosen words, the share that is hidden and the share that becomes a random word; the rest stay.
-      mim_target: normalised `pixels` of the patch, or the `teacher`'s last state, normalised.
+      joint_image_mask, joint_text_mask: the same in the pass of both together, drawn independently.
+      word_masks: the share of the chosen words that is hidden and the share that becomes a random word. The rest stays.
+      mim_target: the normalised `pixels` of the patch or the normalised last state of the `teacher`.
       mim_loss: `l1` or `l2`.
-      teacher_augment: transforms of the teacher's picture; empty: the student's picture, without masks.
-      momentum, momentum_end: of the teacher, from the one to the other along half a cosine.
-      embed: what evaluation compares: the state of `cls`, the output of the `projector` or of the `predictor`, or as training does
-        (`query_key`) the predictor's of a picture with the projector's of a text.
+      teacher_augment: transforms of the teacher's image; empty: the student's image without masks.
+      momentum, momentum_end: the teacher's momentum at the start and at the end, along half a cosine.
+      embed: the embedding of evaluation: the state of `cls`, the output of the `projector` or of the `predictor`, or
+        `query_key`, which compares the predictor's output of an image with the projector's output of a text, as
+        training does.
+
+    Raises UserError for invalid values.
     """
 
     itc: float = 1.0
@@ -116,16 +124,14 @@ class Options:
             raise UserError(f"oner.temperature={self.temperature}: must be above 0")
         if self.two_heads and (self.xmc or self.cic or self.cmc):
             raise UserError(
-                "oner.two_heads=True has no head for a mean of both modalities: set oner.xmc, oner.cic and oner.cmc to 0"
+                "oner.two_heads=True has no head for a mean of both modalities: set oner.xmc, oner.cic, oner.cmc to 0"
             )
         if self.mim_target == "teacher" and self.teacher_augment and (self.mim or self.joint_mim):
             raise UserError(
-                "oner.mim_target='teacher' needs oner.teacher_augment=(), the student's picture: else the patches are not the same"
+                "oner.mim_target='teacher' needs oner.teacher_augment=(), so that both see the same patches"
             )
         if self.embed in ("predictor", "query_key") and not (self.predictor and self.itc):
-            raise UserError(
-                f"oner.embed={self.embed!r} needs oner.predictor=True and oner.itc above 0, which trains it on each modality"
-            )
+            raise UserError(f"oner.embed={self.embed!r} needs oner.predictor=True, and oner.itc above 0 to train it")
 
 
 CONTRASTIVE = ("itc", "xmc", "cic", "cmc")
@@ -133,7 +139,7 @@ MASKED = ("mim", "mlm", "joint_mim", "joint_mlm")
 
 
 def make(config):
-    """The OneR method of a configuration; raises UserError for options or a tower that cannot be."""
+    """Returns the OneR method of a configuration; raises UserError for invalid options or an invalid tower."""
     oner, data, size = OneR(config), config.data, config.model.image.size
     views = [
         ImageView("image", size, data.augment),
@@ -158,15 +164,16 @@ def make(config):
 class OneR:
     """The functions of the method.
 
-    Parameters: `tower`, `projector`, `predictor`, with two heads `projector_text` and `predictor_text`, and the linear
-    decoders `mim` and `mlm`. `extra`: `teacher`, the moving average of tower and projectors, and `batch_stats`.
+    Parameters: `tower`, `projector`, `predictor` and the linear decoders `mim` and `mlm`. Two heads add
+    `projector_text` and `predictor_text`. `extra` holds `teacher`, the moving average of tower and projectors, and
+    `batch_stats`.
     """
 
     def __init__(self, config):
         self.options = o = read_options(config, "oner", Options)
         model = config.model
         self.steps, self.eot_id = config.train.steps, model.text.eot_id
-        self.has_joint = bool(o.cmc or o.joint_mim or o.joint_mlm)  # the pass of both together
+        self.has_joint = bool(o.cmc or o.joint_mim or o.joint_mlm)  # is there a pass of both together?
         self.tower = one_tower(model, type_embedding=o.type_embedding)
         dtype = jnp.dtype(model.dtype)
         self.head_modules = {"projector": MlpHead((o.head_width, o.head_width, model.embed_dim), dtype=dtype)}
@@ -200,7 +207,10 @@ class OneR:
         return params, {"teacher": teacher, "batch_stats": stats}
 
     def encode(self, params, extra, batch, rng, train):
-        """CLS states `[b, D]` of student and teacher, a pair for image and text, and of each masked modelling `[b, 2]`: sum, count."""
+        """Returns pairs of CLS states `[b, D]` of image and text, and sum and count `[b, 2]` of each masked modelling.
+
+        The pairs are `student`, `teacher` and, where their terms have a weight, `cic` and `cmc`.
+        """
         o = self.options
         images, ids = self._pixels(batch["image"]), shard_batch(batch["text"])
         real = real_tokens(ids, self.eot_id)
@@ -230,7 +240,7 @@ class OneR:
         return features, extra
 
     def heads(self, params, extra, features, batch, rng):
-        """Adds `pairs`, for each contrastive term its `(queries, keys)`, and `projected`, F(I) and F(T); float32 `[B, E]`."""
+        """Adds `pairs`, the `(queries, keys)` of each contrastive term, and `projected`, F(I) and F(T); `[B, E]`."""
         o = self.options
         projected, stats = self._apply("projector", params, extra["batch_stats"], features["student"])
         keys = jax.lax.stop_gradient(
@@ -272,7 +282,10 @@ class OneR:
         return jnp.float32(1 / self.options.temperature)
 
     def update(self, params, extra, features, step):
-        """The teacher that the next step meets: MoCo v3 moves it, by the momentum of that step, before the keys are computed."""
+        """Moves the teacher for the next step.
+
+        MoCo v3 does so at the start of that step, before it computes the keys, with the momentum of that step.
+        """
         start, end = self.options.momentum, self.options.momentum_end
         m = end - (end - start) * (1 + jnp.cos(math.pi * (step + 1) / self.steps)) / 2
         student = {name: params[name] for name in extra["teacher"]}
@@ -300,13 +313,20 @@ class OneR:
         return self.tower.apply({"params": params["tower"]}, *inputs)
 
     def _names(self, kind):
-        """Of the heads of this kind for images and for texts."""
+        """Returns the names of the heads of this kind for images and for texts."""
         return kind, kind + "_text" if self.options.two_heads else kind
 
     def _apply(self, kind, params, stats, inputs):
-        """`(outputs, batch statistics)` of the heads of this kind in training, for a pair of inputs `[B, D]`, image and text."""
+        """Returns `(outputs, batch statistics)` of the heads of this kind in training.
+
+        Args:
+          kind: `projector` or `predictor`.
+          params: the parameters.
+          stats: the batch statistics of all heads.
+          inputs: a pair `[B, D]`, image and text.
+        """
         if self.options.joint_bn and not self.options.two_heads:
-            # Side by side and not one after the other, so that every device keeps its own rows.
+            # Stacked along a new axis, not concatenated, so that every device keeps its own rows.
             y, stats = self._run(kind, params, stats, jnp.stack(inputs, axis=1))
             return (y[:, 0], y[:, 1]), stats
         outputs = []
@@ -324,7 +344,10 @@ class OneR:
         return y, stats | {name: new["batch_stats"]}
 
     def _masks(self, keys, ids, real, image_share, text_share):
-        """The hidden `patches`, bool `[b, n]`, or None, and what `mask_words` gives; without it `words` (None) and `ids`."""
+        """Returns the masked `patches`, bool `[b, n]` or None, and the result of `mask_words`.
+
+        Without masked words, `words` is None and `ids` holds the words themselves.
+        """
         masks = dict(patches=None, words=None, ids=ids)
         if image_share:
             masks["patches"] = mask_patches(keys, (self.tower.size // self.tower.patch_size) ** 2, image_share)
@@ -338,7 +361,7 @@ class OneR:
         return jax.lax.stop_gradient(jax.nn.standardize(x, epsilon=1e-6))
 
     def _masked_modelling(self, params, states, masks, target, weights):
-        """`[b, 2]` for each term that has a weight: the sum of the losses of masked tokens, and their number."""
+        """Returns the sum of the losses and the number of masked tokens, `[b, 2]`, for each term that has a weight."""
         found = {}
         if weights["mim"] and masks["patches"] is not None:
             x = states["image"][:, 1:]
@@ -355,14 +378,14 @@ class OneR:
 
 
 def contrast(queries, keys, temperature):
-    """MoCo v3's contrast: each query is to find its own key among those of the batch. No gradient reaches the keys.
+    """Returns MoCo v3's contrastive loss of each query against all keys of the batch. The keys have no gradient.
 
     Args:
-      queries, keys: `[B, E]`, of any length.
-      temperature: of the softmax; the loss is multiplied by twice this.
+      queries, keys: `[B, E]`, not normalised.
+      temperature: of the softmax. The loss is multiplied by twice this.
 
     Returns:
-      `(loss, share of the queries whose key beats all others)`, float32 scalars.
+      `(loss, accuracy)`, float32 scalars. The accuracy is the share of the queries whose own key scores highest.
     """
     loss, accuracy = contrastive.contrast(
         l2_normalize(queries), l2_normalize(jax.lax.stop_gradient(keys)), 1 / temperature
@@ -371,7 +394,7 @@ def contrast(queries, keys, temperature):
 
 
 def mix(image, text, how="mean"):
-    """The mean of two embeddings `[B, E]`, or with `norm_mean` of their unit vectors."""
+    """Returns the mean of two embeddings `[B, E]`, or with `norm_mean` that of their unit vectors."""
     if how == "norm_mean":
         image, text = l2_normalize(image), l2_normalize(text)
     return (image + text) / 2

@@ -1,18 +1,23 @@
-"""OTTER: Wu et al. 2022, "Data Efficient Language-Supervised Zero-Shot Recognition with Optimal Transport Distillation".
+"""OTTER: Wu et al. 2022, "Data Efficient Language-Supervised Zero-Shot Recognition with Optimal Transport
+Distillation".
 
-A caption may describe other images of the batch too. A teacher, the exponential moving average of the student, embeds the same batch; an
-entropic optimal transport between its images and texts, by similarities of images, of texts and of both, says which. The plan's rows,
-without the diagonal, are soft targets beside the pair itself (U, V: the teacher's embeddings, u, v: the student's):
+A caption may also describe other images of the batch. A teacher, the exponential moving average of the student, embeds
+the same batch. An entropic optimal transport between its images and texts, based on the similarities of images, of
+texts and of both, estimates which pairs match. The rows of the plan, without the diagonal, are soft targets in addition
+to the pair itself. With the teacher's embeddings U, V and the student's u, v:
 
-    S_image = gamma_image U U^T + gamma_text V V^T + U V^T,  S_text = S_image^T,  M(S): Sinkhorn's plan, its rows divided by their sums
-    InfoNCE = CE(s u v^T) + CE(s v u^T),  Distill = KL(M(S_image) || softmax(s' u v^T)) + KL(M(S_text) || softmax(s' v u^T))
+    S_image = gamma_image U U^T + gamma_text V V^T + U V^T,  S_text = S_image^T
+    M(S)    = Sinkhorn's plan for S, with each row divided by its sum
+    InfoNCE = CE(s u v^T) + CE(s v u^T)
+    Distill = KL(M(S_image) || softmax(s' u v^T)) + KL(M(S_text) || softmax(s' v u^T))
     loss    = alpha InfoNCE + (1 - alpha) Distill
 
-Sums of both directions and two scales s and s', clipped to [1, 100] where they are used, as in the released code; the paper's form, one
-cross-entropy, is the same up to a constant where both scales are equal. Released runs have eight processes, whose `remove_diag` clears
-the right diagonal on the first one alone; here it is the right one. The teacher is in training mode, with statistics of its own batch.
-The rest of the paper's table: `alpha=1` is InfoNCE, with `label_smoothing` LS; `iterations=0, entropy=0.01, remove_diag=False`,
-a softmax of 100 S, is KD. Not in the paper: `warmup_steps`, for runs whose towers start from nothing.
+As in the released code, both directions are summed and there are two scales, s and s', clipped to [1, 100] in the loss.
+The paper's form, one cross-entropy, equals this up to a constant when the scales are equal. In the released runs with
+eight processes, `remove_diag` clears the right diagonal only on the first process; here it clears the right one. The
+teacher is in training mode, with batch statistics of its own. The other rows of the paper's table are options:
+`alpha=1` is InfoNCE, with `label_smoothing` LS; `iterations=0, entropy=0.01, remove_diag=False`, a softmax of 100 S, is
+KD. `warmup_steps`, for towers that start from random weights, is not in the paper.
 """
 
 import dataclasses
@@ -32,18 +37,20 @@ SCALES = ("logit_scale", "logit_scale_distill")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section `config.otter`; defaults are the published run's. Raises UserError for wrong values.
+    """The section `config.otter`. The defaults are those of the published run. Raises UserError for invalid values.
 
     Attributes:
-      alpha: weight of InfoNCE; 1 - alpha is the distillation's. With 1 there is no teacher.
+      alpha: the weight of InfoNCE. The distillation has 1 - alpha. A value of 1 removes the teacher.
       label_smoothing: of InfoNCE's targets, spread over the wrong pairs.
-      gamma_image, gamma_text: weights of the similarities of images and of texts in the teacher's.
-      entropy: lambda, by which similarities are divided.
-      iterations: of Sinkhorn; 0: rows are softmaxes.
-      remove_diag: the pair itself is no target, by `eta = 100 (gamma_image + gamma_text)` taken from its similarity.
-      keys_stopgrad: an image learns from finding its text and a text from finding its image, but neither from being found.
-      decay: of the teacher; update n, from 1, has at most `(1 + n) / (10 + n)`.
-      warmup_steps: the distillation's weight grows linearly from 0 so long; the rest is InfoNCE's.
+      gamma_image, gamma_text: weights of the similarities of images and of texts in S.
+      entropy: lambda, which divides the similarities.
+      iterations: the number of Sinkhorn iterations; 0: a softmax of each row.
+      remove_diag: the pair itself is no target: `eta = 100 (gamma_image + gamma_text)` is subtracted from its
+        similarity.
+      keys_stopgrad: the keys of each direction have no gradient; only the queries do.
+      decay: of the teacher. Update n, counted from 1, uses at most `(1 + n) / (10 + n)`.
+      warmup_steps: the number of steps in which the weight of the distillation grows linearly from 0. InfoNCE has the
+        rest.
     """
 
     alpha: float = 0.5
@@ -69,11 +76,14 @@ class Options:
 
 
 def make(config):
-    """The OTTER method of a configuration; raises UserError for options or towers that cannot be, and a batch without a wrong pair."""
+    """Returns the OTTER method of a configuration.
+
+    Raises UserError for invalid options or towers and for a batch of fewer than two examples.
+    """
     options = read_options(config, "otter", Options)
     if config.data.batch_size < 2:
         raise UserError(
-            f"data.batch_size={config.data.batch_size}: method='otter' matches a pair with other pairs: at least 2 are needed"
+            f"data.batch_size={config.data.batch_size}: method='otter' compares a pair with others and needs at least 2"
         )
     scale_max = config.model.logit_scale_max
     base = two_tower_method(
@@ -91,15 +101,15 @@ def clipped_scale(parameter, scale_max):
 
 
 def decay_of(n, decay):
-    """The teacher's decay in update `n`, from 1: less in the first ones, which follow the student faster."""
+    """Returns the teacher's decay in update `n`, counted from 1. Early updates follow the student faster."""
     return jnp.minimum(decay, (1 + n) / (10 + n))
 
 
 def with_teacher(base, towers, decay):
-    """The method with the features `teacher_image` and `teacher_text` of a moving average of its towers, `extra["teacher"]`.
+    """Returns the method with the features `teacher_image` and `teacher_text` of `extra["teacher"]`.
 
-    The average is moved at the start of a step, so the first one would move it to where it is: there the student, which may have got
-    weights from elsewhere, is its own teacher.
+    The teacher is the moving average of the towers and is updated at the start of a step. In the first step the teacher
+    is a copy of the student, because the student may have been loaded from other weights after `init`.
     """
 
     def init(rng, batch):
@@ -128,7 +138,16 @@ def with_teacher(base, towers, decay):
 
 
 def loss(options, scale_max, params, extra, features, batch, rng):
-    """OTTER's loss on unit rows `image`, `text` and, unless alpha is 1, `teacher_image`, `teacher_text`, float32 `[B, E]`."""
+    """Returns OTTER's loss, as `Method.loss` does.
+
+    `features` holds unit rows float32 `[B, E]`: `image`, `text` and, unless alpha is 1, `teacher_image` and
+    `teacher_text`.
+
+    Args:
+      options: the `Options`.
+      scale_max: the largest logarithm of a scale.
+      params, extra, features, batch, rng: as for `Method.loss`.
+    """
     o, image, text = options, features["image"], features["text"]
     scales = {name: clipped_scale(params[name], scale_max) for name in SCALES if name in params}
     keys = jax.lax.stop_gradient((text, image)) if o.keys_stopgrad else (text, image)
@@ -148,6 +167,6 @@ def loss(options, scale_max, params, extra, features, batch, rng):
         plan = sinkhorn(*sides, o.entropy, o.iterations, diagonal)
         distill += divergence(query, key, scales["logit_scale_distill"], *sides, plan, o.entropy, diagonal)
     weight = 1 - o.alpha
-    if o.warmup_steps:  # heads has counted this step already
+    if o.warmup_steps:  # `heads` has already counted this step
         weight *= jnp.minimum(1.0, (extra["updates"] - 1) / o.warmup_steps)
     return (1 - weight) * value + weight * distill, metrics | {"loss_infonce": value, "loss_distill": distill}

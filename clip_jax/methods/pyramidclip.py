@@ -1,16 +1,20 @@
-"""PyramidCLIP: Gao et al. 2022, "PyramidCLIP: Hierarchical Feature Alignment for Vision-language Model Pretraining" (NeurIPS).
+"""PyramidCLIP: Gao et al. 2022, "PyramidCLIP: Hierarchical Feature Alignment for Vision-language Model
+Pretraining" (NeurIPS).
 
-Three levels of a picture meet three of its text: a global crop G, a local crop L and a sequence of regions R (features of a detector and
-boxes, through the last part of the image tower alone) the summary S of its caption, the caption T and the tags A of its regions. Of the
-pairs of levels six have a term, InfoNCE in both directions with softened targets, which leave the wrong pairs a share a:
+Three levels of an image are aligned with three levels of its text. The image has a global crop G, a local crop L and a
+sequence of regions R (a detector's features and boxes, which pass only through the last part of the image tower). The
+text has a summary S of the caption, the caption T and the tags A of the regions. Six pairs of levels have a term:
+InfoNCE in both directions with softened targets, which leave a share a to the wrong pairs:
 
     soft(x, l) = (CE(s x l^T, Y) + CE(s l x^T, Y)) / 2,   Y = 1 - a on the diagonal, a / (B - 1) elsewhere
-    loss = (1 - lam - mu) (soft(G, S) + soft(L, T)) / 2 + lam (soft(G, A) + soft(R, S)) / 2 + mu (soft(L, A) + soft(R, T)) / 2
+    loss = (1 - lam - mu) (soft(G, S) + soft(L, T)) / 2
+           + lam (soft(G, A) + soft(R, S)) / 2 + mu (soft(L, A) + soft(R, T)) / 2
 
-The towers are the released ones (`clip_jax/models/pyramid.py`; of a text the maximum over all positions, `model.text.pool`).
-The loss was never released: it is what secondary notes say of the paper, normalised so that targets sum to 1. Softened targets for all six
-terms are an assumption, as are boxes as shares of the picture, x1, y1, x2, y2. A picture without regions or tags takes no part in their
-terms, not as a negative either. In evaluation a picture is its global crop.
+The towers are the released ones (`clip_jax/models/pyramid.py`; the text tower pools by the maximum over all positions,
+`model.text.pool`). The loss was never released. It follows what secondary notes say of the paper, normalised so that
+the targets sum to 1. Assumptions: softened targets in all six terms; boxes x1, y1, x2, y2 as shares of the image. An
+image without regions or tags is left out of their terms, also as a negative. Evaluation embeds the global crop of an
+image.
 """
 
 import dataclasses
@@ -28,24 +32,24 @@ from clip_jax.models.common import l2_normalize, shard_batch, stack_views, unsta
 from clip_jax.models.two_tower import TwoTower
 
 TEXTS = ("text", "summary", "tags")
-#: Pairs of levels: peers, then two kinds of crossing ones.
-PEER, CROSS_GLOBAL, CROSS_LOCAL = (
-    (("global", "summary"), ("local", "text")), (("global", "tags"), ("regions", "summary")), (("local", "tags"), ("regions", "text")),
-)  # fmt: skip
+#: Pairs of levels: peers, then the cross-level pairs of lam and of mu.
+PEER = (("global", "summary"), ("local", "text"))
+CROSS_GLOBAL = (("global", "tags"), ("regions", "summary"))
+CROSS_LOCAL = (("local", "tags"), ("regions", "text"))
 TERMS = (*PEER, *CROSS_GLOBAL, *CROSS_LOCAL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section `config.pyramidclip`; the weights are the paper's. Raises UserError for wrong values.
+    """The section `config.pyramidclip`. The weights are the paper's. Raises UserError for invalid values.
 
     Attributes:
       softening: a, the share of the target that the wrong pairs have.
-      cross_global, cross_local: lam and mu, the weights of the crossing terms.
-      local_augment: of the local crop; `data.augment` is that of the global one.
-      summary, tags: templates with fields of the record, as `data.templates`.
-      regions: at most so many of a picture.
-      features, boxes: fields of the record; features `pixels` needs none (`RegionView`).
+      cross_global, cross_local: lam and mu, the weights of the cross-level terms.
+      local_augment: the augmentation of the local crop. `data.augment` is that of the global crop.
+      summary, tags: templates with fields of the record, as in `data.templates`.
+      regions: the largest number of regions of an image.
+      features, boxes: fields of the record. The features `pixels` need no field (`RegionView`).
     """
 
     softening: float = 0.2
@@ -63,7 +67,8 @@ class Options:
             raise UserError(f"pyramidclip.softening={self.softening}: must be at least 0 and below 1")
         if not (self.cross_global >= 0 and self.cross_local >= 0 and self.cross_global + self.cross_local <= 1 + 1e-6):
             raise UserError(
-                f"pyramidclip.cross_global={self.cross_global} and cross_local={self.cross_local}: must be at least 0, together at most 1"
+                f"pyramidclip.cross_global={self.cross_global} and cross_local={self.cross_local}: must be at least 0,"
+                " together at most 1"
             )
         if not self.regions >= 1:
             raise UserError(f"pyramidclip.regions={self.regions}: must be at least 1")
@@ -73,13 +78,13 @@ class Options:
 
     @property
     def weights(self):
-        """Of `TERMS`."""
+        """The weights of `TERMS`."""
         peer = 1 - self.cross_global - self.cross_local
         return tuple(weight / 2 for weight in (peer, peer, *(self.cross_global,) * 2, *(self.cross_local,) * 2))
 
 
 def make(config):
-    """The PyramidCLIP method of a configuration; raises UserError for options or towers that cannot be."""
+    """Returns the PyramidCLIP method of a configuration; raises UserError for invalid options or towers."""
     options, image = read_options(config, "pyramidclip", Options), config.model.image
     if not image.kind.startswith("pyramid_"):
         raise UserError(
@@ -87,21 +92,20 @@ def make(config):
         )
     if image.kind == "pyramid_vit" and not 0 <= image.front < image.depth:
         raise UserError(
-            f"model.image.front={image.front}: of the {image.depth} blocks at least one must be left to regions"
+            f"model.image.front={image.front}: must be at least 0 and below model.image.depth={image.depth}"
         )
     base, towers = clip.make(config), TwoTower(config.model)
 
     def embed_regions(params, rows):
-        """Unit rows float32 `[b, E]` of `rows` float32 `[b, m, region_dim]`, and whether there is any region, bool `[b]`."""
+        """Returns `(z, has_regions)`, unit rows `[b, E]` and bool `[b]`, of `rows` float32 `[b, m, region_dim]`."""
         mask = rows.any(-1)
-        return l2_normalize(towers.image.apply({"params": params["img"]}, None, regions=rows, mask=mask)[0]), mask.any(
-            -1
-        )
+        z = towers.image.apply({"params": params["img"]}, None, regions=rows, mask=mask)[0]
+        return l2_normalize(z), mask.any(-1)
 
     def encode(params, extra, batch, rng, train):
-        """Unit rows of all six levels, float32 `[b, E]`, and bool `[b]`, `has_regions` and `has_tags`."""
+        """Returns the unit rows of all six levels, float32 `[b, E]`, and `has_regions` and `has_tags`, bool `[b]`."""
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 5))(batch["example_id"])
-        # Two passes, the local crop first, so that each has BatchNorm statistics of its own, as released.
+        # Two passes, the local crop first, so that each crop has its own BatchNorm statistics, as in the released code.
         local, _, extra = towers.encode_image(params, extra, batch["local"], train, keys[:, 0])
         whole, _, extra = towers.encode_image(params, extra, batch["image"], train, keys[:, 1])
         regions, has_regions = embed_regions(params, shard_batch(batch["regions"]))
@@ -133,16 +137,16 @@ def make(config):
 
 
 def pyramid_infonce(features, scale, softening=0.2, weights=(1 / 6,) * 6):
-    """PyramidCLIP's loss.
+    """Returns PyramidCLIP's loss.
 
     Args:
-      features: unit vectors `[B, E]` by the names in `TERMS`; bool `[B]`, `has_regions` and `has_tags`, where some have none.
+      features: unit vectors `[B, E]` by the names in `TERMS`, and optionally `has_regions` and `has_tags`, bool `[B]`.
       scale: scalar.
       softening: the share of the target that the wrong pairs have.
       weights: of `TERMS`.
 
     Returns:
-      `(loss, metrics)`: the terms, and the accuracies in the batch of the local crop with the caption.
+      `(loss, metrics)`: the metrics are the terms and the accuracies of the local crop with the caption in the batch.
     """
     names = ("global", "local", "regions"), TEXTS
     images, texts = ({name: features[name].astype(jnp.float32) for name in side} for side in names)

@@ -1,14 +1,17 @@
-"""RA-CLIP: Xie et al. 2023, "RA-CLIP: Retrieval Augmented Contrastive Language-Image Pre-training" (a reconstruction: there is no code).
+"""RA-CLIP: Xie et al. 2023, "RA-CLIP: Retrieval Augmented Contrastive Language-Image Pre-training".
 
-CLIP in which a picture looks up pairs of a reference set that training never shows: a frozen encoder finds the K pairs whose pictures
-are nearest, the retrieval augmented module (`clip_jax/models/retrieval_augmentation.py`) adds what their pictures and texts say to the picture's
-embedding, and the loss is CLIP's. The text tower is CLIP's, so that a zero-shot classifier is made as CLIP's, but every picture
-retrieves, in evaluation, too. `extra["bank"]` holds the reference set's features, `extra["encoder"]` the frozen weights: a checkpoint
-has all that retrieval needs. The bank is made when a run starts.
+A reconstruction: the authors released no code.
 
-Assumptions, for the paper leaves them open: K, heads of 64, no biases in the module, neighbours from the augmented picture
-(`retrieval="online"`; `"cached"` looks each training record's up once, by its evaluation view). A neighbour that is the picture
-itself, more similar than `skip_above`, does not count.
+CLIP whose images look up pairs of a reference set that training never shows. A frozen encoder finds the K pairs whose
+images are nearest. The retrieval augmentation module (`clip_jax/models/retrieval_augmentation.py`) adds what it reads
+from their images and texts to the image's embedding, and the loss is CLIP's. The text tower is CLIP's, so zero-shot
+classifiers are built as for CLIP. Every image retrieves, in evaluation too. `extra["bank"]` holds the features of the
+reference set and `extra["encoder"]` the frozen weights, so a checkpoint has all that retrieval needs. The bank is
+computed at the start of a run.
+
+Assumptions, where the paper is silent: K, heads of width 64, no biases in the module, neighbours of the augmented image
+(`retrieval="online"`; `"cached"` looks up each training record once, by its evaluation view). A neighbour that is the
+image itself, with a cosine above `skip_above`, is ignored.
 """
 
 import dataclasses
@@ -34,8 +37,10 @@ from clip_jax.models.two_tower import TwoTower
 #: The bank and the cached neighbours are split over the devices that share a batch.
 SHARDING_RULES = ((r"/bank/(image|text)$", (BATCH_AXES, None)), (r"/neighbors$", (BATCH_AXES, None)))
 
-_CHECKED = 20_000, 100_000  # records of the training set that are looked for among so many of the reference set
-_AT_ONCE = 256  # the bank's rows, too, are a multiple of it, so that devices can share them
+#: Records of the training set and of the reference set that the check for an overlap compares, at most.
+_CHECKED = 20_000, 100_000
+#: Records of a block. The number of rows of the bank is a multiple of it, so that devices can share them.
+_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +48,21 @@ class Options:
     """The section `config.raclip`.
 
     Attributes:
-      reference: the held-out pairs, a data set as `data.source`; none of them may be in the training set.
-      encoder: the frozen encoder: `pixels`, which needs no weights, `efficientnet_lite0` or `efficientnet_lite0:FILE`, which was
-        trained with ImageNet's classes, or the work folder of a run.
-      k: neighbours of a picture.
-      use_bank: False embeds every picture as if nothing were found, to see what retrieval brings.
+      reference: the held-out pairs, a data set as in `data.source`. None of them may be in the training set.
+      encoder: the frozen encoder: `pixels`, which needs no weights, `efficientnet_lite0` or `efficientnet_lite0:FILE`,
+        which was trained on ImageNet's classes, or the work folder of a run.
+      k: the number of neighbours of an image.
+      use_bank: False embeds every image as if it had no neighbours, to measure what retrieval adds.
       retrieval: `online` or `cached`.
-      approximate: faster on a TPU, a little less than all neighbours are found.
-      heads, layers, bias, pre_ln, out_init: of the retrieval augmented module; `out_init` is `xavier`, or `zeros` to start as CLIP.
-      skip_above: neighbours with a greater cosine are the picture itself.
-      bank_size, train_size, encoder_config: filled in by themselves: the records of the reference set and of the training set, what
-        there is to keep of the encoder.
+      approximate: an approximate search, which is faster on a TPU and misses a few neighbours.
+      heads, layers, bias, pre_ln, out_init: of the retrieval augmentation module. `out_init` is `xavier`, or `zeros` to
+        start as CLIP.
+      skip_above: a neighbour with a larger cosine is the image itself.
+      bank_size, train_size: the number of records of the reference set and of the training set, filled in
+        automatically.
+      encoder_config: what a checkpoint keeps of the encoder besides its weights, filled in automatically.
 
-    Raises UserError for wrong values.
+    Raises UserError for invalid values.
     """
 
     reference: str = ""
@@ -84,7 +91,11 @@ class Options:
 
 
 def resolve(config, source):
-    """A copy of the configuration with what it takes from the data filled in; raises UserError for a reference set that cannot be."""
+    """Returns a copy of the configuration with `bank_size`, `train_size` and `encoder_config`.
+
+    Raises UserError for an invalid encoder and for a reference set that is missing, too small, or overlaps the training
+    set.
+    """
     o, data = read_options(config, "raclip", Options), config.data
     if not o.reference:
         raise UserError(
@@ -97,8 +108,8 @@ def resolve(config, source):
     for index, record in _spread(source, _CHECKED[0]):
         if (place := known.get(_key(record))) is not None:
             raise UserError(
-                f"raclip.reference={o.reference!r} and data.source={data.source!r} overlap: record {place} of the one is record {index} of"
-                " the other, and a picture would be handed its own caption"
+                f"raclip.reference={o.reference!r} and data.source={data.source!r} overlap: record {place} of the one"
+                f" is record {index} of the other, and an image would retrieve its own caption"
             )
     config = config.copy_and_resolve_references().unlock()
     config.raclip.update(bank_size=len(reference), train_size=len(source), encoder_config=stored_config(o.encoder))
@@ -106,7 +117,7 @@ def resolve(config, source):
 
 
 def _spread(source, most):
-    """`(index, record)` of at most so many readable records, evenly spaced."""
+    """Yields `(index, record)` of at most `most` readable records, evenly spaced."""
     for index in range(0, len(source), -(-len(source) // most)):
         try:
             yield index, source[index]
@@ -119,7 +130,7 @@ def _key(record):
 
 
 def make(config):
-    """The RA-CLIP method of a configuration; raises UserError for options, towers or an encoder that cannot be."""
+    """Returns the RA-CLIP method of a configuration; raises UserError for invalid options, towers or encoder."""
     raclip, base = RaClip(config), clip.make(config)
     fields = ("init", "encode", "embed_image", "init_from_data")
     return dataclasses.replace(
@@ -130,9 +141,10 @@ def make(config):
 
 
 class RaClip:
-    """What is not CLIP's; `base` is the method without retrieval.
+    """The functions that differ from CLIP's. Their argument `base` is the method without retrieval.
 
-    Parameters beside the towers' and `logit_scale`: `ram`; `extra`: `bank`, `encoder` and, of cached neighbours, `neighbors`.
+    `ram` is the only parameter besides those of the towers and `logit_scale`. `extra` holds `bank`, `encoder` and, for
+    cached neighbours, `neighbors`.
     """
 
     def __init__(self, config):
@@ -153,9 +165,8 @@ class RaClip:
             for shape in ((1, self.config.model.embed_dim), (1, 1, dims["image"]), (1, 1, dims["text"]))
         )
         params["ram"] = self.ram.init(jax.random.fold_in(rng, 1), z, images, texts, jnp.ones((1, 1), bool))["params"]
-        rows = (
-            -(-max(o.bank_size, o.k) // _AT_ONCE) * _AT_ONCE
-        )  # without data, as for clip_jax.compile, the size is not known
+        # Without data, as in `clip_jax.compile`, the size of the bank is unknown. It needs at least k rows.
+        rows = -(-max(o.bank_size, o.k) // _BLOCK) * _BLOCK
         bank = {name: jnp.zeros((rows, dim)) for name, dim in dims.items()} | {"count": jnp.zeros((), jnp.int32)}
         extra = extra | {"bank": bank, "encoder": self.encoder.variables()}
         if o.retrieval == "cached":
@@ -170,11 +181,19 @@ class RaClip:
         return {"image": self.augment(params, extra, batch["image"], image, known), "text": text}, extra
 
     def embed_image(self, base, params, extra, images):
-        """Unit rows, float32 `[b, E]`."""
+        """Returns unit rows, float32 `[b, E]`."""
         return self.augment(params, extra, images, self.towers.encode_image(params, extra, images, normalize=False)[0])
 
     def augment(self, params, extra, images, z, neighbors=None):
-        """Unit rows of the embeddings `z` of `images` with what their neighbours say, of which the numbers may be known."""
+        """Returns the unit rows of the augmented embeddings, float32 `[b, E]`.
+
+        Args:
+          params: the parameters.
+          extra: the state with the bank.
+          images: uint8 `[b, h, w, 3]`.
+          z: embeddings of the images, `[b, E]`, not normalised.
+          neighbors: int32 `[b, K]`, records of the reference set, -1 for none; None retrieves them.
+        """
         if not self.options.use_bank:
             return l2_normalize(z)
         if neighbors is None:
@@ -185,7 +204,10 @@ class RaClip:
         return l2_normalize(self.ram.apply({"params": params["ram"]}, z, *found, mask))
 
     def retrieve(self, bank, encoder, images):
-        """The nearest records of the reference set, `(numbers int32 [b, K], which of them count bool [b, K])`."""
+        """Returns the nearest records of the reference set, `(numbers int32 [b, K], mask bool [b, K])`.
+
+        The mask is False for missing neighbours and for the image itself.
+        """
         o = self.options
         cosines, numbers = top_k(
             self.encoder.embed_image(encoder, images), bank["image"], o.k, bank["count"], o.approximate
@@ -193,12 +215,14 @@ class RaClip:
         return numbers, jnp.isfinite(cosines) & (cosines <= o.skip_above)
 
     def init_from_data(self, base, extra, source, mesh):
-        """`extra` of a new run with the reference set's features, the encoder's weights and the cached neighbours, as NumPy arrays."""
+        """Returns `extra` with the features of the reference set, the encoder's weights and the cached neighbours.
+
+        The features and the neighbours are NumPy arrays.
+        """
         o, reference = self.options, configured_source(self.config.data, self.options.reference)
         weights, parts = self.encoder.load(mesh), {"image": [], "text": []}
-        whole, spread = (
-            NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (BATCH_AXES,))
-        )  # each host needs all results
+        # Every host needs all results, so they are replicated.
+        whole, spread = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (BATCH_AXES,)))
         embed = jax.jit(self.encoder.embed_image, out_shardings=whole)
         for _, images, texts in self._blocks(base, reference):
             parts["image"].append(np.asarray(embed(weights, images))[: len(texts)])
@@ -212,7 +236,7 @@ class RaClip:
         extra = extra | {"bank": bank | {"count": np.int32(count)}, "encoder": weights}
         if o.retrieval == "cached":
             neighbors, retrieve = np.full((len(source), o.k), -1, np.int32), jax.jit(self.retrieve, out_shardings=whole)
-            given = jax.device_put(bank, spread) | {"count": np.int32(count)}  # once, not with every block
+            given = jax.device_put(bank, spread) | {"count": np.int32(count)}
             for places, images, texts in self._blocks(base, source):
                 numbers, mask = (np.asarray(x)[: len(texts)] for x in retrieve(given, weights, images))
                 neighbors[places] = np.where(mask, numbers, -1)
@@ -220,7 +244,10 @@ class RaClip:
         return extra
 
     def _blocks(self, base, source):
-        """`(numbers of the records, pictures uint8 [256, size, size, 3], captions)` of all usable records; the last pictures may be 0."""
+        """Yields `(numbers of the records, images uint8 [256, size, size, 3], captions)` of all usable records.
+
+        The images of the last block are padded with zeros.
+        """
 
         def usable():
             for index, record in records(source):
@@ -231,6 +258,6 @@ class RaClip:
                     continue
 
         rows = usable()
-        while block := list(itertools.islice(rows, _AT_ONCE)):
+        while block := list(itertools.islice(rows, _BLOCK)):
             places, images, texts = zip(*block, strict=True)
-            yield list(places), np.stack(images + (np.zeros_like(images[0]),) * (_AT_ONCE - len(images))), list(texts)
+            yield list(places), np.stack(images + (np.zeros_like(images[0]),) * (_BLOCK - len(images))), list(texts)

@@ -1,4 +1,4 @@
-"""The method of a checkpoint with its weights."""
+"""The model of a checkpoint: its method, weights and tokenizer."""
 
 import json
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from clip_jax.training import checkpoint
 
 
 class Stored(NamedTuple):
-    """What a checkpoint holds for use.
+    """The model of a checkpoint.
 
     Attributes:
       config: the configuration of its run.
       method: its `clip_jax.methods.interface.Method`.
-      params: the parameters, or their moving average, on a mesh.
+      params: the parameters or their moving average (EMA), on a mesh.
       extra: the method's state without a gradient, on the mesh.
       tokenizer: its tokenizer.
     """
@@ -31,7 +31,7 @@ class Stored(NamedTuple):
 
 
 def read_meta(folder):
-    """The `meta` item of a checkpoint folder; raises UserError when it is damaged."""
+    """Returns the `meta` item of a checkpoint folder; raises UserError when it is damaged."""
     try:
         return checkpoint.read_meta(folder)
     except (OSError, ValueError) as error:
@@ -39,16 +39,16 @@ def read_meta(folder):
 
 
 def load(path, which="latest", ema=None, mesh=None, overrides=()):
-    """The `Stored` model of a checkpoint.
+    """Returns the `Stored` model of a checkpoint.
 
     Args:
       path: a work folder, its `checkpoints` folder, or the folder of one step.
-      which: "latest", "best", or a step.
-      ema: load the moving average of the weights; None: as the configuration evaluates.
-      mesh: the mesh of the arrays; None: all devices, parameters on each.
-      overrides: fields of the stored configuration to change, `["raclip.use_bank=false", ...]`.
+      which: `"latest"`, `"best"`, or a step.
+      ema: True loads the moving average of the weights; None follows `eval.ema` of the configuration.
+      mesh: the mesh of the arrays; None: all devices, with the parameters replicated.
+      overrides: changes of the stored configuration, `["eval.batch_size=64", ...]`.
 
-    Raises UserError when there is no such checkpoint, or it cannot be read.
+    Raises UserError when the checkpoint is missing or cannot be read.
     """
     folder = checkpoint.find(path, which)
     meta = read_meta(folder)

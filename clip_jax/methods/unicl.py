@@ -1,15 +1,18 @@
 """UniCL: Yang et al. 2022, "Unified Contrastive Learning in Image-Text-Label Space" (arXiv 2204.03610).
 
-Pictures with captions and pictures with classes in one batch: the text of a class is its name in a template, and all pictures and texts of
-one class are positives of each other, in both directions (algorithm 1). A caption is positive with its own picture only: of captions alone
-this is CLIP. The authors' training loop is not published; this is the paper's algorithm.
+A batch mixes images that have captions with images that have class labels. The text of a class is its name in a
+template. All images and texts of one class are positives of each other, in both directions (algorithm 1). A caption is
+positive only with its own image, so on captions alone this is CLIP. The authors' training loop is not published; this
+is the paper's algorithm.
 
-    L = 1/2N sum_i -1/|P(i)| sum_{k in P(i)} log softmax_k(s u_i.v)  +  the same with u and v exchanged        P(i) = {k: y_k = y_i}
+    L = 1/2N sum_i -1/|P(i)| sum_{k in P(i)} log softmax_k(s u_i.v)  +  the same with u and v exchanged
+    P(i) = {k: y_k = y_i}
 
-Labels: in a data source they go from 0, and the loader gives -1 where there is none; y is one more, 0 for a caption, as in the paper. The
-share of either kind in a batch is that of its sources in a mixture, `data.source="CLASSES*1 + CAPTIONS*1"`.
+Labels of a data source start at 0, and the loader gives -1 to records without one. The paper's y is one more: 0 for a
+caption. The share of each kind in a batch is that of its sources in a mixture, `data.source="CLASSES*1 + CAPTIONS*1"`.
 
-As examples of one class cannot be told apart, the loss has a floor, the mean of log|P(i)|: a metric, as is the share of classes.
+Examples of one class cannot be told apart, so the loss has a floor, the mean of log|P(i)|. The floor and the share of
+examples with a class are metrics.
 """
 
 import dataclasses
@@ -26,11 +29,11 @@ from clip_jax.methods.interface import read_options
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section `config.unicl`. Raises UserError for wrong values.
+    """The section `config.unicl`. Raises UserError for invalid values.
 
     Attributes:
-      class_templates: the texts of records with a label, fields of the record in braces as in `data.templates`; `{class_name}` is the
-        name of the class. Other records have the captions of `data.templates`.
+      class_templates: templates of the texts of records with a label, with fields of the record as in `data.templates`.
+        `{class_name}` is the name of the class. Records without a label use `data.templates`.
     """
 
     class_templates: tuple[str, ...] = ("{class_name}",)
@@ -41,12 +44,12 @@ class Options:
 
 
 def make(config):
-    """The UniCL method of a configuration; raises UserError for options or towers that cannot be."""
+    """Returns the UniCL method of a configuration; raises UserError for invalid options or towers."""
     options, base = read_options(config, "unicl", Options), clip.make(config)
 
     def loss(params, extra, features, batch, rng):
         scale = base.scale(params)
-        # The one place in which the labels of the data become those of the paper.
+        # The only place that converts the labels of the data into those of the paper.
         y = batch["label"] + 1 if "label" in batch else jnp.zeros(len(features["image"]), jnp.int32)
         value, metrics = unified_infonce(features["image"], features["text"], scale, y)
         return value, {**metrics, "logit_scale": scale}
@@ -58,16 +61,16 @@ def make(config):
 
 
 def unified_infonce(z_image, z_text, scale, y):
-    """The bidirectional loss of algorithm 1.
+    """Returns the bidirectional loss of algorithm 1.
 
     Args:
       z_image, z_text: unit vectors `[B, E]`.
       scale: `exp(logit_scale)`, scalar.
-      y: int32 `[B]`; 0 for a caption, from 1 on the class.
+      y: int32 `[B]`; 0 for a caption, 1 and above for a class.
 
     Returns:
-      `(loss, metrics)`: a float32 scalar, its floor `loss_floor`, `class_share` of the batch, and `image_to_text_acc` and
-      `text_to_image_acc`, the shares of examples whose own pair beats the pairs with all examples that are not positives.
+      `(loss, metrics)`, float32 scalars: `loss_floor`, `class_share` of the batch, and `image_to_text_acc` and
+      `text_to_image_acc`, the shares of examples whose own pair scores above their pairs with all negatives.
     """
     value, _ = soft_infonce(z_image, z_text, scale, _positive, (), y, y)
     z_image, z_text = (lax.stop_gradient(z.astype(jnp.float32)) for z in (z_image, z_text))
@@ -81,7 +84,7 @@ def unified_infonce(z_image, z_text, scale, y):
 
 
 def _positive(_, y_image, y_text, i, j):
-    """Of one class, or the same example: the same as a fresh label for each caption."""
+    """True for examples of one class and for an example with itself, as if each caption had a label of its own."""
     return (i == j) | ((y_image[:, None] == y_text) & (y_image[:, None] > 0))
 
 

@@ -1,14 +1,16 @@
 """ZeroVL: Cui et al. 2022, "Contrastive Vision-Language Pre-training with Limited Resources" (arXiv 2112.09331).
 
-CLIP's two towers under four habits for small data, of which two are this file: in each step a coin decides whether pictures, or texts'
-embeddings before normalisation, are mixed with those of the reversed batch, and the targets of InfoNCE with them; and tokens of the texts
-are masked, replaced and deleted (`clip_jax/data/token_augment.py`). The other two are anybody's: debiased sampling is
+CLIP's two towers with four techniques for limited data and hardware. This module adds two of them. A coin decides in
+each step whether the images, or the text embeddings before normalisation, are mixed with those of the reversed batch;
+the targets of InfoNCE are mixed alike. Tokens of the texts are masked, replaced and deleted
+(`clip_jax/data/token_augment.py`). The other two work with every method: debiased sampling is
 `data.sampling="one_source"`, decoupled gradient accumulation is `micro_batches`.
 
-    x~_i = lam x_i + (1 - lam) x_flip(i)      Y = lam I + (1 - lam) Flip      lam ~ Beta(0.1, 0.1), the same for the whole batch
+    x~_i = lam x_i + (1 - lam) x_flip(i),  Y = lam I + (1 - lam) Flip,  lam ~ Beta(0.1, 0.1), one value for the batch
 
-The published code reverses the part of the batch that a device holds; here `mix_group` says it, so that devices change nothing. Its
-temperature is the constant 0.02 in all released configurations; from scratch it is learned as CLIP's, in log space, and clamped.
+The published code reverses the part of the batch on each device. Here `mix_group` sets the size of that part, so the
+result does not depend on the devices. The temperature is the constant 0.02 in all released configurations. A run from
+scratch learns it like CLIP, in log space and clamped.
 """
 
 import dataclasses
@@ -23,19 +25,20 @@ from clip_jax.methods.interface import read_options, two_tower_method
 from clip_jax.models.common import l2_normalize, shard_batch
 from clip_jax.models.two_tower import TwoTower
 
-STEP = 2**31  # what the step's own randomness is folded from, beyond all ids of examples
+#: Folded into the key for the randomness of a step. It is larger than every example id.
+STEP = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The section `config.zerovl`. Raises UserError for wrong values.
+    """The section `config.zerovl`. Raises UserError for invalid values.
 
     Attributes:
-      mix_alpha: of the Beta distribution of lam; 0: nothing is mixed.
-      mix_images: the chance that pictures are mixed; otherwise texts are.
-      mix_group: so many examples in a row are reversed; 0: the whole batch.
-      temperature: a constant one; 0: it is learned, as in CLIP.
-      text_augment: operations on texts: docs/data.md.
+      mix_alpha: the parameter of the Beta distribution of lam; 0 mixes nothing.
+      mix_images: the probability that images are mixed. Otherwise texts are.
+      mix_group: the number of consecutive examples that are reversed together; 0: the whole batch.
+      temperature: a constant temperature; 0: learned, as in CLIP.
+      text_augment: operations on texts (docs/data.md).
     """
 
     mix_alpha: float = 0.1
@@ -53,7 +56,7 @@ class Options:
 
 
 def make(config):
-    """The ZeroVL method of a configuration; raises UserError for options or towers that cannot be."""
+    """Returns the ZeroVL method of a configuration; raises UserError for invalid options or towers."""
     options = read_options(config, "zerovl", Options)
     group, batch_size = options.mix_group, config.data.batch_size
     if group and batch_size % group:
@@ -61,7 +64,7 @@ def make(config):
 
     def prepare(batch, rng):
         lam, of_images = draw(options, rng)
-        # The towers' normalisation of pixels is affine, and the weights sum to 1: mixing before it is mixing after it.
+        # The towers normalise pixels by an affine map and the weights sum to 1, so mixing may come before it.
         images = batch["image"].astype(jnp.float32)
         return batch | {"image": shard_batch(mix(images, jnp.where(of_images, lam, 1.0), group))}
 
@@ -81,16 +84,17 @@ def make(config):
 
 
 class Towers(TwoTower):
-    """Texts are encoded without normalisation: they are mixed before it, across micro-batches."""
+    """CLIP's towers. Text embeddings are not normalised, because they are mixed before, across micro-batches."""
 
     def encode_text(self, params, extra, ids, train=False, keys=None):
         return self._encode(self.text, "txt", params, extra, shard_batch(ids), train, keys, normalize=False)
 
 
 def draw(options, rng):
-    """`(lam, are images mixed)` of a step, float32 and bool scalars.
+    """Returns `(lam, mix images)` of a step, float32 and bool scalars.
 
-    lam is at least 1/2: lam and 1 - lam are the same batch in another order, and like this the metrics count the larger part.
+    lam is at least 1/2. lam and 1 - lam give the same batch in another order, and the metrics then refer to the larger
+    part.
     """
     of_lam, of_coin = jax.random.split(jax.random.fold_in(rng, STEP))
     if not options.mix_alpha:
@@ -100,13 +104,27 @@ def draw(options, rng):
 
 
 def mix(x, lam, group=0):
-    """`lam` times `x[B, ...]` and `1 - lam` times the same with each `group` examples in a row (0: all) in reverse order."""
+    """Returns `lam` times `x` plus `1 - lam` times `x` in reverse order.
+
+    Args:
+      x: `[B, ...]`.
+      lam: scalar.
+      group: the number of consecutive examples that are reversed together; 0: all.
+    """
     groups = x.reshape(-1, group or len(x), *x.shape[1:])
     return (lam * groups + (1 - lam) * groups[:, ::-1]).reshape(x.shape)
 
 
 def mixed_infonce(z_image, z_text, scale, lam, group=0):
-    """InfoNCE against `lam I + (1 - lam) Flip`, one side being `mix` of it; arguments, value and metrics as of `infonce`."""
+    """Returns InfoNCE against the targets `lam I + (1 - lam) Flip`.
+
+    Args:
+      z_image, z_text, scale: as for `infonce`. One of the two sides is mixed by `mix`.
+      lam, group: as for `mix`.
+
+    Returns:
+      `(loss, metrics)` like `infonce`.
+    """
     size = group or len(z_image)
 
     def targets(lam, image, text, i, j):

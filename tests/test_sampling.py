@@ -134,7 +134,7 @@ def test_the_command_line_answers_before_a_device_is_touched(tmp_path):
             [f"data.source={table}?by=vendor", "data.sampling=one_source"],
             "vendor:a has 1 records, fewer than a batch, data.batch_size=16",
         ),
-        (["data.sampling=one-source"], "data.sampling 'one-source': did you mean 'one_source'"),
+        (["data.sampling=one-source"], r"data.sampling 'one-source' \(did you mean 'one_source'"),
     ):
         with pytest.raises(UserError, match=message) as error:
             train.make_parts(tiny_config("data.templates=()", *overrides))

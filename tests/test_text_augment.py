@@ -98,7 +98,7 @@ def test_both_forms_are_of_the_same_caption():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("edda", "unknown operation 'edda'; did you mean 'eda'"),
+        ("edda", r"unknown operation 'edda' \(did you mean 'eda'"),
         ("eda(3, 0.1, '', 5)", r"does not fit eda\(swaps, deletion, thesaurus\)"),
         (
             "eda(deletion=2)",

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.data import decode, webdataset
+from clip_jax.data import decode
 from clip_jax.data.records import BadRecord
-from clip_jax.data.sources import make_source
+from clip_jax.data.sources import make_source, webdataset
 from clip_jax.errors import UserError
 
 

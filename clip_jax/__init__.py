@@ -1,13 +1,15 @@
 """Pretraining of CLIP-like models in JAX: one trainer, many methods, any machine.
 
-`clip_jax.load(folder)` gives a trained model ready for use; see `clip_jax.inference.Model`.
+`clip_jax.load(folder)` returns a trained model; see `clip_jax.inference.Model`.
 """
 
-from clip_jax.version import __version__  # noqa: F401
+from clip_jax.version import __version__
+
+__all__ = ["Model", "__version__", "load"]
 
 
 def __getattr__(name):
-    # Loading JAX takes seconds, so `import clip_jax` alone does not.
+    # Importing JAX takes seconds, so `import clip_jax` alone does not import it.
     if name in ("Model", "load"):
         from clip_jax import inference
 

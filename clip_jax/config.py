@@ -1,10 +1,11 @@
-"""The configuration: its defaults, how a command line changes it, what is checked, and how it is stored.
+"""The configuration: its defaults, overrides from the command line, checks, and storage.
 
-A file in `configs/` has `get_config(variant) -> ConfigDict`; it starts from `base` and changes what differs. Every
-problem is a `UserError` with one line, raised before a device is touched.
+A file in `configs/` defines `get_config(variant) -> ConfigDict`. It starts from `base` and sets the fields that differ.
+Every mistake is a `UserError` of one line, raised before a device is touched.
 """
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import os
@@ -23,119 +24,123 @@ SAMPLINGS = ("mixed", "one_source")
 
 
 def base():
-    """Every field that a configuration has, with the defaults of CLIP; each field with its meaning."""
+    """Returns the configuration with every field at its default, which is CLIP's. Every field has a comment."""
     c = ConfigDict()
-    c.method = "clip"  # a module of clip_jax.methods, or the import path of your own
-    c.micro_batches = 1  # encode the batch in so many parts: less memory, the same result (full-batch negatives), a third more compute
-    c.seed = 0  # initialisation, order of the data, augmentation: everything random follows from it
-    c.tokenizer = "sentencepiece"  # sentencepiece[:FILE] | clip_bpe[:FILE] | wordpiece:FILE | unifont[:FILE] | folder of a saved one
-    c.init_from = ""  # start from these weights: a checkpoint, or weights of others (docs/checkpoints.md); a run that goes on ignores it
-    c.init_from_params = ()  # of them only parameters whose path one of these regular expressions finds, e.g. ("^img/",); empty: all
-    c.init_from_resize = False  # position embeddings of images are resized where they do not fit
-
-    c.data = ConfigDict()
-    c.data.source = "emoji"  # see docs/data.md; --config.data=PATH is short for --config.data.source=PATH
-    c.data.split = "train"
-    c.data.image = c.data.text = c.data.label = ""  # names of the fields; empty: found by themselves
-    c.data.templates = ()  # captions made from fields of a record, e.g. ("{name}", "{tags}"); empty: the captions as they are
-    c.data.word_dropout = 0.0  # each word of a caption is left out with this chance
-    c.data.rewrites = ()  # fields that hold rewrites of the captions, of which training takes some in their place (docs/texts.md)
-    c.data.rewrite_prob = -1.0  # the chance of a rewrite; -1: a caption and its rewrites are equally likely
-    c.data.augment = ("rrc(0.9, 1.0)",)  # clip.md: random square crop; docs/data.md lists the transforms
-    c.data.batch_size = 256  # global
-    c.data.sampling = (
-        "mixed"  # of a mixture: all sources in a batch | one_source: each batch from one of them (debiased sampling)
-    )
-    c.data.workers = 0  # processes that prepare examples, on each host; 0: threads of the main process
-    c.data.threads = 2  # threads in each of them
-    c.data.prefetch = 2  # batches ready ahead
-    c.data.cache_mb = 512  # decoded small pictures kept in memory by each process, at most
-    c.data.max_bad_share = 0.1  # stop when more than this share of the records is unusable
-
-    c.model = ConfigDict()
-    c.model.embed_dim = 512
-    c.model.logit_scale_init = 2.6593  # ln(1 / 0.07)
-    c.model.logit_scale_max = 4.6052  # ln 100
-    c.model.logit_bias_init = -10.0  # siglip
-    c.model.temperature_init = 1.0  # align, which divides by it
-    c.model.dtype = "bfloat16"  # of matrix work; weights, norms, softmax and losses stay float32
-    c.model.remat = (
-        "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full (whole blocks)
-    )
-    c.model.scan = False  # one compiled block run depth times, weights stacked: compiles in a fraction of the time
-    c.model.attention = "auto"  # auto (fused by cuDNN on a GPU where it can be) | plain
-    c.model.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]
-    c.model.image_std = (0.26862954, 0.26130258, 0.27577711)
-    # docs of the fields: clip_jax/models/vit.py and clip_jax/models/text.py; of another kind of tower: its module
-    c.model.image = ConfigDict(
-        dict(kind="vit", size=224, patch=32, width=768, depth=12, heads=12, mlp_dim=3072, pool="cls")
-    )
-    c.model.image.update(
-        dict(cls_token=True, ln_pre=True, patch_bias=False, posemb="learn", act="quick_gelu", ln_eps=1e-5)
-    )
-    c.model.image.update(
-        dict(weight_init="clip_image", stem=(), patch_drop=0.0, qk_norm=False, proj=True, proj_bias=False)
-    )
-    c.model.text = ConfigDict(
-        dict(kind="transformer", context=77, width=512, depth=12, heads=8, mlp_dim=2048, pool="eot")
-    )
-    c.model.text.update(dict(causal=True, mask_padding=False, act="quick_gelu", ln_eps=1e-5, weight_init="clip_text"))
-    c.model.text.update(dict(proj=True, proj_bias=False, vocab_size=0, eot_id=-1))  # taken from the tokenizer
-
-    c.optim = ConfigDict()
-    c.optim.name = "adamw"  # adamw | lamb | adafactor | sgd
-    c.optim.lr = 5e-4  # the peak
-    c.optim.schedule = "cosine"  # after the warm-up: cosine | linear | rsqrt | constant
-    c.optim.warmup_steps = 2000
-    c.optim.b1 = 0.9  # also the momentum of sgd and adafactor
-    c.optim.b2 = 0.98
-    c.optim.eps = 1e-6
-    c.optim.weight_decay = 0.2  # decoupled; multiplied by the learning rate
-    c.optim.no_decay = (
-        "/bias$",
-        "/scale$",
-        "^logit_",
-        "/cls$",
-        "/pos$",
-    )  # not decayed: parameters whose path one of these finds
-    c.optim.lr_mult = ()  # ((regular expression, factor), ...): the first that finds a parameter's path counts; 0 freezes
-    c.optim.freeze = ()  # regular expressions; parameters found are not trained and cost no optimizer state
-    c.optim.grad_clip_norm = 0.0  # global norm; 0: off
-    c.optim.ema_decay = 0.0  # moving average of the weights; 0: off
-
-    c.train = ConfigDict()
-    c.train.steps = 1000
-    c.train.log_steps = 50  # a progress line and metrics every so many steps, and the first one
-    c.train.max_bad_steps = 20  # stop after so many steps in a row with a loss or gradient that is not finite
-    c.train.stall_minutes = 20.0  # stop when data, a step, an evaluation or a checkpoint takes longer; 0: never
-
-    c.checkpoint = ConfigDict()
-    c.checkpoint.steps = 1000  # save every so many steps; 0: only by minutes and at the end
-    c.checkpoint.minutes = 15.0  # and every so many minutes; 0: only by steps
-    c.checkpoint.keep = 2  # the newest ones kept
-    c.checkpoint.best = ""  # the metric by which one more is kept, the best; empty: none
-
-    c.eval = ConfigDict()
-    c.eval.steps = 0  # evaluate every so many steps; 0: only at the end
-    c.eval.tasks = (
-        "emoji",
-    )  # at the end, docs/evaluation.md: emoji | zeroshot(...) | retrieval(...) | relations(...) | probe(...)
-    c.eval.train_tasks = ()  # the ones that run every eval.steps
-    c.eval.transform = ("resize", "center_crop")  # clip.md
-    c.eval.batch_size = 256
-    c.eval.ema = False  # evaluate the moving average of the weights
-    c.eval.report = True  # write report.html after the last evaluation
-
-    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: what is left of the devices
-
+    c.method = "clip"  # a module of clip_jax.methods, or the import path of your own module
+    c.micro_batches = 1  # encodes the batch in this many parts: less memory, the same result, a third more compute
+    c.seed = 0  # all randomness follows from it: initialisation, order of the data, augmentation
+    # sentencepiece[:FILE] | clip_bpe[:FILE] | wordpiece:FILE | unifont[:FILE] | the folder of a saved tokenizer
+    c.tokenizer = "sentencepiece"
+    c.init_from = ""  # checkpoint or third-party weights to start from (docs/checkpoints.md); a resumed run ignores it
+    c.init_from_params = ()  # only parameters whose path matches one of these regular expressions, e.g. ("^img/",)
+    c.init_from_resize = False  # resizes the image tower's position embeddings when their shape differs
+    c.data, c.model = _data(), _model()
+    c.optim, c.train = _optim(), _train()
+    c.checkpoint, c.eval = _checkpoint(), _eval()
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices on each mesh axis; -1: all remaining devices
     c.log = ConfigDict()
-    c.log.tensorboard = True
-    c.log.wandb = ""  # the project's name; empty: off
+    c.log.tensorboard = True  # writes TensorBoard files to the work folder
+    c.log.wandb = ""  # project name on Weights & Biases; empty: off
     return c.lock()
 
 
+def _data():
+    c = ConfigDict()
+    c.source = "emoji"  # see docs/data.md; --config.data=PATH is short for --config.data.source=PATH
+    c.split = "train"  # split of the source
+    c.image = c.text = c.label = ""  # names of the record's fields; empty: found automatically
+    c.templates = ()  # captions built from a record's fields, e.g. ("{name}", "{tags}"); empty: captions as they are
+    c.word_dropout = 0.0  # each word of a caption is left out with this probability
+    c.rewrites = ()  # fields that hold rewrites, which training draws instead of the caption (docs/texts.md)
+    c.rewrite_prob = -1.0  # probability of a rewrite; -1: a caption and each of its rewrites are equally likely
+    c.augment = ("rrc(0.9, 1.0)",)  # image transforms (docs/data.md); the default is CLIP's random square crop
+    c.batch_size = 256  # global batch size
+    c.sampling = (
+        "mixed"  # mixed: each batch draws from all sources | one_source: each batch from one (debiased sampling)
+    )
+    c.workers = 0  # processes per host that prepare examples; 0: threads of the main process
+    c.threads = 2  # threads in each of these processes
+    c.prefetch = 2  # batches ready ahead
+    c.cache_mb = 512  # at most this many MB of small decoded images stay in memory, in each process
+    c.max_bad_share = 0.1  # the run stops when a larger share of the records is unusable
+    return c
+
+
+def _model():
+    c = ConfigDict()
+    c.embed_dim = 512  # size of the joint embedding
+    c.logit_scale_init = 2.6593  # ln(1 / 0.07)
+    c.logit_scale_max = 4.6052  # ln 100
+    c.logit_bias_init = -10.0  # SigLIP's bias
+    c.temperature_init = 1.0  # ALIGN's temperature, which divides the similarities
+    c.dtype = "bfloat16"  # of matrix products; weights, norms, softmax and losses stay float32
+    c.remat = "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full (whole blocks)
+    c.scan = False  # runs one compiled block depth times on stacked weights: compiles in a fraction of the time
+    c.attention = "auto"  # auto: fused by cuDNN on a GPU where possible | plain
+    c.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1], by colour channel
+    c.image_std = (0.26862954, 0.26130258, 0.27577711)  # likewise
+    # clip_jax/models/vit.py and clip_jax/models/text.py explain the fields of the towers; other kinds: their module.
+    c.image = ConfigDict(dict(kind="vit", size=224, patch=32, width=768, depth=12, heads=12, mlp_dim=3072, pool="cls"))
+    c.image.update(dict(cls_token=True, ln_pre=True, patch_bias=False, posemb="learn", act="quick_gelu", ln_eps=1e-5))
+    c.image.update(dict(weight_init="clip_image", stem=(), patch_drop=0.0, qk_norm=False, proj=True, proj_bias=False))
+    c.text = ConfigDict(dict(kind="transformer", context=77, width=512, depth=12, heads=8, mlp_dim=2048, pool="eot"))
+    c.text.update(dict(causal=True, mask_padding=False, act="quick_gelu", ln_eps=1e-5, weight_init="clip_text"))
+    c.text.update(dict(proj=True, proj_bias=False, vocab_size=0, eot_id=-1))  # the last two: set by the tokenizer
+    return c
+
+
+def _optim():
+    c = ConfigDict()
+    c.name = "adamw"  # adamw | lamb | adafactor | sgd
+    c.lr = 5e-4  # peak learning rate
+    c.schedule = "cosine"  # after the warm-up: cosine | linear | rsqrt | constant
+    c.warmup_steps = 2000  # steps of linear warm-up
+    c.b1 = 0.9  # also the momentum of sgd and adafactor
+    c.b2 = 0.98  # decay of the second moment
+    c.eps = 1e-6  # added to the denominator of adamw and lamb
+    c.weight_decay = 0.2  # decoupled; multiplied by the learning rate
+    # Parameters whose path matches one of these regular expressions are not decayed.
+    c.no_decay = ("/bias$", "/scale$", "^logit_", "/cls$", "/pos$")
+    c.lr_mult = ()  # ((regular expression, factor), ...): the first match of a parameter's path counts; 0 freezes
+    c.freeze = ()  # regular expressions; matching parameters are not trained and cost no optimizer state
+    c.grad_clip_norm = 0.0  # global norm of the gradients; 0: off
+    c.ema_decay = 0.0  # moving average of the weights; 0: off
+    return c
+
+
+def _train():
+    c = ConfigDict()
+    c.steps = 1000  # steps of the whole run
+    c.log_steps = 50  # steps between two progress lines; the first and the last step always have one
+    c.max_bad_steps = 20  # the run stops after this many consecutive steps with a non-finite loss or gradient
+    c.stall_minutes = 20.0  # the run stops when data, a step, an evaluation or a checkpoint takes longer; 0: never
+    return c
+
+
+def _checkpoint():
+    c = ConfigDict()
+    c.steps = 1000  # steps between two saves; 0: only by minutes and at the end
+    c.minutes = 15.0  # minutes between two saves; 0: only by steps
+    c.keep = 2  # newest checkpoints that are kept
+    c.best = ""  # metric by which the best checkpoint is kept too; "-name": lower is better; empty: none
+    return c
+
+
+def _eval():
+    c = ConfigDict()
+    c.steps = 0  # steps between two evaluations; 0: only at the end
+    # At the end: emoji | zeroshot(...) | retrieval(...) | relations(...) | probe(...), see docs/evaluation.md
+    c.tasks = ("emoji",)
+    c.train_tasks = ()  # tasks that run every eval.steps steps
+    c.transform = ("resize", "center_crop")  # image transforms of evaluation, CLIP's
+    c.batch_size = 256  # global batch size of embedding
+    c.ema = False  # evaluates the moving average of the weights
+    c.report = True  # writes report.html after the last evaluation
+    return c
+
+
 def load_module(spec):
-    """`(module, variant)` of `"path/to/file.py[:variant]"`; raises UserError for a file that is missing."""
+    """Returns `(module, variant)` of `"path/to/file.py[:variant]"`. Raises UserError when the file is missing."""
     path, _, variant = spec.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"--config={spec}: there is no file {path!r}")
@@ -146,9 +151,9 @@ def load_module(spec):
 
 
 def load(spec, overrides=()):
-    """The configuration of `"path/to/file.py[:variant]"` with overrides `["optim.lr=3e-4", ...]`.
+    """Returns the configuration of `"path/to/file.py[:variant]"` with overrides `["optim.lr=3e-4", ...]`.
 
-    Raises UserError for a file that is missing or has no `get_config`, an unknown key, and a value of the wrong type.
+    Raises UserError for a missing file, a file without `get_config`, an unknown key, or a value of the wrong type.
     """
     module, variant = load_module(spec)
     if variant in getattr(module, "STUDIES", ()):
@@ -168,8 +173,21 @@ def sibling(file, spec):
     return load(os.path.join(os.path.dirname(os.path.abspath(file)), spec))
 
 
+def set_method(config, name, options):
+    """Sets the method of a configuration, and returns the configuration.
+
+    Args:
+      config: the configuration.
+      name: the method, and the name of the section that holds its options.
+      options: a dataclass; its fields become the section.
+    """
+    with config.unlocked():
+        config.method, config[name] = name, ConfigDict(dataclasses.asdict(options))
+    return config
+
+
 def override(config, overrides):
-    """Sets fields of a configuration, `["optim.lr=3e-4", ...]`, and returns it; raises UserError as `load` does."""
+    """Sets fields of a configuration in place, `["optim.lr=3e-4", ...]`, and returns it. Raises UserError like `load`."""
     for text in overrides:
         key, _, value = text.partition("=")
         _override(config, key, value)
@@ -177,14 +195,15 @@ def override(config, overrides):
 
 
 def parse_overrides(arguments):
-    """`["optim.lr=3e-4", ...]` of arguments `--config.optim.lr=3e-4` or `--config.optim.lr 3e-4`; raises UserError for any other."""
+    """Returns `["optim.lr=3e-4", ...]` for the arguments `--config.optim.lr=3e-4` or `--config.optim.lr 3e-4`.
+
+    Raises UserError for any other argument.
+    """
     rest, overrides = list(arguments), []
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--config."):
-            raise UserError(
-                f"unknown argument {argument!r}; fields of the configuration are set by --config.FIELD=VALUE"
-            )
+            raise UserError(f"unknown argument {argument!r}; set fields of the configuration with --config.FIELD=VALUE")
         if "=" not in argument:
             if not rest:
                 raise UserError(f"{argument!r} has no value")
@@ -201,7 +220,7 @@ def _keys(config, prefix=""):
 
 
 def _override(config, key, text):
-    """Sets the field `key` ("optim.lr") of a configuration to `text`, read as the type that the field has."""
+    """Sets the field `key`, such as "optim.lr", of a configuration to `text`, converted to the type of the field."""
     *parents, name = key.split(".")
     section = config
     for parent in parents:
@@ -248,7 +267,7 @@ def _parse(text, old):
         value = _literal(text)
         if isinstance(value, list | tuple):
             return _tuples(value)
-        # "rrc(0.9, 1.0),flip": split at the commas outside of brackets
+        # "rrc(0.9, 1.0),flip" is split at the commas outside of brackets.
         return tuple(part.strip() for part in re.split(r",(?![^()\[\]]*[)\]])", text) if part.strip())
     return text
 
@@ -262,12 +281,12 @@ def _tuples(value):
 
 
 def to_json(config):
-    """The configuration as JSON text."""
+    """Returns the configuration as JSON text."""
     return json.dumps(config.to_dict(), indent=1, sort_keys=True)
 
 
 def from_json(text):
-    """The configuration that `to_json` stored."""
+    """Returns the configuration that `to_json` stored."""
     return ConfigDict(_tuples(json.loads(text))).lock()
 
 
@@ -288,22 +307,8 @@ def resolve(config, tokenizer):
 
 
 def validate(config):
-    """Checks the values that no other part checks when it is built; raises UserError for the first that is wrong."""
-    at_least_1 = (
-        "micro_batches data.batch_size data.threads data.prefetch train.steps train.log_steps train.max_bad_steps checkpoint.keep"
-        " eval.batch_size"
-    )
-    at_least_0 = (
-        "train.stall_minutes checkpoint.steps checkpoint.minutes eval.steps optim.lr optim.warmup_steps optim.weight_decay"
-        " optim.grad_clip_norm optim.eps data.workers data.cache_mb"
-    )
-    for key, low in [(key, 1) for key in at_least_1.split()] + [(key, 0) for key in at_least_0.split()]:
-        value = _get(config, key)
-        if not value >= low:
-            raise UserError(f"{key}={value}: must be at least {low}")
-    for key in ("optim.b1", "optim.b2", "optim.ema_decay", "data.max_bad_share", "data.word_dropout"):
-        if not 0 <= _get(config, key) < 1:
-            raise UserError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
+    """Checks the values that no other part of the program checks. Raises UserError for the first wrong value."""
+    _check_ranges(config)
     choices = {"optim.name": OPTIMIZERS, "optim.schedule": SCHEDULES, "model.dtype": DTYPES, "model.remat": REMATS}
     for key, allowed in (choices | {"model.attention": ATTENTIONS, "data.sampling": SAMPLINGS}).items():
         if _get(config, key) not in allowed:
@@ -316,18 +321,30 @@ def validate(config):
         raise UserError("eval.ema=True needs optim.ema_decay above 0")
     for entry in config.optim.lr_mult:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], int | float)):
-            raise UserError(f"optim.lr_mult: {entry!r} is not allowed; it holds pairs (regular expression, factor)")
-    patterns = {
-        "optim.freeze": config.optim.freeze,
-        "optim.no_decay": config.optim.no_decay,
-        "optim.lr_mult": [p for p, _ in config.optim.lr_mult],
-        "init_from_params": config.init_from_params,
-    }
+            raise UserError(f"optim.lr_mult: {entry!r} is invalid; the field holds pairs (regular expression, factor)")
+    patterns = {key: _get(config, key) for key in ("optim.freeze", "optim.no_decay", "init_from_params")}
+    patterns["optim.lr_mult"] = [pattern for pattern, _ in config.optim.lr_mult]
     for key, entry in ((key, entry) for key, entries in patterns.items() for entry in entries):
         try:
             re.compile(entry)
         except (re.error, TypeError):
             raise UserError(f"{key}: {entry!r} is not a regular expression") from None
+
+
+def _check_ranges(config):
+    lowest = {
+        1: "micro_batches data.batch_size data.threads data.prefetch train.steps train.log_steps train.max_bad_steps"
+        " checkpoint.keep eval.batch_size",
+        0: "train.stall_minutes checkpoint.steps checkpoint.minutes eval.steps optim.lr optim.warmup_steps"
+        " optim.weight_decay optim.grad_clip_norm optim.eps data.workers data.cache_mb",
+    }
+    for low, key in ((low, key) for low, keys in lowest.items() for key in keys.split()):
+        value = _get(config, key)
+        if not value >= low:  # also for NaN
+            raise UserError(f"{key}={value}: must be at least {low}")
+    for key in ("optim.b1", "optim.b2", "optim.ema_decay", "data.max_bad_share", "data.word_dropout"):
+        if not 0 <= _get(config, key) < 1:
+            raise UserError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
 
 
 def _get(config, key):
@@ -337,12 +354,21 @@ def _get(config, key):
 
 
 def differences(old, new, sections=None):
-    """The fields in which two configurations differ, `[(key, old value, new value)]`; of some sections or fields only, if given.
+    """Returns the fields of two configurations that differ, `[(key, old value, new value)]`.
 
-    A field that one of them lacks, as it was added later, counts as its default.
+    Args:
+      old: a configuration.
+      new: another one. A field that one of them lacks, because it was added later, counts as its default.
+      sections: compares only these sections or fields, such as `["model", "optim.lr"]`; None compares all.
     """
-    base_, old, new = (
-        {k: _get(c, k) for k in _keys(c) if not isinstance(_get(c, k), ConfigDict)} for c in (base(), old, new)
-    )
-    keys = [k for k in sorted(old | new) if sections is None or any(k == s or k.startswith(s + ".") for s in sections)]
-    return [(k, old.get(k), new.get(k)) for k in keys if old.get(k, base_.get(k)) != new.get(k, base_.get(k))]
+    defaults, old, new = (_flat(c) for c in (base(), old, new))
+    keys = sorted(old | new)
+    if sections is not None:
+        keys = [k for k in keys if any(k == s or k.startswith(s + ".") for s in sections)]
+    pairs = ((k, defaults.get(k)) for k in keys)
+    return [(k, old.get(k), new.get(k)) for k, default in pairs if old.get(k, default) != new.get(k, default)]
+
+
+def _flat(config):
+    """`{key: value}` of all fields."""
+    return {k: _get(config, k) for k in _keys(config) if not isinstance(_get(config, k), ConfigDict)}

@@ -4,19 +4,19 @@ import difflib
 
 
 class UserError(ValueError):
-    """Wrong input: a command prints the message as one line and exits with status 2.
+    """Wrong input. A command prints the message as one line and exits with status 2.
 
-    The message names what was wrong, what was given and what is allowed.
+    The message names the field, the value given and the values allowed.
     """
 
 
 def did_you_mean(word, words):
-    """The end of an error message, " (did you mean 'x'?)": the nearest of `words`, empty when none is near."""
+    """Returns the end of a message, " (did you mean 'x'?)", with the nearest of `words`; empty when none is near."""
     match = difflib.get_close_matches(str(word), [str(w) for w in words], 1, 0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def unknown(what, name, allowed):
-    """The UserError for a name that is none of `allowed`: it gives the nearest one, or all of them."""
+    """Returns the UserError for a name that is not in `allowed`. It suggests the nearest name or lists all of them."""
     allowed = [str(a) for a in allowed]
     return UserError(f"{what} {str(name)!r}{did_you_mean(name, allowed) or '; allowed: ' + ', '.join(allowed)}")

@@ -1,4 +1,4 @@
-"""Methods, data sources and evaluation tasks are modules: of this package by name, of a user by import path."""
+"""Loads methods, data sources and evaluation tasks: modules of this package by name, others by import path."""
 
 import ast
 import importlib
@@ -10,23 +10,23 @@ from clip_jax.errors import UserError
 
 
 def find(path):
-    """The module at an import path such as `my_package.my_source`, or None when there is none."""
+    """Returns the module at an import path such as `my_package.my_source`, or None when it does not exist."""
     try:
         spec = importlib.util.find_spec(path)
-    except (ModuleNotFoundError, ValueError):  # a parent is missing, or is no package
+    except (ModuleNotFoundError, ValueError):  # a parent is missing or is no package
         spec = None
     return None if spec is None else importlib.import_module(path)
 
 
 def load(name, package, function):
-    """The module that a name stands for: a module of `package`, or with a dot in its name the import path of a user's.
+    """Returns the module that a name stands for.
 
     Args:
-      name: such as `clip` or `my_package.my_method`.
+      name: a module of `package`, such as `clip`, or with a dot an import path, such as `my_package.my_method`.
       package: a package of this project, such as `clip_jax.methods`.
-      function: the name of the function that the module must have.
+      function: the name of the function that the module must define.
 
-    Raises UserError, which lists the modules of the package, when there is no such module or it lacks the function.
+    Raises UserError when the module is missing or lacks the function. The message lists the modules of the package.
     """
     module = find(name if "." in name else f"{package}.{name}")
     if module is not None and hasattr(module, function):
@@ -37,15 +37,15 @@ def load(name, package, function):
 
 
 def names(package, function):
-    """The names of the modules of a package that have a function, sorted."""
+    """Returns the sorted names of the modules of a package that define a function."""
     modules = (m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
     return sorted(name for name in modules if hasattr(importlib.import_module(f"{package}.{name}"), function))
 
 
 def parse_call(text, what):
-    """Reads `name` or `name(arguments)` with Python literals, where the name may be an import path.
+    """Parses `name` or `name(arguments)`, whose arguments are Python literals and whose name may be an import path.
 
-    Returns `(name, args, kwargs)`. Raises UserError, which begins with `what`.
+    Returns `(name, args, kwargs)`. Raises a UserError whose message begins with `what`.
     """
     try:
         node = ast.parse(text.strip(), mode="eval").body
@@ -58,5 +58,5 @@ def parse_call(text, what):
     except (SyntaxError, ValueError, AttributeError, TypeError):
         pass
     raise UserError(
-        f"{what}: cannot read {text!r}; write name or name(arguments), arguments being numbers, strings or tuples of them"
+        f"{what}: cannot read {text!r}; write name or name(arguments); arguments are numbers, strings or tuples of them"
     )

@@ -202,7 +202,7 @@ def test_a_loss_that_stays_nan_stops_the_run(tmp_path):
         (["tokenizer=bpe"], "bpe"),
         (["data.augment=rcc(0.5, 1.0)"], "did you mean 'rrc'"),
         (["data.templates=({nme})"], "nme"),
-        (["eval.tasks=zeroshott(source='x')"], "unknown task 'zeroshott': did you mean 'zeroshot'"),
+        (["eval.tasks=zeroshott(source='x')"], "unknown task 'zeroshott' .did you mean 'zeroshot'"),
     ],
 )
 def test_wrong_input_is_one_line_before_anything_is_written(tmp_path, overrides, message):

@@ -433,8 +433,8 @@ def _sized(name, edge, size, filter_):
 def big_vision(shapes, cfg):
     """Of the arrays of an .npz of big_vision (names without `params/`); `cfg`: what the models were made with, checked if given.
 
-    The method is `siglip` or `clip` for two towers, `clippo` for one with a temperature. An image tower alone has the method
-    `clip` without a section `model.text`.
+    The method is `siglip` or `clip` for two towers, `clippo` for one with a temperature. An image tower alone has an
+    empty method and no section `model.text`.
     """
     bare = "embedding/kernel" in shapes
     image, prefix = (cfg, "") if bare else (cfg.get("image", {}), "img/")
@@ -474,7 +474,7 @@ def big_vision(shapes, cfg):
         )
     else:
         del c.model.text
-        c.method = "clippo" if "t" in shapes else "clip"
+        c.method = "clippo" if "t" in shapes else ""
     c.model.logit_scale_max = math.inf  # big_vision has no bound
     _preprocess(c, HALF, HALF, (BILINEAR,))
     return c

@@ -25,7 +25,7 @@ class Imported:
     """A model of others in our form.
 
     Attributes:
-      config: the configuration; of an image tower alone it has no section `model.text`.
+      config: the configuration. An image tower alone has an empty method and no `model.text`.
       params, extra: as `Method.init` gives them (`{"img": ...}` of an image tower alone), float32, sharded.
       tokenizer: the tokenizer that came with it, or None.
       summary: lines that say what was loaded and what was assumed.
@@ -72,8 +72,8 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
 
 
 def is_image_tower(config):
-    """Is it the configuration of an image tower alone, which embeds no texts?"""
-    return "text" not in config.model and config.method != "clippo"
+    """Is it the configuration of an image tower alone? It has no method and embeds no texts."""
+    return not config.method
 
 
 def shapes(config):
@@ -196,7 +196,7 @@ def _describe(foreign, config, ours, tokenizer):
         f"{name}={image[name]}" for name in ("size", "patch", "width", "depth", "layers", "heads") if name in image
     )
     lines = [
-        f"{foreign.kind} from {foreign.file}: {count:,} parameters; method {config.method}",
+        f"{foreign.kind} from {foreign.file}: {count:,} parameters; method {config.method or 'none'}",
         f"image tower: {image.kind} {sizes}",
     ]
     if text:

@@ -1,5 +1,5 @@
-"""OneR: Jang et al. 2023, "Unifying Vision-Language Representation Space with Single-Tower Transformer" (arXiv
-2211.11153).
+"""OneR: Jang et al. 2023, "Unifying Vision-Language Representation Space with Single-Tower Transformer"
+(arXiv 2211.11153).
 
 One transformer and one head encode images, texts and both together. Training follows MoCo v3 with an image and its
 caption as the two views: the student's embedding, through a predictor, is contrasted with the embeddings of an

@@ -21,7 +21,7 @@ from clip_jax.models.transformer import STACKED
 
 AXES = ("data", "fsdp", "tensor")
 
-#: (regular expression that the path must contain, mesh axis of each dimension); the first that fits counts.
+#: (regular expression, mesh axis of each dimension). The first rule that matches the path and the rank counts.
 RULES = (
     (r"/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
     (r"/(query|key|value)/bias$", ("tensor", None)),
@@ -31,7 +31,7 @@ RULES = (
     (r"/fc2/kernel$", ("tensor", "fsdp")),
     (r"/embed/embedding$", ("tensor", "fsdp")),
     (r"/kernel$", ("fsdp", None)),
-    (r"/kernel$", (None, None, None, "fsdp")),  # of patches and convolutions
+    (r"/kernel$", (None, None, None, "fsdp")),  # patch embeddings and convolutions
 )
 
 

@@ -1,15 +1,17 @@
-"""CLIPPO (Tschannen et al. 2023): one tower, texts drawn as pictures with a font, no tokenizer.
+"""CLIPPO (Tschannen et al. 2023): one tower, which reads texts as images drawn with a font; no tokenizer.
 
     python -m clip_jax.train --config=configs/clippo.py --workdir=runs/clippo
 
 Variants, after a colon:
-  (none)   a small model on the embedded emoji, named in 28 languages, evaluated in English and Korean; made for 2 CPU cores
-           README.md has its accuracy with --config.train.steps=2400; all 3,000 were not run
-  smoke    the same in a few steps; the result is near chance
-  b16 l16  the paper's recipe, 100,000 steps of batch 10,240 without augmentation, but for the rate's linear cooldown in the last 10,000.
-           Give the data: --config.data=/data/pairs/{00000..41407}.tar; with a quarter of text pairs, and 333,000 steps,
-           --config.data="/data/pairs/*.tar*3 + text:/data/c4/*.jsonl*1". Published font: unifont_9.0.06 (--config.tokenizer=unifont:FILE).
-           Expected ImageNet zero-shot top-1 (published, LAION-400M): B/16 53.6 %; on YFCC, 250,000 steps: 43.4, with text pairs 44.8 %
+  (none)   a small model on the embedded emoji, named in 28 languages, evaluated in English and Korean; for 2 CPU cores
+           README.md gives its accuracy with --config.train.steps=2400; all 3,000 steps were not run
+  smoke    a few steps of the default; accuracy near chance
+  b16 l16  the paper's recipe, 100,000 steps of batch 10,240 without augmentation. Difference: no linear cooldown of the
+           learning rate in the last 10,000 steps. Data: --config.data=/data/pairs/{00000..41407}.tar; for a quarter
+           of text pairs, over 333,000 steps: --config.data="/data/pairs/*.tar*3 + text:/data/c4/*.jsonl*1"
+           The published font is unifont_9.0.06 (--config.tokenizer=unifont:FILE)
+           Expected ImageNet zero-shot top-1 (published): LAION-400M, B/16 53.6 %; YFCC, 250,000 steps: 43.4, with text
+           pairs 44.8 %
 """
 
 from clip_jax import config
@@ -25,7 +27,7 @@ def get_config(variant=""):
     if variant not in ("", "smoke", *SIZES):
         raise config.unknown("configs/clippo.py has no variant", variant, ["smoke", *SIZES])
     c = config.base()
-    c.method, c.tokenizer = "clippo", "unifont"  # the font stands in the tokenizer's place; unifont:FILE is another one
+    c.method, c.tokenizer = "clippo", "unifont"  # the font takes the tokenizer's place; unifont:FILE names another one
     with c.unlocked():
         del c.model.text
     c.model.image_mean = c.model.image_std = (0.5, 0.5, 0.5)  # to [-1, 1]
@@ -36,7 +38,8 @@ def get_config(variant=""):
         return published(c, SIZES[variant])
     embedded(c)
     if variant == "smoke":
-        c.train.steps, c.train.log_steps, c.optim.warmup_steps, c.eval.steps = 10, 2, 2, 0
+        c.train.update(dict(steps=10, log_steps=2))
+        c.optim.warmup_steps, c.eval.steps = 2, 0
         c.data.batch_size, c.eval.tasks = 64, c.eval.train_tasks
     return c
 
@@ -45,29 +48,27 @@ def published(c, size):
     c.model.image.update(size)
     c.model.embed_dim = 768
     c.data.augment = c.eval.transform = ("squash(interpolation='bilinear', antialias=False)",)
-    c.data.batch_size, c.data.workers, c.train.steps = 10240, 8, 100_000
+    c.data.batch_size, c.data.workers = 10240, 8
+    c.train.steps, c.eval.tasks = 100_000, ()
     c.optim.update(dict(name="adafactor", lr=1e-3, schedule="rsqrt", warmup_steps=10_000, grad_clip_norm=1.0))
-    c.optim.weight_decay, c.optim.no_decay = (
-        0.1,
-        ("^(?!.*/kernel$)",),
-    )  # times the rate: big_vision's 1e-4, which it does not multiply
-    c.eval.tasks = ()
+    c.optim.weight_decay = 0.1  # times the learning rate: big_vision's 1e-4, which it does not multiply
+    c.optim.no_decay = ("^(?!.*/kernel$)",)
     return c
 
 
 def embedded(c):
     names = tuple(f"{{name_{language}}}" for language in LANGUAGES)
-    # Of 168 captions 102 are in English, 41 in Korean, and one in each of the other languages (two in some that are written in two ways).
+    # Of 168 captions, English has 102, Korean 41, each other language one, or two if it is listed in two variants.
     c.data.templates = ("{name}",) * 100 + ("{name_ko}",) * 40 + names
     c.data.augment = ("random_background(0.5)", "rrc(0.5, 1.0)", "flip", "jitter(0.2, 0.2, 0.2, 0.0)")
     c.data.batch_size = 128
     c.model.embed_dim, c.model.dtype = 128, "float32"
-    # Four rows of about eight letters, in patches as the paper has them: a stem of convolutions learned more slowly here.
+    # Four rows of about eight letters, in the paper's patches: a stem of convolutions learned more slowly here.
     c.model.image.update(dict(width=128, heads=2, mlp_dim=512, size=64, depth=3))
-    # Without a warm-up, or at a higher rate, all embeddings become one and the loss stays at ln(batch).
+    # Without a warm-up, or at a higher learning rate, all embeddings collapse to one and the loss stays at ln(batch).
     c.optim.update(dict(lr=1e-3, warmup_steps=100, b2=0.999, eps=1e-8, weight_decay=0.1, grad_clip_norm=1.0))
     c.train.steps = 3000
-    c.eval.transform = ("resize(72)", "center_crop")  # random crops have shown training the pictures enlarged
+    c.eval.transform = ("resize(72)", "center_crop")  # training's random crops enlarge the images
     c.checkpoint.steps = c.eval.steps = 1000
     c.eval.train_tasks = ("emoji(subset='val')", "emoji(subset='val', language='ko')")
     c.eval.tasks = ("emoji", "emoji(language='ko')")

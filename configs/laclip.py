@@ -2,70 +2,60 @@
 
     python -m clip_jax.train --config=configs/laclip.py --workdir=runs/laclip
 
-Variants, after a colon; fields of the section laclip: clip_jax/methods/laclip.py
-  (none)   configs/clip.py:emoji's model, data and optimizer; four rewrites of each emoji's name come with the package. No language model
-           made them: python -m clip_jax.tools.rewrite --source=emoji --llm=offline --out=emoji_rewrites.jsonl && xz -9e emoji_rewrites.jsonl
-  mt       LaCLIP-MT: all five texts of a picture in the batch;  slip: LaSLIP, configs/declip.py:small_slip on the same texts
-  smoke    the default in a few steps, under a minute with compilation; the result is near chance
+Variants, after a colon; clip_jax/methods/laclip.py documents the section laclip:
+  (none)   model, data and optimizer of configs/clip.py:emoji. The package has four rewrites of each emoji's name, made
+           without a language model: python -m clip_jax.tools.rewrite --source=emoji --llm=offline
+           --out=emoji_rewrites.jsonl && xz -9e emoji_rewrites.jsonl
+  mt       LaCLIP-MT: the batch holds all five texts of an image
+  slip     LaSLIP: configs/declip.py:small_slip on the same texts
+  smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   cc3m cc12m redcaps
-           the paper's recipe, ViT-B/16: 40, 35, 30 epochs in batches of 8,192. Give the data with its rewrites (docs/texts.md):
+           the paper's recipe, ViT-B/16: 40, 35, 30 epochs of batch 8,192. Give data with rewrites (docs/texts.md):
            --config.data="/data/cc12m/{00000..01242}.tar?columns=cc12m_rewrites.jsonl"
            Published ImageNet zero-shot top-1: 21.5, 48.4, 46.2 % (CLIP: 15.8, 40.2, 42.9). Not run here
   laion_b32 laion_b16 laion_l14
-           LAION-400M, 32 epochs in batches of 32,768. Published: 64.4, 69.3, 74.5 % (CLIP: 62.0, 67.0, 71.8). Not run here
-           Published are CC12M's learning rate, decay and epochs; the rest is from memory. Here the learning rate ends at 0, not at 1e-5
+           LAION-400M, 32 epochs of batch 32,768. Published: 64.4, 69.3, 74.5 % (CLIP: 62.0, 67.0, 71.8). Not run here
+           Of these recipes, CC12M's learning rate, weight decay and epochs are published; the rest is from memory.
+           Difference: the learning rate ends at 0, not at 1e-5
 """
-
-import dataclasses
-import pathlib
-
-from ml_collections import ConfigDict
 
 from clip_jax import config
 from clip_jax.methods.laclip import Options
 from clip_jax.models.towers import use_size
 
-PAIRS = {
-    "cc3m": (2_900_000, 40),
-    "cc12m": (11_000_000, 35),
-    "redcaps": (12_000_000, 30),
-    "laion": (400_000_000, 32),
-}  # pairs, epochs
+# Pairs, epochs
+PAIRS = {"cc3m": (2_900_000, 40), "cc12m": (11_000_000, 35), "redcaps": (12_000_000, 30), "laion": (400_000_000, 32)}
 LAION = {"b32": "ViT-B/32", "b16": "ViT-B/16", "l14": "ViT-L/14"}
 SMALL, PUBLISHED = ("", "smoke", "mt", "slip"), ("cc3m", "cc12m", "redcaps", *(f"laion_{size}" for size in LAION))
 
 
 def get_config(variant=""):
     if variant in PUBLISHED:
-        c = published(*variant.partition("_")[::2]).unlock()
+        c = published(*variant.partition("_")[::2])
     elif variant not in SMALL:
         raise config.unknown("configs/laclip.py has no variant", variant, [*SMALL[1:], *PUBLISHED])
     else:
-        base = "declip.py:small_slip" if variant == "slip" else f"clip.py:{'smoke' if variant == 'smoke' else 'emoji'}"
-        c = config.load(str(pathlib.Path(__file__).with_name(base))).unlock()
+        base = {"smoke": "clip.py:smoke", "slip": "declip.py:small_slip"}.get(variant, "clip.py:emoji")
+        c = config.sibling(__file__, base)
         c.data.source = "emoji?columns=emoji_rewrites"
     c.data.rewrites = ("rewrites",)
-    if variant != "slip":
-        c.method, c.laclip = "laclip", ConfigDict(dataclasses.asdict(Options(multi_text=variant == "mt")))
-    return c.lock()
+    return c if variant == "slip" else config.set_method(c, "laclip", Options(multi_text=variant == "mt"))
 
 
 def published(data, size):
     c, (pairs, epochs) = config.base(), PAIRS[data]
     use_size(c.model, LAION[size] if data == "laion" else "ViT-B/16")
-    c.tokenizer, c.data.augment, c.data.workers, c.data.batch_size = "clip_bpe", ("rrc(0.5, 1.0)",), 8, 32768
-    c.optim.update(dict(lr=5e-4, eps=1e-8))
     c.model.image_mean, c.model.image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+    c.tokenizer, c.data.augment = "clip_bpe", ("rrc(0.5, 1.0)",)
+    c.optim.update(dict(lr=5e-4, eps=1e-8))
     if data == "laion":
+        c.data.batch_size = 32768
         c.model.image.act = c.model.text.act = "quick_gelu" if size == "l14" else "gelu"  # open_clip's
     else:
-        c.data.batch_size, c.optim.lr, c.optim.weight_decay = 8192, 1e-3, 0.5
-        c.model.image.update(
-            dict(act="gelu", ln_pre=False, patch_bias=True, ln_eps=1e-6, qk_norm=True, weight_init="bert")
-        )
-    c.train.steps, c.optim.warmup_steps, c.eval.tasks = (
-        epochs * pairs // c.data.batch_size,
-        pairs // c.data.batch_size,
-        (),
-    )
+        c.data.batch_size = 8192
+        c.optim.update(dict(lr=1e-3, weight_decay=0.5))
+        c.model.image.update(dict(act="gelu", ln_pre=False, patch_bias=True, ln_eps=1e-6, qk_norm=True))
+        c.model.image.weight_init = "bert"
+    c.train.steps, c.optim.warmup_steps = epochs * pairs // c.data.batch_size, pairs // c.data.batch_size
+    c.data.workers, c.eval.tasks = 8, ()
     return c

@@ -1,23 +1,19 @@
-"""UniCL (Yang et al. 2022): pictures with classes and pictures with captions in one space.
+"""UniCL (Yang et al. 2022): images with classes and images with captions in one space.
 
     python -m clip_jax.train --config=configs/unicl.py --workdir=runs/unicl
 
-Variants, after a colon:
-  (none)   configs/clip.py's model and optimizer on the embedded emoji pictures: half of the concepts with their subgroup (99 classes),
-           half with their captions, equal parts of a batch; other shares: the numbers in --config.data
-  labels   the half with classes alone;  captions: the half with captions alone, which is CLIP
-  smoke    the default in a few steps, under a minute with compilation; the result is near chance
-  b16      the paper's recipe, 32 epochs of batch 4,096 of ImageNet-21k and YFCC14M in equal parts. Give the data:
+Variants, after a colon; clip_jax/methods/unicl.py documents the section unicl:
+  (none)   model and optimizer of configs/clip.py on the embedded emoji images. Half of the concepts have their subgroup
+           (99 classes), half have captions, in equal parts of a batch; the numbers in --config.data set other shares
+  labels   only the half with classes
+  captions only the half with captions, which is CLIP
+  smoke    a few steps of the default, under a minute with compilation; accuracy near chance
+  b16      the paper's recipe: 32 epochs of batch 4,096, equal parts of ImageNet-21k and YFCC14M. Give data:
            --config.data="tfds:imagenet21k*1 + /data/yfcc14m/{00000..01400}.tar*1"
            Published ImageNet zero-shot top-1: Swin-T 40.5, Swin-B 44.3 %; YFCC14M alone, Swin-T: 30.1 %. Not run here
-           Other than the paper's: the image tower is ViT-B/16, as there is no Swin here; the learning rate ends at 0, not at a hundredth.
-           Batch, equal parts and random crops as the only augmentation are from memory
+           Differences from the paper: the image tower is ViT-B/16, as there is no Swin here; the learning rate ends at
+           0, not at a hundredth. Batch size, equal parts and random crops as the only augmentation are from memory
 """
-
-import dataclasses
-import pathlib
-
-from ml_collections import ConfigDict
 
 from clip_jax import config
 from clip_jax.evaluation.prompts import load_templates
@@ -32,23 +28,20 @@ EPOCH = 2 * 14_000_000  # as many captions as classes
 
 def get_config(variant=""):
     if variant == "b16":
-        c, templates = published().unlock(), [t.replace("{}", "{class_name}") for t in load_templates("clip_80")]
+        c, templates = published(), [t.replace("{}", "{class_name}") for t in load_templates("clip_80")]
     elif variant in SOURCES:
-        c = config.load(
-            f"{pathlib.Path(__file__).with_name('clip.py')}:{'smoke' if variant == 'smoke' else 'emoji'}"
-        ).unlock()
+        c = config.sibling(__file__, "clip.py:smoke" if variant == "smoke" else "clip.py:emoji")
         c.data.source, templates = SOURCES[variant], ["{class_name}"]
     else:
         raise config.unknown("configs/unicl.py has no variant", variant, ["labels", "captions", "smoke", "b16"])
-    c.method, c.unicl = "unicl", ConfigDict(dataclasses.asdict(Options(tuple(templates))))
-    return c.lock()
+    return config.set_method(c, "unicl", Options(tuple(templates)))
 
 
 def published():
     c = config.base()
     use_size(c.model, "ViT-B/16")
-    c.tokenizer = "clip_bpe"
-    c.data.augment, c.data.batch_size, c.data.workers = ("rrc(0.08, 1.0)",), 4096, 8
+    c.tokenizer, c.data.augment = "clip_bpe", ("rrc(0.08, 1.0)",)
+    c.data.batch_size, c.data.workers = 4096, 8
     c.train.steps, c.optim.warmup_steps = 32 * EPOCH // c.data.batch_size, 5 * EPOCH // c.data.batch_size
     c.optim.update(dict(lr=5e-4 * c.data.batch_size / 512, b2=0.999, eps=1e-8, weight_decay=0.1, grad_clip_norm=5.0))
     c.eval.tasks = ()

@@ -1,24 +1,20 @@
-"""ZeroVL (Cui et al. 2022): batches from one source each, mixup of images or texts, token augmentation, full-batch negatives in parts.
+"""ZeroVL (Cui et al. 2022): one source a batch, mixup of images or texts, token augmentation, full-batch negatives.
 
     python -m clip_jax.train --config=configs/zerovl.py --workdir=runs/zerovl
 
-Variants, after a colon; fields of the section zerovl: clip_jax/methods/zerovl.py
-  (none)   configs/clip.py:emoji's model, data and optimizer; the vendors of the embedded emoji pictures are the sources.
+Variants, after a colon; clip_jax/methods/zerovl.py documents the section zerovl:
+  (none)   model, data and optimizer of configs/clip.py:emoji; the vendors of the embedded emoji images are the sources.
            README.md gives its result
-  smoke    the same in a few steps, under a minute with compilation; the result is near chance
-  b16      the paper's recipe, ViT-B/16 and BERT, 20 epochs of 14.2 M pairs in batches of 16,384; b16_1024: in batches of 1,024. Give
-           the image tower, a ViT of big_vision on ImageNet-21k, BERT's vocabulary and the data, the sources by size or other weights:
-           --config.init_from=/data/B_16.npz --config.tokenizer=wordpiece:/data/vocab.txt
+  smoke    a few steps of the default, under a minute with compilation; accuracy near chance
+  b16 b16_1024
+           the paper's recipe: ViT-B/16 and BERT, 20 epochs of 14.2 M pairs, batch 16,384 or 1,024, encoded in parts of
+           1,024. Give the image tower (big_vision's ViT on ImageNet-21k), BERT's vocabulary and the data, with sources
+           weighted by size or otherwise: --config.init_from=/data/B_16.npz --config.tokenizer=wordpiece:/data/vocab.txt
            --config.data="/data/cc3m/*.tar*size + /data/cc12m/*.tar*size + /data/sbu/*.tar*size + /data/vg/*.tar*size"
-           Published RSUM of COCO and Flickr30k: 425.0 and 536.2; of the plain baseline on these data 363.5 and 476.8. Not run here
-           Other than the paper's: BERT starts from random weights, which init_from cannot give together with a ViT's; pictures are
-           normalised as that ViT's; the learning rate ends at 0, not at a tenth
+           Published RSUM of COCO and Flickr30k: 425.0, 536.2; a plain baseline's: 363.5, 476.8. Not run here
+           Differences from the paper: BERT starts from random weights, as init_from cannot load it together with a ViT;
+           images are normalised for that ViT; the learning rate ends at 0, not at a tenth
 """
-
-import dataclasses
-import pathlib
-
-from ml_collections import ConfigDict
 
 from clip_jax import config
 from clip_jax.methods.zerovl import Options
@@ -28,18 +24,14 @@ BATCHES = {"b16": 16384, "b16_1024": 1024}
 
 def get_config(variant=""):
     if variant in BATCHES:
-        c, options = published(BATCHES[variant]).unlock(), Options(temperature=0.02)
+        c, options = published(BATCHES[variant]), Options(temperature=0.02)
     elif variant in ("", "smoke"):
-        c, options = (
-            config.load(f"{pathlib.Path(__file__).with_name('clip.py')}:{variant or 'emoji'}").unlock(),
-            Options(),
-        )
+        c, options = config.sibling(__file__, f"clip.py:{variant or 'emoji'}"), Options()
         c.data.source = "emoji?by=vendor"
     else:
         raise config.unknown("configs/zerovl.py has no variant", variant, ["smoke", *BATCHES])
-    c.method, c.zerovl = "zerovl", ConfigDict(dataclasses.asdict(options))
     c.data.sampling = "one_source"
-    return c.lock()
+    return config.set_method(c, "zerovl", options)
 
 
 def published(batch_size):
@@ -51,7 +43,8 @@ def published(batch_size):
     c.tokenizer = "wordpiece:vocab.txt"
     c.init_from, c.init_from_params = "B_16.npz", ("^img/(?!proj)",)
     c.data.augment, c.eval.transform = ("rrc(0.6, 1.0)", "autoaugment"), ("squash(256)", "center_crop")
-    c.data.batch_size, c.micro_batches, c.data.workers = batch_size, batch_size // 1024, 8
+    c.data.batch_size, c.data.workers = batch_size, 8
+    c.micro_batches = batch_size // 1024
     c.train.steps = 20 * 14_200_000 // batch_size
     c.optim.update(dict(lr=1e-4, b2=0.98, eps=1e-6, weight_decay=1e-3, no_decay=(), warmup_steps=c.train.steps // 40))
     c.eval.tasks = ()

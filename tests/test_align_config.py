@@ -97,7 +97,3 @@ def test_the_small_variant_trains_on_the_embedded_pictures(tmp_path):
 def test_an_unknown_variant_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'b7'"):
         config.load(f"{ALIGN}:b77")
-
-
-def test_the_configuration_is_short():
-    assert len((REPO / "configs" / "align.py").read_text().splitlines()) <= 60

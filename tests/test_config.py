@@ -1,5 +1,6 @@
 """Configurations: every shipped variant, overrides from the command line, the one-line errors, and storage."""
 
+import dataclasses
 import pathlib
 
 import pytest
@@ -141,3 +142,13 @@ def test_resolve_takes_the_vocabulary_from_the_tokenizer():
 def test_configs_open_with_their_command():
     for path in pathlib.Path(REPO / "configs").glob("*.py"):
         assert f"python -m clip_jax.train --config=configs/{path.name}" in path.read_text()
+
+
+def test_a_method_and_its_options_are_set_together():
+    @dataclasses.dataclass
+    class Options:
+        weight: float = 0.5
+        names: tuple[str, ...] = ("a",)
+
+    c = config.set_method(config.base(), "mine", Options(weight=2.0))
+    assert c.method == "mine" and c.mine.to_dict() == dict(weight=2.0, names=("a",)) and c.mine.is_locked

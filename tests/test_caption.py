@@ -1,4 +1,4 @@
-"""Synthetic captions: banks, retrieval by a model, columns that go on where they stopped, pictures that cannot be read, wrong input."""
+"""Synthetic captions: banks, retrieval by a model, resumed columns, unreadable images, wrong input."""
 
 import json
 import sys
@@ -24,13 +24,13 @@ COLOURS = {
 
 
 class Colours:
-    """A model that knows the words for colours."""
+    """A model that knows the names of colours."""
 
     def embed_text(self, texts):
         return np.asarray(l2_normalize(np.array([COLOURS[text] for text in texts], np.float32)))
 
-    def embed_image(self, pictures):
-        return np.asarray(l2_normalize(np.stack([np.asarray(p, np.float32).mean((0, 1)) for p in pictures])))
+    def embed_image(self, images):
+        return np.asarray(l2_normalize(np.stack([np.asarray(p, np.float32).mean((0, 1)) for p in images])))
 
     def similarity(self, z_image, z_text):
         return z_image @ z_text.T
@@ -53,7 +53,7 @@ def test_the_best_text_of_a_bank(tmp_path):
     assert not failures and captions(SOURCE, tmp_path / "c.jsonl") == BANK * 3
 
 
-def test_several_texts_and_none_of_the_record_itself(tmp_path):
+def test_several_texts_and_excluded_texts(tmp_path):
     lib.run(SOURCE, str(tmp_path / "several.jsonl"), lib.Retrieval(Colours(), BANK, top=2), about={})
     assert captions(SOURCE, tmp_path / "several.jsonl")[:3] == [[text, "a white square"] for text in BANK[:3]]
     own = lib.Retrieval(Colours(), BANK, own=lambda record: record["texts"])
@@ -64,13 +64,13 @@ def test_several_texts_and_none_of_the_record_itself(tmp_path):
     )
     only_own = lib.Retrieval(Colours(), BANK[:1], own=lambda record: record["texts"])
     with pytest.raises(
-        UserError, match="none of 1 records in a row has a caption .no text for a picture: 1.; .* has 0 of 1 records"
+        UserError, match="none of 1 records in a row has a caption .no text for an image: 1.; .* has 0 of 1 records"
     ):
         lib.run(MemorySource([square("a red square")]), str(tmp_path / "none.jsonl"), only_own, about={})
 
 
 @pytest.mark.parametrize("lines", [1, 4, 7])
-def test_the_same_command_goes_on_where_it_stopped(tmp_path, lines):
+def test_the_same_command_resumes(tmp_path, lines):
     lib.run(SOURCE, str(tmp_path / "whole.jsonl"), lib.Retrieval(Colours(), BANK), about={"top": 1}, batch=5)
     whole = (tmp_path / "whole.jsonl").read_bytes()
     part = tmp_path / "part.jsonl"
@@ -81,16 +81,16 @@ def test_the_same_command_goes_on_where_it_stopped(tmp_path, lines):
         lib.run(SOURCE, str(part), lib.Retrieval(Colours(), BANK, top=2), about={"top": 2})
 
 
-def test_pictures_that_cannot_be_read_have_no_caption(tmp_path):
+def test_unreadable_images_have_no_caption(tmp_path):
     records = [
         square("a red square"),
-        {"image": b"no picture", "texts": ["x"]},
+        {"image": b"no image", "texts": ["x"]},
         {"texts": ["y"]},
         square("a blue square"),
     ]
     source = MemorySource(records)
     failures = lib.run(source, str(tmp_path / "c.jsonl"), lib.Retrieval(Colours(), BANK), about={})
-    assert failures == {"corrupt image": 1, "no picture": 1}
+    assert failures == {"corrupt image": 1, "no image": 1}
     assert captions(source, tmp_path / "c.jsonl") == ["a red square", "", "", "a blue square"]
     with pytest.raises(UserError, match="none of 1 records in a row has a caption .corrupt image: 1."):
         lib.run(MemorySource(records[1:2]), str(tmp_path / "none.jsonl"), lib.Retrieval(Colours(), BANK), about={})
@@ -98,7 +98,7 @@ def test_pictures_that_cannot_be_read_have_no_caption(tmp_path):
 
 def test_captions_are_on_one_line(tmp_path):
     source = MemorySource([square("a red square")] * 3)
-    lib.run(source, str(tmp_path / "c.jsonl"), lambda pictures, of: [" a\ncat => ", ["", " b  c"], "d"], about={})
+    lib.run(source, str(tmp_path / "c.jsonl"), lambda images, of: [" a\ncat => ", ["", " b  c"], "d"], about={})
     assert captions(source, tmp_path / "c.jsonl") == ["a cat ->", ["b c"], "d"]
 
 
@@ -116,7 +116,7 @@ def test_banks(tmp_path):
     ) == ["x", "y", "z"]
     for bank, field, message in (
         ("no.txt", "", "--bank=no.txt: cannot be read"),
-        (str(tmp_path / "t.jsonl"), "t", "no text in it in a field 't'"),
+        (str(tmp_path / "t.jsonl"), "t", "it has no text in the field 't'"),
     ):
         with pytest.raises(UserError, match=message):
             lib.read_bank(bank, field)
@@ -128,7 +128,7 @@ def test_the_captions_that_come_with_the_package():
     rows = [joined[i] for i in range(0, len(joined), 20)]
     assert all(row["synthetic"] in names for row in rows)
     own = np.mean([row["synthetic"] == row["name"] for row in rows])
-    assert 0.5 < own < 0.9, "most are the picture's own name, and not all"
+    assert 0.5 < own < 0.9, "most images get their own name, but not all"
 
 
 def test_the_command_with_a_checkpoint(tmp_path, capsys):
@@ -140,7 +140,7 @@ def test_the_command_with_a_checkpoint(tmp_path, capsys):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [f"--source={tmp_path}/t.jsonl", f"--captioner=retrieval:{tmp_path}/run", f"--out={tmp_path}/c.jsonl"]
     assert lib.main([*arguments, "--bank-field=tags", "--top=2"]) == 0
-    assert "4 records; of the captions made now 0 are empty" in capsys.readouterr().out
+    assert "4 records; 0 captions of this run are empty" in capsys.readouterr().out
     found = captions(make_source(f"{tmp_path}/t.jsonl"), tmp_path / "c.jsonl")
     assert [sorted(texts) for texts in found] == [["blue", "red"]] * 4
     assert lib.main([*arguments, "--top=5"]) == 2

@@ -20,7 +20,7 @@ EMPTY = np.zeros(0, np.uint64)
 NOTHING = filters.Counts(EMPTY, EMPTY, None, {})
 
 
-def picture(width, height, seed=0, kind="PNG"):
+def image(width, height, seed=0, kind="PNG"):
     rng = np.random.default_rng(seed)
     small = PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
     buffer = io.BytesIO()
@@ -29,7 +29,7 @@ def picture(width, height, seed=0, kind="PNG"):
 
 
 def filtered(tmp_path, records, exclude=(), **rules):
-    """The report, and the records that are kept as training reads them."""
+    """Returns the report, and the kept records as training reads them."""
     rules = dict(min_side=20, min_words=1) | rules
     source = MemorySource(records)
     report = filters.run(source, tmp_path / "kept", Rules(**rules), exclude)
@@ -45,12 +45,12 @@ def removed(report):
 @pytest.mark.parametrize(
     "size, hits",
     [
-        ((200, 400), ["small"]), ((201, 400), []), ((400, 200), ["small"]), ((201, 603), ["elongated"]), ((603, 201), ["elongated"]),
-        ((201, 602), []), ((200, 600), ["small", "elongated"]),
+        ((200, 400), ["small"]), ((201, 400), []), ((400, 200), ["small"]), ((201, 603), ["elongated"]),
+        ((603, 201), ["elongated"]), ((201, 602), []), ((200, 600), ["small", "elongated"]),
     ],
 )  # fmt: skip
 def test_sizes_at_the_papers_thresholds(size, hits):
-    assert filters.picture_hits({"image": picture(*size)}, Rules(), NOTHING, None) == (hits, size)
+    assert filters.image_hits({"image": image(*size)}, Rules(), NOTHING, None) == (hits, size)
 
 
 # align.md, test oracle 7: 20 unigrams kept, 21 dropped
@@ -63,12 +63,12 @@ def test_words_are_runs_of_letters_and_digits():
     assert filters.words("It's a  CAT_and-dog, Nr. 7 (문어)!") == ["it's", "a", "cat", "and", "dog", "nr", "7", "문어"]
 
 
-def test_texts_of_many_pictures_are_removed_and_case_does_not_hide_them(tmp_path):
+def test_texts_of_many_images_are_removed_whatever_their_case(tmp_path):
     records = [
-        {"image": picture(30, 30, i), "texts": [("Stock PHOTO!", "stock photo")[i % 2] if i < 4 else f"number {i}"]}
+        {"image": image(30, 30, i), "texts": [("Stock PHOTO!", "stock photo")[i % 2] if i < 4 else f"number {i}"]}
         for i in range(6)
     ]
-    records += [{"image": picture(30, 30, 9), "texts": ["twice"]}] * 3  # one picture
+    records += [{"image": image(30, 30, 9), "texts": ["twice"]}] * 3  # one image
     assert removed(filtered(tmp_path, records, max_images=4)[0]) == {}
     report, kept = filtered(tmp_path, records, max_images=3)
     assert removed(report) == {"shared_text": 4} and [r["texts"] for r in kept] == [
@@ -78,9 +78,9 @@ def test_texts_of_many_pictures_are_removed_and_case_does_not_hide_them(tmp_path
     ]
 
 
-def test_pictures_with_many_texts_are_removed(tmp_path):
-    records = [{"image": picture(30, 30, 0), "texts": [f"text {i // 2}"]} for i in range(8)]  # 4 different texts
-    records.append({"image": picture(30, 30, 1), "texts": ["text 0", "text 9"]})
+def test_images_with_many_texts_are_removed(tmp_path):
+    records = [{"image": image(30, 30, 0), "texts": [f"text {i // 2}"]} for i in range(8)]  # 4 different texts
+    records.append({"image": image(30, 30, 1), "texts": ["text 0", "text 9"]})
     assert removed(filtered(tmp_path, records, max_texts=4)[0]) == {}
     report, kept = filtered(tmp_path, records, max_texts=3)
     assert removed(report) == {"many_texts": 8} and [r["texts"] for r in kept] == [["text 0", "text 9"]]
@@ -88,7 +88,7 @@ def test_pictures_with_many_texts_are_removed(tmp_path):
 
 def test_rare_words_and_rare_pairs_are_removed(tmp_path):
     texts = ["red cat"] * 3 + ["cat red"] * 2 + ["red cat xyzzy"]
-    records = [{"image": picture(30, 30, i), "texts": [text]} for i, text in enumerate(texts)]
+    records = [{"image": image(30, 30, i), "texts": [text]} for i, text in enumerate(texts)]
     # red 6, cat 6, "red cat" 4, "cat red" 2, xyzzy 1, "cat xyzzy" 1
     for size, kept_ngrams, expected in (
         (6, 6, {}),
@@ -104,10 +104,10 @@ def test_rare_words_and_rare_pairs_are_removed(tmp_path):
 
 def test_unsafe_unreadable_and_empty_records_are_removed(tmp_path):
     records = [
-        {"image": picture(30, 30, i), "texts": ["a cat"], "rating": rating}
+        {"image": image(30, 30, i), "texts": ["a cat"], "rating": rating}
         for i, rating in enumerate(("NSFW", 0.7, 0.2, "safe"))
     ]
-    records += [{"image": b"no picture", "texts": ["a cat"]}, {"image": picture(30, 30, 9), "texts": []}]
+    records += [{"image": b"no image", "texts": ["a cat"]}, {"image": image(30, 30, 9), "texts": []}]
     report, kept = filtered(tmp_path, records, unsafe="rating")
     assert removed(report) == {"unsafe": 2, "unreadable": 1, "no_text": 1} and len(kept) == 2
     assert removed(filtered(tmp_path, records)[0]) == {"unreadable": 1, "no_text": 1}
@@ -115,22 +115,22 @@ def test_unsafe_unreadable_and_empty_records_are_removed(tmp_path):
         filtered(tmp_path, records, unsafe="ratings")
 
 
-def test_of_several_texts_the_good_ones_stay(tmp_path):
+def test_a_record_keeps_its_good_texts(tmp_path):
     texts = ["one", "one two", "one two three four", "two three"]
-    report, kept = filtered(tmp_path, [{"image": picture(30, 30), "texts": texts, "tag": 5}], min_words=2, max_words=3)
+    report, kept = filtered(tmp_path, [{"image": image(30, 30), "texts": texts, "tag": 5}], min_words=2, max_words=3)
     assert [(r["texts"], r["tag"]) for r in kept] == [(["one two", "two three"], 5)]
     assert (report["texts_kept"], report["texts_removed_from_kept_records"], removed(report)) == (2, 2, {})
-    many = [{"image": picture(30, 30), "texts": [f"word{i}" + " two" * (i == 63) for i in range(70)]}]
+    many = [{"image": image(30, 30), "texts": [f"word{i}" + " two" * (i == 63) for i in range(70)]}]
     assert filtered(tmp_path, many, min_words=2)[1][0]["texts"] == ["word63 two"]  # the highest bit
 
 
-def test_near_duplicates_of_test_pictures_are_removed(tmp_path):
-    test = MemorySource([{"image": picture(64, 64, 1), "texts": []}, {"image": b"broken", "texts": []}])
+def test_near_duplicates_of_test_images_are_removed(tmp_path):
+    test = MemorySource([{"image": image(64, 64, 1), "texts": []}, {"image": b"broken", "texts": []}])
     records = [
-        {"image": picture(64, 64, 1, "JPEG"), "texts": ["a recoded one"]},
-        {"image": picture(120, 100, 1), "texts": ["resized"]},
+        {"image": image(64, 64, 1, "JPEG"), "texts": ["a recoded one"]},
+        {"image": image(120, 100, 1), "texts": ["resized"]},
     ]
-    records += [{"image": picture(64, 64, i), "texts": ["another"]} for i in range(2, 12)]
+    records += [{"image": image(64, 64, i), "texts": ["another"]} for i in range(2, 12)]
     report, kept = filtered(tmp_path, records, [test])
     assert removed(report) == {"test_picture": 2} and len(kept) == 10
 
@@ -152,7 +152,7 @@ def test_tables_on_disk_count_like_a_dictionary(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     keys = (rng.zipf(1.5, 3000) % 200).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     pairs, sums = Table(str(tmp_path), "pairs"), Table(str(tmp_path), "sums", sums=True)
-    values = rng.integers(0, 2**63, 3000, dtype=np.uint64) | np.uint64(1)  # large: no float can hold them
+    values = rng.integers(0, 2**63, 3000, dtype=np.uint64) | np.uint64(1)  # too large for any float
     values[1::2] = values[::2]
     for start in range(0, 3000, 37):
         pairs.add(keys[start : start + 37], values[start : start + 37])
@@ -165,12 +165,12 @@ def test_tables_on_disk_count_like_a_dictionary(tmp_path, monkeypatch):
     assert found.tolist() == sorted(k for k, n in counts.items() if n >= least) and facts["kept"] == len(found) <= 20
     assert (
         sum(n >= max(n for n in counts.values() if n < least) for n in counts.values()) > 20
-    )  # the next ones would be too many
+    )  # the next frequency would exceed the vocabulary
 
 
 def test_the_report_counts_records_and_shows_examples(tmp_path):
-    records = [{"image": picture(30, 30, i), "texts": ["short" if i < 20 else "two words"]} for i in range(30)]
-    records.append({"image": picture(10, 60), "texts": ["short"]})
+    records = [{"image": image(30, 30, i), "texts": ["short" if i < 20 else "two words"]} for i in range(30)]
+    records.append({"image": image(10, 60), "texts": ["short"]})
     report, _ = filtered(tmp_path, records, min_words=2, max_images=100)
     assert (report["records"], report["kept"]) == (31, 10)
     assert (
@@ -191,7 +191,7 @@ def test_the_report_counts_records_and_shows_examples(tmp_path):
 def folder(tmp_path):
     (tmp_path / "data").mkdir()
     for i in range(12):
-        (tmp_path / "data" / f"{i:02}.png").write_bytes(picture(30 + i, 40, i))
+        (tmp_path / "data" / f"{i:02}.png").write_bytes(image(30 + i, 40, i))
         (tmp_path / "data" / f"{i:02}.txt").write_text("a picture of something" if i % 3 else "short")
     return tmp_path / "data"
 
@@ -228,7 +228,7 @@ def test_an_index_of_other_data_is_refused(folder, tmp_path):
     [
         (["--min-words=5", "--max-words=4"], "--min-words=5 is more than --max-words=4"),
         (["--max-images=-1"], "--max-images=-1: must be at least 0"),
-        (["--near-duplicate=16"], "--near-duplicate=16: at most 15"),
+        (["--near-duplicate=16"], "--near-duplicate=16: must be at most 15"),
         (["--exclude=/nowhere"], "/nowhere: no such file"),
         (["--min-side=1000"], "all 12 records are removed"),
         (["--out=/dev/null/x"], "--out=/dev/null/x cannot be written"),

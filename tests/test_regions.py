@@ -1,4 +1,4 @@
-"""Regions of pictures: the view that reads them, the command that gives them features, and boxes that do not fit."""
+"""Regions of images: the view that reads them, the command that computes their features, and invalid boxes."""
 
 import numpy as np
 import pytest
@@ -13,14 +13,14 @@ from clip_jax.methods.frozen_encoders import PixelEncoder
 from clip_jax.tools import regions
 
 
-def picture(width=8, height=4):
-    image = np.zeros((height, width, 3), np.uint8)
-    image[:, : width // 2] = 255  # the left half is white
-    return image
+def image(width=8, height=4):
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, : width // 2] = 255  # the left half is white
+    return pixels
 
 
 def record(boxes=((0, 0, 4, 4), (4, 0, 8, 2)), **fields):
-    return {"image": picture(), "texts": ["a text"], "boxes": np.array(boxes, np.float32), **fields}
+    return {"image": image(), "texts": ["a text"], "boxes": np.array(boxes, np.float32), **fields}
 
 
 PIXELS = RegionView(count=3, width=PIXEL_FEATURES + 4, features="pixels")
@@ -35,20 +35,20 @@ def test_pixels_and_boxes_of_regions():
 
 def test_features_of_the_record():
     view, features = RegionView(count=3, width=6), np.arange(6, dtype=np.float16).reshape(3, 2)
-    boxes = [[0, 0, 4, 4], [0, 0, 0, 0], [4, 0, 8, 2]]  # the second row is none
+    boxes = [[0, 0, 4, 4], [0, 0, 0, 0], [4, 0, 8, 2]]  # the second row is no region
     rows = view(record(boxes, regions=features), None)
     np.testing.assert_allclose(rows[:, :2], [[0, 1], [4, 5], [0, 0]])
     np.testing.assert_allclose(RegionView(count=1, width=6)(record(boxes, regions=features), None), rows[:1])
     as_lists = {
         key: value.tolist() for key, value in (("boxes", np.array(boxes)), ("regions", features))
-    }  # as a manifest has them
+    }  # as in a manifest
     np.testing.assert_allclose(view(record() | as_lists, None), rows)
     with pytest.raises(BadRecord, match="fewer features than regions"):
         view(record(boxes, regions=features[:2]), None)
 
 
-def test_a_picture_without_regions_has_rows_of_zeros():
-    for given in (record(np.zeros((0, 4))), record(np.zeros((2, 4))), {"image": picture(), "texts": ["a text"]}):
+def test_an_image_without_regions_has_rows_of_zeros():
+    for given in (record(np.zeros((0, 4))), record(np.zeros((2, 4))), {"image": image(), "texts": ["a text"]}):
         rows = PIXELS(given, None)
         assert rows.shape == (3, 196) and not rows.any()
 
@@ -84,7 +84,7 @@ def test_the_command_writes_columns_that_the_view_reads(tmp_path, capsys):
     assert failures == {"region outside of its picture": 1, "corrupt image": 1}
     joined = ColumnsSource(source, str(tmp_path / "c"))
     assert joined[0]["regions"].shape == (3, 768) and joined[0]["boxes"].shape == (3, 4)
-    crop = Image.fromarray(picture()).resize((16, 16), box=(2, 0, 6, 4))
+    crop = Image.fromarray(image()).resize((16, 16), box=(2, 0, 6, 4))
     expected = PixelEncoder().embed_image({}, np.asarray(crop)[None])
     np.testing.assert_allclose(joined[1]["regions"][0], expected[0], atol=1e-3)
     rows = RegionView(count=3, width=772)(joined[1], None)
@@ -92,10 +92,10 @@ def test_the_command_writes_columns_that_the_view_reads(tmp_path, capsys):
     assert not rows[1:].any() and not RegionView(count=3, width=772)(joined[2], None).any()
 
 
-def test_a_grid_in_the_place_of_boxes(tmp_path):
+def test_a_grid_instead_of_boxes(tmp_path):
     boxes = regions.grid_boxes(8, 4, 2)
     np.testing.assert_allclose(boxes, [[0, 0, 8, 4], [0, 0, 4, 2], [4, 0, 8, 2], [0, 2, 4, 4], [4, 2, 8, 4]])
-    source = MemorySource([{"image": picture(), "texts": ["a text"]}], name="memory")
+    source = MemorySource([{"image": image(), "texts": ["a text"]}], name="memory")
     assert not regions.run(source, str(tmp_path / "c"), PixelEncoder(), {}, grid=2, count=10)
     np.testing.assert_allclose(read_boxes(ColumnsSource(source, str(tmp_path / "c"))[0], "boxes", (8, 4)), boxes)
 
@@ -106,7 +106,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
         UserError, match="no record has the field 'box' of --boxes .did you mean 'boxes'.*--grid=3 needs none"
     ):
         regions.run(source, str(tmp_path / "c"), PixelEncoder(), {}, boxes="box")
-    with pytest.raises(UserError, match="no picture has a region"):
+    with pytest.raises(UserError, match="no image has a region"):
         regions.run(MemorySource([record(np.zeros((0, 4)))], name="memory"), str(tmp_path / "c"), PixelEncoder(), {})
     assert not (tmp_path / "c" / "header.json").exists()
     command = ["--source=emoji", "--encoder=pixels", f"--out={tmp_path}/c"]

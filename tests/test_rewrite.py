@@ -1,4 +1,4 @@
-"""Rewriting captions: prompts, answers, the language models, and columns that go on where they stopped and fit their data set."""
+"""Rewriting captions: prompts, answers, the language models, and columns that resume and that fit their data set."""
 
 import functools
 import http.server
@@ -19,21 +19,21 @@ from clip_jax.errors import UserError
 from clip_jax.tools import rewrite as lib
 from clip_jax.tools.language_models import Http, NoAnswer, Request, Sampling, make_language_model, offline
 
-PICTURE = np.zeros((2, 2, 3), np.uint8)
+IMAGE = np.zeros((2, 2, 3), np.uint8)
 CAPTIONS = ["a dog on a beach", "two cats", "", "x => y", "a line\nand another", "one", "a {brace} => b"]
 
 
 def source(captions=CAPTIONS):
     return MemorySource(
         [
-            {"image": PICTURE + i, "texts": [c] if isinstance(c, str) else c, "tags": ["sand"]}
+            {"image": IMAGE + i, "texts": [c] if isinstance(c, str) else c, "tags": ["sand"]}
             for i, c in enumerate(captions)
         ]
     )
 
 
 def echo(requests):
-    """Gives the caption back, and goes on as language models do."""
+    """Returns the caption and continues, as language models do."""
     return [f" {request.caption}\n\na further one => another" for request in requests]
 
 
@@ -52,7 +52,7 @@ def test_oracle_e_a_prompt_has_nine_lines_and_three_different_demonstrations(fam
                 next(k for k, captions in enumerate(bank["sets"]) if {source, target} <= set(captions))
                 for source, target in shots
             ]
-            assert len(set(of)) == 3, "of three pictures"
+            assert len(set(of)) == 3, "of three images"
         else:
             assert all(shot in bank["pairs"] for shot in shots)
 
@@ -81,7 +81,7 @@ def test_oracle_e_an_echo_keeps_the_number_and_order_of_lines():
         ("w " * 78, ""),
     ],
 )
-def test_of_an_answer_the_first_line_counts(answer, expected):
+def test_the_first_line_of_an_answer_counts(answer, expected):
     assert lib.parse(answer) == expected
 
 
@@ -134,8 +134,8 @@ def test_columns_hold_the_rewrites_in_the_order_of_captions_and_families(tmp_pat
 
 
 @pytest.mark.parametrize("lines", [1, 2, 3, 5, 8])
-def test_the_same_command_goes_on_where_it_stopped(tmp_path, lines):
-    """Also from the middle of a batch, with a half-written line; the randomness of a batch as a whole is the same."""
+def test_the_same_command_resumes(tmp_path, lines):
+    """It also resumes inside a batch, after a half-written line, with the same randomness for the batch as a whole."""
 
     def as_a_whole(requests):
         return [f"{request.caption} {requests[0].seed} {k}" for k, request in enumerate(requests)]
@@ -166,7 +166,7 @@ def test_rewrites_of_other_data_are_refused(tmp_path):
         ColumnsSource(source(), path)[0]
 
 
-def test_records_that_cannot_be_read_have_no_rewrites(tmp_path):
+def test_unreadable_records_have_no_rewrites(tmp_path):
     class Broken(MemorySource):
         def __getitem__(self, index):
             if index == 1:
@@ -183,7 +183,7 @@ def test_records_that_cannot_be_read_have_no_rewrites(tmp_path):
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
-    """Echoes the caption after the last arrow; a word in it asks for trouble, `fails` for it so many times."""
+    """Echoes the caption after the last arrow; some words in it cause a failure."""
 
     asked = []
 
@@ -262,10 +262,10 @@ def no_captions(requests):
         (no_captions, ["a b"] * 4, "an answer that is no caption: 16"),
     ],
 )
-def test_without_any_answer_it_stops_with_one_line(tmp_path, llm, captions, reason):
+def test_without_any_answer_it_ends_with_one_line(tmp_path, llm, captions, reason):
     with pytest.raises(UserError, match=reason) as error:
         lib.run(source(captions), str(tmp_path / "r.jsonl"), llm, name="llm")
-    assert "\n" not in str(error.value) and f"has 0 of {len(captions)} records, and the same command goes on" in str(
+    assert "\n" not in str(error.value) and f"has 0 of {len(captions)} records; the same command resumes there" in str(
         error.value
     )
 
@@ -279,7 +279,7 @@ def test_offline_rewrites_use_words_synonyms_and_templates():
     assert all(len(texts) > 3 for texts in found.values()) and found["bard"].isdisjoint(found["coco"])
     together = set().union(*found.values())
     assert any("sea" in text for text in together) and any("large octopus" in text for text in together)
-    assert not any("big" in text.replace("a big", "") for text in together), "a word that the caption has is not added"
+    assert not any("big" in text.replace("a big", "") for text in together), "a word of the caption is not added again"
     assert offline([request(family="bard", seed=3)]) == offline([request(family="bard", seed=3)])
     for family in lib.FAMILIES:
         (text,) = offline([Request("", "a {zzq}", family)])
@@ -291,7 +291,7 @@ def test_words_of_a_record():
     assert lib.words_of(record, ("tags", "keywords", "other", "missing")) == ["sea", "a b", "fish"]
 
 
-def test_the_rewrites_that_come_with_the_package_are_those_of_the_command():
+def test_the_rewrites_of_the_package_are_those_of_the_command():
     joined = make_source("emoji?columns=emoji_rewrites")
     assert len(joined) == len(make_source("emoji"))
     for i in (0, 1, 500, len(joined) - 1):
@@ -309,7 +309,7 @@ def test_the_rewrites_that_come_with_the_package_are_those_of_the_command():
 
 
 def test_the_command(tmp_path, capsys):
-    Image.fromarray(PICTURE).save(tmp_path / "x.png")
+    Image.fromarray(IMAGE).save(tmp_path / "x.png")
     rows = [
         {"image": "x.png", "caption": "a cat"},
         {"image": "x.png", "caption": "a dog"},
@@ -323,11 +323,11 @@ def test_the_command(tmp_path, capsys):
         "--families=bard,own",
     ]
     assert lib.main(arguments) == 2
-    assert capsys.readouterr().err == "error: --families: 'own' is none of chatgpt, bard, coco, human\n"
+    assert capsys.readouterr().err == "error: --families: 'own' is unknown; allowed: chatgpt, bard, coco, human\n"
     bank = {"own": {"pairs": [["a", "b"]] * 3}, "bard": {"sets": [["a", "b", "c"]] * 3}}
     (tmp_path / "own.json").write_text(json.dumps(bank))
     assert lib.main([*arguments, f"--demonstrations={tmp_path}/own.json"]) == 0
-    assert "3 records; of the rewrites made now 2 are empty. unreadable record: 2" in capsys.readouterr().out
+    assert "3 records; 2 rewrites of this run are empty. unreadable record: 2" in capsys.readouterr().out
     joined = ColumnsSource(make_source(f"{tmp_path}/pairs.jsonl"), f"{tmp_path}/r.jsonl")
     assert all(len(joined[i]["rewrites"]) == 2 for i in range(2)) and "a cat" in joined[0]["rewrites"][1]
 
@@ -344,7 +344,7 @@ def test_the_command(tmp_path, capsys):
         (["--llm=offline", "--out=r.txt"], "r.txt: the name of a file of texts ends in .jsonl"),
         (
             ["--llm=offline", "--temperature=-1"],
-            "--temperature=-1.0 >= 0, 0 < --top-p=0.95 <= 1 and --max-tokens=77 >= 1 do not all hold",
+            "--temperature=-1.0 must be at least 0, --top-p=0.95 above 0 and at most 1, --max-tokens=77 at least 1",
         ),
         (["--llm=offline", "--demonstrations=no.json"], "demonstrations no.json: not JSON of"),
     ],

@@ -1,4 +1,4 @@
-"""`python -m clip_jax.data.caption` is now `python -m clip_jax.tools.caption`, which this runs."""
+"""The former name of the command `python -m clip_jax.tools.caption`, which it runs."""
 
 import runpy
 import sys

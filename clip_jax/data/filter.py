@@ -1,4 +1,4 @@
-"""`python -m clip_jax.data.filter` is now `python -m clip_jax.tools.filter`, which this runs."""
+"""The former name of the command `python -m clip_jax.tools.filter`, which it runs."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""`python -m clip_jax.data.regions` is now `python -m clip_jax.tools.regions`, which this runs."""
+"""The former name of the command `python -m clip_jax.tools.regions`, which it runs."""
 
 import runpy
 import sys

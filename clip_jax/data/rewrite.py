@@ -1,4 +1,4 @@
-"""`python -m clip_jax.data.rewrite` is now `python -m clip_jax.tools.rewrite`, which this runs."""
+"""The former name of the command `python -m clip_jax.tools.rewrite`, which it runs."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""`python -m clip_jax.data.train_tokenizer` is now `python -m clip_jax.tools.train_tokenizer`, which this runs."""
+"""The former name of the command `python -m clip_jax.tools.train_tokenizer`, which it runs."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""`python -m clip_jax.interop.clip_benchmark` is now `python -m clip_jax.tools.clip_benchmark`, which this runs."""
+"""The former name of the command `python -m clip_jax.tools.clip_benchmark`, which it runs."""
 
 import runpy
 import sys

@@ -1,17 +1,21 @@
-"""Synthetic captions of the pictures of a data set (ALIP: Yang et al. 2023), as columns beside it.
+"""Makes a synthetic caption for every image of a data set (ALIP: Yang et al. 2023) and writes them as a column.
 
-    python -m clip_jax.tools.caption --source=/data/pairs.tar --captioner=transformers:Salesforce/blip-image-captioning-base --out=out.jsonl
+    python -m clip_jax.tools.caption --source=/data/pairs.tar \\
+        --captioner=transformers:Salesforce/blip-image-captioning-base --out=out.jsonl
     python -m clip_jax.tools.caption --source=emoji --captioner=retrieval:runs/clip --out=emoji_captions.jsonl
 
 A captioner is one of
 
-    transformers:MODEL      an image-to-text model of Hugging Face's transformers, a name or a folder, such as BLIP or GIT; that package and
-                            torch have to be installed
-    retrieval:CHECKPOINT    the best of a bank of texts for the picture by a model that `clip_jax.load` loads. The bank is a .txt file of a
-                            text a line, or a data set, of which it has the captions or the texts of one field, each once
+    transformers:MODEL      an image-to-text model of Hugging Face transformers, such as BLIP or GIT. MODEL is a name
+                            or a folder. Needs transformers and torch.
+    retrieval:CHECKPOINT    the text of a bank that best fits the image. CHECKPOINT is anything that `clip_jax.load`
+                            loads. The bank is a .txt file with one text a line, or a data source: then it consists of
+                            the distinct captions, or the distinct texts of one field.
 
-OUT has one line a record with the field `synthetic`, a text, or with --top=K a list of K texts, the best first. It is empty, and counted,
-for a picture that cannot be read. The same command goes on where it stopped.
+OUT has one line for each record. Its field `synthetic` is a text or, with --top=K, a list of K texts, best first. An
+image that cannot be read gets an empty text and is counted. An interrupted run resumes with the same command.
+
+Train with the column by --config.data="SOURCE?columns=OUT".
 """
 
 import functools
@@ -29,15 +33,23 @@ from clip_jax.data.views import rewrites_of
 from clip_jax.errors import UserError
 from clip_jax.runtime import command
 from clip_jax.tools.language_models import import_transformers
-from clip_jax.tools.rewrite import listed, one_line, write_texts
 from clip_jax.tools.source_arguments import open_source, source_parser
+from clip_jax.tools.text_columns import format_reasons, one_line, write_texts
 
-#: `(pictures, records) -> captions`, of each picture a text or a list of texts.
+#: `(images, records) -> captions`; the caption of an image is a text or a list of texts.
 Captioner = Callable[[Sequence[Image.Image], Sequence[Record]], Sequence[str | list[str]]]
 
 
 def read_bank(spec, field="", split="train"):
-    """The different texts of a .txt file, or of a source: its captions or those of one field. Raises UserError when there are none."""
+    """Returns the distinct texts of a bank, in order.
+
+    Args:
+      spec: a .txt file, or the string of a data source.
+      field: the record field that holds the texts; "": the captions.
+      split: the split of the data source.
+
+    Raises UserError when the file cannot be read or there is no text.
+    """
     if spec.endswith(".txt"):
         try:
             texts = Path(spec).read_text(encoding="utf-8").splitlines()
@@ -54,7 +66,7 @@ def read_bank(spec, field="", split="train"):
         ]
     if bank := list(dict.fromkeys(filter(None, map(one_line, texts)))):
         return bank
-    raise UserError(f"--bank={spec}: no text in it" + (f" in a field {field!r}" if field else ""))
+    raise UserError(f"--bank={spec}: it has no text" + (f" in the field {field!r}" if field else ""))
 
 
 def _texts(record, field):
@@ -62,36 +74,48 @@ def _texts(record, field):
 
 
 class Retrieval:
-    """The best texts of a bank by a model.
+    """Retrieves captions from a bank of texts by a model's similarity.
 
     Args:
       model: a `clip_jax.inference.Model`.
-      bank: different texts.
-      top: so many for each picture; 1: a text, more: a list of texts.
-      own: the texts of a record that are left out of its own, as a function of it; None: none are.
+      bank: distinct texts.
+      top: captions for each image; 1 gives a text, more give a list of texts.
+      own: function of a record that returns the texts which are excluded for it; None excludes nothing.
+
+    Raises UserError when `top` is not between 1 and the size of the bank.
     """
 
     def __init__(self, model, bank, top=1, own=None):
         if not 1 <= top <= len(bank):
             raise UserError(f"--top={top}: must be from 1 to {len(bank)}, the number of texts in the bank")
-        self._model, self._bank, self._top, self._own = model, list(bank), top, own
+        self._model, self._bank = model, list(bank)
+        self._top, self._own = top, own
         self._embedded = model.embed_text(self._bank)
 
-    def __call__(self, pictures, of):
+    def __call__(self, images, of):
         from clip_jax.evaluation.topk import top_k
 
         own = [{one_line(text) for text in self._own(record)} if self._own else set() for record in of]
-        z = self._model.embed_image(list(pictures))
+        z = self._model.embed_image(list(images))
+        # Each excluded text can take at most one of the places.
         best, _ = top_k(z, self._embedded, self._top + max(map(len, own)), self._model.similarity)
         found = [
-            [self._bank[i] for i in row if self._bank[i] not in left_out]
-            for row, left_out in zip(best, own, strict=True)
+            [self._bank[i] for i in row if self._bank[i] not in excluded]
+            for row, excluded in zip(best, own, strict=True)
         ]
         return [texts[: self._top] if self._top > 1 else "".join(texts[:1]) for texts in found]
 
 
 class Transformers:
-    """An image-to-text model of Hugging Face's transformers, decoded greedily; `prompt`: what a caption begins with."""
+    """An image-to-text model of Hugging Face transformers with greedy decoding.
+
+    Args:
+      name: the model's name or folder.
+      prompt: the text that every caption begins with.
+      max_tokens: the longest caption, in tokens.
+
+    Raises UserError when transformers or torch is not installed or the model cannot be loaded.
+    """
 
     def __init__(self, name, prompt="", max_tokens=77):
         self._torch, transformers = import_transformers(f"--captioner=transformers:{name}")
@@ -104,16 +128,25 @@ class Transformers:
             self._model.to("cuda")
         self._prompt, self._max_tokens = prompt, max_tokens
 
-    def __call__(self, pictures, of):
-        texts = {"text": [self._prompt] * len(pictures)} if self._prompt else {}
-        inputs = self._processor(images=list(pictures), return_tensors="pt", **texts).to(self._model.device)
+    def __call__(self, images, of):
+        texts = {"text": [self._prompt] * len(images)} if self._prompt else {}
+        inputs = self._processor(images=list(images), return_tensors="pt", **texts).to(self._model.device)
         with self._torch.inference_mode():
             ids = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
         return self._processor.batch_decode(ids, skip_special_tokens=True)
 
 
 def make_captioner(spec, bank, top=1, own=None, prompt=""):
-    """The captioner of a command line; raises UserError for one that is not there. `bank` is called where a bank is needed."""
+    """Returns the `Captioner` of a command line.
+
+    Args:
+      spec: `transformers:MODEL` or `retrieval:CHECKPOINT`.
+      bank: function without arguments that returns the bank; called for retrieval only.
+      top, own: see `Retrieval`.
+      prompt: see `Transformers`.
+
+    Raises UserError for an unknown captioner or one that cannot be loaded.
+    """
     kind, _, name = spec.partition(":")
     if kind == "transformers" and name:
         return Transformers(name, prompt)
@@ -126,28 +159,40 @@ def make_captioner(spec, bank, top=1, own=None, prompt=""):
 
 
 def run(source, out, captioner, *, about, batch=256, log=print):
-    """Writes the column `synthetic` of a source, or the rest of it; returns the reasons of what is empty with their numbers.
+    """Writes the column `synthetic` of a source; resumes an unfinished file.
 
-    about: what made the captions, for the header. Raises UserError as `write_texts` does, and when a whole batch has no caption.
+    Args:
+      source: the records.
+      out: the file, `NAME.jsonl`.
+      captioner: a `Captioner`.
+      about: what makes the captions, for the header.
+      batch: records in a batch.
+      log: takes a line of progress.
+
+    Returns:
+      A Counter of the reasons for empty captions.
+
+    Raises UserError as `write_texts` does, and when a whole batch has no caption.
     """
     failures = Counter()
 
     def make(chunk):
-        pictures, reasons, captions = {}, Counter(), {}
+        images, captions = {}, {}
+        reasons = Counter()
         for i, record in chunk:
             try:
                 if record is None or record.get("image") is None:
-                    raise BadRecord("no picture" if record else "unreadable record")
-                pictures[i] = decode.load(decode.flatten(decode.open_image(record["image"])))
+                    raise BadRecord("no image" if record else "unreadable record")
+                images[i] = decode.load(decode.flatten(decode.open_image(record["image"])))
             except BadRecord as bad:
                 reasons[bad.args[0]] += 1
-        if pictures:
-            of = [record for i, record in chunk if i in pictures]
-            captions = dict(zip(pictures, map(_clean, captioner(list(pictures.values()), of)), strict=True))
-            reasons["no text for a picture"] += sum(not caption for caption in captions.values())
+        if images:
+            of = [record for i, record in chunk if i in images]
+            captions = dict(zip(images, map(_clean, captioner(list(images.values()), of)), strict=True))
+            reasons["no text for an image"] += sum(not caption for caption in captions.values())
         failures.update(+reasons)
         if not any(captions.values()):
-            raise UserError(f"none of {len(chunk):,} records in a row has a caption ({listed(+reasons)})")
+            raise UserError(f"none of {len(chunk):,} records in a row has a caption ({format_reasons(+reasons)})")
         return [{"synthetic": captions.get(i, "")} for i, _ in chunk]
 
     write_texts(source, out, about, batch, make, lambda line: log(f"{line}, {failures.total():,} captions are empty"))
@@ -155,28 +200,28 @@ def run(source, out, captioner, *, about, batch=256, log=print):
 
 
 def _clean(caption):
-    """On one line each; empty ones of a list are left out."""
+    """Returns a caption, or a list of captions without the empty ones, each on one line."""
     return one_line(caption) if isinstance(caption, str) else [text for text in map(one_line, caption) if text]
 
 
 def main(argv=None):
-    """The command; returns the exit status: 0, or 2 after a one-line error."""
+    """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
     parser = source_parser("clip_jax.tools.caption", __doc__, ("image", "text"))
-    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the columns")
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the column to write")
     parser.add_argument("--captioner", required=True, help="transformers:MODEL | retrieval:CHECKPOINT")
-    parser.add_argument("--prompt", default="", help="what captions begin with, for transformers")
+    parser.add_argument("--prompt", default="", help="transformers: the text that every caption begins with")
     parser.add_argument(
-        "--bank", default="", help="texts for retrieval: FILE.txt, or any source (default: that of the pictures)"
+        "--bank", default="", help="retrieval: FILE.txt or any source string (default: the source of the images)"
     )
     parser.add_argument(
-        "--bank-field", default="", help="field of the bank's records that holds the texts (default: their captions)"
+        "--bank-field", default="", help="retrieval: record field of the bank's texts (default: the captions)"
     )
-    parser.add_argument("--bank-split", default="train", help="(default: train)")
-    parser.add_argument("--top", type=int, default=1, help="so many texts of the bank for each picture (default: 1)")
+    parser.add_argument("--bank-split", default="train", help="retrieval: split of the bank (default: train)")
+    parser.add_argument("--top", type=int, default=1, help="retrieval: captions for each image (default: 1)")
     parser.add_argument(
-        "--exclude-own", action="store_true", help="of the bank not those texts that the record has itself"
+        "--exclude-own", action="store_true", help="retrieval: a record never gets a text that it already has"
     )
-    parser.add_argument("--batch", type=int, default=256, help="records at a time (default: 256)")
+    parser.add_argument("--batch", type=int, default=256, help="records in a batch (default: 256)")
     args = parser.parse_args(argv)
     return command.run(lambda: _main(args))
 
@@ -189,7 +234,8 @@ def _main(args):
     names = ("captioner", "prompt", "bank", "bank_field", "bank_split", "top", "exclude_own")
     failures = run(source, args.out, captioner, about={name: getattr(args, name) for name in names}, batch=args.batch)
     print(
-        f"{args.out}: {len(source):,} records; of the captions made now {failures.total():,} are empty. {listed(failures)}"
+        f"{args.out}: {len(source):,} records; {failures.total():,} captions of this run are empty. "
+        f"{format_reasons(failures)}"
     )
 
 

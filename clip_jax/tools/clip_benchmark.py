@@ -1,10 +1,10 @@
-"""Our checkpoints in CLIP_benchmark's command line, which has this module's model type beside its own:
+"""Runs CLIP_benchmark with the additional model type `clip_jax`, which loads this package's checkpoints.
 
     python -m clip_jax.tools.clip_benchmark eval --model=runs/clip --dataset=cifar10 --output=result.json
 
-`--model` is what `clip_jax.load` takes, `--pretrained` which checkpoint: latest (the default), best, or a step. Everything
-else is CLIP_benchmark's (`pip install clip_benchmark`), which with PyTorch is needed only here. Embeddings are computed by JAX,
-on its devices; pictures and texts are prepared as the checkpoint says.
+`--model` is anything that `clip_jax.load` takes. `--pretrained` selects the checkpoint: latest (the default), best or a
+step. All other arguments are CLIP_benchmark's. Only this command needs PyTorch and `pip install clip_benchmark`. JAX
+computes the embeddings on its own devices; images and texts are prepared as the checkpoint says.
 """
 
 import sys
@@ -15,12 +15,13 @@ from clip_jax import inference
 from clip_jax.data.views import TextView
 from clip_jax.errors import UserError
 from clip_jax.methods.interface import Method
+from clip_jax.runtime import command
 
 MODEL_TYPE = "clip_jax"
 
 
 class Transform:
-    """A picture as uint8 tensor `[size, size, 3]`, normalised in the model."""
+    """Makes an image a uint8 tensor `[size, size, 3]`; the model normalises it."""
 
     def __init__(self, view):
         self.view = view
@@ -32,22 +33,23 @@ class Transform:
 
 
 class TorchModel:
-    """A `clip_jax.inference.Model` that takes and gives PyTorch tensors."""
+    """A `clip_jax.inference.Model` that takes and returns PyTorch tensors."""
 
     def __init__(self, model):
         import jax
 
-        self.model, self._text = model, jax.jit(model.method.embed_text)
+        self.model = model
+        self._text = jax.jit(model.method.embed_text)
 
     def eval(self):
         return self
 
     def encode_image(self, images):
-        """Unit rows float32 `[n, E]` of uint8 `[n, size, size, 3]`."""
+        """Returns unit rows float32 `[n, E]` for images uint8 `[n, size, size, 3]`."""
         return self._tensor(self.model.embed_image(images.cpu().numpy()), images)
 
     def encode_text(self, ids):
-        """Unit rows float32 `[n, E]` of what the tokenizer gave."""
+        """Returns unit rows float32 `[n, E]` for the output of the tokenizer."""
         return self._tensor(np.asarray(self._text(self.model.params, self.model.extra, ids.cpu().numpy())), ids)
 
     @staticmethod
@@ -58,25 +60,25 @@ class TorchModel:
 
 
 def load_clip_jax(model_name, pretrained="latest", cache_dir=None, device="cpu"):
-    """`(model, transform, tokenizer)`, as CLIP_benchmark wants it.
+    """Returns `(model, transform, tokenizer)` as CLIP_benchmark expects them.
 
     Args:
-      model_name: path of a checkpoint, or of weights of others.
-      pretrained: latest, best, or a step.
-      cache_dir, device: not needed: nothing is downloaded, and JAX has its own devices.
+      model_name: path of a checkpoint or of third-party weights.
+      pretrained: latest, best or a step.
+      cache_dir, device: unused; nothing is downloaded, and JAX has its own devices.
 
-    Raises UserError when it cannot be loaded, has no tokenizer, or compares by something else than a dot product.
+    Raises UserError when the model cannot be loaded, has no tokenizer, or has a similarity other than a dot product.
     """
     import torch
 
     model = inference.load(model_name, pretrained)
     if model.tokenizer is None:
         raise UserError(
-            f"{model_name!r} came without a tokenizer: import it by python -m clip_jax.interop.load --tokenizer=..."
+            f"{model_name!r} has no tokenizer: import it by python -m clip_jax.interop.load --tokenizer=..."
         )
     if model.method.similarity is not Method.similarity:
         raise UserError(
-            f"method={model.config.method!r} is not evaluated by CLIP_benchmark: its similarity is not a dot product"
+            f"method={model.config.method!r}: CLIP_benchmark compares by dot products, this method does not"
         )
     context = next(view.context for view in model.method.views if isinstance(view, TextView))
     return (
@@ -87,9 +89,7 @@ def load_clip_jax(model_name, pretrained="latest", cache_dir=None, device="cpu")
 
 
 def main(argv=None):
-    """CLIP_benchmark's command with the model type `clip_jax`, which is the default; returns the exit status."""
-    from clip_jax.runtime import command
-
+    """Runs CLIP_benchmark's command with `clip_jax` as the default model type; returns the exit status."""
     return command.run(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 

@@ -1,6 +1,14 @@
-"""Our models for others: `python -m clip_jax.tools.export --checkpoint=runs/clip --to=open_clip|hf --out=FOLDER`.
+"""Exports a checkpoint for open_clip or Hugging Face transformers.
 
-`clip_jax.interop.export` says what is written.
+    python -m clip_jax.tools.export --checkpoint=runs/clip --to=open_clip --out=export/open_clip
+    python -m clip_jax.tools.export --checkpoint=runs/clip --to=hf --out=export/hf
+
+FOLDER gets the weights in float32, the configuration, the preprocessing and the tokenizer. Load it with
+
+    open_clip.create_model_and_transforms("local-dir:FOLDER")             --to=open_clip
+    transformers.CLIPModel.from_pretrained("FOLDER") and AutoProcessor    --to=hf; SiglipModel and AlignModel likewise
+
+A model that the target cannot express is refused with a line that names the field. docs/checkpoints.md lists what fits.
 """
 
 import sys
@@ -11,15 +19,15 @@ from clip_jax.runtime import command
 
 
 def main(argv=None):
-    """The command; returns the exit status: 0, or 2 after a one-line error."""
+    """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
     parser = command.make_parser("clip_jax.tools.export", __doc__)
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="work folder, checkpoint, or weights of others"
+        "--checkpoint", required=True, metavar="PATH", help="work folder, checkpoint or third-party weights"
     )
     parser.add_argument("--which", default="latest", help="latest, best, or a step (default: %(default)s)")
-    parser.add_argument("--to", required=True, choices=export.TARGETS)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
-    parser.add_argument("--without-tokenizer", action="store_true", help="leave the tokenizer out")
+    parser.add_argument("--to", required=True, choices=export.TARGETS, help="the program that will load the model")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
+    parser.add_argument("--without-tokenizer", action="store_true", help="do not write the tokenizer")
     args = parser.parse_args(argv)
     return command.run(lambda: _run(args))
 

@@ -1,15 +1,22 @@
-"""ALIGN's noise filters over any data source (Jia et al. 2021, section 3), and the index of what they keep, which training reads.
+"""Filters any data source by ALIGN's rules (Jia et al. 2021, section 3) and writes an index of the kept records.
 
     python -m clip_jax.tools.filter --source='/data/pairs/{00000..41407}.tar' --out=runs/kept
-    python -m clip_jax.train --config=configs/align.py:b7 --config.data='/data/pairs/{00000..41407}.tar?index=runs/kept' ...
+    python -m clip_jax.train --config=configs/align.py:b7 \\
+        --config.data='/data/pairs/{00000..41407}.tar?index=runs/kept' ...
 
-Two passes: the first counts how many texts a picture has, how many pictures a text has, and how frequent each word and pair of neighbouring
-words is; the second decides. Every default is the paper's. The folder OUT gets `index.npy`, `report.txt` and `report.json`.
+The first pass counts the texts of each image, the images of each text, and the frequency of each word and each pair of
+adjacent words. The second pass decides. Every default threshold is the paper's. The folder OUT gets `index.npy`,
+`report.txt` and `report.json`; training reads the index.
 
-What the paper leaves open is an assumption here: pictures are the same when their bytes are; texts when their words are, whatever
-their case and punctuation; words are runs of letters and digits, with apostrophes inside; a near duplicate of a test picture is one whose
-128 comparisons of neighbouring grey values at 9 x 9 pixels differ in at most 7; n-grams of equal frequency are all among the most frequent
-or none. Unsafe pictures are found by a field of the records, which somebody else's classifier has filled.
+The paper leaves some points open. This command assumes:
+
+    same image        the bytes are equal.
+    same text         the words are equal; case and punctuation do not count.
+    word              a run of letters and digits; apostrophes inside it belong to it.
+    near duplicate    at most 7 bits of the 128-bit hashes of the image and a test image differ. A bit compares two
+                      adjacent grey values of the image at 9 x 9 pixels.
+    frequent n-grams  n-grams of equal frequency are all among the most frequent, or none of them is.
+    unsafe image      a record field says so, which an external classifier has filled.
 """
 
 import collections
@@ -34,27 +41,43 @@ from clip_jax.data.sources import make_source
 from clip_jax.data.sources.index import TEXTS
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.runtime import command
-from clip_jax.tools.filter_tables import NearDuplicates, Table, contains, picture_hash
+from clip_jax.tools.filter_tables import NearDuplicates, Table, contains, image_hash
 from clip_jax.tools.source_arguments import open_source, source_parser
 
-_ROWS = 4096  # of the index that are held before they are written
-_EXAMPLES = 5  # of each rule in the report
+_ROWS = 4096  # rows of the index that are held in memory
+_EXAMPLES = 5  # examples of each rule in the report
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The thresholds; in parentheses what is removed."""
+    """The thresholds of the filter; the defaults are ALIGN's.
 
-    min_side: int = 200  # shorter side in pixels (not above it)
-    max_aspect: float = 3.0  # longer side over shorter side (not below it)
-    max_texts: int = 1000  # texts of one picture (more)
-    max_images: int = 10  # pictures of one text (more)
-    vocabulary: int = 100_000_000  # most frequent words and pairs of words (a text with another one)
-    min_words: int = 3  # words of a text (fewer)
-    max_words: int = 20  # (more)
-    near_duplicate: int = 7  # bits in which a picture differs from a test picture (not more)
-    unsafe: str = ""  # field of a record that says "NSFW", "unsafe", "true", "yes", or a number from 0.5 on (those)
+    Attributes:
+      min_side: pixels; an image whose shorter side is at most this is removed.
+      max_aspect: an image is removed when its longer side is at least this many times its shorter side.
+      max_texts: an image with more distinct texts is removed.
+      max_images: a text of more distinct images is removed.
+      vocabulary: number of the most frequent words and word pairs; a text with any other n-gram is removed.
+      min_words: a text with fewer words is removed.
+      max_words: a text with more words is removed.
+      near_duplicate: bits; an image whose hash differs from a test image's in at most this many is removed.
+      unsafe: record field; an image is removed when it holds "NSFW", "unsafe", "true", "yes", "1" or a number from
+        0.5 up.
+        "": no such rule.
+
+    Raises UserError for an invalid threshold.
+    """
+
+    min_side: int = 200
+    max_aspect: float = 3.0
+    max_texts: int = 1000
+    max_images: int = 10
+    vocabulary: int = 100_000_000
+    min_words: int = 3
+    max_words: int = 20
+    near_duplicate: int = 7
+    unsafe: str = ""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -63,33 +86,31 @@ class Rules:
                 raise UserError(f"{_flag(field.name)}={value}: must be at least 0")
         if self.min_words > self.max_words:
             raise UserError(
-                f"--min-words={self.min_words} is more than --max-words={self.max_words}: nothing would be left"
+                f"--min-words={self.min_words} is more than --max-words={self.max_words}: no text would be kept"
             )
         if self.near_duplicate > 15:
-            raise UserError(f"--near-duplicate={self.near_duplicate}: at most 15 of the 128 bits")
+            raise UserError(f"--near-duplicate={self.near_duplicate}: must be at most 15 of the 128 bits")
 
 
-#: Rule -> (its threshold, what it removes). The first ones look at a record and its picture, those from shared_text on at each text.
+#: `{rule: (its threshold, what it removes)}`. The rules before `shared_text` judge a record and its image. The others,
+#: except `no_text`, judge each text.
 RULES = {
-    "unreadable": (None, "the record or its picture cannot be read"),
-    "unsafe": ("unsafe", "marked as unsafe"),
-    "small": ("min_side", "shorter side of at most this many pixels"),
-    "elongated": ("max_aspect", "longer side at least so many times the shorter"),
-    "many_texts": ("max_texts", "picture with more texts"),
-    "test_picture": ("near_duplicate", "picture of a test set, but for so many of 128 bits"),
-    "shared_text": ("max_images", "text of more pictures"),
-    "rare_words": ("vocabulary", "words or pairs of words outside of the most frequent"),
-    "too_short": ("min_words", "fewer words"),
-    "too_long": ("max_words", "more words"),
+    "unreadable": (None, "record or image that cannot be read"),
+    "unsafe": ("unsafe", "image marked as unsafe"),
+    "small": ("min_side", "image whose shorter side has at most this many pixels"),
+    "elongated": ("max_aspect", "image whose longer side is at least this many times its shorter side"),
+    "many_texts": ("max_texts", "image with more than this many texts"),
+    "test_picture": ("near_duplicate", "image whose hash differs from a test image's in at most this many of 128 bits"),
+    "shared_text": ("max_images", "text of more than this many images"),
+    "rare_words": ("vocabulary", "text with a word or word pair that is not among this many most frequent ones"),
+    "too_short": ("min_words", "text of fewer than this many words"),
+    "too_long": ("max_words", "text of more than this many words"),
     "no_text": (None, "record without a text"),
 }
 
 
-# --- the records ---
-
-
 def words(text):
-    """The words of a text in lower case."""
+    """Returns the words of a text in lower case."""
     return _WORD.findall(text.lower())
 
 
@@ -101,18 +122,22 @@ def _text_key(tokens):
 
 
 def ngrams(tokens):
-    """Hashes uint64 [max(2n - 1, 0)] of the n words and of their pairs of neighbours."""
+    """Returns the hashes, uint64 `[max(2 n - 1, 0)]`, of n words and of the pairs of adjacent words."""
     one = np.array([_hash_word(token) for token in tokens], np.uint64)
     two = (one[:-1] * np.uint64(0x9E3779B97F4A7C15)) ^ (one[1:] * np.uint64(0xC2B2AE3D27D4EB4F) + np.uint64(1))
     return np.concatenate([one, two])
 
 
-# --- the two passes ---
-
-
 @dataclasses.dataclass
 class Counts:
-    """What the first pass found: keys in order. `vocabulary` is None where every n-gram is in it."""
+    """The result of the first pass.
+
+    Attributes:
+      many_texts: sorted keys, uint64 `[n]`, of the images with too many texts.
+      shared_texts: sorted keys, uint64 `[n]`, of the texts of too many images.
+      vocabulary: sorted keys, uint64 `[n]`, of the frequent n-grams; None when all n-grams are frequent.
+      facts: counts for the report.
+    """
 
     many_texts: np.ndarray
     shared_texts: np.ndarray
@@ -121,7 +146,16 @@ class Counts:
 
 
 def count(source, rules, folder):
-    """The first pass; `folder` is for its files."""
+    """Runs the first pass.
+
+    Args:
+      source: the records.
+      rules: the thresholds.
+      folder: for the tables on disk.
+
+    Returns:
+      The `Counts`.
+    """
     images, texts, grams = Table(folder, "images"), Table(folder, "texts"), Table(folder, "ngrams", sums=True)
     for _, record in records(source):
         if isinstance(record, BadRecord):
@@ -143,7 +177,7 @@ def count(source, rules, folder):
 
 
 def text_hits(text, rules, counts):
-    """The rules that remove a text."""
+    """Returns the names of the rules that remove a text."""
     tokens, hits = words(text), []
     if contains(counts.shared_texts, [_text_key(tokens)])[0]:
         hits.append("shared_text")
@@ -156,12 +190,22 @@ def text_hits(text, rules, counts):
     return hits
 
 
-def picture_hits(record, rules, counts, test_pictures):
-    """The rules that remove a picture, whatever its texts, and its size in pixels."""
+def image_hits(record, rules, counts, test_images):
+    """Returns the names of the rules that remove an image, and its size.
+
+    Args:
+      record: a readable record.
+      rules: the thresholds.
+      counts: the result of the first pass.
+      test_images: the `NearDuplicates` of the test images, or None.
+
+    Returns:
+      `([rule, ...], (width, height))`; the size is (0, 0) for an unreadable image.
+    """
     hits = ["unsafe"] if rules.unsafe and _is_unsafe(record.get(rules.unsafe)) else []
     try:
         image = decode.open_image(record.get("image"))
-        if test_pictures is not None and picture_hash(image) in test_pictures:
+        if test_images is not None and image_hash(image) in test_images:
             hits.append("test_picture")
     except BadRecord:
         return [*hits, "unreadable"], (0, 0)
@@ -182,43 +226,64 @@ def _is_unsafe(value):
 
 
 class Tally:
-    """How many records each rule removed, with examples that are a fair sample of them."""
+    """Counts of the removed records, with a uniform sample of each rule's.
+
+    Attributes:
+      removed: records that each rule removed.
+      alone: records that this rule alone removed.
+      examples: at most five records of each rule.
+      kept, texts_kept: kept records and their kept texts.
+      texts_removed: removed texts of kept records.
+    """
 
     def __init__(self):
-        self.removed, self.alone, self.examples = (
-            collections.Counter(),
-            collections.Counter(),
-            collections.defaultdict(list),
-        )
+        self.removed, self.alone = collections.Counter(), collections.Counter()
+        self.examples = collections.defaultdict(list)
         self.kept = self.texts_kept = self.texts_removed = 0
         self._random = random.Random(0)
 
     def add(self, hits, index, size, texts):
+        """Counts a removed record.
+
+        Args:
+          hits: names of the rules that removed it.
+          index: its number.
+          size: width and height of its image.
+          texts: its texts.
+        """
         hits = set(hits)
         self.removed.update(hits)
         if len(hits) == 1:
             self.alone.update(hits)
         for rule in hits:
-            place = (
-                self._random.randrange(self.removed[rule])
-                if self.removed[rule] > _EXAMPLES
-                else len(self.examples[rule])
-            )
-            if place < _EXAMPLES:  # reservoir sampling
-                self.examples[rule][place : place + 1] = [
-                    {"record": index, "size": list(size), "texts": list(texts[:3])}
-                ]
+            example = {"record": index, "size": list(size), "texts": list(texts[:3])}
+            # Reservoir sampling.
+            full = self.removed[rule] > _EXAMPLES
+            place = self._random.randrange(self.removed[rule]) if full else len(self.examples[rule])
+            if place < _EXAMPLES:
+                self.examples[rule][place : place + 1] = [example]
 
 
-def decide(source, rules, counts, test_pictures, file):
-    """The second pass: writes rows int64 (index, bits of the texts that stay) of the records that stay to `file`."""
+def decide(source, rules, counts, test_images, file):
+    """Runs the second pass, which writes the index.
+
+    Args:
+      source: the records.
+      rules: the thresholds.
+      counts: the result of the first pass.
+      test_images: the `NearDuplicates` of the test images, or None.
+      file: takes one row int64 `[2]` for each kept record: its number, and a bit for each kept text.
+
+    Returns:
+      The `Tally`.
+    """
     tally, rows = Tally(), []
     for index, record in records(source):
         if isinstance(record, BadRecord):
             tally.add(["unreadable"], index, (0, 0), [])
             continue
         texts = record["texts"][:TEXTS]
-        hits, size = picture_hits(record, rules, counts, test_pictures)
+        hits, size = image_hits(record, rules, counts, test_images)
         of_texts = [text_hits(text, rules, counts) for text in texts]
         if not texts:
             hits.append("no_text")
@@ -237,16 +302,19 @@ def decide(source, rules, counts, test_pictures, file):
 
 
 def run(source, out, rules=Rules(), exclude=()):
-    """Filters a source; writes `index.npy`, `report.json` and `report.txt` into the folder `out`.
+    """Filters a source; writes `index.npy`, `report.json` and `report.txt` into a folder.
 
     Args:
-        source: the records.
-        out: made if it is not there; an index in it is replaced.
-        rules: the thresholds.
-        exclude: test sets, whose pictures and near duplicates of them are removed.
+      source: the records.
+      out: the folder; it is created when it does not exist, and an index in it is replaced.
+      rules: the thresholds.
+      exclude: test sets; their images and near duplicates of them are removed.
 
-    Returns: the report.
-    Raises UserError when `out` cannot be written, none of the first records has the field `rules.unsafe`, or nothing is left.
+    Returns:
+      The report, a dict.
+
+    Raises UserError when `out` cannot be written, when none of the first 256 records has the field `rules.unsafe`, or
+    when no record is kept.
     """
     out, start = Path(out), time.monotonic()
     if rules.unsafe:
@@ -254,20 +322,18 @@ def run(source, out, rules=Rules(), exclude=()):
             *(record for _, record in itertools.islice(records(source), 256) if not isinstance(record, BadRecord))
         )
         if rules.unsafe not in fields:
-            raise UserError(
-                f"--unsafe={rules.unsafe}: no such field{did_you_mean(rules.unsafe, fields)}; fields: {', '.join(sorted(fields))}"
-            )
+            near = did_you_mean(rules.unsafe, fields)
+            raise UserError(f"--unsafe={rules.unsafe}: no such field{near}; fields: {', '.join(sorted(fields))}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out) as folder:
-            known = [picture_hash(r["image"]) for s in exclude for _, r in records(s) if _is_picture(r)]
+            known = [image_hash(r["image"]) for s in exclude for _, r in records(s) if _is_image(r)]
             counts = count(source, rules, folder)
+            test_images = NearDuplicates(known, rules.near_duplicate) if exclude else None
             with open(os.path.join(folder, "index"), "wb") as file:
-                tally = decide(
-                    source, rules, counts, NearDuplicates(known, rules.near_duplicate) if exclude else None, file
-                )
+                tally = decide(source, rules, counts, test_images, file)
             report = _report(source, rules, exclude, counts, tally, time.monotonic() - start)
-            (out / "report.json").unlink(missing_ok=True)  # until the new index is whole there is none
+            (out / "report.json").unlink(missing_ok=True)  # an interrupted run leaves no index
             rows = (
                 np.memmap(file.name, np.int64, "r", shape=(tally.kept, 2)) if tally.kept else np.zeros((0, 2), np.int64)
             )
@@ -276,7 +342,7 @@ def run(source, out, rules=Rules(), exclude=()):
         (out / "report.txt").write_text("\n".join(describe(report)) + "\n", errors="replace")
         if not tally.kept:
             raise UserError(
-                f"{source.name}: all {len(source):,} records are removed; {out / 'report.txt'} says by which rules"
+                f"{source.name}: all {len(source):,} records are removed; {out / 'report.txt'} names the rules"
             )
         (out / "report.json").write_text(json.dumps(report, indent=1))
     except OSError as error:
@@ -284,7 +350,7 @@ def run(source, out, rules=Rules(), exclude=()):
     return report
 
 
-def _is_picture(record):
+def _is_image(record):
     try:
         return not isinstance(record, BadRecord) and decode.load(decode.open_image(record.get("image"))) is not None
     except BadRecord:
@@ -312,14 +378,15 @@ def _report(source, rules, exclude, counts, tally, seconds):
 
 
 def describe(report):
-    """The lines of a report."""
+    """Yields the lines of a report, the dict that `run` returns."""
     n, kept, grams = report["records"], report["kept"], report["counts"]["ngrams"]
     yield f"{report['source']}: {kept:,} of {n:,} records are kept ({kept / n:.1%}) with {report['texts_kept']:,} texts"
-    yield f"{report['texts_removed_from_kept_records']:,} texts were removed from records that are kept"
-    yield f"{grams['kept']:,} of {grams['different']:,} n-grams are frequent: {grams['occurrences_of_the_rarest_kept']:,} times or more"
+    yield f"{report['texts_removed_from_kept_records']:,} texts of kept records are removed"
+    rarest = grams["occurrences_of_the_rarest_kept"]
+    yield f"{grams['kept']:,} of {grams['different']:,} n-grams are frequent: each occurs at least {rarest:,} times"
     yield (
         f"{report['seconds']:,.0f} s, peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB, "
-        f"on disk meanwhile {report['counts']['scratch_bytes'] / n:,.0f} bytes a record"
+        f"temporary files {report['counts']['scratch_bytes'] / n:,.0f} bytes a record"
     )
     yield ""
     yield f"{'rule':14}{'threshold':>12}{'removed':>12}{'by it alone':>13}  removes"
@@ -329,11 +396,11 @@ def describe(report):
         value = "off" if skipped else value if isinstance(value, str) else f"{value:,}"
         counts = report["rules"][rule]
         yield f"{rule:14}{value:>12}{counts['removed']:>12,}{counts['alone']:>13,}  {meaning}"
-    yield "(a record that several rules remove counts for each of them)"
+    yield "(a record removed by several rules counts for each of them)"
     for rule, counts in report["rules"].items():
         if counts["examples"]:
             yield ""
-            yield f"{rule}, for example:"
+            yield f"examples of {rule}:"
             for example in counts["examples"]:
                 size = "x".join(map(str, example["size"]))
                 yield f"  record {example['record']:,}, {size}: " + " | ".join(
@@ -346,21 +413,27 @@ def _flag(name):
 
 
 def main(argv=None):
-    """The command; returns the exit status: 0, or 2 after a one-line error."""
+    """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
     parser = source_parser("clip_jax.tools.filter", __doc__, ("image", "text", "label"))
-    parser.add_argument("--out", required=True, help="folder for the index and the report")
+    parser.add_argument("--out", required=True, help="folder of the index and the report")
     parser.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="SOURCE[:SPLIT]",
-        help="a test set; may be given several times",
+        help="test set whose images are removed; may be given several times",
     )
-    meanings = {threshold: f"{rule}: removes {meaning}" for rule, (threshold, meaning) in RULES.items() if threshold}
+    meanings = {
+        threshold: f"{rule}: removes every {meaning}" for rule, (threshold, meaning) in RULES.items() if threshold
+    }
     for field in dataclasses.fields(Rules):
         help_text = f"{meanings[field.name]} (default: {field.default or 'off'})"
         parser.add_argument(
-            _flag(field.name), type=type(field.default), default=field.default, metavar="N", help=help_text
+            _flag(field.name),
+            type=type(field.default),
+            default=field.default,
+            metavar="FIELD" if isinstance(field.default, str) else "N",
+            help=help_text,
         )
     args = parser.parse_args(argv)
     return command.run(lambda: _main(args))

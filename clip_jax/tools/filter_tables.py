@@ -1,4 +1,4 @@
-"""Tables of the filter: counts on disk that fit into memory piece by piece, and near duplicates of images."""
+"""Tables of the filter: counts on disk of which each part fits into memory, and near duplicates of images."""
 
 import array
 import collections
@@ -10,18 +10,30 @@ import numpy as np
 
 from clip_jax.data import decode
 
-_BUFFER = 2**21  # rows of a table that are held in memory, 16 bytes each
+_BUFFER = 2**21  # rows of a table in memory; a row takes 16 bytes
 
 
 class Table:
-    """Rows (key, value) of uint64 on disk, in 256 files by the key's first byte, so that each fits into memory; 16 bytes a row."""
+    """Rows (key, value) of uint64 on disk, 16 bytes each, in 256 files by the key's first byte.
+
+    Each file fits into memory.
+
+    Args:
+      folder: for the files.
+      name: the beginning of their names.
+      sums: whether values of one key may be added up before they are written.
+
+    Attributes:
+      bytes: number of bytes written.
+    """
 
     def __init__(self, folder, name, sums=False):
-        """sums: values of the same key may be added up before they are written."""
-        self._path, self._sums, self.bytes = os.path.join(folder, name), sums, 0
+        self._path, self._sums = os.path.join(folder, name), sums
+        self.bytes = 0
         self._keys, self._values = array.array("Q"), array.array("Q")
 
     def add(self, keys, values):
+        """Adds rows: keys and values are uint64 `[n]`."""
         self._keys.frombytes(keys.tobytes())
         self._values.frombytes(values.tobytes())
         if len(self._keys) >= _BUFFER:
@@ -43,7 +55,7 @@ class Table:
         self.bytes += 16 * len(keys)
 
     def parts(self):
-        """(keys, values) of one file after the other, in the order of keys, then of values."""
+        """Yields the keys and values, uint64 `[n]`, of one file at a time, sorted by key, then by value."""
         self._flush()
         for part in range(256):
             with contextlib.suppress(FileNotFoundError):
@@ -52,7 +64,7 @@ class Table:
                 yield rows[order, 0], rows[order, 1]
 
     def more_than(self, limit):
-        """The keys, in order, that have more than `limit` different values."""
+        """Returns the sorted keys, uint64 `[n]`, that have more than `limit` distinct values."""
         found = [np.zeros(0, np.uint64)]
         for keys, values in self.parts():
             is_new = np.ones(len(keys), bool)
@@ -62,9 +74,16 @@ class Table:
         return np.concatenate(found)
 
     def most_frequent(self, size, path):
-        """The keys, in order, whose values have the largest sums, as a file that is mapped into memory.
+        """Returns the keys whose values have the largest sums.
 
-        Of equal sums all are among the `size` keys or none. None instead of the keys where that leaves nothing out.
+        Keys of equal sums are all among them, or none of them is.
+
+        Args:
+          size: at most this many keys.
+          path: the file of the keys, which is mapped into memory.
+
+        Returns:
+          `(keys, facts)`: the sorted keys, uint64 `[n]`, or None when they are all the keys; counts for the report.
         """
         histogram = collections.Counter()
         for sums in (sums for _, sums in self._summed()):
@@ -89,15 +108,20 @@ class Table:
 
 
 def contains(keys, wanted):
-    """Which of the `wanted` are among the sorted keys, bool like `wanted`."""
+    """Returns which of `wanted`, uint64 `[n]`, are among the sorted `keys`, uint64 `[m]`: bool `[n]`."""
     wanted = np.asarray(wanted, np.uint64)
     if not len(keys):
         return np.zeros(wanted.shape, bool)
     return keys[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted
 
 
-def picture_hash(image):
-    """16 bytes of a picture: which neighbours, across and down, get brighter at 9 x 9 grey pixels. Raises BadRecord."""
+def image_hash(image):
+    """Returns the 16-byte hash of an image.
+
+    The image is reduced to 9 x 9 grey pixels. Each bit says whether a pixel is brighter than its left or upper
+    neighbour.
+    Raises BadRecord for an unreadable image.
+    """
     image = decode.open_image(image)
     image, _ = decode.shrink_on_load(image, (0, 0, *image.size), 9)
     grey = np.asarray(decode.flatten(image).convert("L").resize((9, 9), decode.Image.Resampling.BOX))
@@ -105,13 +129,18 @@ def picture_hash(image):
 
 
 class NearDuplicates:
-    """Finds hashes within some bits of given ones: two that differ in d bits agree in one of d + 1 pieces, by which they are looked up."""
+    """A set of 16-byte hashes that also contains every hash within some bits of one of them.
+
+    Two hashes that differ in d bits agree in one of d + 1 pieces. Tables of the pieces find the candidates.
+
+    Args:
+      hashes: 16 bytes each.
+      distance: the number of bits, at most 15.
+    """
 
     def __init__(self, hashes, distance):
-        self._distance, self._pieces = (
-            distance,
-            [(p[0], p[-1] + 1) for p in np.array_split(np.arange(16), distance + 1)],
-        )
+        self._distance = distance
+        self._pieces = [(p[0], p[-1] + 1) for p in np.array_split(np.arange(16), distance + 1)]
         self._tables = [collections.defaultdict(set) for _ in self._pieces]
         for known in set(hashes):
             for table, (start, end) in zip(self._tables, self._pieces, strict=True):

@@ -1,9 +1,12 @@
-"""Language models that rewrite captions, behind one interface: a list of `Request` in, a list of texts in, `NoAnswer` where there is none.
+"""Language models that rewrite captions, behind one interface.
 
-http://HOST:PORT/v1[#MODEL]   an endpoint in the manner of OpenAI's, of vLLM, llama.cpp and others: {URL}/completions; a URL that ends
-                              in /chat/completions is asked by messages. The environment's OPENAI_API_KEY is sent if there is one
-transformers:MODEL            a model of Hugging Face's transformers, a name or a folder; that package and torch have to be installed
-offline                       no language model: synonyms of WordNet, words that the record has beside its caption, and templates
+A model is a function `[Request, ...] -> [text or NoAnswer, ...]`. It is named by one of
+
+    http://HOST:PORT/v1[#MODEL]   an endpoint with OpenAI's protocol, such as vLLM or llama.cpp. Prompts go to
+                                  {URL}/completions; a URL that ends in /chat/completions gets them as messages.
+                                  OPENAI_API_KEY of the environment is sent if it is set.
+    transformers:MODEL            a model of Hugging Face transformers, by name or folder. Needs transformers and torch.
+    offline                       no language model: WordNet synonyms, words of the record, and templates
 """
 
 import concurrent.futures
@@ -26,14 +29,14 @@ KINDS = ("http://HOST:PORT/v1[#MODEL]", "transformers:MODEL", "offline")
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One rewrite that is wanted.
+    """A request for one rewrite.
 
     Attributes:
       prompt: the demonstrations and the caption, see `clip_jax.tools.rewrite.make_prompt`.
       caption: the caption alone, on one line.
-      family: whose demonstrations these are.
-      words: what the record says of the picture beside the caption.
-      seed: of this request's randomness.
+      family: the family of the demonstrations.
+      words: further words of the record on the image.
+      seed: of this request's random choices.
     """
 
     prompt: str
@@ -44,12 +47,20 @@ class Request:
 
 
 class NoAnswer(Exception):
-    """In the place of a text; `args[0]` is the reason, a short one under which it is counted."""
+    """An answer without a text; `args[0]` is the reason, a short category under which it is counted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How texts are drawn from a language model; the defaults are LaCLIP's. Raises UserError for wrong values."""
+    """How texts are sampled from a language model; the defaults are LaCLIP's.
+
+    Attributes:
+      temperature: at least 0; 0 is greedy decoding.
+      top_p: probability mass of nucleus sampling, in (0, 1].
+      max_tokens: the longest answer, in tokens.
+
+    Raises UserError for an invalid value.
+    """
 
     temperature: float = 0.9
     top_p: float = 0.95
@@ -57,12 +68,22 @@ class Sampling:
 
     def __post_init__(self):
         if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.max_tokens >= 1):
-            given = f"--temperature={self.temperature} >= 0, 0 < --top-p={self.top_p} <= 1 and --max-tokens={self.max_tokens} >= 1"
-            raise UserError(f"{given} do not all hold")
+            raise UserError(
+                f"--temperature={self.temperature} must be at least 0, --top-p={self.top_p} above 0 and at most 1, "
+                f"--max-tokens={self.max_tokens} at least 1"
+            )
 
 
 def make_language_model(spec, sampling=Sampling(), timeout=60.0):
-    """A function `list[Request] -> list[str | NoAnswer]`; raises UserError for a model that is not there."""
+    """Returns the function `[Request, ...] -> [text or NoAnswer, ...]` of a language model.
+
+    Args:
+      spec: one of `KINDS`.
+      sampling: how texts are sampled.
+      timeout: seconds to wait for an HTTP answer.
+
+    Raises UserError for an unknown kind, and for a transformers model that cannot be loaded.
+    """
     if spec == "offline":
         return offline
     if spec.startswith("transformers:"):
@@ -75,7 +96,16 @@ def make_language_model(spec, sampling=Sampling(), timeout=60.0):
 
 @dataclasses.dataclass(frozen=True)
 class Http:
-    """An endpoint in the manner of OpenAI's. A request that fails is repeated `retries` times, after `pause`, 2 `pause`, ... seconds."""
+    """An endpoint with OpenAI's protocol.
+
+    Attributes:
+      url: `URL` or `URL#MODEL`.
+      sampling: how texts are sampled.
+      timeout: seconds to wait for an answer.
+      retries: how often a failed request is repeated.
+      pause: seconds before the first repetition; the wait before repetition n is n times as long.
+      parallel: requests at a time.
+    """
 
     url: str
     sampling: Sampling = Sampling()
@@ -98,7 +128,7 @@ class Http:
                 failure = NoAnswer(f"no answer within {self.timeout:g} s")
             except urllib.error.HTTPError as error:
                 failure = NoAnswer(f"HTTP status {error.code}")
-                if error.code < 500 and error.code not in (408, 429):  # asking again would not help
+                if error.code < 500 and error.code not in (408, 429):  # a repetition would fail too
                     break
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", None) or error
@@ -133,9 +163,14 @@ class Http:
 
 
 class Transformers:
-    """A causal language model of Hugging Face's transformers. What is drawn for requests together follows from the first one's seed."""
+    """A causal language model of Hugging Face transformers.
 
-    MAX_PROMPT = 400  # tokens; of longer prompts the beginning stays, and the arrow after it (LaCLIP)
+    Random choices for a list of requests follow from the seed of the first one.
+
+    Raises UserError when transformers or torch is not installed or the model cannot be loaded.
+    """
+
+    MAX_PROMPT = 400  # tokens; a longer prompt is cut at its end and the arrow is put back (LaCLIP)
 
     def __init__(self, name, sampling):
         self._torch, transformers = import_transformers(f"--llm=transformers:{name}")
@@ -170,7 +205,10 @@ class Transformers:
 
 
 def import_transformers(needed_by):
-    """`(torch, transformers)`; raises UserError when one of them is not installed."""
+    """Returns the modules `(torch, transformers)`.
+
+    Raises UserError, which begins with `needed_by`, when one of them is not installed.
+    """
     try:
         import torch
         import transformers
@@ -179,7 +217,8 @@ def import_transformers(needed_by):
     return torch, transformers
 
 
-#: Of a family those templates that the request can fill; {synonym} is the caption with a synonym for one of its words.
+#: Templates of each family. {synonym} is the caption with a synonym for one of its words; {word} and {words} are words
+#: of the record.
 _TEMPLATES = {
     "chatgpt": (
         "a picture of {synonym}",
@@ -210,7 +249,10 @@ _TEMPLATES = {
 
 
 def offline(requests):
-    """Rewrites without a language model: a synonym, some of the words and a template of the family, or of any."""
+    """Returns rewrites made without a language model, from a synonym, some words of the record and a template.
+
+    The template belongs to the request's family, or to any family when the request fits none of its templates.
+    """
     return [_offline(request) for request in requests]
 
 

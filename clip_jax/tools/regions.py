@@ -1,12 +1,18 @@
-"""Features of the regions of pictures by a frozen encoder, as columns beside a data set (PyramidCLIP).
+"""Computes features of image regions with a frozen encoder and writes them as columns of a data set (PyramidCLIP).
 
     python -m clip_jax.tools.regions --source='/data/pairs/{00000..00331}.tar' --encoder=runs/clip --out=pairs_regions
     python -m clip_jax.tools.regions --source=emoji --grid=3 --encoder=runs/clip --out=emoji_regions
 
-The boxes are those of the records, a field of a detector: x1, y1, x2, y2 in pixels, [regions, 4], the most important first; or, with
---grid=N, the whole picture and N x N equal parts of it. OUT is a folder with the fields `regions`, float16 [COUNT, features], and `boxes`,
-float32 [COUNT, 4], rows of zeros where a picture has fewer regions. A picture that cannot be read, or a box that is nowhere in it, leaves a
-picture without regions, and is counted.
+The boxes come from a record field that a detector has filled: x1, y1, x2, y2 in pixels, `[regions, 4]`, most important
+first. With --grid=N they are the whole image and its N x N equal parts instead.
+
+OUT is a folder with two fields:
+
+    regions    float16 [COUNT, features]
+    boxes      float32 [COUNT, 4]
+
+Rows of zeros fill both where an image has fewer regions. An image that cannot be read, or that has a box entirely
+outside of it, has no regions and is counted.
 """
 
 import itertools
@@ -21,14 +27,19 @@ from clip_jax.data.sources.columns import array_writer
 from clip_jax.data.views import read_boxes
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.runtime import command
-from clip_jax.tools.rewrite import listed
 from clip_jax.tools.source_arguments import open_source, source_parser
+from clip_jax.tools.text_columns import format_reasons
 
-_PROBED = 64  # records among which one has to have the field of boxes
+_PROBED = 64  # the field of boxes must be in one of the first records
 
 
 def grid_boxes(width, height, side):
-    """The whole picture and `side * side` equal parts of it, row by row, float32 [1 + side * side, 4]."""
+    """Returns the boxes float32 `[1 + side * side, 4]` of the whole image and its equal parts, row by row.
+
+    Args:
+      width, height: of the image, in pixels.
+      side: parts in a row and in a column.
+    """
     cells = [(x, y, x + 1, y + 1) for y in range(side) for x in range(side)]
     return np.array([(0, 0, side, side), *cells], np.float32) * np.array([width, height] * 2, np.float32) / side
 
@@ -37,10 +48,24 @@ def run(
     source, out, encoder, weights, *, boxes="boxes", grid=0, count=10, batch=256,
     about=None, log=print,
 ):  # fmt: skip
-    """Writes the columns `regions` and `boxes` of a source; returns the numbers of pictures without regions, by reason.
+    """Writes the columns `regions` and `boxes` of a source.
 
-    encoder: one of `clip_jax.methods.frozen_encoders`; weights: its own. about: what made the columns, for their header. Raises UserError for a field of
-    boxes that is in no record, and when no picture has a region.
+    Args:
+      source: the records.
+      out: the folder.
+      encoder: an encoder of `clip_jax.methods.frozen_encoders`.
+      weights: its weights.
+      boxes: the record field of the boxes.
+      grid: parts of an image in a row and in a column; 0: the boxes of the record.
+      count: at most this many regions of an image.
+      batch: regions that are embedded at a time.
+      about: what makes the columns, for the header.
+      log: takes a line of progress, every 10,000 records.
+
+    Returns:
+      A Counter of the reasons for images without regions.
+
+    Raises UserError when no record has the field of boxes, and when no image has a region.
     """
     import jax
 
@@ -53,6 +78,7 @@ def run(
         def flush():
             if queue:
                 places, crops = zip(*queue, strict=True)
+                # Batches of one shape compile once.
                 crops = np.stack(crops + (np.zeros_like(crops[0]),) * (batch - len(crops)))
                 arrays["regions"][tuple(np.transpose(places))] = np.asarray(embed(weights, crops))[: len(places)]
                 queue.clear()
@@ -72,7 +98,7 @@ def run(
                 log(f"{index + 1:,} of {len(source):,} records")
         flush()
         if failures.total() == len(source):
-            raise UserError(f"{source.name}: no picture has a region ({listed(failures)})")
+            raise UserError(f"{source.name}: no image has a region ({format_reasons(failures)})")
     return failures
 
 
@@ -82,13 +108,13 @@ def _check_field(source, boxes):
         known |= set() if isinstance(record, BadRecord) else record.keys()
     if boxes not in known:
         raise UserError(
-            f"{source.name}: no record has the field {boxes!r} of --boxes{did_you_mean(boxes, known)}; fields: {', '.join(sorted(known))}; "
-            "--grid=3 needs none"
+            f"{source.name}: no record has the field {boxes!r} of --boxes{did_you_mean(boxes, known)}; "
+            f"fields: {', '.join(sorted(known))}; --grid=3 needs none"
         )
 
 
 def _crops(record, field, grid, count, size):
-    """(boxes, crops uint8 [size, size, 3]) of a record; raises BadRecord."""
+    """Returns the boxes of a record and their crops, uint8 `[size, size, 3]`; raises BadRecord."""
     if isinstance(record, BadRecord):
         raise record
     image = decode.flatten(decode.load(decode.open_image(record.get("image"))))
@@ -99,24 +125,20 @@ def _crops(record, field, grid, count, size):
 
 
 def main(argv=None):
-    """The command; returns the exit status: 0, or 2 after a one-line error."""
+    """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
     parser = source_parser("clip_jax.tools.regions", __doc__, ("image", "text"))
     parser.add_argument(
-        "--encoder", required=True, help="pixels, efficientnet_lite0 or a work folder: docs/retrieval.md"
+        "--encoder", required=True, help="pixels, efficientnet_lite0 or a work folder, see docs/retrieval.md"
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the columns")
-    parser.add_argument("--boxes", default="boxes", help="field of the boxes (default: boxes)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the columns")
+    parser.add_argument("--boxes", default="boxes", help="record field of the boxes (default: boxes)")
     parser.add_argument(
-        "--grid",
-        type=int,
-        default=0,
-        metavar="N",
-        help="the whole picture and N x N parts of it, in the place of boxes",
+        "--grid", type=int, default=0, metavar="N", help="the whole image and its N x N parts instead of boxes"
     )
     parser.add_argument(
-        "--count", type=int, default=10, help="regions of a picture, at most (default: 10, the paper's)"
+        "--count", type=int, default=10, help="at most this many regions of an image (default: 10, the paper's)"
     )
-    parser.add_argument("--batch", type=int, default=256, help="regions at a time (default: 256)")
+    parser.add_argument("--batch", type=int, default=256, help="regions in a batch (default: 256)")
     args = parser.parse_args(argv)
     return command.run(lambda: _main(args))
 
@@ -137,7 +159,7 @@ def _main(args):
     failures = run(
         source, args.out, encoder, weights, batch=args.batch, about={"encoder": args.encoder, **options}, **options
     )
-    print(f"{args.out}: {len(source):,} records, {failures.total():,} of them without regions. {listed(failures)}")
+    print(f"{args.out}: {len(source):,} records, {failures.total():,} without regions. {format_reasons(failures)}")
 
 
 if __name__ == "__main__":

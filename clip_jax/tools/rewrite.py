@@ -1,9 +1,12 @@
-"""Rewrites of every caption of a data set by a language model (LaCLIP: Fan et al. 2023), as columns beside it.
+"""Rewrites every caption of a data set with a language model (LaCLIP: Fan et al. 2023) and writes them as a column.
 
-    python -m clip_jax.tools.rewrite --source=/data/cc3m/{00000..00331}.tar --llm=http://localhost:8000/v1#llama-7b --out=cc3m_rewrites.jsonl
-    python -m clip_jax.train --config=configs/laclip.py:cc3m --config.data="/data/cc3m/{00000..00331}.tar?columns=cc3m_rewrites.jsonl"
+    python -m clip_jax.tools.rewrite --source=/data/cc3m/{00000..00331}.tar \\
+        --llm=http://localhost:8000/v1#llama-7b --out=cc3m_rewrites.jsonl
+    python -m clip_jax.train --config=configs/laclip.py:cc3m \\
+        --config.data="/data/cc3m/{00000..00331}.tar?columns=cc3m_rewrites.jsonl"
 
-Of each caption M rewrites, one for each family of demonstrations, which the language model is to go on from:
+Each caption gets one rewrite for each family of demonstrations. The language model completes the last line of the
+prompt
 
     write image captions differently,
 
@@ -15,37 +18,43 @@ Of each caption M rewrites, one for each family of demonstrations, which the lan
 
     {caption} =>
 
-Three demonstrations are drawn for each prompt. The families are called as in the paper and all are our own: chatgpt and bard rephrase, the
-latter at more length, human is in shorthand, and those of coco are two captions of one picture. Everything drawn follows from (seed,
-family, record). A line break in a caption is a space in the prompt, and "=>" is "->". Of an answer the first line counts; an empty or
-overlong one, or one with "=>" in it, is a failure: the rewrite is empty, is counted, and the caption itself is trained on.
+Three demonstrations are drawn for each prompt. The families have the paper's names, but their texts were written for
+this package. `chatgpt` and `bard` rephrase, `bard` at more length; `human` is terse; a demonstration of `coco` is two
+captions of one image. All random choices follow from (seed, family, record). In the prompt, a line break in a caption
+becomes a space and "=>" becomes "->".
 
-OUT has one line a record with the field `rewrites`, the rewrites of its first caption in the order of the families, then those of its
-second, and a check of the captions. The same command goes on where it stopped.
+The first line of an answer is the rewrite. An answer is a failure when this line is empty, has more than 77 words or
+contains "=>". Then the rewrite is empty and is counted, and training uses the caption instead.
+
+OUT has one line for each record, with a checksum of its captions. Its field `rewrites` lists the rewrites of the first
+caption in the order of the families, then those of the second caption, and so on. An interrupted run resumes with the
+same command.
 """
 
 import functools
-import itertools
 import json
 import random
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from clip_jax.data.records import BadRecord, records
-from clip_jax.data.sources.columns import TextWriter
 from clip_jax.data.views import rewrites_of
 from clip_jax.errors import UserError
 from clip_jax.runtime import command
 from clip_jax.tools.language_models import KINDS, NoAnswer, Request, Sampling, make_language_model
 from clip_jax.tools.source_arguments import open_source, source_parser
+from clip_jax.tools.text_columns import format_reasons, one_line, write_texts
 
 FAMILIES = ("chatgpt", "bard", "coco", "human")
 DEMONSTRATIONS = Path(__file__).parent / "rewrite_demonstrations.json"
 _SHOTS, _MAX_WORDS = 3, 77
 _NO_CAPTION = "an answer that is no caption"
+_SAMPLING = {
+    "temperature": "sampling temperature; 0: greedy",
+    "top_p": "nucleus sampling: probability mass of the tokens to sample from",
+    "max_tokens": "longest answer in tokens",
+}
 
 Demonstrations = Mapping[str, Sequence[Sequence[str]]]
 LanguageModel = Callable[[Sequence[Request]], list[str | NoAnswer]]
@@ -53,9 +62,15 @@ LanguageModel = Callable[[Sequence[Request]], list[str | NoAnswer]]
 
 @functools.cache
 def read_demonstrations(path=""):
-    """By family `{"pairs": [[source, target], ...]}` or `{"sets": [captions of one picture, ...]}`; by default those of the package.
+    """Returns the demonstrations of each family.
 
-    Raises UserError for a file that cannot be read or has fewer than three of a family.
+    Args:
+      path: a JSON file; "": the file of the package.
+
+    Returns:
+      `{family: {"pairs": [[source, target], ...]}}` or `{family: {"sets": [captions of one image, ...]}}`.
+
+    Raises UserError for a file that cannot be read or has fewer than three demonstrations of a family.
     """
     file = Path(path) if path else DEMONSTRATIONS
     try:
@@ -66,9 +81,8 @@ def read_demonstrations(path=""):
             if len(rows) < _SHOTS or not all(
                 len(row) in sizes and all(isinstance(text, str) for text in row) for row in rows
             ):
-                raise UserError(
-                    f"demonstrations {file}: {family} needs {_SHOTS} or more {kind} of two texts or, in sets, more"
-                )
+                allowed = "2 texts each" if kind == "pairs" else "2 to 999 texts each"
+                raise UserError(f"demonstrations {file}: {family} needs at least {_SHOTS} {kind} of {allowed}")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -79,7 +93,13 @@ def read_demonstrations(path=""):
 
 
 def make_prompt(caption, demonstrations, rng):
-    """The prompt for one caption: an instruction, three demonstrations and the caption, on nine lines."""
+    """Returns the prompt for one caption: an instruction, three demonstrations and the caption, on nine lines.
+
+    Args:
+      caption: the caption.
+      demonstrations: those of one family, see `read_demonstrations`.
+      rng: a `random.Random`.
+    """
     if "pairs" in demonstrations:
         shots = rng.sample(demonstrations["pairs"], _SHOTS)
     else:
@@ -88,13 +108,8 @@ def make_prompt(caption, demonstrations, rng):
     return "\n\n".join(["write image captions differently,", *lines, f"{one_line(caption)} =>"])
 
 
-def one_line(caption):
-    """The caption as it stands in a prompt: on one line, without the arrow that splits prompts, and UTF-8."""
-    return " ".join(caption.replace("=>", "->").encode("utf-8", "replace").decode().split())
-
-
 def parse(answer):
-    """The rewrite in an answer; empty when there is none."""
+    """Returns the rewrite in an answer, or an empty text when there is none."""
     text = " ".join(answer.strip().partition("\n")[0].strip().strip('"').split())
     return "" if "=>" in text or len(text.split()) > _MAX_WORDS else text
 
@@ -110,14 +125,17 @@ def rewrite(
     demonstrations=None,
     failures=None,
 ):
-    """One rewrite of each caption, in order, by the demonstrations of a family; empty where there is none.
+    """Returns one rewrite of each caption, in order; a failed one is empty.
 
     Args:
-      llm: as `clip_jax.tools.language_models.make_language_model` gives it.
-      numbers: what stands for a caption in its randomness; by default its place in the list.
-      words: of each caption what is known beside it.
-      demonstrations: by default those of the family that come with the package.
-      failures: the reasons for empty ones are counted in it.
+      captions: texts.
+      family: whose demonstrations are used.
+      llm: a function as `clip_jax.tools.language_models.make_language_model` returns.
+      seed: of all random choices.
+      numbers: a value for each caption that its random choices follow from; by default its position in the list.
+      words: for each caption, the words that the record holds besides it.
+      demonstrations: by default the package's for this family.
+      failures: a Counter to which the reasons for empty rewrites are added.
     """
     bank = demonstrations or read_demonstrations()[family]
     numbers, words = numbers or range(len(captions)), words or [()] * len(captions)
@@ -137,7 +155,7 @@ def rewrite(
 
 
 def words_of(record, fields):
-    """The different words of some fields of a record, each a text or a list of texts; those that begin with a letter."""
+    """Returns the distinct words in some fields of a record that begin with a letter; a field is a text or a list."""
     texts = [one_line(text) for text in rewrites_of(record, fields)]
     return list(dict.fromkeys(text for text in texts if text[:1].isalpha()))
 
@@ -156,15 +174,30 @@ def run(
     about=(),
     log=print,
 ):
-    """Writes the columns of a source, or the rest of them, and returns the reasons of what is empty with their numbers.
+    """Writes the column `rewrites` of a source; resumes an unfinished file.
 
-    name: of the language model, for the header. words: fields of a record that say more of it.
+    Args:
+      source: the records.
+      out: the file, `NAME.jsonl`.
+      llm: a function as `clip_jax.tools.language_models.make_language_model` returns.
+      name: the language model's name, for the header.
+      families: families of demonstrations; one rewrite each.
+      seed: of all random choices.
+      batch: records in a batch.
+      words: record fields with further words on the image.
+      demonstrations: a JSON file, see `read_demonstrations`.
+      about: pairs or a dict of further facts for the header.
+      log: takes a line of progress.
 
-    Raises UserError for wrong arguments and when a whole batch has no rewrite: an endpoint that is gone or answers nonsense.
+    Returns:
+      A Counter of the reasons for empty rewrites.
+
+    Raises UserError for invalid arguments, and when a whole batch has no rewrite: the endpoint is gone or answers
+    nonsense.
     """
     banks = read_demonstrations(demonstrations)
     if unknown := [family for family in families if family not in banks]:
-        raise UserError(f"--families: {unknown[0]!r} is none of {', '.join(banks)}")
+        raise UserError(f"--families: {unknown[0]!r} is unknown; allowed: {', '.join(banks)}")
     failures = Counter()
 
     def make(chunk):
@@ -177,8 +210,9 @@ def run(
         reasons, found = Counter(), {i: [] for i, _ in chunk}
         for family in families:
             texts = rewrite(
-                [text for _, _, text, _ in captions], family, llm, seed, numbers=[f"{i} {k}" for i, k, _, _ in captions],
-                words=[known for *_, known in captions], demonstrations=banks[family], failures=reasons,
+                [text for _, _, text, _ in captions], family, llm, seed,
+                numbers=[f"{i} {k}" for i, k, _, _ in captions], words=[known for *_, known in captions],
+                demonstrations=banks[family], failures=reasons,
             )  # fmt: skip
             for (i, *_), text in zip(captions, texts, strict=True):
                 found[i].append(text)
@@ -188,7 +222,7 @@ def run(
         asked = len(captions) * len(families) - reasons.pop("empty caption", 0)
         if asked and reasons.total() == asked and (asked >= 16 or _NO_CAPTION not in reasons):
             raise UserError(
-                f"--llm={name}: none of {asked} prompts in a row was answered by a caption ({listed(reasons)})"
+                f"--llm={name}: none of {asked} prompts in a row was answered by a caption ({format_reasons(reasons)})"
             )
         counts = [len(record["texts"]) if record else 0 for _, record in chunk]
         return [
@@ -207,58 +241,38 @@ def run(
     return failures
 
 
-def write_texts(source, out, about, batch, make, log=print):
-    """Writes text columns of a source, or the rest of them, in batches of records.
-
-    make: `list[(index, record, or None where it cannot be read)] -> list[{field: value}]`. A batch is made as a whole again where only its
-    end is missing, as some models draw for a batch as a whole. Raises UserError as `make` and `TextWriter` do.
-    """
-    if batch < 1:
-        raise UserError(f"--batch={batch}: must be at least 1")
-    last = time.monotonic()
-    with TextWriter(out, source, about) as writer:
-        rows = (
-            (i, None if isinstance(r, BadRecord) else r) for i, r in records(source, writer.done - writer.done % batch)
-        )
-        while chunk := list(itertools.islice(rows, batch)):
-            try:
-                made = make(chunk)
-            except UserError as error:
-                rest = f"{out} has {writer.done:,} of {len(source):,} records, and the same command goes on from there"
-                raise UserError(f"{error}; {rest}") from None
-            for (i, record), values in zip(chunk, made, strict=True):
-                if i >= writer.done:
-                    writer.write(record, values)
-            if time.monotonic() - last > 30:
-                last = time.monotonic()
-                log(f"{writer.done:,} of {len(source):,} records")
-
-
-def listed(reasons):
-    """Reasons and their numbers, the most frequent first."""
-    return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(5))
-
-
 def main(argv=None):
-    """The command; returns the exit status: 0, or 2 after a one-line error."""
+    """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
     parser = source_parser("clip_jax.tools.rewrite", __doc__, ("text",))
-    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the columns")
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the column to write")
     parser.add_argument("--llm", required=True, help=" | ".join(KINDS))
     parser.add_argument(
-        "--families", default=",".join(FAMILIES), help="whose demonstrations, one rewrite each (default: all four)"
+        "--families",
+        default=",".join(FAMILIES),
+        help="families of demonstrations, one rewrite each (default: all four)",
     )
-    parser.add_argument("--demonstrations", default="", metavar="FILE.json", help="of your own")
     parser.add_argument(
-        "--words", default="tags,keywords", help="fields that say more, for --llm=offline (default: %(default)s)"
+        "--demonstrations",
+        default="",
+        metavar="FILE.json",
+        help='your own demonstrations, {family: {"pairs" or "sets": [[text, ...], ...]}}',
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=64, help="records at a time (default: %(default)s)")
     parser.add_argument(
-        "--timeout", type=float, default=60.0, help="seconds for an answer over http (default: %(default)s)"
+        "--words",
+        default="tags,keywords",
+        help="record fields with further words, for --llm=offline (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="records in a batch (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, help="seconds to wait for an HTTP answer (default: %(default)s)"
     )
     for field, value in vars(Sampling()).items():
         parser.add_argument(
-            "--" + field.replace("_", "-"), type=type(value), default=value, help="(default: %(default)s)"
+            "--" + field.replace("_", "-"),
+            type=type(value),
+            default=value,
+            help=f"{_SAMPLING[field]} (default: %(default)s)",
         )
     args = parser.parse_args(argv)
     return command.run(lambda: _main(args))
@@ -268,12 +282,14 @@ def _main(args):
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens)
     llm = make_language_model(args.llm, sampling, args.timeout)
     source = open_source(args)
+    about = vars(sampling) if args.llm != "offline" else {}
     failures = run(
         source, args.out, llm, name=args.llm, families=args.families.split(","), seed=args.seed, batch=args.batch,
-        words=args.words.split(","), demonstrations=args.demonstrations, about=vars(sampling) if args.llm != "offline" else {},
+        words=args.words.split(","), demonstrations=args.demonstrations, about=about,
     )  # fmt: skip
     print(
-        f"{args.out}: {len(source):,} records; of the rewrites made now {failures.total():,} are empty. {listed(failures)}"
+        f"{args.out}: {len(source):,} records; {failures.total():,} rewrites of this run are empty. "
+        f"{format_reasons(failures)}"
     )
 
 

@@ -1,21 +1,31 @@
-"""What the commands on a data source share: the arguments that name it, and how it is opened."""
+"""The arguments that every command on a data source shares."""
 
 from clip_jax.data.sources import make_source
 from clip_jax.runtime import command
 
 
 def source_parser(module, doc, fields):
-    """The parser of `python -m MODULE` with `--source`, `--split` and an argument for each of the fields `image`, `text` and `label`."""
+    """Returns the parser of a command that reads a data source.
+
+    It has `--source`, `--split` and one argument for each of `fields`.
+
+    Args:
+      module: the import path of the command's module.
+      doc: its docstring, which is the help text.
+      fields: some of `image`, `text` and `label`.
+    """
     parser = command.make_parser(module, doc)
-    parser.add_argument("--source", required=True, help="any source of clip_jax.data.sources")
+    parser.add_argument("--source", required=True, help="any source string of clip_jax.data.sources")
     parser.add_argument("--split", default="train", help="split of the source (default: train)")
     for name in fields:
-        parser.add_argument(f"--{name}", help=f"field of the {name}, where its name is unusual; as in training")
+        parser.add_argument(
+            f"--{name}", help=f"record field of the {name}, when it has an unusual name; as in training"
+        )
     return parser
 
 
 def open_source(args):
-    """The source that the arguments name; raises UserError as `make_source` does."""
+    """Returns the source that parsed arguments name; raises UserError as `make_source` does."""
     return make_source(
         args.source, args.split, **{name: getattr(args, name, None) for name in ("image", "text", "label")}
     )

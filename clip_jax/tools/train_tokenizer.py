@@ -1,17 +1,21 @@
-"""Trains a SentencePiece model on the texts of any data source.
+"""Trains a SentencePiece tokenizer on the texts of any data source.
 
-    python -m clip_jax.tools.train_tokenizer --source='/data/cc3m/{00000..00331}.tar' --out=cc3m.model --vocab-size=32000
+    python -m clip_jax.tools.train_tokenizer --source='/data/cc3m/{00000..00331}.tar' --out=cc3m.model \\
+        --vocab-size=32000
     python -m clip_jax.train --config=configs/clip.py --config.tokenizer=sentencepiece:cc3m.model
 
-Unigram pieces with byte fallback (no text is ever unknown), NFKC and case folding inside the model. The control symbols are
-`<pad>` 0, `</s>` 1 (end of text), `<unk>` 2, `<s>` 3 and `<mask>` 4; a caption that spells one of them does not become its id.
+The pieces are unigram pieces with byte fallback, so no text is ever unknown. The model itself applies NFKC and case
+folding. The control symbols are `<pad>` 0, `</s>` 1 (end of text), `<unk>` 2, `<s>` 3 and `<mask>` 4; a caption that
+spells one of them does not get its id.
 
-The model that ships with the package, `data/vocab/emoji_4k.model`, was made by
+This command made `data/vocab/emoji_4k.model`, which ships with the package:
 
-    python -m clip_jax.tools.train_tokenizer --source=emoji --out=clip_jax/data/vocab/emoji_4k.model --vocab-size=4096 \\
-        --fields='name*12,tags*4,keywords*4' --add-texts clip_jax/data/embedded/emoji/1.0.0/names_i18n.json.xz --character-coverage=0.995
+    python -m clip_jax.tools.train_tokenizer --source=emoji --out=clip_jax/data/vocab/emoji_4k.model \\
+        --vocab-size=4096 --fields='name*12,tags*4,keywords*4' --character-coverage=0.995 \\
+        --add-texts clip_jax/data/embedded/emoji/1.0.0/names_i18n.json.xz
 
-(English first, and enough of the names in 28 languages that a Latin or Cyrillic one is no string of bytes.)
+Its weights favour English. The names in 28 languages are there so that Latin and Cyrillic names are not spelled in
+bytes.
 """
 
 import gzip
@@ -31,14 +35,15 @@ from clip_jax.tools.source_arguments import open_source, source_parser
 
 
 def train(texts, vocab_size, *, character_coverage=0.9995):
-    """Trains a SentencePiece unigram model and returns it serialised; the same texts in the same order give the same model.
+    """Returns a trained SentencePiece unigram model, serialised. Equal texts in equal order give the same model.
 
     Args:
-        texts: training texts; a text's frequency is its weight. Line breaks count as spaces, empty texts are skipped.
-        vocab_size: number of ids, among them 5 control symbols and 256 bytes.
-        character_coverage: share of all characters that get pieces of their own; the rest is spelled in bytes.
+      texts: training texts; a text counts as often as it occurs. A line break counts as a space, an empty text is
+        skipped.
+      vocab_size: number of ids, including 5 control symbols and 256 bytes.
+      character_coverage: share of all characters that get their own pieces; the others are spelled in bytes.
 
-    Raises UserError if there is no text, or too little of it for `vocab_size` pieces.
+    Raises UserError when there is no text, or when `vocab_size` is too large or too small for the texts.
     """
     import sentencepiece
 
@@ -49,42 +54,39 @@ def train(texts, vocab_size, *, character_coverage=0.9995):
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=out, model_type="unigram", vocab_size=vocab_size, byte_fallback=True,
+            sentence_iterator=iter(lines), model_writer=out,
+            model_type="unigram", vocab_size=vocab_size, byte_fallback=True,
             normalization_rule_name="nmt_nfkc_cf", character_coverage=character_coverage,
             pad_id=0, eos_id=1, unk_id=2, bos_id=3, control_symbols=["<mask>"],
             input_sentence_size=2_000_000, shuffle_input_sentence=True, train_extremely_large_corpus=False,
             num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as e:
-        most, least = (
-            re.search(r"value <= (\d+)", str(e)),
-            re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e)),
-        )
-        reason = (
-            f"at most {most[1]} is possible"
-            if most
-            else f"at least {least[1]} is needed"
-            if least
-            else " ".join(str(e).split())
-        )
+        reason = " ".join(str(e).split())
+        if most := re.search(r"value <= (\d+)", str(e)):
+            reason = f"at most {most[1]} is possible"
+        elif least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e)):
+            reason = f"at least {least[1]} is needed"
         raise UserError(f"vocab_size={vocab_size} does not fit the {len(lines)} training texts: {reason}") from e
     return out.getvalue()
 
 
 def source_texts(source, fields="texts"):
-    """All texts of a source's records (unusable records are skipped).
+    """Yields all texts of a source's records; unusable records are skipped.
 
     Args:
-        source: a `clip_jax.data.sources` Source.
-        fields: record fields, "texts,name*3,tags": str, list[str] or dict of these; a field's texts count as often as its weight says.
+      source: a source of `clip_jax.data.sources`.
+      fields: record fields with optional weights, "texts,name*3,tags". A field is a str, or a list or dict of them.
+        Each of
+        its texts counts as often as the weight says.
 
-    Raises UserError if no record has one of the fields.
+    Raises UserError when `fields` is malformed or no record has one of the fields.
     """
     weights = {}
     for item in fields.split(","):
         name, star, weight = item.strip().partition("*")
         if not name or (star and not (weight.isdigit() and int(weight) > 0)):
-            raise UserError(f"--fields={fields!r}: {item!r} is not of the form name or name*weight")
+            raise UserError(f"--fields={fields!r}: {item!r} must have the form name or name*weight")
         weights[name] = int(weight or 1)
     seen = set()
     for i in range(len(source)):
@@ -102,9 +104,9 @@ def source_texts(source, fields="texts"):
 
 
 def file_texts(path):
-    """Texts of a file: the lines of a text file, or all strings in a JSON file; `.gz` and `.xz` are unpacked.
+    """Yields the lines of a text file, or all strings of a JSON file; `.gz` and `.xz` are unpacked.
 
-    Raises UserError if the file cannot be read.
+    Raises UserError when the file cannot be read.
     """
     unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(epath.Path(path).suffix, bytes)
     try:
@@ -127,20 +129,32 @@ def _strings(value):
 
 
 def main(argv=None):
-    """The command; returns the exit status: 0, or 2 after a one-line error."""
+    """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
     parser = source_parser("clip_jax.tools.train_tokenizer", __doc__, ())
     add = parser.add_argument
-    add("--fields", default="texts", help="record fields to read, 'texts,name*3' (default: the captions)")
+    add("--fields", default="texts", help="record fields with weights, 'texts,name*3' (default: the captions)")
     add(
         "--add-texts",
         nargs="*",
         default=[],
-        help="more texts: a file with one a line, or JSON; .gz and .xz are unpacked",
+        help="more texts: files with one text a line, or JSON; .gz and .xz are unpacked",
     )
-    add("--out", required=True, help="file to write, my.model; used as --config.tokenizer=sentencepiece:my.model")
-    add("--vocab-size", type=int, default=4096, help="ids, 5 control symbols and 256 bytes included (default: 4096)")
     add(
-        "--character-coverage", type=float, default=0.9995, help="share of characters with own pieces (default: 0.9995)"
+        "--out",
+        required=True,
+        help="model file to write; my.model is used by --config.tokenizer=sentencepiece:my.model",
+    )
+    add(
+        "--vocab-size",
+        type=int,
+        default=4096,
+        help="number of ids, including 5 control symbols and 256 bytes (default: 4096)",
+    )
+    add(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        help="share of characters with their own pieces (default: 0.9995)",
     )
     args = parser.parse_args(argv)
     return command.run(lambda: _main(args))

@@ -1,4 +1,4 @@
-"""`python -m clip_jax.training.hosts` is now `python -m clip_jax.runtime.hosts`, which this runs."""
+"""The former name of the command `python -m clip_jax.runtime.hosts`, which it runs."""
 
 import runpy
 import sys

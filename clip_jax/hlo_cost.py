@@ -372,7 +372,8 @@ def _dot_flops(i, scope):
 def _convolution_flops(i, scope):
     """FLOPs without the products with padding. A TPU writes batched matrix products as convolutions that are mostly padding."""
     lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
-    lhs, rhs, out = _dims(i.operands[0], scope), _dims(i.operands[1], scope), _arrays(i.shape)[0].dims
+    lhs, rhs = (_dims(operand, scope) for operand in i.operands[:2])
+    out = _arrays(i.shape)[0].dims
     batches = re.search(r"batch_group_count=(\d+)", i.attributes)
     products = (
         rhs[rhs_labels.index("i")]

@@ -1,8 +1,8 @@
-"""Starting a run from weights that are there: `config.init_from`, a checkpoint of ours or weights of others, or a part of them.
+"""Starts a run from existing weights (`config.init_from`): a checkpoint of this project, or third-party weights.
 
-Which parameters are taken `config.init_from_params` says, regular expressions on their paths; each has to find something, and
-everything found has to be in the source, with its shape. Layers are `block_0`, `block_1`, ... in these paths, also with
-`model.scan`. Running statistics (BatchNorm) go with the parameters of the same path.
+`config.init_from_params` holds regular expressions on parameter paths, which choose the parameters that are taken. Each must
+match a parameter, and each matching parameter must be in the source with the same shape. Layers are called `block_0`,
+`block_1`, ... in these paths, also with `model.scan`. Running statistics (BatchNorm) come with the parameters of the same path.
 """
 
 import dataclasses
@@ -24,12 +24,13 @@ class Source:
     """Weights to start from.
 
     Attributes:
-      path: as given.
+      path: their path, as given.
       config: their configuration.
-      shapes: `{path: ShapeDtypeStruct}`, layers not stacked; running statistics under `batch_stats/`.
-      load: `{path: ShapeDtypeStruct with sharding} -> {path: array}`; only what is named, and what cannot be read without it, is read.
-      fingerprint: of the tokenizer, or None.
-      bicubic: how its positions are to be resized, see `clip_jax.interop.load.resize_positions`.
+      shapes: `{path: jax.ShapeDtypeStruct}`, layers not stacked; running statistics under `batch_stats/`.
+      load: `{path: jax.ShapeDtypeStruct with sharding} -> {path: array}`. It reads only these arrays and those that are stored
+        with them.
+      fingerprint: the fingerprint of their tokenizer, or None.
+      bicubic: whether position embeddings are resized bicubically, see `clip_jax.interop.load.resize_positions`.
     """
 
     path: str
@@ -41,11 +42,11 @@ class Source:
 
 
 def check_path(config, workdir):
-    """Raises UserError, before a device is touched, when a new run in `workdir` would not find what it is to start from."""
+    """Checks, before a device is touched, that a new run in `workdir` finds its weights. Raises UserError."""
     from clip_jax.interop import recognize
     from clip_jax.training import checkpoint
 
-    if not config.init_from or any((workdir / "checkpoints").glob("[0-9]*")):  # a run that goes on needs it no more
+    if not config.init_from or any((workdir / "checkpoints").glob("[0-9]*")):  # a resumed run does not need it
         return
     if recognize.is_foreign(config.init_from):
         _recognize(config.init_from)
@@ -54,14 +55,19 @@ def check_path(config, workdir):
             checkpoint.find(config.init_from)
         except UserError as error:
             command = f"python -m clip_jax.train --config=configs/clip.py --workdir={config.init_from}"
-            raise UserError(f"init_from: {error}; make it first, for instance: {command}") from None
+            raise UserError(f"init_from: {error}; train it first, for instance: {command}") from None
 
 
 def start(config, state, tokenizer):
-    """`(TrainState, line)`: a fresh state with the weights of `config.init_from`, where and laid out as they were, and what was taken.
+    """Returns `(state, line)`: the state with the weights of `config.init_from`, and a line that reports them.
 
-    Raises UserError, in one line, when a pattern finds nothing, something is missing or of another shape, and when the source was
-    trained with another activation, epsilon, number of heads, mask, normalisation of images, or tokenizer.
+    Args:
+      config: the configuration.
+      state: a new `TrainState`. The new weights take over its shardings.
+      tokenizer: the run's tokenizer.
+
+    Raises UserError when a pattern matches nothing, an array is missing or has another shape, or the source was trained with
+    another activation, epsilon, number of heads, attention mask, image normalisation or tokenizer.
     """
     import jax
 
@@ -80,16 +86,14 @@ def start(config, state, tokenizer):
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
     extra = state.extra | ({"batch_stats": stats} if stats else {})
     count = sum(x.size for path, x in targets.items() if not path.startswith("batch_stats/"))
-    line = f"started from {config.init_from}: {count:,} parameters" + (
-        "; position embeddings resized" if resized else ""
-    )
-    return state.replace(
-        params=params, extra=extra, ema=None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
-    ), line
+    line = f"started from {config.init_from}: {count:,} parameters"
+    line += "; position embeddings resized" if resized else ""
+    ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
+    return state.replace(params=params, extra=extra, ema=ema), line
 
 
 def _flat(params, extra):
-    """`{path: array or shape}` of parameters, layers not stacked, and of running statistics."""
+    """Returns `{path: array or shape}` of parameters, layers not stacked, and of running statistics."""
     import jax
 
     from clip_jax.models.transformer import unstack_layers
@@ -100,7 +104,7 @@ def _flat(params, extra):
 
 
 def _nested(flat, params, extra):
-    """`(params, running statistics)` as these have them: the reverse of `_flat`."""
+    """Returns `(params, running statistics)`, nested like the given ones: the inverse of `_flat`."""
     from flax import traverse_util
 
     from clip_jax.models.transformer import stack_layers
@@ -114,14 +118,14 @@ def _with_stats(params, extra):
 
 
 def _choose(config, current, source):
-    """Those of the run's arrays that `init_from_params` finds."""
+    """Returns the run's arrays that `init_from_params` matches. Raises UserError when the source lacks one."""
     from clip_jax.interop.layouts import list_names
 
     params = [path for path in current if not path.startswith("batch_stats/")]
     for pattern in config.init_from_params:
         if not any(re.search(pattern, path) for path in params):
             raise UserError(
-                f"init_from_params: {pattern!r} finds no parameter; paths look like {params[0]!r}, {params[-1]!r}"
+                f"init_from_params: {pattern!r} matches no parameter; paths look like {params[0]!r}, {params[-1]!r}"
             )
     patterns = config.init_from_params or ("",)
     chosen = {
@@ -129,14 +133,15 @@ def _choose(config, current, source):
     }
     if missing := chosen.keys() - source.shapes.keys():
         raise UserError(
-            f"init_from: {source.path} has no {list_names(missing)}; init_from_params chooses what is taken"
+            f"init_from: {source.path} has no {list_names(missing)}; init_from_params chooses which parameters are taken"
         )
     return chosen
 
 
 def _check_meaning(config, source, chosen, tokenizer):
-    """Raises UserError when the weights would mean another thing than where they come from."""
-    ours, theirs, problems = config.model, source.config.model, []
+    """Raises UserError when the run would use the weights differently than the source does."""
+    ours, theirs = config.model, source.config.model
+    problems = []
     for which, prefix in (("image", "img/"), ("text", "txt/")):
         if which not in ours or which not in theirs or not any(path.startswith(prefix) for path in chosen):
             continue
@@ -152,7 +157,7 @@ def _check_meaning(config, source, chosen, tokenizer):
                 if not _close(ours[f], theirs[f])
             ]
     if "txt/embed/embedding" in chosen and source.fingerprint not in (None, tokenizer.fingerprint()):
-        problems.append(f"the tokenizer {source.config.tokenizer!r} there is another than {config.tokenizer!r} here")
+        problems.append(f"the tokenizer {source.config.tokenizer!r} there differs from {config.tokenizer!r} here")
     if problems:
         raise UserError(f"init_from: {source.path} contradicts the configuration: {'; '.join(problems)}")
 
@@ -162,7 +167,7 @@ def _close(a, b):
 
 
 def _check_shapes(config, source, targets):
-    """The paths that have to be resized; raises UserError for other shapes than those of the run."""
+    """Returns the paths whose arrays must be resized. Raises UserError for any other difference in shape."""
     from clip_jax.interop.layouts import list_names, shape_text
 
     differ = {path: source.shapes[path].shape for path, x in targets.items() if source.shapes[path].shape != x.shape}
@@ -170,7 +175,7 @@ def _check_shapes(config, source, targets):
     if rest := differ.keys() - set(resized):
         notes = {path: f"{shape_text(differ[path])} there, {shape_text(targets[path].shape)} here" for path in rest}
         hint = (
-            "; init_from_resize=True resizes the positions of images"
+            "; init_from_resize=True resizes the position embeddings of images"
             if rest == {POS} and config.model.image.kind == "vit"
             else ""
         )
@@ -179,7 +184,7 @@ def _check_shapes(config, source, targets):
 
 
 def _whole(shape, target):
-    """An array of the source's shape on every device of the target's."""
+    """The shape of a source's array, replicated on every device of the target."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -204,16 +209,13 @@ def _recognize(path):
     try:
         return recognize.recognize(path)
     except UserError as error:
-        hint = (
-            f"; import it first: python -m clip_jax.interop.load --from={path} --workdir=..."
-            if "give --" in str(error)
-            else ""
-        )
+        command = f"python -m clip_jax.interop.load --from={path} --workdir=..."
+        hint = f"; import it first: {command}" if "give --" in str(error) else ""
         raise UserError(f"init_from: {error}{hint}") from None
 
 
 def _foreign(path):
-    """The Source of weights of others."""
+    """Returns the Source of third-party weights."""
     from clip_jax.interop import layouts
     from clip_jax.interop import load as interop
 
@@ -227,9 +229,8 @@ def _foreign(path):
         wanted = {full[path]: x for path, x in targets.items()}
         used = [e for e in entries if any(p in wanted for p in e.ours)]
         some = next(iter(targets.values()))
-        placed = {
-            p: wanted[p] if p in wanted else _whole(ours[p], some) for e in used for p in e.ours
-        }  # fused ones are read whole
+        # An entry that fuses several arrays is read as a whole.
+        placed = {p: wanted[p] if p in wanted else _whole(ours[p], some) for e in used for p in e.ours}
         found = layouts.load(used, foreign.tensors, placed)
         return {path: found[full[path]] for path in targets}
 
@@ -238,7 +239,7 @@ def _foreign(path):
 
 
 def _own(path):
-    """The Source of a checkpoint of ours: the moving average of its weights when its configuration evaluates that."""
+    """Returns the Source of a checkpoint of this project: its moving average when its configuration evaluates that."""
     import jax
 
     from clip_jax.methods.interface import make_method
@@ -248,10 +249,10 @@ def _own(path):
     try:
         folder = checkpoint.find(path)
         meta = checkpoint.read_meta(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"init_from: the checkpoint {str(path)!r} is damaged: {error}") from None
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"init_from: the checkpoint {str(path)!r} is damaged: {error}") from None
     config = config_lib.from_json(json.dumps(meta["config"]))
     method = make_method(config)
     params, extra = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2))
@@ -259,11 +260,14 @@ def _own(path):
     unstacked = jax.eval_shape(_flat, params, extra)
 
     def load(targets):
-        # Stacked layers are read together: when one of a transformer's is wanted, those of an EfficientNet's stages always.
+        # Stacked layers are stored as one array. A transformer's stack is read when one of its layers is needed, the stacks
+        # of an EfficientNet ("_to_") always.
         names = targets.keys() | {re.sub(r"/block_\d+/", "/block/", name) for name in targets}
-        tree = _only(
-            {weights: params, "extra": extra}, lambda p: re.sub(rf"^({weights}|extra)/", "", p) in names or "_to_" in p
-        )
+
+        def is_needed(name):
+            return re.sub(rf"^({weights}|extra)/", "", name) in names or "_to_" in name
+
+        tree = _only({weights: params, "extra": extra}, is_needed)
         mesh = next(iter(targets.values())).sharding.mesh
         placed = sharding.with_shardings(tree, sharding.state_shardings(tree, mesh, method.sharding_rules))
         state = checkpoint.restore_arrays(folder, placed)
@@ -274,9 +278,8 @@ def _own(path):
 
 
 def _only(tree, keep):
-    """The leaves of nested dicts whose path `keep` wants."""
+    """Returns the leaves of nested dicts for whose path `keep` is true."""
     from flax import traverse_util
 
-    return traverse_util.unflatten_dict(
-        {p: x for p, x in traverse_util.flatten_dict(tree, sep="/").items() if keep(p)}, sep="/"
-    )
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    return traverse_util.unflatten_dict({name: x for name, x in flat.items() if keep(name)}, sep="/")

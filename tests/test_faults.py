@@ -59,7 +59,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number, status, w
     assert got == status, error
     line = next(line for line in error.splitlines() if line.startswith(word))
     step = int(line.split(" at step ")[1].split(":")[0])
-    assert line == f"{word} at step {step}: state saved; the same command goes on"
+    assert line == f"{word} at step {step}: state saved; the same command resumes the run"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [str(step)] and sorted(losses(tmp_path)) == list(
         range(1, step + 1)
     )
@@ -100,7 +100,7 @@ def test_commands_end_with_a_status_and_a_line(capsys):
         raise faults.Stopped(42, "at step 3: state saved")
 
     assert command.run(stop) == 42
-    assert capsys.readouterr().err == "preempted at step 3: state saved; the same command goes on\n"
+    assert capsys.readouterr().err == "preempted at step 3: state saved; the same command resumes the run\n"
     assert command.run(lambda: None) == 0
     with pytest.raises(ZeroDivisionError):
         command.run(lambda: 1 / 0)

@@ -80,7 +80,7 @@ def test_steps_and_the_moving_average(trained, model):
 
 
 @pytest.mark.parametrize(
-    "which, message", [("3", "no checkpoint of step 3"), ("best", "no checkpoint in .* has a metric to be best by")]
+    "which, message", [("3", "no checkpoint of step 3"), ("best", "no checkpoint in .* has the metric that decides")]
 )
 def test_checkpoints_that_are_not_there(trained, which, message):
     with pytest.raises(UserError, match=message):

@@ -170,7 +170,7 @@ def test_a_run_that_goes_on_does_not_start_again(tmp_path):
         (["init_from_params=^img/"], "need init_from"),
         (
             ["init_from={source}", "init_from_params=^img/,^nothing/"],
-            r"init_from_params: '\^nothing/' finds no parameter; paths look like",
+            r"init_from_params: '\^nothing/' matches no parameter; paths look like",
         ),
         (["init_from={source}", "init_from_params=("], "init_from_params: '\\(' is not a regular expression"),
         (["init_from={source}", "model.image.width=64"], r"other shapes: img/.* \(.*32 there, .*64 here\)"),
@@ -182,7 +182,7 @@ def test_a_run_that_goes_on_does_not_start_again(tmp_path):
         ),
         (
             ["init_from={source}", "tokenizer=sentencepiece?pad_with_eot=true"],
-            "the tokenizer 'sentencepiece' there is another",
+            "the tokenizer 'sentencepiece' there differs",
         ),
         (
             ["init_from={foreign}", "init_from_params=^img/block", "model.image.act=quick_gelu"],

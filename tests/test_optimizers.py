@@ -145,7 +145,7 @@ def test_clipping_by_the_global_norm():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(freeze=("^image",)), "optim.freeze: '.image' finds no parameter"),
+        (dict(freeze=("^image",)), "optim.freeze: '.image' matches no parameter"),
         (dict(lr_mult=(("x9", 0.1),)), "optim.lr_mult: 'x9'"),
         (dict(freeze=(".",)), "leave no parameter"),
     ],

@@ -129,7 +129,7 @@ def test_another_tokenizer_under_the_same_name_is_refused(finished, monkeypatch)
     from clip_jax.data import tokenizers
 
     monkeypatch.setattr(tokenizers.Tokenizer, "fingerprint", lambda self: "other")
-    with pytest.raises(UserError, match="the tokenizer .sentencepiece. are others than"):
+    with pytest.raises(UserError, match="the tokenizer .sentencepiece. differ from"):
         train.train(tiny_config(), finished[0], lambda line: None)
 
 
@@ -166,7 +166,7 @@ def test_a_half_written_checkpoint_is_not_picked_up(tmp_path):
 
 def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     from clip_jax import evaluate
-    from clip_jax.evaluation.tasks import EvalResult
+    from clip_jax.evaluation.results import EvalResult
 
     scores = iter([0.3, 0.9, 0.1, 0.2, 0.25])
     monkeypatch.setattr(evaluate, "run", lambda model, tasks, log: EvalResult({"score": next(scores)}))

@@ -1,4 +1,4 @@
-"""The frame of every command: its parser, its log, and its exit status with one line about what ended it early."""
+"""The frame of every command: its parser, its log level, its exit status, and one line about an early end."""
 
 import argparse
 import logging
@@ -10,11 +10,11 @@ from clip_jax.runtime import faults
 
 
 def make_parser(module, doc):
-    """An `argparse.ArgumentParser` for `python -m MODULE`.
+    """Returns an `argparse.ArgumentParser` for `python -m MODULE`.
 
     Args:
       module: the import path of the command's module.
-      doc: its docstring, which is the help text.
+      doc: its docstring, which becomes the help text.
     """
     raw = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=f"python -m {module}", description=doc, formatter_class=raw, allow_abbrev=False)
@@ -23,8 +23,8 @@ def make_parser(module, doc):
 def run(work):
     """Calls `work` and returns the exit status of the command, see `clip_jax.runtime.faults`.
 
-    A `UserError`, an `OSError` (a full disk, a missing folder) and `faults.Stopped` print one line. On several hosts every exception ends
-    the process. On one host any other exception is raised.
+    A `UserError`, an `OSError` (a full disk, a missing folder) or `faults.Stopped` prints one line. With several processes,
+    every exception ends this process. A single process raises all other exceptions.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
@@ -38,7 +38,7 @@ def run(work):
         if not faults.several_processes():
             raise
         if faults.is_loss(error):
-            faults.end_lost(" ".join(str(error).split())[:300])
+            faults.end_lost(faults.one_line(error))
         traceback.print_exc()
         status, line = 1, f"error: {error}"
     if faults.several_processes():

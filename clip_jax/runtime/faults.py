@@ -1,9 +1,9 @@
-"""How a run ends when it cannot go on: signals, stalls, the loss of another process, and the exit status of each.
+"""How a run ends early: signals, stalls, the loss of another process, and the exit status of each.
 
-    0 done   1 a defect   2 wrong input or a full disk   42 preempted (SIGTERM)   43 another process is lost, or nothing moves
+    0 done   1 a defect   2 wrong input or a full disk   42 preempted (SIGTERM)   43 another process is lost, or nothing progresses
     130 interrupted (Ctrl-C)
 
-After 42, 43 and 130 the same command goes on.
+After 42, 43 and 130, the same command resumes the run.
 """
 
 import contextlib
@@ -16,36 +16,41 @@ import sys
 import threading
 import time
 
-PREEMPTED, LOST, INTERRUPTED = 42, 43, 130
+PREEMPTED = 42
+LOST = 43
+INTERRUPTED = 130
 _WORDS = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
-#: Seconds that the other processes have to come to the same end, before this one ends alone.
+#: Seconds that the other processes have to end as well, before this one ends alone.
 _TOGETHER_SECONDS = 10
+_OUTSIDE = "outside of the training steps: the newest checkpoint is unchanged"
 
-
-_OUTSIDE = "outside of the training steps: the newest checkpoint is as it was"
-_asked = 0  # the exit status that a signal has asked this process for
+_asked = 0  # the exit status that a signal asked this process for
+_stage = None  # (name of the stage that the main thread is in, its start time)
+_leaving = None  # the exit status of a process that is about to end
+_handlers = []  # signal handlers; the C library keeps no reference to them
 
 
 class Stopped(BaseException):
-    """The run was told to stop; like KeyboardInterrupt no Exception, so that nothing takes it for an error of its own."""
+    """A signal ends the run. Like KeyboardInterrupt it is no Exception, so that no handler mistakes it for an error."""
 
     def __init__(self, status, where):
-        super().__init__(f"{_WORDS[status]} {where}; the same command goes on")
+        super().__init__(f"{_WORDS[status]} {where}; the same command resumes the run")
         self.status = status
 
 
 class Signals:
-    """Answers SIGTERM and SIGINT: at once by `Stopped`, or, within `deferred`, by `status` alone. The second kills.
+    """Handles SIGTERM and SIGINT: raises `Stopped` at once or, within `deferred`, only sets `status`. A second signal kills.
 
     Attributes:
-      status: the exit status that a signal asks for, 0 without one.
+      status: the exit status that a signal asked for, 0 without a signal.
     """
 
     def __init__(self):
-        self.status, self._deferred, self._previous = 0, False, {}
+        self.status = 0
+        self._deferred, self._previous = False, {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # no other one may
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             self._previous = {number: signal.signal(number, self._answer) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -65,7 +70,7 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self):
-        """Within it a signal only sets `status`; one that nobody answered is answered at its end."""
+        """A context in which a signal only sets `status`. Leaving it raises `Stopped` when a signal was not acted on."""
         self._deferred = True
         try:
             yield
@@ -74,21 +79,24 @@ class Signals:
         self._raise()
 
 
-_stage = None  # (what the main thread waits for, since when), of this process
-
-
 @contextlib.contextmanager
 def stage(name):
-    """Names what the main thread does, for `watch`: each has its own time, and the outer one starts anew after the inner one."""
+    """A context that names the main thread's work for `watch`. Each stage has its own time.
+
+    After an inner stage, the time of the outer stage starts again.
+    """
     global _stage
     outer, _stage = _stage, (name, time.monotonic())
-    yield  # after an error it stays as it is, for the message
+    yield  # after an error the stage stays set, for the message
     _stage = outer and (outer[0], time.monotonic())
 
 
 @contextlib.contextmanager
 def watch(minutes):
-    """Ends the process with status 43, the name of the stage and all stacks when a `stage` takes longer; 0: never."""
+    """A context that ends the process with status 43 when a `stage` takes longer than `minutes`; 0 turns it off.
+
+    The process prints the name of the stage and the stacks of all threads.
+    """
     global _stage
     _stage, done = None, threading.Event()
 
@@ -97,14 +105,11 @@ def watch(minutes):
         while not done.wait(min(limit / 4, 5)):
             current = _stage
             if current and time.monotonic() - current[1] > limit:
-                line = (
+                taken = (
                     f"the stage {current[0]!r} has taken {_waited(current)}, more than train.stall_minutes={minutes:g}"
                 )
-                end(
-                    LOST,
-                    f"error: {line}: another process is lost or hangs, or the limit is too low; stacks:",
-                    stacks=True,
-                )
+                reason = "another process is lost or hangs, or the limit is too low"
+                end(LOST, f"error: {taken}: {reason}; stacks:", stacks=True)
 
     if minutes:
         threading.Thread(target=look, daemon=True, name="watchdog").start()
@@ -123,8 +128,13 @@ def _where():
     return f"in the stage {current[0]!r} for {_waited(current)}" if current else "between the stages"
 
 
+def one_line(error):
+    """Returns the message of an exception as one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
 def end(status, line, stacks=False):
-    """Prints a line and ends this process at once, with its worker processes: nothing is waited for, since nothing may come."""
+    """Prints a line and ends this process and its workers at once. It waits for nothing, because nothing may come."""
     print(line, file=sys.stderr, flush=True)
     if stacks:
         faulthandler.dump_traceback(sys.stderr)
@@ -135,20 +145,19 @@ def end(status, line, stacks=False):
 
 
 def end_lost(reason):
-    """Ends a process without the others; they may have ended by the signal that came here too, and that is the status then."""
+    """Ends this process without the others.
+
+    The status is that of a signal when this process received one, because the others may have ended by the same signal.
+    """
     if _asked:
         end(_asked, str(Stopped(_asked, _OUTSIDE)))
     end(LOST, f"error: another process is lost ({reason}); this one was {_where()}")
 
 
-_leaving = None  # the exit status of a process that is already about to end
-_handlers = []  # the C library keeps no reference
-
-
 def answer_abort(answers=True):
-    """Makes the abort by which JAX ends a process that does not find or has lost another one a line and status 43, or no longer.
+    """Turns JAX's abort after the loss of another process into one line and status 43; False restores the default.
 
-    The coordination service calls abort(), later in a thread of its own, which no Python handler survives.
+    JAX's coordination service calls abort(), possibly in a thread of its own, where no Python signal handler runs.
     """
     if not answers:
         ctypes.CDLL(None).signal(signal.SIGABRT, None)
@@ -165,7 +174,7 @@ def answer_abort(answers=True):
 
 
 def is_loss(error):
-    """Is it what a collective or barrier raises when another process is gone?"""
+    """Whether a collective or barrier raised this error because another process is lost."""
     signs = (
         "Gloo",
         "UNAVAILABLE",
@@ -179,21 +188,20 @@ def is_loss(error):
 
 
 def several_processes():
-    """Does this process work together with others?"""
+    """Whether this process works together with others."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def leave(status, line):
-    """Ends one process of several: together with the others if they come to an end as well, else alone."""
+    """Ends one of several processes: together with the others when they end too, otherwise alone."""
     import jax
 
     global _leaving
     _leaving = status
-    if status not in _WORDS or jax.process_index() == 0:
-        print(
-            line if jax.process_index() == 0 else f"process {jax.process_index()}: {line}", file=sys.stderr, flush=True
-        )
+    index = jax.process_index()
+    if status not in _WORDS or index == 0:
+        print(line if index == 0 else f"process {index}: {line}", file=sys.stderr, flush=True)
     timer = threading.Timer(_TOGETHER_SECONDS, os._exit, [status])
     timer.daemon = True
     timer.start()

@@ -1,19 +1,19 @@
-"""What accelerators can do at most, from their makers' public figures."""
+"""Peak figures of accelerators, from their makers' public data."""
 
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """One chip.
+    """The peak figures of one chip.
 
     Attributes:
-      flops: dense bf16 FLOP/s at the peak.
-      hbm: bytes of its memory.
-      hbm_bandwidth: bytes/s between it and the chip.
-      link_bandwidth: bytes/s that the chip sends over all of its links to other chips (ICI; NVLink) together.
-      kinds: beginnings of `jax.Device.device_kind`.
-      devices: how many devices of JAX it is.
-      torus: in how many directions a slice of them is wired.
+      flops: dense bf16 FLOP/s.
+      hbm: bytes of memory.
+      hbm_bandwidth: bytes/s between memory and chip.
+      link_bandwidth: bytes/s that the chip sends over all of its links to other chips (ICI, NVLink) together.
+      kinds: the beginnings of its `jax.Device.device_kind`.
+      devices: the number of JAX devices on the chip.
+      torus: the number of directions in which a slice of these chips is wired.
     """
 
     flops: float
@@ -26,14 +26,15 @@ class Chip(NamedTuple):
 
     @property
     def device_hbm(self):
-        """Bytes of memory of one device."""
+        """The bytes of memory of one device."""
         return self.hbm / self.devices
 
 
 GB, GIB = 1e9, 2**30
 
-#: cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e, tpu7x: half of the bidirectional interconnect bandwidth per chip; of v3 its
-#: 656 Gbit/s (Norrie et al. 2021, four links of 82 GB/s), of v4 the all-reduce bandwidth of a pod divided by its 4,096 chips.
+#: From cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e, tpu7x. Links: half of the bidirectional interconnect bandwidth per chip. The
+#: exceptions are v3 (656 Gbit/s per link: Norrie et al. 2021, four links of 82 GB/s) and v4 (a pod's all-reduce bandwidth, divided by
+#: its 4,096 chips).
 TPUS = {
     "v3": Chip(123e12, 32 * GIB, 900 * GB, 328 * GB, ("TPU v3",), devices=2, torus=2),
     "v4": Chip(275e12, 32 * GIB, 1200 * GB, 268 * GB, ("TPU v4",), torus=3),
@@ -43,7 +44,7 @@ TPUS = {
     "tpu7x": Chip(2307e12, 192 * GIB, 7380 * GB, 600 * GB, ("TPU7x", "TPU v7"), devices=2, torus=3),
 }
 
-#: NVIDIA's data sheets of the SXM modules; links: half of the bidirectional NVLink bandwidth.
+#: From NVIDIA's data sheets of the SXM modules. Links: half of the bidirectional NVLink bandwidth.
 GPUS = {
     "a100": Chip(312e12, 80 * GB, 2039 * GB, 300 * GB, ("NVIDIA A100",)),
     "h100": Chip(989e12, 80 * GB, 3350 * GB, 450 * GB, ("NVIDIA H100",)),
@@ -53,5 +54,5 @@ GPUS = {
 
 
 def chip_of(device_kind):
-    """The `Chip` of a `jax.Device.device_kind`, or None when it is unknown (a CPU)."""
+    """Returns the `Chip` of a `jax.Device.device_kind`, or None when it is unknown (a CPU)."""
     return next((chip for chip in (*TPUS.values(), *GPUS.values()) if device_kind.startswith(chip.kinds)), None)

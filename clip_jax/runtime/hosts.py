@@ -1,8 +1,8 @@
-"""Several processes, one for each host: how they find each other, tell each other things, and how one machine plays several.
+"""Several processes, one on each host: how they join, exchange values, and how one machine simulates several hosts.
 
     python -m clip_jax.runtime.hosts --processes=2 clip_jax.train --config=configs/clip.py --workdir=runs/clip
 
-runs a command in two processes on this machine, joined over loopback; it is what `launch/local.sh --processes 2` does.
+runs a command in two processes on this machine, joined over loopback. `launch/local.sh --processes 2` does the same.
 """
 
 import functools
@@ -23,13 +23,19 @@ import numpy as np
 
 from clip_jax.errors import UserError
 
-#: Seconds that the other processes of this machine have to end by themselves once one has failed.
+#: Seconds that the other processes of this machine have to end on their own after one has failed.
 GRACE_SECONDS = 20
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where this process stands among all: number `process` of `processes`, number 0 being reached at `coordinator`, HOST:PORT."""
+    """The processes that work together.
+
+    Attributes:
+      coordinator: the address of process 0, HOST:PORT.
+      processes: the number of processes.
+      process: the number of this process, from 0.
+    """
 
     coordinator: str
     processes: int
@@ -37,17 +43,20 @@ class Cluster:
 
 
 def add_arguments(parser):
-    """The flags of `from_arguments`."""
+    """Adds the flags that `from_arguments` reads to a parser."""
     group = parser.add_argument_group(
-        "several hosts", "found by themselves on Cloud TPU and SLURM; elsewhere all three, or the variables"
+        "several hosts", "detected on Cloud TPU and SLURM; elsewhere give all three flags or variables"
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="an address of process 0 (JAX_COORDINATOR_ADDRESS)")
-    group.add_argument("--processes", metavar="N", help="how many there are (JAX_NUM_PROCESSES)")
-    group.add_argument("--process", metavar="I", help="which one this is, from 0 (JAX_PROCESS_ID)")
+    group.add_argument("--processes", metavar="N", help="the number of processes (JAX_NUM_PROCESSES)")
+    group.add_argument("--process", metavar="I", help="the number of this process, from 0 (JAX_PROCESS_ID)")
 
 
 def from_arguments(args):
-    """The `Cluster` of parsed flags and the environment; None without them. Raises UserError when they are not complete."""
+    """Returns the `Cluster` of parsed flags and the environment, or None without them.
+
+    Raises UserError when they are incomplete.
+    """
     names = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
     values = {flag: getattr(args, flag) or os.environ.get(variable) for flag, variable in names.items()}
     if not values["processes"] and not values["process"]:
@@ -72,26 +81,27 @@ def from_arguments(args):
 
 
 def _on_slurm():
-    # Of a job step: a script that sbatch runs has SLURM_NTASKS, but is one process.
+    # These belong to a job step. A script that sbatch runs has SLURM_NTASKS, but is one process.
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def _on_cloud_tpu():
-    # Asked before JAX asks the metadata server, which only answers on Google's machines.
+    # JAX asks the metadata server, which answers only on Google's machines: look for a TPU first.
     wanted = os.environ.get("JAX_PLATFORMS", "tpu")
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     return "tpu" in wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def start(cluster=None, timeout=100):
-    """Joins the other processes, before any device is touched; without any, at once nothing.
+    """Joins the other processes before any device is touched. A single process returns at once.
 
     Args:
-      cluster: a `Cluster`, or None to find out: on Cloud TPU and in a SLURM job step JAX knows.
-      timeout: seconds without a sign of life after which a process counts as dead.
+      cluster: a `Cluster`. None lets JAX detect Cloud TPU and SLURM job steps.
+      timeout: seconds without a heartbeat after which a process counts as lost.
 
-    When they do not find each other within JAX's five minutes the process ends with status 43 (`clip_jax.runtime.faults`):
-    a host that was taken away may come back. Raises UserError when the machine's own description of the cluster is not complete.
+    When the processes do not find each other within JAX's five minutes, this process ends with status 43
+    (`clip_jax.runtime.faults`), because a preempted host may come back. Raises UserError when the machine describes its cluster
+    incompletely.
     """
     managed = _on_slurm() or _on_cloud_tpu()
     if not managed and (cluster is None or cluster.processes == 1):
@@ -102,7 +112,7 @@ def start(cluster=None, timeout=100):
 
     if jax.distributed.is_initialized():
         return
-    # Its answer to SIGTERM would take the place of ours (faults.Signals), and knows nothing of Ctrl-C.
+    # It would replace the SIGTERM handler of faults.Signals, and it does not handle Ctrl-C.
     jax.config.update("jax_enable_preemption_service", False)
     arguments = {} if cluster is None else dict(
         coordinator_address=cluster.coordinator, num_processes=cluster.processes, process_id=cluster.process,
@@ -115,7 +125,7 @@ def start(cluster=None, timeout=100):
         with faults.stage(f"waiting for the other processes {where}"):
             jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=timeout)
     except ValueError as error:
-        raise UserError(f"the cluster {where} cannot be joined: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"the cluster {where} cannot be joined: {faults.one_line(error)}") from None
     if jax.process_count() == 1:
         faults.answer_abort(False)
 
@@ -128,7 +138,7 @@ def count():
 
 
 def is_first():
-    """Is this the process that prints and writes for all?"""
+    """Whether this process prints and writes for all."""
     import jax
 
     return jax.process_index() == 0
@@ -144,13 +154,13 @@ def _ignore(_):
 
 
 def log(line):
-    """Prints a line, of several processes once."""
+    """Prints a line on the first host only."""
     if is_first():
         print(line, flush=True)
 
 
 def gather(value):
-    """The values of all processes, a list in their order; every process has to call it. `value`: anything that pickles."""
+    """Returns the values of all processes, in their order. Every process must call it; `value` must be picklable."""
     if count() == 1:
         return [value]
     from jax.experimental import multihost_utils
@@ -161,18 +171,24 @@ def gather(value):
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def exchange(mesh, wish, skipped):
-    """`(the greatest wish, the sum of skipped)` over all processes, int32 on the devices, so that nothing waits until they are read.
+def exchange(mesh, request, skipped):
+    """Returns `(greatest request, sum of skipped)` over all processes.
 
-    A program of its own: as a part of the step its collective and those of the step would have no order, and could lock up.
+    With several processes both are int32 on the devices, so that nothing waits until they are read. This is a separate program:
+    inside the step, XLA would not order its collective with the step's own, and the two could deadlock.
+
+    Args:
+      mesh: the mesh of all devices.
+      request: this host's request, an int.
+      skipped: this host's count of unusable records.
     """
     if count() == 1:
-        return wish, skipped
+        return request, skipped
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
     local = len(mesh.local_devices)
-    rows = np.array([[wish, skipped]] + [[0, 0]] * (local - 1), np.int32)
+    rows = np.array([[request, skipped]] + [[0, 0]] * (local - 1), np.int32)
     rows = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(mesh.axis_names)), rows)
     return _reducer(mesh)(rows)
 
@@ -188,34 +204,37 @@ def _reducer(mesh):
 
 
 def wait(name, minutes=60):
-    """Waits until every process has come here, by no collective: on CPU those give up after 30 s. `name`: of this one place."""
+    """Waits until every process calls it with the same `name`.
+
+    It uses no collective, because a collective on CPU gives up after 30 s.
+    """
     import orbax.checkpoint as ocp
 
     ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=60_000 * minutes)
 
 
 def check_shared(folder):
-    """Raises UserError, on all processes alike, unless they see one and the same folder."""
+    """Raises UserError on all processes unless they all see the same folder."""
     if count() == 1:
         return
     with tempfile.NamedTemporaryFile(prefix=".shared_", dir=folder) as mark:
         name = gather(pathlib.Path(mark.name).name)[0]
-        # A listing, unlike a look for the name, is not answered from what a network file system remembers.
+        # A network file system may answer a look-up of the name from its cache, but not a listing.
         seen = gather(name in os.listdir(folder))
     if not all(seen):
         raise UserError(
-            f"{folder} is not one folder for all hosts (process {seen.index(False)} sees another one): it has to be shared"
+            f"{folder} is not one folder for all hosts (process {seen.index(False)} sees another one): it must be shared"
         )
 
 
 def spawn(processes, command, **kwargs):
-    """Starts `python -m *command` in several processes on this machine, joined over loopback; returns the list of Popen."""
+    """Starts `python -m *command` in several processes on this machine, joined over loopback; returns the Popen objects."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         flags = [f"--coordinator=127.0.0.1:{probe.getsockname()[1]}", f"--processes={processes}"]
     children = []
     for process in range(processes):
-        # Process i uses GPU i; a session of its own keeps the terminal's Ctrl-C from arriving twice.
+        # Process i uses GPU i. In a session of its own it does not receive the terminal's Ctrl-C a second time.
         env = {"JAX_LOCAL_DEVICE_IDS": str(process)} | os.environ
         arguments = [sys.executable, "-m", *command, *flags, f"--process={process}"]
         children.append(subprocess.Popen(arguments, env=env, start_new_session=True, **kwargs))
@@ -223,9 +242,9 @@ def spawn(processes, command, **kwargs):
 
 
 def launch(processes, command):
-    """Runs `spawn` to the end; returns the exit status of the first process that fails, or 0.
+    """Runs the processes of `spawn` to their end; returns the exit status of the first process that fails, or 0.
 
-    Signals are passed on. When one process fails the others have `GRACE_SECONDS` to say why they end, and are killed then.
+    It passes signals on. When one process fails, the others have `GRACE_SECONDS` to end, and are killed then.
     """
     children = []
 
@@ -254,11 +273,11 @@ def launch(processes, command):
 
 
 def main(argv=None):
-    """The command `--processes=N MODULE ...`; returns the exit status."""
+    """Runs the command `--processes=N MODULE ...` and returns its exit status."""
     count_flag, *command = sys.argv[1:] if argv is None else argv
     name, _, processes = count_flag.partition("=")
     if name != "--processes" or not processes.isdecimal() or not int(processes) or not command:
-        print(f"error: --processes=N with N at least 1 and a module are needed, got {count_flag!r}", file=sys.stderr)
+        print(f"error: give --processes=N, N at least 1, and a module; got {count_flag!r}", file=sys.stderr)
         return 2
     return launch(int(processes), command)
 

@@ -1,8 +1,8 @@
-"""The device mesh and how state and batches are laid out over it.
+"""The device mesh and the sharding of state and batches.
 
-One mesh with the axes `data`, `fsdp` and `tensor`; a batch is split over `data` and `fsdp` together; one list of
-rules says which dimension of a parameter goes over which axis. Optimizer state and moving averages carry the parameter's
-path as the end of their own, so the same rules hold for them.
+There is one mesh with the axes `data`, `fsdp` and `tensor`. A batch is split over `data` and `fsdp` together. One list of
+rules names the mesh axis of each dimension of a parameter. The paths of optimizer state and moving averages end with the
+parameter's path, so the same rules hold for them.
 """
 
 import collections
@@ -36,9 +36,13 @@ RULES = (
 
 
 def mesh_shape(sizes, count):
-    """The sizes of all axes on `count` devices, of `{"data": -1, "fsdp": 1, "tensor": 1}`; -1, at most once, takes what is left.
+    """Returns the sizes of the mesh axes on `count` devices, in the order of `AXES`.
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    Args:
+      sizes: such as `{"data": -1, "fsdp": 1, "tensor": 1}`. One size may be -1: that axis takes all remaining devices.
+      count: the number of devices.
+
+    Raises UserError when the product of the sizes is not the number of devices.
     """
     shape = [sizes[axis] for axis in AXES]
     given = _given(shape)
@@ -51,16 +55,16 @@ def mesh_shape(sizes, count):
 
 
 def make_mesh(sizes, devices=None):
-    """The mesh of `mesh_shape` over all devices, or over `devices`, which need not be there.
+    """Returns the mesh of `mesh_shape` over all devices, or over `devices`, which may be descriptions of absent devices.
 
-    Raises UserError as it does, and when the mesh does not go with the hosts or the slices.
+    Raises UserError when the mesh does not fit the devices, the hosts or the slices.
     """
     devices = devices or jax.devices()
     shape, axis_types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(AXES)
     mesh = Mesh(arrange(shape, devices), AXES, axis_types=axis_types)
     hosts = len({device.process_index for device in devices})
     if hosts > 1 and not _in_order(mesh):
-        # The order that suits the network best would give a host rows that do not lie together in the batch.
+        # In the order that suits the network best, a host's rows would not be contiguous in the batch.
         devices = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
         mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=axis_types)
         if not _in_order(mesh):
@@ -71,10 +75,10 @@ def make_mesh(sizes, devices=None):
 
 
 def arrange(shape, devices):
-    """The devices as an array of a mesh's `shape`, neighbours in it being neighbours in the network.
+    """Returns the devices as an array of a mesh's `shape`, in which neighbours are neighbours in the network.
 
-    Slices, of TPUs or of the GPUs that NVLink joins, lie side by side along `data`, and where that is not enough along `fsdp`: between
-    them the network is slow. Raises UserError when they cannot, or are of several sizes.
+    The network is slow between slices: TPU slices, or groups of GPUs that NVLink joins. They lie side by side along `data`, and
+    along `fsdp` where `data` is too small. Raises UserError when that is impossible or the slices differ in size.
     """
     slices = collections.Counter(map(_slice, devices))
     if len(slices) == 1:
@@ -86,7 +90,7 @@ def arrange(shape, devices):
     if left > 1 or len(set(slices.values())) > 1:
         sizes = ", ".join(map(str, sorted(set(slices.values()))))
         raise UserError(
-            f"mesh {_given(shape)} does not fit {len(slices)} slices of {sizes} devices: each has to be a part of data or fsdp"
+            f"mesh {_given(shape)} does not fit {len(slices)} slices of {sizes} devices: each slice must be a part of data or fsdp"
         )
     within = [size // count for size, count in zip(shape, (*between, 1), strict=True)]
     return mesh_utils.create_hybrid_device_mesh(within, (*between, 1), devices, allow_split_physical_axes=True)
@@ -101,7 +105,7 @@ def _given(shape):
 
 
 def _parts_by_host(mesh):
-    """Which of the parts that a batch is split into each process has, `{process: [part, ...]}`."""
+    """The parts of a batch on each process, `{process: [part, ...]}`."""
     parts = collections.defaultdict(set)
     for part, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
         for device in devices:
@@ -110,7 +114,7 @@ def _parts_by_host(mesh):
 
 
 def _in_order(mesh):
-    """Do the processes, one after the other, have equal contiguous shares of a batch? Those of one tensor-parallel group have the same."""
+    """Whether the processes, in order, have equal contiguous shares of a batch. A tensor-parallel group has one share."""
     shares = sorted(set(map(tuple, _parts_by_host(mesh).values())))
     together = [part for share in shares for part in share]
     return together == list(range(len(together))) and len(set(map(len, shares))) == 1
@@ -118,19 +122,19 @@ def _in_order(mesh):
 
 @functools.cache
 def process_shard(mesh):
-    """`(index, count)`: a batch is read in `count` equal shares, of which this process needs number `index`."""
+    """Returns `(index, count)`: the hosts read a batch in `count` equal shares, and this process needs share `index`."""
     parts = _parts_by_host(mesh)
     shares = sorted(set(map(tuple, parts.values())))
     return shares.index(tuple(parts[jax.process_index()])), len(shares)
 
 
 def path_name(path):
-    """`"img/block_0/attn/query/kernel"` of a path in a pytree."""
+    """Returns the name of a path in a pytree, such as `"img/block_0/attn/query/kernel"`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _size(mesh, axes):
-    """The number of parts that an axis, or several together, split a dimension into."""
+    """The number of parts into which one axis, or several together, split a dimension."""
     return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
 
 
@@ -139,7 +143,7 @@ def _spec(path, shape, mesh, rules):
         if re.search(STACKED, path):
             axes = (None, *axes)
         if re.search(pattern, path) and len(axes) == len(shape):
-            # A dimension that an axis does not divide is not split: the layout never decides whether a model is allowed.
+            # A dimension that an axis does not divide is not split, so that no sharding rule forbids a model.
             return PartitionSpec(
                 *(axis if axis and n % _size(mesh, axis) == 0 else None for axis, n in zip(axes, shape, strict=True))
             )
@@ -169,7 +173,7 @@ def with_shardings(tree, shardings):
 
 
 def place(tree, shardings):
-    """A pytree of arrays, those of NumPy the same on every host, with these shardings."""
+    """Returns a pytree of arrays with these shardings. NumPy arrays must be equal on every host."""
 
     def put(x, layout):
         if isinstance(x, jax.Array):
@@ -180,7 +184,7 @@ def place(tree, shardings):
 
 
 def batch_sharding(mesh):
-    """The layout of arrays `[batch, ...]`."""
+    """Returns the sharding of arrays `[B, ...]`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -195,7 +199,12 @@ def check_batch(batch_size, mesh, field="data.batch_size", micro_batches=1):
 
 
 def to_global(batch, mesh):
-    """The global arrays `[batch, ...]`, sharded over the mesh, of this host's share of the rows `{name: ndarray [b, ...]}`."""
+    """Returns the global arrays `[B, ...]` on the mesh.
+
+    Args:
+      batch: this host's share of the rows, `{name: ndarray [b, ...]}`.
+      mesh: the mesh.
+    """
     sharding, (_, count) = batch_sharding(mesh), process_shard(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:]))

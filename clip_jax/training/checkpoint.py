@@ -1,8 +1,8 @@
-"""Checkpoints through Orbax: asynchronous, sharded, and each complete in itself.
+"""Checkpoints by Orbax: asynchronous, sharded and self-contained.
 
 `<workdir>/checkpoints/<step>/` holds the state and a `meta` item with the configuration, the tokenizer's files, the
-versions and the metrics, so that one such folder is enough to evaluate, resume or export. Of several hosts each writes what
-its devices hold, into one folder that all share.
+versions and the metrics, so that one such folder is enough to evaluate, resume or export. Each host writes the arrays of its
+own devices into one shared folder.
 """
 
 import base64
@@ -21,14 +21,17 @@ from clip_jax.errors import UserError
 from clip_jax.runtime import faults, hosts
 from clip_jax.version import __version__
 
-#: Fields that decide what the saved arrays are and mean: a run cannot go on with other values.
+#: Fields that determine shape and meaning of the saved arrays. A run cannot resume with other values.
 IDENTITY = ("method", "model", "tokenizer", "optim.name", "optim.freeze", "optim.ema_decay", "seed", "data.batch_size")
 
 logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves and restores the states of one run in `<workdir>/checkpoints`. A context manager; every host has to make each call."""
+    """Saves and restores the states of one run in `<workdir>/checkpoints`.
+
+    It is a context manager. Every host must make every call.
+    """
 
     def __init__(self, workdir, config, tokenizer):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
@@ -36,17 +39,25 @@ class Checkpointer:
         policies = [checkpoint_managers.LatestN(config.checkpoint.keep)]
         if best := config.checkpoint.best:
             sign, name = (-1, best[1:]) if best.startswith("-") else (1, best)
-            get = lambda metrics: sign * metrics[name] if metrics and name in metrics else float("-inf")  # noqa: E731
-            policies.append(checkpoint_managers.BestN(get_metric_fn=get, n=1, keep_checkpoints_without_metrics=False))
+
+            def score(metrics):
+                return sign * metrics[name] if metrics and name in metrics else float("-inf")
+
+            policies.append(checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
 
     def save(self, step, state, metrics):
-        """Starts to save `state` (a TrainState) after `step` steps; `metrics` are the numbers that `checkpoint.best` looks at.
+        """Starts to save a state, unless that step is saved already.
 
-        Raises UserError when the save before this one, or the beginning of this one, failed.
+        Args:
+          step: the number of steps done.
+          state: a `TrainState`.
+          metrics: `{name: number}`, which `checkpoint.best` chooses by.
+
+        Raises UserError when the previous save failed or this one cannot start.
         """
         if step in self.manager.all_steps():
             return
@@ -67,12 +78,12 @@ class Checkpointer:
             )
 
     def wait(self):
-        """Blocks until everything is on disk; raises UserError when it could not be written."""
+        """Blocks until everything is on disk. Raises UserError when writing failed."""
         with faults.stage("checkpoint"), _SaveFailure(self, "the newest"):
             self.manager.wait_until_finished()
 
     def newest(self):
-        """The folder of the newest complete checkpoint, or None."""
+        """Returns the folder of the newest complete checkpoint, or None."""
         steps = [int(p.name) for p in self.folder.glob("*") if p.name.isdigit()]
         return self.folder / str(max(steps)) if steps else None
 
@@ -80,16 +91,21 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind, *_):
-        # After an error on one host of several the others may never come to what closing waits for.
+        # After an error on one of several hosts, the others may never reach the barrier that closing waits for.
         if kind is None or hosts.count() == 1:
             with faults.stage("checkpoint"):
                 self.manager.close()
 
     def restore(self, state):
-        """The newest usable state with the shapes and shardings of `state` (a TrainState of ShapeDtypeStruct), or None if there is none.
+        """Returns the newest readable state, or None when the folder holds no checkpoint.
 
-        A damaged checkpoint is passed over, with a warning, for the one before. Raises UserError when none is left, and when the
-        run in the folder was made with a configuration or tokenizer that does not fit, naming the fields.
+        A damaged checkpoint causes a warning, and the one before it is used.
+
+        Args:
+          state: a `TrainState` of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises UserError when every checkpoint is damaged, and when the run in the folder has another configuration or tokenizer;
+        the message names the fields.
         """
         with faults.stage("checkpoint"):
             steps = hosts.gather(sorted(self.manager.all_steps(), reverse=True))[0]
@@ -100,9 +116,9 @@ class Checkpointer:
                     found = restore_arrays(self.folder / str(step), state)
                 except UserError:
                     raise
-                except Exception as error:  # what Orbax raises for a damaged array is a bare Exception
-                    problem = _line(error)
-                # What one host cannot read is damaged for all of them.
+                except Exception as error:  # Orbax raises a bare Exception for a damaged array
+                    problem = faults.one_line(error)
+                # A checkpoint that one host cannot read counts as damaged on all hosts.
                 if not any(problems := hosts.gather(problem)):
                     return found
                 problem = next(filter(None, problems))
@@ -122,7 +138,7 @@ class Checkpointer:
                 f"{self.folder} holds a run that this configuration cannot continue: {what}. Use another --workdir"
             )
         if meta["tokenizer"]["fingerprint"] != self.tokenizer["fingerprint"]:
-            what = f"the files of the tokenizer {self.config.tokenizer!r} are others than it was trained with"
+            what = f"the files of the tokenizer {self.config.tokenizer!r} differ from those of the run"
             raise UserError(
                 f"{self.folder} holds a run that this configuration cannot continue: {what}. Use another --workdir"
             )
@@ -132,11 +148,11 @@ class Checkpointer:
             if c[0].split(".")[0] not in ("log", "eval", "checkpoint", "mesh")
         ]
         for key, a, b in changed:
-            logger.warning("the run is continued with another %s: it was %r, is now %r", key, a, b)
+            logger.warning("the run resumes with another %s: it was %r, is now %r", key, a, b)
 
 
 class _SaveFailure:
-    """Turns what goes wrong in writing (a full disk, a folder that is gone) into one line that names the last good checkpoint."""
+    """Turns a failed write (a full disk, a deleted folder) into one line that names the last good checkpoint."""
 
     def __init__(self, checkpointer, step):
         self.checkpointer, self.step = checkpointer, step
@@ -149,20 +165,21 @@ class _SaveFailure:
             return
         good = self.checkpointer.newest()
         last = f"the last good checkpoint is {good}" if good else "there is no earlier one"
-        raise UserError(f"could not save checkpoint {self.step} ({_line(error)}); {last}") from error
-
-
-def _line(error):
-    return " ".join(str(error).split())[:300]
+        raise UserError(f"could not save checkpoint {self.step} ({faults.one_line(error)}); {last}") from error
 
 
 def _alone():
-    """Each host reads for itself: were it to wait for the others, one that finds damage would leave them waiting."""
+    """Options by which each host reads alone. If it waited for the others, a host that finds damage would block them."""
     return ocp.options.MultiprocessingOptions(active_processes={jax.process_index()}, primary_host=jax.process_index())
 
 
 def restore_arrays(folder, target):
-    """The arrays of checkpoint `folder` that a pytree of ShapeDtypeStruct names, with its dtypes and shardings; others are not read."""
+    """Returns arrays of the checkpoint `folder`.
+
+    Args:
+      folder: the folder of one step.
+      target: a pytree of `jax.ShapeDtypeStruct` with shardings. Only its arrays are read, in its dtypes and shardings.
+    """
     args = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
@@ -171,16 +188,19 @@ def restore_arrays(folder, target):
 
 
 def read_meta(folder):
-    """The `meta` item of one checkpoint folder, a dict; raises OSError or ValueError when it is not there or damaged."""
+    """Returns the `meta` item of one checkpoint folder, a dict. Raises OSError or ValueError when it is missing or damaged."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
         return checkpointer.restore(pathlib.Path(folder).absolute() / "meta", args=ocp.args.JsonRestore())
 
 
 def find(path, which="latest"):
-    """The folder of one checkpoint: `path` is a work folder, its `checkpoints` folder, or the folder of one step.
+    """Returns the folder of one checkpoint.
 
-    `which`: `latest`, `best` (by the metric that the run was configured with), or a step number. Raises UserError when
-    there is none.
+    Args:
+      path: a work folder, its `checkpoints` folder, or the folder of one step.
+      which: `latest`, `best` (by the run's own `checkpoint.best`), or a step number.
+
+    Raises UserError when no such checkpoint exists.
     """
     path = pathlib.Path(path)
     if (path / "meta").is_dir() and (path / "state").is_dir():
@@ -191,14 +211,14 @@ def find(path, which="latest"):
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
     if not steps:
         raise UserError(
-            f"there is no checkpoint in {str(path)!r}: it has no folder with a step's number and 'state' and 'meta' in it"
+            f"there is no checkpoint in {str(path)!r}: no folder in it has a step number as its name and holds 'state' and 'meta'"
         )
     if which == "latest":
         return folder / str(steps[-1])
     if which != "best":
         if str(which) not in map(str, steps):
             raise UserError(
-                f"there is no checkpoint of step {which} in {str(folder)!r}: there are {', '.join(map(str, steps))}"
+                f"there is no checkpoint of step {which} in {str(folder)!r}; its steps: {', '.join(map(str, steps))}"
             )
         return folder / str(which)
     scores = {}
@@ -210,7 +230,7 @@ def find(path, which="latest"):
             scores[step] = -value if name.startswith("-") else value
     if not scores:
         raise UserError(
-            f"no checkpoint in {str(folder)!r} has a metric to be best by: the run had checkpoint.best={name!r}"
+            f"no checkpoint in {str(folder)!r} has the metric that decides which is best: the run has checkpoint.best={name!r}"
         )
     return folder / str(max(scores, key=scores.get))
 
@@ -223,7 +243,7 @@ def _pack(tokenizer):
 
 
 def unpack_tokenizer(meta):
-    """The tokenizer stored in a `meta` item."""
+    """Returns the tokenizer that a `meta` item stores."""
     from clip_jax.data.tokenizers import make_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:

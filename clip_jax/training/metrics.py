@@ -1,4 +1,4 @@
-"""What a run tells: one progress line, `metrics.jsonl`, TensorBoard, Weights & Biases; and what a machine could do at most."""
+"""The metrics of a run: the progress line, `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
 import collections
 import json
@@ -14,19 +14,22 @@ from clip_jax.runtime import hardware, hosts
 
 
 def peak_flops():
-    """bf16 FLOP/s at the peak of one device of this machine, or None when unknown (a CPU)."""
+    """Returns the peak bf16 FLOP/s of one device of this machine, or None when unknown (a CPU)."""
     chip = hardware.chip_of(jax.devices()[0].device_kind)
     return chip and chip.flops / chip.devices
 
 
 class Writer:
-    """Writes scalars to `<workdir>/metrics.jsonl` and, as configured, to TensorBoard and Weights & Biases; of several hosts one does."""
+    """Writes scalars to `<workdir>/metrics.jsonl` and, as configured, to TensorBoard and Weights & Biases.
+
+    Only the first host writes.
+    """
 
     def __init__(self, workdir, config):
         self.sinks = []
         if not hosts.is_first():
             return
-        file = open(pathlib.Path(workdir) / "metrics.jsonl", "a")  # noqa: SIM115
+        file = open(pathlib.Path(workdir) / "metrics.jsonl", "a")
         self.sinks.append((lambda step, values: _write_row(file, step, values), file.close))
         if config.log.tensorboard:
             import tensorboardX
@@ -52,12 +55,13 @@ class Writer:
             self.sinks.append((lambda step, values: run.log(values, step=step), run.finish))
 
     def write(self, step, values):
-        """Writes `{name: number}` of a step; a number that is not finite becomes null in the JSON file."""
+        """Writes `{name: number}` of a step. A non-finite number becomes null in the JSON file."""
         values = {k: float(v) for k, v in values.items()}
         for write, _ in self.sinks:
             write(step, values)
 
     def close(self):
+        """Closes all files."""
         for _, close in self.sinks:
             close()
 
@@ -68,28 +72,43 @@ def _write_row(file, step, values):
 
 
 class Progress:
-    """Rates and means over the steps since the last report."""
+    """Means and rates over the steps since the last report.
+
+    Args:
+      batch_size: the global batch size.
+      steps: the number of steps of the run.
+      flops_per_step: the model's FLOPs of a step, over all devices.
+    """
 
     def __init__(self, batch_size, steps, flops_per_step):
         self.batch_size, self.steps = batch_size, steps
         self.flops, self.peak = flops_per_step, peak_flops()
         self.sums = collections.defaultdict(float)
-        self.done, self.waited, self.start = 0, 0.0, time.perf_counter()
-        self.recent = collections.deque(maxlen=20)  # (steps, seconds) of the last reports, for the time to go
+        self.recent = collections.deque(maxlen=20)  # (steps, seconds) of the last reports, for the remaining time
+        self._restart()
+
+    def _restart(self):
+        self.done, self.waited = 0, 0.0
+        self.start = time.perf_counter()
 
     def add(self, metrics, waited):
-        """Takes in one step's metrics and the seconds that it waited for data."""
+        """Adds the metrics of one step and the seconds that it waited for data."""
         for name, value in metrics.items():
             self.sums[name] += float(value)
         self.done += 1
         self.waited += waited
 
     def pause(self, seconds):
-        """Leaves out the time of something else than training (an evaluation)."""
+        """Excludes time that was not spent on training, such as an evaluation."""
         self.start += seconds
 
     def report(self, step, skipped=0):
-        """Mean metrics and rates since the last report, `{name: float}`, and the progress line; `skipped`: unusable records so far."""
+        """Returns `({name: float}, progress line)`: mean metrics and rates since the last report.
+
+        Args:
+          step: the number of the last step.
+          skipped: the number of unusable records so far.
+        """
         seconds = max(time.perf_counter() - self.start, 1e-9)
         values = {name: total / self.done for name, total in self.sums.items()}
         values["images_per_s"] = self.done * self.batch_size / seconds
@@ -101,10 +120,11 @@ class Progress:
         pace = sum(s for _, s in self.recent) / sum(n for n, _ in self.recent)
         values["eta_s"] = pace * (self.steps - step)
         self.sums.clear()
-        self.done, self.waited, self.start = 0, 0.0, time.perf_counter()
+        self._restart()
         return values, self.line(step, values)
 
     def line(self, step, values):
+        """Returns the progress line of the values of `report`."""
         accuracy = [v for k, v in values.items() if k.endswith("_acc")]
         parts = [f"step {step:{len(str(self.steps))}}/{self.steps}", f"loss {values['loss']:.4f}"]
         if accuracy:
@@ -121,7 +141,7 @@ class Progress:
 
 
 def duration(seconds):
-    """`"1h02m"`, `"3m05s"` or `"12s"`."""
+    """Returns a duration in seconds as `"1h02m"`, `"3m05s"` or `"12s"`."""
     seconds = int(round(seconds))
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
@@ -154,7 +174,7 @@ def describe_run(config, records, mesh, state, flops, size, seconds):
 
 
 def parameter_table(params):
-    """Parameters by part: a table of the two upper levels of the tree, and the total."""
+    """Returns a table of parameter counts: the two upper levels of the tree, and the total."""
     from clu import parameter_overview
 
     total = parameter_overview.count_parameters(params)

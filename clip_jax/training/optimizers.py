@@ -1,4 +1,7 @@
-"""Optimizers, learning-rate schedules, and what is decayed, slowed down or frozen, by regular expression on parameter paths."""
+"""Optimizers and learning-rate schedules.
+
+Regular expressions on parameter paths choose what is decayed, frozen, or trained at another rate.
+"""
 
 import re
 
@@ -12,29 +15,29 @@ from clip_jax.runtime.sharding import path_name
 
 
 def make_schedule(optim, steps):
-    """`step -> learning rate`: linear warm-up to `optim.lr` in `warmup_steps`, then `optim.schedule`, which ends at `steps`."""
+    """Returns `step -> learning rate`: linear warm-up to `optim.lr` in `warmup_steps`, then `optim.schedule` until `steps`."""
     lr, warmup = optim.lr, optim.warmup_steps
     rest = max(steps - warmup, 1)
     after = {
         "cosine": optax.cosine_decay_schedule(lr, rest),
         "linear": optax.linear_schedule(lr, 0.0, rest),
         "constant": optax.constant_schedule(lr),
-        # lr * sqrt(w / step) from the end of the warm-up on, continuous with it (Vaswani et al. 2017, section 5.3)
+        # lr * sqrt(warmup / step) after the warm-up, continuous with it (Vaswani et al. 2017, section 5.3).
         "rsqrt": lambda step: lr * jnp.sqrt(max(warmup, 1) / (step + max(warmup, 1))),
     }[optim.schedule]
-    # The first step is not wasted on a rate of 0.
+    # The warm-up starts at lr / warmup, because a first step with a rate of 0 would be wasted.
     return optax.join_schedules([lambda step: lr * (step + 1) / warmup, after], [warmup]) if warmup else after
 
 
 def _matches(patterns, params):
-    """A pytree of bool: does one of the patterns find the parameter's path?"""
+    """A pytree of bool: whether one of the patterns matches the parameter's path."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(re.search(p, path_name(path)) for p in patterns), params
     )
 
 
 def frozen(optim, params):
-    """A pytree of bool like `params`: True where nothing is trained (`optim.freeze`, or a factor of 0 in `optim.lr_mult`)."""
+    """Returns a pytree of bool like `params`: True for frozen parameters (`optim.freeze`, or a factor of 0 in `optim.lr_mult`)."""
     by_factor = jax.tree.map(lambda factor: factor == 0, _factors(optim, params))
     return jax.tree.map(lambda a, b: a or b, _matches(optim.freeze, params), by_factor)
 
@@ -47,8 +50,11 @@ def _factors(optim, params):
 
 
 def _map_updates(function, updates, *trees):
-    """A frozen parameter, which has a MaskedNode in the place of an update, keeps it."""
-    is_masked = lambda u: isinstance(u, optax.MaskedNode)  # noqa: E731
+    """Maps `function` over the updates. A frozen parameter has a MaskedNode instead of an update and keeps it."""
+
+    def is_masked(update):
+        return isinstance(update, optax.MaskedNode)
+
     return jax.tree.map(lambda u, *x: u if is_masked(u) else function(u, *x), updates, *trees, is_leaf=is_masked)
 
 
@@ -58,7 +64,7 @@ def _scale_by_factors(factors):
 
 
 def _scale_by_trust_ratio(params):
-    """LAMB's trust ratio (You et al. 2020, algorithm 2); where layers are stacked each has its own."""
+    """LAMB's trust ratio (You et al. 2020, algorithm 2). Each layer of a stack has its own."""
     ratio, stacked = optax.scale_by_trust_ratio(), _matches((STACKED,), params)
 
     def scale(update, param, is_stacked):
@@ -71,25 +77,24 @@ def _scale_by_trust_ratio(params):
 
 
 def make_optimizer(optim, steps, params):
-    """The gradient transformation of the section `config.optim`.
+    """Returns the gradient transformation of the section `config.optim`.
 
-    Order: clipping of the global gradient norm, the optimizer's direction, decoupled weight decay, LAMB's trust ratio, the
-    factor of the path, the learning rate.
+    Its parts, in order: clipping by the global gradient norm, the optimizer's direction, decoupled weight decay, LAMB's trust
+    ratio, the factor of `lr_mult`, the learning rate.
 
     Args:
       optim: the section; see `clip_jax.config.base`.
       steps: the number of training steps.
       params: parameters or their shapes.
 
-    Raises:
-      UserError: a pattern of `freeze` or `lr_mult` finds no parameter, or nothing is left to train.
+    Raises UserError when a pattern of `freeze` or `lr_mult` matches no parameter, or when every parameter is frozen.
     """
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for field, patterns in (("freeze", optim.freeze), ("lr_mult", [pattern for pattern, _ in optim.lr_mult])):
         for pattern in patterns:
             if not any(re.search(pattern, path) for path in paths):
                 raise UserError(
-                    f"optim.{field}: {pattern!r} finds no parameter; paths look like {paths[0]!r}, {paths[-1]!r}"
+                    f"optim.{field}: {pattern!r} matches no parameter; paths look like {paths[0]!r}, {paths[-1]!r}"
                 )
     no_decay = _matches(optim.no_decay, params)
     decay = (
@@ -120,8 +125,17 @@ def make_optimizer(optim, steps, params):
 
 
 def scale_by_adafactor(min_dim_size_to_factor=32, decay_rate=0.8, beta2_cap=0.999, momentum=0.9, eps=1e-30):
-    """Adafactor's direction as big_vision trains with it (Zhai et al. 2022, "Scaling Vision Transformers", appendix):
-    factored second moments, no update clipping, first moment in bfloat16."""
+    """Returns Adafactor's direction as in big_vision (Zhai et al. 2022, "Scaling Vision Transformers", appendix).
+
+    Second moments are factored, updates are not clipped, and the first moment is bfloat16.
+
+    Args:
+      min_dim_size_to_factor: matrices with a smaller dimension keep a full second moment.
+      decay_rate: the exponent of the decay of the second moment, `1 - step ** -decay_rate`.
+      beta2_cap: the upper limit of that decay.
+      momentum: the decay of the first moment; None or 0 turns it off.
+      eps: added to squared gradients.
+    """
 
     def decay(step, exponent):
         return jnp.minimum(beta2_cap, 1.0 - jnp.asarray(step + 1, jnp.float32) ** -exponent)

@@ -1,4 +1,4 @@
-"""The state of training and the step: a pure function `(state, batch) -> (state, metrics)`."""
+"""The training state and the training step, a pure function `(state, batch) -> (state, metrics)`."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from clip_jax.training import optimizers
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training is.
+    """The complete state of training.
 
     Attributes:
-      step: int32 scalar, the number of steps done; with the seed it gives the next batch and its randomness.
-      params: trained parameters, float32.
+      step: int32 scalar, the number of steps done. With the seed it determines the next batch and its randomness.
+      params: the trained parameters, float32.
       extra: the method's state without a gradient.
       opt_state: the optimizer's state.
-      ema: moving average of the parameters, or None.
-      bad_steps: int32 scalar, the steps in a row up to now whose update was skipped because it was not finite.
+      ema: the moving average of the parameters, or None.
+      bad_steps: int32 scalar, the number of latest consecutive steps whose update was skipped because it was not finite.
     """
 
     step: jax.Array
@@ -33,12 +33,14 @@ class TrainState:
 
 
 def make_init(config, method, batch):
-    """`(init, tx)`: `init(rng) -> TrainState`, to be jitted with the shardings of its result, and the optimizer.
+    """Returns `(init, tx)`: the function `init(rng) -> TrainState` and the optimizer.
+
+    The caller jits `init` with the shardings of its result.
 
     Args:
       config: the configuration.
       method: a `Method`.
-      batch: arrays or shapes of a batch; only a few rows of it are used, and none of its values.
+      batch: arrays or shapes of a batch, `[B, ...]`; only shapes and dtypes are used.
     """
     small = {name: jnp.zeros((2, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     params_shape, _ = jax.eval_shape(method.init, jax.random.key(0), small)
@@ -53,12 +55,18 @@ def make_init(config, method, batch):
 
 
 def make_gradients(method, micro_batches):
-    """`gradients(params, extra, batch, rng, view) -> (loss, metrics, features, extra, grads)` of `loss(heads(encode(view(params))))`.
+    """Returns `gradients(params, extra, batch, rng, view) -> (loss, metrics, features, extra, grads)`.
+
+    It differentiates `loss(heads(encode(view(params))))`.
 
     With several micro-batches the loss is still that of the whole batch, with all its negatives (gradient caching, Gao et al.
-    2021): all parts are encoded without a gradient, the loss gives the gradient of the features, and each part is encoded
-    again to carry it to the parameters. Memory is that of one part and all features; the work is that of one forward pass
-    more. The result is the same but for rounding, except under statistics over the batch inside `encode` (BatchNorm).
+    2021). All parts are encoded without a gradient, the loss gives the gradient of the features, and each part is encoded
+    again to carry this gradient to the parameters. Memory holds one part and all features. The extra work is one forward
+    pass. The result is the same up to rounding, unless `encode` computes statistics over the batch (BatchNorm).
+
+    Args:
+      method: a `Method`.
+      micro_batches: the number of parts of a batch.
     """
 
     def finish(params, extra, features, batch, rng):
@@ -77,7 +85,7 @@ def make_gradients(method, micro_batches):
 
     def in_parts(params, extra, batch, rng, view):
         def part(x):
-            # Every k-th row: each device takes part in each micro-batch with rows that it has.
+            # A part takes every k-th row, so that each device works on its own rows in each micro-batch.
             return shard_batch(jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), axis=1)
 
         def join(x):
@@ -117,9 +125,14 @@ def make_gradients(method, micro_batches):
 
 
 def make_step(config, method, tx):
-    """`step(state, batch) -> (state, metrics)`; metrics are float32 scalars.
+    """Returns `step(state, batch) -> (state, metrics)`; metrics are scalars.
 
-    A loss or gradient that is not finite leaves everything but `step` and `bad_steps` as it was.
+    When the loss or a gradient is not finite, only `step` and `bad_steps` of the state change.
+
+    Args:
+      config: the configuration.
+      method: a `Method`.
+      tx: its optimizer.
     """
     schedule = optimizers.make_schedule(config.optim, config.train.steps)
     decay = config.optim.ema_decay
@@ -131,7 +144,7 @@ def make_step(config, method, tx):
         is_frozen = optimizers.frozen(config.optim, state.params)
 
         def view(params):
-            # Without a gradient of frozen parameters the compiler leaves their whole backward pass out.
+            # Stop-gradient lets the compiler drop the whole backward pass of frozen parameters.
             return jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, is_frozen)
 
         loss, metrics, features, extra, grads = gradients(state.params, state.extra, batch, rng, view)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from clip_jax.errors import UserError
-from clip_jax.tools.build import emoji, openclipart, packages, pictures
+from clip_jax.tools.build import emoji, iconify, images, openclipart, packages
 from clip_jax.tools.build.tfds_writer import write_dataset
 
 REPO = Path(__file__).parent.parent
@@ -261,7 +261,7 @@ def test_concept_split_is_stable_and_80_10_10():
     ],
 )
 def test_slugs(name, expected):
-    assert emoji.slugs(name) == expected
+    assert iconify.slugs(name) == expected
 
 
 # --- reading packages -------------------------------------------------------------------------------------------------
@@ -306,11 +306,11 @@ def test_iconify_by_slug_and_by_code_point(tmp_path):
 
 
 def test_iconify_svg():
-    assert 'viewBox="0 0 32 32"><o/></svg>' in emoji.to_svg(ICONS, "octopus")
-    assert 'viewBox="0 0 32 40"><d/></svg>' in emoji.to_svg(ICONS, "direct-hit")
-    assert '<g transform="translate(32 0) scale(-1 1)"><o/></g>' in emoji.to_svg(ICONS, "sun")
+    assert 'viewBox="0 0 32 32"><o/></svg>' in iconify.to_svg(ICONS, "octopus", 64)
+    assert 'viewBox="0 0 32 40"><d/></svg>' in iconify.to_svg(ICONS, "direct-hit", 64)
+    assert '<g transform="translate(32 0) scale(-1 1)"><o/></g>' in iconify.to_svg(ICONS, "sun", 64)
     with pytest.raises(UserError, match="'rotate' is not supported"):
-        emoji.to_svg(ICONS, "turned")
+        iconify.to_svg(ICONS, "turned", 64)
 
 
 def test_image_files(tmp_path):
@@ -363,27 +363,27 @@ def test_openclipart_informative():
 # --- pictures and the writer ------------------------------------------------------------------------------------------
 
 
-def test_openclipart_to_picture():
+def test_openclipart_to_image():
     canvas = Image.new("RGBA", (400, 300))
-    assert openclipart.to_picture(to_png(canvas), b"") is None  # nothing to be seen
+    assert openclipart.to_image(to_png(canvas), b"") is None  # nothing to be seen
     canvas.paste((255, 0, 0, 255), (100, 100, 300, 200))
-    picture = Image.open(io.BytesIO(openclipart.to_picture(to_png(canvas), b"")))
+    picture = Image.open(io.BytesIO(openclipart.to_image(to_png(canvas), b"")))
     assert picture.size == (96, 48) and picture.mode == "RGBA"
-    assert openclipart.to_picture(to_png(Image.new("RGB", (100, 4))), b"") is None  # too thin
+    assert openclipart.to_image(to_png(Image.new("RGB", (100, 4))), b"") is None  # too thin
 
 
 def test_giant_png_is_never_decoded():
     pytest.importorskip("resvg_py")
     png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (30_000).to_bytes(4, "big") * 2  # only the header of a billion pixels
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"><rect width="2" height="1" fill="blue"/></svg>'
-    assert Image.open(io.BytesIO(openclipart.to_picture(png, svg))).size == (96, 48)
+    assert Image.open(io.BytesIO(openclipart.to_image(png, svg))).size == (96, 48)
 
 
 def test_rendering_svg():
     pytest.importorskip("resvg_py")
     image = Image.open(
         io.BytesIO(
-            pictures.render_svg(emoji.to_svg(ICONS | {"icons": {"a": {"body": '<path d="M0 0h16v32H0"/>'}}}, "a"))
+            images.render_svg(iconify.to_svg(ICONS | {"icons": {"a": {"body": '<path d="M0 0h16v32H0"/>'}}}, "a", 64))
         )
     )
     assert image.size == (64, 64) and image.getpixel((10, 30)) == (0, 0, 0, 255) and image.getpixel((50, 30))[3] == 0
@@ -392,7 +392,7 @@ def test_rendering_svg():
 def test_rendering_svg_without_resvg(monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(UserError, match="pip install resvg-py"):
-        pictures.render_svg("<svg/>")
+        images.render_svg("<svg/>")
 
 
 def to_png(image):
@@ -403,13 +403,13 @@ def to_png(image):
 
 def test_to_webp_sizes_and_channels():
     def size_and_mode(image):
-        image = Image.open(io.BytesIO(pictures.to_webp(image, 64)))
+        image = Image.open(io.BytesIO(images.to_webp(image, 64)))
         return image.size, image.mode
 
     assert size_and_mode(Image.new("RGB", (200, 100), "red")) == ((64, 32), "RGBA")  # opaque, yet four channels
     assert size_and_mode(Image.new("RGBA", (10, 20), (1, 2, 3, 4))) == ((10, 20), "RGBA")  # never enlarged
     assert size_and_mode(Image.new("L", (1000, 2))) == ((64, 1), "RGBA")
-    square = pictures.to_square(Image.new("RGB", (10, 20), "red"))
+    square = images.to_square(Image.new("RGB", (10, 20), "red"))
     assert (
         square.size == (20, 20) and square.getpixel((2, 10))[3] == 0 and square.getpixel((10, 10)) == (255, 0, 0, 255)
     )
@@ -418,7 +418,7 @@ def test_to_webp_sizes_and_channels():
 def test_shrinking_keeps_edges_clean():
     image = Image.new("RGBA", (256, 256), (0, 255, 0, 0))  # transparent green around opaque red
     image.paste((255, 0, 0, 255), (64, 64, 192, 192))
-    pixels = np.asarray(Image.open(io.BytesIO(pictures.to_webp(image, 32))).convert("RGBA")).astype(int)
+    pixels = np.asarray(Image.open(io.BytesIO(images.to_webp(image, 32))).convert("RGBA")).astype(int)
     assert pixels[..., 1][pixels[..., 3] > 40].max() < 100
 
 
@@ -437,7 +437,7 @@ def tiny(folder, splits, **changes):
 
 
 def tiny_records(names):
-    webp = pictures.to_webp(Image.new("RGBA", (4, 6), (255, 0, 0, 128)), 64)
+    webp = images.to_webp(Image.new("RGBA", (4, 6), (255, 0, 0, 128)), 64)
     return [{"image": io.BytesIO(webp), "name": name, "tags": list(name)} for name in names]
 
 

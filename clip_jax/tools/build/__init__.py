@@ -1,1 +1,1 @@
-"""Scripts that make the embedded data sets from pinned public packages; not needed to use them."""
+"""Scripts that build the embedded data sets from pinned public packages. Using the sets does not need them."""

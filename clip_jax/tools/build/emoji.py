@@ -1,35 +1,36 @@
-"""Builds the embedded emoji set: the same concepts drawn by six vendors, with names, tags and keywords written by people.
+"""Builds the embedded emoji set: the same concepts drawn by six vendors, with names, tags and keywords by people.
 
     python -m clip_jax.tools.build.emoji [--cache FOLDER] [--out FOLDER]
 
-Needs `npm` (to fetch the pinned packages that are not in the cache folder), Pillow and resvg-py. The same package, Pillow and
-resvg-py versions give the same bytes.
+Needs `npm` to fetch the pinned packages that the cache folder lacks, Pillow and resvg-py. Equal versions of the
+packages, Pillow and resvg-py give equal bytes.
 
-One record is one picture of a base concept (no skin-tone variants). Concepts are split 80/10/10 by a hash of their *family*
-(`concept_family`), so that gender variants, and flags of one design, never fall on both sides; vendors are split by design
-family, with EmojiOne v2 held out:
+A record is one image of a base concept (no skin-tone variants). Concepts are split 80/10/10 by a hash of their family
+(`concept_family`), so gender variants, and flags of one design, are on the same side. Vendors are split by design
+family; EmojiOne v2 is held out:
 
-    train                 seen concepts,       seen vendors          train_unseen_vendor  seen concepts,       held-out vendor
-    val_seen_vendor       validation concepts, seen vendors          val_unseen_vendor    validation concepts, held-out vendor
-    test_seen_vendor      test concepts,       seen vendors          test_unseen_vendor   test concepts,       held-out vendor
+    split                  concepts      vendors
+    train                  seen          seen
+    train_unseen_vendor    seen          held out
+    val_seen_vendor        validation    seen
+    val_unseen_vendor      validation    held out
+    test_seen_vendor       test          seen
+    test_unseen_vendor     test          held out
 """
-
-from __future__ import annotations
 
 import hashlib
 import io
 import json
 import lzma
 import re
-import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_jax.errors import UserError
+from clip_jax.tools.build.iconify import slug, slugs, to_svg
+from clip_jax.tools.build.images import render_svg, to_square, to_webp
 from clip_jax.tools.build.packages import Package, fetch, npm, read_tar
-from clip_jax.tools.build.pictures import render_svg, to_square, to_webp
 from clip_jax.tools.build.tfds_writer import command, write_dataset
 
 VERSION = "1.0.0"
@@ -50,13 +51,11 @@ EMOJIBASE = npm("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2
 EMOJILIB = npm("emojilib", "4.0.3", "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303")
 
 
-# --- concepts ---------------------------------------------------------------------------------------------------------
-
 _VARIATION = {0xFE0E, 0xFE0F}
-# What makes a variant of a concept: skin tone, "facing right", female and male sign, and the joiner itself.
+# Code points that mark a variant of a concept: skin tones, "facing right", female and male sign, and the joiner.
 _VARIANT = {*range(0x1F3FB, 0x1F400), 0x27A1, 0x2640, 0x2642, 0x200D}
 _ADULT, _CHILD, _HEART, _KISS, _HOLDING_HANDS = 0x1F9D1, 0x1F9D2, 0x2764, 0x1F48B, 0x1F91D
-_NEUTRAL = {  # gendered code point -> the one of its gender-neutral concept
+_NEUTRAL = {  # gendered code point -> code point of its gender-neutral concept
     0x1F468: _ADULT,  # man
     0x1F469: _ADULT,  # woman
     0x1F466: _CHILD,  # boy
@@ -73,7 +72,7 @@ _NEUTRAL = {  # gendered code point -> the one of its gender-neutral concept
 _COUPLES = {0x1F46B, 0x1F46C, 0x1F46D}  # woman and man, men, women holding hands
 _FAMILY, _COUPLE_WITH_HEART, _COUPLE_KISSING, _CHRISTMAS_TREE = 0x1F46A, 0x1F491, 0x1F48F, 0x1F384
 _FLAG_STARTS = {*range(0x1F1E6, 0x1F200), 0x1F3F3, 0x1F3F4}
-_FLAG_TWINS = {  # territories that fly another country's flag: region -> region of the same picture
+_FLAG_TWINS = {  # territories that fly another country's flag: region -> region of the same image
     "AC": "SH", "BV": "NO", "CP": "FR", "DG": "IO", "EA": "ES", "HM": "AU", "MF": "FR", "SJ": "NO", "UM": "US",
 }  # fmt: skip
 
@@ -81,11 +80,12 @@ _FLAG_TWINS = {  # territories that fly another country's flag: region -> region
 def concept_family(hexcode):
     """Returns one hexcode for a concept and all its skin-tone and gender variants.
 
-    A role is known by its object (`firefighter`, `woman firefighter` -> `1F9D1-1F692`), any other sequence by its first code
-    point (`black cat` -> `1F408`, the cat), a flag by the whole sequence (but for territories that fly another country's flag).
+    The object identifies a role (`firefighter`, `woman firefighter` -> `1F9D1-1F692`). The first code point
+    identifies any other sequence (`black cat` -> `1F408`, the cat). The whole sequence identifies a flag, except for
+    territories that fly another country's flag.
 
     Args:
-        hexcode: code points of an emoji in hexadecimal, joined by `-`, e.g. `1F469-200D-1F692`.
+      hexcode: code points of an emoji in hexadecimal, joined by `-`, such as `1F469-200D-1F692`.
     """
     points = [p for p in (int(part, 16) for part in hexcode.split("-")) if p not in _VARIATION]
     first, rest = points[0], [p for p in points[1:] if p not in _VARIANT]
@@ -115,13 +115,13 @@ def concept_family(hexcode):
 
 
 def concept_split(hexcode):
-    """Returns `train` (80 %), `val` (10 %) or `test` (10 %): the first 32 bits of SHA-256 of the concept's family decide."""
+    """Returns `train` (80 %), `val` (10 %) or `test` (10 %) by the first 32 bits of SHA-256 of the family."""
     share = int(hashlib.sha256(concept_family(hexcode).encode()).hexdigest()[:8], 16) / 2**32
     return "train" if share < 0.8 else "val" if share < 0.9 else "test"
 
 
 def split_of(hexcode, vendor):
-    """Returns the name of the split that holds this vendor's picture of this concept."""
+    """Returns the name of the split that holds this vendor's image of this concept."""
     part, unseen = concept_split(hexcode), vendor == UNSEEN_VENDOR
     if part == "train" and not unseen:
         return "train"
@@ -130,15 +130,24 @@ def split_of(hexcode, vendor):
 
 @dataclass(frozen=True)
 class Concept:
-    """What people wrote about one emoji."""
+    """The texts that people wrote about one emoji.
+
+    Attributes:
+      hexcode: its code points in hexadecimal, joined by `-`.
+      name: its CLDR short name in English.
+      tags: its CLDR keywords, from emojibase.
+      keywords: its keywords from emojilib; empty for a dozen concepts.
+      group, subgroup: emojibase's.
+      names: its CLDR short name in each of `LOCALES`.
+    """
 
     hexcode: str
-    name: str  # CLDR short name, English
-    tags: list[str]  # CLDR keywords, by emojibase
-    keywords: list[str]  # emojilib; none for a dozen concepts
+    name: str
+    tags: list[str]
+    keywords: list[str]
     group: str
     subgroup: str
-    names: list[str]  # CLDR short name in each of LOCALES
+    names: list[str]
 
 
 def read_concepts(cache):
@@ -169,7 +178,7 @@ def read_concepts(cache):
 
 
 def _clean(words, emoji, name):
-    """Returns emojilib's keywords as text: no underscores, no-break spaces, repetitions, nor the emoji or its name themselves."""
+    """Returns emojilib's keywords without underscores, no-break spaces, repetitions, the emoji itself and its name."""
     words = (" ".join(word.replace("_", " ").replace(emoji, " ").split()) for word in words)
     return [word for word in dict.fromkeys(words) if word and _letters(word) != _letters(name)]
 
@@ -188,22 +197,23 @@ def plain_hexcode(hexcode):
     return "-".join(part for part in hexcode.upper().split("-") if part not in ("FE0E", "FE0F"))
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Vendor:
-    """Who drew the pictures, and where they come from."""
+    """The author of a set of images.
+
+    Attributes:
+      name: the vendor's name in the records.
+      package: the package that holds the images.
+      read: function of the package's path and the concepts; yields concepts with functions that return a PIL image.
+    """
 
     name: str
     package: Package
-    read: Callable[
-        [Path, list[Concept]], Iterator[tuple[Concept, Callable[[], Any]]]
-    ]  # -> concept, function giving a PIL image
+    read: Callable[[Path, list[Concept]], Iterator[tuple[Concept, Callable[[], Any]]]]
 
 
 def image_files(folder):
-    """A reader of packages with one image file per emoji, `<folder>/<hexcode>.<suffix>`."""
+    """Returns a reader of packages with one image file for each emoji, `<folder>/<hexcode>.<suffix>`."""
 
     def read(path, concepts):
         files = read_tar(path, lambda name: name.startswith(folder + "/"))
@@ -222,7 +232,7 @@ def _load(data):
 
 
 def iconify(path, concepts):
-    """Reads an Iconify package: by code point where `chars.json` has any, otherwise by the slug of the CLDR name."""
+    """Reads an Iconify package: by code point when `chars.json` has any, otherwise by the slug of the CLDR name."""
     files = read_tar(path, lambda name: name in ("package/icons.json", "package/chars.json"))
     icons = json.loads(files["package/icons.json"])
     by_hexcode = {plain_hexcode(h): name for h, name in json.loads(files["package/chars.json"]).items()}
@@ -233,90 +243,7 @@ def iconify(path, concepts):
         else:
             names = slugs(concept.name)
         if name := next((name for name in names if name in known), None):
-            yield concept, lambda name=name: _load(render_svg(to_svg(icons, name)))
-
-
-# CLDR has renamed these since the packages that go by slug were made: slug of today's name -> slug of the former name.
-_FORMER_SLUGS = {
-    "a-button-blood-type": "a-button",
-    "ab-button-blood-type": "ab-button",
-    "b-button-blood-type": "b-button",
-    "o-button-blood-type": "o-button",
-    "robot": "robot-face",
-    "grinning-cat": "grinning-cat-face",
-    "grinning-cat-with-smiling-eyes": "grinning-cat-face-with-smiling-eyes",
-    "cat-with-tears-of-joy": "cat-face-with-tears-of-joy",
-    "smiling-cat-with-heart-eyes": "smiling-cat-face-with-heart-eyes",
-    "cat-with-wry-smile": "cat-face-with-wry-smile",
-    "kissing-cat": "kissing-cat-face-with-closed-eyes",
-    "weary-cat": "weary-cat-face",
-    "crying-cat": "crying-cat-face",
-    "pouting-cat": "pouting-cat-face",
-    "heart-exclamation": "heavy-heart-exclamation",
-    "smiling-face-with-open-hands": "hugging-face",
-    "enraged-face": "pouting-face",
-    "bullseye": "direct-hit",
-    "red-question-mark": "question-mark",
-    "red-exclamation-mark": "exclamation-mark",
-    "person-blond-hair": "blond-haired-person",
-    "person-with-skullcap": "man-with-chinese-cap",
-    "person-in-suit-levitating": "man-in-business-suit-levitating",
-    "women-holding-hands": "two-women-holding-hands",
-    "men-holding-hands": "two-men-holding-hands",
-    "woman-and-man-holding-hands": "man-and-woman-holding-hands",
-    "flag-north-macedonia": "flag-for-macedonia",
-    "flag-eswatini": "flag-for-swaziland",
-    "flag-turkiye": "flag-for-turkey",
-    "flag-myanmar-burma": "flag-for-myanmar",
-    "flag-macao-sar-china": "flag-for-macau-sar-china",
-    "flag-cocos-keeling-islands": "flag-for-cocos-islands",
-}
-
-# Names whose slug is another emoji's name in those packages.
-_OWN_SLUGS = {
-    "keycap: #": ["keycap-pound"],
-    "keycap: *": ["keycap-asterisk"],
-    "UP! button": ["up-exclamation-button", "up-text-button"],
-    "cricket": [],  # the insect; `cricket` is the game there
-}
-
-
-def slug(text):
-    """Returns `text` in ASCII lower case with `-` between the words: `flag: Côte d’Ivoire` -> `flag-cote-divoire`."""
-    text = unicodedata.normalize("NFKD", text.replace("&", "and")).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"['.]", "", text)).strip("-")
-
-
-def slugs(name):
-    """Returns the names under which an Iconify package may hold the emoji of this CLDR name, most specific first."""
-    if name in _OWN_SLUGS:
-        return _OWN_SLUGS[name]
-    found = [slug(name)]
-    if name.startswith("flag: "):
-        found.append(f"flag-for-{slug(name.removeprefix('flag: '))}")
-    if found[0] in _FORMER_SLUGS:
-        found.append(_FORMER_SLUGS[found[0]])
-    return found
-
-
-def to_svg(icons, name):
-    """Returns the SVG of one icon of an Iconify `icons.json`, aliases resolved."""
-    flip = False
-    while name not in icons["icons"]:
-        alias = icons["aliases"][name]
-        if extra := alias.keys() - {"parent", "hFlip"}:
-            raise UserError(f"icon {name!r} of {icons['prefix']!r}: alias field {sorted(extra)[0]!r} is not supported")
-        flip ^= alias.get("hFlip", False)
-        name = alias["parent"]
-    icon = icons["icons"][name]
-    width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
-    body = icon["body"]
-    if flip:
-        body = f'<g transform="translate({width} 0) scale(-1 1)">{body}</g>'
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{SIZE}" height="{SIZE}" viewBox="0 0 {width} {height}">{body}</svg>'
-    )
+            yield concept, lambda name=name: _load(render_svg(to_svg(icons, name, SIZE)))
 
 
 VENDORS = (
@@ -356,41 +283,42 @@ VENDORS = (
     ),
 )
 
-# Pictures that show something else in the pinned packages: vendor, concept.
-_WRONG_PICTURES = {("noto", "1F1E8-1F1F6")}  # the flag of Sark is that of Saudi Arabia
+# Images that show another concept in the pinned packages: (vendor, concept).
+_WRONG_IMAGES = {("noto", "1F1E8-1F1F6")}  # the flag of Sark is that of Saudi Arabia
 
 
-# --- the data set -----------------------------------------------------------------------------------------------------
-
+# Part of the built files: any change changes their bytes.
 DESCRIPTION = """\
 Emoji: 1,911 concepts drawn independently by six vendors, with English names and keywords written by people.
-One record is one picture of one concept, 64 x 64 pixels, WebP with transparency. Concepts are split 80/10/10 by a hash of
+One record is one picture of one concept, 64 x 64 pixels, WebP with transparency. Concepts are split 80/10/10 by a \
+hash of
 their base code point, skin-tone and gender variants with their base; the vendor emojione_v2 is held out: train and
-train_unseen_vendor hold the seen concepts, val_* and test_* the unseen ones. Names of the concepts in 28 languages lie beside
+train_unseen_vendor hold the seen concepts, val_* and test_* the unseen ones. Names of the concepts in 28 languages \
+lie beside
 the records in names_i18n.json.xz. Read it with tfds.builder_from_directory(folder).as_data_source(split); tf.data does
 not decode WebP, so give tfds.decode.SkipDecoding() for the image there."""
 CITATION = """\
-Pictures: Noto Emoji and Noto Emoji v1 (Google), Fluent Emoji (Microsoft), Twemoji (Twitter and contributors), EmojiOne 2 (Ranks.com).
+Pictures: Noto Emoji and Noto Emoji v1 (Google), Fluent Emoji (Microsoft), Twemoji (Twitter and contributors), \
+EmojiOne 2 (Ranks.com).
 Texts: Unicode CLDR through emojibase (Miles Johnson), emojilib (Mu-An Chiou)."""
 LICENSE = """\
-noto, noto_v1: Apache-2.0. fluent_3d, fluent_flat: MIT. twemoji, emojione_v2: CC-BY-4.0. All pictures were resized to 64 pixels.
+noto, noto_v1: Apache-2.0. fluent_3d, fluent_flat: MIT. twemoji, emojione_v2: CC-BY-4.0. All pictures were resized to \
+64 pixels.
 Texts: Unicode License v3 (CLDR), MIT (emojibase, emojilib). Authors and links: NOTICE."""
 
 
 def records(concepts, cache):
-    """Returns split name -> records, by concept and then by vendor."""
-    pictures = {
-        v.name: {c.hexcode: picture for c, picture in v.read(fetch(v.package, cache), concepts)} for v in VENDORS
-    }
+    """Returns `{split: records}`, sorted by concept, then by vendor."""
+    images = {v.name: {c.hexcode: image for c, image in v.read(fetch(v.package, cache), concepts)} for v in VENDORS}
     splits = {name: [] for name in SPLITS}
     for concept in concepts:
         for vendor in VENDORS:
-            picture = pictures[vendor.name].get(concept.hexcode)
-            if picture is None or (vendor.name, concept.hexcode) in _WRONG_PICTURES:
+            image = images[vendor.name].get(concept.hexcode)
+            if image is None or (vendor.name, concept.hexcode) in _WRONG_IMAGES:
                 continue
             splits[split_of(concept.hexcode, vendor.name)].append(
                 {
-                    "image": io.BytesIO(to_webp(to_square(picture()), SIZE)),
+                    "image": io.BytesIO(to_webp(to_square(image()), SIZE)),
                     "vendor": vendor.name,
                     "concept": concept.hexcode,
                     "name": concept.name,
@@ -404,11 +332,11 @@ def records(concepts, cache):
 
 
 def build(cache, out=OUT):
-    """Builds the data set into `out`; returns split name -> number of records."""
+    """Builds the data set in the folder `out`; returns `{split: number of records}`."""
     import tensorflow_datasets as tfds
 
     concepts = read_concepts(cache)
-    # 28 names in every record would double the size of the set.
+    # In every record, 28 names would double the size of the set.
     names = {"locales": LOCALES, "names": {concept.hexcode: concept.names for concept in concepts}}
     names = json.dumps(names, ensure_ascii=False, separators=(",", ":")).encode()
     text = tfds.features.Text()

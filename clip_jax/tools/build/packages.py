@@ -1,6 +1,4 @@
-"""Fetches pinned packages of public registries into a cache folder, verified by SHA-256, and reads archives."""
-
-from __future__ import annotations
+"""Fetches pinned packages of public registries, verifies them by SHA-256, and reads archives."""
 
 import hashlib
 import subprocess
@@ -12,29 +10,35 @@ from clip_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a package registry."""
+    """One file of a package registry.
 
-    name: str  # as the registry names it
+    Attributes:
+      name: the registry's name for it.
+      version: the pinned version.
+      filename: the name under which the registry's client saves it.
+      sha256: of the file, in hexadecimal.
+    """
+
+    name: str
     version: str
-    filename: str  # as the registry's client saves it
+    filename: str
     sha256: str
 
 
 def npm(name, version, sha256):
-    """A package of npm; `npm pack` saves `@scope/name` as `scope-name-version.tgz`."""
+    """Returns an npm `Package`; `npm pack` saves `@scope/name` as `scope-name-version.tgz`."""
     return Package(name, version, f"{name.lstrip('@').replace('/', '-')}-{version}.tgz", sha256)
 
 
 def debian(name, version, sha256):
-    """An architecture-independent package of Debian; `apt-get download` escapes the colon of an epoch."""
+    """Returns an architecture-independent Debian `Package`; `apt-get download` escapes the colon of an epoch."""
     return Package(name, version, f"{name}_{version.replace(':', '%3a')}_all.deb", sha256)
 
 
 def fetch(package, cache):
-    """Returns the package's file in `cache`, downloading it first if it is not there.
+    """Returns the path of a package's file in the folder `cache`; downloads the file when it is missing.
 
-    Raises:
-        UserError: if the registry's client is missing or fails, or the file is not the one that was pinned.
+    Raises UserError when the registry's client is missing or fails, or when the file is not the pinned one.
     """
     path = cache / package.filename
     if not path.exists():
@@ -54,6 +58,6 @@ def fetch(package, cache):
 
 
 def read_tar(path, wanted):
-    """Returns path inside the archive -> content of the regular files whose path is `wanted`."""
+    """Returns `{path inside the archive: bytes}` of the regular files for whose path `wanted(path)` is true."""
     with tarfile.open(path) as archive:
         return {m.name: archive.extractfile(m).read() for m in archive if m.isfile() and wanted(m.name)}

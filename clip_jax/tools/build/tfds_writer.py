@@ -1,13 +1,11 @@
-"""Writes prepared TFDS directories in ArrayRecord format, without TensorFlow and byte for byte reproducibly."""
-
-from __future__ import annotations
+"""Writes prepared TFDS folders in ArrayRecord format, without TensorFlow, byte for byte reproducible."""
 
 import argparse
 import shutil
 from pathlib import Path
 
-# One record per group is what TFDS and Grain ask for: random access never decompresses a neighbour. Brotli brings a dictionary of
-# its own, which is what helps with a few hundred bytes of text at a time.
+# TFDS and Grain expect one record per group, so random access decompresses one record only. Brotli has a built-in
+# dictionary, which compresses even a few hundred bytes of text.
 _OPTIONS = "group_size:1,brotli:11"
 
 
@@ -24,21 +22,20 @@ def write_dataset(
     license_text,
     extra_files=None,
 ):
-    """Writes one shard per split, and the metadata that `tfds.builder_from_directory(folder)` needs.
+    """Writes one shard for each split, and the metadata that `tfds.builder_from_directory(folder)` needs.
 
     Args:
-        folder: the folder to (re)place, e.g. `.../emoji/1.0.0`. It changes only once everything has been written.
-        name, version: of the data set, as TFDS names it.
-        features: field name -> `tfds.features` connector. Images are given as encoded bytes, texts as str.
-        splits: split name -> records, written in the order given. A split may not be empty.
-        description, homepage, citation, license_text: go into `dataset_info.json`; the last also into `LICENSE`.
-        extra_files: file name -> content of what is to lie beside the records.
+      folder: the folder, such as `.../emoji/1.0.0`. It is replaced only after everything is written.
+      name, version: of the data set in TFDS.
+      features: `{field: tfds.features connector}`. Images are given as encoded bytes, texts as str.
+      splits: `{split: records}`, written in this order. No split may be empty.
+      description, homepage, citation, license_text: for `dataset_info.json`; the last also for `LICENSE`.
+      extra_files: `{file name: bytes}` of further files in the folder.
 
     Returns:
-        split name -> number of records.
+      `{split: number of records}`.
 
-    Raises:
-        ValueError: if a split has no records.
+    Raises ValueError when a split has no records.
     """
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -56,7 +53,7 @@ def write_dataset(
         count = size = 0
         for record in records:
             example = serializer.get_tf_example(connector.encode_example(record))
-            data = example.SerializeToString(deterministic=True)  # protobuf maps have no order of their own
+            data = example.SerializeToString(deterministic=True)  # the order of a protobuf map is unspecified
             writer.write(data)
             count, size = count + 1, size + len(data)
         writer.close()
@@ -83,12 +80,21 @@ def write_dataset(
 
 
 def command(doc, build, out):
-    """The command line of a builder: `build(cache folder, output folder)` gives the records of each split, which are printed."""
+    """Runs a builder's command line and prints the number of records of each split.
+
+    Args:
+      doc: the docstring of the builder's module; its first line is the help text.
+      build: function `(cache folder, output folder) -> {split: number of records}`.
+      out: the default output folder.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument(
-        "--cache", type=Path, default=Path("~/.cache/clip_jax").expanduser(), help="where packages are kept"
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/clip_jax").expanduser(),
+        help="folder of the downloaded packages (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=out, help="the prepared TFDS folder to (re)place")
+    parser.add_argument("--out", type=Path, default=out, help="folder to write or replace (default: %(default)s)")
     args = parser.parse_args()
     for split, count in build(args.cache, args.out).items():
         print(f"{split:20} {count:6}")

@@ -1,6 +1,4 @@
-"""Pictures for the embedded data sets: SVG to PNG, and anything to small WebP with transparency."""
-
-from __future__ import annotations
+"""Images of the embedded data sets: from SVG to PNG, and from any format to small WebP with transparency."""
 
 import io
 
@@ -8,7 +6,14 @@ from clip_jax.errors import UserError
 
 
 def render_svg(svg, side=None):
-    """Returns an SVG as PNG bytes, `side` pixels wide if given. Raises UserError if resvg-py is not installed."""
+    """Returns an SVG as PNG bytes.
+
+    Args:
+      svg: the file's text.
+      side: width in pixels; None: the SVG's own.
+
+    Raises UserError when resvg-py is not installed.
+    """
     try:
         import resvg_py
     except ImportError as error:
@@ -17,7 +22,7 @@ def render_svg(svg, side=None):
 
 
 def to_square(image):
-    """Returns a PIL image in the middle of a transparent square of its longer side."""
+    """Returns a PIL image centred on a transparent square, whose side is the longer side of the image."""
     from PIL import Image
 
     side = max(image.size)
@@ -27,18 +32,21 @@ def to_square(image):
 
 
 def to_webp(image, side):
-    """Returns a PIL image as WebP bytes that decode to four channels, shrunk until its longer side is at most `side` pixels."""
+    """Returns a PIL image as WebP bytes that decode to four channels.
+
+    An image whose longer side has more than `side` pixels is shrunk to it.
+    """
     from PIL import Image
 
     image = image.convert("RGBA")
     scale = side / max(image.size)
     if scale < 1:
         size = tuple(max(1, round(length * scale)) for length in image.size)
-        # Premultiplied, so that the colour of transparent pixels does not bleed into the edges.
+        # Premultiplied alpha keeps the colour of transparent pixels out of the edges.
         image = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0).convert("RGBA")
     alpha_quality = 30
     if image.getextrema()[3][0] == 255:
-        # WebP drops an alpha channel that is opaque everywhere, but the data sets promise one.
+        # WebP drops an alpha channel that is opaque everywhere, but the data sets declare four channels.
         image.putpixel((0, 0), (*image.getpixel((0, 0))[:3], 254))
         alpha_quality = 100
     buffer = io.BytesIO()

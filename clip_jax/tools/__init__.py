@@ -1,0 +1,1 @@
+"""Offline commands, which the library never imports."""

@@ -7,7 +7,6 @@ from PIL import Image
 
 from clip_jax import config, train
 from clip_jax.data.views import ImageView
-from clip_jax.errors import UserError
 from clip_jax.program import make_program
 
 ALIGN = str(REPO / "configs" / "align.py")
@@ -92,8 +91,3 @@ def test_the_small_variant_trains_on_the_embedded_pictures(tmp_path):
     lines = []
     train.train(c, tmp_path, lines.append)
     assert any("img" in line and "temperature" in line for line in lines) and (tmp_path / "checkpoints" / "2").is_dir()
-
-
-def test_an_unknown_variant_names_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'b7'"):
-        config.load(f"{ALIGN}:b77")

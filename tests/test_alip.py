@@ -14,7 +14,6 @@ from model_helpers import BATCH, run_steps
 from clip_jax import config, train
 from clip_jax.data.records import BadRecord
 from clip_jax.data.tokenizers import make_tokenizer
-from clip_jax.errors import UserError
 from clip_jax.inference import load
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.alip import PAIRS, Options, adaptive_infonce, similarities, weights
@@ -249,18 +248,3 @@ def test_a_run_that_was_interrupted_goes_on_the_same_with_its_averages(tmp_path)
     found, after = run("parts", "train.steps=4")
     assert found == whole and after == averages and len(whole) == 4 and np.isfinite(list(whole.values())).all()
     assert all(1 > before[name] != averages[name] for name in PAIRS)
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (["alip.gamma_pair=-1"], "alip.gamma_pair=-1.0: must be at least 0"),
-        (["alip.momentum=2"], "alip.momentum=2.0: must be between 0 and 1"),
-        (["alip.synthetic=()"], r"alip.synthetic=\(\): at least one template is needed"),
-        (["data.source=emoji"], "emoji: no record has the field 'synthetic' of a template"),
-    ],
-)
-def test_wrong_input_is_one_line(overrides, message):
-    with pytest.raises(UserError, match=message) as error:
-        train.make_parts(config.load(CONFIG, overrides))
-    assert "\n" not in str(error.value)

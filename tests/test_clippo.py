@@ -14,6 +14,7 @@ import clip_jax
 from clip_jax import config, evaluate, train
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
+from clip_jax.evaluation import emoji
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import make_method
 from clip_jax.models.common import l2_normalize
@@ -230,31 +231,11 @@ def test_the_emoji_are_named_in_the_language_asked_for(trained):
     assert {re.sub(r"^emoji_val_ko/", "emoji_val/", key) for key in korean.metrics} == set(english.metrics)
     names = korean.artefacts["classification"]["emoji_val_ko/unseen_concept_unseen_vendor"].class_names
     assert len(names) == 196 and all(re.search("[가-힣]", name) for name in names if not name.isascii())
-    assert next(iter(evaluate.summary(korean.metrics))).startswith("emoji_val_ko zero-shot")
+    assert next(iter(emoji.summary(korean.metrics))).startswith("emoji_val_ko zero-shot")
     with pytest.raises(
         UserError, match=r"language='kr': no such names \(did you mean 'hr'|language='kr': no such names"
     ):
         evaluate.run(model, ["emoji(subset='val', language='kr')"], lambda line: None)
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (["model.image.size=16"], "model.image.size=16: method='clippo' draws texts in rows of 16 pixels"),
-        (["model.image.size=40", "model.image.patch=8"], "model.image.size=40"),
-        (
-            ["tokenizer=sentencepiece"],
-            "view 'text' needs a font, tokenizer=unifont, but the tokenizer is sentencepiece",
-        ),
-        (["tokenizer=unifont:/nowhere.hex"], "cannot read /nowhere.hex"),
-        (["tokenizer=unifont?bold=true"], "unknown option 'bold'; allowed: lower, monospace"),
-        (["data.source=emoji*3 + text:/nowhere.txt*1"], "/nowhere.txt: no such file"),
-    ],
-)
-def test_wrong_input_is_one_line(tmp_path, overrides, message):
-    with pytest.raises(UserError, match=message) as error:
-        train.train(tiny(*overrides), tmp_path, lambda line: None)
-    assert "\n" not in str(error.value)
 
 
 def test_a_font_in_the_place_of_tokens_is_refused(tmp_path):

@@ -18,7 +18,6 @@ from clip_jax.data.sources import MemorySource
 from clip_jax.data.sources.columns import ColumnsSource
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.views import RewritesView, TextVariants, TextView
-from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import make_method
 from clip_jax.methods.laclip import Options, multi_text_infonce
@@ -277,25 +276,3 @@ def test_a_run(tmp_path):
     whole = run("whole", CONFIG, "train.steps=3")
     run("parts", CONFIG, "train.steps=2")
     assert run("parts", CONFIG, "train.steps=3") == whole != clip
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (["data.rewrites=()"], r"data.rewrites=\(\): method='laclip' needs the field"),
-        (["data.rewrite_prob=1.5"], r"data.rewrite_prob=1.5: must be between 0 and 1, or -1"),
-        (["laclip.mt_t2i=both"], "laclip.mt_t2i='both': allowed are sampled, all"),
-        (["laclip.mt_rewrites=-1"], "laclip.mt_rewrites=-1: must be at least 0"),
-        (["data.source=emoji"], r"emoji: no record has the field 'rewrites' of data.rewrites; fields: concept"),
-        (["data.source=emoji?columns=no.jsonl"], "columns=no.jsonl: no such file"),
-    ],
-)
-def test_wrong_input_is_one_line(overrides, message):
-    with pytest.raises(UserError, match=message) as error:
-        train.make_parts(config.load(CONFIG, overrides))
-    assert "\n" not in str(error.value)
-
-
-def test_there_is_no_such_variant():
-    with pytest.raises(UserError, match="did you mean 'cc12m'"):
-        config.load(f"{CONFIG}:cc12")

@@ -9,7 +9,6 @@ from model_helpers import BATCH, run_steps
 
 from clip_jax import config
 from clip_jax.data.tokenizers import make_tokenizer
-from clip_jax.errors import UserError
 from clip_jax.losses import pairwise
 from clip_jax.losses.contrastive import sigmoid
 from clip_jax.methods.interface import make_method
@@ -118,8 +117,3 @@ def test_variants_are_complete(variant):
         batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
         params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
         assert "proj" not in params["img"] and "bias" in params["txt"]["proj"]
-
-
-def test_an_unknown_variant():
-    with pytest.raises(UserError, match="did you mean 'b16_224'"):
-        config.load("configs/siglip.py:b16_244")

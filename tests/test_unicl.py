@@ -308,18 +308,6 @@ def test_classes_or_captions_alone(table, part, keys):
     assert batch.keys() == keys and np.all(batch.get("label", 0) >= 0)
 
 
-def test_wrong_options():
-    c = config.base().unlock()
-    c.method, c.unicl = "unicl", dict(templates=())
-    with pytest.raises(UserError, match="unicl.templates is no field of method='unicl'"):
-        make_method(c)
-    c.unicl = dict(class_templates=())
-    with pytest.raises(UserError, match=r"unicl.class_templates=\(\): at least one is needed"):
-        make_method(c)
-    with pytest.raises(UserError, match="did you mean 'labels'"):
-        config.load(f"{CONFIG}:label")
-
-
 def test_wrong_labels_are_one_line(table):
     """A label beyond the class list, as an off-by-one gives it, and labels without names, from which no text can be made."""
     views, tokenizer = setup()[1].views, make_tokenizer("sentencepiece")

@@ -15,7 +15,6 @@ from clip_jax import config, train
 from clip_jax.data.token_augment import tokens
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.views import TextView
-from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import make_method
 from clip_jax.methods.zerovl import Options, draw, mix, mixed_infonce
@@ -310,33 +309,3 @@ def test_a_run_that_was_interrupted_goes_on_the_same(table, tmp_path):
     whole = run("whole", 4)
     run("parts", 2)
     assert run("parts", 4) == whole and len(whole) == 4 and np.isfinite(list(whole.values())).all()
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (["zerovl.mix_group=3"], "zerovl.mix_group=3 does not divide data.batch_size=16"),
-        (["zerovl.mix_images=1.5"], "zerovl.mix_images=1.5: must be between 0 and 1"),
-        (["zerovl.mix_alpha=-1"], "zerovl.mix_alpha=-1.0: must be at least 0"),
-        (["zerovl.temperature=-1"], "zerovl.temperature=-1.0: must be at least 0"),
-        (["zerovl.text_augment=token(0.2)"], "augment: unknown operation 'token'; did you mean 'tokens'"),
-        (["zerovl.text_augment=tokens(2)"], r"augment: tokens\(2, 0.5, 0.1\): shares are between 0 and 1"),
-        (
-            ["tokenizer=clip_bpe"],
-            "augment: tokens masks words, but the tokenizer 'clip_bpe' has no mask token: give mask=0",
-        ),
-    ],
-)
-def test_wrong_input_is_one_line(table, overrides, message):
-    with pytest.raises(UserError, match=message) as error:
-        train.make_parts(config.load(CONFIG, [*TINY, f"data.source={table}?by=vendor", *overrides]))
-    assert "\n" not in str(error.value)
-
-
-def test_an_unknown_option_and_variant():
-    c = config.base().unlock()
-    c.method, c.zerovl = "zerovl", dict(mix=0.1)
-    with pytest.raises(UserError, match="zerovl.mix is no field of method='zerovl'"):
-        make_method(c)
-    with pytest.raises(UserError, match="did you mean 'b16_1024'"):
-        config.load(f"{CONFIG}:b16_102")

@@ -59,8 +59,7 @@ def test_the_temperature_starts_as_configured_and_stays_positive():
     c = tiny_align()
     c.model.temperature_init = 0.5
     method = align.make(c)
-    batch = {"image": jax.ShapeDtypeStruct((2, 32, 32, 3), np.uint8), "text": jax.ShapeDtypeStruct((2, 8), np.int32)}
-    params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
+    params, extra = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2))
     assert "logit_scale" not in params and params["temperature"].shape == () and extra["batch_stats"].keys() == {"img"}
     assert method.constrain({"temperature": jnp.asarray(-0.2)})["temperature"] == np.float32(1e-3)
     assert method.constrain({"temperature": jnp.asarray(0.2)})["temperature"] == np.float32(0.2)
@@ -73,10 +72,7 @@ def test_pooled_features_are_the_embedding_where_the_paper_has_no_projection():
         c.model.text.update(vocab_size=30522, eot_id=102, depth=1)
         c.model.image.depth_coefficient = 0.1  # one block in a stage: the widths are the published ones
         method = align.make(c)
-        batch = {
-            "image": jax.ShapeDtypeStruct((2, 289, 289, 3), np.uint8),
-            "text": jax.ShapeDtypeStruct((2, 64), np.int32),
-        }
+        batch = method.batch_spec(2)
         params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
         assert ("proj" in params["img"]) == projected
         shape = jax.eval_shape(method.embed_image, params, extra, batch["image"]).shape

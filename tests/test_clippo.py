@@ -49,7 +49,7 @@ def start(c):
 def test_published_parameter_counts(variant, total):
     c = config.load(f"{CONFIG}:{variant}")
     method = make_method(c)
-    batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+    batch = method.batch_spec(2)
     params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
     assert set(params) == {"img", "logit_scale"} and extra == {}
     assert sum(x.size for x in jax.tree.leaves(params)) == total

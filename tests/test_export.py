@@ -57,7 +57,7 @@ def make_model(method="clip", image=None, text=None, tokenizer="clip_bpe", seed=
     tokenizer = make_tokenizer(tokenizer)
     c = config_lib.resolve(c, tokenizer)
     method = make_method(c)
-    batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+    batch = method.batch_spec(2)
     rng = np.random.default_rng(seed)
     tree = jax.eval_shape(method.init, jax.random.key(0), batch)
     params, extra = jax.tree.map(lambda x: rng.uniform(0.05, 0.3, x.shape).astype(np.float32), tree)

@@ -1,4 +1,4 @@
-"""Runs that start from weights: whole, in part, of others, resized, sharded; and what is refused in one line."""
+"""Runs that start from weights: all or some of them, third-party, resized, sharded; one-line errors."""
 
 import jax
 import numpy as np
@@ -13,8 +13,8 @@ from clip_jax.interop.export import export
 from clip_jax.runtime import sharding
 from clip_jax.training import checkpoint
 
-CLASSIC = """model.image.pool=cls model.image.cls_token=true model.image.ln_pre=true model.text.pool=eot model.text.causal=true
-    model.text.mask_padding=false model.image.act=gelu model.text.act=gelu tokenizer=clip_bpe""".split()
+CLASSIC = """model.image.pool=cls model.image.cls_token=true model.image.ln_pre=true model.text.pool=eot
+    model.text.causal=true model.text.mask_padding=false model.image.act=gelu model.text.act=gelu tokenizer=clip_bpe""".split()
 
 
 def flat(params):
@@ -22,11 +22,11 @@ def flat(params):
 
 
 def begin(workdir, *overrides, save=True):
-    """`(state, lines)` of a run that has made no step, saved as its checkpoint 0."""
+    """Returns `(state, lines)` of a run before its first step, which is saved as checkpoint 0."""
     config, source, tokenizer, method = train.make_parts(tiny_config(*overrides))
     init_from.check_path(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
-    batch = {v.name: jax.ShapeDtypeStruct((config.data.batch_size, *v.shape), v.dtype) for v in method.views}
+    batch = method.batch_spec(config.data.batch_size)
     lines = []
     with jax.set_mesh(mesh), checkpoint.Checkpointer(workdir, config, tokenizer) as checkpointer:
         state, _ = train.init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer, lines.append)
@@ -43,14 +43,14 @@ def run(workdir, *overrides):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A work folder whose weights are not those of the seed, and its parameters."""
+    """A work folder whose weights differ from those of the default seed, and its parameters."""
     workdir = tmp_path_factory.mktemp("source") / "run"
     return workdir, flat(begin(workdir, "seed=7")[0].params)
 
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """An open_clip folder of a tiny model, and its parameters in our form."""
+    """An open_clip folder of a tiny model, and its parameters as clip_jax names them."""
     folder = tmp_path_factory.mktemp("foreign")
     begin(folder / "run", "seed=7", *CLASSIC)
     model = clip_jax.load(folder / "run")
@@ -59,7 +59,7 @@ def foreign(tmp_path_factory):
 
 
 def same(found, expected):
-    """The paths whose arrays are equal."""
+    """Returns the paths whose arrays are equal."""
     return {path for path, x in found.items() if path in expected and np.array_equal(x, expected[path])}
 
 
@@ -74,7 +74,7 @@ def test_a_run_starts_from_a_checkpoint(source, tmp_path):
 def test_a_part_of_a_checkpoint(source, tmp_path):
     workdir, params = source
     found, _ = run(tmp_path, f"init_from={workdir}", "init_from_params=^img/,^logit_scale$")
-    moved = {path for path in found if np.ptp(found[path])}  # not all equal, as gains and biases at the start
+    moved = {path for path in found if np.ptp(found[path])}  # gains and biases are constant at the start
     assert same(found, params) & moved == {path for path in moved if path.startswith("img/")}
 
 
@@ -87,7 +87,7 @@ def test_layers_that_are_stacked_on_one_side_only(source, tmp_path):
     assert same(again, params) & moved == {path for path in moved if "/attn/" in path or "txt/embed/" in path}
 
 
-def test_weights_of_others(foreign, tmp_path):
+def test_third_party_weights(foreign, tmp_path):
     folder, params = foreign
     found, _ = run(tmp_path / "all", f"init_from={folder}", *CLASSIC)
     assert same(found, params) == set(found)
@@ -118,7 +118,7 @@ def test_positions_are_resized_on_request_only(name, request, tmp_path):
     np.testing.assert_allclose(found["img/pos"].mean(1), params["img/pos"].mean(1), atol=0.1)
 
 
-def test_everything_goes_to_its_devices_only(source, tmp_path):
+def test_arrays_reach_only_their_own_devices(source, tmp_path):
     mesh = ["mesh.fsdp=2", "mesh.tensor=2"]
     fresh, _ = begin(tmp_path / "fresh", *mesh, save=False)
     started, _ = begin(tmp_path / "started", f"init_from={source[0]}", *mesh, save=False)
@@ -157,7 +157,7 @@ def test_running_statistics_go_with_the_parameters(tmp_path, monkeypatch):
     assert stats["stem/bn1/mean"][0] == 0.5 and stats["layer_1_0/bn1/mean"][0] == 0.0
 
 
-def test_a_run_that_goes_on_does_not_start_again(tmp_path):
+def test_a_resumed_run_ignores_init_from(tmp_path):
     before, _ = begin(tmp_path, "seed=3")
     found, lines = run(tmp_path, "seed=3", "init_from=/no/such/folder")
     assert same(found, flat(before.params)) == set(found) and not lines
@@ -191,7 +191,7 @@ def test_a_run_that_goes_on_does_not_start_again(tmp_path):
         (["init_from={foreign}", "init_from_params=^img/"], "model.image.act='gelu' there, 'gelu_tanh' here"),
     ],
 )
-def test_what_is_refused_in_one_line(source, foreign, tmp_path, overrides, message):
+def test_wrong_sources_are_refused_in_one_line(source, foreign, tmp_path, overrides, message):
     overrides = [override.format(source=source[0], foreign=foreign[0]) for override in overrides]
     with pytest.raises(UserError, match=message) as error:
         run(tmp_path, *overrides)

@@ -424,7 +424,7 @@ def test_hugging_face_defaults_are_those_of_its_classes():
     def count(c):
         load.shapes(c)
         method = make_method(c)
-        batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+        batch = method.batch_spec(2)
         return sum(x.size for x in jax.tree.leaves(jax.eval_shape(method.init, jax.random.key(0), batch)[0]))
 
     assert count(c) == 151_277_313

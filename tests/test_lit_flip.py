@@ -46,7 +46,7 @@ def test_every_variant_describes_a_model(spec, options, total, vocabulary):
     config_lib.validate(c)
     c = config_lib.resolve(c, train_tokenizer(c))
     method = make_method(c)
-    batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+    batch = method.batch_spec(2)
     params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
     make_init(c, method, batch)  # the patterns of the optimizer find something
     if total:
@@ -106,8 +106,7 @@ def flops(*freeze):
     c.optim.freeze = freeze
     c = config_lib.resolve(c, train_tokenizer(c))
     method = make_method(c)
-    batch = {view.name: jax.ShapeDtypeStruct((8, *view.shape), view.dtype) for view in method.views}
-    batch["example_id"] = jax.ShapeDtypeStruct((8,), jnp.int32)
+    batch = method.batch_spec(8)
     init, tx = make_init(c, method, batch)
     state = jax.eval_shape(init, jax.random.key(0))
     forward = (

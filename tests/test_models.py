@@ -53,18 +53,11 @@ def test_published_parameter_counts(size, image_count, text_count, total):
     vocabulary = {"SigLIP-": 32_000, "SigLIP2": 256_000}.get(size[:7], 49_408)
     c.model.text.update(dict(vocab_size=vocabulary, eot_id=1))
     c.method = "siglip" if size.startswith("SigLIP") else "clip"
-    params, _ = jax.eval_shape(make_method(c).init, jax.random.key(0), shapes_of_batch(c.model))
+    method = make_method(c)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2))
     counts = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
     assert sum(counts.values()) == total
     assert image_count in (None, counts["img"]) and text_count in (None, counts["txt"])
-
-
-def shapes_of_batch(model):
-    size = model.image.size
-    return {
-        "image": jax.ShapeDtypeStruct((2, size, size, 3), np.uint8),
-        "text": jax.ShapeDtypeStruct((2, model.text.context), np.int32),
-    }
 
 
 @pytest.mark.parametrize("tower, total", [("SigLIP-B/16-224", 93_474_817), ("SigLIP-L/16-256", 316_681_985)])
@@ -280,7 +273,7 @@ def test_bfloat16_compute_keeps_float32_weights():
         (
             "image",
             dict(kind="resnet", size=48),
-            "model.image.size=48 is not divisible by .* 32, the stride of a 'resnet' tower",
+            "model.image.size=48 is not divisible by 32, the stride of a 'resnet' tower",
         ),
         ("image", dict(kind="efficientnet"), "model.image.act is no field of a 'efficientnet' tower"),
         ("image", dict(cls_token=False), "needs model.image.cls_token=True"),

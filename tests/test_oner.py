@@ -378,7 +378,7 @@ def test_published_variants(row):
     config.validate(c)
     c.model.text.update(dict(vocab_size=30522, eot_id=102))
     method = make_method(c)
-    batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+    batch = method.batch_spec(2)
     params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
     block = 4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 4 * 768
     embeddings = 768 * 768 + 768 + 196 * 768 + (30522 + 39) * 768

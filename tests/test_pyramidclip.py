@@ -346,7 +346,7 @@ def test_variants_are_complete(variant, parameters):
     assert set(c.pyramidclip) == {f.name for f in dataclasses.fields(Options)}
     assert [view.name for view in method.views] == ["image", "local", "text", "summary", "tags", "regions"]
     if parameters:
-        batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+        batch = method.batch_spec(2)
         params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
         assert sum(x.size for x in jax.tree.leaves(params)) == parameters
 

@@ -114,6 +114,6 @@ def test_variants_are_complete(variant):
         c.model.text.update(dict(vocab_size=32000, eot_id=1))
         assert c.model.text.pool == "last" and not c.model.text.causal and c.model.image.pool == "map"
         method = make_method(c)
-        batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+        batch = method.batch_spec(2)
         params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
         assert "proj" not in params["img"] and "bias" in params["txt"]["proj"]

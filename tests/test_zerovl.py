@@ -281,7 +281,7 @@ def test_variants_are_complete(variant):
         )
         assert c.zerovl.temperature == 0.02 and c.optim.no_decay == ()
         method = make_method(c)
-        batch = {view.name: jax.ShapeDtypeStruct((2, *view.shape), view.dtype) for view in method.views}
+        batch = method.batch_spec(2)
         params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
         make_init(c, method, batch)
         assert params["img"]["proj"]["kernel"].shape == (768, 512) and "bias" not in params["img"]["proj"]

@@ -1,4 +1,4 @@
-"""A trained model in use: embeddings of pictures and texts, and zero-shot classification.
+"""A trained model in use: embeddings of images and texts, and zero-shot classification.
 
 model = clip_jax.load("runs/clip")
 z_image = model.embed_image([PIL.Image.open("cat.jpg")])
@@ -16,22 +16,25 @@ from clip_jax import config as config_lib
 from clip_jax.data.views import TextView
 from clip_jax.errors import UserError
 from clip_jax.evaluation.retrieval import transposed
+from clip_jax.evaluation.zeroshot import class_scores
 from clip_jax.methods import stored
 from clip_jax.methods.interface import make_method
 from clip_jax.runtime import faults, sharding
 
 
 class Model:
-    """The towers of a method with their parameters, jitted and spread over the devices of a mesh.
+    """A method with its parameters, jitted and sharded over the devices of a mesh.
+
+    With several hosts, every host must make every call with the same arguments and gets the same result.
 
     Attributes:
-      config: the configuration it was trained with.
-      method: its `Method`.
-      tokenizer: its tokenizer.
-      image_view: how pictures are prepared, the method's evaluation view.
-      host_share: `(index, count)`, which of `count` shares of the pictures this host prepares, see `embed_image_share`.
-
-    Of several hosts each has to make each call, with the same arguments, and gets the same result.
+      config: the configuration of the training run.
+      method: the `Method`.
+      params, extra: the parameters and the method's state without a gradient.
+      tokenizer: the tokenizer; None embeds images only.
+      image_view: the method's evaluation view, which prepares images.
+      mesh: the mesh.
+      process_shard: `(index, count)`: this process prepares shard `index` of `count` (`embed_image_share`).
     """
 
     def __init__(self, config, method, params, extra, tokenizer, mesh=None):
@@ -48,11 +51,14 @@ class Model:
         self._text_similarity = jax.jit(method.text_similarity or functools.partial(transposed, method.similarity))
 
     def embed_image(self, images, batch_size=None):
-        """Unit rows, float32 `[n, E]`, of pictures; of a method that compares token by token `[n, P, E]`.
+        """Returns unit rows, float32 `[n, E]`; a method that compares tokens returns `[n, P, E]`.
 
-        `images`: uint8 `[n, size, size, 3]` of the model's size, or a list of PIL images, uint8 arrays or encoded bytes.
+        Args:
+          images: uint8 `[n, size, size, 3]` in the model's size, or a list of PIL images, uint8 arrays or encoded
+            bytes.
+          batch_size: the images of a batch, at most; None: `eval.batch_size`.
 
-        Raises `BadRecord` for a picture that cannot be decoded.
+        Raises BadRecord for an image that does not decode.
         """
         size = self.image_view.size
         if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (size, size, 3)):
@@ -64,7 +70,11 @@ class Model:
         return self._embed(self._image, images, batch_size)
 
     def embed_image_share(self, images):
-        """Unit rows, float32 `[count * n, E]`, of the shares `[n, size, size, 3]` that the hosts prepared, one after the other."""
+        """Returns unit rows, float32 `[count * n, E]`, of the images of all processes, in the order of their shards.
+
+        Args:
+          images: uint8 `[n, size, size, 3]`, the images of this process. n is the same on every process.
+        """
         count = self.process_shard[1]
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // count
         padded = _padded(images, -(-len(images) // parts) * parts)
@@ -75,35 +85,47 @@ class Model:
         return z.reshape(count, len(padded), *z.shape[1:])[:, : len(images)].reshape(-1, *z.shape[1:])
 
     def embed_text(self, texts, batch_size=None):
-        """Unit rows, float32 `[n, E]`, of strings; of a method that compares token by token `[n, L, E]`, zeros for padding."""
+        """Returns unit rows, float32 `[n, E]`; a method that compares tokens returns `[n, L, E]`, zeros for padding.
+
+        Args:
+          texts: n strings.
+          batch_size: the texts of a batch, at most; None: `eval.batch_size`.
+
+        Raises UserError when the model has no tokenizer.
+        """
         if self.tokenizer is None:
             raise UserError("these weights came without a tokenizer: give one, clip_jax.load(path, tokenizer=...)")
         return self._embed(self._text, list(texts), batch_size, lambda part: self.tokenizer(part, self._context))
 
     def similarity(self, z_image, z_text):
-        """The method's similarity of image `[n, ...]` and text `[m, ...]` embeddings, float32 `[n, m]`: images are the queries."""
+        """Returns the similarity of image `[n, ...]` and text `[m, ...]` embeddings, float32 `[n, m]`.
+
+        Images are the queries.
+        """
         return np.asarray(self._similarity(z_image, z_text))
 
     def text_similarity(self, z_text, z_image):
-        """The same where texts are the queries, float32 `[m, n]`; the transpose, unless the method says otherwise (FILIP)."""
+        """Returns the similarity of text `[m, ...]` and image `[n, ...]` embeddings, float32 `[m, n]`.
+
+        Texts are the queries. The result is the transpose of `similarity` unless the method defines its own.
+        """
         return np.asarray(self._text_similarity(z_text, z_image))
 
     def classify(self, images, class_names, templates=("{}",)):
-        """Zero-shot class probabilities, float32 `[n, classes]`: softmax of similarities times the logit scale.
+        """Returns zero-shot class probabilities, float32 `[n, classes]`: softmax of `Method.scale` times similarities.
 
         Args:
-          images: as `embed_image` takes them.
+          images: as for `embed_image`.
           class_names: strings.
-          templates: prompts with `{}` in the place of the class name; their embeddings are averaged, or scores, where they are several.
+          templates: prompts with `{}` for the class name. Their embeddings are averaged; a method that compares tokens
+            averages their scores.
         """
-        from clip_jax.evaluation.zeroshot import class_scores
-
         scores = class_scores(self, self.embed_image(images), class_names, templates)
         return np.asarray(jax.nn.softmax(self.method.scale(self.params) * scores, axis=1))
 
     def _embed(self, function, inputs, batch_size, prepare=lambda part: part):
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        # Few batch shapes, so that few are compiled: a power of two for little input.
+        # Small inputs are padded to a power of two, so that only a few batch shapes are compiled.
         batch = min(batch_size or self.config.eval.batch_size, 1 << max(len(inputs) - 1, 0).bit_length())
         batch = -(-batch // parts) * parts
         layout, rows = sharding.batch_sharding(self.mesh), []
@@ -120,31 +142,28 @@ def _padded(rows, length):
 
 
 def load(path, which="latest", ema=None, mesh=None, overrides=(), **options):
-    """The `Model` of a checkpoint, or of weights of OpenAI's CLIP, open_clip, Hugging Face or big_vision.
+    """Returns the `Model` of a checkpoint, or of weights of OpenAI's CLIP, open_clip, Hugging Face or big_vision.
 
     Args:
-      path: a work folder, its `checkpoints` folder, or the folder of one step; or a weight file or folder of others.
+      path: a work folder, its `checkpoints` folder, or the folder of one step; or a third-party weight file or folder.
       which: `"latest"`, `"best"`, or a step.
-      ema: take the moving average of the weights; by default what the configuration evaluates.
-      mesh: a mesh to spread it over; by default all devices, parameters on each.
-      overrides: fields of the stored configuration to change, `["raclip.use_bank=false", ...]`; none that the weights' shapes follow
-        from.
-      options: for weights of others, those of `clip_jax.interop.load.load`: `act`, `heads`, `size`, `tokenizer`.
+      ema: True loads the moving average of the weights; None follows `eval.ema` of the configuration.
+      mesh: the mesh; None: all devices, with the parameters replicated.
+      overrides: changes of the stored configuration, `["eval.batch_size=64", ...]`. They must not change the shapes of
+        the weights.
+      options: for third-party weights, the options of `clip_jax.interop.load.load`: `act`, `heads`, `size`, `tokenizer`.
 
-    Raises:
-      UserError: there is no such checkpoint, or it cannot be read.
+    Raises UserError when the checkpoint or file is missing or cannot be read.
     """
     from clip_jax.interop import load as interop
     from clip_jax.interop.recognize import is_foreign
 
     if is_foreign(path):
         if overrides:
-            raise UserError(f"{str(path)!r} is no checkpoint of clip_jax, and has no configuration to change")
+            raise UserError(f"{str(path)!r} is no checkpoint of clip_jax and has no configuration to change")
         imported = interop.load(path, mesh=mesh, **options)
         if interop.is_image_tower(imported.config):
-            raise UserError(
-                f"{str(path)!r} holds an image tower alone, which embeds no texts: start a run from it (init_from)"
-            )
+            raise UserError(f"{str(path)!r} holds an image tower alone, which embeds no texts: use it in init_from")
         method = make_method(imported.config)
         return Model(imported.config, method, imported.params, imported.extra, imported.tokenizer, mesh)
     if options:

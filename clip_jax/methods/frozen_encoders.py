@@ -56,16 +56,13 @@ class HashedWords:
 
     def embed_text(self, texts):
         """Returns unit rows, float32 `[n, 256]`; zeros for a text without words."""
-        rows = []
-        for text in texts:
-            seeds = [
-                hashlib.blake2b(word.encode(), digest_size=8).digest() for word in re.findall(r"\w+", text.lower())
-            ]
-            rows.append(
-                sum(np.random.default_rng(list(seed)).standard_normal(self.text_dim) for seed in seeds)
-                + np.zeros(self.text_dim)
-            )
+        zero = np.zeros(self.text_dim)
+        rows = [sum(map(self._direction, re.findall(r"\w+", text.lower())), zero) for text in texts]
         return np.asarray(l2_normalize(jnp.asarray(rows, jnp.float32)))
+
+    def _direction(self, word):
+        seed = hashlib.blake2b(word.encode(), digest_size=8).digest()
+        return np.random.default_rng(list(seed)).standard_normal(self.text_dim)
 
 
 class PixelEncoder(HashedWords):

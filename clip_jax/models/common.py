@@ -1,4 +1,4 @@
-"""Pieces that every tower shares: initialisers, activations, batch norm, dropout, sharding of activations, position embeddings."""
+"""Pieces that the towers share: activations, initialisers, batch norm, dropout, sharding, position embeddings."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from clip_jax.errors import UserError
 
-#: Mesh axes over which the examples of a batch are spread; the rest of a mesh holds parts of parameters.
+#: Mesh axes that split the examples of a batch. The other axes of a mesh split parameters only.
 BATCH_AXES = ("data", "fsdp")
 
 ACTIVATIONS = {
@@ -23,10 +23,10 @@ ACTIVATIONS = {
 
 
 def shard_batch(x, axis=0):
-    """Constrains the batch axis of `x` to be split over the batch axes of the mesh in use (`jax.set_mesh`); identity without one.
+    """Returns `x` with dimension `axis` constrained to be split over `BATCH_AXES` of the mesh in use (`jax.set_mesh`).
 
-    Left to itself the partitioner may gather activations on every device; one constraint at the input of every block
-    prevents that.
+    Without a mesh it returns `x`. An unconstrained partitioner may gather activations on every device; one constraint
+    at the input of every block prevents that.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -34,32 +34,44 @@ def shard_batch(x, axis=0):
 
 
 def gather(x):
-    """Constrains a parameter to be whole on every device of the mesh in use; identity without one.
+    """Returns the parameter `x` constrained to be whole on every device of the mesh in use; without a mesh, `x`.
 
-    A convolution by a kernel that is split over its channels else has the partitioner gather the activations instead.
+    If a convolution's kernel stays split over its channels, the partitioner gathers the activations instead.
     """
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def l2_normalize(x, axis=-1):
-    """Unit vectors along `axis`, computed in float32 whatever the input's dtype. A zero vector stays zero."""
+    """Returns `x` scaled to unit L2 norm along `axis`, float32 of the same shape. A zero vector stays zero.
+
+    The norm is computed in float32 whatever the dtype of `x`.
+    """
     x = x.astype(jnp.float32)
-    # The maximum keeps the gradient finite at zero; it changes no vector longer than 1e-12.
+    # The lower bound keeps the gradient finite at zero. It changes no vector longer than 1e-12.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis, keepdims=True), 1e-24))
 
 
 def torch_uniform(fan_in):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch gives the weight and bias of a linear layer."""
+    """Returns the initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for a linear layer and its bias."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-#: What PyTorch gives the weight of a convolution: uniform in 1/sqrt(fan_in).
+#: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for the kernel of a convolution.
 torch_conv = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def sincos_2d(height, width, dim, temperature=10_000.0):
-    """Fixed 2-D sine-cosine position embedding, float32 `[height * width, dim]` (MoCo v3); `dim` divisible by 4."""
+    """Returns the fixed 2-D sine-cosine position embedding of MoCo v3 (Chen et al. 2021).
+
+    Args:
+      height, width: size of the grid of patches.
+      dim: width of the embedding, divisible by 4.
+      temperature: the frequencies fall geometrically from 1 to 1 / `temperature`.
+
+    Returns:
+      float32 `[height * width, dim]`, row after row of the grid.
+    """
     y, x = jnp.mgrid[:height, :width]
     omega = 1.0 / temperature ** (jnp.arange(dim // 4) / (dim // 4 - 1))
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
@@ -67,9 +79,14 @@ def sincos_2d(height, width, dim, temperature=10_000.0):
 
 
 def drop(x, rate, keys, index, whole=False):
-    """Dropout of `x[b, ...]`, drawn per example from `keys[b]` and `index`, the number of the place where it is used.
+    """Returns `x` after dropout, drawn per example; what is kept is divided by `1 - rate`.
 
-    With `whole` an example is dropped or kept as a whole (stochastic depth, Huang et al. 2016). Identity where `keys` is None.
+    Args:
+      x: `[b, ...]`.
+      rate: the chance of dropping, a float or a scalar array. The float 0 is the identity.
+      keys: PRNG keys `[b]`. None is the identity.
+      index: number of this dropout within its tower, an int or a scalar array. It is folded into the keys.
+      whole: drops or keeps each example as a whole (stochastic depth, Huang et al. 2016).
     """
     if keys is None or isinstance(rate, int | float) and not rate:
         return x
@@ -79,13 +96,23 @@ def drop(x, rate, keys, index, whole=False):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of `x[b, ..., c]`, computed in float32; parameters `scale` and `bias`, statistics `mean` and `var`.
+    """Batch normalisation of `x[b, ..., c]`, computed in float32.
 
-    In training by the statistics of the batch, under `jit` of the global batch, whatever devices hold it; the running ones in the
-    collection `batch_stats` move towards them by `1 - decay`. As in PyTorch and TensorFlow, and unlike `flax.linen.BatchNorm`,
-    the running variance is the unbiased one. With `group` the statistics are those of each `group` examples ("ghost" batch norm,
-    Hoffer et al. 2017; what training with statistics per device computes), and the running ones move towards their average.
-    Without `affine` there are no parameters.
+    Training uses the statistics of the batch. Under `jit` this is the global batch, however it is sharded. The running
+    statistics `mean` and `var` in the collection `batch_stats` move towards them by `1 - decay`. As in PyTorch and
+    TensorFlow, and unlike `flax.linen.BatchNorm`, the running variance is the unbiased one.
+
+    Attributes:
+      decay: the factor of the running statistics in an update.
+      epsilon: added to the variance.
+      group: 0, or the number of successive examples that are normalised by their own statistics ("ghost" batch norm,
+        Hoffer et al. 2017). Training with per-device statistics computes the same. The running statistics move towards
+        the mean over the groups.
+      dtype: dtype of the output.
+      scale_init: initialiser of the parameter `scale`.
+      affine: False omits the parameters `scale` and `bias`.
+
+    Raises UserError when `group` does not divide the batch in training.
     """
 
     decay: float = 0.9
@@ -110,7 +137,7 @@ class BatchNorm(nn.Module):
             group = self.group or shape[0]
             if shape[0] % group:
                 raise UserError(
-                    f"model.image.bn_group={group} does not divide the {shape[0]} examples of a (micro-)batch"
+                    f"model.image.bn_group={group} does not divide the {shape[0]} examples of a batch or micro-batch"
                 )
             x = x.reshape(-1, group, *shape[1:])
             axes = tuple(range(1, x.ndim - 1))
@@ -125,12 +152,21 @@ class BatchNorm(nn.Module):
 
 
 def stack_views(views, keys):
-    """Views `[b, ...]`, v of them, as `[b * v, ...]`, an example's side by side, so that every device keeps its own rows; and as many
-    of the `keys[b, >= v]`."""
+    """Interleaves v views of b examples into one batch.
+
+    The views of an example become adjacent rows. A device that holds an example therefore holds all its views.
+
+    Args:
+      views: list of v arrays `[b, ...]`.
+      keys: PRNG keys `[b, k]`, k at least v.
+
+    Returns:
+      `(rows [b * v, ...], keys [b * v])`; row `i * v + j` is view j of example i.
+    """
     x, keys = jnp.stack(views, axis=1), keys[:, : len(views)]
     return x.reshape(-1, *x.shape[2:]), keys.reshape(-1)
 
 
 def unstack_views(x, b):
-    """`[b * v, ...]` as `[b, v, ...]`."""
+    """Returns the rows `[b * v, ...]` of `stack_views` by example, `[b, v, ...]`."""
     return x.reshape(b, -1, *x.shape[1:])

@@ -1,4 +1,4 @@
-"""Projection and prediction heads with batch normalisation, as in the SimSiam and MoCo family. They see the whole batch at once."""
+"""Projection and prediction heads with batch norm over the global batch, as in SimSiam and MoCo v3."""
 
 from typing import Any
 
@@ -9,11 +9,17 @@ from clip_jax.models.common import BatchNorm, torch_uniform
 
 
 class MlpHead(nn.Module):
-    """An MLP with batch norm and ReLU after every layer but the last, `[B, ..., D] -> float32 [B, ..., widths[-1]]`.
+    """An MLP with batch norm and ReLU after every layer except the last, `[B, ..., D] -> float32 [B, ..., widths[-1]]`.
 
-    The defaults are those of MoCo v3 (Chen et al. 2021): linear layers `fc1`, `fc2`, ... without bias, and after the last one a
-    batch norm without scale and shift. `last_norm` may also be `affine` (SimSiam's projector) or `none` (its predictor, whose
-    last layer has a bias). What lies between the first and the last axis shares the statistics: `[B, 2, D]` of two modalities.
+    The defaults are those of MoCo v3 (Chen et al. 2021): no biases, and after the last layer a batch norm without scale
+    and shift. All axes except the last share the statistics: in `[B, 2, D]`, two modalities do.
+
+    Attributes:
+      widths: outputs of the linear layers `fc1`, `fc2`, ...
+      bias: gives every linear layer a bias.
+      last_norm: batch norm after the last layer. `plain` has no parameters, `affine` has scale and shift (SimSiam's
+        projector), `none` omits it and gives the last layer a bias (SimSiam's predictor).
+      dtype: dtype of the linear layers.
     """
 
     widths: tuple[int, ...]

@@ -68,7 +68,7 @@ def test_attention_in_pairs_is_attention(tokens, causal):
         return jax.value_and_grad(lambda qkv: jnp.sum(inputs[3] * attend(*qkv)))(inputs[:3])
 
     expected = run(lambda q, k, v: transformer.attend(q, k, v, causal=causal))
-    found = run(lambda q, k, v: transformer.attend_in_pairs(q, k, v, causal, "xla"))
+    found = run(lambda q, k, v: transformer.attend_even(q, k, v, causal, "xla"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 

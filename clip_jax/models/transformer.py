@@ -1,7 +1,7 @@
 """The pre-LN transformer encoder that the image and text towers share.
 
-`x += MHA(LN(x)); x += W2 act(W1 LN(x))` with a bias in every linear layer. Parameters are float32; matrix work runs in
-`dtype`; layer norms and softmax in float32.
+A block is `x += MHA(LN(x)); x += W2 act(W1 LN(x))` with a bias in every linear layer. Parameters are float32. Matrix
+products run in `dtype`, the reductions of layer norms and softmax in float32.
 """
 
 import re
@@ -19,7 +19,7 @@ WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert")
 
 @dataclass(frozen=True)
 class Init:
-    """Initialisers of one block's kernels and biases, by layer."""
+    """Initialisers of the kernels and biases of a block, by layer. The biases of the attention start at 0."""
 
     qkv: Any
     attn_out: Any
@@ -30,16 +30,21 @@ class Init:
 
 
 def block_init(scheme, width, mlp_dim, depth):
-    """Initialisers of a block.
+    """Returns the initialisers `Init` of a block.
 
-    `clip_image`: OpenAI's vision transformer, which keeps PyTorch's defaults (attention Xavier-uniform on the fused
-    `[3D, D]` matrix, the rest uniform in 1/sqrt(fan_in)). `clip_text`: OpenAI's text transformer (normal, residual
-    branches scaled by depth). `xavier`: big_vision (Xavier-uniform, MLP biases normal with 1e-6). `bert`: truncated normal.
+    Args:
+      scheme: one of `WEIGHT_INITS`.
+        `clip_image`: OpenAI's vision transformer, which keeps PyTorch's defaults. The fused `[3D, D]` matrix of the
+          attention is Xavier-uniform, the other kernels and the MLP biases are U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+        `clip_text`: OpenAI's text transformer, normal; the depth scales the outputs of the residual branches.
+        `xavier`: big_vision, Xavier-uniform; the MLP biases are normal with standard deviation 1e-6.
+        `bert`: truncated normal with standard deviation 0.02.
+      width, mlp_dim: widths of the block and of the hidden layer of its MLP.
+      depth: number of blocks.
     """
     if scheme == "clip_image":
-        fused_xavier = nn.initializers.variance_scaling(
-            0.5, "fan_avg", "uniform"
-        )  # bound sqrt(6 / 4D) on a [D, D] slice
+        # Xavier's bound for the fused matrix is sqrt(6 / 4D). This gives the same bound on its [D, D] slices.
+        fused_xavier = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
         return Init(
             fused_xavier,
             torch_uniform(width),
@@ -61,10 +66,16 @@ def block_init(scheme, width, mlp_dim, depth):
 
 
 def attend(q, k, v, mask=None, causal=False, attention="plain"):
-    """Softmax attention of `q[b, t, H, d]` to `k, v[b, s, H, d]`, `[b, t, H, d]`; `mask` as of `Attention`.
+    """Returns softmax attention of the queries to the keys, `[b, t, H, d]`.
 
-    `attention` is `model.attention`. With `auto` cuDNN's fused one where backend, dtype and `d` allow it; but not with a mask other
-    than the causal one, which it would take for a bias, and not for a single query.
+    Args:
+      q: queries `[b, t, H, d]`.
+      k, v: keys and values `[b, s, H, d]`.
+      mask: bool, broadcast to `[b, H, t, s]`, True where attention is allowed. None allows all.
+      causal: allows attention to the same and earlier positions only.
+      attention: `model.attention`. `plain` uses XLA. `auto` uses cuDNN's fused attention on a GPU for bfloat16 or
+        float16 and d a multiple of 8, at most 128. It falls back to XLA for a `mask`, which cuDNN would treat as a
+        bias, and for a single query.
     """
     fits = (
         jax.default_backend() == "gpu"
@@ -73,14 +84,15 @@ def attend(q, k, v, mask=None, causal=False, attention="plain"):
         and q.shape[-1] <= 128
     )
     if attention == "auto" and fits and mask is None and q.shape[1] > 1:
-        return attend_in_pairs(q, k, v, causal, "cudnn")
+        return attend_even(q, k, v, causal, "cudnn")
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
 
 
-def attend_in_pairs(q, k, v, causal, implementation):
-    """Attention with one more query and key where their number is odd, which JAX does not let cuDNN train with; the result has none.
+def attend_even(q, k, v, causal, implementation):
+    """Returns the attention of `attend`, computed on sequences padded to even lengths.
 
-    Nothing attends to the key: by its place behind all others if `causal`, else by the keys' number.
+    JAX refuses the gradient of cuDNN attention for odd lengths. No query attends to the padding: with `causal` it
+    follows all real keys, otherwise the sequence lengths exclude it. The padded query is cut off.
     """
     t, s = q.shape[1], k.shape[1]
     lengths = {}
@@ -94,11 +106,17 @@ def attend_in_pairs(q, k, v, causal, implementation):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from `x_q[b, q, D]` to `x_kv[b, k, D]`.
+    """Multi-head attention from `x_q[b, q, D]` to `x_kv[b, k, D]`, `[b, q, D]`.
 
-    The bool `mask`, broadcast to `[b, H, q, k]`, is True where attention is allowed. With `qk_norm_eps` each head's queries and
-    keys go through layer norms, whose weights the heads share (Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion
-    Parameters"; LaCLIP's image towers).
+    The bool `mask`, broadcast to `[b, H, q, k]`, is True where attention is allowed.
+
+    Attributes:
+      heads: number of heads H.
+      inits: initialisers of the kernels.
+      dtype: dtype of the matrix products.
+      attention: see `attend`.
+      qk_norm_eps: epsilon of the layer norms of each head's queries and keys, whose weights the heads share (Dehghani
+        et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters"; LaCLIP's image towers). None omits them.
     """
 
     heads: int
@@ -116,7 +134,9 @@ class Attention(nn.Module):
                 (self.heads, width // self.heads), dtype=self.dtype, kernel_init=self.inits.qkv, name=name
             )(x)
 
-        q, k, v = project("query", x_q), project("key", x_kv), project("value", x_kv)
+        q = project("query", x_q)
+        k = project("key", x_kv)
+        v = project("value", x_kv)
         if self.qk_norm_eps is not None:
             q, k = (
                 nn.LayerNorm(epsilon=self.qk_norm_eps, dtype=self.dtype, name=f"{n}_norm")(x)
@@ -127,7 +147,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """`W2 act(W1 x + b1) + b2`."""
+    """The MLP of a block, `W2 act(W1 x + b1) + b2`, `[..., D] -> [..., D]`."""
 
     mlp_dim: int
     act: str
@@ -147,7 +167,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-LN block, `[b, n, D] -> [b, n, D]`; with a position `only` (see `at`) the output there alone, `[b, 1, D]`."""
+    """One pre-LN block, `[b, n, D] -> [b, n, D]`.
+
+    `mask` is that of `Attention`. With a position `only`, see `at`, the output is that of this position alone, `[b, 1,
+    D]`.
+    """
 
     heads: int
     mlp_dim: int
@@ -177,29 +201,36 @@ class Block(nn.Module):
         return x + Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(y)
 
 
-#: What of a block is kept for the backward pass, by the name of `model.remat`; the rest is computed again.
+#: Policies by the value of `model.remat`: what a block stores for the backward pass. The rest is recomputed.
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the linear layers, not the attention weights
+    # Stores the outputs of the linear layers, not the attention weights.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 def rematerialized(call, remat, **options):
-    """A block, or a function of one, recomputed in the backward pass as `config.model.remat` says; options of `flax.linen.remat`."""
+    """Returns `call` with rematerialisation in the backward pass.
+
+    Args:
+      call: a module class, or a function whose first argument is a module.
+      remat: `config.model.remat`: `none` or a key of `REMAT`.
+      options: further arguments of `flax.linen.remat`.
+    """
     return call if remat == "none" else nn.remat(call, policy=REMAT[remat], **options)
 
 
 def apply_blocks(tower, block, x, mask=None, only=None):
-    """Runs `block` `tower.depth` times inside the compact method of `tower`, as its fields `scan` and `remat` say.
+    """Applies `tower.depth` blocks inside the compact method of `tower` and returns their output.
 
-    Parameters are `block_0`, `block_1`, ...; with `scan` they are stacked, `[depth, ...]` under `block`.
+    Parameters are `block_0`, `block_1`, ... With `tower.scan` they are stacked, `[depth, ...]` under `block`.
 
     Args:
-      tower: the calling module.
+      tower: the calling module, with the fields `depth`, `scan` and `remat`.
       block: function `name -> Block`.
-      x: `[b, n, D]`, or whatever pytree a block takes and gives.
-      mask: as `Block` takes it, or whatever pytree every block takes.
-      only: the position of which alone the output is wanted, see `only_at`: of the last block the rest is not computed.
+      x: `[b, n, D]`, or any pytree that a block maps to the same structure.
+      mask: attention mask of `Block`, or any pytree that every block takes.
+      only: None, or the position from `only_at`. The last block computes the output there alone.
     """
 
     def maybe_remat(call):
@@ -220,33 +251,47 @@ def apply_blocks(tower, block, x, mask=None, only=None):
 
 
 def at(x, position):
-    """The token of `x[b, n, D]` at a position, an int for all or int32 `[b]`: `[b, 1, D]`."""
+    """Returns the token of `x[b, n, D]` at a position, `[b, 1, D]`. The position is one int, or int32 `[b]`."""
     if isinstance(position, int):
         return x[:, position : position + 1]
     return jnp.take_along_axis(x, position[:, None, None], axis=1)
 
 
 def only_at(tower, position):
-    """`position` if nothing but the output there is asked of a tower, so that its last block need not compute the rest; or None.
+    """Returns `position` if the last block of a tower may compute the output there alone, otherwise None.
 
-    Of 12 blocks that is 7 % of the work: the queries, the MLP and the output projection of all tokens but one.
+    It may if the tower returns no tokens, does not scan and has blocks. In a tower of 12 blocks this saves 7 % of the
+    work: the queries, the MLP and the output projection of all other tokens in the last block.
     """
     return None if tower.tokens or tower.scan or not tower.depth else position
 
 
-#: Finds the name under which `model.scan` stacks layers in a path: `block`, or some in a row, `mbconv_3_to_5`.
+#: Matches in a parameter path the name under which `model.scan` stacks layers: `block`, or a range, `mbconv_3_to_5`.
 STACKED = r"(?:^|/)(?:block|mbconv_\d+_to_\d+)(?=/|$)"
 
 
 def layers_of(stack, tree):
-    """The names of the layers that a tree has under the name `stack`: `block_0`, ... or `mbconv_3`, `mbconv_4`, `mbconv_5`."""
+    """Returns the names of the layers stacked under the name `stack`.
+
+    Args:
+      stack: a name that `STACKED` matches.
+      tree: the stacked arrays; their first axis gives the number of layers of `block`.
+
+    Returns:
+      `["block_0", "block_1", ...]`, or for `mbconv_3_to_5` `["mbconv_3", "mbconv_4", "mbconv_5"]`.
+    """
     kind, *ends = re.fullmatch(r"([a-z]+)(?:_(\d+)_to_(\d+))?", stack).groups()
     first, last = (0, len(jax.tree.leaves(tree)[0]) - 1) if ends[0] is None else map(int, ends)
     return [f"{kind}_{i}" for i in range(first, last + 1)]
 
 
 def stack_layers(tree, like):
-    """Parameters, or running statistics, with those layers stacked that `like` has stacked."""
+    """Returns parameters or running statistics with the same layers stacked as in `like`.
+
+    Args:
+      tree: nested dict of arrays with every layer under its own name.
+      like: nested dict with the wanted structure. Its stacked arrays give the number of layers.
+    """
     if not isinstance(like, dict):
         return tree
 
@@ -259,22 +304,24 @@ def stack_layers(tree, like):
 
 
 def unstack_layers(tree):
-    """The reverse of `stack_layers`."""
+    """Returns parameters or running statistics with every layer under its own name; the inverse of `stack_layers`."""
     if not isinstance(tree, dict):
         return tree
-    found = {}
+    unstacked = {}
     for name, x in tree.items():
-        layers = layers_of(name, x) if re.fullmatch(STACKED, name) else None
-        found |= (
-            {layer: jax.tree.map(lambda x, i=i: x[i], x) for i, layer in enumerate(layers)}
-            if layers
-            else {name: unstack_layers(x)}
-        )
-    return found
+        layers = layers_of(name, x) if re.fullmatch(STACKED, name) else []
+        for i, layer in enumerate(layers):
+            unstacked[layer] = jax.tree.map(lambda x, i=i: x[i], x)
+        if not layers:
+            unstacked[name] = unstack_layers(x)
+    return unstacked
 
 
 class MapHead(nn.Module):
-    """Multi-head attention pooling with one learned query and an MLP (big_vision's MAP head), `[b, n, D] -> [b, D]`."""
+    """Attention pooling with one learned query, then a residual MLP (big_vision's MAP head), `[b, n, D] -> [b, D]`.
+
+    The bool `mask`, broadcast to `[b, H, 1, n]`, is True at the tokens that are pooled.
+    """
 
     heads: int
     mlp_dim: int
@@ -294,7 +341,10 @@ class MapHead(nn.Module):
 
 
 def project(pooled, embed_dim, bias, dtype):
-    """The linear map `proj` of the calling tower into the shared space, float32 `[b, embed_dim]`; none when `embed_dim` is 0."""
+    """Projects `pooled[b, D]` by the linear layer `proj` of the calling tower, float32 `[b, embed_dim]`.
+
+    With `embed_dim` 0 there is no layer, and the result is `pooled` in float32.
+    """
     if embed_dim:
         init = nn.initializers.normal(pooled.shape[-1] ** -0.5)
         pooled = nn.Dense(embed_dim, use_bias=bias, dtype=dtype, kernel_init=init, name="proj")(pooled)

@@ -1,4 +1,4 @@
-"""Towers by configuration: the one place that knows which kinds of towers there are, and the published sizes."""
+"""Builds towers from a configuration: the registry of their kinds and the published sizes."""
 
 import dataclasses
 
@@ -15,13 +15,8 @@ IMAGE_TOWERS = {
 }  # fmt: skip
 TEXT_TOWERS = {"transformer": text.TextTransformer, "bert": bert.BertTower}
 CHOICES = {"act": ACTIVATIONS, "weight_init": WEIGHT_INITS, "posemb": vit.POSEMBS, "padding": efficientnet.PADDINGS}
-SHARED = (
-    "embed_dim",
-    "dtype",
-    "remat",
-    "scan",
-    "attention",
-)  # fields of `config.model` that a tower takes where it has them
+#: Fields of `config.model` that are passed to every tower whose module declares them.
+SHARED = ("embed_dim", "dtype", "remat", "scan", "attention")
 
 _B = dict(width=768, depth=12, heads=12, mlp_dim=3072)
 _L = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
@@ -34,7 +29,7 @@ def _text(width, depth=12):
 
 
 def _siglip(tower, patch, size, context=64):
-    """Zhai et al. 2023: attention pooling without a projection; bidirectional text, its last token projected."""
+    """SigLIP (Zhai et al. 2023): attention pooling without projection; bidirectional text, its last token projected."""
     shared = dict(tower, act="gelu_tanh", ln_eps=1e-6, weight_init="xavier")
     image = dict(
         kind="vit", size=size, patch=patch, pool="map", cls_token=False, ln_pre=False, patch_bias=True, proj=False
@@ -44,20 +39,16 @@ def _siglip(tower, patch, size, context=64):
 
 
 def _align(width_coefficient, depth_coefficient, proj, text_width, text_depth, embed_dim):
-    """Jia et al. 2021, section 5; BERT's own dropout."""
-    image = dict(
-        kind="efficientnet",
-        size=289,
-        width_coefficient=width_coefficient,
-        depth_coefficient=depth_coefficient,
-        proj=proj,
-    )
+    """ALIGN (Jia et al. 2021, section 5); the dropout is BERT's."""
+    coefficients = dict(width_coefficient=width_coefficient, depth_coefficient=depth_coefficient)
+    image = dict(coefficients, kind="efficientnet", size=289, proj=proj)
     return image, dict(_text(text_width, text_depth), kind="bert", context=64, dropout=0.1), embed_dim
 
 
-#: Published sizes: name -> (image tower, text tower, embedding dimension); what is not said is the default of the tower's module.
-#: CLIP: Radford et al. 2021, tables 19 and 20; H/14: open_clip; SigLIP, SigLIP 2: the released models of big_vision;
-#: ALIGN: Jia et al. 2021; embedding dimensions of B3 and B7: coyo-align; of L2: its width, an assumption.
+#: Published sizes: name -> (image tower, text tower, embedding dimension). Other fields have the module's defaults.
+#: CLIP: Radford et al. 2021, tables 19 and 20. H/14: open_clip. SigLIP, SigLIP 2: the released models of big_vision.
+#: ALIGN: Jia et al. 2021. The embedding dimensions of B3 and B7 are those of coyo-align. That of L2, its width, is
+#: an assumption.
 SIZES = {
     "ViT-B/32": (dict(_B, kind="vit", patch=32, size=224), _text(512), 512),
     "ViT-B/16": (dict(_B, kind="vit", patch=16, size=224), _text(512), 512),
@@ -75,28 +66,42 @@ SIZES = {
     "ALIGN-B7-base": _align(2.0, 3.1, False, 768, 12, 640),
     "PyramidCLIP-B/32": (dict(_B, kind="pyramid_vit", patch=32, size=224), dict(_text(512), pool="max"), 512),
     "PyramidCLIP-B/16": (dict(_B, kind="pyramid_vit", patch=16, size=224), dict(_text(512), pool="max"), 512),
-    "PyramidCLIP-RN50": (dict(kind="pyramid_resnet", size=224, layers=(3, 4, 6, 3), width=64), dict(_text(512), pool="max"), 1024),
+    "PyramidCLIP-RN50": (
+        dict(kind="pyramid_resnet", size=224, layers=(3, 4, 6, 3), width=64), dict(_text(512), pool="max"), 1024,
+    ),
     "ALIGN-L2-large": _align(4.3, 5.3, False, 1024, 24, 1376),
 }  # fmt: skip
 
-#: EfficientNets, name -> (width coefficient, depth coefficient): Tan & Le 2019; L2: Xie et al. 2020.
+#: EfficientNets: name -> (width coefficient, depth coefficient). Tan & Le 2019; L2: Xie et al. 2020.
 EFFICIENTNETS = {
-    "B0": (1.0, 1.0), "B1": (1.0, 1.1), "B2": (1.1, 1.2), "B3": (1.2, 1.4), "B4": (1.4, 1.8), "B5": (1.6, 2.2), "B6": (1.8, 2.6),
-    "B7": (2.0, 3.1), "L2": (4.3, 5.3),
+    "B0": (1.0, 1.0), "B1": (1.0, 1.1), "B2": (1.1, 1.2), "B3": (1.2, 1.4), "B4": (1.4, 1.8), "B5": (1.6, 2.2),
+    "B6": (1.8, 2.6), "B7": (2.0, 3.1), "L2": (4.3, 5.3),
 }  # fmt: skip
 
 
 def use_size(model, name):
-    """Makes the towers of the section `config.model` those of the published size `name`, with every field that they have."""
+    """Sets `model.image`, `model.text` and `model.embed_dim` to the published size `name` of `SIZES`.
+
+    Both sections get every field of their tower and are locked.
+
+    Args:
+      model: the section `config.model`, changed in place.
+      name: a key of `SIZES`.
+    """
     image, text, model.embed_dim = SIZES[name]
     model.image = all_fields(IMAGE_TOWERS, image)
-    model.text = all_fields(TEXT_TOWERS, dict(text, vocab_size=0, eot_id=-1))  # these two come from the tokenizer
+    model.text = all_fields(TEXT_TOWERS, dict(text, vocab_size=0, eot_id=-1))  # the tokenizer sets these two
     for section in (model.image, model.text):
         section.lock()
 
 
 def all_fields(kinds, given):
-    """The fields `given` of a tower of one of the `kinds`, and the defaults of its module for the others."""
+    """Returns all fields of a tower: those in `given`, and the defaults of its module for the others.
+
+    Args:
+      kinds: `IMAGE_TOWERS` or `TEXT_TOWERS`.
+      given: dict of fields; `kind` is a key of `kinds`.
+    """
     defaults = {
         f.name: f.default for f in dataclasses.fields(kinds[given["kind"]]) if f.default is not dataclasses.MISSING
     }
@@ -104,21 +109,39 @@ def all_fields(kinds, given):
 
 
 def image_tower(model, tokens=True):
-    """The image tower of the section `config.model`, which gives its tokens or not; raises UserError as `_make` does."""
-    image, what, stride = model.image, "", 1
+    """Returns the image tower of a configuration, a flax module.
+
+    Args:
+      model: the section `config.model`; `model.image` holds `kind`, `proj` and the arguments of the tower's module.
+      tokens: whether the tower returns its tokens.
+
+    Raises UserError for a size that the patch or the stride does not divide, for `pool="cls"` without a class token,
+    and for the same fields as `_make`.
+    """
+    image = model.image
+    stride, divisor = 1, ""
     if image.kind in ("vit", "pyramid_vit"):
-        what, stride = (" (2 ** len(stem))", 2 ** len(image.stem)) if image.get("stem") else ("", image.patch)
+        stem = image.get("stem")
+        stride = 2 ** len(stem) if stem else image.patch
+        divisor = f"the patch size {stride}" + (" (2 ** len(stem))" if stem else "")
         if image.get("pool", "cls") == "cls" and not image.get("cls_token", True):
             raise UserError("model.image.pool='cls' needs model.image.cls_token=True")
     elif image.kind in ("resnet", "pyramid_resnet"):
-        what, stride = f", the stride of a {image.kind!r} tower", 32
+        stride, divisor = 32, f"32, the stride of a {image.kind!r} tower"
     if image.size % stride:
-        raise UserError(f"model.image.size={image.size} is not divisible by the patch size {stride}{what}")
+        raise UserError(f"model.image.size={image.size} is not divisible by {divisor}")
     return _make(IMAGE_TOWERS, model, "image", CHOICES | {"pool": vit.POOLS}, tokens)
 
 
 def text_tower(model, tokens=True):
-    """The text tower of the section `config.model`, which gives its tokens or not; raises UserError as `_make` does."""
+    """Returns the text tower of a configuration, a flax module.
+
+    Args:
+      model: the section `config.model`; `model.text` holds `kind`, `proj` and the arguments of the tower's module.
+      tokens: whether the tower returns its tokens.
+
+    Raises UserError for a context longer than the position embedding, and for the same fields as `_make`.
+    """
     if model.text.context > model.text.get("positions", model.text.context):
         raise UserError(
             f"model.text.context={model.text.context} is more than model.text.positions={model.text.positions}"
@@ -127,16 +150,22 @@ def text_tower(model, tokens=True):
 
 
 def _make(kinds, model, which, choices, tokens):
-    """Builds a tower from `model[which]`: but for `kind` and `proj` its fields are arguments of the tower's module.
+    """Builds the tower of the section `model[which]`. Its fields except `kind` and `proj` are arguments of the module.
 
-    `proj=False` leaves the projection out. Raises UserError for an unknown kind or field, for a value that is none of the
-    `choices` of its field, for a width that the heads do not divide, and for a tower without projection whose width is not
-    `model.embed_dim`.
+    Args:
+      kinds: `{kind: module class}`.
+      model: the section `config.model`.
+      which: `image` or `text`.
+      choices: `{field: allowed values}`.
+      tokens: the argument `tokens` of a module that has one.
+
+    Raises UserError for an unknown kind or field, for a value outside the `choices` of its field, for a width that
+    `heads` does not divide, and for `proj=False` (no projection) where the width of the tower is not `model.embed_dim`.
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in model[which].items()}
     kind = fields.pop("kind")
     if kind not in kinds:
-        raise UserError(f"model.{which}.kind={kind!r} is not there: allowed are {', '.join(kinds)}")
+        raise UserError(f"model.{which}.kind={kind!r}: allowed are {', '.join(kinds)}")
     known = {f.name for f in dataclasses.fields(kinds[kind])} - {"parent", "name"}
     shared = {name: model[name] for name in SHARED if name in known} | {"dtype": jnp.dtype(model.dtype)}
     shared |= {"tokens": tokens} if "tokens" in known else {}
@@ -154,6 +183,7 @@ def _make(kinds, model, which, choices, tokens):
     tower = kinds[kind](**fields, **shared | ({} if projected else {"embed_dim": 0}))
     if not projected and tower.width != model.embed_dim:
         raise UserError(
-            f"model.{which}.proj=False needs model.embed_dim={tower.width}, the width of the tower, not {model.embed_dim}"
+            f"model.{which}.proj=False needs model.embed_dim={tower.width}, the width of the tower,"
+            f" not {model.embed_dim}"
         )
     return tower

@@ -1,4 +1,4 @@
-"""An image tower and a text tower that embed into one space."""
+"""An image tower and a text tower with one embedding space."""
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +9,28 @@ from clip_jax.models.towers import image_tower, text_tower
 
 
 class TwoTower:
-    """The towers of a configuration as pure functions of `(params, extra)`.
+    """The two towers of a configuration as pure functions of `(params, extra)`.
 
-    Parameters are `{"img": ..., "txt": ...}`. Running statistics of towers with BatchNorm are
-    `extra["batch_stats"] = {"img": ...}` with the same paths; without such a tower `extra` is empty. In training (`train`) a
-    tower uses the statistics of the batch at hand and `extra` comes back changed, otherwise the running ones, and it does not.
-    Other entries of `extra` and of the parameters are the method's own and are let through.
+    The parameters are `{"img": ..., "txt": ...}`. Towers with batch norm keep their running statistics under the same
+    paths in `extra["batch_stats"]`. Without such a tower `extra` is empty. With `train` a tower uses the statistics of
+    the batch and returns an updated `extra`. Otherwise it uses the running statistics and returns `extra` unchanged.
+    Other entries of `params` and `extra` belong to the method and are preserved.
     """
 
     def __init__(self, model, tokens=False):
-        """The towers of the section `config.model`, of their tokens or not; raises UserError for towers that cannot be built."""
+        """Builds the towers.
+
+        Args:
+          model: the section `config.model`.
+          tokens: whether the towers return their tokens; without, they may return None.
+
+        Raises UserError for invalid towers.
+        """
         self.image, self.text = image_tower(model, tokens), text_tower(model, tokens)
         self.mean, self.std = (np.asarray(x, np.float32) * 255 for x in (model.image_mean, model.image_std))
 
     def init(self, rng, batch):
-        """`(params, extra)` for `batch["image"]` and `batch["text"]`."""
+        """Returns initial `(params, extra)` for the shapes of `batch["image"]` and `batch["text"]`."""
         rng_image, rng_text = jax.random.split(rng)
         variables = {
             "img": self.image.init(rng_image, batch["image"].astype(jnp.float32)),
@@ -33,19 +40,44 @@ class TwoTower:
         return {name: v["params"] for name, v in variables.items()}, {"batch_stats": stats} if stats else {}
 
     def encode_image(self, params, extra, images, train=False, keys=None, normalize=True):
-        """`(unit rows float32 [b, E], tokens [b, n, D], extra)` of pixels 0 to 255, `[b, h, w, 3]`; `keys[b]`: randomness.
+        """Embeds images.
 
-        Without `normalize` the rows are as the tower gives them.
+        Args:
+          params, extra: of the model.
+          images: `[b, h, w, 3]`, pixels from 0 to 255.
+          train: whether batch norm uses the statistics of the batch and dropout is on.
+          keys: PRNG keys `[b]` for dropout.
+          normalize: False returns the embeddings of the tower without scaling them to unit length.
+
+        Returns:
+          `(embeddings float32 [b, E], tokens [b, n, D], extra)`. The embeddings have unit length.
         """
         images = (shard_batch(images).astype(jnp.float32) - self.mean) / self.std
         return self._encode(self.image, "img", params, extra, images, train, keys, normalize)
 
     def encode_text(self, params, extra, ids, train=False, keys=None):
-        """`(unit rows float32 [b, E], tokens [b, n, D], extra)` of int32 ids `[b, n]`; `keys[b]`: randomness."""
+        """Embeds texts.
+
+        Args:
+          params, extra, train, keys: as for `encode_image`.
+          ids: int32 `[b, n]`.
+
+        Returns:
+          `(embeddings float32 [b, E], tokens [b, n, D], extra)`. The embeddings have unit length.
+        """
         return self._encode(self.text, "txt", params, extra, shard_batch(ids), train, keys)
 
     def encode(self, params, extra, batch, rng, train):
-        """`({"image", "text"}: unit rows, extra)` of a batch; randomness is folded from `rng` and the examples' ids."""
+        """Embeds a batch.
+
+        Args:
+          params, extra, train: as for `encode_image`.
+          batch: `image [b, h, w, 3]`, `text` int32 `[b, n]` and `example_id [b]`.
+          rng: PRNG key. The id of each example is folded into it, so that its randomness does not depend on the batch.
+
+        Returns:
+          `({"image": ..., "text": ...}, extra)`, unit vectors float32 `[b, E]`.
+        """
         keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(batch["example_id"])
         text_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
         image, _, extra = self.encode_image(params, extra, batch["image"], train, keys)
@@ -53,11 +85,11 @@ class TwoTower:
         return {"image": image, "text": text}, extra
 
     def embed_image(self, params, extra, images):
-        """Unit rows, float32 `[b, E]`."""
+        """Returns the embeddings of images `[b, h, w, 3]` in evaluation, unit vectors float32 `[b, E]`."""
         return self.encode_image(params, extra, images)[0]
 
     def embed_text(self, params, extra, ids):
-        """Unit rows, float32 `[b, E]`."""
+        """Returns the embeddings of int32 ids `[b, n]` in evaluation, unit vectors float32 `[b, E]`."""
         return self.encode_text(params, extra, ids)[0]
 
     def _encode(self, tower, name, params, extra, x, train, keys, normalize=True):

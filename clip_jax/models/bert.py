@@ -1,4 +1,4 @@
-"""BERT as a text tower (Devlin et al. 2019): post-LN transformer, the state of [CLS] projected into the shared space."""
+"""BERT (Devlin et al. 2019) as a text tower: a post-LN transformer whose [CLS] state is the embedding."""
 
 import dataclasses
 import functools
@@ -12,9 +12,9 @@ from clip_jax.models.transformer import Attention, Init, Mlp, apply_blocks, bloc
 
 
 class PostNormBlock(nn.Module):
-    """One post-LN block: `x = LN(x + MHA(x)); x = LN(x + MLP(x))`, with dropout of both branches.
+    """One post-LN block, `x = LN(x + MHA(x)); x = LN(x + MLP(x))`, with dropout of both branches.
 
-    Takes `(x[b, n, D], its index)` and `(mask, keys)` and gives `(x, index of the next block)`.
+    Takes `(x[b, n, D], index of the block)` and `(attention mask, PRNG keys [b] or None)`. Returns `(x, index + 1)`.
     """
 
     heads: int
@@ -42,9 +42,15 @@ class PostNormBlock(nn.Module):
 
 
 class Bert(nn.Module, kw_only=True):
-    """The encoder: int32 ids `[b, n]`, n at most `positions`, and bool `real[b, n]`, False at padding -> states `[b, n, D]`.
+    """The encoder: int32 ids `[b, n]` and bool `real[b, n]`, False at padding -> states `[b, n, D]`.
 
-    Every token is of type 0 ("sentence A"). `dropout` is that of hidden states; attention weights are not dropped.
+    Every token has type 0 ("sentence A").
+
+    Attributes:
+      positions: length of the position embedding, the largest n.
+      types: number of token types.
+      dropout: chance of dropping hidden states. Attention weights have no dropout.
+      remat, scan, attention: as `config.model`.
     """
 
     vocab_size: int
@@ -71,17 +77,8 @@ class Bert(nn.Module, kw_only=True):
         x = x + (pos[:, : ids.shape[1]] + kind[0]).astype(x.dtype)
         x = drop(nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_embed")(x), self.dropout, keys, 0)
         init = block_init("bert", self.width, self.mlp_dim, self.depth)
-        block = functools.partial(
-            PostNormBlock,
-            self.heads,
-            self.mlp_dim,
-            self.act,
-            self.ln_eps,
-            init,
-            self.dropout,
-            self.dtype,
-            self.attention,
-        )
+        fields = self.heads, self.mlp_dim, self.act, self.ln_eps, init, self.dropout, self.dtype, self.attention
+        block = functools.partial(PostNormBlock, *fields)
         carry = x, jnp.zeros((), jnp.int32)
         return apply_blocks(self, lambda name: block(name=name), carry, (real[:, None, None, :], keys))[0]
 
@@ -89,8 +86,13 @@ class Bert(nn.Module, kw_only=True):
 class BertTower(Bert, kw_only=True):
     """Text tower: int32 ids `[b, n]` -> `(embedding float32 [b, embed_dim], tokens [b, n, D])`.
 
-    The embedding is the last state of the first token, [CLS], projected unless `embed_dim` is 0, not normalised. No token
-    attends to padding: to what follows the first token with the id `eot_id` ([SEP]), or to the id `pad_id` where that is given.
+    The embedding is the final state of the first token, [CLS], projected unless `embed_dim` is 0. It does not have unit
+    length. No token attends to padding.
+
+    Attributes:
+      context: number of tokens of a text.
+      eot_id: id of [SEP]; without `pad_id`, padding is what follows the first [SEP].
+      pad_id: id of padding, or -1.
     """
 
     context: int

@@ -1,4 +1,4 @@
-"""Convolutions, the depthwise one in a form that depends on the platform."""
+"""Convolutions. The depthwise one has an implementation for CPUs and one for accelerators."""
 
 import functools
 from typing import Any
@@ -13,12 +13,17 @@ from clip_jax.models.common import gather
 
 def _native(stride, padding, x, kernel):
     return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1] // kernel.shape[2]
-    )  # fmt: skip
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] // kernel.shape[2],
+    )
 
 
 def _shifted(stride, padding, x, size):
-    """For each of the size * size taps the part of the padded `x` that it meets, of the output's shape."""
+    """Returns for each of the `size * size` taps the elements of the padded `x` that it multiplies, in output shape."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, cols = ((n - size) // stride + 1 for n in x.shape[1:3])
     taps = [(i, j) for i in range(size) for j in range(size)]
@@ -26,14 +31,15 @@ def _shifted(stride, padding, x, size):
 
 
 def _by_taps(stride, padding, x, kernel):
-    """A depthwise convolution as a sum over the kernel's taps, each a product with the shifted image."""
+    """Computes a depthwise convolution as the sum over the kernel's taps of tap times shifted image."""
     taps = kernel.reshape(-1, kernel.shape[-1])
     return sum(part * tap for part, tap in zip(_shifted(stride, padding, x, kernel.shape[0]), taps, strict=True))
 
 
 def _by_taps_transposed(stride, padding, x, kernel, gradient):
-    """The gradients of `x` and `kernel` in the same form."""
-    size, g = kernel.shape[0], lax.optimization_barrier(gradient)  # else it is computed anew for each tap
+    """Returns the gradients of `x` and `kernel` as sums over taps."""
+    # Without the barrier XLA recomputes the gradient for each tap.
+    size, g = kernel.shape[0], lax.optimization_barrier(gradient)
     d_kernel = jnp.stack([jnp.sum(part * g, axis=(0, 1, 2)) for part in _shifted(stride, padding, x, size)])
     before = [size - 1 - low for low, _ in padding]
     after = [x.shape[k + 1] + size - 1 - before[k] - ((g.shape[k + 1] - 1) * stride + 1) for k in (0, 1)]
@@ -44,14 +50,14 @@ def _by_taps_transposed(stride, padding, x, kernel, gradient):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def depthwise(stride, padding, x, kernel):
-    """Depthwise convolution of `x[b, h, w, c]` with `kernel [k, k, 1, c]`.
+    """Returns the depthwise convolution of `x[b, h, w, c]` with `kernel[k, k, 1, c]`.
 
-    On a CPU a sum over taps: XLA's depthwise convolution with its gradient is an order of magnitude slower there. The gradient is
-    written out so that only the inputs are kept for it, whichever form it takes.
+    On a CPU it is a sum over taps: XLA's depthwise convolution and its gradient are an order of magnitude slower there.
+    The explicit gradient rule stores only the inputs for the backward pass on every platform.
 
     Args:
-      stride: of both axes.
-      padding: `((top, bottom), (left, right))`.
+      stride: of both axes, in pixels.
+      padding: `((top, bottom), (left, right))`, in pixels.
     """
     return lax.platform_dependent(
         x, kernel, cpu=functools.partial(_by_taps, stride, padding), default=functools.partial(_native, stride, padding)
@@ -75,15 +81,29 @@ depthwise.defvjp(_forward, _backward)
 
 
 def same_padding(size, stride, height, width):
-    """TensorFlow's SAME: the output has `ceil(n / stride)` rows, an odd row of padding comes last."""
+    """Returns the padding of TensorFlow's SAME, `((top, bottom), (left, right))`.
+
+    The output has `ceil(n / stride)` rows and columns. An odd amount of padding is larger at the bottom or right.
+
+    Args:
+      size, stride: of the kernel, in pixels.
+      height, width: of the image, in pixels.
+    """
     total = [max((-(-n // stride) - 1) * stride + size - n, 0) for n in (height, width)]
     return tuple((t // 2, t - t // 2) for t in total)
 
 
 class Conv(nn.Module):
-    """A convolution without bias, `[b, h, w, c] -> [b, h', w', features]`; the kernel is float32 `[k, k, c or 1, features]`.
+    """A convolution without bias, `[b, h, w, c] -> [b, h', w', features]`.
 
-    `padding` is `((top, bottom), (left, right))`, or None for TensorFlow's SAME.
+    Attributes:
+      features: channels of the output.
+      size: height and width k of the kernel, float32 `[k, k, c, features]`, depthwise `[k, k, 1, features]`.
+      stride: of both axes, in pixels.
+      padding: `((top, bottom), (left, right))`, or None for TensorFlow's SAME.
+      depthwise: convolves each channel with its own filter; `features` then equals c.
+      dtype: dtype of the computation and the output.
+      kernel_init: initialiser of the kernel.
     """
 
     features: int
@@ -97,10 +117,9 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x):
         channels = 1 if self.depthwise else x.shape[-1]
-        kernel = self.param("kernel", self.kernel_init, (self.size, self.size, channels, self.features)).astype(
-            self.dtype
-        )
-        x, kernel = x.astype(self.dtype), gather(kernel)
+        kernel = self.param("kernel", self.kernel_init, (self.size, self.size, channels, self.features))
+        kernel = gather(kernel.astype(self.dtype))
+        x = x.astype(self.dtype)
         padding = self.padding or same_padding(self.size, self.stride, *x.shape[1:3])
         if self.size == self.stride == 1:
             return x @ kernel[0, 0]

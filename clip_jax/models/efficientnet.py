@@ -1,4 +1,7 @@
-"""EfficientNet without its top convolution, as ALIGN's image tower (Tan & Le 2019; Jia et al. 2021, section 4.2); EfficientNet-lite0."""
+"""EfficientNet (Tan & Le 2019) and EfficientNet-lite0 as image towers.
+
+ALIGN's image tower is an EfficientNet without the top convolution (Jia et al. 2021, section 4.2).
+"""
 
 import functools
 import math
@@ -11,7 +14,7 @@ from clip_jax.models.common import BatchNorm, drop, shard_batch
 from clip_jax.models.conv import Conv
 from clip_jax.models.transformer import project, rematerialized
 
-#: Stages of B0 as (channels, blocks, kernel, stride, expansion); the coefficients scale channels and blocks.
+#: Stages of B0 as (channels, blocks, kernel, stride, expansion). The coefficients scale channels and blocks.
 STAGES = (
     (16, 1, 3, 1, 1),
     (24, 2, 3, 2, 6),
@@ -24,27 +27,39 @@ STAGES = (
 STEM = 32
 PADDINGS = ("same", "even")
 INIT = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
-# Of a depthwise kernel [k, k, 1, c] the fan-in is what the fan-out of one of its filters is.
+# The fan-in of a depthwise kernel [k, k, 1, c] equals the fan-out of one of its filters.
 DEPTHWISE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
 
 def scaled(channels, coefficient):
-    """Channels times the width coefficient, rounded to a multiple of 8 that is not below 90 % of it."""
+    """Returns `channels * coefficient` rounded to a multiple of 8, but to no less than 90 % of it."""
     channels = channels * coefficient
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
 def conv(x, features, size, stride, padding, dtype, name, depthwise=False):
-    """A convolution without bias. A stride of 2 pads as TensorFlow's SAME does, by `even` as that does for an even size."""
+    """Applies a convolution without bias and with the padding of TensorFlow's SAME.
+
+    With the padding `even` a stride of 2 pads an image of odd size like one of even size.
+    """
     pad = ((size // 2 - 1, size // 2),) * 2 if padding == "even" and stride == 2 else None
     return Conv(features, size, stride, pad, depthwise, dtype, DEPTHWISE_INIT if depthwise else INIT, name=name)(x)
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck: 1x1 expansion, depthwise convolution, squeeze and excitation, 1x1 projection; a residual where shapes allow.
+    """Inverted bottleneck: 1x1 expansion, depthwise convolution, squeeze and excitation, 1x1 projection.
 
-    `drop_rate`: stochastic depth, the chance in training that an example skips the block.
+    `[b, h, w, c] -> [b, h/stride, w/stride, features]`. Where input and output have the same shape there is a residual
+    connection.
+
+    Attributes:
+      features: channels of the output.
+      size, stride: of the depthwise convolution.
+      expansion: factor of the channels in the bottleneck; 1 omits the expansion.
+      index: number of the block, for the PRNG keys.
+      drop_rate: stochastic depth, the chance in training that an example skips the block.
+      padding, bn_group: as in `EfficientNet`.
     """
 
     features: int
@@ -56,11 +71,11 @@ class MBConv(nn.Module):
     padding: str = "same"
     bn_group: int = 0
     dtype: Any = jnp.float32
-    squeeze, act = True, staticmethod(nn.silu)  # of the class: no fields of a configuration
+    squeeze, act = True, staticmethod(nn.silu)  # without annotation, so that they are no fields of a configuration
 
     @nn.compact
     def __call__(self, x, train=False, keys=None, place=None):
-        """`place`: instead of the fields, (index, drop_rate) as arrays, where one block runs in several places."""
+        """Applies the block. `place`, `(index, drop_rate)` as arrays, replaces the fields in a scan over blocks."""
         index, drop_rate = place or (self.index, self.drop_rate)
 
         def norm(y, name):
@@ -86,14 +101,20 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """Image tower: normalised `[b, size, size, 3]` -> `(embedding float32 [b, embed_dim], feature map [b, n, width])`.
+    """Image tower: normalised images -> `(embedding float32 [b, embed_dim], feature map [b, n, width])`.
 
-    The embedding is the mean of the last block's output, projected unless `embed_dim` is 0, not normalised. Block i of N is
-    dropped with the chance `stochastic_depth * i / N`.
+    The images are `[b, size, size, 3]`. The embedding is the mean of the feature map, projected unless `embed_dim` is
+    0. It does not have unit length.
 
-    `padding`: `same` (TensorFlow, the published training code) or `even` (Hugging Face's AlignModel); they differ where a
-    stride of 2 meets an odd size. With `scan` the blocks of a stage after its first are one, run in a loop, their parameters stacked.
-    `bn_group` as `group` of `BatchNorm`.
+    Attributes:
+      width_coefficient, depth_coefficient: factors of the channels and blocks of `stages`.
+      stages: `(channels, blocks, kernel, stride, expansion)` of each stage.
+      stochastic_depth: block i of N is dropped with the chance `stochastic_depth * i / N`, drawn per example.
+      padding: `same` (TensorFlow, the published training code) or `even` (Hugging Face's AlignModel). They differ where
+        a stride of 2 meets an odd size.
+      bn_group: `group` of `BatchNorm`.
+      remat: as `config.model`.
+      scan: runs the blocks of a stage after its first one in a loop, with stacked parameters.
     """
 
     size: int
@@ -108,11 +129,14 @@ class EfficientNet(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     scan: bool = False
-    block, act, top = MBConv, staticmethod(nn.silu), 0  # top: channels of a convolution after the last block
+    # Without annotation, so that they are no fields. `top`: channels of a convolution after the last block, 0 for none.
+    block = MBConv
+    act = staticmethod(nn.silu)
+    top = 0
 
     @property
     def width(self):
-        """Channels of the feature map."""
+        """The channels of the feature map."""
         return self.top or scaled(self.stages[-1][0], self.width_coefficient)
 
     @nn.compact
@@ -127,21 +151,17 @@ class EfficientNet(nn.Module):
         for (channels, _, size, stride, expansion), blocks in zip(self.stages, repeats, strict=True):
             features = scaled(channels, self.width_coefficient)
             rates = [self.stochastic_depth * k / sum(repeats) for k in range(i, i + blocks)]
-            make = functools.partial(
-                block,
-                features,
-                size,
-                expansion=expansion,
-                padding=self.padding,
-                bn_group=self.bn_group,
-                dtype=self.dtype,
-            )
+            shared = dict(expansion=expansion, padding=self.padding, bn_group=self.bn_group, dtype=self.dtype)
+            make = functools.partial(block, features, size, **shared)
             x = make(stride=stride, index=i, drop_rate=rates[0], name=f"mbconv_{i}")(x, train, keys)
             if self.scan and blocks > 1:
                 layers = nn.scan(
-                    lambda block, x, keys, place: (block(x, train, keys, place), None), length=blocks - 1,
-                    variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
-                )  # fmt: skip
+                    lambda block, x, keys, place: (block(x, train, keys, place), None),
+                    length=blocks - 1,
+                    variable_axes={"params": 0, "batch_stats": 0},
+                    split_rngs={"params": True},
+                    in_axes=(nn.broadcast, 0),
+                )
                 first = make(stride=1, index=i + 1, drop_rate=rates[1], name=f"mbconv_{i + 1}_to_{i + blocks - 1}")
                 x = layers(first, x, keys, (jnp.arange(i + 1, i + blocks), jnp.asarray(rates[1:])))[0]
             else:
@@ -162,6 +182,8 @@ class LiteMBConv(MBConv):
 
 
 class EfficientNetLite(EfficientNet):
-    """EfficientNet-lite, its coefficients being 1 that of lite0: no squeeze and excitation, ReLU6, a top convolution."""
+    """EfficientNet-lite: no squeeze and excitation, ReLU6, a top convolution. The default coefficients give lite0."""
 
-    block, act, top = LiteMBConv, staticmethod(nn.relu6), 1280
+    block = LiteMBConv
+    act = staticmethod(nn.relu6)
+    top = 1280

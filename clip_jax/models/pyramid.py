@@ -1,7 +1,8 @@
-"""PyramidCLIP's image towers (Gao et al. 2022): the published ViT and ResNet with a second way in, for features of regions.
+"""PyramidCLIP's image towers (Gao et al. 2022): CLIP's ViT and ResNet with a second input, features of image regions.
 
-A region enters as its features and its box (`clip_jax.data.views.RegionView`), is projected to the tower's width, and goes through
-the last part of the tower alone: the rear blocks of the ViT, the attention pooling of the ResNet.
+The input of a region is its features and its box (`clip_jax.data.views.RegionView`). A linear layer maps it to the
+width of the tower. It passes through the last part of the tower only: the rear blocks of the ViT, the attention pooling
+of the ResNet.
 """
 
 import math
@@ -19,10 +20,13 @@ from clip_jax.models.vit import embed_patches
 
 
 class LeFF(nn.Module):
-    """Locally-enhanced feed-forward (Yuan et al. 2021, "Incorporating Convolution Designs into Visual Transformers", section 3.2).
+    """Locally-enhanced feed-forward, `[b, 1 + n, D] -> [b, 1 + n, D]`.
 
-    `[b, 1 + n, D] -> [b, 1 + n, D]`, the class token first, which comes out as it went in. The patches, n a square number, are widened,
-    convolved depthwise, 3x3, on their grid and narrowed, each step with batch norm and activation.
+    Yuan et al. 2021, "Incorporating Convolution Designs into Visual Transformers", section 3.2. The class token comes
+    first and passes through unchanged. The n patches pass through a linear layer to `mlp_dim`, a depthwise 3x3
+    convolution on their square grid and a linear layer back to D, each followed by batch norm and activation.
+
+    Raises UserError when n is not a square number.
     """
 
     mlp_dim: int
@@ -62,7 +66,7 @@ class LeFF(nn.Module):
 
 
 class LeFFBlock(nn.Module):
-    """A pre-LN block with `LeFF` in the place of the MLP, `[b, 1 + n, D] -> [b, 1 + n, D]`."""
+    """A pre-LN block with `LeFF` instead of the MLP, `[b, 1 + n, D] -> [b, 1 + n, D]`."""
 
     heads: int
     mlp_dim: int
@@ -82,11 +86,18 @@ class LeFFBlock(nn.Module):
 
 
 class PyramidViT(nn.Module):
-    """Image tower: normalised `[b, size, size, 3]` -> `(embedding float32 [b, embed_dim], None)`; CLIP's but for the first blocks.
+    """Image tower: normalised images `[b, size, size, 3]` -> `(embedding float32 [b, embed_dim], None)`.
 
-    Of the `depth` blocks the first `front` have `LeFF`. Instead of images `regions` `[b, m, region_dim]` may be given, and
-    `mask`, bool `[b, m]`, False where a row is none: they go with the class token, and without positions, through the other blocks.
-    `stem`, which the paper does not have, puts convolutions in the place of the patches: `ConvStem`.
+    It is CLIP's ViT with `LeFF` in the first `front` of the `depth` blocks. A call with `regions` `[b, m, region_dim]`
+    ignores the images: the regions pass, together with the class token and without positions, through the other blocks.
+    `mask`, bool `[b, m]`, is False at padding rows. The embedding is the projected class token. It does not have unit
+    length.
+
+    Attributes:
+      region_dim: features of a region and its box.
+      front: number of blocks with `LeFF`.
+      stem: channels of a `ConvStem`, which replaces the patch embedding. The paper has none.
+      remat, attention: as `config.model`.
     """
 
     size: int
@@ -108,7 +119,7 @@ class PyramidViT(nn.Module):
 
     @nn.compact
     def __call__(self, images, train=False, keys=None, regions=None, mask=None):
-        del keys  # nothing in it is random
+        del keys  # this tower has no dropout
         scale = nn.initializers.normal(self.width**-0.5)
         cls = self.param("cls", scale, (1, 1, self.width)).astype(self.dtype)
         to_token = nn.Dense(self.width, use_bias=False, dtype=self.dtype, kernel_init=scale, name="regions")
@@ -132,16 +143,17 @@ class PyramidViT(nn.Module):
             mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)[:, None, None]
         block = rematerialized(Block, self.remat, static_argnums=3)
         for i in range(self.front, self.depth):
-            only = 0 if i == self.depth - 1 else None  # of the last block the class token alone is wanted
+            only = 0 if i == self.depth - 1 else None  # the last block computes the class token alone
             x = block(*arguments, dtype=self.dtype, attention=self.attention, name=f"block_{i}")(x, mask, only)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_post")(x[:, 0])
         return project(x, self.embed_dim, self.proj_bias, self.dtype), None
 
 
 class PyramidResNet(ModifiedResNet):
-    """Image tower: CLIP's ResNet, which takes `regions` `[b, m, region_dim]` and their `mask` as `PyramidViT` does.
+    """Image tower: CLIP's ResNet, which also takes `regions` `[b, m, region_dim]` and their `mask` like `PyramidViT`.
 
-    They go, with their mean before them and without positions, through a layer norm of their own and the attention pooling.
+    The regions, preceded by their mean and without positions, pass through a layer norm of their own and the attention
+    pooling. The tower returns no tokens.
     """
 
     region_dim: int = 2052
@@ -149,7 +161,7 @@ class PyramidResNet(ModifiedResNet):
 
     @nn.compact
     def __call__(self, images, train=False, keys=None, regions=None, mask=None):
-        del keys  # nothing in it is random
+        del keys  # this tower has no dropout
         width = 32 * self.width
         to_token = nn.Dense(
             width, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(width**-0.5), name="regions"
@@ -162,8 +174,7 @@ class PyramidResNet(ModifiedResNet):
             return pool(self.feature_map(images, train)).astype(jnp.float32), None
         x = to_token(shard_batch(regions))
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        mean = jnp.sum(x, axis=1, keepdims=True, where=mask[..., None]) / jnp.maximum(mask.sum(1), 1)[
-            :, None, None
-        ].astype(x.dtype)
+        count = jnp.maximum(mask.sum(1), 1)[:, None, None]
+        mean = jnp.sum(x, axis=1, keepdims=True, where=mask[..., None]) / count.astype(x.dtype)
         mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
         return pool(ln(jnp.concatenate([mean, x], axis=1)), positions=False, mask=mask).astype(jnp.float32), None

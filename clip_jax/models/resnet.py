@@ -1,4 +1,4 @@
-"""CLIP's modified ResNet: three-convolution stem, anti-aliased strides, attention pooling (Radford et al. 2021, section 2.4)."""
+"""CLIP's modified ResNet (Radford et al. 2021, section 2.4): a deeper stem, anti-aliased strides, attention pooling."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ HEAD_WIDTH = 64
 
 
 def conv(features, size, dtype, name, stride=1):
-    """A convolution without bias, padded as in PyTorch by `size // 2` on each side."""
+    """Returns a convolution module without bias, padded as in PyTorch by `size // 2` pixels on each side."""
     pad = size // 2
     return nn.Conv(
         features, (size, size), stride, [(pad, pad)] * 2, use_bias=False, dtype=dtype, kernel_init=torch_conv, name=name
@@ -20,12 +20,12 @@ def conv(features, size, dtype, name, stride=1):
 
 
 def average(x, stride):
-    """Mean over windows of `stride` by `stride` pixels; identity for 1."""
+    """Returns the means over windows of `stride` x `stride` pixels; for 1, `x`."""
     return nn.avg_pool(x, (stride, stride), (stride, stride)) if stride > 1 else x
 
 
 class Stem(nn.Module):
-    """Three 3x3 convolutions, the first of stride 2, and an average over 2x2: `[b, h, w, 3] -> [b, h/4, w/4, width]`."""
+    """Three 3x3 convolutions, the first of stride 2, and a 2x2 mean, `[b, h, w, 3] -> [b, h/4, w/4, width]`."""
 
     width: int
     bn_group: int = 0
@@ -40,7 +40,10 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution to `4 * width` channels, all of stride 1; the stride is an average before the third."""
+    """A bottleneck of three convolutions, `[b, h, w, c] -> [b, h/stride, w/stride, 4 * width]`.
+
+    The 1x1, 3x3 and 1x1 convolutions all have stride 1. Average pooling before the third one replaces a stride.
+    """
 
     width: int
     stride: int = 1
@@ -65,10 +68,11 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention from the first token to all, `[b, n, D] -> [b, embed_dim]`, heads of width 64.
+    """Attention pooling by heads of width 64, `[b, n, D] -> [b, embed_dim]`: the first token attends to all.
 
-    The first token is the mean of the others, which is put before them. Without `positions` it is given, the tokens have no position
-    embedding, and those where `mask` (bool `[b, n]`) is False are not attended to.
+    By default the tower puts the mean of the tokens first and adds a learned position embedding. Without `positions`
+    the caller supplies the first token, and there is no position embedding. Where `mask`, bool `[b, n]`, is False, a
+    token is not attended to.
     """
 
     embed_dim: int
@@ -87,7 +91,9 @@ class AttentionPool(nn.Module):
             shape = (width // HEAD_WIDTH, HEAD_WIDTH)
             return nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=normal, bias_init=bias, name=name)(x)
 
-        q, k, v = heads("query", x[:, :1]), heads("key", x), heads("value", x)
+        q = heads("query", x[:, :1])
+        k = heads("key", x)
+        v = heads("value", x)
         y = attend(q, k, v, mask)[:, 0]
         out = nn.DenseGeneral(
             self.embed_dim, axis=(-2, -1), dtype=self.dtype, kernel_init=normal, bias_init=bias, name="out"
@@ -96,10 +102,17 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Image tower: normalised `[b, size, size, 3]` -> `(embedding float32 [b, embed_dim], feature map [b, n, 32 * width])`.
+    """Image tower: normalised images -> `(embedding float32 [b, embed_dim], feature map [b, n, 32 * width])`.
 
-    Four stages of `layers` bottlenecks; `size` a multiple of 32. The attention pooling is the projection. `bn_group` as
-    `group` of `BatchNorm`.
+    The images are `[b, size, size, 3]`. The output layer of the attention pooling is the projection. The embedding does
+    not have unit length.
+
+    Attributes:
+      size: height and width of the images in pixels, a multiple of 32.
+      layers: number of bottlenecks in each of the four stages.
+      width: channels of the stem.
+      bn_group: `group` of `BatchNorm`.
+      remat: as `config.model`.
     """
 
     size: int
@@ -112,13 +125,13 @@ class ModifiedResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images, train=False, keys=None):
-        del keys  # nothing in it is random
+        del keys  # this tower has no dropout
         x = self.feature_map(images, train)
         embedding = AttentionPool(self.embed_dim, self.dtype, name="pool")(x)
         return embedding.astype(jnp.float32), x
 
     def feature_map(self, images, train):
-        """What is pooled, `[b, n, 32 * width]`; called inside `__call__`."""
+        """Returns the output of the last stage, `[b, n, 32 * width]`. Call it inside `__call__`."""
         x = Stem(self.width, self.bn_group, self.dtype, name="stem")(images.astype(self.dtype), train)
         block = rematerialized(Bottleneck, self.remat, static_argnums=2)
         for i, blocks in enumerate(self.layers):

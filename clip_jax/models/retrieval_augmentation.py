@@ -1,4 +1,4 @@
-"""The retrieval augmented module of RA-CLIP: what neighbours say is added to the embedding of a picture."""
+"""RA-CLIP's retrieval augmentation (Xie et al. 2023): retrieved image-text pairs augment the embedding of an image."""
 
 from typing import Any
 
@@ -11,7 +11,10 @@ OUT_INITS = {"xavier": nn.initializers.xavier_uniform(), "zeros": nn.initializer
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of one query `[b, D]` to keys `[b, K, d]` whose values `[b, K, e]` are of another kind; `[b, D]`."""
+    """Multi-head attention from one query to keys and values of different modalities, `[b, D]`.
+
+    Takes the query `[b, D]`, keys `[b, K, d]`, values `[b, K, e]` and the attention mask, bool `[b, K]`.
+    """
 
     heads: int
     bias: bool
@@ -28,7 +31,9 @@ class CrossAttention(nn.Module):
                 shape, use_bias=self.bias, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name
             )(x)
 
-        q, k, v = project("query", query[:, None]), project("key", keys), project("value", values)
+        q = project("query", query[:, None])
+        k = project("key", keys)
+        v = project("value", values)
         x = attend(q, k, v, mask[:, None, None])
         init = OUT_INITS[self.out_init]
         return nn.DenseGeneral(
@@ -37,10 +42,21 @@ class CrossAttention(nn.Module):
 
 
 class RetrievalAugmentation(nn.Module):
-    """`z + a_T + a_I`: a picture asks its neighbours' pictures and reads their texts, asks their texts and reads their pictures.
+    """Retrieval augmentation of image embeddings, `z + a_T + a_I`, float32 `[b, D]`.
 
-    A call takes `z[b, D]`, not normalised, `images[b, K, d_i]` and `texts[b, K, d_t]` of the neighbours, and bool `mask[b, K]`,
-    which of them count. Where none does it gives `z`. Of several layers each but the last is followed by ReLU.
+    Both terms are cross attentions from the image embedding to its K retrieved neighbours. For a_T the keys are the
+    images of the neighbours and the values their texts. For a_I the keys are the texts and the values the images.
+
+    A call takes the embeddings `z[b, D]` before normalisation, the features `images[b, K, d_i]` and `texts[b, K, d_t]`
+    of the neighbours, and `mask`, bool `[b, K]`, True at valid neighbours. Without a valid neighbour the result is `z`.
+
+    Attributes:
+      heads: heads of the cross attentions; they divide D.
+      layers: number of layers. ReLU follows each one except the last.
+      bias: biases in the linear layers of the cross attentions.
+      pre_ln: layer norm of the query.
+      out_init: initialiser of the output layers, a key of `OUT_INITS`. With `zeros` training starts as CLIP.
+      dtype: dtype of the cross attentions.
     """
 
     heads: int
@@ -52,7 +68,7 @@ class RetrievalAugmentation(nn.Module):
 
     @nn.compact
     def __call__(self, z, images, texts, mask):
-        some = mask.any(1, keepdims=True)
+        augmented = mask.any(1, keepdims=True)
         for i in range(self.layers):
             query = nn.LayerNorm(epsilon=1e-5, name=f"ln_{i}")(z) if self.pre_ln else z
             read = [
@@ -61,6 +77,6 @@ class RetrievalAugmentation(nn.Module):
                 )
                 for name, keys, values in (("text", images, texts), ("image", texts, images))
             ]
-            y = z + jnp.where(some, sum(read).astype(jnp.float32), 0)
-            z = jnp.where(some, nn.relu(y), y) if i < self.layers - 1 else y
+            y = z + jnp.where(augmented, sum(read).astype(jnp.float32), 0)
+            z = jnp.where(augmented, nn.relu(y), y) if i < self.layers - 1 else y
         return z

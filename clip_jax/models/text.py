@@ -1,4 +1,4 @@
-"""Text transformer with the switches that tell the published CLIP-like text towers apart."""
+"""Text transformer whose fields cover the differences between the published CLIP-like text towers."""
 
 import functools
 from typing import Any
@@ -14,12 +14,20 @@ POOLS = ("eot", "last", "first", "mean", "max", "max_masked", "map")
 class TextTransformer(nn.Module):
     """Text tower: int32 ids `[b, n]`, n at most `context` -> `(embedding float32 [b, embed_dim], tokens [b, n, D])`.
 
-    The embedding is the pooled output after the last layer norm, projected unless `embed_dim` is 0, not normalised. Without
-    `tokens` None comes in their place, which saves work where one of them is pooled.
+    The embedding is the pooled output after the last layer norm, projected unless `embed_dim` is 0. It does not have
+    unit length. The tokens are the output before pooling.
 
-    `pool`: `eot` (the first token with the id `eot_id`; CLIP), `last` (sticky EOS; SigLIP), `first` (BERT's
-    [CLS], FLIP), `mean` (over the tokens up to the end), `max` (over all positions), `max_masked` (up to the end), `map`.
-    With `mask_padding` no token attends to what follows the end-of-text token; under a causal mask the pooled token never does anyhow.
+    Attributes:
+      eot_id: id of the end-of-text token.
+      pool: `eot` (the first end-of-text token; CLIP), `last` (the last position, a "sticky" end of text; SigLIP),
+        `first` ([CLS] of BERT; FLIP), `mean` (up to the end of the text), `max` (over all positions), `max_masked`
+        (maximum up to the end of the text) or `map` (attention pooling).
+      causal: each token attends to itself and earlier ones only.
+      mask_padding: no token attends to the padding after the end-of-text token. Under a causal mask the pooled token
+        does not anyway.
+      weight_init: see `block_init`.
+      remat, scan, attention: as `config.model`.
+      tokens: False returns None instead of the tokens. With a pooled token this saves work in the last block.
     """
 
     vocab_size: int
@@ -45,14 +53,14 @@ class TextTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, ids, train=False, keys=None):
-        del train, keys  # no dropout in any of these towers; the arguments are what every tower takes
+        del train, keys  # these towers have no dropout; every tower takes the same arguments
         b, n = ids.shape
         stds = (self.width**-0.5,) * 2 if self.weight_init == "xavier" else (0.02, 0.01)
         embed_init, pos_init = map(nn.initializers.normal, stds)
         x = nn.Embed(self.vocab_size, self.width, embedding_init=embed_init, dtype=self.dtype, name="embed")(ids)
         pos = self.param("pos", pos_init, (1, self.context, self.width))
         x = x + pos[:, :n].astype(x.dtype)
-        end = jnp.argmax(ids == self.eot_id, axis=1)  # 0 when there is none, as in the published code
+        end = jnp.argmax(ids == self.eot_id, axis=1)  # 0 without such a token, as in the published code
         real = jnp.arange(n) <= end[:, None]
         mask = real[:, None, None, :] if self.mask_padding else None
         init = block_init(self.weight_init, self.width, self.mlp_dim, self.depth)

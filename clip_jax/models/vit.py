@@ -1,4 +1,4 @@
-"""Vision transformer with the switches that tell the published CLIP-like image towers apart."""
+"""Vision transformer whose fields cover the differences between the published CLIP-like image towers."""
 
 import functools
 from typing import Any
@@ -15,10 +15,18 @@ POSEMBS = ("learn", "sincos2d")
 
 
 def patches(x, size, stride):
-    """Cuts `x[b, h, w, c]` into patches, `[b, rows, cols, size * size * c]`, rows of a patch first.
+    """Cuts images into patches.
 
-    With the product with a kernel that follows it is a convolution; written as one matrix product it is as fast on an
-    accelerator and, with its gradient, several times faster on a CPU.
+    Followed by the product with a kernel this is a convolution. As a matrix product it is as fast on an accelerator,
+    and on a CPU, including its gradient, several times faster.
+
+    Args:
+      x: `[b, h, w, c]`.
+      size: height and width of a patch in pixels.
+      stride: distance of neighbouring patches in pixels.
+
+    Returns:
+      `[b, rows, cols, size * size * c]`, the pixels of a patch in row-major order. Incomplete patches are left out.
     """
     rows, cols = (x.shape[1] - size) // stride + 1, (x.shape[2] - size) // stride + 1
     if size == stride:
@@ -34,7 +42,7 @@ def patches(x, size, stride):
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of patches, `[b, h, w, c] -> [b, h/P, w/P, D]`; the kernel has a convolution's shape `[P, P, c, D]`."""
+    """Linear embedding of patches, `[b, h, w, c] -> [b, h/P, w/P, D]`, with a convolution's kernel `[P, P, c, D]`."""
 
     width: int
     patch: int
@@ -52,10 +60,11 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Early convolutions in the place of the patch embedding (Xiao et al. 2021, "Early Convolutions Help Transformers See Better").
+    """Convolutions instead of the patch embedding.
 
-    One 3x3 convolution of stride 2, layer norm and activation per entry of `channels`, then a linear map to the width:
-    the patch size is `2 ** len(channels)`.
+    Xiao et al. 2021, "Early Convolutions Help Transformers See Better". `[b, h, w, c] -> [b, h/P, w/P, width]` with the
+    patch size P `2 ** len(channels)`: for each entry of `channels` a 3x3 convolution of stride 2, layer norm and
+    activation, then a linear map to `width`.
     """
 
     channels: tuple[int, ...]
@@ -76,22 +85,39 @@ class ConvStem(nn.Module):
 
 
 def embed_patches(tower, images, bias, kernel_init=torch_conv):
-    """`[b, h, w, 3] -> [b, rows, columns, D]` by the `stem` of `tower`, or else by patches; called inside its compact method."""
+    """Embeds images by `tower.stem`, or without a stem by patches, `[b, h, w, 3] -> [b, rows, cols, D]`.
+
+    Call it inside the compact method of `tower`.
+
+    Args:
+      tower: module with the fields `stem`, `width`, `patch`, `act` and `dtype`.
+      images: `[b, h, w, 3]`.
+      bias, kernel_init: of the patch embedding.
+    """
     if tower.stem:
         return ConvStem(tuple(tower.stem), tower.width, tower.act, tower.dtype, name="stem")(images)
     return PatchEmbed(tower.width, tower.patch, bias, tower.dtype, kernel_init, name="patch")(images)
 
 
 class VisionTransformer(nn.Module):
-    """Image tower: normalised `[b, size, size, 3]` -> `(embedding float32 [b, embed_dim], tokens [b, n, D])`.
+    """Image tower: normalised images `[b, size, size, 3]` -> `(embedding float32 [b, embed_dim], tokens [b, n, D])`.
 
-    The embedding is the pooled output after the last layer norm, projected unless `embed_dim` is 0, not normalised. Without
-    `tokens` None comes in their place, which saves work where one of them is pooled.
+    The embedding is the pooled output after the last layer norm, projected unless `embed_dim` is 0. It does not have
+    unit length. The tokens are the output before pooling.
 
-    `pool`: `cls` (class token), `gap` (mean of patch tokens), `mean_all` (mean of all tokens, FLIP), `map`
-    (attention pooling, SigLIP). `cls_token` may be on without being pooled. `patch_drop` keeps a random part of the
-    patches in training (FLIP); which ones is drawn per example from `keys[b]`. `qk_norm`: layer norms on each head's
-    queries and keys (LaCLIP).
+    Attributes:
+      pool: `cls` (class token), `gap` (mean of the patch tokens), `mean_all` (mean of all tokens; FLIP) or `map`
+        (attention pooling; SigLIP).
+      cls_token: puts a class token before the patches. `pool="cls"` requires it.
+      ln_pre: layer norm before the first block.
+      patch_bias: bias of the patch embedding.
+      posemb: position embedding, `learn` (learned) or `sincos2d` (fixed, `sincos_2d`).
+      weight_init: see `block_init`. `xavier` also selects the LeCun-normal patch embedding of big_vision.
+      stem: channels of a `ConvStem`, which replaces the patch embedding.
+      patch_drop: share of the patches that training drops (FLIP, patch dropout), drawn per example from `keys[b]`.
+      qk_norm: layer norms on the queries and keys of each head (LaCLIP).
+      remat, scan, attention: as `config.model`.
+      tokens: False returns None instead of the tokens. With `pool="cls"` this saves work in the last block.
     """
 
     size: int
@@ -145,17 +171,8 @@ class VisionTransformer(nn.Module):
         if self.ln_pre:
             x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")(x)
         init = block_init(self.weight_init, width, self.mlp_dim, self.depth)
-        block = functools.partial(
-            Block,
-            self.heads,
-            self.mlp_dim,
-            self.act,
-            self.ln_eps,
-            init,
-            dtype=self.dtype,
-            attention=self.attention,
-            qk_norm=self.qk_norm,
-        )
+        fields = self.heads, self.mlp_dim, self.act, self.ln_eps, init
+        block = functools.partial(Block, *fields, dtype=self.dtype, attention=self.attention, qk_norm=self.qk_norm)
         only = only_at(self, 0 if self.pool == "cls" else None)
         x = apply_blocks(self, lambda name: block(name=name), x, only=only)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_post")(x)
@@ -169,7 +186,13 @@ class VisionTransformer(nn.Module):
 
 
 def drop_patches(x, drop, keys):
-    """Keeps `round(n * (1 - drop))` of the tokens of `x[b, n, D]`, in order, drawn per example with `keys[b]` (FLIP)."""
+    """Patch dropout (FLIP: Li et al. 2023): keeps `round(n * (1 - drop))`, at least 1, of n tokens, in order.
+
+    Args:
+      x: `[b, n, D]`.
+      drop: share of the tokens to drop.
+      keys: PRNG keys `[b]`; the tokens are drawn per example.
+    """
     n = x.shape[1]
     keep = max(1, round(n * (1 - drop)))
     index = jax.vmap(lambda key: jnp.sort(jax.random.permutation(key, n)[:keep]))(keys)

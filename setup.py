@@ -15,7 +15,8 @@ setup(
     package_data={
         "clip_jax.data": ["vocab/*", "embedded/columns/*", "embedded/*/*/*"],
         "clip_jax.tools": ["*.json"],
-        "clip_jax.evaluation": ["*.json", "*.html"],
+        "clip_jax.evaluation": ["*.json"],
+        "clip_jax.evaluation.report": ["*.html"],
     },
     python_requires=">=3.11",
     install_requires=[

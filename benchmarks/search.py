@@ -30,15 +30,15 @@ def measure(rows, dim, queries, k, repeats, with_numpy):
     import jax
     import numpy as np
 
-    from clip_jax import config, search
+    from clip_jax import config, search_index
     from clip_jax.runtime import sharding
 
     mesh, rng = sharding.make_mesh(config.base().mesh), np.random.default_rng(0)
     z = rng.standard_normal((rows, dim), np.float32)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     q = z[:: rows // queries][:queries] + 0.01 * rng.standard_normal((queries, dim), np.float32)
-    bank = search.Bank(z, mesh)
-    memory = search.program(mesh, k).lower(bank.z, q, rows).compile().memory_analysis()
+    bank = search_index.Bank(z, mesh)
+    memory = search_index.program(mesh, k).lower(bank.z, q, rows).compile().memory_analysis()
     sides = {"ours": lambda: bank.search(q, k)[0]} | ({"numpy": lambda: whole_matrix(z, q, k)} if with_numpy else {})
     first = {name: side() for name, side in sides.items()}  # compiles
     if (

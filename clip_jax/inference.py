@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from clip_jax import config as config_lib
 from clip_jax.data.views import TextView
 from clip_jax.errors import UserError
-from clip_jax.evaluation.retrieval import transposed
-from clip_jax.evaluation.zeroshot import class_scores
+from clip_jax.evaluation.classifier import class_scores
+from clip_jax.evaluation.topk import transposed
 from clip_jax.methods import stored
 from clip_jax.methods.interface import make_method
 from clip_jax.runtime import faults, sharding

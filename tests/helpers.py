@@ -102,6 +102,6 @@ class Page(HTMLParser):
 
 def render(result, **options):
     """The report of an evaluation's result, parsed."""
-    from clip_jax.evaluation import report
+    from clip_jax.evaluation.report import assembly
 
-    return Page(report.render(result, **{"title": "a title"} | options))
+    return Page(assembly.render(result, **{"title": "a title"} | options))

@@ -7,15 +7,11 @@ from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
-from clip_jax.evaluation.tasks import (
-    EvalResult,
-    Pictures,
-    emoji_task,
-    merge_results,
-    probe_task,
-    retrieval_task,
-    zeroshot_task,
-)
+from clip_jax.evaluation.emoji import emoji_task
+from clip_jax.evaluation.probe import probe_task
+from clip_jax.evaluation.results import EvalResult, Images, merge_results
+from clip_jax.evaluation.retrieval import retrieval_task
+from clip_jax.evaluation.zeroshot import zeroshot_task
 
 SIZE = 8
 
@@ -98,12 +94,12 @@ def test_zeroshot_task():
     assert table.class_names[2] == "hot dog"
     assert table.top.shape == table.scores.shape == (21, 5)
     assert table.top[1, 0] == 0 and table.labels[1] == 1
-    assert (table.pictures[4]["image"] == records[4]["image"]).all()
+    assert (table.images[4]["image"] == records[4]["image"]).all()
     matrix = result.artefacts["similarity"]["pets"]
     assert matrix.values.shape == (7, 7) and matrix.values.argmax(1).tolist()[3:] == [3, 4, 5, 6]
-    assert [p["label"] for p in matrix.pictures] == list(range(7)) and matrix.texts == table.class_names
+    assert [p["label"] for p in matrix.images] == list(range(7)) and matrix.texts == table.class_names
     points = result.artefacts["map"]["pets"]
-    assert points.images.shape == (21, 16) and points.texts_embedded.shape == (7, 16)
+    assert points.z_image.shape == (21, 16) and points.z_text.shape == (7, 16)
     assert [points.texts[i] for i in points.text_of_image] == [NAMES[i % 7].replace("_", " ") for i in range(21)]
 
 
@@ -123,7 +119,7 @@ def test_zeroshot_task_with_templates_duplicates_and_a_limit():
     assert model.text_calls[0] == ["a cat", "a dog", "a x", "a y", "a z", "a w"]
     limited = zeroshot_task(model, source, names, ["a {}"], duplicates="keep", limit=7)
     assert limited.metrics["zeroshot/images"] == 7
-    assert [int(i) for _, i in limited.artefacts["classification"]["zeroshot"].pictures.where] == [
+    assert [int(i) for _, i in limited.artefacts["classification"]["zeroshot"].images.where] == [
         0,
         3,
         6,
@@ -139,8 +135,8 @@ def test_unusable_records_are_skipped_and_counted():
     records[3] = {"image": b"no picture", "label": 3}
     result = zeroshot_task(model, Flaky(records, bad={0, 20}), NAMES, batch_size=4)
     assert (result.metrics["zeroshot/images"], result.metrics["zeroshot/skipped"]) == (18, 3)
-    pictures = result.artefacts["classification"]["zeroshot"].pictures
-    assert [p["label"] for p in pictures][:4] == [1, 2, 4, 5]
+    images = result.artefacts["classification"]["zeroshot"].images
+    assert [p["label"] for p in images][:4] == [1, 2, 4, 5]
 
 
 def test_zeroshot_task_refuses():
@@ -151,7 +147,7 @@ def test_zeroshot_task_refuses():
         zeroshot_task(model, MemorySource(records), ["cat", "dog"])
     with pytest.raises(UserError, match="without a label"):
         zeroshot_task(model, MemorySource([{"image": picture(0)}]), ["cat", "dog"])
-    with pytest.raises(UserError, match="no usable picture among 2 records"):
+    with pytest.raises(UserError, match="no usable image among 2 records"):
         zeroshot_task(model, Flaky(records[:2], bad={0, 1}), NAMES)
 
 
@@ -172,7 +168,7 @@ def test_retrieval_task():
     assert all(found.texts[found.image_to_text[i, 0]] == f"second {i}" for i in range(30) if i != 7)
     matrix = result.artefacts["similarity"]["coco"]
     assert matrix.texts == [f"first {i}" for i in range(30) if i != 7]
-    assert matrix.pictures[7]["texts"][0] == "first 8"
+    assert matrix.images[7]["texts"][0] == "first 8"
     with pytest.raises(UserError, match="no captions"):
         retrieval_task(model, MemorySource([{"image": picture(0)}]))
 
@@ -205,12 +201,12 @@ def test_merge_results():
     assert a.artefacts["map"] == {"one": 1}
 
 
-def test_pictures_reads_from_several_sources():
+def test_images_are_read_from_several_sources():
     sources = [MemorySource([{"image": picture(i), "name": f"{s}{i}"} for i in range(3)]) for s in "ab"]
-    pictures = Pictures(sources, np.array([[1, 2], [0, 0], [1, 0]]))
-    assert [p["name"] for p in pictures] == ["b2", "a0", "b0"]
-    assert pictures.select(np.array([True, False, True]))[1]["name"] == "b0"
-    assert [p["name"] for p in pictures[1:]] == ["a0", "b0"]
+    images = Images(sources, np.array([[1, 2], [0, 0], [1, 0]]))
+    assert [p["name"] for p in images] == ["b2", "a0", "b0"]
+    assert images.select(np.array([True, False, True]))[1]["name"] == "b0"
+    assert [p["name"] for p in images[1:]] == ["a0", "b0"]
 
 
 # --- the emoji protocol ---
@@ -327,7 +323,7 @@ def test_emoji_task_on_a_subset_reads_nothing_else(subset):
 def test_emoji_task_samples_the_training_pictures():
     splits = emoji_splits()
     model = emoji_oracle(splits)
-    result, _ = run_emoji(model, splits, seen_pictures=7)
+    result, _ = run_emoji(model, splits, seen_images=7)
     assert result.metrics["emoji/seen_concept_seen_vendor/images"] == 7
     assert result.metrics["emoji/seen_concept_seen_vendor/classes"] == 10
     assert sum(model.image_calls) == 47
@@ -345,14 +341,14 @@ def test_emoji_task_artefacts():
     )
     assert set(result.artefacts["map"]) == {"emoji/unseen_concept"}
     table = result.artefacts["classification"]["emoji/unseen_concept_seen_vendor"]
-    for i, record in enumerate(table.pictures):
+    for i, record in enumerate(table.images):
         assert table.class_names[table.labels[i]] == record["name"] and table.group[i] == record["vendor"]
     found = result.artefacts["retrieval"]["emoji/unseen_concept_unseen_vendor"]
-    for i, record in enumerate(found.pictures):
+    for i, record in enumerate(found.images):
         assert found.texts[found.image_to_text[i, 0]] == record["name"]
     points = result.artefacts["map"]["emoji/unseen_concept"]
-    assert len(points.images) == len(points.group) == 30
-    for i, record in enumerate(points.pictures):
+    assert len(points.z_image) == len(points.group) == 30
+    for i, record in enumerate(points.images):
         assert points.texts[points.text_of_image[i]] == record["name"] and points.group[i] == record["group"]
 
 

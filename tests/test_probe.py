@@ -3,7 +3,7 @@ import pytest
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation import baselines
-from clip_jax.evaluation.probe import linear_probe
+from clip_jax.evaluation.linear_probe import linear_probe
 
 
 def blobs(n, seed, classes=4, size=6, noise=0.3):
@@ -24,7 +24,7 @@ def test_probe_solves_what_is_linearly_separable_whatever_the_scale():
 def test_fit_is_the_minimum_of_the_documented_objective():
     from jax import tree
 
-    from clip_jax.evaluation.probe import _fit
+    from clip_jax.evaluation.linear_probe import _fit
 
     x, y = blobs(60, 2, noise=1.0)
     weights = np.full(60, 1 / 60, np.float32)

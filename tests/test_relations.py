@@ -1,7 +1,6 @@
 """The test of relations and attributes: right captions against wrong ones, by a model whose similarities are known."""
 
 import json
-import types
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
-from clip_jax.evaluation.tasks import relations_task
+from clip_jax.evaluation.relations import relations_task, summary
+from clip_jax.evaluation.results import EvalResult
 
 WRONG = {"wrong_objects": "a dog left of a cat", "wrong_attributes": "a big cat left of a small dog"}
 
@@ -79,7 +79,7 @@ def test_metrics():
         "attributes 4",
     ]
     assert pairs.scores.tolist() == [[2, 1], [2, 3], [2, 2]] and pairs.group == ["seen", "object", "seen"]
-    assert [p["texts"] for p in pairs.pictures] == [["right 0"], ["right 1"], ["right 4"]]
+    assert [p["texts"] for p in pairs.images] == [["right 0"], ["right 1"], ["right 4"]]
 
 
 def test_not_finite_is_not_right():
@@ -125,21 +125,21 @@ def test_pairs_are_compared_in_small_blocks():
 def test_table_and_report():
     records, scores = five()
     result = relations_task(Stub(scores), source(records))
-    head, objects, attributes, recalls = evaluate.summary(result.metrics)
+    head, objects, attributes, recalls = summary(result.metrics)
     assert head.split()[-6:] == ["all", "seen", "combination", "object", "chance", "pictures"]
     assert objects.split() == "objects exchanged 70.0% 100.0% 0.0% 75.0% 50% 5".split()
     assert attributes.split() == "attributes exchanged 50.0% 75.0% - 0.0% 50% 3".split()
     assert len({len(line) for line in (head, objects, attributes)}) == 1
     assert "R@1 100.0% / 100.0%" in recalls
     page = render(result)
-    assert "scenes: objects exchanged 70.0 % (± 40.2) 5 pictures 100.0 % (± 0.0) 2 pictures" in page.text
-    assert "2 pictures – 0.0 % (± 0.0) 1 pictures" in page.text and page.find("section", id="relations")
-    assert "Right: 3 of 5 pictures right 0 2.000 objects 0 1.000 seen +1.000" in page.text
-    assert "Wrong: 2 of 5 pictures right 3 2.000 objects 3 3.000 combination -1.000 right 1" in page.text
+    assert "scenes: objects exchanged 70.0 % (± 40.2) 5 images 100.0 % (± 0.0) 2 images" in page.text
+    assert "2 images – 0.0 % (± 0.0) 1 images" in page.text and page.find("section", id="relations")
+    assert "Right: 3 of 5 images right 0 2.000 objects 0 1.000 seen +1.000" in page.text
+    assert "Wrong: 2 of 5 images right 3 2.000 objects 3 3.000 combination -1.000 right 1" in page.text
     assert len(page.find("select", data_filter="group")) == 2 and "Other metrics" not in page.text
     few = {key: value for key, value in result.metrics.items() if "_" not in key or "R@" in key}
-    assert next(iter(evaluate.summary(few))).split()[-3:] == ["all", "chance", "pictures"] and render(types.SimpleNamespace(
-        metrics=few, artefacts={})).text  # fmt: skip
+    assert next(iter(summary(few))).split()[-3:] == ["all", "chance", "pictures"]
+    assert render(EvalResult(few).credit("clip_jax.evaluation.relations")).text
 
 
 def test_the_task_by_its_name(tmp_path):

@@ -2,16 +2,17 @@ import numpy as np
 import pytest
 from conftest import golden_files
 
-from clip_jax.evaluation import retrieval
-from clip_jax.evaluation.retrieval import recall, top_k
+from clip_jax.evaluation import topk
+from clip_jax.evaluation.recall import recall
+from clip_jax.evaluation.topk import top_k
 
 
 @pytest.mark.parametrize("block", [None, 7, 64])
 @pytest.mark.parametrize("file", golden_files("eval_retrieval*.npz"))
 def test_golden_recall(file, block, monkeypatch):
     if block:
-        monkeypatch.setattr(retrieval, "_QUERIES", block)
-        monkeypatch.setattr(retrieval, "_CANDIDATES", block)
+        monkeypatch.setattr(topk, "_QUERIES", block)
+        monkeypatch.setattr(topk, "_CANDIDATES", block)
     data = np.load(file)
     images = len(data["image_features"])
     found = recall(data["image_features"], data["text_features"], np.arange(images), data["text_to_image_index"])
@@ -22,8 +23,8 @@ def test_golden_recall(file, block, monkeypatch):
 
 @pytest.mark.parametrize(("queries", "candidates"), [(5, 3), (5, 4), (100, 100)])
 def test_top_k_equals_a_stable_sort(queries, candidates, monkeypatch):
-    monkeypatch.setattr(retrieval, "_QUERIES", queries)
-    monkeypatch.setattr(retrieval, "_CANDIDATES", candidates)
+    monkeypatch.setattr(topk, "_QUERIES", queries)
+    monkeypatch.setattr(topk, "_CANDIDATES", candidates)
     rng = np.random.default_rng(0)
     scores = rng.integers(-2, 3, (12, 17)).astype(np.float32)  # many ties
     scores[scores == 0] *= rng.choice([-1, 1], (scores == 0).sum())  # zeros of both signs
@@ -34,7 +35,7 @@ def test_top_k_equals_a_stable_sort(queries, candidates, monkeypatch):
 
 
 def test_top_k_never_returns_padding(monkeypatch):
-    monkeypatch.setattr(retrieval, "_CANDIDATES", 4)
+    monkeypatch.setattr(topk, "_CANDIDATES", 4)
     z = -np.ones((2, 3), np.float32)
     indices, _ = top_k(z, np.ones((5, 3), np.float32), 9)  # padding would score 0, candidates score -3
     np.testing.assert_array_equal(indices, [[0, 1, 2, 3, 4]] * 2)

@@ -13,7 +13,7 @@ import pytest
 from helpers import tiny_config
 
 import clip_jax
-from clip_jax import search, train
+from clip_jax import search, search_index, train
 from clip_jax.data.sources import make_source
 from clip_jax.errors import UserError
 from clip_jax.runtime import sharding
@@ -56,22 +56,22 @@ def unit(n, e=16, seed=0):
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("n, k, q", [(1, 3, 1), (7, 7, 2), (1000, 10, 300), (4099, 50, 3)])
 def test_the_search_is_exact_on_any_number_of_devices(devices, n, k, q, monkeypatch):
-    monkeypatch.setattr(search, "_BLOCK", 128)
-    search.program.cache_clear()
+    monkeypatch.setattr(search_index, "_BLOCK", 128)
+    search_index.program.cache_clear()
     z, queries = unit(n), unit(q, seed=1)
-    rows, values = search.Bank(z, mesh(devices)).search(queries, k)
+    rows, values = search_index.Bank(z, mesh(devices)).search(queries, k)
     scores = queries @ z.T
     assert rows.shape == values.shape == (q, min(k, n)) and rows.dtype == np.int32
     np.testing.assert_allclose(values, -np.sort(-scores, axis=1)[:, :k], atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(scores, rows, 1), values, atol=1e-5)
     assert all(len(set(row)) == len(row) for row in rows.tolist())
-    search.program.cache_clear()
+    search_index.program.cache_clear()
 
 
 def test_of_equal_scores_the_lower_row_comes_first():
     z = np.repeat(unit(2), [20, 30], axis=0)[np.random.default_rng(0).permutation(50)]
     for devices in (1, 8):
-        rows, values = search.Bank(z, mesh(devices)).search(z[:1], 40)
+        rows, values = search_index.Bank(z, mesh(devices)).search(z[:1], 40)
         same = np.flatnonzero((z == z[0]).all(1))
         assert rows[0, : len(same)].tolist() == same.tolist()
         assert sorted(rows[0, len(same) :]) == rows[0, len(same) :].tolist()
@@ -81,7 +81,7 @@ def test_of_equal_scores_the_lower_row_comes_first():
 def test_a_million_embeddings_are_searched_without_their_matrix_of_scores(devices):
     n, e, q, on = 2**20, 512, 256, mesh(devices)
     bank = jax.ShapeDtypeStruct((n, e), np.float32, sharding=sharding.batch_sharding(on))
-    compiled = search.program(on, 100).lower(bank, jax.ShapeDtypeStruct((q, e), np.float32), 10**6).compile()
+    compiled = search_index.program(on, 100).lower(bank, jax.ShapeDtypeStruct((q, e), np.float32), 10**6).compile()
     memory = compiled.memory_analysis()
     assert memory.argument_size_in_bytes < n * e * 4 / devices + 2**20
     assert (

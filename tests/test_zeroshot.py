@@ -3,6 +3,8 @@ import pytest
 from conftest import golden_files
 
 from clip_jax.errors import UserError
+from clip_jax.evaluation.classifier import accuracy, class_scores, make_classifier, per_class_accuracy
+from clip_jax.evaluation.embed import normalize
 from clip_jax.evaluation.prompts import (
     canonicalize,
     class_prompts,
@@ -11,7 +13,6 @@ from clip_jax.evaluation.prompts import (
     resolve_duplicates,
     template_sets,
 )
-from clip_jax.evaluation.zeroshot import accuracy, class_scores, make_classifier, normalize, per_class_accuracy
 
 
 class TableModel:
@@ -137,7 +138,7 @@ def test_average_of_scores_differs_from_average_of_embeddings():
 
 
 def test_prediction_does_not_depend_on_the_block_size(monkeypatch):
-    from clip_jax.evaluation import zeroshot
+    from clip_jax.evaluation import classifier
 
     rng = np.random.default_rng(1)
     names = [str(i) for i in range(7)]
@@ -146,8 +147,8 @@ def test_prediction_does_not_depend_on_the_block_size(monkeypatch):
     expected = [
         make_classifier(model, names, ["x {}", "y {}"], average=a).top(images, 3) for a in ("embeddings", "scores")
     ]
-    monkeypatch.setattr(zeroshot, "_SCORES_AT_ONCE", 20)
-    monkeypatch.setattr(zeroshot, "_PROMPTS_AT_ONCE", 4)
+    monkeypatch.setattr(classifier, "_SCORES_AT_ONCE", 20)
+    monkeypatch.setattr(classifier, "_PROMPTS_AT_ONCE", 4)
     for average, (labels, scores) in zip(("embeddings", "scores"), expected, strict=True):
         again = make_classifier(model, names, ["x {}", "y {}"], average=average).top(images, 3)
         np.testing.assert_array_equal(again[0], labels)

@@ -1,1 +1,1 @@
-"""Zero-shot classification, retrieval and linear probes, from nothing but a model's embeddings."""
+"""Evaluation tasks and the report. A task is a module with a function `run` (docs/adding_a_task.md)."""

@@ -1,4 +1,4 @@
-"""What an accuracy is to be read against: chance, and the nearest neighbour in pixels."""
+"""Baselines of zero-shot accuracy: chance, and the nearest neighbour in pixels."""
 
 import functools
 
@@ -10,12 +10,19 @@ _QUERIES = 512
 
 
 def chance(classes, k=1):
-    """Expected top-k accuracy of a random ranking of the classes."""
+    """Returns the expected top-k accuracy of a random ranking of the classes."""
     return min(k / classes, 1.0)
 
 
 def pixel_features(images, size=16):
-    """Pictures uint8 [H, W, 3] averaged down to size x size pixels: float32 [n, size * size * 3] in [-0.5, 0.5]."""
+    """Averages images down to size x size pixels.
+
+    Args:
+      images: n of uint8 `[H, W, 3]`, sizes may differ.
+      size: in pixels.
+
+    Returns: float32 `[n, size * size * 3]` in [-0.5, 0.5].
+    """
     from PIL import Image
 
     small = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX)) for image in images]
@@ -23,11 +30,17 @@ def pixel_features(images, size=16):
 
 
 def nearest_classes(references, labels, queries, classes, k=5, leave_out=None):
-    """The k classes whose nearest reference picture is nearest in Euclidean distance, nearest first: int32 [n, min(k, classes)].
+    """Returns the k classes whose nearest reference image is nearest to each query in Euclidean distance.
 
     Args:
-        references: float [r, F]. labels: int [r], class of each. queries: float [n, F].
-        leave_out: int [n], a reference that does not count for this query (the query itself), -1 for none.
+      references: float `[r, F]`.
+      labels: int `[r]`, the class of each reference.
+      queries: float `[n, F]`.
+      classes: number of classes.
+      k: at most the number of classes; a larger k is cut to it.
+      leave_out: int `[n]`, the reference that is ignored for each query, -1 for none.
+
+    Returns: int32 `[n, k]`, nearest first.
     """
     leave_out = np.full(len(queries), -1) if leave_out is None else np.asarray(leave_out)
     references, labels = jnp.asarray(references, jnp.float32), jnp.asarray(labels, jnp.int32)
@@ -46,7 +59,7 @@ def nearest_classes(references, labels, queries, classes, k=5, leave_out=None):
 
 @functools.partial(jax.jit, static_argnames=("classes", "k"))
 def _nearest(references, labels, queries, leave_out, classes, k):
-    # Of |q - r|^2 the part |q|^2 is the same for every reference.
+    # |q - r|^2 without |q|^2, which is the same for every reference.
     dots = jnp.matmul(queries, references.T, precision=jax.lax.Precision.HIGHEST)
     closeness = 2 * dots - jnp.sum(references**2, axis=1)
     closeness = jnp.where(jnp.arange(len(references)) == leave_out[:, None], -jnp.inf, closeness)

@@ -1,118 +1,68 @@
-"""Linear probe: multinomial logistic regression on frozen embeddings, as CLIP's evaluation does it."""
+"""Linear probe on the image embeddings of labelled sources.
 
-import functools
-from dataclasses import dataclass
+Metrics; `<name>` is the option `name`:
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+  <name>/accuracy, val_accuracy: shares of test images and of validation images that the probe classifies correctly.
+  <name>/l2: strength of the regularisation, chosen by `val_accuracy`.
+  <name>/images, classes, skipped: numbers of test images, classes and unusable records.
+"""
 
-from clip_jax.errors import UserError
+from clip_jax.evaluation.embed import embed, labels_of, open_source, unit_vectors
+from clip_jax.evaluation.report.headline import accuracy_table
+from clip_jax.evaluation.results import EvalResult, by_name, named
 
-L2_GRID = tuple(10.0**e for e in (1, 0, -1, -2, -3, -4, -5, -6))
-_VALIDATION_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """Accuracy on the test set, on the validation set with the chosen `l2`, and the test predictions int32 [n]."""
-
-    accuracy: float
-    val_accuracy: float
-    l2: float
-    predictions: np.ndarray
+_COLUMNS = {"accuracy": "accuracy", "val_accuracy": "validation accuracy", "l2": "L2 strength"}
+_MEANING = """<p class="notes"><b>Accuracy</b>: the share of test images that a linear classifier, trained on the frozen
+image embeddings, gets right. The strength of its regularisation was chosen by <b>validation accuracy</b>. <b>±</b>: the
+95 % sampling error for this number of images.</p>"""
 
 
-def linear_probe(
-    z_train, labels_train, z_test, labels_test, *, z_val=None, labels_val=None, l2_grid=L2_GRID, max_steps=1000
-):
-    """Fits `mean cross-entropy + l2/2 * |weights|^2` (bias free of it) by full-batch L-BFGS.
-
-    `l2` is the value of the grid with the highest validation accuracy (of equal ones the strongest); the classifier is then fitted again on
-    training and validation examples together. The features are centred and divided by their overall root mean square, so that one grid
-    suits every embedding size and scale.
+def run(model, train, test, train_split="train", test_split="", name="probe", image="", label="", limit=None):
+    """Runs the task on source strings.
 
     Args:
-        z_train, z_test, z_val: float [n, E]. labels_*: int [n], classes counted from 0. Without a validation set every fifth example of
-            each class, in a fixed random order, is held out of the training set.
-        max_steps: limit of L-BFGS steps of one fit; a fit ends when the gradient vanishes.
-
-    Raises UserError if there are fewer than two classes or no test example.
+      train: labelled source of the training images (docs/data.md).
+      test: labelled source of the test images.
+      train_split: split of `train`.
+      test_split: split of `test`; by default "test", or the only one.
+      name: prefix of the metrics.
+      image: record field of the image.
+      label: record field of the label.
+      limit: at most this many images of each source, evenly spaced.
     """
-    z_train, labels_train = np.asarray(z_train, np.float32), np.asarray(labels_train, np.int32)
-    z_test, labels_test = np.asarray(z_test, np.float32), np.asarray(labels_test, np.int32)
-    if len(np.unique(labels_train)) < 2:
-        raise UserError("linear probe: the training set has fewer than two classes")
-    if not len(z_test):
-        raise UserError("linear probe: the test set is empty")
-    if z_val is None:
-        held_out = _validation_split(labels_train)
-    else:
-        held_out = np.arange(len(z_train) + len(z_val)) >= len(z_train)
-        z_train = np.concatenate([z_train, np.asarray(z_val, np.float32)])
-        labels_train = np.concatenate([labels_train, np.asarray(labels_val, np.int32)])
-    if not held_out.any():
-        raise UserError("linear probe: no class has enough examples for a validation set; give one")
-
-    mean = z_train[~held_out].mean(0)
-    scale = np.sqrt(np.mean((z_train[~held_out] - mean) ** 2)) + 1e-12
-    x, x_test = jnp.asarray((z_train - mean) / scale), jnp.asarray((z_test - mean) / scale)
-    labels = jnp.asarray(labels_train)
-    classes = int(max(labels_train.max(), labels_test.max())) + 1
-    zeros = {"weights": jnp.zeros((x.shape[1], classes)), "bias": jnp.zeros(classes)}
-    train_only = jnp.asarray(~held_out / (~held_out).sum(), jnp.float32)
-
-    best_accuracy, best_l2, best_params, params = -1.0, 0.0, zeros, zeros
-    for l2 in sorted(l2_grid, reverse=True):  # each fit starts from that of the next stronger l2
-        params = _fit(params, x, labels, train_only, l2, max_steps)
-        correct = np.asarray(_predict(params, x) == labels)[held_out].mean()
-        if correct > best_accuracy:
-            best_accuracy, best_l2, best_params = float(correct), l2, params
-    params = _fit(best_params, x, labels, jnp.full(len(x), 1 / len(x)), best_l2, max_steps)
-    predictions = np.asarray(_predict(params, x_test), np.int32)
-    return ProbeResult(float((predictions == labels_test).mean()), best_accuracy, best_l2, predictions)
+    fields = dict(image=image, label=label)
+    sources = open_source(train, train_split, **fields), open_source(test, test_split, **fields)
+    return probe_task(model, *sources, name=name, limit=limit)
 
 
-def _validation_split(labels):
-    """Bool [n]: a fifth of every class, chosen at random but always alike."""
-    held_out = np.zeros(len(labels), bool)
-    rng = np.random.default_rng(0)
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        held_out[rows[: int(len(rows) * _VALIDATION_SHARE)]] = True
-    return held_out
+def probe_task(model, train, test, *, val=None, name="probe", limit=None, batch_size=256):
+    """Runs the task on opened sources.
+
+    Args:
+      val: source of the validation images; by default a fifth of the training images.
+
+    For the other arguments see `run`. Raises UserError for records without a label and sources without a usable image.
+    """
+    from clip_jax.evaluation.linear_probe import linear_probe
+
+    sources = {"train": train, "val": val, "test": test}
+    parts = {part: embed(model, [source], batch_size, limit) for part, source in sources.items() if source is not None}
+    z = {part: unit_vectors(embedded.z) for part, embedded in parts.items()}
+    labels = {part: labels_of(embedded, sources[part], name) for part, embedded in parts.items()}
+    probe = linear_probe(
+        z["train"], labels["train"], z["test"], labels["test"], z_val=z.get("val"), labels_val=labels.get("val")
+    )
+    metrics = {
+        "accuracy": probe.accuracy,
+        "val_accuracy": probe.val_accuracy,
+        "l2": probe.l2,
+        "images": len(labels["test"]),
+        "classes": max(int(part.max()) for part in labels.values()) + 1,
+        "skipped": sum(embedded.skipped for embedded in parts.values()),
+    }
+    return EvalResult(named(name, metrics)).credit(__name__)
 
 
-def _logits(params, x):
-    return jnp.matmul(x, params["weights"], precision=jax.lax.Precision.HIGHEST) + params["bias"]
-
-
-@jax.jit
-def _predict(params, x):
-    return _logits(params, x).argmax(-1)
-
-
-@functools.partial(jax.jit, static_argnames="max_steps")
-def _fit(params, x, labels, example_weights, l2, max_steps):
-    """Minimises the objective from `params`; `example_weights` float [n] sum to 1, 0 leaves an example out."""
-
-    def objective(params):
-        losses = optax.softmax_cross_entropy_with_integer_labels(_logits(params, x), labels)
-        return jnp.sum(example_weights * losses) + 0.5 * l2 * jnp.sum(params["weights"] ** 2)
-
-    solver = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(objective)
-
-    def step(carry):
-        params, state = carry
-        value, grad = value_and_grad(params, state=state)
-        updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=objective)
-        return optax.apply_updates(params, updates), state
-
-    def goes_on(carry):
-        state = carry[1]
-        count, grad = optax.tree.get(state, "count"), optax.tree.get(state, "grad")
-        return (count == 0) | ((count < max_steps) & (optax.tree.norm(grad) > 1e-5))
-
-    return jax.lax.while_loop(goes_on, step, (params, solver.init(params)))[0]
+def headline(metrics):
+    """Returns the numbers for the top of the report as HTML."""
+    return f"<h3>Linear probe</h3>{accuracy_table(by_name(metrics), _COLUMNS, numbers=('l2',))}{_MEANING}"

@@ -1,8 +1,8 @@
 """Class names and prompt templates of zero-shot classification.
 
-A template holds one `{}`, the place of the class name. The named sets lie in `templates.json`: "clip_80" and "clip_7" (CLIP's ensembles for
-ImageNet), "simple", "emoji", and sets of CLIP's for other data sets under the data set's name ("cifar10", "food101", "pets", ...).
-`class_names.json` holds the 1,000 names for ImageNet, in the order of the WordNet ids.
+A template contains one `{}` for the class name. `templates.json` holds the named sets: "clip_80" and "clip_7" (CLIP's
+ensembles for ImageNet), "simple", "emoji", and CLIP's sets for other data sets under the data set's name ("cifar10",
+"food101", "pets", ...). `class_names.json` holds the 1,000 names for ImageNet in the order of the WordNet ids.
 """
 
 import functools
@@ -23,13 +23,16 @@ def _data(file):
 
 
 def template_sets():
-    """Names that `load_templates` knows."""
+    """Returns the names that `load_templates` knows."""
     data = _data("templates.json")
     return [*data["templates"], *data["aliases"]]
 
 
 def load_templates(spec):
-    """Templates by the name of a set, from a text file with one template a line, or as given in a list.
+    """Returns templates, a tuple of strings.
+
+    Args:
+      spec: the name of a set, the path of a text file with one template per line, or a list of templates.
 
     Raises UserError for an unknown name, an empty file or list, and a template without exactly one `{}`.
     """
@@ -47,12 +50,15 @@ def load_templates(spec):
         raise UserError(f"templates={spec!r}: at least one is needed")
     for template in templates:
         if template.count("{}") != 1:
-            raise UserError(f"template {template!r}: exactly one {{}} is needed, in the place of the class name")
+            raise UserError(f"template {template!r}: exactly one {{}} is needed, for the class name")
     return tuple(templates)
 
 
 def load_class_names(spec):
-    """Class names by label: "imagenet", a text file with one name a line, or a list as given.
+    """Returns class names by label, a list of strings.
+
+    Args:
+      spec: "imagenet", the path of a text file with one name per line, or a list of names.
 
     Raises UserError for an unknown name, an unreadable file, an empty list or an empty name.
     """
@@ -79,13 +85,13 @@ def _lines(path, error):
 
 
 def resolve_duplicates(names, duplicates="error"):
-    """Class names and, for each of the given labels, the class that it now belongs to.
+    """Returns class names and, for each of the given labels, its class.
 
     Args:
-        names: class names by label.
-        duplicates: what becomes of classes with one name: "error" raises UserError that names them, "merge" makes them one class, "keep"
-            leaves them apart (of equal scores the lower label wins, so the later class is never predicted; published ImageNet figures
-            are computed this way).
+      names: class names by label.
+      duplicates: how classes with equal names are treated. "error" raises UserError that lists them. "merge" makes them
+        one class. "keep" leaves them apart; the lower label wins among equal scores, so the later class is never
+        predicted. Published ImageNet figures are computed this way.
     """
     if duplicates not in ("error", "merge", "keep"):
         raise UserError(f"duplicates={duplicates!r}; allowed: error, merge, keep")
@@ -102,10 +108,12 @@ def resolve_duplicates(names, duplicates="error"):
 
 
 def class_prompts(class_names, templates, canonical=False):
-    """The prompts of all classes, those of the first class first: [classes * templates].
+    """Returns the prompts of all classes, `classes * templates` strings; those of the first class come first.
 
     Args:
-        canonical: bring templates and names to SigLIP's canonical form first.
+      class_names: by label.
+      templates: strings with one `{}` each.
+      canonical: bring templates and names to SigLIP's canonical form first.
     """
     if canonical:
         templates = [canonicalize(template, "{}") for template in templates]

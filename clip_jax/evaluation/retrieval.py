@@ -1,124 +1,68 @@
-"""Retrieval by similarity: exact top-k block by block, and recall at k in both directions."""
+"""Image-text retrieval in both directions between the images of a source and all their captions.
 
-import functools
-from dataclasses import dataclass
+Metrics; `<name>` is the option `name`:
 
-import jax
-import jax.numpy as jnp
+  <name>/image_to_text_R@1, R@5, R@10: share of images with one of their captions among the K most similar texts.
+  <name>/text_to_image_R@1, R@5, R@10: share of captions with their image among the K most similar images.
+  <name>/images, texts, skipped: numbers of images, captions and unusable records.
+
+Artefacts: "retrieval", "similarity", "alignment" (methods with one vector per token) and "map", named `<name>`.
+"""
+
 import numpy as np
 
-_QUERIES, _CANDIDATES = 1024, 8192  # of a block: 32 MB of scores
+from clip_jax.errors import UserError
+from clip_jax.evaluation.embed import embed, open_source
+from clip_jax.evaluation.report.embedding_map import make_map
+from clip_jax.evaluation.report.figures import Retrieval, add_similarity
+from clip_jax.evaluation.report.headline import RECALL_MEANING, recall_table
+from clip_jax.evaluation.results import EvalResult, by_name, named
 
 
-@jax.jit
-def dot_similarity(z_image, z_text):
-    """Dot products [n, m] of float [n, E] and [m, E], in full float32 on every device."""
-    return jnp.matmul(z_image, z_text.T, precision=jax.lax.Precision.HIGHEST)
-
-
-def top_k(queries, candidates, k, scores=dot_similarity):
-    """The k candidates with the highest score for every query, best first.
-
-    Only blocks of the [n, m] scores exist at any time. Ties are broken by index: of equal scores the lower index comes first, so the
-    result is a function of the scores alone; NaN counts as the lowest score.
+def run(model, source, split="", name="retrieval", image="", text="", limit=None):
+    """Runs the task on a source string.
 
     Args:
-        queries: [n, ...]. candidates: [m, ...].
-        k: at most m; more is cut to m.
-        scores: (queries [a, ...], candidates [b, ...]) -> [a, b].
-
-    Returns: indices int32 [n, k], scores float32 [n, k].
+      source: a source with captions (docs/data.md).
+      split: its split; by default "test", or the only one.
+      name: prefix of the metrics.
+      image: record field of the image.
+      text: record field of the captions.
+      limit: at most this many images, evenly spaced, with all their captions.
     """
-    n, m = len(queries), len(candidates)
-    k = min(k, m)
-    rows, columns = min(_QUERIES, n), min(_CANDIDATES, m)
-    blocks = [(start, _padded(candidates[start : start + columns], columns)) for start in range(0, m, columns)]
-    indices, values = np.zeros((n, k), np.int32), np.zeros((n, k), np.float32)
-    for row in range(0, n, rows):
-        query = _padded(queries[row : row + rows], rows)
-        best = jnp.full((rows, k), -jnp.inf), jnp.full((rows, k), -1, jnp.int32)
-        for start, block in blocks:
-            best = _merge(*best, jnp.asarray(scores(query, block)), start, m)
-        count = min(rows, n - row)
-        values[row : row + count], indices[row : row + count] = (np.asarray(part)[:count] for part in best)
-    return indices, values
+    return retrieval_task(model, open_source(source, split, image=image, text=text), name=name, limit=limit)
 
 
-def _padded(block, length):
-    block = np.asarray(block)  # blocks of one shape compile once
-    return (
-        np.concatenate([block, np.zeros((length - len(block), *block.shape[1:]), block.dtype)])
-        if len(block) < length
-        else block
+def retrieval_task(model, source, *, name="retrieval", limit=None, batch_size=256):
+    """Runs the task on an opened source; for the arguments see `run`.
+
+    Raises UserError when no image is usable or there is no caption.
+    """
+    from clip_jax.evaluation.recall import model_recall
+
+    embedded = embed(model, [source], batch_size, limit)
+    captions = [
+        (image, text) for image, record in enumerate(embedded.records) for text in record["texts"] if text.strip()
+    ]
+    if not captions:
+        raise UserError(f"{name}: {source.name} has no captions")
+    text_ids, texts = np.asarray([image for image, _ in captions], np.int32), [text for _, text in captions]
+    image_ids = np.arange(len(embedded.records), dtype=np.int32)
+    z_text = np.asarray(model.embed_text(texts))
+    found = model_recall(model, embedded.z, z_text, image_ids, text_ids)
+    metrics = found.metrics | {"images": len(image_ids), "texts": len(texts), "skipped": embedded.skipped}
+    result = EvalResult(named(name, metrics)).credit(__name__)
+    result.artefacts["retrieval"][name] = Retrieval(
+        texts, image_ids, text_ids, found.image_to_text, found.text_to_image, embedded.images
     )
+    captioned, first = np.unique(text_ids, return_index=True)  # the first caption of every image
+    pairs, rows = embedded.select(captioned), np.arange(len(first))
+    pair_texts, z_first = [texts[i] for i in first], z_text[first]
+    add_similarity(result, name, model, pairs, rows, pair_texts, z_first, pair_texts)
+    result.artefacts["map"][name] = make_map(pairs, rows, pair_texts, z_first, [""] * len(first))
+    return result
 
 
-@jax.jit
-def rankable(scores):
-    """Scores as float32 that sort in one way only: NaN and -inf are the lowest finite number, -0.0 is 0.0."""
-    lowest, highest = jnp.finfo(jnp.float32).min, jnp.finfo(jnp.float32).max
-    scores = jnp.nan_to_num(scores.astype(jnp.float32), nan=lowest, neginf=lowest, posinf=highest)
-    return jnp.where(scores == 0, 0.0, scores)
-
-
-@jax.jit
-def _merge(best_scores, best_indices, scores, start, m):
-    """Top k of the best so far, whose indices are lower, and a further block of scores."""
-    index = start + jnp.arange(scores.shape[1], dtype=jnp.int32)
-    scores = jnp.where(index < m, rankable(scores), -jnp.inf)  # -inf: padding
-    all_scores = jnp.concatenate([best_scores, scores], axis=1)
-    all_indices = jnp.concatenate([best_indices, jnp.broadcast_to(index, scores.shape)], axis=1)
-    top, position = jax.lax.top_k(
-        all_scores, best_scores.shape[1]
-    )  # of equal scores the first, which has the lower index
-    return top, jnp.take_along_axis(all_indices, position, axis=1)
-
-
-@dataclass(frozen=True)
-class Recall:
-    """`metrics`: "image_to_text_R@k" and "text_to_image_R@k" in [0, 1]; the best candidates of every query, int32 [n, K] and [m, K]."""
-
-    metrics: dict[str, float]
-    image_to_text: np.ndarray
-    text_to_image: np.ndarray
-
-
-def recall(
-    z_image,
-    z_text,
-    image_ids,
-    text_ids,
-    ks=(1, 5, 10),
-    similarity=None,
-    text_similarity=None,
-):
-    """Recall at k: the share of queries with at least one match among their k best candidates.
-
-    An image and a text match when their ids are equal: several captions of an image carry its id, several pictures of one thing share it.
-    A query without any match is left out. Equal scores are ranked by index, so that a match counts only if fewer than k candidates score
-    strictly higher, or equal with a lower index.
-
-    Args:
-        z_image: float [n, ...]. z_text: float [m, ...].
-        image_ids: int [n]. text_ids: int [m].
-        similarity: (images [a, ...], texts [b, ...]) -> [a, b]; dot product by default. Ranks texts for images.
-        text_similarity: (texts [b, ...], images [a, ...]) -> [b, a]; the transpose by default. Ranks images for texts.
-    """
-    similarity = similarity or dot_similarity
-    image_ids, text_ids = np.asarray(image_ids), np.asarray(text_ids)
-    image_to_text, _ = top_k(z_image, z_text, max(ks), similarity)
-    text_to_image, _ = top_k(z_text, z_image, max(ks), text_similarity or functools.partial(transposed, similarity))
-    metrics = {}
-    for name, top, query_ids, candidate_ids in (
-        ("image_to_text", image_to_text, image_ids, text_ids),
-        ("text_to_image", text_to_image, text_ids, image_ids),
-    ):
-        hits = (candidate_ids[top] == query_ids[:, None])[np.isin(query_ids, candidate_ids)]
-        for k in ks:
-            metrics[f"{name}_R@{k}"] = float(hits[:, :k].any(1).mean()) if len(hits) else 0.0
-    return Recall(metrics, image_to_text, text_to_image)
-
-
-def transposed(similarity, z_text, z_image):
-    """Scores [m, n] of a similarity whose queries are images."""
-    return similarity(z_image, z_text).T
+def headline(metrics):
+    """Returns the numbers for the top of the report as HTML."""
+    return f"<h3>Retrieval</h3>{recall_table(by_name(metrics))}{RECALL_MEANING}"

@@ -1,104 +1,117 @@
-"""Zero-shot classification: class names become prompts, prompts become a classifier.
+"""Zero-shot classification of a labelled source.
 
-The classifier of CLIP and big_vision: every prompt's embedding is normalised, a class is the normalised mean over its prompts, the
-prediction the class with the highest similarity. Where embeddings are not single vectors (FILIP: one vector per token) there is no mean
-of them, and the scores are averaged over the prompts instead.
+Metrics, shares in [0, 1]; `<name>` is the option `name`:
+
+  <name>/top1, top5: the right class is the most similar one, or among the five most similar ones.
+  <name>/mean_per_class: top-1 averaged over the classes that have images.
+  <name>/chance_top1, chance_top5: what a random choice reaches.
+  <name>/images, classes, skipped: numbers of images, classes and unusable records.
+
+Artefacts: "classification", "similarity", "alignment" (methods with one vector per token) and "map", named `<name>`.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation.prompts import class_prompts, load_templates
-from clip_jax.evaluation.retrieval import rankable
+from clip_jax.evaluation.embed import embed, labels_of, open_source
+from clip_jax.evaluation.prompts import class_prompts, load_class_names, load_templates, resolve_duplicates
+from clip_jax.evaluation.report.embedding_map import make_map
+from clip_jax.evaluation.report.figures import add_similarity
+from clip_jax.evaluation.report.galleries import Classification
+from clip_jax.evaluation.report.headline import accuracy_table
+from clip_jax.evaluation.results import EvalResult, by_name, named
 
-_PROMPTS_AT_ONCE = 8192
-_SCORES_AT_ONCE = 2**24
-
-
-def normalize(z):
-    """Rows of unit length, float32 like z [..., E]; zero rows stay zero."""
-    z = np.asarray(z, np.float32)
-    return z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A zero-shot classifier; made by `make_classifier`.
-
-    Attributes:
-        embeddings: float32 [classes, E]; or [classes * prompts, ...] when `prompts` > 1, the scores of a class's prompts being averaged.
-        prompts: text embeddings per class.
-    """
-
-    model: Any
-    embeddings: np.ndarray
-    prompts: int = 1
-
-    @property
-    def classes(self):
-        return len(self.embeddings) // self.prompts
-
-    def scores(self, z_image):
-        """Similarity of image embeddings [n, ...] with every class, float32 [n, classes], without the logit scale."""
-        return np.concatenate(list(self._blocks(z_image)))
-
-    def top(self, z_image, k=5):
-        """The k best classes, best first, of equal ones the lower label first: int32 [n, min(k, classes)], and their scores, float32."""
-        top = [jax.lax.top_k(rankable(jnp.asarray(scores)), min(k, self.classes)) for scores in self._blocks(z_image)]
-        scores, labels = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*top, strict=True))
-        return labels, scores
-
-    def _blocks(self, z_image):
-        rows = max(_SCORES_AT_ONCE // len(self.embeddings), 1)
-        for start in range(0, max(len(z_image), 1), rows):
-            scores = np.asarray(self.model.similarity(z_image[start : start + rows], self.embeddings), np.float32)
-            yield scores if self.prompts == 1 else scores.reshape(len(scores), self.classes, self.prompts).mean(-1)
+_COLUMNS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "mean per class",
+    "chance_top1": "chance top-1",
+    "chance_top5": "chance top-5",
+}
+_MEANING = """<p class="notes"><b>Top-1</b>: the share of images whose right class name is the most similar of all.
+<b>Top-5</b>: it is among the five most similar. <b>Mean per class</b>: top-1 of each class, averaged, so that every
+class counts alike. <b>Chance</b>: a random choice. <b>±</b>: the 95 % sampling error for this number of images.</p>"""
 
 
-def make_classifier(model, class_names, templates=("{}",), *, canonical=False, average=None):
-    """Embeds the prompts of all classes.
+def run(model, source, split="", classes=None, templates="simple", name="zeroshot", duplicates="error", canonical=False,
+        label="", image="", limit=None):  # fmt: skip
+    """Runs the task on a source string.
 
     Args:
-        model: has `embed_text(list[str]) -> [n, ...]` and `similarity(images, texts) -> [n, m]`.
-        class_names: by label. Duplicates are the caller's affair (`prompts.resolve_duplicates`).
-        templates: as `prompts.load_templates` takes them.
-        canonical: bring prompts to SigLIP's canonical form.
-        average: "embeddings" or "scores", over the prompts of a class; by default scores where an embedding is not one vector.
+      source: a labelled source (docs/data.md).
+      split: its split; by default "test", or the only one.
+      classes: class names by label: a name, a file with one name per line, or a list; by default those of the source.
+      templates: prompts: the name of a set, a file, or a list (`prompts.load_templates`).
+      name: prefix of the metrics.
+      duplicates: "error", "merge" or "keep" (`prompts.resolve_duplicates`).
+      canonical: bring prompts to SigLIP's canonical form.
+      label: record field of the label.
+      image: record field of the image.
+      limit: at most this many images, evenly spaced.
     """
-    templates = load_templates(templates)
-    if average not in (None, "embeddings", "scores"):
-        raise UserError(f"average={average!r}; allowed: embeddings, scores")
-    step = max(_PROMPTS_AT_ONCE // len(templates), 1)
-    parts = []
-    for start in range(0, len(class_names), step):
-        z = np.asarray(
-            model.embed_text(class_prompts(class_names[start : start + step], templates, canonical)), np.float32
-        )
-        if average == "embeddings" or (average is None and z.ndim == 2):
-            z = normalize(normalize(z).reshape(-1, len(templates), *z.shape[1:]).mean(1))
-        parts.append(z)
-    embeddings = np.concatenate(parts)
-    return Classifier(model, embeddings, len(embeddings) // len(class_names))
+    data = open_source(source, split, image=image, label=label)
+    return zeroshot_task(
+        model, data, classes, templates, name=name, duplicates=duplicates, canonical=canonical, limit=limit
+    )
 
 
-def class_scores(model, z_image, class_names, templates=("{}",), *, canonical=False):
-    """Similarity of image embeddings [n, ...] with every class, float32 [n, classes], without the logit scale."""
-    return make_classifier(model, class_names, templates, canonical=canonical).scores(np.asarray(z_image))
+def zeroshot_task(
+    model,
+    source,
+    class_names=None,
+    templates=("{}",),
+    *,
+    name="zeroshot",
+    duplicates="error",
+    canonical=False,
+    average=None,
+    limit=None,
+    batch_size=256,
+):
+    """Runs the task on an opened source.
+
+    Args:
+      class_names: as `prompts.load_class_names` takes them; by default those of the source, "_" read as a space.
+      average: over a class's prompts: "embeddings" or "scores" (`classifier.make_classifier`).
+      batch_size: images per batch.
+
+    For the other arguments see `run`.
+
+    Raises UserError for missing or duplicate class names, records without a label, labels without a name, and when no
+    image is usable.
+    """
+    from clip_jax.evaluation import baselines
+    from clip_jax.evaluation.classifier import accuracy, make_classifier, per_class_accuracy
+
+    if class_names is None:
+        if source.class_names is None:
+            raise UserError(f"{name}: {source.name} does not name its classes; give class_names")
+        class_names = [class_name.replace("_", " ") for class_name in source.class_names]
+    class_names, class_of_label = resolve_duplicates(load_class_names(class_names), duplicates)
+    classifier = make_classifier(model, class_names, templates, canonical=canonical, average=average)
+    embedded = embed(model, [source], batch_size, limit)
+    labels = np.asarray(class_of_label, np.int32)[labels_of(embedded, source, name, len(class_of_label))]
+    top, scores = classifier.top(embedded.z)
+    metrics = {
+        "top1": accuracy(top, labels, 1),
+        "top5": accuracy(top, labels, 5),
+        "mean_per_class": np.nanmean(per_class_accuracy(top, labels, len(class_names))),
+        "chance_top1": baselines.chance(len(class_names), 1),
+        "chance_top5": baselines.chance(len(class_names), 5),
+        "images": len(labels),
+        "classes": len(class_names),
+        "skipped": embedded.skipped,
+    }
+    result = EvalResult(named(name, metrics)).credit(__name__)
+    groups = [class_names[i] for i in labels]
+    result.artefacts["classification"][name] = Classification(class_names, labels, top, scores, embedded.images, groups)
+    prompts = class_prompts(class_names, load_templates(templates)[:1], canonical)
+    z_text = np.asarray(model.embed_text(prompts))
+    add_similarity(result, name, model, embedded, labels, class_names, z_text, prompts)
+    result.artefacts["map"][name] = make_map(embedded, labels, class_names, z_text, groups)
+    return result
 
 
-def accuracy(top, labels, k=1):
-    """Share of rows whose label is among the first k of `top` int [n, K]; 0 without rows."""
-    return float((top[:, :k] == np.asarray(labels)[:, None]).any(1).mean()) if len(top) else 0.0
-
-
-def per_class_accuracy(top, labels, classes):
-    """Top-1 accuracy of every class, float64 [classes]; NaN for a class without pictures."""
-    labels = np.asarray(labels)
-    hits = np.bincount(labels, top[:, 0] == labels, minlength=classes)
-    counts = np.bincount(labels, minlength=classes)
-    return np.divide(hits, counts, out=np.full(classes, np.nan), where=counts > 0)
+def headline(metrics):
+    """Returns the numbers for the top of the report as HTML."""
+    return f"<h3>Zero-shot classification</h3>{accuracy_table(by_name(metrics), _COLUMNS)}{_MEANING}"

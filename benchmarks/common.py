@@ -1,6 +1,6 @@
-"""What the benchmarks share: the command line, the table on the screen, and the JSON file with what is needed to repeat it.
+"""The parts that benchmarks share: the command line, the printed table, and a JSON file with all that repeats the run.
 
-Nothing here imports more than the standard library: a benchmark also runs its other side in an interpreter without JAX.
+This module imports only the standard library: a benchmark also runs its other side in an interpreter without JAX.
 """
 
 import argparse
@@ -22,19 +22,19 @@ PALETTE = ("#1f5fa8", "#c8553d", "#3a8c5c", "#7a4fa0")
 
 
 def make_parser(doc, name):
-    """A parser of a benchmark's command line with the option `--json`."""
+    """Returns a parser of a benchmark's command line with the option `--json`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--json",
         default=f"runs/benchmarks/{name}.json",
         metavar="FILE",
-        help="all figures go there (default: %(default)s)",
+        help="file of all figures (default: %(default)s)",
     )
     return parser
 
 
 def parse(parser, argv=None):
-    """Returns the arguments, with `args.overrides`, the fields set by `--config.FIELD=VALUE` or `--config.FIELD VALUE`."""
+    """Returns the arguments; `args.overrides` holds those of `--config.FIELD=VALUE` and `--config.FIELD VALUE`."""
     from clip_jax import config
 
     args, rest = parser.parse_known_args(argv)
@@ -46,7 +46,7 @@ def parse(parser, argv=None):
 
 
 def versions():
-    """`{package: version}` of what is installed in this interpreter."""
+    """Returns `{package: version}` of the packages in this interpreter."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -57,7 +57,7 @@ def versions():
 
 
 def machine():
-    """What this computer is and how busy it was a moment ago."""
+    """Returns the CPU, the cores, the system and the load average of this computer."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
@@ -69,7 +69,8 @@ class Report:
     """Rows that are printed as a table when they come; `write` stores them.
 
     Args:
-      columns: `{name: format}` with a width, such as `{"batch": ">8,", "images/s": ">10.1f"}`. A row may hold more than them.
+      columns: `{name: format}` with a width, such as `{"batch": ">8,", "images/s": ">10.1f"}`. A row may hold more than
+        them.
       about: what is true of all rows.
     """
 
@@ -84,7 +85,7 @@ class Report:
         print("  ".join(f"{name:{self._cell(spec)}}" for name, spec in self.columns.items()), flush=True)
 
     def add(self, **row):
-        """Prints and keeps a row; None, or nothing, is shown as a dash."""
+        """Prints and keeps a row. A missing value, or None, appears as a dash."""
         self.rows.append(row)
         cells = ((row.get(name), spec) for name, spec in self.columns.items())
         print(
@@ -104,11 +105,11 @@ class Report:
 
 
 def line_chart(path, title, x_label, y_label, series, log_y=False):
-    """Writes an SVG picture of lines over a logarithmic x axis.
+    """Writes an SVG chart of lines over a logarithmic x axis.
 
     Args:
       series: `{name: [(x, y), ...]}`; every second line is dashed.
-      log_y: a logarithmic y axis with a line per power of ten; otherwise it starts at 0.
+      log_y: the y axis is logarithmic with a line per power of ten; otherwise it is linear and starts at 0.
     """
     width, height, left, top, right, bottom = 760, 400, 70, 40, 540, 345
     xs, ys = sorted({x for line in series.values() for x, _ in line}), [y for line in series.values() for _, y in line]

@@ -1,8 +1,8 @@
-"""What a run needs, without the machine: `python -m clip_jax.compile --config=configs/clip.py:b16 --topology=v5e:16x16`.
+"""Compiles for an absent machine: `python -m clip_jax.compile --config=configs/clip.py:b16 --topology=v5e:16x16`.
 
-For a TPU slice, the TPU's own compiler compiles the real train step and reports whether it fits and what it costs. That needs
-the package libtpu (extra `tpu`) but no TPU. For GPUs (`gpu:h100x8`) the command reports only what follows from shapes.
-docs/scaling.md explains the figures. Exit status: 0 it fits, 1 it does not, 2 wrong input.
+For a TPU slice, the TPU's own compiler compiles the real train step and reports whether it fits and what it costs. That
+needs the package libtpu (extra `tpu`) but no TPU. For GPUs (`gpu:h100x8`) the command reports only what follows from
+shapes. docs/scaling.md explains the figures. Exit status: 0 it fits, 1 it does not, 2 wrong input.
 """
 
 import importlib.util
@@ -185,7 +185,10 @@ def search(args, topology, devices, tries, log):
 
 
 def advise(args, topology, program, error, devices, log):
-    """Logs what would make a step fit. With `--search`, returns the figures of the first variant that fits; else None."""
+    """Logs what would make a step fit.
+
+    With `--search`, returns the figures of the first variant that fits; else None.
+    """
     from clip_jax.estimates import gib, variants
     from clip_jax.program import shard
     from clip_jax.runtime import sharding

@@ -187,7 +187,10 @@ def set_method(config, name, options):
 
 
 def override(config, overrides):
-    """Sets fields of a configuration in place, `["optim.lr=3e-4", ...]`, and returns it. Raises UserError like `load`."""
+    """Sets fields of a configuration in place, `["optim.lr=3e-4", ...]`, and returns it.
+
+    Raises UserError like `load`.
+    """
     for text in overrides:
         key, _, value = text.partition("=")
         _override(config, key, value)

@@ -1,6 +1,7 @@
 """Time and memory of a training step on a machine that is not at hand, and the lines that report them.
 
-The estimates divide the cost of a step by the makers' peak figures (`clip_jax.runtime.hardware`). They are not measurements.
+The estimates divide the cost of a step by the makers' peak figures (`clip_jax.runtime.hardware`). They are not
+measurements.
 """
 
 import math
@@ -28,8 +29,8 @@ def estimate(topology, config, result, flops):
       flops: the model's FLOPs of a step, on all chips.
 
     Returns:
-      A dict: `parts` holds the seconds of compute, memory traffic and links, each at its peak. `at_best` and `one_by_one` are
-      the `schedule` of their maximum, as if all of them overlapped, and of their sum.
+      A dict: `parts` holds the seconds of compute, memory traffic and links, each at its peak. `at_best` and
+      `one_by_one` are the `schedule` of their maximum, as if all of them overlapped, and of their sum.
     """
     chip = topology.chip
     parts = {
@@ -56,8 +57,8 @@ def schedule(topology, config, seconds, flops):
 def estimate_gpu(topology, program, flops):
     """Estimates a run on GPUs from shapes alone.
 
-    Activations are missing: only the GPU's compiler knows how many of them are kept. Memory traffic and exchange are those that
-    every step needs: the state is read and written once, and the gradients are summed in one ring.
+    Activations are missing: only the GPU's compiler knows how many of them are kept. Memory traffic and exchange are
+    those that every step needs: the state is read and written once, and the gradients are summed in one ring.
 
     Args:
       topology: a `clip_jax.compile.Topology`.
@@ -136,7 +137,8 @@ def describe(topology, config, result, flops):
     chip = topology.chip
     mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
     per = "chip" if chip.devices == 1 else f"device; a chip is {chip.devices} devices"
-    yield f"{topology.name}: {topology.count} chips, mesh {mesh}, batch {config.data.batch_size:,}; figures are per {per}"
+    batch = f"batch {config.data.batch_size:,}"
+    yield f"{topology.name}: {topology.count} chips, mesh {mesh}, {batch}; figures are per {per}"
     yield from _describe_memory(topology, result)
     own, per_example = flops / topology.count / chip.devices / 1e12, flops / config.data.batch_size / 1e9
     yield (
@@ -185,7 +187,8 @@ def _describe_collectives(collectives):
         yield f"  {kind:<20}{count:>7,} x {sent / 1e6:>12,.2f} MB in all"
     for c in sorted(collectives, key=lambda c: -c["count"] * c["sent"])[:5]:
         shape = c["shape"] if len(c["shape"]) < 60 else c["shape"][:57] + "..."
-        yield f"    {c['count']} x {c['kind']} of {shape} among {c['group']}: {c['sent'] / 1e6:,.2f} MB each; {c['name']}"
+        sent = f"{c['sent'] / 1e6:,.2f} MB each"
+        yield f"    {c['count']} x {c['kind']} of {shape} among {c['group']}: {sent}; {c['name']}"
 
 
 def _describe_time(topology, config, estimate):
@@ -200,11 +203,13 @@ def _describe_time(topology, config, estimate):
     for name, label in labels.items():
         if times := estimate.get(name):
             yield (
-                f"  {label}: {1e3 * times['seconds']:.1f} ms, MFU {times['mfu']:.0%}, {times['examples_per_second']:,.0f} examples/s;"
+                f"  {label}: {1e3 * times['seconds']:.1f} ms, MFU {times['mfu']:.0%},"
+                f" {times['examples_per_second']:,.0f} examples/s;"
                 f" {config.train.steps:,} steps {times['hours']:,.1f} h, {times['chip_hours']:,.0f} chip-hours"
             )
     yield (
-        f"  assumed for a chip: {chip.flops / 1e12:.0f} TFLOP/s (bf16), {chip.hbm_bandwidth / 1e9:,.0f} GB/s of memory and"
-        f" {chip.link_bandwidth / 1e9:.0f} GB/s sent over all its links, in rings; other arithmetic, latency and the input pipeline"
+        f"  assumed for a chip: {chip.flops / 1e12:.0f} TFLOP/s (bf16), {chip.hbm_bandwidth / 1e9:,.0f} GB/s of memory"
+        f" and {chip.link_bandwidth / 1e9:.0f} GB/s sent over all its links, in rings; other arithmetic, latency and"
+        " the input pipeline"
         + (" are not counted" if topology.shape else ", and a network between servers, are not counted")
     )

@@ -1,7 +1,9 @@
 """The cost of a compiled program on one device: FLOPs of matrix products, memory traffic and collectives.
 
-The figures come from the optimized HLO text, so they describe what the compiler made of the program. A loop counts as often as it
-runs; the compiler's own `cost_analysis` counts its body once. `clip_jax.program.jaxpr_flops` counts a program as written.
+The figures come from the optimized HLO text, so they describe what the compiler made of the program. A loop counts as
+often as it runs; the compiler's own `cost_analysis` counts its body once. `clip_jax.program.jaxpr_flops` counts a
+program as
+written.
 """
 
 import dataclasses
@@ -141,7 +143,10 @@ class _HloModule:
                 self.entry = match[2] if match[1] else self.entry
 
     def cost(self, name, fused=False):
-        """The `Cost` of one computation. A fusion's operands and results are memory traffic, its inner arrays are not."""
+        """The `Cost` of one computation.
+
+        A fusion's operands and results are memory traffic, its inner arrays are not.
+        """
         if (name, fused) not in self._costs:
             self._costs[name, fused] = self._cost(name, fused)
         return self._costs[name, fused]
@@ -208,8 +213,8 @@ class _HloModule:
     def group_size(self, attributes):
         """The number of devices in a replica group; all devices when the attributes name no group.
 
-        HLO writes groups as `{{0,1},{2,3}}`, as `[groups,size]<=[...]`, or as `mesh['a'=2,'b'=2], device_ids=(...) {'a'}`, where
-        `device_ids` may be missing.
+        HLO writes groups as `{{0,1},{2,3}}`, as `[groups,size]<=[...]`, or as `mesh['a'=2,'b'=2], device_ids=(...)
+        {'a'}`, where `device_ids` may be missing.
         """
         if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)? *\{([^}]*)\}", attributes):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
@@ -248,7 +253,7 @@ class _HloModule:
         return read + _bytes(i.shape)
 
     def read(self, body, name, shape):
-        """Bytes that a fusion reads of its parameter `name`: only the slices where it uses nothing else of the array."""
+        """Bytes that a fusion reads of its parameter `name`: only the slices where it uses nothing else."""
         whole = total = _bytes(shape)
         if whole:
             users = [i for key, i in body.items() if key is not None and name in i.operands]
@@ -356,7 +361,10 @@ def _written(i, scope):
 
 
 def _is_continued(i, scope):
-    """Whether an earlier fusion started this collective. A TPU spreads one over a chain of fusions that each repeat it."""
+    """Whether an earlier fusion started this collective.
+
+    A TPU spreads one over a chain of fusions that each repeat it.
+    """
     return "async_collective_fusion_config" in i.attributes and not any(
         "AsyncCollectiveStart" in o.attributes for o in scope.values()
     )
@@ -370,7 +378,10 @@ def _dot_flops(i, scope):
 
 
 def _convolution_flops(i, scope):
-    """FLOPs without the products with padding. A TPU writes batched matrix products as convolutions that are mostly padding."""
+    """FLOPs without the products with padding.
+
+    A TPU writes batched matrix products as convolutions that are mostly padding.
+    """
     lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
     lhs, rhs = (_dims(operand, scope) for operand in i.operands[:2])
     out = _arrays(i.shape)[0].dims

@@ -1,8 +1,10 @@
 """Starts a run from existing weights (`config.init_from`): a checkpoint of this project, or third-party weights.
 
-`config.init_from_params` holds regular expressions on parameter paths, which choose the parameters that are taken. Each must
-match a parameter, and each matching parameter must be in the source with the same shape. Layers are called `block_0`,
-`block_1`, ... in these paths, also with `model.scan`. Running statistics (BatchNorm) come with the parameters of the same path.
+`config.init_from_params` holds regular expressions on parameter paths, which choose the parameters that are taken. Each
+must match a parameter, and each matching parameter must be in the source with the same shape. Layers are called
+`block_0`, `block_1`, ... in these paths, also with `model.scan`. Running statistics (BatchNorm) come with the
+parameters of the
+same path.
 """
 
 import dataclasses
@@ -27,8 +29,8 @@ class Source:
       path: their path, as given.
       config: their configuration.
       shapes: `{path: jax.ShapeDtypeStruct}`, layers not stacked; running statistics under `batch_stats/`.
-      load: `{path: jax.ShapeDtypeStruct with sharding} -> {path: array}`. It reads only these arrays and those that are stored
-        with them.
+      load: `{path: jax.ShapeDtypeStruct with sharding} -> {path: array}`. It reads only these arrays and those that are
+        stored with them.
       fingerprint: the fingerprint of their tokenizer, or None.
       bicubic: whether position embeddings are resized bicubically, see `clip_jax.interop.load.resize_positions`.
     """
@@ -66,8 +68,8 @@ def start(config, state, tokenizer):
       state: a new `TrainState`. The new weights take over its shardings.
       tokenizer: the run's tokenizer.
 
-    Raises UserError when a pattern matches nothing, an array is missing or has another shape, or the source was trained with
-    another activation, epsilon, number of heads, attention mask, image normalisation or tokenizer.
+    Raises UserError when a pattern matches nothing, an array is missing or has another shape, or the source was trained
+    with another activation, epsilon, number of heads, attention mask, image normalisation or tokenizer.
     """
     import jax
 
@@ -133,7 +135,7 @@ def _choose(config, current, source):
     }
     if missing := chosen.keys() - source.shapes.keys():
         raise UserError(
-            f"init_from: {source.path} has no {list_names(missing)}; init_from_params chooses which parameters are taken"
+            f"init_from: {source.path} has no {list_names(missing)}; init_from_params chooses the parameters to take"
         )
     return chosen
 
@@ -260,8 +262,8 @@ def _own(path):
     unstacked = jax.eval_shape(_flat, params, extra)
 
     def load(targets):
-        # Stacked layers are stored as one array. A transformer's stack is read when one of its layers is needed, the stacks
-        # of an EfficientNet ("_to_") always.
+        # Stacked layers are stored as one array. A transformer's stack is read when one of its layers is needed, the
+        # stacks of an EfficientNet ("_to_") always.
         names = targets.keys() | {re.sub(r"/block_\d+/", "/block/", name) for name in targets}
 
         def is_needed(name):

@@ -1,14 +1,12 @@
 """Studies: several configurations, several seeds, one table.
 
-    python -m clip_jax.study --config=configs/oner.py:ablation --workdir=runs/oner_ablation [--seeds=5] [--config.train.steps=300]
+    python -m clip_jax.study --config=configs/oner.py:ablation --workdir=runs/oner [--seeds=5] [--config.train.steps=99]
 
-A file in `configs/` that has studies has their names, `STUDIES`, and `get_study(variant) -> Study`. Each run is the ordinary training
-command in a folder of its own, WORKDIR/ROW/seed_N; `--dry-run` prints these commands, which may as well be run elsewhere into the same
-folders. What is complete is not run again, and what was interrupted goes on. Then the table is printed, and study.html (the table, what of
-the expected order came out, curves, maps) and study.json are written.
+A file in `configs/` with studies defines their names, `STUDIES`, and `get_study(variant) -> Study`. Each run is the
+ordinary training command in its own folder, WORKDIR/ROW/seed_N. `--dry-run` prints these commands; they may run
+elsewhere, into the same folders. Complete runs are not repeated, and interrupted runs resume. Then the command prints
+the table and writes study.json and study.html: the table, the tests of the expected order, curves and maps.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import html
@@ -24,35 +22,45 @@ import sys
 import time
 
 from clip_jax import config as config_lib
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, unknown
 from clip_jax.runtime import command, faults
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A configuration of a study: its name, `FILE[:VARIANT]`, what it changes (`optim.lr=1e-3`), and the published figures."""
+    """A configuration of a study.
+
+    Attributes:
+      name: the row's name in the table.
+      config: `FILE[:VARIANT]`.
+      overrides: fields that the row changes, such as `optim.lr=1e-3`.
+      published: the published figures, in percent.
+    """
 
     name: str
     config: str
     overrides: tuple[str, ...] = ()
-    published: tuple[float, ...] = ()  # percent
+    published: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What is compared.
+    """A comparison of configurations.
 
     Attributes:
-      title: of the page.
-      rows: in the order of the table; where they have published figures, from the lowest to the highest, which is the order expected.
-      metrics: column heading -> metric of the last evaluation, a share; the first one decides about the order.
-      published: heading of the published figures.
-      curves: metrics of training that are drawn.
-      map_task: evaluation task whose 2-D maps are shown, one for each row; empty: none.
-      equal_compute: every row gets as many steps as cost what the first row's cost; else each has the steps of its configuration.
-      readouts: name -> fields that are changed (`oner.embed=projector`) when a trained model is evaluated by the tasks of its
-        configuration once more, none that the weights' shapes follow from; the table has each row once for each readout. By default as
-        it was trained.
+      title: the title of the page.
+      rows: the rows of the table. Rows with published figures go from the lowest to the highest figure, the expected
+        order.
+      metrics: `{column heading: metric of the last evaluation}`. Each metric is a fraction; the first decides the
+        order.
+      published: the heading of the published figures.
+      curves: the training metrics that the page plots.
+      map_task: the evaluation task whose 2-D maps the page shows, one for each row; empty: none.
+      equal_compute: gives every row the number of steps that costs as many FLOPs as the first row's steps. Otherwise
+        each row takes the steps of its configuration.
+      readouts: `{name: overrides}`. Each readout evaluates the trained models once more, on the tasks of their
+        configurations, with overrides such as `oner.embed=projector`, which must not change the shapes of the weights.
+        The table has a row for each configuration and readout. The default is the model as trained.
     """
 
     title: str
@@ -67,35 +75,47 @@ class Study:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training of a study."""
+    """One training run of a study.
+
+    Attributes:
+      row: its row.
+      seed: its seed.
+      folder: its work folder.
+      command: the arguments of the Python interpreter.
+      steps: the number of training steps.
+      flops: the model's FLOPs of the whole training.
+    """
 
     row: Row
     seed: int
     folder: pathlib.Path
     command: tuple[str, ...]
     steps: int
-    flops: float  # of the whole training, of the model
+    flops: float
 
     def metrics(self):
-        """The metrics of its last evaluation, or None while it is not complete."""
-        from clip_jax.evaluation.report import read_metrics
+        """Returns the metrics of its last evaluation, or None while the run is incomplete."""
+        from clip_jax.evaluation.report.charts import read_metrics
 
         last = {name: series[-1] for name, series in read_metrics(self.folder / "metrics.jsonl")[1].items()}
         return {name: value for name, (step, value) in last.items() if step == self.steps} or None
 
 
 def load(spec):
-    """The study of `"path/to/file.py[:variant]"`; raises UserError."""
+    """Returns the study of `"path/to/file.py[:variant]"`. Raises UserError."""
     module, variant = config_lib.load_module(spec)
     if not hasattr(module, "get_study"):
         raise UserError(f"--config={spec}: {module.__file__!r} has no function get_study(variant)")
     if variant not in module.STUDIES:
-        raise config_lib.unknown(f"--config={spec}: no study", variant, module.STUDIES)
+        raise unknown(f"--config={spec}: no study", variant, module.STUDIES)
     return module.get_study(variant)
 
 
 def plan(study, workdir, seeds, overrides):
-    """The runs of a study, all rows with one seed, then with the next; raises UserError for a configuration that cannot be."""
+    """Returns the runs of a study: all rows with the first seed, then all with the next.
+
+    Raises UserError when a configuration is wrong.
+    """
     from clip_jax.program import model_flops
     from clip_jax.train import make_parts
 
@@ -118,7 +138,10 @@ def plan(study, workdir, seeds, overrides):
 
 
 def train(run):
-    """Runs the training command of a run, its lines going to `train.log`; raises Stopped or UserError when it did not end well."""
+    """Runs the training command of a run, with its output in `train.log`.
+
+    Raises Stopped after a signal, and UserError when the command fails.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
     log = run.folder / "train.log"
     with (
@@ -128,40 +151,59 @@ def train(run):
         before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # the terminal has told the run as well
+        except KeyboardInterrupt:  # the terminal sends Ctrl-C to the run as well
             status = process.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
     if status:
         if status in (faults.PREEMPTED, faults.INTERRUPTED):
             raise faults.Stopped(status, f"in {run.row.name}, seed {run.seed}")
-        line = (log.read_text(errors="replace").splitlines() or ["it said nothing"])[-1]
+        line = (log.read_text(errors="replace").splitlines() or ["it printed nothing"])[-1]
         raise UserError(f"{run.row.name}, seed {run.seed} ended with status {status}: {line} ({log})")
 
 
 def read_out(study, run, metrics):
-    """`{readout: metrics}` of a complete run whose last evaluation said `metrics`; what had to be evaluated is kept in its folder."""
+    """Returns `{readout: metrics}` of a complete run.
+
+    A readout that changes nothing takes the metrics of the run. The others are evaluated once and kept in the run's
+    folder, in readouts.json.
+
+    Args:
+      study: the study.
+      run: the run.
+      metrics: the metrics of its last evaluation.
+    """
     from clip_jax import evaluate, inference
 
     file = run.folder / "readouts.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
-    found = {}
+    found, config = {}, config_lib.load(run.row.config, config_lib.parse_overrides(run.command[4:]))
     for name, changes in study.readouts.items():
+        if config_lib.override(config.copy_and_resolve_references(), changes) == config:
+            found[name] = metrics
+            continue
         key = f"step {run.steps}: {' '.join(changes)}"
-        if changes and key not in kept:
+        if key not in kept:
             model = inference.load(run.folder, overrides=changes)
             kept[key] = evaluate.run(model, model.config.eval.tasks, log=lambda line: None).metrics
             file.write_text(json.dumps(kept, indent=1))
-        found[name] = kept[key] if changes else metrics
+        found[name] = kept[key]
     return found
 
 
 def table(study, runs, found):
-    """Heading and rows of text cells. `found`: readout -> row name -> list of metrics, one dict per seed."""
+    """Returns the heading and the rows of the table as text cells.
+
+    Args:
+      study: the study.
+      runs: its runs.
+      found: `{readout: {row name: [metrics, one dict per seed]}}`.
+    """
     cost = {run.row.name: run for run in runs}
     everything = [m for rows in found.values() for runs in rows.values() for m in runs]
     labels = [label for label, name in study.metrics.items() if any(name in m for m in everything)]
-    by, published = ["read by"][: len(found) > 1], [study.published][: bool(study.published)]
+    by = ["read by"] if len(found) > 1 else []
+    published = [study.published] if study.published else []
     head = ["row", *by, "seeds", "steps", "TFLOP", *labels, *published]
     rows = []
     for row, (readout, by_row) in itertools.product(study.rows, found.items()):
@@ -176,7 +218,10 @@ def table(study, runs, found):
 
 
 def order(study, found):
-    """What of the expected order came out, a sentence for each two neighbouring rows (Welch's t-test of the first metric, 5 %)."""
+    """Yields a sentence for each pair of neighbouring rows: whether their order is the expected one.
+
+    It compares the first metric by Welch's t-test at 5 %. `found` is that of `table`.
+    """
     from scipy.stats import ttest_ind
 
     label, metric = next(iter(study.metrics.items()))
@@ -187,17 +232,18 @@ def order(study, found):
         by = f"read by {readout}, " if len(found) > 1 else ""
         text = f"{by}{lower.name} < {higher.name}: {label} {statistics.mean(a):.2f} and {statistics.mean(b):.2f} %"
         if min(len(a), len(b)) < 2:
-            yield f"{text}: one run each decides nothing"
+            yield f"{text}: one run each cannot decide"
             continue
         p = ttest_ind(a, b, equal_var=False).pvalue
-        outcome = "came out" if statistics.mean(a) < statistics.mean(b) else "came out the other way round"
-        yield f"{text}: {outcome if p < 0.05 else 'not told apart'} (p = {p:.2g})"
+        outcome = "confirmed" if statistics.mean(a) < statistics.mean(b) else "the opposite order"
+        yield f"{text}: {outcome if p < 0.05 else 'no significant difference'} (p = {p:.2g})"
 
 
 def write(study, runs, found, workdir):
-    """Writes study.json and study.html into the work folder; returns the page's path."""
+    """Writes study.json and study.html into the work folder; returns the path of the page."""
     from clip_jax import evaluate, inference
-    from clip_jax.evaluation import report
+    from clip_jax.evaluation.report import charts, embedding_map
+    from clip_jax.evaluation.report import page as report
 
     head, rows = table(study, runs, found)
     verdicts = list(order(study, found))
@@ -207,10 +253,10 @@ def write(study, runs, found, workdir):
     escaped = [[html.escape(cell) for cell in cells] for cells in (head, *rows)]
     note = "<p>Mean and standard deviation over the seeds, in percent.</p>"
     items = "".join(f"<li>{html.escape(line)}</li>" for line in verdicts)
-    charts = ""
+    curves = ""
     for curve in study.curves:
         series = {row.name: _mean_curve([run for run in runs if run.row is row], curve) for row in study.rows}
-        charts += report.chart(page, curve, {name: points for name, points in series.items() if points}, named=True)
+        curves += charts.chart(page, curve, {name: points for name, points in series.items() if points}, named=True)
     maps = {}
     for run in runs if study.map_task else ():
         if run.seed == 0:
@@ -221,15 +267,17 @@ def write(study, runs, found, workdir):
         "Order": f"<p>Against the published order, neighbours compared by Welch's t-test.</p><ul>{items}</ul>"
         if items
         else "",
-        "Training": f'<p>Means over the seeds.</p><div class="charts">{charts}</div>' if charts else "",
-        "Maps": report.panels(maps, lambda item: report.embedding_map(page, item), report.MAP_INTRO),
+        "Training": f'<p>Means over the seeds.</p><div class="charts">{curves}</div>' if curves else "",
+        "Maps": report.panels(
+            embedding_map.EmbeddingMap.intro, [(name, item.draw(page)) for name, item in maps.items()]
+        ),
     }
-    return report.write_page(workdir / "study.html", page.html(study.title, {k: v for k, v in sections.items() if v}))
+    return report.write_page(workdir / "study.html", page.html(study.title, sections))
 
 
 def _mean_curve(runs, name):
-    """The mean over runs of a training metric at the steps that all have."""
-    from clip_jax.evaluation.report import read_metrics
+    """The mean of a training metric over runs, at the steps that all of them have."""
+    from clip_jax.evaluation.report.charts import read_metrics
 
     curves = [dict(read_metrics(run.folder / "metrics.jsonl")[0].get(name, ())) for run in runs]
     steps = sorted(set.intersection(*map(set, curves)))
@@ -239,7 +287,7 @@ def _mean_curve(runs, name):
 
 
 def run_study(study, workdir, seeds, overrides, dry_run):
-    """The work of the command; raises UserError and Stopped."""
+    """Runs a study, prints its table and writes its page. Raises UserError and Stopped."""
     runs = plan(study, workdir, seeds, overrides)
     if dry_run:
         for run in runs:
@@ -253,7 +301,8 @@ def run_study(study, workdir, seeds, overrides, dry_run):
             train(run)
             if (metrics := run.metrics()) is None:
                 raise UserError(
-                    f"{run.row.name}, seed {run.seed}: {run.folder} has no evaluation after step {run.steps}: see eval.tasks"
+                    f"{run.row.name}, seed {run.seed}: {run.folder} has no evaluation after step {run.steps}:"
+                    " see eval.tasks"
                 )
         for readout, read in read_out(study, run, metrics).items():
             found[readout][run.row.name].append(read)
@@ -272,21 +321,21 @@ def run_study(study, workdir, seeds, overrides, dry_run):
 
 
 def main(argv=None):
-    """The command; returns the exit status, that of clip_jax.train."""
+    """Runs the command; returns its exit status, which is that of clip_jax.train."""
     parser = command.make_parser("clip_jax.study", __doc__)
     parser.add_argument(
         "--config", required=True, metavar="FILE[:VARIANT]", help="a study, e.g. configs/oner.py:ablation"
     )
     parser.add_argument(
-        "--workdir", required=True, type=pathlib.Path, help="a folder in which each run has one of its own"
+        "--workdir", required=True, type=pathlib.Path, help="the folder of the study; each run has a subfolder"
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row, with the seeds 0, 1, ... (default 3)")
-    parser.add_argument("--dry-run", action="store_true", help="print the training commands and end")
+    parser.add_argument("--dry-run", action="store_true", help="print the training commands and run none")
     args, rest = parser.parse_known_args(argv)
 
     def work():
         if args.seeds < 1:
-            raise UserError(f"--seeds={args.seeds}: at least one run of each row is needed")
+            raise UserError(f"--seeds={args.seeds}: must be at least 1")
         overrides = config_lib.parse_overrides(rest)
         run_study(load(args.config), args.workdir, args.seeds, overrides, args.dry_run)
 

@@ -1,10 +1,10 @@
-"""Pretraining: `python -m clip_jax.train --config=configs/clip.py[:variant] --workdir=runs/clip [--config.optim.lr=5e-4 ...]`.
+"""Pretraining: `python -m clip_jax.train --config=configs/clip.py[:variant] --workdir=DIR [--config.optim.lr=1e-3 ..]`.
 
 The file reads from top to bottom: configuration -> source, tokenizer, method -> mesh -> sharded state -> compiled step
 -> loop with metrics, evaluation and checkpoints. The same command again resumes from the newest checkpoint.
 
-On several hosts, each host runs the same command. Exit status: 0 done, 2 wrong input or a full disk, 42 preempted (SIGTERM) with
-the state saved, 43 another host is lost or nothing progresses, 130 interrupted (Ctrl-C) with the state saved.
+On several hosts, each runs the same command. Exit status: 0 done, 2 wrong input or a full disk, 42 preempted (SIGTERM)
+and 130 interrupted (Ctrl-C), both with the state saved, 43 another host is lost or nothing progresses.
 """
 
 import logging
@@ -29,7 +29,7 @@ SAVE = 1
 
 
 def parse_args(argv):
-    """Returns `(config, workdir, cluster)` of a command line; `cluster` is a `hosts.Cluster` or None. Raises UserError."""
+    """Returns `(config, workdir, hosts.Cluster or None)` of a command line. Raises UserError."""
     parser = command.make_parser("clip_jax.train", __doc__)
     parser.add_argument(
         "--config", required=True, metavar="FILE[:VARIANT]", help="a configuration, e.g. configs/clip.py:smoke"
@@ -83,16 +83,16 @@ def make_loader(config, source, tokenizer, method, mesh, start_step):
 
     data, (host, count) = config.data, sharding.process_shard(mesh)
     return Loader(
-        source, method.views, tokenizer, batch_size=data.batch_size, seed=config.seed, start_step=start_step, host=host,
-        hosts=count, one_source=data.sampling == "one_source", workers=data.workers, threads=data.threads, prefetch=data.prefetch,
-        max_bad_share=data.max_bad_share, cache_bytes=data.cache_mb << 20,
+        source, method.views, tokenizer, batch_size=data.batch_size, seed=config.seed, start_step=start_step,
+        host=host, hosts=count, one_source=data.sampling == "one_source", workers=data.workers, threads=data.threads,
+        prefetch=data.prefetch, max_bad_share=data.max_bad_share, cache_bytes=data.cache_mb << 20,
     )  # fmt: skip
 
 
 def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer, log):
     """Returns `(state, optimizer)` on the mesh: the newest checkpoint or a new state, sharded from the start.
 
-    A new state takes the weights that `config.init_from` names and the start values that the method computes from the data.
+    A new state takes the weights of `config.init_from` and the start values that the method computes from the data.
     """
     import jax
 
@@ -231,11 +231,7 @@ def compile_on_all_hosts(run, source, tx, state, batch):
 class Recorder:
     """Records finished steps and knows when this host asks for a checkpoint.
 
-    Args:
-      run: the `Run`.
-      loader: the `Loader` of this host, which counts unusable records.
-      skipped: their number when the loader was made, the same on all hosts.
-      first: the number of the first step.
+    `skipped` is the loader's count of unusable records when it was made, the same on all hosts.
     """
 
     def __init__(self, run, loader, skipped, first, flops):
@@ -247,7 +243,7 @@ class Recorder:
         self.saved = time.monotonic()
 
     def exchange(self):
-        """Sends this host's request and its skipped records to all hosts; returns `(request, skipped)` of all of them."""
+        """Shares this host's request and skipped records; returns `(request, skipped)` over all hosts."""
         request, minutes = self.run.signals.status, self.run.config.checkpoint.minutes
         if not request and minutes and time.monotonic() - self.saved > 60 * minutes:
             request, self.saved = SAVE, time.monotonic()
@@ -267,8 +263,8 @@ class Recorder:
             run.checkpointer.wait()
             since = step - int(values["bad_steps"]) + 1
             raise UserError(
-                f"the loss or a gradient was not finite in steps {since} to {step}; their updates were skipped, so the newest"
-                f" checkpoint, {run.checkpointer.newest()}, is still good: lower the learning rate and start again"
+                f"the loss or a gradient was not finite in steps {since} to {step}; their updates were skipped, so"
+                f" the newest checkpoint, {run.checkpointer.newest()}, is still good: lower the learning rate, restart"
             )
         if step % config.log_steps == 0 or step in (self.first, config.steps):
             # Hosts with the same rows skip the same records: each of the shares counts once.
@@ -287,7 +283,10 @@ class Recorder:
 
 
 def loop(run, source, tx, state):
-    """Runs the steps up to `config.train.steps` and returns the last state. Host work happens one step behind the devices."""
+    """Runs the steps up to `config.train.steps` and returns the last state.
+
+    Host work happens one step behind the devices.
+    """
     config, first = run.config, int(state.step) + 1
     steps = config.train.steps
     loader = make_loader(config, source, run.tokenizer, run.method, run.mesh, first - 1)

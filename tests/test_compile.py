@@ -1,4 +1,4 @@
-"""Compiling for machines that are not there: costs read from programs, errors, whole runs of the command."""
+"""Compiling for absent machines: the cost of programs, errors, whole runs of the command."""
 
 import importlib.util
 import json
@@ -19,14 +19,13 @@ from clip_jax.runtime import hardware
 
 CLIP = str(REPO / "configs" / "clip.py")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Error reading persistent compilation cache"
-)  # the command itself turns it off
+# The command turns the compilation cache off.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 
 
 @pytest.fixture(autouse=True)
 def environment():
-    """What the command sets for libtpu stays out of the processes that other tests start."""
+    """Removes the variables that the command sets for libtpu, so that other tests' processes do not inherit them."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -88,7 +87,7 @@ def test_flops_of_convolutions_leave_out_the_padding():
 
 
 def test_traffic_of_a_fusion_that_takes_a_slice():
-    """A loop reads one layer of the stacked weights in each round, not all of them."""
+    """A loop reads one layer of the stacked weights in each round, not all layers."""
     text = (
         jax.jit(lambda x, ws: jax.lax.scan(lambda h, w: (h * w, None), x, ws)[0])
         .lower(jnp.ones(1000), jnp.ones((50, 1000)))
@@ -107,13 +106,13 @@ HLO = """HloModule step, num_partitions=8
 
 %begin (p0: bf16[4,8]) -> (bf16[4,8], bf16[32,8]) {
   %p0 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
-  %gather.1 = bf16[32,8]{1,0} all-gather(%p0), channel_id=1, replica_groups=mesh['x'=4,'y'=2] {'x','y'}, dimensions={0}, backend_config={"async_collective_fusion_config":{}}
+  %gather.1 = bf16[32,8]{1,0} all-gather(%p0), replica_groups=mesh['x'=4,'y'=2] {'x','y'}, dimensions={0}, @config
   ROOT %start = (bf16[4,8]{1,0}, bf16[32,8]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
 %go_on (p1: bf16[4,8]) -> bf16[32,8] {
   %p1 = bf16[4,8]{1,0} parameter(0)
-  ROOT %gather.2 = bf16[32,8]{1,0} all-gather(%p1), channel_id=1, replica_groups=mesh['x'=4,'y'=2] {'x','y'}, dimensions={0}, backend_config={"async_collective_fusion_config":{}}
+  ROOT %gather.2 = bf16[32,8]{1,0} all-gather(%p1), replica_groups=mesh['x'=4,'y'=2] {'x','y'}, dimensions={0}, @config
 }
 
 %all-reduce-scatter.1 (p2: f32[8,16]) -> f32[4,16] {
@@ -131,7 +130,7 @@ HLO = """HloModule step, num_partitions=8
   %next = s32[] add(%i, %one)
   %gram = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
   %y = f32[8,16]{1,0} dot(%gram, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-  %z = f32[8,16]{1,0} all-reduce(%y), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%sum, metadata={op_name="jit(step)/sum"}
+  %z = f32[8,16]{1,0} all-reduce(%y), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, @sum
   ROOT %out = (s32[], f32[8,16]{1,0}) tuple(%next, %z)
 }
 
@@ -157,15 +156,17 @@ ENTRY %main (q0: f32[8,16], q1: bf16[4,8]) -> f32[8,16] {
   %permute.1 = f32[8,16]{1,0} collective-permute-done(%permute)
   ROOT %result = f32[8,16]{1,0} get-tuple-element(%loop), index=1
 }
-"""  # noqa: E501
+"""
+HLO = HLO.replace("@config", 'backend_config={"async_collective_fusion_config":{}}')
+HLO = HLO.replace("@sum", 'to_apply=%sum, metadata={op_name="jit(step)/sum"}')
 
 
 def test_collectives_of_a_program():
     cost = hlo_cost(HLO)
     found = {(c.kind, c.shape, c.group): (n, c.sent) for c, n in cost.collectives.items()}
     assert found == {
-        ("all-reduce", "f32[8,16]", 4): (7, 2 * 3 / 4 * 512),  # from 2 to 9
-        ("all-gather", "bf16[4,8]", 8): (1, 7 * 64),  # one, although two fusions show it
+        ("all-reduce", "f32[8,16]", 4): (7, 2 * 3 / 4 * 512),  # the loop counts from 2 to 9
+        ("all-gather", "bf16[4,8]", 8): (1, 7 * 64),  # counts once, although two fusions contain it
         ("reduce-scatter", "f32[8,16]", 2): (1, 1 / 2 * 512),
         ("all-reduce", "f32[8,16]", 8): (1, 2 * 7 / 8 * 512),
         ("collective-permute", "f32[8,16]", 8): (1, 512),
@@ -185,7 +186,7 @@ def test_a_counter_may_take_larger_steps():
     "old, new",
     [("direction=LT", "direction=NE"), ("add(%i, %one)", "multiply(%i, %one)"), ("copy(%two)", "partition-id()")],
 )
-def test_a_loop_of_unknown_length_is_told(old, new):
+def test_a_loop_of_unknown_length_is_reported(old, new):
     cost = hlo_cost(HLO.replace(old, new))
     assert cost.unknown_loops == 1 and cost.flops == 2 * (8 * 8 * 16 + 8 * 16 * 8)
 
@@ -193,7 +194,7 @@ def test_a_loop_of_unknown_length_is_told(old, new):
 def test_memory_on_the_chip_is_no_traffic():
     text = """ENTRY %main (p: f32[64,128]) -> f32[128] {
   %p = f32[64,128]{1,0:T(8,128)} parameter(0)
-  %near = ((f32[64,128]{1,0:T(8,128)}), f32[1,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:1], [0:128]}
+  %near = ((f32[64,128]{1,0:T(8,128)}), f32[1,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:1]}
   %near.1 = f32[1,128]{1,0:T(8,128)S(1)} slice-done(%near)
   %twice = f32[1,128]{1,0:T(8,128)S(1)} add(%near.1, %near.1)
   %far = (f32[1,128]{1,0:T(8,128)}, f32[1,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%twice)
@@ -274,7 +275,7 @@ def test_wrong_flags(flag, message, capsys):
 
 
 def command(*flags, tiny=TINY):
-    """The exit status of the command with the tiny model."""
+    """Runs the command with the tiny model and returns its exit status."""
     return compile_lib.main([f"--config={CLIP}", *(f"--config.{o}" for o in tiny), *flags])
 
 
@@ -283,7 +284,7 @@ def figures(tmp_path, *flags, status=0):
     return json.loads((tmp_path / "figures.json").read_text())
 
 
-def test_gpus_get_what_follows_from_shapes(tmp_path, capsys):
+def test_gpu_estimates_follow_from_shapes(tmp_path, capsys):
     whole = figures(tmp_path, "--topology=gpu:h100x1")
     parts = figures(tmp_path, "--topology=gpu:h100x8", "--config.mesh.fsdp=2")
     assert parts["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
@@ -328,7 +329,7 @@ def test_a_tiny_model_on_four_chips(tmp_path, capsys):
     result = figures(tmp_path, "--topology=v5e:2x2")
     memory = result["memory"]
     assert result["fits"] and result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1} and result["unknown_loops"] == 0
-    assert memory["alias"] >= 0.9 * memory["state"], "the state's memory is used again"
+    assert memory["alias"] >= 0.9 * memory["state"], "the step reuses the memory of the state"
     assert memory["argument"] >= memory["state"] + memory["batch"] and memory["temp"] > 0
     assert result["flops"] == pytest.approx(result["model_flops"] / 4, rel=0.05)
     # The gradients of all parameters, a third of the state (AdamW), are summed over the four chips.
@@ -345,16 +346,15 @@ def test_two_slices_sum_their_gradients_over_the_network_between_them(tmp_path, 
     result = figures(tmp_path, "--topology=v5e:2x2*2", "--config.mesh.fsdp=4")
     assert result["fits"] and result["chips"] == 8 and result["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     assert {c["group"] for c in result["collectives"]} == {4}, "parameters are gathered within a slice"
-    gradients = (
-        result["memory"]["state"] / 3
-    )  # of a chip's part of the parameters (AdamW has two more numbers for each)
-    assert gradients < result["between_slices"] < 8 * gradients  # matrices this small are padded
+    # A chip's part of the gradients: AdamW's state holds three numbers for each parameter.
+    gradients = result["memory"]["state"] / 3
+    assert gradients < result["between_slices"] < 8 * gradients  # the compiler pads matrices this small
     assert "sent to other slices: 0.00 GB" in capsys.readouterr().out
 
 
 @needs_libtpu
 def test_every_loop_of_a_step_is_counted(tmp_path):
-    """Two micro-batches of scanned blocks: one forward pass more than the model's own, a third of its work."""
+    """Two micro-batches of scanned blocks add one forward pass, a third of the model's own work."""
     flags = "micro_batches=2 model.scan=true model.image.depth=4 model.text.depth=3 mesh.fsdp=2".split()
     result = figures(tmp_path, "--topology=v5e:2x2", *(f"--config.{f}" for f in flags))
     assert (
@@ -374,7 +374,7 @@ def test_what_does_not_fit(tmp_path, capsys):
 
 
 @needs_libtpu
-def test_what_the_compiler_accepts_though_its_figures_are_more_than_the_memory(tmp_path, capsys, monkeypatch):
+def test_a_step_that_the_compiler_accepts_may_need_more_than_the_memory(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compile_lib, "compile_for_tpu", lambda *_: {"memory": dict(total=18 * 2**30, temp=15 * 2**30)})
     result = figures(tmp_path, "--topology=v5e:2x2", status=1)
     assert not result["fits"] and "add up to 18.00 GiB of 16.00 GiB" in capsys.readouterr().out
@@ -387,18 +387,16 @@ def test_a_slice_that_cannot_be_built(capsys):
     assert error.startswith("error: --topology=v5e:3x3: ") and error.count("\n") == 1
 
 
-def test_variants_are_named_the_cheapest_first():
+def test_variants_start_with_the_cheapest():
     topology, c = compile_lib.parse_topology("v5e:4x4"), config.load(CLIP, ["data.batch_size=4096"])
     tries = [overrides for overrides, _ in estimates.variants(c, topology, 8e9, 40e9)]
     assert tries[0] == ["mesh.fsdp=16"] and tries[1:3] == [["model.remat=dots"], ["model.remat=full"]]
-    assert tries[3:] == [
-        ["micro_batches=8"],
-        ["micro_batches=8", "model.remat=full"],
-    ]  # 8 GB + 40 GB / 8 is below 90 % of 16 GiB
+    # 8 GB + 40 GB / 8 is below 90 % of 16 GiB.
+    assert tries[3:] == [["micro_batches=8"], ["micro_batches=8", "model.remat=full"]]
     c.model.scan = True
     tries = [overrides for overrides, _ in estimates.variants(c, topology, 1e9, 1e15)]
     assert tries[0] == ["model.scan=false"]
-    assert ["micro_batches=256"] in tries, "as many as there are examples on a chip, where nothing is enough"
+    assert ["micro_batches=256"] in tries, "one example at a time on each chip, when nothing is enough"
 
 
 def test_search_stops_at_the_first_that_fits(monkeypatch):
@@ -415,13 +413,13 @@ def test_search_stops_at_the_first_that_fits(monkeypatch):
     monkeypatch.setattr(compile_lib, "compile_for_tpu", fake)
     args = compile_lib.parse_args([f"--config={CLIP}", "--topology=v5e:2x2", *(f"--config.{o}" for o in TINY)])
     tries = [(["model.remat=full"], ""), (["micro_batches=2"], ""), (["micro_batches=4"], "")]
-    said = []
-    found = compile_lib.search(args, compile_lib.parse_topology("v5e:2x2"), None, tries, said.append)
+    lines = []
+    found = compile_lib.search(args, compile_lib.parse_topology("v5e:2x2"), None, tries, lines.append)
     assert found["overrides"] == ["micro_batches=2"] and compiled == [("full", 1), ("none", 2)]
-    assert "24.00G" in said[0] and "6%" in said[1]
+    assert "24.00G" in lines[0] and "6%" in lines[1]
 
 
-def test_the_size_that_the_compiler_wanted():
+def test_the_size_in_the_message_of_the_compiler():
     error = compile_lib.DoesNotFit.of_compiler(
         "RESOURCE_EXHAUSTED: E1000: HLO temporaries (1.50T) exceeds available HBM (15.75G).\nSee the manual"
     )

@@ -30,8 +30,8 @@ def test_published_recipe():
 def test_overrides_take_the_type_of_the_field():
     c = config.load(
         CLIP,
-        ["optim.lr=3e-4", "train.steps=1e3", "optim.lr_mult=(('^img', 0.1),)", "data.augment=rrc(0.5, 1.0),flip", "data.source=/data/x.csv",
-         "eval.ema=true", "model.image.stem=(8, 16)", "mesh={'fsdp': 2}", "seed=7"],
+        ["optim.lr=3e-4", "train.steps=1e3", "optim.lr_mult=(('^img', 0.1),)", "data.augment=rrc(0.5, 1.0),flip",
+         "data.source=/data/x.csv", "eval.ema=true", "model.image.stem=(8, 16)", "mesh={'fsdp': 2}", "seed=7"],
     )  # fmt: skip
     assert (c.optim.lr, c.train.steps, c.seed, c.eval.ema, c.mesh.fsdp, c.mesh.data) == (3e-4, 1000, 7, True, 2, -1)
     assert (
@@ -110,7 +110,7 @@ def test_a_config_file_without_get_config(tmp_path):
         ("optim.lr_mult=('img',)", "pairs"),
     ],
 )
-def test_impossible_values(override, message):
+def test_wrong_values(override, message):
     with pytest.raises(UserError, match=message) as error:
         config.validate(config.load(CLIP, [override]))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""How runs end before their time, as real processes: signals, kill -9, a host that dies or hangs; and that they go on from there."""
+"""Early ends of runs, as real processes: signals, kill -9, a host that dies or hangs; and resuming after them."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from helpers import losses, run, train_command
 from clip_jax.runtime import command, faults, hosts
 
 TIMEOUT = 240
-# Long enough not to be over before the signal comes; the file of a run that ends by one is checked, not its length.
+# More steps than a run makes before the signal arrives.
 LONG = "train.steps=100000"
 
 
@@ -25,7 +25,7 @@ def start_pair(workdir, *overrides):
 
 
 def wait_for(process, beginning):
-    """Reads the output up to a line that begins so."""
+    """Reads the output up to a line with this beginning."""
     for line in process.stdout:
         if line.startswith(beginning):
             return
@@ -33,7 +33,7 @@ def wait_for(process, beginning):
 
 
 def end(process):
-    """`(exit status, what it said on stderr)`; fails when the process does not end."""
+    """Returns `(exit status, stderr)`; fails when the process does not end."""
     try:
         error = process.communicate(timeout=TIMEOUT)[1]
         return process.returncode, error
@@ -43,7 +43,7 @@ def end(process):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """In each process that a test starts."""
+    """Gives one CPU device to each process that a test starts."""
     monkeypatch.setenv("XLA_FLAGS", COMPILE_FAST)
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
 
@@ -51,7 +51,7 @@ def one_device(monkeypatch):
 @pytest.mark.parametrize(
     "number, status, word", [(signal.SIGTERM, 42, "preempted"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number, status, word):
+def test_a_signal_saves_and_the_same_command_resumes(tmp_path, number, status, word):
     process = subprocess.Popen(train_command(tmp_path, LONG, "checkpoint.steps=0", "checkpoint.minutes=0"), **PIPES)
     wait_for(process, "step    ")
     process.send_signal(number)
@@ -91,7 +91,7 @@ def test_signals_outside_of_the_steps_stop_there():
         with signals.deferred():
             os.kill(os.getpid(), signal.SIGINT)
             done = True
-        pytest.fail("a signal that nobody answered was forgotten")
+        pytest.fail("a signal was forgotten")
     assert done and signal.getsignal(signal.SIGTERM) == before
 
 
@@ -114,7 +114,7 @@ from clip_jax.runtime import command, faults
 with faults.watch({limit}), faults.stage("evaluation"):
     for _ in range(4):
         time.sleep(0.3)
-        with faults.stage("step"):  # in between something moves
+        with faults.stage("step"):  # an inner stage restarts the time of the outer one
             pass
     print("alive", flush=True)
     with faults.stage("data"):
@@ -159,7 +159,7 @@ def test_a_signal_to_one_host_stops_both_at_one_step(tmp_path):
     children[1].send_signal(signal.SIGTERM)
     (status_0, error_0), (status_1, error_1) = map(end, children)
     assert (status_0, status_1) == (42, 42), error_0 + error_1
-    assert (error_0 + error_1).count("preempted at step") == 1, "said once"
+    assert (error_0 + error_1).count("preempted at step") == 1, "only one host prints it"
     step = int(error_0.split("preempted at step ")[1].split(":")[0])
     assert (tmp_path / "checkpoints" / str(step)).is_dir() and sorted(losses(tmp_path)) == list(range(1, step + 1))
 
@@ -176,7 +176,7 @@ def test_a_loss_that_stays_nan_stops_all_hosts(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_no_step_is_lost_or_changed_by_random_kills(tmp_path, processes):
-    """benchmarks/faults.py does the work; CLIP_JAX_FAULT_ROUNDS=20 for more rounds, CLIP_JAX_FAULT_SEED for others."""
+    """Runs benchmarks/faults.py. CLIP_JAX_FAULT_ROUNDS=20 makes more rounds, CLIP_JAX_FAULT_SEED other ones."""
     rounds, seed = (
         os.environ.get(f"CLIP_JAX_FAULT_{name}", default) for name, default in (("ROUNDS", "2"), ("SEED", "0"))
     )

@@ -1,4 +1,4 @@
-"""Several hosts: how they find each other, who reads which rows; two real processes have the results of one."""
+"""Several hosts: how they join and which rows they read; two real processes give the results of one."""
 
 import argparse
 import json
@@ -59,7 +59,7 @@ sys.exit(command.run(lambda: hosts.start(hosts.Cluster("127.0.0.1:{port}", 2, {p
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_a_host_that_does_not_find_the_others_says_so(process):
+def test_a_host_that_does_not_find_the_others_reports_it(process):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -84,7 +84,7 @@ def test_incomplete_flags_are_refused(flags, message):
         parse(*flags)
 
 
-def test_where_jax_finds_the_others_by_itself(monkeypatch):
+def test_where_jax_detects_the_cluster(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
@@ -100,7 +100,7 @@ def test_where_jax_finds_the_others_by_itself(monkeypatch):
     monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name == "libtpu")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     hosts.start()
-    assert not calls, "a TPU that is not to be used"
+    assert not calls, "JAX_PLATFORMS excludes the TPU"
     monkeypatch.delenv("JAX_PLATFORMS")
     hosts.start()
     assert calls.pop() == {"heartbeat_timeout_seconds": 100}
@@ -117,7 +117,7 @@ def test_one_host_starts_without_jax():
 
 
 def fake_mesh(shape, processes):
-    """A mesh with devices of the given processes, in this order."""
+    """A mesh whose devices belong to the given processes, in this order."""
     devices = np.array([types.SimpleNamespace(process_index=p, id=i) for i, p in enumerate(processes)], object).reshape(
         shape
     )
@@ -134,7 +134,7 @@ def fake_mesh(shape, processes):
         ((2, 1, 4), [0, 0, 1, 1, 2, 2, 3, 3], True, 2),
         ((4, 1, 1), [0, 1, 0, 1], False, None),
         ((4, 1, 1), [1, 1, 0, 0], True, 2),
-        ((2, 1, 3), [0, 0, 1, 1, 2, 2], False, None),  # process 1 has a part of both rows
+        ((2, 1, 3), [0, 0, 1, 1, 2, 2], False, None),  # process 1 has devices in both rows
     ],
 )
 def test_which_rows_a_host_reads(monkeypatch, shape, processes, in_order, shares):
@@ -153,7 +153,7 @@ def test_which_rows_a_host_reads(monkeypatch, shape, processes, in_order, shares
 
 
 def sliced(*sizes):
-    """Devices of slices of these sizes, in no order."""
+    """Devices of slices of these sizes, out of order."""
     where = [index for index, size in enumerate(sizes) for _ in range(size)]
     devices = [
         types.SimpleNamespace(id=i, slice_index=index, platform="gpu", device_kind="H100")
@@ -179,7 +179,7 @@ def test_slices_lie_along_data_then_fsdp(shape, sizes, where):
 
 
 @pytest.mark.parametrize("shape, sizes", [((1, 1, 8), (4, 4)), ((2, 1, 4), (2, 2, 2, 2)), ((8, 1, 1), (6, 2))])
-def test_a_mesh_that_does_not_go_with_the_slices(shape, sizes):
+def test_a_mesh_that_does_not_fit_the_slices(shape, sizes):
     with pytest.raises(
         UserError, match=f"does not fit {len(sizes)} slices of {', '.join(map(str, sorted(set(sizes))))} devices"
     ):
@@ -187,7 +187,7 @@ def test_a_mesh_that_does_not_go_with_the_slices(shape, sizes):
 
 
 def together(module, *arguments, **kwargs):
-    """A command in two processes on this machine; returns the finished launcher."""
+    """Runs a command in two processes on this machine; returns the finished launcher."""
     return run([sys.executable, "-m", "clip_jax.runtime.hosts", "--processes=2", module, *arguments], **kwargs)
 
 
@@ -217,20 +217,19 @@ def pair(tmp_path_factory):
     return folder / "run", process
 
 
-def test_two_processes_have_the_losses_of_one_and_one_of_them_speaks(alone, pair):
+def test_two_processes_have_the_losses_of_one_and_one_of_them_prints(alone, pair):
     workdir, process = pair
     got = losses(workdir)
     np.testing.assert_allclose([got[step] for step in range(1, 6)], [alone[step] for step in range(1, 6)], rtol=1e-5)
-    lines = [
-        line for line in process.stdout.splitlines() if line and not line.startswith(("  ", "[Gloo]"))
-    ]  # of tables and of each process
-    assert len(set(lines)) == len(lines), "said twice"
+    # Rows of tables may repeat, and every process prints Gloo's lines.
+    lines = [line for line in process.stdout.splitlines() if line and not line.startswith(("  ", "[Gloo]"))]
+    assert len(set(lines)) == len(lines), "a line was printed twice"
     assert any("devices: 2 x cpu" in line and "2 host(s)" in line for line in lines)
     rows = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 4, 5]
 
 
-def test_what_two_processes_began_one_goes_on_with(alone, pair, tmp_path):
+def test_one_process_resumes_the_run_of_two(alone, pair, tmp_path):
     subprocess.run(["cp", "-r", pair[0], tmp_path / "run"], check=True)
     process = run(train_command(tmp_path / "run", "train.steps=8"))
     assert process.returncode == 0 and "from step 5" in process.stdout, process.stderr
@@ -239,7 +238,7 @@ def test_what_two_processes_began_one_goes_on_with(alone, pair, tmp_path):
 
 
 def test_tensor_parallelism_over_hosts_and_a_damaged_checkpoint(alone, pair, tmp_path):
-    """Both processes need all rows; both pass over the newest checkpoint, of which one file is cut."""
+    """Both processes need all rows, and both skip the newest checkpoint, in which one file is truncated."""
     subprocess.run(["cp", "-r", pair[0], tmp_path / "run"], check=True)
     newest = tmp_path / "run" / "checkpoints" / "5"
     path = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -247,25 +246,25 @@ def test_tensor_parallelism_over_hosts_and_a_damaged_checkpoint(alone, pair, tmp
     arguments = train_command(tmp_path / "run", "train.steps=6", "mesh={'data': 1, 'tensor': 2}")[2:]
     process = together(*arguments)
     assert process.returncode == 0 and "from step 4" in process.stdout, process.stderr
-    assert process.stderr.count("is damaged") == 1, "said once"
+    assert process.stderr.count("is damaged") == 1, "only one host reports it"
     got = losses(tmp_path / "run")
     np.testing.assert_allclose([got[step] for step in range(1, 7)], [alone[step] for step in range(1, 7)], rtol=1e-5)
 
 
 def test_evaluation_is_shared_and_its_results_are_the_same(pair, tmp_path):
-    """13 pictures, one of them unreadable: the shares of the hosts are not equal, and neither are their batches."""
+    """13 images, one of them unreadable: the hosts have shares and batches of different sizes."""
     rng = np.random.default_rng(0)
     captions = ["file,title"]
     for i in range(13):
-        folder = tmp_path / "pictures" / ("cat", "dog", "owl")[i % 3]
+        folder = tmp_path / "images" / ("cat", "dog", "owl")[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(folder / f"{i}.png")
         captions.append(f"{folder.name}/{i}.png,{folder.name} number {i}")
-    (tmp_path / "pictures" / "cat" / "3.png").write_bytes(b"no picture")
-    (tmp_path / "pictures" / "pairs.csv").write_text("\n".join(captions))
+    (tmp_path / "images" / "cat" / "3.png").write_bytes(b"no image")
+    (tmp_path / "images" / "pairs.csv").write_text("\n".join(captions))
     tasks = [
-        f"zeroshot(source='{tmp_path}/pictures', templates=('a {{}}.',))",
-        f"retrieval(source='{tmp_path}/pictures/pairs.csv', image='file', text='title')",
+        f"zeroshot(source='{tmp_path}/images', templates=('a {{}}.',))",
+        f"retrieval(source='{tmp_path}/images/pairs.csv', image='file', text='title')",
     ]
     arguments = [f"--checkpoint={pair[0]}", *(f"--task={task}" for task in tasks)]
     results = []
@@ -279,8 +278,8 @@ def test_evaluation_is_shared_and_its_results_are_the_same(pair, tmp_path):
     assert results[1] == pytest.approx(results[0], abs=1e-6)
 
 
-def test_hosts_that_do_not_share_a_folder_are_told_so(tmp_path):
-    """Process 1 runs in another folder, to which the relative --workdir belongs."""
+def test_hosts_must_share_a_folder(tmp_path):
+    """The relative --workdir is another folder on process 1, whose working directory differs."""
     code = f"""
 import os, sys
 process = [int(a[-1]) for a in sys.argv if a.startswith("--process=")][0]
@@ -302,7 +301,7 @@ sys.exit(command.run(work))
     assert "run is not one folder for all hosts (process 1 sees another one)" in process.stderr
 
 
-def test_the_launcher_refuses_nonsense(capsys):
+def test_the_launcher_refuses_wrong_arguments(capsys):
     for arguments in (["--processes=0", "clip_jax.train"], ["--processes=2"], ["clip_jax.train"]):
         assert hosts.main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1

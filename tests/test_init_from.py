@@ -14,7 +14,8 @@ from clip_jax.runtime import sharding
 from clip_jax.training import checkpoint
 
 CLASSIC = """model.image.pool=cls model.image.cls_token=true model.image.ln_pre=true model.text.pool=eot
-    model.text.causal=true model.text.mask_padding=false model.image.act=gelu model.text.act=gelu tokenizer=clip_bpe""".split()
+    model.text.causal=true model.text.mask_padding=false model.image.act=gelu model.text.act=gelu
+    tokenizer=clip_bpe""".split()
 
 
 def flat(params):

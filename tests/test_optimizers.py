@@ -104,7 +104,7 @@ def test_sgd_has_momentum():
     )
 
 
-def test_decay_leaves_out_gains_biases_and_the_scale():
+def test_gains_biases_and_the_scale_are_not_decayed():
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     params, _ = after(optim(weight_decay=0.2), steps=1, grads=zero)
     np.testing.assert_allclose(params["img"]["proj"]["kernel"], 1 - 0.1 * 0.2)
@@ -116,7 +116,7 @@ def test_freeze_leaves_parameters_alone_and_costs_no_state():
     params, state = after(optim(freeze=("^img/",)))
     np.testing.assert_array_equal(params["img"]["proj"]["kernel"], 1)
     assert np.abs(params["txt"]["ln"]["scale"] - 1).max() > 0.01
-    assert not any(x.shape == (4, 3) for x in jax.tree.leaves(state)), "no moments of a frozen kernel"
+    assert not any(x.shape == (4, 3) for x in jax.tree.leaves(state)), "a frozen kernel has no moments"
 
 
 def test_lr_mult_scales_the_update_and_zero_freezes():
@@ -150,7 +150,7 @@ def test_clipping_by_the_global_norm():
         (dict(freeze=(".",)), "leave no parameter"),
     ],
 )
-def test_patterns_that_cannot_be_meant(changes, message):
+def test_wrong_patterns(changes, message):
     with pytest.raises(UserError, match=message):
         optimizers.make_optimizer(optim(**changes), 100, PARAMS)
 

@@ -1,4 +1,4 @@
-"""The train step: the same on one and on eight devices, moving average, constraints, frozen parts, updates that are not finite, memory."""
+"""The training step: one and eight devices, moving average, constraints, frozen parameters, bad updates, memory."""
 
 import dataclasses
 
@@ -43,7 +43,9 @@ def test_any_mesh_and_micro_batches_give_the_result_of_one_device(one_device, da
         for name in ("loss", "grad_norm", "param_norm", "logit_scale"):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-3)  # Adam divides by the gradient's size: rounding of a tiny one shows
+        np.testing.assert_allclose(
+            a, b, atol=2e-3
+        )  # Adam divides by the gradient's size, which amplifies the rounding of tiny gradients
     assert history[-1]["loss"] < history[0]["loss"]
 
 
@@ -89,7 +91,7 @@ def test_frozen_parameters_do_not_move():
     )
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_counted():
+def test_a_non_finite_update_is_skipped_and_counted():
     c, method = setup()
 
     def bad_loss(params, extra, features, batch, rng):
@@ -114,7 +116,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
 
 
 def temporary_bytes(*overrides):
-    """Of the compiled step, on one device."""
+    """The bytes of temporaries of the compiled step, on one device."""
     c, method = setup("model.image.depth=6", "model.text.depth=6", "data.batch_size=64", *overrides)
     batch = {name: jax.ShapeDtypeStruct((64, *x.shape[1:]), x.dtype) for name, x in BATCH.items()}
     init, tx = make_init(c, method, batch)

@@ -1,4 +1,4 @@
-"""Studies: what is run, what is not run again, the table, the order, the page, what is refused."""
+"""Studies: the plan, complete runs, the table, the order, readouts, wrong input."""
 
 import json
 import signal
@@ -26,7 +26,7 @@ def make_study(tmp_path, names=("a", "b"), **fields):
 
 
 def pretend(folder, value, step=2, gap=0.5):
-    """What a run of two steps leaves behind."""
+    """Writes the files of a run of two steps."""
     folder.mkdir(parents=True)
     rows = [{"step": s, "time": 0.0, "loss": 2.0, "gap": gap} for s in (1, 2)] + [
         {"step": step, "time": 0.0, METRIC: value}
@@ -45,16 +45,16 @@ def test_plan_is_the_training_command_of_every_row_and_seed(tmp_path, capsys):
     assert f"--workdir={tmp_path}/runs/b/seed_1" in lines[-1]
 
 
-def test_complete_runs_are_gathered_and_not_run_again(tmp_path, capsys, monkeypatch):
+def test_complete_runs_are_not_repeated(tmp_path, capsys, monkeypatch):
     values = {"a": (0.1, 0.12), "b": (0.3, 0.34)}
     for name, shares in values.items():
         for seed, value in enumerate(shares):
             pretend(tmp_path / name / f"seed_{seed}", value, gap=0.5 + seed)
-    monkeypatch.setattr(study, "train", lambda run: pytest.fail(f"{run.folder} was run again"))
+    monkeypatch.setattr(study, "train", lambda run: pytest.fail(f"{run.folder} was repeated"))
     study.run_study(make_study(tmp_path, curves=("gap",)), tmp_path, 2, [], dry_run=False)
     out = capsys.readouterr().out
     assert "11.00 ± 1.41" in out and "32.00 ± 2.83" in out
-    assert "a < b: R@10 11.00 and 32.00 %: came out (p = " in out
+    assert "a < b: R@10 11.00 and 32.00 %: confirmed (p = " in out
     figures = json.loads((tmp_path / "study.json").read_text())
     assert figures["runs"]["as trained"]["b"][1][METRIC] == 0.34 and figures["table"][1][0] == "a"
     page = (tmp_path / "study.html").read_text()
@@ -66,12 +66,12 @@ def test_complete_runs_are_gathered_and_not_run_again(tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     ("a", "b", "outcome"),
     [
-        ((0.3, 0.31), (0.1, 0.11), "the other way round"),
-        ((0.1, 0.3), (0.2, 0.3), "not told apart"),
-        ((0.1,), (0.2,), "decides nothing"),
+        ((0.3, 0.31), (0.1, 0.11), "the opposite order"),
+        ((0.1, 0.3), (0.2, 0.3), "no significant difference"),
+        ((0.1,), (0.2,), "cannot decide"),
     ],
 )
-def test_the_order_is_told_as_it_came_out(tmp_path, a, b, outcome):
+def test_order_reports_the_outcome(tmp_path, a, b, outcome):
     found = {"as trained": {"a": [{METRIC: x} for x in a], "b": [{METRIC: x} for x in b]}}
     (line,) = study.order(make_study(tmp_path), found)
     assert outcome in line
@@ -91,19 +91,22 @@ def test_each_readout_is_evaluated_once_and_kept(tmp_path, capsys, monkeypatch):
     )
     for name, value in (("a", 0.1), ("b", 0.3)):
         pretend(tmp_path / name / "seed_0", value)
-    two = make_study(tmp_path, readouts={"as trained": (), "otherwise": ("x.y=1",)})
+    two = make_study(
+        tmp_path, readouts={"as trained": (), "otherwise": ("eval.batch_size=7",), "the same": ("data.batch_size=16",)}
+    )
     for _ in range(2):
         study.run_study(two, tmp_path, 1, [], dry_run=False)
-    assert asked == [("a", ("x.y=1",)), ("b", ("x.y=1",))]
+    assert asked == [("a", ("eval.batch_size=7",)), ("b", ("eval.batch_size=7",))]
     figures = json.loads((tmp_path / "study.json").read_text())
     assert [row[:2] + [row[5]] for row in figures["table"][1:]] == [
-        ["a", "as trained", "10.00"], ["a", "otherwise", "90.00"], ["b", "as trained", "30.00"], ["b", "otherwise", "20.00"],
+        ["a", "as trained", "10.00"], ["a", "otherwise", "90.00"], ["a", "the same", "10.00"],
+        ["b", "as trained", "30.00"], ["b", "otherwise", "20.00"], ["b", "the same", "30.00"],
     ]  # fmt: skip
-    assert "read by otherwise, a < b: R@10 90.00 and 20.00 %: one run each decides nothing" in capsys.readouterr().out
+    assert "read by otherwise, a < b: R@10 90.00 and 20.00 %: one run each cannot decide" in capsys.readouterr().out
 
 
 def test_a_run_that_is_not_complete_is_trained(tmp_path):
-    pretend(tmp_path / "a" / "seed_0", 0.5, step=1)  # the evaluation of an earlier step
+    pretend(tmp_path / "a" / "seed_0", 0.5, step=1)  # its last evaluation was at an earlier step
     (run,) = study.plan(make_study(tmp_path, ("a",)), tmp_path, 1, [f'eval.tasks=("{TASK}",)', "checkpoint.steps=0"])
     assert run.metrics() is None
     study.train(run)
@@ -127,7 +130,7 @@ def test_a_run_that_fails_ends_the_study_with_its_last_line_and_status(tmp_path)
     with pytest.raises(UserError, match="a, seed 0 ended with status 2: error: no such data"):
         study.train(run)
     run = study.Run(Row("a", "x"), 0, tmp_path / "b", ("-c", "raise SystemExit(42)"), 2, 1.0)
-    with pytest.raises(faults.Stopped, match="^preempted in a, seed 0; the same command goes on$") as stopped:
+    with pytest.raises(faults.Stopped, match="^preempted in a, seed 0; the same command resumes the run$") as stopped:
         study.train(run)
     assert stopped.value.status == 42 and signal.getsignal(signal.SIGTERM) is handler
 
@@ -136,7 +139,7 @@ def test_wrong_input(tmp_path, capsys):
     wrong = [
         ("configs/clip.py", [], "has no function get_study(variant)"),
         ("configs/oner.py:ablate", [], "did you mean 'ablation'?"),
-        ("configs/oner.py:ablation", ["--seeds=0"], "at least one run"),
+        ("configs/oner.py:ablation", ["--seeds=0"], "must be at least 1"),
         ("configs/oner.py:ablation", ["--config.train.stepz=3"], "stepz"),
         ("configs/none.py", [], "there is no file"),
     ]
@@ -154,6 +157,6 @@ def test_rows_of_the_studies_are_configurations_with_the_metrics_asked_for(spec)
         assert "emoji" in config.load(row.config).eval.tasks
 
 
-def test_training_with_a_study_says_what_it_is():
+def test_the_training_command_refuses_a_study():
     with pytest.raises(UserError, match="is a study: python -m clip_jax.study"):
         config.load(f"{REPO}/configs/oner.py:ablation")

@@ -23,8 +23,8 @@ def make_parser(module, doc):
 def run(work):
     """Calls `work` and returns the exit status of the command, see `clip_jax.runtime.faults`.
 
-    A `UserError`, an `OSError` (a full disk, a missing folder) or `faults.Stopped` prints one line. With several processes,
-    every exception ends this process. A single process raises all other exceptions.
+    A `UserError`, an `OSError` (a full disk, a missing folder) or `faults.Stopped` prints one line. With several
+    processes, every exception ends this process. A single process raises all other exceptions.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:

@@ -1,7 +1,7 @@
 """How a run ends early: signals, stalls, the loss of another process, and the exit status of each.
 
-    0 done   1 a defect   2 wrong input or a full disk   42 preempted (SIGTERM)   43 another process is lost, or nothing progresses
-    130 interrupted (Ctrl-C)
+    0 done   1 a defect   2 wrong input or a full disk   42 preempted (SIGTERM)
+    43 another process is lost, or nothing progresses   130 interrupted (Ctrl-C)
 
 After 42, 43 and 130, the same command resumes the run.
 """
@@ -39,7 +39,9 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Handles SIGTERM and SIGINT: raises `Stopped` at once or, within `deferred`, only sets `status`. A second signal kills.
+    """Handles SIGTERM and SIGINT: raises `Stopped` at once or, within `deferred`, only sets `status`.
+
+    A second signal kills the process.
 
     Attributes:
       status: the exit status that a signal asked for, 0 without a signal.
@@ -70,7 +72,10 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self):
-        """A context in which a signal only sets `status`. Leaving it raises `Stopped` when a signal was not acted on."""
+        """A context in which a signal only sets `status`.
+
+        Leaving it raises `Stopped` when a signal was not acted on.
+        """
         self._deferred = True
         try:
             yield

@@ -32,9 +32,9 @@ class Chip(NamedTuple):
 
 GB, GIB = 1e9, 2**30
 
-#: From cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e, tpu7x. Links: half of the bidirectional interconnect bandwidth per chip. The
-#: exceptions are v3 (656 Gbit/s per link: Norrie et al. 2021, four links of 82 GB/s) and v4 (a pod's all-reduce bandwidth, divided by
-#: its 4,096 chips).
+#: From cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e, tpu7x. Links: half of the bidirectional interconnect bandwidth
+#: per chip. The exceptions are v3 (656 Gbit/s per link: Norrie et al. 2021, four links of 82 GB/s) and v4 (a pod's
+#: all-reduce bandwidth, divided by its 4,096 chips).
 TPUS = {
     "v3": Chip(123e12, 32 * GIB, 900 * GB, 328 * GB, ("TPU v3",), devices=2, torus=2),
     "v4": Chip(275e12, 32 * GIB, 1200 * GB, 268 * GB, ("TPU v4",), torus=3),

@@ -100,8 +100,8 @@ def start(cluster=None, timeout=100):
       timeout: seconds without a heartbeat after which a process counts as lost.
 
     When the processes do not find each other within JAX's five minutes, this process ends with status 43
-    (`clip_jax.runtime.faults`), because a preempted host may come back. Raises UserError when the machine describes its cluster
-    incompletely.
+    (`clip_jax.runtime.faults`), because a preempted host may come back. Raises UserError when the machine describes its
+    cluster incompletely.
     """
     managed = _on_slurm() or _on_cloud_tpu()
     if not managed and (cluster is None or cluster.processes == 1):
@@ -174,8 +174,8 @@ def gather(value):
 def exchange(mesh, request, skipped):
     """Returns `(greatest request, sum of skipped)` over all processes.
 
-    With several processes both are int32 on the devices, so that nothing waits until they are read. This is a separate program:
-    inside the step, XLA would not order its collective with the step's own, and the two could deadlock.
+    With several processes both are int32 on the devices, so that nothing waits until they are read. This is a separate
+    program: inside the step, XLA would not order its collective with the step's own, and the two could deadlock.
 
     Args:
       mesh: the mesh of all devices.
@@ -223,12 +223,12 @@ def check_shared(folder):
         seen = gather(name in os.listdir(folder))
     if not all(seen):
         raise UserError(
-            f"{folder} is not one folder for all hosts (process {seen.index(False)} sees another one): it must be shared"
+            f"{folder} is not one folder for all hosts (process {seen.index(False)} sees another one): share it"
         )
 
 
 def spawn(processes, command, **kwargs):
-    """Starts `python -m *command` in several processes on this machine, joined over loopback; returns the Popen objects."""
+    """Starts `python -m *command` in several processes on this machine, joined over loopback; returns `[Popen]`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         flags = [f"--coordinator=127.0.0.1:{probe.getsockname()[1]}", f"--processes={processes}"]

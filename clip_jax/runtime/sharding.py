@@ -1,8 +1,8 @@
 """The device mesh and the sharding of state and batches.
 
-There is one mesh with the axes `data`, `fsdp` and `tensor`. A batch is split over `data` and `fsdp` together. One list of
-rules names the mesh axis of each dimension of a parameter. The paths of optimizer state and moving averages end with the
-parameter's path, so the same rules hold for them.
+There is one mesh with the axes `data`, `fsdp` and `tensor`. A batch is split over `data` and `fsdp` together. One list
+of rules names the mesh axis of each dimension of a parameter. The paths of optimizer state and moving averages end with
+the parameter's path, so the same rules hold for them.
 """
 
 import collections
@@ -55,7 +55,7 @@ def mesh_shape(sizes, count):
 
 
 def make_mesh(sizes, devices=None):
-    """Returns the mesh of `mesh_shape` over all devices, or over `devices`, which may be descriptions of absent devices.
+    """Returns the mesh of `mesh_shape` over all devices, or over `devices`, which may describe absent devices.
 
     Raises UserError when the mesh does not fit the devices, the hosts or the slices.
     """
@@ -77,8 +77,9 @@ def make_mesh(sizes, devices=None):
 def arrange(shape, devices):
     """Returns the devices as an array of a mesh's `shape`, in which neighbours are neighbours in the network.
 
-    The network is slow between slices: TPU slices, or groups of GPUs that NVLink joins. They lie side by side along `data`, and
-    along `fsdp` where `data` is too small. Raises UserError when that is impossible or the slices differ in size.
+    The network is slow between slices: TPU slices, or groups of GPUs that NVLink joins. They lie side by side along
+    `data`, and along `fsdp` where `data` is too small. Raises UserError when that is impossible or the slices differ in
+    size.
     """
     slices = collections.Counter(map(_slice, devices))
     if len(slices) == 1:
@@ -89,9 +90,8 @@ def arrange(shape, devices):
         left //= between[-1]
     if left > 1 or len(set(slices.values())) > 1:
         sizes = ", ".join(map(str, sorted(set(slices.values()))))
-        raise UserError(
-            f"mesh {_given(shape)} does not fit {len(slices)} slices of {sizes} devices: each slice must be a part of data or fsdp"
-        )
+        problem = f"mesh {_given(shape)} does not fit {len(slices)} slices of {sizes} devices"
+        raise UserError(f"{problem}: each slice must be a part of data or fsdp")
     within = [size // count for size, count in zip(shape, (*between, 1), strict=True)]
     return mesh_utils.create_hybrid_device_mesh(within, (*between, 1), devices, allow_split_physical_axes=True)
 
@@ -114,7 +114,10 @@ def _parts_by_host(mesh):
 
 
 def _in_order(mesh):
-    """Whether the processes, in order, have equal contiguous shares of a batch. A tensor-parallel group has one share."""
+    """Whether the processes, in order, have equal contiguous shares of a batch.
+
+    A tensor-parallel group has one share.
+    """
     shares = sorted(set(map(tuple, _parts_by_host(mesh).values())))
     together = [part for share in shares for part in share]
     return together == list(range(len(together))) and len(set(map(len, shares))) == 1
@@ -122,7 +125,7 @@ def _in_order(mesh):
 
 @functools.cache
 def process_shard(mesh):
-    """Returns `(index, count)`: the hosts read a batch in `count` equal shares, and this process needs share `index`."""
+    """Returns `(index, count)`: the hosts read a batch in `count` equal shares; this one reads share `index`."""
     parts = _parts_by_host(mesh)
     shares = sorted(set(map(tuple, parts.values())))
     return shares.index(tuple(parts[jax.process_index()])), len(shares)

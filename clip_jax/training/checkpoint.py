@@ -1,8 +1,8 @@
 """Checkpoints by Orbax: asynchronous, sharded and self-contained.
 
 `<workdir>/checkpoints/<step>/` holds the state and a `meta` item with the configuration, the tokenizer's files, the
-versions and the metrics, so that one such folder is enough to evaluate, resume or export. Each host writes the arrays of its
-own devices into one shared folder.
+versions and the metrics, so that one such folder is enough to evaluate, resume or export. Each host writes the arrays
+of its own devices into one shared folder.
 """
 
 import base64
@@ -104,8 +104,8 @@ class Checkpointer:
         Args:
           state: a `TrainState` of `jax.ShapeDtypeStruct` with shardings.
 
-        Raises UserError when every checkpoint is damaged, and when the run in the folder has another configuration or tokenizer;
-        the message names the fields.
+        Raises UserError when every checkpoint is damaged, and when the run in the folder has another configuration or
+        tokenizer; the message names the fields.
         """
         with faults.stage("checkpoint"):
             steps = hosts.gather(sorted(self.manager.all_steps(), reverse=True))[0]
@@ -124,9 +124,8 @@ class Checkpointer:
                 problem = next(filter(None, problems))
                 logger.warning("checkpoint %s/%d is damaged (%s); trying the one before", self.folder, step, problem)
         if steps:
-            raise UserError(
-                f"none of the checkpoints in {self.folder} can be read ({', '.join(map(str, steps))}); use another --workdir"
-            )
+            found = ", ".join(map(str, steps))
+            raise UserError(f"none of the checkpoints in {self.folder} can be read ({found}); use another --workdir")
         return None
 
     def _check(self, meta):
@@ -169,7 +168,10 @@ class _SaveFailure:
 
 
 def _alone():
-    """Options by which each host reads alone. If it waited for the others, a host that finds damage would block them."""
+    """Options by which each host reads alone.
+
+    If it waited for the others, a host that finds damage would block them.
+    """
     return ocp.options.MultiprocessingOptions(active_processes={jax.process_index()}, primary_host=jax.process_index())
 
 
@@ -188,7 +190,10 @@ def restore_arrays(folder, target):
 
 
 def read_meta(folder):
-    """Returns the `meta` item of one checkpoint folder, a dict. Raises OSError or ValueError when it is missing or damaged."""
+    """Returns the `meta` item of one checkpoint folder, a dict.
+
+    Raises OSError or ValueError when it is missing or damaged.
+    """
     with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
         return checkpointer.restore(pathlib.Path(folder).absolute() / "meta", args=ocp.args.JsonRestore())
 
@@ -211,7 +216,8 @@ def find(path, which="latest"):
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
     if not steps:
         raise UserError(
-            f"there is no checkpoint in {str(path)!r}: no folder in it has a step number as its name and holds 'state' and 'meta'"
+            f"there is no checkpoint in {str(path)!r}: a checkpoint is a folder whose name is a step number, with"
+            " 'state' and 'meta' in it"
         )
     if which == "latest":
         return folder / str(steps[-1])
@@ -230,7 +236,7 @@ def find(path, which="latest"):
             scores[step] = -value if name.startswith("-") else value
     if not scores:
         raise UserError(
-            f"no checkpoint in {str(folder)!r} has the metric that decides which is best: the run has checkpoint.best={name!r}"
+            f"no checkpoint in {str(folder)!r} has the metric that decides which is best, checkpoint.best={name!r}"
         )
     return folder / str(max(scores, key=scores.get))
 

@@ -15,7 +15,7 @@ from clip_jax.runtime.sharding import path_name
 
 
 def make_schedule(optim, steps):
-    """Returns `step -> learning rate`: linear warm-up to `optim.lr` in `warmup_steps`, then `optim.schedule` until `steps`."""
+    """Returns `step -> learning rate`: linear warm-up to `optim.lr`, then `optim.schedule` until `steps`."""
     lr, warmup = optim.lr, optim.warmup_steps
     rest = max(steps - warmup, 1)
     after = {
@@ -37,7 +37,7 @@ def _matches(patterns, params):
 
 
 def frozen(optim, params):
-    """Returns a pytree of bool like `params`: True for frozen parameters (`optim.freeze`, or a factor of 0 in `optim.lr_mult`)."""
+    """Returns a pytree of bool like `params`: True where `optim.freeze` matches or `optim.lr_mult` gives 0."""
     by_factor = jax.tree.map(lambda factor: factor == 0, _factors(optim, params))
     return jax.tree.map(lambda a, b: a or b, _matches(optim.freeze, params), by_factor)
 
@@ -79,8 +79,8 @@ def _scale_by_trust_ratio(params):
 def make_optimizer(optim, steps, params):
     """Returns the gradient transformation of the section `config.optim`.
 
-    Its parts, in order: clipping by the global gradient norm, the optimizer's direction, decoupled weight decay, LAMB's trust
-    ratio, the factor of `lr_mult`, the learning rate.
+    Its parts, in order: clipping by the global gradient norm, the optimizer's direction, decoupled weight decay, LAMB's
+    trust ratio, the factor of `lr_mult`, the learning rate.
 
     Args:
       optim: the section; see `clip_jax.config.base`.

@@ -21,7 +21,8 @@ class TrainState:
       extra: the method's state without a gradient.
       opt_state: the optimizer's state.
       ema: the moving average of the parameters, or None.
-      bad_steps: int32 scalar, the number of latest consecutive steps whose update was skipped because it was not finite.
+      bad_steps: int32 scalar, the number of latest consecutive steps whose update was skipped because it was not
+        finite.
     """
 
     step: jax.Array
@@ -59,10 +60,11 @@ def make_gradients(method, micro_batches):
 
     It differentiates `loss(heads(encode(view(params))))`.
 
-    With several micro-batches the loss is still that of the whole batch, with all its negatives (gradient caching, Gao et al.
-    2021). All parts are encoded without a gradient, the loss gives the gradient of the features, and each part is encoded
-    again to carry this gradient to the parameters. Memory holds one part and all features. The extra work is one forward
-    pass. The result is the same up to rounding, unless `encode` computes statistics over the batch (BatchNorm).
+    With several micro-batches the loss is still that of the whole batch, with all its negatives (gradient caching, Gao
+    et al. 2021). All parts are encoded without a gradient, the loss gives the gradient of the features, and each part
+    is encoded again to carry this gradient to the parameters. Memory holds one part and all features. The extra work is
+    one forward pass. The result is the same up to rounding, unless `encode` computes statistics over the batch
+    (BatchNorm).
 
     Args:
       method: a `Method`.

@@ -1,7 +1,7 @@
-"""Contrastive losses as pure functions of features. Logits and losses are float32 whatever the features' dtype.
+"""Contrastive losses as pure functions of features. Logits and losses are float32 for features of any dtype.
 
-Under `jax.jit` with the batch sharded over a mesh the functions below are the losses of the global batch. None of them holds
-the matrix of all pairs, forward or backward: see `clip_jax.losses.pairwise`.
+Under `jax.jit` with a batch sharded over a mesh these are the losses of the global batch. None of them stores the
+matrix of all pairs, in the forward or the backward pass: see `clip_jax.losses.pairwise`.
 """
 
 import functools
@@ -14,23 +14,31 @@ from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise, pairwise_loss
 
 
 def cross_entropy(logits, targets):
-    """Soft cross-entropy per row, `-(targets * log_softmax(logits)).sum(-1)`, float32 `[B]`."""
+    """Returns the cross-entropy of each row, `-(targets * log_softmax(logits)).sum(-1)`, float32 `[B]`.
+
+    Args:
+      logits: `[B, C]`.
+      targets: `[B, C]`, rows of probabilities (soft targets).
+    """
     return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
 def infonce(z_image, z_text, scale, smoothing=0.0, weights=None, kinds=None):
-    """InfoNCE over the global batch: the mean of both directions (CLIP: Radford et al. 2021, figure 3; ALIGN: twice this).
+    """InfoNCE over the global batch, the mean of both directions (CLIP: Radford et al. 2021, figure 3).
+
+    ALIGN's loss is twice this value.
 
     Args:
-      z_image, z_text: unit vectors `[B, E]`; row i of one belongs to row i of the other.
-      scale: `exp(logit_scale)`, scalar.
-      smoothing: label smoothing; the target is `1 - smoothing` on the diagonal plus `smoothing / B` everywhere.
-      weights: of the examples' losses, `[B]`, for both directions; the sum is divided by B all the same.
-      kinds: `{name: bool [B]}`, kinds of examples whose accuracies are to be told apart.
+      z_image, z_text: unit vectors `[B, E]`. Row i of both is a positive pair.
+      scale: scalar, `exp(logit_scale)`.
+      smoothing: label smoothing. The target is `1 - smoothing` on the diagonal plus `smoothing / B` everywhere.
+      weights: None, or the weight of each example in both directions, `[B]`. The sum is divided by B, not by their sum.
+      kinds: None, or `{name: bool [B]}`, kinds of examples with separate accuracies.
 
     Returns:
-      `(loss, metrics)`: a float32 scalar, and the accuracy in the batch of both directions, `image_to_text_acc` and
-      `text_to_image_acc`; with `kinds` in their place `<name>_acc`, their mean over the examples of a kind, 0 without any.
+      `(loss, metrics)`. The loss is a float32 scalar. The metrics are the accuracies within the batch,
+      `image_to_text_acc` and `text_to_image_acc`. With `kinds` they are instead `<name>_acc`, the mean of both
+      directions over the examples of a kind, 0 without such examples.
     """
     z_image, z_text = z_image.astype(jnp.float32), z_text.astype(jnp.float32)
     positive = scale * jnp.sum(z_image * z_text, axis=1)
@@ -43,22 +51,23 @@ def infonce(z_image, z_text, scale, smoothing=0.0, weights=None, kinds=None):
         losses[1] -= smoothing * scale * z_text @ z_image.mean(0)
     if kinds is None:
         return _mean(losses, weights), _accuracies(positive, negatives)
-    won = ((positive > negatives.row_max).astype(jnp.float32) + (positive > negatives.col_max)) / 2
+    correct = ((positive > negatives.row_max).astype(jnp.float32) + (positive > negatives.col_max)) / 2
     return _mean(losses, weights), {
-        f"{name}_acc": jnp.sum(won * kind) / jnp.maximum(jnp.sum(kind), 1) for name, kind in kinds.items()
+        f"{name}_acc": jnp.sum(correct * kind) / jnp.maximum(jnp.sum(kind), 1) for name, kind in kinds.items()
     }
 
 
 def contrast(queries, keys, scale, smoothing=0.0):
-    """InfoNCE in one direction: each query is to find its own key among all keys of the global batch.
+    """InfoNCE in one direction: each query is classified among all keys of the global batch.
 
     Args:
-      queries, keys: unit vectors `[B, E]`; both get a gradient.
-      scale: scalar, multiplies the similarities.
-      smoothing: of the target, spread evenly over the wrong keys.
+      queries, keys: unit vectors `[B, E]`. Row i of both is a positive pair. Both receive a gradient.
+      scale: scalar factor of the similarities.
+      smoothing: label smoothing, spread evenly over the B - 1 wrong keys.
 
     Returns:
-      `(loss, share of the queries whose key beats all others)`, float32 scalars.
+      `(loss, accuracy)`, float32 scalars. The accuracy is the share of the queries whose own key is the most similar
+      one.
     """
     queries, keys, scale = (jnp.asarray(x, jnp.float32) for x in (queries, keys, scale))
     positive = scale * jnp.sum(queries * keys, axis=1)
@@ -71,16 +80,17 @@ def contrast(queries, keys, scale, smoothing=0.0):
 
 
 def views_infonce(images, texts, scale, groups=None, both=True):
-    """InfoNCE of every view of the images with every view of the texts, all in one pass over the pairs.
+    """InfoNCE of every image view with every text view, computed in one pass over the pairs.
 
     Args:
-      images, texts: lists of unit vectors `[B, E]`.
-      scale: scalar.
-      groups: for each view of the texts int `[B]`; wrong texts of the group of an image's own text are left out. None: all count.
-      both: the mean of both directions; False: images are to find texts alone.
+      images, texts: lists of unit vectors `[B, E]`, one entry per view.
+      scale: scalar factor of the similarities.
+      groups: None, or one int array `[B]` per text view. A wrong text in the group of the right one is no negative.
+      both: True for the mean of both directions, False for image to text alone.
 
     Returns:
-      `(losses, metrics)`: float32 scalars in the order of `itertools.product(images, texts)`, and the accuracies of the first pair.
+      `(losses, metrics)`. The losses are float32 scalars in the order of `itertools.product(images, texts)`. The
+      metrics are the accuracies of the first pair of views, as in `infonce`.
     """
     groups = groups or [jnp.arange(len(images[0]))] * len(texts)
     positives = [scale * jnp.sum(u * v, axis=1) for u in images for v in texts]
@@ -95,14 +105,16 @@ def views_infonce(images, texts, scale, groups=None, both=True):
 
 
 def soft_infonce(z_image, z_text, scale, target_fn, target_params, image_targets, text_targets, weights=None):
-    """InfoNCE against soft targets that are a function of the pair: UniCL's labels, ZeroVL's mixtures, OTTER's matchings.
+    """InfoNCE with soft targets that are a function of the pair, such as UniCL's labels and ZeroVL's mixtures.
 
     Args:
-      z_image, z_text, scale, weights: as for `infonce`.
-      target_fn: pure function `(target_params, image_targets [t, ...], text_targets [u, ...], i [t, 1], j [1, u])` to a tile
-        `[t, u]` of the target, not negative and with a positive sum over each row and column. The target of image i is its
-        row, that of text j its column, each divided by its sum.
-      target_params, image_targets, text_targets: pytrees of arrays; of the last two with leading axis B. They get a gradient.
+      z_image, z_text, scale, weights: as in `infonce`.
+      target_fn: pure function `(target_params, image_targets [t, ...], text_targets [u, ...], i [t, 1], j [1, u])` that
+        returns a tile `[t, u]` of the target matrix; i and j are positions in the batch. The entries are not negative,
+        and each row and column has a positive sum. The target of image i is row i, that of text j is column j, each
+        divided by its sum.
+      target_params: pytree of arrays that every tile needs whole.
+      image_targets, text_targets: pytrees of arrays `[B, ...]`. These and `target_params` receive a gradient.
 
     Returns:
       `(loss, metrics)` as `infonce`.
@@ -119,11 +131,13 @@ def soft_infonce(z_image, z_text, scale, target_fn, target_params, image_targets
 
 
 def sigmoid(z_image, z_text, scale, bias):
-    """SigLIP's loss (Zhai et al. 2023, equation 1): every pair a binary decision; the sum over all pairs divided by B.
+    """SigLIP's sigmoid loss (Zhai et al. 2023, equation 1): every pair is a binary classification.
+
+    The loss is the sum over all pairs of the global batch, divided by B.
 
     Args:
-      z_image, z_text: unit vectors `[B, E]`.
-      scale, bias: scalars; a pair's logit is `scale * <z_image, z_text> + bias`.
+      z_image, z_text: unit vectors `[B, E]`. Row i of both is a positive pair.
+      scale, bias: scalars. The logit of a pair is `scale * <z_image, z_text> + bias`.
 
     Returns:
       `(loss, metrics)` as `infonce`.
@@ -132,24 +146,26 @@ def sigmoid(z_image, z_text, scale, bias):
     similarity = jnp.sum(z_image * z_text, axis=1)
     own = lax.stop_gradient(similarity)
     negatives, out = pairwise_loss(_sigmoid_tile, (scale, bias), (z_image, own), (z_text, own))
-    ahead = {
+    accuracies = {
         name: (x["ahead"] == 0).mean()
         for name, x in (("image_to_text_acc", out.row_sum), ("text_to_image_acc", out.col_sum))
     }
-    return negatives / len(similarity) + jax.nn.softplus(-(scale * similarity + bias)).mean(), ahead
+    return negatives / len(similarity) + jax.nn.softplus(-(scale * similarity + bias)).mean(), accuracies
 
 
 def filip(image_tokens, text_tokens, text_mask, scale, keys=None):
-    """FILIP's token-wise late interaction (Yao et al. 2022, equations 3 to 6), mean of both directions.
+    """FILIP's loss (Yao et al. 2022, equations 3 to 6): InfoNCE with token-wise late interaction.
 
-    An image scores a text by the mean over its tokens of the best text token, a text an image by the mean over its real
-    tokens of the best image token.
+    The loss is the mean of both directions. The similarity of an image to a text is the mean, over the tokens of the
+    image, of the largest dot product with a token of the text. That of a text to an image is the same with the roles
+    exchanged, over the tokens that are not padding.
 
     Args:
       image_tokens, text_tokens: unit vectors `[B, P, D]` and `[B, L, D]`.
-      text_mask: bool `[B, L]`, True for real tokens, at least one in each text.
-      scale: scalar.
-      keys: `(image tokens [B, p, D], (text tokens [B, l, D], their mask))` among which the best ones are sought; None: all.
+      text_mask: bool `[B, L]`, False at padding. Each text has at least one real token.
+      scale: scalar factor of the similarities.
+      keys: `(image tokens [B, p, D], (text tokens [B, l, D], their mask bool [B, l]))` over which the maxima are taken.
+        None takes them over all tokens.
 
     Returns:
       `(loss, metrics)` as `infonce`.
@@ -175,7 +191,7 @@ def _mean(losses, weights=None):
 
 
 def _accuracies(positive, negatives):
-    """Shares of the rows and of the columns whose positive pair beats every negative; a tie is lost."""
+    """Returns the shares of the rows and columns whose positive pair beats every negative. A tie counts as wrong."""
     return {
         "image_to_text_acc": (positive > negatives.row_max).mean(),
         "text_to_image_acc": (positive > negatives.col_max).mean(),
@@ -183,10 +199,9 @@ def _accuracies(positive, negatives):
 
 
 def similarities(a, b):
-    """Dot products of all rows of two arrays, float32 `[a, b]`."""
-    return jnp.matmul(
-        a, b.T, precision=lax.Precision.HIGHEST
-    )  # a scale of 100 makes the error of bfloat16 passes visible
+    """Returns the dot products of all rows of `a[m, E]` and `b[n, E]`, float32 `[m, n]`."""
+    # A scale of 100 would make the error of bfloat16 passes visible.
+    return jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)
 
 
 def _negatives_tile(scale, z_image, z_text, i, j):
@@ -199,16 +214,17 @@ def _contrast_tile(scale, queries, keys, i, j):
 
 
 def _views_tile(both, scale, rows, cols, i, j):
-    (images, own), (texts, others) = rows, cols
-    left_out = [a[:, None] == b for a, b in zip(own, others, strict=True)]
+    (images, row_groups), (texts, col_groups) = rows, cols
+    excluded = [a[:, None] == b for a, b in zip(row_groups, col_groups, strict=True)]
     logits = [
-        jnp.where(x, EXCLUDED, scale * similarities(u, v)) for u in images for v, x in zip(texts, left_out, strict=True)
+        jnp.where(x, EXCLUDED, scale * similarities(u, v)) for u in images for v, x in zip(texts, excluded, strict=True)
     ]
     return Tile(logits, logits if both else ())
 
 
 def _soft_tile(target_fn, params, rows, cols, i, j):
-    (scale, target_params), (z_image, image_targets), (z_text, text_targets) = params, rows, cols
+    scale, target_params = params
+    (z_image, image_targets), (z_text, text_targets) = rows, cols
     logits = scale * similarities(z_image, z_text)
     targets = target_fn(target_params, image_targets, text_targets, i, j).astype(jnp.float32)
     negatives, sums = jnp.where(i == j, EXCLUDED, logits), {"logits": targets * logits, "targets": targets}
@@ -216,24 +232,26 @@ def _soft_tile(target_fn, params, rows, cols, i, j):
 
 
 def _sigmoid_tile(params, rows, cols, i, j):
-    (scale, bias), (z_image, own_row), (z_text, own_col) = params, rows, cols
+    scale, bias = params
+    (z_image, own_row), (z_text, own_col) = rows, cols
     similarity = similarities(z_image, z_text)
     negative = i != j
     loss = jnp.where(negative, jax.nn.softplus(scale * similarity + bias), 0.0)
     fixed = lax.stop_gradient(similarity)
+    # "ahead" counts the negatives that are at least as similar as the positive pair.
     row = {"loss": loss, "ahead": negative & (fixed >= own_row[:, None])}
     return Tile(row_sum=row, col_sum={"ahead": negative & (fixed >= own_col)})
 
 
 def _late_interaction(rows, cols):
-    """Scores `[t, u]` of images for texts, and of texts for images."""
+    """Returns the similarities of images to texts and of texts to images, each `[t, u]`."""
     (image_tokens, image_keys), (text, text_keys) = rows, cols
     similarity = _token_similarities(image_tokens, text[0])
     to_keys = similarity if text_keys is None else _token_similarities(image_tokens, text_keys[0])
-    of_image = jnp.where((text_keys or text)[1][None, :, None], to_keys, EXCLUDED).max(3).mean(2)
+    image_scores = jnp.where((text_keys or text)[1][None, :, None], to_keys, EXCLUDED).max(3).mean(2)
     to_keys = similarity if image_keys is None else _token_similarities(image_keys, text[0])
-    of_text = jnp.sum(to_keys.max(2), axis=2, where=text[1][None]) / text[1].sum(1)
-    return of_image, of_text
+    text_scores = jnp.sum(to_keys.max(2), axis=2, where=text[1][None]) / text[1].sum(1)
+    return image_scores, text_scores
 
 
 def _token_similarities(image_tokens, text_tokens):
@@ -241,5 +259,5 @@ def _token_similarities(image_tokens, text_tokens):
 
 
 def _filip_tile(scale, rows, cols, i, j):
-    of_image, of_text = (jnp.where(i == j, EXCLUDED, scale * x) for x in _late_interaction(rows, cols))
-    return Tile(row_lse=of_image, col_lse=of_text)
+    image_logits, text_logits = (jnp.where(i == j, EXCLUDED, scale * x) for x in _late_interaction(rows, cols))
+    return Tile(row_lse=image_logits, col_lse=text_logits)

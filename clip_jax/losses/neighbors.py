@@ -1,4 +1,4 @@
-"""A first-in-first-out queue of embeddings, and the nearest among many rows to each row of a batch."""
+"""A first-in-first-out queue of embeddings, and exact nearest-neighbour search among rows that the devices share."""
 
 import functools
 import math
@@ -14,13 +14,24 @@ from clip_jax.models.common import l2_normalize
 
 
 def new_queue(rng, size, width):
-    """A queue of `size` random unit rows: `{"rows": float32 [Q, D], "next": position of the oldest, "filled": rows put in so far}`."""
+    """Returns a queue of random unit vectors.
+
+    Args:
+      rng: PRNG key.
+      size: number of rows Q.
+      width: length D of a row.
+
+    Returns:
+      `{"rows": float32 [Q, D], "next": int32, "filled": int32}`: the rows, the position of the oldest one, and the
+        number
+      of rows that `enqueue` has written so far, at most Q.
+    """
     rows = l2_normalize(jax.random.normal(rng, (size, width)))
     return {"rows": rows, "next": jnp.zeros((), jnp.int32), "filled": jnp.zeros((), jnp.int32)}
 
 
 def enqueue(queue, x):
-    """The queue with the rows of `x [n, D]` in the place of the oldest ones; of more rows than it has places, the last stay."""
+    """Returns the queue with its oldest rows replaced by those of `x[n, D]`, or by the last of them if n is larger."""
     size = len(queue["rows"])
     kept = min(len(x), size)
     places = (queue["next"] + len(x) - kept + jnp.arange(kept)) % size
@@ -32,82 +43,99 @@ def enqueue(queue, x):
 
 
 def nearest(queries, rows):
-    """The row with the largest dot product with each query, `(float32 [B, D], its number int32 [B])`; of equal ones the first."""
-    number = top_k(queries, rows, 1)[1]
-    return take(rows, number)[:, 0], number[:, 0]
-
-
-def top_k(queries, rows, k, count=None, approximate=False):
-    """The k rows with the largest dot products with each query, best first, without a gradient; of equal ones the first.
-
-    Under a mesh in use every device looks in its share of the rows, in blocks, for all queries: what goes around is the queries and
-    what was found, never the rows, and of the scores only those of one block exist.
+    """Returns the row with the largest dot product with each query; the first of several equal ones.
 
     Args:
       queries: `[B, D]`.
       rows: `[Q, D]`.
-      k: at most the number of rows.
-      count: only the first `count` rows, at least k, take part; None: all.
-      approximate: a little less than all of them are found, faster on a TPU (`jax.lax.approx_max_k`; elsewhere it is exact).
 
     Returns:
-      `(dot products float32 [B, k], numbers of the rows int32 [B, k])`.
+      `(rows [B, D], their indices int32 [B])`, without a gradient.
+    """
+    index = top_k(queries, rows, 1)[1]
+    return take(rows, index)[:, 0], index[:, 0]
+
+
+def top_k(queries, rows, k, count=None, approximate=False):
+    """Returns the k rows with the largest dot products with each query, best first. Ties go to the lower index.
+
+    Under a mesh in use every device searches its share of the rows, in blocks, for all queries. The devices exchange
+    queries and results, never rows, and hold the scores of one block at a time.
+
+    Args:
+      queries: `[B, D]`.
+      rows: `[Q, D]`.
+      k: number of rows, at most Q.
+      count: None, or the number of leading rows to search, at least k.
+      approximate: misses a few of the rows, but is faster on a TPU (`jax.lax.approx_max_k`; exact elsewhere).
+
+    Returns:
+      `(dot products float32 [B, k], row indices int32 [B, k])`, without a gradient.
     """
     axes, _ = layout(len(queries), len(rows))
     fn = functools.partial(_top_k, axes, k, len(rows) if count is None else count, approximate)
     return _sharded(fn, axes)(*lax.stop_gradient((queries.astype(jnp.float32), rows)))
 
 
-def take(rows, numbers):
-    """`rows [Q, ...]` at the numbers int `[B, k]`, `[B, k, ...]`, without a gradient; every device gives those that it holds."""
-    axes, _ = layout(len(numbers), len(rows))
-    return _sharded(functools.partial(_take, axes), axes)(numbers, lax.stop_gradient(rows))
+def take(rows, indices):
+    """Returns `rows[indices]` for rows that the devices share. Every device contributes the rows that it holds.
+
+    Args:
+      rows: `[Q, ...]`.
+      indices: int `[B, k]`.
+
+    Returns:
+      `[B, k, ...]`, without a gradient.
+    """
+    axes, _ = layout(len(indices), len(rows))
+    return _sharded(functools.partial(_take, axes), axes)(indices, lax.stop_gradient(rows))
 
 
 def _sharded(fn, axes):
-    spread = PartitionSpec(axes)
-    return jax.shard_map(fn, in_specs=(spread, spread), out_specs=spread, check_vma=False) if axes else fn
+    spec = PartitionSpec(axes)
+    return jax.shard_map(fn, in_specs=(spec, spec), out_specs=spec, check_vma=False) if axes else fn
 
 
 def _top_k(axes, k, count, approximate, queries, rows):
-    """On every device with its own queries and rows."""
+    """Runs on every device with its own queries and rows."""
     if axes:
         queries = lax.all_gather(queries, axes, tiled=True)
     size = max(1, min(len(rows), TILE_ENTRIES // len(queries)))
     blocks = math.ceil(len(rows) / size)
     first = (lax.axis_index(axes) if axes else 0) * len(rows)
 
-    def look(best, block):
+    def search(best, block):
         start = jnp.minimum(block * size, len(rows) - size)  # the last block ends with the last row
-        numbers = start + jnp.arange(size, dtype=jnp.int32)
-        fresh = (numbers >= block * size) & (first + numbers < count)
+        indices = start + jnp.arange(size, dtype=jnp.int32)
+        valid = (indices >= block * size) & (first + indices < count)  # not in the block before, and within `count`
         scores = similarities(queries, lax.dynamic_slice_in_dim(rows, start, size).astype(jnp.float32))
-        scores = jnp.where(fresh, scores, -jnp.inf)
+        scores = jnp.where(valid, scores, -jnp.inf)
         if approximate:
             scores, place = lax.approx_max_k(scores, min(k, size))
-            numbers = numbers[place]
-        return _best(k, *best, scores, jnp.broadcast_to(first + numbers, scores.shape)), None
+            indices = indices[place]
+        return _best(k, *best, scores, jnp.broadcast_to(first + indices, scores.shape)), None
 
     none = jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
-    values, numbers = lax.scan(look, none, jnp.arange(blocks))[0]
+    values, indices = lax.scan(search, none, jnp.arange(blocks))[0]
     if not axes:
-        return values, numbers
-    # The devices' results lie in the order of their rows, so that of equal ones the first stays the first.
-    values, numbers = (lax.all_to_all(x, axes, 0, 1, tiled=True) for x in (values, numbers))
-    return _best(k, values, numbers)
+        return values, indices
+    # The results of the devices follow the order of their rows, so that ties still go to the lower index.
+    values, indices = (lax.all_to_all(x, axes, 0, 1, tiled=True) for x in (values, indices))
+    return _best(k, values, indices)
 
 
 def _best(k, *pairs):
-    """The k largest of values `[B, n]` with their numbers, of `values, numbers, values, numbers, ...`."""
-    values, numbers = jnp.concatenate(pairs[::2], 1), jnp.concatenate(pairs[1::2], 1)
+    """Returns the k largest values with their indices from the arguments `values, indices, values, indices, ...`."""
+    values, indices = jnp.concatenate(pairs[::2], 1), jnp.concatenate(pairs[1::2], 1)
     values, place = lax.top_k(values, k)
-    return values, jnp.take_along_axis(numbers, place, axis=1)
+    return values, jnp.take_along_axis(indices, place, axis=1)
 
 
-def _take(axes, numbers, rows):
+def _take(axes, indices, rows):
+    """Runs on every device with its own indices and rows."""
     if not axes:
-        return rows[numbers]
-    numbers = lax.all_gather(numbers, axes, tiled=True) - lax.axis_index(axes) * len(rows)
-    mine = (numbers >= 0) & (numbers < len(rows))
-    found = jnp.where(jnp.expand_dims(mine, range(2, rows.ndim + 1)), rows[jnp.where(mine, numbers, 0)], 0)
-    return lax.psum_scatter(found, axes, tiled=True)
+        return rows[indices]
+    indices = lax.all_gather(indices, axes, tiled=True) - lax.axis_index(axes) * len(rows)
+    held = (indices >= 0) & (indices < len(rows))
+    taken = jnp.where(jnp.expand_dims(held, range(2, rows.ndim + 1)), rows[jnp.where(held, indices, 0)], 0)
+    return lax.psum_scatter(taken, axes, tiled=True)

@@ -1,8 +1,8 @@
 """Entropic optimal transport between the two sides of a batch (OTTER: Wu et al. 2022), in the log domain and float32.
 
-The similarity of all pairs is that of two sets of vectors, `S = rows @ cols^T - diagonal * I`. Sinkhorn's iterations keep it, a
-device its rows. What they give are potentials, numbers per row and column, from which `divergence` makes the targets again tile
-by tile, in memory linear in the batch. The module's functions carry no gradient to `S`.
+The similarities of all pairs are `S = rows @ cols^T - diagonal * I`. Sinkhorn's iterations store this matrix, each
+device its own rows. Their results are potentials, one number per row and column, from which `divergence` recomputes the
+targets tile by tile in memory linear in the batch. `S` receives no gradient.
 """
 
 import functools
@@ -18,9 +18,12 @@ from clip_jax.losses.pairwise import Tile, layout, pairwise
 
 
 class Plan(NamedTuple):
-    """`exp(S / reg + row[:, None] + col)` is the transport plan, of total mass 1; each field float32 `[B]`.
+    """The transport plan `exp(S / reg + row[:, None] + col)`, of total mass 1.
 
-    `log_mass` is the logarithm of the plan's row sums: less it, `row` gives the plan whose rows sum to 1, the target.
+    Attributes:
+      row, col: potentials of the rows and columns, float32 `[B]`.
+      log_mass: logarithms of the row sums, float32 `[B]`. With `row - log_mass` instead of `row` every row sums to 1;
+        this is the target.
     """
 
     row: jax.Array
@@ -29,29 +32,27 @@ class Plan(NamedTuple):
 
 
 def sinkhorn(rows, cols, reg, iterations, diagonal=0.0):
-    """The entropic plan with uniform marginals after some of Sinkhorn's iterations, each of which fits the rows, then the columns.
+    """Returns the entropic transport `Plan` with uniform marginals after a number of Sinkhorn iterations.
 
-    Under a mesh in use every device keeps its rows of the matrix, `[B / devices, B]`, and exchanges numbers per column alone.
+    Each iteration normalises the rows, then the columns. Under a mesh in use every device stores its rows of the
+    matrix, `[B / devices, B]`. The devices exchange one number per column.
 
     Args:
       rows, cols: float32 `[B, K]`, B at least 2.
-      reg: the weight of the entropy; similarities are divided by it.
-      iterations: 0: the plan is the softmax of `S / reg` over all pairs.
-      diagonal: taken from the similarity of row i and column i.
-
-    Returns:
-      `Plan`.
+      reg: weight of the entropy, which divides the similarities.
+      iterations: number of iterations. With 0 the plan is the softmax of `S / reg` over all pairs.
+      diagonal: subtracted from the similarity of row i and column i.
     """
     axes, _ = layout(len(rows))
     fn = functools.partial(_sinkhorn, axes, reg, iterations, diagonal)
     if axes:
-        spread = PartitionSpec(axes)
-        fn = jax.shard_map(fn, in_specs=(spread, spread), out_specs=Plan(spread, spread, spread), check_vma=False)
+        spec = PartitionSpec(axes)
+        fn = jax.shard_map(fn, in_specs=(spec, spec), out_specs=Plan(spec, spec, spec), check_vma=False)
     return fn(*lax.stop_gradient((rows, cols)))
 
 
 def _sinkhorn(axes, reg, iterations, diagonal, rows, cols):
-    """On every device with its own rows and columns."""
+    """Runs on every device with its own rows and columns."""
     b = len(rows)
     here = lax.axis_index(axes) if axes else 0
     if axes:
@@ -61,7 +62,7 @@ def _sinkhorn(axes, reg, iterations, diagonal, rows, cols):
     logits = (similarities(rows, cols) - diagonal * (own[:, None] == jnp.arange(n))) / reg
 
     def over_columns(x):
-        """Log-sum-exp over all rows, those of other devices as well."""
+        """Returns the log-sum-exp over the rows of all devices."""
         largest = x.max(0)
         if not axes:
             return largest + jnp.log(jnp.exp(x - largest).sum(0))
@@ -80,12 +81,15 @@ def _sinkhorn(axes, reg, iterations, diagonal, rows, cols):
 
 
 def divergence(queries, keys, scale, rows, cols, plan, reg, diagonal=0.0):
-    """The Kullback-Leibler divergence of softmax(scale * queries @ keys^T) from a plan's rows, the mean over the rows; no matrix is held.
+    """Returns the mean over the rows of `KL(target || softmax(scale * queries @ keys^T))`, without storing the matrix.
+
+    The targets are the rows of the plan, each divided by its sum.
 
     Args:
-      queries, keys: unit vectors `[B, E]`; both get a gradient, as does the scalar `scale`.
-      rows, cols, reg, diagonal: what `sinkhorn` was given.
-      plan: what it gave.
+      queries, keys: unit vectors `[B, E]`. They receive a gradient.
+      scale: scalar factor of their similarities. It receives a gradient.
+      rows, cols, reg, diagonal: the arguments of `sinkhorn`.
+      plan: the result of `sinkhorn`.
 
     Returns:
       A float32 scalar.

@@ -1,9 +1,10 @@
 """Sums and log-sum-exps over all pairs of a batch, tile by tile, in memory linear in the batch.
 
-A contrastive loss needs, of the matrix of all pairs, only sums over its rows and columns. `pairwise` computes them from
-a function that gives one tile of the matrix. Every device holds its share of the rows and of the columns; the columns, with
-what was summed over them so far, go once around all devices; log-sum-exps are taken online (Milakov & Gimelshein 2018). The
-backward rule computes the tiles again: automatic differentiation of such a loop would keep every one of them.
+A contrastive loss needs only sums over the rows and columns of the matrix of all pairs. `pairwise` computes them from a
+function that returns one tile of the matrix. Every device holds its share of the rows and of the columns. The columns
+and their running sums move once around a ring of all devices. Log-sum-exps are computed online (Milakov & Gimelshein
+2018). The backward rule recomputes the tiles, because automatic differentiation of such a loop would store every one of
+them.
 """
 
 import functools
@@ -16,15 +17,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-#: Stands for minus infinity in the entries of a tile: a pair that a log-sum-exp leaves out. Finite, so that no NaN can arise.
+#: The entry of a pair that a log-sum-exp leaves out. It replaces minus infinity, which could produce NaN.
 EXCLUDED = -1e30
 
-#: Entries of a tile, at most: 4 MiB in float32.
+#: The largest number of entries of a tile, 4 MiB in float32.
 TILE_ENTRIES = 2**20
 
 
 class Tile(NamedTuple):
-    """The entries of a tile `[t, u]` by what is done with them; each field a float32 array, a pytree of such, or empty."""
+    """The entries of a tile, by their reduction. Each field is a float32 array `[t, u]`, a pytree of such, or empty.
+
+    Attributes:
+      row_lse, col_lse: entries whose log-sum-exp over each row or column is computed.
+      row_sum, col_sum: entries whose sum over each row or column is computed.
+    """
 
     row_lse: Any = ()
     col_lse: Any = ()
@@ -33,9 +39,13 @@ class Tile(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """Over the whole matrix `[R, C]`: row fields hold float32 `[R]`, column fields `[C]`, in the structure of `Tile`.
+    """The reductions over the whole matrix `[R, C]`, in the structure of the fields of `Tile`.
 
-    `row_max` and `col_max`, without a gradient, are the largest entries of what the log-sum-exps were taken of.
+    Attributes:
+      row_lse, row_sum: float32 `[R]`.
+      col_lse, col_sum: float32 `[C]`.
+      row_max, col_max: the largest entries of `Tile.row_lse` and `Tile.col_lse`, float32 `[R]` and `[C]`, without a
+        gradient.
     """
 
     row_lse: Any
@@ -47,66 +57,73 @@ class Reduced(NamedTuple):
 
 
 def pairwise(tile_fn, params, rows, cols, entry_size=1):
-    """Reduces the matrix that `tile_fn` gives tile by tile over its rows and columns. Differentiable once, in reverse.
+    """Returns the reductions over rows and columns, `Reduced`, of the matrix whose tiles `tile_fn` computes.
 
-    Under a mesh in use (`jax.set_mesh`) rows and columns are spread over all of its devices that divide them.
+    The result is differentiable once, in reverse mode. Under a mesh in use (`jax.set_mesh`) rows and columns are split
+    over the mesh axes of `layout`.
 
     Args:
-      tile_fn: pure function `(params, rows [t, ...], cols [u, ...], i int32 [t, 1], j int32 [1, u]) -> Tile`; i and j are
-        positions in the whole matrix. Traced arrays reach it by its arguments alone, not by a closure.
+      tile_fn: pure function `(params, rows [t, ...], cols [u, ...], i int32 [t, 1], j int32 [1, u]) -> Tile`; i and j
+        are positions in the whole matrix. It must not close over traced arrays.
       params: pytree of float arrays that every tile needs whole, such as the scale.
-      rows, cols: pytrees of arrays `[R, ...]` and `[C, ...]`; integer arrays have no gradient.
-      entry_size: how many numbers `tile_fn` holds for an entry, where it is more than one; tiles shrink accordingly.
-
-    Returns:
-      `Reduced`.
+      rows, cols: pytrees of arrays `[R, ...]` and `[C, ...]`. Integer arrays have no gradient.
+      entry_size: numbers that `tile_fn` stores for each entry. Tiles shrink accordingly.
     """
     plan, rows, cols = _make_plan(tile_fn, rows, cols, entry_size)
     return _pairwise(plan, params, rows, cols)
 
 
 def pairwise_loss(tile_fn, params, rows, cols):
-    """The sum of a loss of each pair, differentiable once, in reverse, whose gradient is found together with it.
+    """Returns the sum of a loss over all pairs, differentiable once, in reverse mode.
 
-    Nothing but a factor of such a gradient depends on what is done with the sum, so the tiles need not be computed again for it.
+    Downstream code only scales the gradient of this sum, so one pass computes value and gradient.
 
     Args:
-      tile_fn: as that of `pairwise`, with the losses and else nothing in `row_sum["loss"]`; only they have a gradient.
-      params, rows, cols: as there.
+      tile_fn: as in `pairwise`, with the losses of the pairs as the array `row_sum["loss"]`. Only they have a gradient.
+      params, rows, cols: as in `pairwise`.
 
     Returns:
-      `(sum of the losses, Reduced)`; of the latter only the sums are filled in.
+      `(sum of the losses, Reduced)`. Only the sums of the latter are valid: under differentiation its other fields are
+        empty.
     """
     plan, rows, cols = _make_plan(tile_fn, rows, cols)
     return _pairwise_loss(plan, params, rows, cols)
 
 
 def tile_side(entry_size=1):
-    """How many rows and columns a tile has, at most, if `entry_size` numbers are held for an entry."""
+    """Returns the largest number of rows and columns of a tile that stores `entry_size` numbers for each entry."""
     return max(1, math.isqrt(TILE_ENTRIES // entry_size))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that is known before the arrays."""
+    """The static arguments.
+
+    Attributes:
+      tile_fn: the argument of `pairwise`.
+      row_def, col_def: tree structures of rows and columns.
+      axes: mesh axes over which rows and columns are split.
+      devices: number of devices along these axes.
+      side: the largest number of rows and columns of a tile.
+    """
 
     tile_fn: Any
     row_def: Any
     col_def: Any
-    axes: tuple[str, ...]  # mesh axes over which rows and columns are spread
-    devices: int  # their number
-    side: int  # of a tile, at most
+    axes: tuple[str, ...]
+    devices: int
+    side: int
 
 
 def _make_plan(tile_fn, rows, cols, entry_size=1):
-    """`(plan, arrays of the rows, arrays of the columns)`."""
+    """Returns `(plan, list of row arrays, list of column arrays)`."""
     (row_leaves, row_def), (col_leaves, col_def) = jax.tree.flatten(rows), jax.tree.flatten(cols)
     plan = _Plan(tile_fn, row_def, col_def, *layout(len(row_leaves[0]), len(col_leaves[0])), tile_side(entry_size))
     return plan, row_leaves, col_leaves
 
 
 def layout(*lengths):
-    """The mesh axes, from the first on, whose devices divide all lengths, and the number of these devices."""
+    """Returns `(axes, devices)`: the leading mesh axes whose device count divides all `lengths`, and this count."""
     mesh = jax.sharding.get_abstract_mesh()
     axes, devices = (), 1
     for axis in mesh.axis_names:
@@ -130,9 +147,9 @@ def _pairwise_bwd(plan, residuals, grads):
     params, rows, cols, out = residuals
     by_row = rows, out.row_lse, grads.row_lse, grads.row_sum
     by_col = cols, out.col_lse, grads.col_lse, grads.col_sum
-    spread = PartitionSpec(plan.axes)
-    d_params, d_rows, d_cols = _sharded(plan, _backward, (PartitionSpec(), spread, spread))(params, by_row, by_col)
-    return d_params, [*map(_like, d_rows, rows)], [*map(_like, d_cols, cols)]
+    split = PartitionSpec(plan.axes)
+    d_params, d_rows, d_cols = _sharded(plan, _backward, (PartitionSpec(), split, split))(params, by_row, by_col)
+    return d_params, [*map(_match_dtype, d_rows, rows)], [*map(_match_dtype, d_cols, cols)]
 
 
 _pairwise.defvjp(_pairwise_fwd, _pairwise_bwd)
@@ -145,22 +162,22 @@ def _pairwise_loss(plan, params, rows, cols):
 
 
 def _pairwise_loss_fwd(plan, params, rows, cols):
-    spread = PartitionSpec(plan.axes)
-    out, *grads = _sharded(plan, _forward_and_backward, (spread, PartitionSpec(), spread, spread))(params, rows, cols)
+    split = PartitionSpec(plan.axes)
+    out, *grads = _sharded(plan, _forward_and_backward, (split, PartitionSpec(), split, split))(params, rows, cols)
     return (out.row_sum["loss"].sum(), out), (grads, rows, cols)
 
 
 def _pairwise_loss_bwd(plan, residuals, grads):
     (d_params, d_rows, d_cols), rows, cols = residuals
     d_params, d_rows, d_cols = jax.tree.map(lambda x: grads[0] * x, (d_params, d_rows, d_cols))
-    return d_params, [*map(_like, d_rows, rows)], [*map(_like, d_cols, cols)]
+    return d_params, [*map(_match_dtype, d_rows, rows)], [*map(_match_dtype, d_cols, cols)]
 
 
 _pairwise_loss.defvjp(_pairwise_loss_fwd, _pairwise_loss_bwd)
 
 
-def _like(grad, x):
-    """A gradient as reverse differentiation wants it: of the dtype of `x`, none for integers."""
+def _match_dtype(grad, x):
+    """Returns a gradient as JAX requires it for `x`: in the dtype of `x`, None for integers."""
     return grad.astype(x.dtype) if _has_gradient(x) else None
 
 
@@ -169,7 +186,7 @@ def _has_gradient(x):
 
 
 def _sharded(plan, fn, out_specs):
-    """`fn(plan, params, by_row, by_col)` as a function of global arrays."""
+    """Returns the per-device function `fn(plan, params, by_row, by_col)` as a function of global arrays."""
     fn = functools.partial(fn, plan)
     if not plan.axes:
         return fn
@@ -182,11 +199,11 @@ def _sharded(plan, fn, out_specs):
 
 def _forward(plan, params, rows, cols):
     r, c = len(rows[0]), len(cols[0])
-    rows, cols = _cut(plan, rows), _cut(plan, cols)
+    rows, cols = _split_tiles(plan, rows), _split_tiles(plan, cols)
     shapes = jax.eval_shape(lambda: _entries(plan, params, r, c, rows, cols, 0, (0, 0)))
 
     def start(lse, total, parts):
-        """The running maximum, sum of exponentials and sum of nothing."""
+        """Returns the running (maximum, sum of exponentials, sum) before the first tile."""
         filled = [jnp.full(parts[0].shape[:2], value) for value in (EXCLUDED, 0.0, 0.0)]
         return tuple(jax.tree.map(lambda _, x=x: x, tree) for tree, x in zip((lse, lse, total), filled, strict=True))
 
@@ -199,73 +216,92 @@ def _forward(plan, params, rows, cols):
             by_row = _add(by_row, place[0], tile.row_lse, tile.row_sum, 1)
             return (by_row, _add(by_col, place[1], tile.col_lse, tile.col_sum, 0)), None
 
-        (by_row, by_col), _ = lax.scan(add_tile, (by_row, by_col), _places(rows, cols))
+        (by_row, by_col), _ = lax.scan(add_tile, (by_row, by_col), _tile_indices(rows, cols))
         return by_row, (cols, by_col)
 
     by_row, by_col = start(shapes.row_lse, shapes.row_sum, rows), start(shapes.col_lse, shapes.col_sum, cols)
-    by_row, (_, by_col) = _around(plan, visit, by_row, (cols, by_col))
+    by_row, (_, by_col) = _ring(plan, visit, by_row, (cols, by_col))
     (row_max, row_lse, row_sum), (col_max, col_lse, col_sum) = _finish(by_row, r), _finish(by_col, c)
     return Reduced(row_lse, col_lse, row_sum, col_sum, row_max, col_max)
 
 
 def _add(state, index, lse, total, axis):
-    """Adds a tile to the running (maximum, sum of exponentials, sum), each `[tiles, t]`, of the rows (axis 1) or columns (0)."""
+    """Adds a tile to the running (maximum, sum of exponentials, sum), each `[tiles, t]`.
+
+    `axis` is the axis of the tile to reduce: 1 for the values of rows, 0 for those of columns.
+    """
     largest, exps, sums = state
     new = jax.tree.map(lambda m, x: jnp.maximum(m[index], x.max(axis)), largest, lse)
-    exps = jax.tree.map(
-        lambda s, old, m, x: s.at[index].set(s[index] * jnp.exp(old[index] - m) + jnp.exp(x - jnp.expand_dims(m, axis)).sum(axis)),
-        exps, largest, new, lse,
-    )  # fmt: skip
+
+    def add_exps(s, old, m, x):
+        return s.at[index].set(s[index] * jnp.exp(old[index] - m) + jnp.exp(x - jnp.expand_dims(m, axis)).sum(axis))
+
+    exps = jax.tree.map(add_exps, exps, largest, new, lse)
     largest = jax.tree.map(lambda old, m: old.at[index].set(m), largest, new)
     return largest, exps, jax.tree.map(lambda s, x: s.at[index].add(x.sum(axis)), sums, total)
 
 
 def _finish(state, length):
-    """`(maximum, log-sum-exp, sum)`, each `[length]`, of the running values."""
+    """Returns `(maximum, log-sum-exp, sum)`, each `[length]`, from the running values."""
     largest, exps, sums = jax.tree.map(lambda x: x.reshape(-1)[:length], state)
     return largest, jax.tree.map(lambda m, s: m + jnp.log(s), largest, exps), sums
 
 
 def _backward(plan, params, by_row, by_col):
-    def of_tile(tile, transpose, row_values, col_values):
-        return transpose(Tile(
-            _d_lse(tile.row_lse, *row_values[:2], 1), _d_lse(tile.col_lse, *col_values[:2], 0),
-            _d_sum(tile.row_sum, row_values[2], 1), _d_sum(tile.col_sum, col_values[2], 0),
-        ))  # fmt: skip
+    def tile_grads(tile, transpose, row_values, col_values):
+        cotangent = Tile(
+            _d_lse(tile.row_lse, *row_values[:2], 1),
+            _d_lse(tile.col_lse, *col_values[:2], 0),
+            _d_sum(tile.row_sum, row_values[2], 1),
+            _d_sum(tile.col_sum, col_values[2], 0),
+        )
+        return transpose(cotangent)
 
-    return _gradients(plan, params, by_row, by_col, of_tile)
+    return _gradients(plan, params, by_row, by_col, tile_grads)
 
 
 def _forward_and_backward(plan, params, rows, cols):
-    def of_tile(tile, transpose, *_):
-        nothing = jax.tree.map(jnp.zeros_like, tile)
-        d_params, d_rows, d_cols = transpose(
-            nothing._replace(row_sum=nothing.row_sum | {"loss": jnp.ones_like(tile.row_sum["loss"])})
-        )
+    """Returns `(Reduced with the sums, gradients of params, rows, cols)` of `row_sum["loss"].sum()`."""
+
+    def tile_grads(tile, transpose, *_):
+        zeros = jax.tree.map(jnp.zeros_like, tile)
+        cotangent = zeros._replace(row_sum=zeros.row_sum | {"loss": jnp.ones_like(tile.row_sum["loss"])})
+        d_params, d_rows, d_cols = transpose(cotangent)
         row_sums, col_sums = (
             [x.sum(axis) for x in jax.tree.leaves(tree)] for tree, axis in ((tile.row_sum, 1), (tile.col_sum, 0))
         )
         return d_params, d_rows + row_sums, d_cols + col_sums
 
-    shapes = jax.eval_shape(
-        lambda: _entries(plan, params, len(rows[0]), len(cols[0]), _cut(plan, rows), _cut(plan, cols), 0, (0, 0))
-    )
+    def first_tile():
+        tiles = _split_tiles(plan, rows), _split_tiles(plan, cols)
+        return _entries(plan, params, len(rows[0]), len(cols[0]), *tiles, 0, (0, 0))
+
+    shapes = jax.eval_shape(first_tile)
     row_def, col_def = jax.tree.structure(shapes.row_sum), jax.tree.structure(shapes.col_sum)
     d_params, d_rows, d_cols = _gradients(
-        plan, params, (rows,), (cols,), of_tile, (row_def.num_leaves, col_def.num_leaves)
+        plan, params, (rows,), (cols,), tile_grads, (row_def.num_leaves, col_def.num_leaves)
     )
     sums = row_def.unflatten(d_rows[len(rows) :]), col_def.unflatten(d_cols[len(cols) :])
     return Reduced((), (), *sums, (), ()), d_params, d_rows[: len(rows)], d_cols[: len(cols)]
 
 
-def _gradients(plan, params, by_row, by_col, of_tile, more=(0, 0)):
-    """Gradients of the parameters, rows and columns, added up over the tiles.
+def _gradients(plan, params, by_row, by_col, tile_grads, extra=(0, 0)):
+    """Sums the gradients of the parameters, rows and columns over the tiles.
 
-    `of_tile(tile, its transpose, values of its rows, values of its columns)` gives those of a tile; the values follow rows and columns in
-    `by_row` and `by_col`. So many more arrays follow the gradients of rows `[t, ...]`, and of columns, to be added up like them.
+    Args:
+      plan: the static arguments.
+      params: as in `pairwise`.
+      by_row, by_col: tuples of the row or column arrays and further values per row or column.
+      tile_grads: function `(tile, its transpose, further values of its rows, of its columns)` that returns the
+        gradients of a tile, `(of the parameters, list of the rows, list of the columns)`.
+      extra: numbers of arrays `[t]` that `tile_grads` appends to the lists of the rows and of the columns. They are
+        summed over the tiles like the gradients.
+
+    Returns:
+      `(d_params, list of d_rows, list of d_cols)`. `d_params` is summed over all devices.
     """
     r, c = len(by_row[0][0]), len(by_col[0][0])
-    by_row, by_col = _cut(plan, by_row), _cut(plan, by_col)
+    by_row, by_col = _split_tiles(plan, by_row), _split_tiles(plan, by_col)
     rows = by_row[0]
 
     def visit(owner, grads, moving):
@@ -273,59 +309,66 @@ def _gradients(plan, params, by_row, by_col, of_tile, more=(0, 0)):
 
         def add_tile(state, place):
             d_params, d_rows, d_cols = state
-            (a, *row_values), (b, *col_values) = (
-                jax.tree.map(lambda x: x[place[0]], by_row),
-                jax.tree.map(lambda x: x[place[1]], by_col),
-            )
+            a, *row_values = jax.tree.map(lambda x: x[place[0]], by_row)
+            b, *col_values = jax.tree.map(lambda x: x[place[1]], by_col)
             tile, transpose = jax.vjp(lambda *args: _tile(plan, *args, r, c, owner, place), params, a, b)
-            dp, da, db = of_tile(tile, transpose, row_values, col_values)
+            dp, da, db = tile_grads(tile, transpose, row_values, col_values)
             d_rows = [x.at[place[0]].add(d) if _has_gradient(d) else x for x, d in zip(d_rows, da, strict=True)]
             d_cols = [x.at[place[1]].add(d) if _has_gradient(d) else x for x, d in zip(d_cols, db, strict=True)]
             return (jax.tree.map(jnp.add, d_params, dp), d_rows, d_cols), None
 
-        (*grads, d_cols), _ = lax.scan(add_tile, (*grads, d_cols), _places(rows, by_col[0]))
+        (*grads, d_cols), _ = lax.scan(add_tile, (*grads, d_cols), _tile_indices(rows, by_col[0]))
         return tuple(grads), (by_col, d_cols)
 
     def zeros(x):
         return jnp.zeros(x.shape if _has_gradient(x) else (), jnp.float32)
 
     start_rows, start_cols = (
-        [*map(zeros, x), *[jnp.zeros(x[0].shape[:2])] * k] for x, k in zip((rows, by_col[0]), more, strict=True)
+        [*map(zeros, x), *[jnp.zeros(x[0].shape[:2])] * k] for x, k in zip((rows, by_col[0]), extra, strict=True)
     )
-    (d_params, d_rows), (_, d_cols) = _around(
+    (d_params, d_rows), (_, d_cols) = _ring(
         plan, visit, (jax.tree.map(zeros, params), start_rows), (by_col, start_cols)
     )
     if plan.axes:
         d_params = lax.psum(d_params, plan.axes)
-    return d_params, [_join(x, r) for x in d_rows], [_join(x, c) for x in d_cols]
+    return d_params, [_join_tiles(x, r) for x in d_rows], [_join_tiles(x, c) for x in d_cols]
 
 
 def _d_lse(entries, lse, grad, axis):
+    """Returns the gradient of the log-sum-exp over `axis` of a tile's entries: softmax times the incoming gradient."""
     return jax.tree.map(
         lambda x, z, g: jnp.expand_dims(g, axis) * jnp.exp(x - jnp.expand_dims(z, axis)), entries, lse, grad
     )
 
 
 def _d_sum(entries, grad, axis):
+    """Returns the gradient of the sum over `axis` of a tile's entries."""
     return jax.tree.map(lambda x, g: jnp.broadcast_to(jnp.expand_dims(g, axis), x.shape), entries, grad)
 
 
-def _around(plan, visit, staying, moving):
-    """Takes `moving` once around all devices: `visit(position of its owner, staying, moving) -> (staying, moving)` on each."""
+def _ring(plan, visit, staying, moving):
+    """Moves `moving` once around the ring of devices.
+
+    Each device calls `visit(owner, staying, moving)`, which returns `(staying, moving)`; `owner` is the position of the
+    device whose columns `moving` holds.
+    """
     if plan.devices == 1:
         return visit(0, staying, moving)
-    here = lax.axis_index(plan.axes)
-    to_next = [(d, (d + 1) % plan.devices) for d in range(plan.devices)]
+    device = lax.axis_index(plan.axes)
+    neighbors = [(d, (d + 1) % plan.devices) for d in range(plan.devices)]
 
-    def turn(state, k):
-        staying, moving = visit((here - k) % plan.devices, *state)
-        return (staying, jax.tree.map(lambda x: lax.ppermute(x, plan.axes, to_next), moving)), None
+    def hop(state, k):
+        staying, moving = visit((device - k) % plan.devices, *state)
+        return (staying, jax.tree.map(lambda x: lax.ppermute(x, plan.axes, neighbors), moving)), None
 
-    return lax.scan(turn, (staying, moving), jnp.arange(plan.devices))[0]
+    return lax.scan(hop, (staying, moving), jnp.arange(plan.devices))[0]
 
 
-def _cut(plan, tree):
-    """Arrays `[n, ...]` as `[tiles, t, ...]`: as few as their side allows, the last one filled up with copies of the last row."""
+def _split_tiles(plan, tree):
+    """Splits arrays `[n, ...]` into the fewest tiles, `[tiles, t, ...]` with t at most `plan.side`.
+
+    Copies of the last row pad the last tile.
+    """
 
     def cut(x):
         n = len(x)
@@ -336,13 +379,13 @@ def _cut(plan, tree):
     return jax.tree.map(cut, tree)
 
 
-def _join(x, length):
-    """The reverse of `_cut`; a scalar, which stands for no gradient, stays one per row."""
+def _join_tiles(x, length):
+    """Returns the first `length` rows of tiles `[tiles, t, ...]`. A scalar (no gradient) becomes zeros `[length]`."""
     return x.reshape(-1, *x.shape[2:])[:length] if x.ndim else jnp.zeros(length)
 
 
-def _places(rows, cols):
-    """Indices (row tile, column tile) of all tiles."""
+def _tile_indices(rows, cols):
+    """Returns the indices `(row tile, column tile)` of all tiles, each int32 `[tiles]`."""
     i, j = jnp.mgrid[: len(rows[0]), : len(cols[0])].astype(jnp.int32)
     return i.reshape(-1), j.reshape(-1)
 
@@ -352,11 +395,21 @@ def _entries(plan, params, r, c, rows, cols, owner, place):
 
 
 def _tile(plan, params, a, b, r, c, owner, place):
-    """The tile of the rows `a` and columns `b`; what they are filled up with takes part in nothing."""
-    here = lax.axis_index(plan.axes) if plan.axes else 0
+    """Returns the float32 `Tile` of the rows `a` and columns `b`, whose padding is excluded from all reductions.
+
+    Args:
+      plan, params: as in `_gradients`.
+      a, b: arrays of the rows `[t, ...]` and of the columns `[u, ...]`.
+      r, c: rows and columns per device.
+      owner: position of the device whose columns are `b`.
+      place: index of the row tile and of the column tile.
+    """
+    device = lax.axis_index(plan.axes) if plan.axes else 0
     i, j = place[0] * len(a[0]) + jnp.arange(len(a[0]))[:, None], place[1] * len(b[0]) + jnp.arange(len(b[0]))
-    tile = plan.tile_fn(params, plan.row_def.unflatten(a), plan.col_def.unflatten(b), here * r + i, owner * c + j[None])
-    if r % len(i) == 0 and c % len(j) == 0:  # nothing is filled up
+    tile = plan.tile_fn(
+        params, plan.row_def.unflatten(a), plan.col_def.unflatten(b), device * r + i, owner * c + j[None]
+    )
+    if r % len(i) == 0 and c % len(j) == 0:  # no padding
         return jax.tree.map(lambda x: x.astype(jnp.float32), tile)
     real = (i < r) & (j < c)
 

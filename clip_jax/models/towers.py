@@ -116,7 +116,7 @@ def image_tower(model, tokens=True):
       tokens: whether the tower returns its tokens.
 
     Raises UserError for a size that the patch or the stride does not divide, for `pool="cls"` without a class token,
-    and for the same fields as `_make`.
+    and for the same reasons as `_make`.
     """
     image = model.image
     stride, divisor = 1, ""
@@ -140,7 +140,7 @@ def text_tower(model, tokens=True):
       model: the section `config.model`; `model.text` holds `kind`, `proj` and the arguments of the tower's module.
       tokens: whether the tower returns its tokens.
 
-    Raises UserError for a context longer than the position embedding, and for the same fields as `_make`.
+    Raises UserError for a context longer than the position embedding, and for the same reasons as `_make`.
     """
     if model.text.context > model.text.get("positions", model.text.context):
         raise UserError(

@@ -66,12 +66,11 @@ def machine():
 
 
 class Report:
-    """Rows that are printed as a table when they come; `write` stores them.
+    """A table: rows are printed as they are added, and `write` stores them.
 
     Args:
-      columns: `{name: format}` with a width, such as `{"batch": ">8,", "images/s": ">10.1f"}`. A row may hold more than
-        them.
-      about: what is true of all rows.
+      columns: `{name: format}` with a width, such as `{"batch": ">8,", "images/s": ">10.1f"}`. A row may hold more.
+      about: values that all rows share.
     """
 
     def __init__(self, columns, **about):

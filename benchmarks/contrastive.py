@@ -1,10 +1,10 @@
-"""Contrastive losses, forward and backward, beside their plain versions that hold the matrix of all pairs.
+"""Contrastive losses, forward and backward, compared with plain versions that hold the matrix of all pairs.
 
     python benchmarks/contrastive.py --loss infonce
     python benchmarks/contrastive.py --loss infonce --batches "" --time 4096,8192
 
-The batch is spread over all devices; on a machine without accelerators they are simulated (`--devices`). Memory is what the
-compiler reserves on each device for temporaries; nothing of that size is allocated for it. Times are medians of runs that take
+The batch is sharded over all devices; a machine without accelerators simulates them (`--devices`). Memory is the
+compiler's reservation for temporaries on each device, without allocating it. Times are medians of runs that take
 turns. Everything is float32. See benchmarks/README.md.
 """
 
@@ -15,9 +15,10 @@ import time
 import common
 
 COLUMNS = {
-    "loss": "<8", "batch": ">8,", "MiB": ">9.1f", "plain MiB": ">11.1f", "ms": ">10.1f", "plain ms": ">10.1f", "ours / plain": ">13.2f",
+    "loss": "<8", "batch": ">8,", "MiB": ">9.1f", "plain MiB": ">11.1f", "ms": ">10.1f", "plain ms": ">10.1f",
+    "ours / plain": ">13.2f",
 }  # fmt: skip
-#: Batches whose memory is compared, and whose time is.
+#: Batches for the comparison of memory, and for that of time.
 SIZES = {
     "infonce": ("16384,32768,65536,131072", "4096,8192"),
     "sigmoid": ("16384,32768,65536,131072", "4096,8192"),
@@ -56,7 +57,7 @@ def plain_filip(image_tokens, text_tokens, scale):
 
 
 def losses(name):
-    """`(ours, plain)`: functions of the same arrays to a scalar."""
+    """Returns `(ours, plain)`, two functions from the same arrays to a scalar."""
     import jax.numpy as jnp
 
     from clip_jax.losses import contrastive
@@ -72,7 +73,7 @@ def losses(name):
 
 
 def shapes(name, batch, mesh):
-    """Shapes of a loss's arguments, features spread over all devices of the mesh and scalars on each."""
+    """Returns the shapes of a loss's arguments: features sharded over all devices of the mesh, scalars replicated."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -85,7 +86,7 @@ def shapes(name, batch, mesh):
 
 
 def compile_gradient(loss, arguments):
-    """The compiled loss with the gradients of all its arguments, laid out like them."""
+    """Compiles the loss with the gradients of all its arguments, sharded like the arguments."""
     import jax
 
     fn = jax.value_and_grad(loss, argnums=tuple(range(len(arguments))))
@@ -93,7 +94,7 @@ def compile_gradient(loss, arguments):
 
 
 def random_features(arguments):
-    """Unit vectors, and a scale of 1/0.07 (and a bias of -10)."""
+    """Returns unit vectors, a scale of 1/0.07 and, if there is one, a bias of -10."""
     import jax
     import numpy as np
 
@@ -109,7 +110,7 @@ def random_features(arguments):
 
 
 def seconds_of(functions, arguments, repeats):
-    """The median seconds of each function, taking turns."""
+    """Returns the median seconds of each function; the functions take turns."""
     import jax
 
     seconds = [[] for _ in functions]
@@ -125,17 +126,13 @@ def seconds_of(functions, arguments, repeats):
 def main():
     parser = common.make_parser(__doc__, "contrastive")
     parser.add_argument("--loss", default="infonce", choices=SIZES, help="default: %(default)s")
-    parser.add_argument(
-        "--batches", help="batches whose memory is compared, split by commas (default: depends on the loss)"
-    )
-    parser.add_argument(
-        "--time", help="batches whose time is compared as well; the plain version must fit (default: likewise)"
-    )
+    parser.add_argument("--batches", help="batches for memory, separated by commas (default: depends on the loss)")
+    parser.add_argument("--time", help="batches for time; the plain version must fit (default: depends on the loss)")
     parser.add_argument(
         "--devices", type=int, default=8, help="simulated devices on a machine without accelerators (default: 8)"
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each version (default: 5)")
-    parser.add_argument("--svg", metavar="FILE", help="draw memory against the batch")
+    parser.add_argument("--svg", metavar="FILE", help="chart of memory against the batch")
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
     import jax

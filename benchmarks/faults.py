@@ -1,11 +1,12 @@
-"""Does a run come through kill -9 and SIGTERM at random moments without a lost or changed step?
+"""Random kill -9 and SIGTERM: no step of a run may be lost or changed.
 
     python benchmarks/faults.py [--rounds=20] [--processes=1,2] [--seed=0] [--json=faults.json]
 
-For each number of processes: an undisturbed run of a tiny model on the embedded data; then the same run, ended in each round by a random
-signal to one process or to all, in training or while a checkpoint is written, and started again by the same command. Prints a table;
-the exit status is 1 unless every process ended with the status it should (clip_jax/runtime/faults.py) and every step that was done, in
-whatever round, has the loss of the undisturbed run. On 2 CPU cores a round takes 10 to 30 s, nearly all of it starting up.
+For each number of processes, a tiny model runs undisturbed on the embedded data. Then the same run is ended in each
+round by a random signal to one process or to all, during training or while it writes a checkpoint, and the same
+command starts it again. Prints a table. The exit status is 1 unless every process ends with the expected status
+(clip_jax/runtime/faults.py) and every step, in whatever round, has the loss of the undisturbed run. A round takes
+10 to 30 s on 2 CPU cores, nearly all of it start-up.
 """
 
 import argparse
@@ -22,28 +23,29 @@ from clip_jax.runtime import faults, hosts
 
 REPO = pathlib.Path(__file__).parent.parent
 TIMEOUT = 300
-# A constant learning rate, since the runs differ in length, and checkpoints so frequent that some are being written when a signal comes.
+# The learning rate is constant because runs differ in length. Checkpoints are frequent so that signals hit some writes.
 CONFIG = """
-    model.embed_dim=16 model.image.stem=() model.image.patch=8 model.image.size=16 model.image.width=32 model.image.heads=2
-    model.image.mlp_dim=64 model.image.depth=1 model.text.width=32 model.text.heads=2 model.text.mlp_dim=64 model.text.depth=1
-    data.batch_size=16 train.log_steps=1 optim.schedule=constant optim.warmup_steps=0 checkpoint.steps=2 train.stall_minutes=0.5
-    eval.tasks=() eval.report=false log.tensorboard=false
+    model.embed_dim=16 model.image.stem=() model.image.patch=8 model.image.size=16 model.image.width=32
+    model.image.heads=2 model.image.mlp_dim=64 model.image.depth=1 model.text.width=32 model.text.heads=2
+    model.text.mlp_dim=64 model.text.depth=1 data.batch_size=16 train.log_steps=1 optim.schedule=constant
+    optim.warmup_steps=0 checkpoint.steps=2 train.stall_minutes=0.5 eval.tasks=() eval.report=false
+    log.tensorboard=false
 """.split()
 
 
 class Failure(Exception):
-    """Something that must not happen."""
+    """A step was lost or changed, or a process ended with a wrong status."""
 
 
 def start(processes, workdir, steps):
-    """The processes of a run, `list[Popen]`."""
+    """Starts the processes of a run; returns them as `list[Popen]`."""
     command = ["clip_jax.train", f"--config={REPO / 'configs' / 'clip.py'}:emoji", f"--workdir={workdir}"]
     command += [f"--config.{override}" for override in [*CONFIG, f"train.steps={steps}"]]
     return hosts.spawn(processes, command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(children, allowed):
-    """Waits for the processes; returns their statuses. Raises Failure for one that hangs or is not among those `allowed` for each."""
+    """Waits for the processes and returns their statuses. Raises Failure for a hang or a status not in `allowed`."""
     try:
         errors = [child.communicate(timeout=TIMEOUT)[1] for child in children]
     except subprocess.TimeoutExpired:
@@ -59,7 +61,7 @@ def finish(children, allowed):
 
 
 def losses(workdir):
-    """`{step: [loss each time it was done]}`."""
+    """Returns `{step: [loss of each time it ran]}`."""
     file, found = workdir / "metrics.jsonl", {}
     for row in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
         found.setdefault(row["step"], []).append(row["loss"])
@@ -67,12 +69,12 @@ def losses(workdir):
 
 
 def is_saving(workdir):
-    """Is a checkpoint being written?"""
+    """Returns whether a checkpoint is being written."""
     return any(".orbax-checkpoint-tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
 
 
 def disturb(rng, processes, workdir, steps):
-    """One round: a run that is ended after some of its steps; returns what happened, a dict."""
+    """Runs a round, which ends after some of its steps; returns a dict of what happened."""
     number, moment = rng.choice((signal.SIGKILL, signal.SIGTERM)), rng.choice(("training", "saving"))
     targets = rng.choice([list(range(processes)), *([process] for process in range(processes))])
     done = sum(map(len, losses(workdir).values()))
@@ -86,7 +88,7 @@ def disturb(rng, processes, workdir, steps):
     for target in targets:
         children[target].send_signal(number)
     if number == signal.SIGTERM:
-        # A process that got none ends with the others by agreement, or, outside of the steps, when it sees that they are gone.
+        # A process without a signal ends with the others by agreement or, between steps, once it sees them gone.
         allowed = [
             (faults.PREEMPTED, 0) if process in targets else (faults.PREEMPTED, faults.LOST, 0)
             for process in range(processes)
@@ -101,7 +103,7 @@ def disturb(rng, processes, workdir, steps):
 
 
 def check(expected, workdir, steps):
-    """Raises Failure for a step that is missing or was ever done with another result."""
+    """Raises Failure for a step that is missing or ever had another result."""
     found = losses(workdir)
     for step in range(1, steps + 1):
         if step not in found:
@@ -111,7 +113,7 @@ def check(expected, workdir, steps):
 
 
 def main(argv=None):
-    """The command; returns the exit status."""
+    """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="for each number of processes")
     parser.add_argument("--processes", default="1,2")
@@ -129,16 +131,12 @@ def main(argv=None):
                     row = disturb(rng, processes, disturbed, steps)
                     rows.append(row)
                     to, statuses = (",".join(map(str, row[key])) for key in ("targets", "statuses"))
-                    print(
-                        f"{processes:9} {number:5} {row['signal']:>8} {to:>6} {row['moment']:>9} {row['reached']:9} {statuses:>10}",
-                        flush=True,
-                    )
+                    when = f"{row['signal']:>8} {to:>6} {row['moment']:>9} {row['reached']:9}"
+                    print(f"{processes:9} {number:5} {when} {statuses:>10}", flush=True)
                 finish(start(processes, disturbed, steps), [(0,)] * processes)
                 check(losses(calm), disturbed, steps)
                 repeated = sum(map(len, losses(disturbed).values())) - steps
-                print(
-                    f"{processes} process(es): all {steps} steps as in the undisturbed run, {repeated} of them done more than once"
-                )
+                print(f"{processes} process(es): all {steps} steps equal the undisturbed run's; {repeated} repetitions")
     except Failure as failure:
         print(f"FAILED: {failure}")
         return 1

@@ -1,12 +1,12 @@
-"""Seconds and memory to load weights of others: CLIP in OpenAI's layout with random weights, which the script writes itself.
+"""Seconds and memory to load third-party weights: CLIP in OpenAI's layout with random weights that the script writes.
 
     python benchmarks/load.py
     python benchmarks/load.py --sizes ViT-B/32,ViT-L/14 --formats float32,float16
 
-Each load is a process of its own. `seconds` are those of `clip_jax.interop.load.load` with the parameters on their devices,
-without the import of JAX and the start of its devices (`start`); `cpu` is the processor time in them, which another process on
-the machine hardly changes. `peak` is the process's largest resident memory, in all and over the file's size; `before` what it was
-before loading, `file` the file's size, both in GB.
+Each load is a process of its own. `seconds` cover `clip_jax.interop.load.load` until the parameters are on their
+devices, without the import of JAX and the start of its devices (`start`). `cpu` is the processor time of `seconds`,
+which other processes on the machine hardly affect. `peak` is the process's largest resident memory, absolute and
+relative to the file's size. `before` is the memory before loading and `file` the file's size, both in GB.
 """
 
 import json
@@ -23,7 +23,7 @@ COLUMNS |= {"before": ">7.2f", "peak": ">6.2f", "peak/file": ">9.2f"}
 
 
 def write(path, size, dtype):
-    """A safetensors file of the published CLIP of that size with random weights, written tensor by tensor."""
+    """Writes a safetensors file of a published CLIP size with random weights, tensor by tensor."""
     import numpy as np
 
     from clip_jax import config
@@ -53,18 +53,18 @@ def write(path, size, dtype):
 
 
 def peak():
-    """Largest resident memory of this process so far, in GB. (`getrusage` counts what the process had that started it.)"""
+    """Returns the largest resident memory of this process in GB. `getrusage` would include the parent process."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024 / 1e9
 
 
 def measure(path):
-    """Loads the file in this process; prints a row."""
+    """Loads the file in this process and prints a row."""
     start = time.perf_counter()
     import jax
 
     from clip_jax.interop import load
-    from clip_jax.methods import clip  # noqa: F401 - what every command has imported
+    from clip_jax.methods import clip  # noqa: F401 - every command imports it
 
     jax.devices()
     ready, cpu, before = time.perf_counter(), time.process_time(), peak()
@@ -77,7 +77,7 @@ def measure(path):
 
 def main():
     parser = common.make_parser(__doc__, "load")
-    parser.add_argument("--sizes", default="ViT-B/32,ViT-L/14", help="split by commas (default: %(default)s)")
+    parser.add_argument("--sizes", default="ViT-B/32,ViT-L/14", help="separated by commas (default: %(default)s)")
     parser.add_argument("--formats", default="float32,float16", help="float32, float16 (default: %(default)s)")
     parser.add_argument("--measure", metavar="FILE", help="only load this file, in this process")
     args = parser.parse_args()

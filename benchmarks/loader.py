@@ -1,9 +1,10 @@
-"""Images per second and core: JPEG -> random resized crop to 224, by our loader, by Pillow as torchvision calls it, and by torchvision.
+"""Images per second and core from JPEG to a random crop of 224: our loader, Pillow as in torchvision, and torchvision.
 
     python benchmarks/loader.py [--rounds 1] [--json=FILE]
 
-One table, all figures from one run, about 25 s; `--rounds` is a factor of how long it takes. Times are CPU time of this process, which
-works on one thread; the pipelines take turns batch by batch, and the median batch counts. torchvision has a column where it is installed.
+Prints one table from one run of about 25 s; `--rounds` scales the duration. Times are CPU time of this process,
+which works on one thread. The pipelines take turns batch by batch, and the median batch counts. torchvision has a
+column where it is installed.
 """
 
 import io
@@ -29,7 +30,7 @@ CASES = (  # width, height, smallest share of the area, batch, rounds
 
 
 def synthetic_jpeg(width, height, rng):
-    """A picture with the spectrum of a photograph: smooth fields at several scales, and sensor noise."""
+    """Returns an image with the spectrum of a photograph: smooth fields at several scales, and sensor noise."""
     image = 128 + rng.normal(0, 4, (height, width, 3)).astype(np.float32)
     for cells, strength in ((4, 90), (16, 40), (64, 20)):
         field = (strength * rng.normal(0, 1, (cells, cells, 3))).astype(np.float32)
@@ -41,7 +42,7 @@ def synthetic_jpeg(width, height, rng):
 
 
 def pillow_pipeline(jpegs, min_area, batch):
-    """What torchvision's RandomResizedCrop does with PIL images: decode all, crop, resize."""
+    """Decodes all, crops and resizes, like torchvision's RandomResizedCrop on PIL images."""
     while True:
         images = []
         for data in random.choices(jpegs, k=batch):
@@ -54,7 +55,7 @@ def pillow_pipeline(jpegs, min_area, batch):
                 if w <= width and h <= height:
                     left, top = random.randint(0, width - w), random.randint(0, height - h)
                     break
-            else:  # these pictures have an aspect of 4:3, of which torchvision keeps all
+            else:  # for images of aspect 4:3, torchvision's fallback is the whole image
                 left, top, w, h = 0, 0, width, height
             images.append(
                 np.array(image.crop((left, top, left + w, top + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
@@ -86,7 +87,7 @@ def main():
         "--rounds",
         type=float,
         default=1.0,
-        help="a factor of the batches that each pipeline makes (default: %(default)s)",
+        help="multiplies the batches of each pipeline (default: %(default)s)",
     )
     args = parser.parse_args()
     pipelines = {"clip_jax loader": our_pipeline, "Pillow": pillow_pipeline}

@@ -1,12 +1,13 @@
-"""A training step of every method beside CLIP's: the same towers and batch, and how often a step passes through them.
+"""A training step of every method compared with CLIP's: same towers, same batch, and the passes through the towers.
 
     python benchmarks/methods.py
     python benchmarks/methods.py --configs clip,declip:small_slip,otter --batch 64
 
-Each configuration is the default of its file in configs/, unless a variant is named, with the towers of configs/clip.py (a method's own
-widths of heads, patch dropout and size of pictures stay; a method of one tower takes the image tower's sizes). Passes count in
-batches: 1 is one pass of all pictures, or texts, of a batch; `fixed` ones carry no gradient. FLOPs are the matrix products of a step,
-forward and backward. Steps take turns on random data; times are medians. See benchmarks/README.md.
+Each configuration is the default of its file in configs/, unless a variant is named, with the towers of
+configs/clip.py. A method keeps its own head widths, patch dropout and image size; a method with one tower takes the
+image tower's sizes. Passes count in batches: 1 is one pass of all images, or texts, of a batch. `fixed` passes
+carry no gradient. FLOPs are the matrix products of a step, forward and backward. Steps take turns on random data;
+times are medians. See benchmarks/README.md.
 """
 
 import pathlib
@@ -16,14 +17,14 @@ import time
 import common
 
 COLUMNS = {
-    "method": "<18", "images": ">6.1f", "texts": ">6.1f", "fixed images": ">12.1f", "fixed texts": ">11.1f", "GFLOP": ">8.2f",
-    "FLOP / CLIP's": ">13.2f", "ms": ">8.1f", "fastest ms": ">10.1f", "ms / CLIP's": ">11.2f",
+    "method": "<18", "images": ">6.1f", "texts": ">6.1f", "fixed images": ">12.1f", "fixed texts": ">11.1f",
+    "GFLOP": ">8.2f", "FLOP / CLIP's": ">13.2f", "ms": ">8.1f", "fastest ms": ">10.1f", "ms / CLIP's": ">11.2f",
 }  # fmt: skip
 OWN = ("size", "patch_drop")
 
 
 def load(name, batch):
-    """The configuration of `method[:variant]` with the towers of configs/clip.py."""
+    """Returns the configuration of `method[:variant]` with the towers of configs/clip.py."""
     from clip_jax import config
 
     folder = pathlib.Path(common.ROOT, "configs")
@@ -31,7 +32,7 @@ def load(name, batch):
     c, clip = (config.load(f"{folder / f'{f}.py'}:{v}").unlock() for f, v in ((file, variant), ("clip", "")))
     image, text = c.model.image, c.model.get("text", {})
     kept = {field: image[field] for field in OWN if field in image}
-    if image.get("kind", "pyramid").startswith("pyramid"):  # a tower with fields of its own
+    if image.get("kind", "pyramid").startswith("pyramid"):  # a tower with other fields
         shared = (field for field in image if field in clip.model.image and field not in ("kind", *kept))
         image.update({field: clip.model.image[field] for field in shared})
     else:
@@ -44,7 +45,7 @@ def load(name, batch):
 
 
 def count_passes(program):
-    """`{("images" or "texts", does the pass carry a gradient): passes of the batch}` of the encoding of a training step."""
+    """Returns the passes of a training step's encoding, `{("images" or "texts", with gradient): batches}`."""
     import collections
 
     import flax.linen as nn
@@ -81,7 +82,7 @@ def count_passes(program):
 
 
 class Step:
-    """The compiled step of a configuration, its state and a random batch."""
+    """The compiled step of a configuration, with its state and a random batch."""
 
     def __init__(self, config):
         import jax
@@ -107,7 +108,7 @@ class Step:
         self.step = step.lower(self.state, self.batch).compile()
 
     def seconds(self, steps):
-        """Per step."""
+        """Returns the seconds per step."""
         import jax
 
         start = time.perf_counter()
@@ -121,11 +122,11 @@ def main():
     parser = common.make_parser(__doc__, "methods")
     files = sorted(path.stem for path in pathlib.Path(common.ROOT, "configs").glob("*.py"))
     parser.add_argument(
-        "--configs", default=",".join(files), help="files of configs/, each with :variant if need be (default: all)"
+        "--configs", default=",".join(files), help="files of configs/, optionally with :variant (default: all)"
     )
     parser.add_argument("--batch", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=2, help="timed at a time (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a turn (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each step (default: %(default)s)")
     args = parser.parse_args()
     import jax
 

@@ -1,15 +1,16 @@
-"""Our models in open_clip and transformers: random weights of the published sizes, exported, loaded there, the same embeddings?
+"""Our models in open_clip and transformers: exported random weights of the published sizes give equal embeddings.
 
     python benchmarks/parity.py --sizes ViT-B/32,RN50,SigLIP-B/16-224 --torch-python /path/to/python
 
-For each size and target `clip_jax.interop.export` writes a folder and another interpreter (`--torch-python`) loads it with the
-library's own functions: weights, preprocessing and tokenizer. Both sides embed the same pictures and texts in float32 on the CPU;
-`image` and `text` are the largest differences of the unit vectors' entries; `apart` is how far two different inputs are apart at
-least (the largest difference of their entries), without which nothing would be shown; `same ids`: do both tokenizers agree, up to
-the end of text? Exits with 1 when a difference is above --tolerance.
+For each size and target, `clip_jax.interop.export` writes a folder. Another interpreter (`--torch-python`) loads it
+with the library's own functions: weights, preprocessing and tokenizer. Both sides embed the same images and texts
+in float32 on the CPU. `image` and `text` are the largest differences between entries of the unit vectors. `apart`
+is the smallest difference between two inputs (the largest over their entries); a small value would make the
+comparison meaningless. `same ids` says whether the tokenizers agree up to the end of text. The exit status is 1
+when a difference exceeds --tolerance.
 
-Every parameter is random, also biases, gains and running statistics. SigLIP has the tokenizer that ships with us, whose vocabulary of
-4,096 pieces takes the place of 32,000; and for open_clip `gelu`, which timm's B/16 has there (docs/checkpoints.md).
+Every parameter is random, biases, gains and running statistics included. SigLIP has our shipped tokenizer with 4,096
+pieces instead of 32,000, and for open_clip the activation `gelu`, which timm's B/16 has there (docs/checkpoints.md).
 """
 
 import math
@@ -31,7 +32,7 @@ IMAGES = 4
 
 
 def make_model(size, target):
-    """Our model of a published size with random weights."""
+    """Returns our model of a published size with random weights."""
     import jax
     import numpy as np
 
@@ -60,7 +61,7 @@ def make_model(size, target):
     def random(path, x):
         if jax.tree_util.keystr(path).endswith(("scale']", "var']")):
             return 0.5 + rng.random(x.shape, np.float32)
-        # Kernels of the size that keeps activations as large as they are.
+        # Kernels of this scale keep the size of activations.
         return rng.standard_normal(x.shape, np.float32) * (
             1 / math.sqrt(math.prod(x.shape[:-1])) if x.ndim > 1 else 0.1
         )
@@ -71,25 +72,25 @@ def make_model(size, target):
 
 
 def theirs(folder, target, inputs, out):
-    """In the other interpreter: the embeddings of an exported folder."""
+    """Computes the embeddings of an exported folder, in the other interpreter."""
     import numpy as np
     import torch
     from PIL import Image
 
     arrays = np.load(inputs)
-    pictures, texts = [Image.fromarray(x) for x in arrays["images"]], arrays["texts"].tolist()
+    images, texts = [Image.fromarray(x) for x in arrays["images"]], arrays["texts"].tolist()
     if target == "open_clip":
         import open_clip
 
         model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-        pixels = torch.stack([transform(picture) for picture in pictures])
+        pixels = torch.stack([transform(image) for image in images])
         ids = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
         embed = model.eval().encode_image, model.encode_text
     else:
         import transformers
 
         model = transformers.AutoModel.from_pretrained(folder).eval()
-        pixels = transformers.AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt")["pixel_values"]
+        pixels = transformers.AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
         embed = [lambda x: pooled(model.get_image_features(x)), lambda x: pooled(model.get_text_features(x))]
@@ -103,8 +104,8 @@ def theirs(folder, target, inputs, out):
     )
 
 
-def pictures(size):
-    """uint8 `[n, size, size, 3]`: a few large patches of colour and noise, as noise alone looks the same everywhere."""
+def random_images(size):
+    """Returns uint8 `[n, size, size, 3]`: large noisy patches of colour, as noise alone looks the same everywhere."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -113,7 +114,7 @@ def pictures(size):
 
 
 def pooled(features):
-    """transformers 5 gives an object around the embeddings, earlier versions the tensor."""
+    """Returns the tensor of embeddings; transformers 5 wraps it in an object."""
     return getattr(features, "pooler_output", features)
 
 
@@ -130,7 +131,7 @@ def versions():
 
 
 def measure(size, target, args, report):
-    """Adds a row; returns whether it is within the tolerance."""
+    """Adds a row and returns whether it is within the tolerance."""
     import numpy as np
 
     from clip_jax.interop.export import export
@@ -139,7 +140,7 @@ def measure(size, target, args, report):
     try:
         model = make_model(size, target)
         export(model, target, f"{folder}/model")
-        pixels = pictures(model.image_view.size)
+        pixels = random_images(model.image_view.size)
         np.savez(f"{folder}/in.npz", images=pixels, texts=TEXTS)
         command = [
             args.torch_python,
@@ -156,17 +157,15 @@ def measure(size, target, args, report):
         found = dict(np.load(f"{folder}/out.npz"))
         z = {"image": model.embed_image(pixels), "text": model.embed_text(TEXTS)}
         differences = {name: float(np.abs(x - found[name]).max()) for name, x in z.items()}
-        unstack_views = min(
-            float(np.abs(x[i] - x[j]).max()) for x in z.values() for i in range(len(x)) for j in range(i)
-        )
+        apart = min(float(np.abs(x[i] - x[j]).max()) for x in z.values() for i in range(len(x)) for j in range(i))
         context = model.config.model.text.context
         ids = model.tokenizer(TEXTS, context)
-        looked_at = np.arange(context) < model.tokenizer.lengths(ids)[:, None]
-        same = bool((np.where(looked_at, ids, 0) == np.where(looked_at, found["ids"], 0)).all())
+        compared = np.arange(context) < model.tokenizer.lengths(ids)[:, None]
+        same = bool((np.where(compared, ids, 0) == np.where(compared, found["ids"], 0)).all())
         about = {name: str(x) for name, x in found.items() if name.startswith("version_")}
         report.add(**{
-            "model": size, "target": target, "parameters": int(found["parameters"]), "apart": unstack_views, "same ids": str(same),
-            "seconds": time.perf_counter() - start, **differences, **about,
+            "model": size, "target": target, "parameters": int(found["parameters"]), "apart": apart,
+            "same ids": str(same), "seconds": time.perf_counter() - start, **differences, **about,
         })  # fmt: skip
         return max(differences.values()) <= args.tolerance and same
     finally:
@@ -177,13 +176,13 @@ def main():
     if sys.argv[1:2] == ["--theirs"]:
         return theirs(*sys.argv[2:])
     parser = common.make_parser(__doc__, "parity")
-    parser.add_argument("--sizes", default=SIZES, help="split by commas (default: %(default)s)")
+    parser.add_argument("--sizes", default=SIZES, help="separated by commas (default: %(default)s)")
     parser.add_argument("--targets", default="open_clip,hf", help="open_clip, hf (default: %(default)s)")
     parser.add_argument(
-        "--torch-python", default=sys.executable, help="the interpreter that has the libraries (default: this one)"
+        "--torch-python", default=sys.executable, help="the interpreter with the libraries (default: this one)"
     )
     parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="of the unit vectors' entries (default: %(default)s)"
+        "--tolerance", type=float, default=1e-4, help="largest difference of entries (default: %(default)s)"
     )
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

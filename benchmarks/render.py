@@ -1,9 +1,9 @@
-"""Captions per second and core that are drawn as pictures, by length, script and size of the picture.
+"""Captions per second and core drawn as images, by length, script and image size.
 
     python benchmarks/render.py
 
-Times are CPU time of this process, which works on one thread; captions are drawn one by one, as the loader does, or 256 at once, as
-an evaluation does. The median of the rounds counts. About 20 s.
+Times are CPU time of this process, which works on one thread. Captions are drawn one by one, as the loader does, or
+256 at once, as an evaluation does. The median of the rounds counts. About 20 s.
 """
 
 import statistics
@@ -19,7 +19,7 @@ SIZES = (64, 224)
 
 
 def captions():
-    """`{name: texts}`: names of the embedded emoji, and the longest text that is looked at."""
+    """Returns `{name: texts}`: names of the embedded emoji, and a text of the maximum length."""
     source = make_source("emoji")
     records = [source[i] for i in range(COUNT)]
     named = {

@@ -1,13 +1,14 @@
-"""Time and memory of RA-CLIP's retrieval: the nearest rows of a bank to each picture of a batch, beside faiss's exact index.
+"""Time and memory of RA-CLIP's retrieval augmentation: the nearest rows of a bank for a batch, compared with faiss.
 
     python benchmarks/retrieval.py
     python benchmarks/retrieval.py --rows=100000,1000000 --batch=256 --k=64
 
-One device, float32. `ours` (`clip_jax.losses.neighbors.top_k`, jitted), `faiss` (`IndexFlatIP`) and `product`, all dot products
-with their maximum per query and nothing more, are the medians of `--repeats` turns in ms, on all cores; `faiss-1` is faiss with one
-thread, which is faster than with many where other processes run. `taskset -c 0` before the command gives each side one core. `temp` is
-what the compiled program needs beside the bank and the batch, `matrix` what all scores would take, both in MiB. Without `faiss-cpu`
-its columns are empty. The run stops when the two sides do not find the same.
+One device, float32. Three columns are medians of `--repeats` turns in ms on all cores: `ours`
+(`clip_jax.losses.neighbors.top_k`, jitted), `faiss` (the exact `IndexFlatIP`) and `product`, which computes all dot
+products and their maximum per query only. `faiss-1` is faiss on one thread, which is faster than many threads where
+other processes run. `taskset -c 0` before the command gives each side one core. `temp` is the compiled program's
+memory on top of the bank and the batch, `matrix` the memory of all scores, both in MiB. Without `faiss-cpu` its
+columns are empty. The run stops when the two sides differ.
 """
 
 import statistics
@@ -37,7 +38,7 @@ def unit_rows(rng, rows, dim):
 
 
 def check(ours, theirs):
-    """Stops the run unless both sides, `(dot products [b, k], numbers [b, k])`, found the same; rounding may exchange neighbours."""
+    """Exits unless both sides, `(dot products [b, k], rows [b, k])`, agree. Rounding may swap neighbours."""
     import numpy as np
 
     same = np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(ours[1], theirs[1], strict=True)])
@@ -46,7 +47,7 @@ def check(ours, theirs):
 
 
 def measure(rows, dim, batch, k, repeats):
-    """A row of the report."""
+    """Measures a row of the report."""
     import jax
     import numpy as np
 
@@ -98,7 +99,7 @@ def measure(rows, dim, batch, k, repeats):
 
 def main(argv=None):
     parser = common.make_parser(__doc__, "retrieval")
-    parser.add_argument("--rows", default="1000000", help="of the bank, split by commas (default: %(default)s)")
+    parser.add_argument("--rows", default="1000000", help="of the bank, separated by commas (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--k", type=int, default=64, help="(default: %(default)s)")

@@ -1,10 +1,11 @@
-"""Weak scaling over mesh shapes, from the TPU compiler's figures: the same batch per chip on 8 to 256 chips. No TPU is needed.
+"""Weak scaling over mesh shapes by the TPU compiler's figures: one batch per chip on 8 to 256 chips, without a TPU.
 
     python benchmarks/scaling.py --config configs/clip.py:b16 --config.model.scan=true --config.model.remat=dots
 
-Each row is one run of `clip_jax.compile` (a minute or more, most of it the compiler's). Times are its estimates at the chips'
-peaks, not measurements: `best ms` as if computing, memory and links overlapped, `sum ms` one after the other. `efficiency` is
-the `sum ms` of the same mesh on the fewest chips over that of the row. See docs/scaling.md and benchmarks/README.md.
+Each row is one run of `clip_jax.compile`, which takes a minute or more, mostly in the compiler. Times are its
+estimates at the chips' peaks, not measurements: `best ms` overlaps computing, memory and links, `sum ms` runs them
+one after the other. `efficiency` is the `sum ms` of the same mesh on the fewest chips divided by that of the row.
+See docs/scaling.md and benchmarks/README.md.
 """
 
 import os
@@ -13,8 +14,8 @@ import sys
 import common
 
 COLUMNS = {
-    "mesh": "<9", "chips": ">6", "batch": ">7,", "GiB": ">6.2f", "sent GB": ">8.2f", "best ms": ">8.1f", "sum ms": ">8.1f", "MFU": ">6.1%",
-    "examples/s": ">11,.0f", "efficiency": ">11.1%",
+    "mesh": "<9", "chips": ">6", "batch": ">7,", "GiB": ">6.2f", "sent GB": ">8.2f", "best ms": ">8.1f",
+    "sum ms": ">8.1f", "MFU": ">6.1%", "examples/s": ">11,.0f", "efficiency": ">11.1%",
 }  # fmt: skip
 SLICES = {8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 MESHES = {"data": [], "fsdp=8": ["mesh.fsdp=8"], "tensor=2": ["mesh.tensor=2"]}
@@ -24,10 +25,12 @@ def main():
     parser = common.make_parser(__doc__, "scaling")
     parser.add_argument("--config", default="configs/clip.py:b16", help="default: %(default)s")
     parser.add_argument("--chip", default="v5e", choices=("v5e", "v6e"), help="default: %(default)s")
-    parser.add_argument("--chips", default=",".join(map(str, SLICES)), help="split by commas (default: %(default)s)")
-    parser.add_argument("--meshes", default=",".join(MESHES), help="split by commas (default: %(default)s)")
+    parser.add_argument(
+        "--chips", default=",".join(map(str, SLICES)), help="separated by commas (default: %(default)s)"
+    )
+    parser.add_argument("--meshes", default=",".join(MESHES), help="separated by commas (default: %(default)s)")
     parser.add_argument("--batch-per-chip", type=int, default=128, help="default: %(default)s, 32,768 on 256 chips")
-    parser.add_argument("--svg", metavar="FILE", help="draw the time of a step against the chips")
+    parser.add_argument("--svg", metavar="FILE", help="chart of the step time against the chips")
     args = common.parse(parser)
     for given, known in ((args.chips, [str(n) for n in SLICES]), (args.meshes, [*MESHES])):
         if wrong := set(given.split(",")) - set(known):

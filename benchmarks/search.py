@@ -1,10 +1,10 @@
-"""Time and memory of the exact search: queries against embeddings on all devices, beside NumPy's whole matrix of scores.
+"""Time and memory of the exact search: queries against embeddings on all devices, compared with NumPy's score matrix.
 
     python benchmarks/search.py
     python benchmarks/search.py --rows=100000,1000000 --dim=512 --queries=16
 
-`ours` and `numpy` are the medians of `--repeats` turns in ms, `temp` what the compiled program needs on each device beside the
-embeddings, `matrix` what all scores would take, both in MiB. With `--no-numpy` the other side is left out.
+`ours` and `numpy` are medians of `--repeats` turns in ms. `temp` is the compiled program's memory on each device on
+top of the embeddings, `matrix` the memory of all scores, both in MiB. `--no-numpy` skips the other side.
 """
 
 import statistics
@@ -17,7 +17,7 @@ COLUMNS |= {"bank": ">8.0f", "temp": ">8.1f", "matrix": ">8.1f"}
 
 
 def whole_matrix(z, queries, k):
-    """The rows of the k largest products, best first, by way of all of them."""
+    """Returns the rows of the k largest products, best first, from the matrix of all products."""
     import numpy as np
 
     scores = queries @ z.T
@@ -26,7 +26,7 @@ def whole_matrix(z, queries, k):
 
 
 def measure(rows, dim, queries, k, repeats, with_numpy):
-    """A row of the report; the results of both sides are compared."""
+    """Measures a row of the report and compares the results of both sides."""
     import jax
     import numpy as np
 
@@ -43,7 +43,7 @@ def measure(rows, dim, queries, k, repeats, with_numpy):
     first = {name: side() for name, side in sides.items()}  # compiles
     if (
         with_numpy and not (np.sort(first["ours"]) == np.sort(first["numpy"])).mean() > 0.999
-    ):  # rounding may exchange neighbours
+    ):  # rounding may swap neighbours
         raise SystemExit("the two sides do not find the same")
     times = {name: [] for name in sides}
     for _ in range(repeats):
@@ -60,9 +60,11 @@ def measure(rows, dim, queries, k, repeats, with_numpy):
 
 def main():
     parser = common.make_parser(__doc__, "search")
-    parser.add_argument("--rows", default="100000,1000000", help="embeddings, split by commas (default: %(default)s)")
+    parser.add_argument(
+        "--rows", default="100000,1000000", help="embeddings, separated by commas (default: %(default)s)"
+    )
     parser.add_argument("--dim", type=int, default=512, help="(default: %(default)s)")
-    parser.add_argument("--queries", default="1,16", help="split by commas (default: %(default)s)")
+    parser.add_argument("--queries", default="1,16", help="separated by commas (default: %(default)s)")
     parser.add_argument("--k", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--no-numpy", action="store_true", help="only ours")

@@ -1,11 +1,11 @@
-"""OTTER's transport plans against the batch: the plans of both directions alone, the whole loss with its gradient, and InfoNCE beside it.
+"""OTTER's transport plans by batch size: the plans of both directions, the whole loss with its gradient, and InfoNCE.
 
     python benchmarks/sinkhorn.py
     python benchmarks/sinkhorn.py --batches 8192,16384,32768 --time ""
 
-The batch is spread over all devices; on a machine without accelerators they are simulated (`--devices`). Memory is what the
-compiler reserves on each device for temporaries; nothing of that size is allocated for it. Times are medians of runs that take turns.
-Everything is float32, five iterations. See benchmarks/README.md.
+The batch is sharded over all devices; a machine without accelerators simulates them (`--devices`). Memory is the
+compiler's reservation for temporaries on each device, without allocating it. Times are medians of runs that take
+turns. Everything is float32 with five iterations. See benchmarks/README.md.
 """
 
 import os
@@ -14,14 +14,14 @@ import common
 import contrastive
 
 COLUMNS = {
-    "batch": ">8,", "plans MiB": ">10.1f", "OTTER MiB": ">10.1f", "InfoNCE MiB": ">11.1f", "plans ms": ">9.1f", "OTTER ms": ">9.1f",
-    "InfoNCE ms": ">10.1f", "plans / OTTER": ">13.2f",
+    "batch": ">8,", "plans MiB": ">10.1f", "OTTER MiB": ">10.1f", "InfoNCE MiB": ">11.1f", "plans ms": ">9.1f",
+    "OTTER ms": ">9.1f", "InfoNCE ms": ">10.1f", "plans / OTTER": ">13.2f",
 }  # fmt: skip
 WIDTH = 512
 
 
 def functions():
-    """`(plans, OTTER's loss, InfoNCE)` of unit rows: two of the student's, and for the first two the teacher's as well."""
+    """Returns `(plans, OTTER's loss, InfoNCE)`, of the student's unit rows; the first two take the teacher's too."""
     import jax.numpy as jnp
 
     from clip_jax.losses.contrastive import infonce
@@ -46,16 +46,12 @@ def functions():
 
 def main():
     parser = common.make_parser(__doc__, "sinkhorn")
-    parser.add_argument(
-        "--batches", default="1024,4096,16384,32768", help="batches whose memory is measured (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--time", default="256,1024,4096", help="batches whose time is measured as well (default: %(default)s)"
-    )
+    parser.add_argument("--batches", default="1024,4096,16384,32768", help="batches for memory (default: %(default)s)")
+    parser.add_argument("--time", default="256,1024,4096", help="batches for time (default: %(default)s)")
     parser.add_argument(
         "--devices", type=int, default=8, help="simulated devices on a machine without accelerators (default: 8)"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each function (default: 5)")
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
     import jax

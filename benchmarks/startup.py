@@ -1,11 +1,11 @@
-"""Seconds from starting `python -m clip_jax.train` to the result of the first step, without and with a compilation cache.
+"""Seconds from starting `python -m clip_jax.train` to the first step's result, without and with a compilation cache.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --configs configs/clip.py:emoji --config.model.scan=true
 
-The real command on the embedded pictures, stopped after its first progress line; stages are told apart by the lines that it
-prints. `imports` includes reading the configuration, source and tokenizer; `compile` the tracing; `first step` the first
-step and reading the second batch.
+Runs the real command on the embedded images and stops it after its first progress line. The lines that it prints
+separate the stages. `imports` includes reading the configuration, source and tokenizer; `compile` includes tracing;
+`first step` includes reading the second batch.
 """
 
 import os
@@ -28,7 +28,7 @@ COLUMNS = {"config": "<22", "cache": "<6", **dict.fromkeys(STAGES, ">14.1f"), "t
 
 
 def first_step(config, overrides, cache):
-    """`{stage: seconds}` of a run, and their `total`."""
+    """Returns `{stage: seconds}` of a run, and their `total`."""
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "-m", "clip_jax.train", f"--config={config}", f"--workdir={workdir}"]
         command += [f"--config.{override}" for override in overrides]
@@ -57,7 +57,9 @@ def first_step(config, overrides, cache):
 def main():
     parser = common.make_parser(__doc__, "startup")
     parser.add_argument(
-        "--configs", default="configs/clip.py:emoji,configs/clip.py:b32", help="split by commas (default: %(default)s)"
+        "--configs",
+        default="configs/clip.py:emoji,configs/clip.py:b32",
+        help="separated by commas (default: %(default)s)",
     )
     parser.add_argument("--batch", type=int, default=32, help="examples per step (default: %(default)s)")
     args = common.parse(parser)

@@ -1,12 +1,12 @@
-"""One training step beside open_clip's: the same model, batch, precision and optimizer (AdamW), on one device, in one run.
+"""One training step compared with open_clip's: same model, batch, precision and AdamW, on one device, in one run.
 
     python benchmarks/train_step.py --variants b32 --batch 32 --dtype float32
     python benchmarks/train_step.py --variants b16,l14 --largest --compile --torch-python /path/to/python
 
-Each side runs in a process of its own and they take turns; the data are random and already on the device. open_clip is
-configured as its trainer does it, from the numbers of our configuration; the two models must have as many parameters. Memory is
-the most that the device's allocator held; on a CPU, that the process did. MFU counts the model's own matrix products and divides
-by the device's bf16 peak. See benchmarks/README.md.
+Each side runs in a process of its own, and they take turns. The data are random and already on the device.
+open_clip runs as in its trainer, with the numbers of our configuration; the two models must have the same number of
+parameters. Memory is the peak of the device's allocator, on a CPU that of the process. MFU counts the model's own
+matrix products and divides by the device's bf16 peak. See benchmarks/README.md.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ import time
 import common
 
 COLUMNS = {
-    "model": "<6", "side": "<20", "batch": ">7,", "ms": ">10.1f", "fastest": ">10.1f", "images/s": ">9.1f", "TFLOP/s": ">8.3f",
-    "MFU": ">6.1%", "GiB": ">7.2f", "ours / it": ">9.2f",
+    "model": "<6", "side": "<20", "batch": ">7,", "ms": ">10.1f", "fastest": ">10.1f", "images/s": ">9.1f",
+    "TFLOP/s": ">8.3f", "MFU": ">6.1%", "GiB": ">7.2f", "ours / it": ">9.2f",
 }  # fmt: skip
 WARM_UP = 2
 
 
 class OutOfMemory(Exception):
-    """A batch does not fit."""
+    """A batch does not fit into the device's memory."""
 
 
 class Ours:
@@ -48,7 +48,7 @@ class Ours:
         self.make_program = make_program
 
     def prepare(self, batch_size):
-        """Compiles for a batch size and makes state and batch; returns what is known then."""
+        """Compiles for a batch size and makes state and batch; returns parameters, compile seconds and device."""
         import numpy as np
 
         from clip_jax.training.step import make_init, make_step
@@ -97,7 +97,7 @@ class Ours:
 
 
 class OpenClip:
-    """open_clip's training step: its model and loss, its trainer's parameter groups, autocast unless float32."""
+    """open_clip's training step: its model and loss, its trainer's parameter groups, autocast except in float32."""
 
     def __init__(self, spec):
         import open_clip
@@ -105,7 +105,7 @@ class OpenClip:
 
         self.torch, self.spec, self.clip = torch, spec, open_clip
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.backends.cuda.matmul.allow_tf32 = True  # as its trainer does, and as XLA does
+        torch.backends.cuda.matmul.allow_tf32 = True  # like its trainer, and like XLA
 
     def prepare(self, batch_size):
         torch, spec = self.torch, self.spec
@@ -124,7 +124,7 @@ class OpenClip:
             )
             self.forward = self.model
             if spec["compile"]:
-                torch._dynamo.reset()  # otherwise a second batch size makes it compile for any, which is slower
+                torch._dynamo.reset()  # otherwise a second batch size compiles for any size, which is slower
                 self.forward = torch.compile(self.model)
             self.loss = self.clip.ClipLoss()
             size, text = spec["model"]["vision_cfg"]["image_size"], spec["model"]["text_cfg"]
@@ -164,9 +164,9 @@ class OpenClip:
 
 
 def work(spec):
-    """A side's process: answers the commands on its standard input, one JSON object per line."""
+    """Runs a side's process, which answers commands on its standard input, one JSON object a line."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with answers
     side = (Ours if spec["side"] == "clip_jax" else OpenClip)(spec)
     for line in sys.stdin:
         name, argument = json.loads(line)
@@ -175,7 +175,7 @@ def work(spec):
                 answer = side.prepare(argument) | {"versions": common.versions()}
                 side.run(WARM_UP)
                 with contextlib.suppress(OSError):
-                    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak up to now was the compiler's
+                    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the compiler's
             else:
                 start, cpu_start = time.perf_counter(), time.process_time()
                 loss = side.run(argument)
@@ -188,20 +188,20 @@ def work(spec):
 
 
 class Side:
-    """The process of a side, seen from the one that asks."""
+    """The process of a side, controlled from the main process."""
 
     def __init__(self, spec, python):
         env = dict(os.environ)
         if spec["largest"]:
             env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
         else:
-            env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side is on the same device
+            env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side shares the device
         command = [python, __file__, "--worker", json.dumps(spec)]
         self.name, self.turns, self.about = spec["side"], [], None
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def ask(self, name, argument):
-        """The answer to a command, or None when the batch does not fit."""
+        """Returns the answer to a command, or None when the batch does not fit."""
         self.process.stdin.write(json.dumps([name, argument]) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -216,7 +216,7 @@ class Side:
     def measure(self, steps):
         self.turns.append(self.ask("run", steps))
         if self.turns[-1] is None:
-            sys.exit(f"error: out of memory in {self.name} after it had fitted")
+            sys.exit(f"error: out of memory in {self.name} although the batch fitted before")
 
     def seconds(self):
         return [turn["seconds"] for turn in self.turns]
@@ -227,7 +227,7 @@ class Side:
 
 
 def open_clip_model(config):
-    """The arguments of `open_clip.CLIP` for a configuration, or None when it has no such model."""
+    """Returns the arguments of `open_clip.CLIP` for a configuration, or None when open_clip has no such model."""
     from clip_jax import config as config_lib
 
     base, image, text = config_lib.base(), config.model.image, config.model.text
@@ -254,7 +254,7 @@ def open_clip_model(config):
 
 
 def sides_of(args, variant):
-    """`({name of a side: (specification, interpreter)}, the model's FLOPs per example)` of a variant of the configuration."""
+    """Returns `({side: (specification, interpreter)}, FLOPs per example)` of a variant of the configuration."""
     from clip_jax import config as config_lib
     from clip_jax.program import make_program, model_flops
 
@@ -279,14 +279,13 @@ def sides_of(args, variant):
             name = "open_clip, compiled" if compiled else "open_clip"
             sides[name] = (dict(spec, side=name, compile=compiled), args.torch_python)
     else:
-        print(
-            f"no rows of open_clip: {'it cannot be imported by ' + args.torch_python if model else 'it has no model of this configuration'}"
-        )
+        reason = f"{args.torch_python} cannot import it" if model else "it has no model of this configuration"
+        print(f"no rows of open_clip: {reason}")
     return sides, flops
 
 
 def largest_batch(spec, python, batch):
-    """The largest batch that fits, to an eighth: doubled, or halved, until it is between two, then bisected."""
+    """Returns the largest batch that fits, to within an eighth: doubles or halves to bracket it, then bisects."""
     side, good, bad = Side(spec, python), 0, None
     while bad is None or bad - good > max(1, good // 8):
         if side.prepare(batch):
@@ -303,12 +302,12 @@ def largest_batch(spec, python, batch):
 
 
 def measure(args, variant, report):
-    """Adds the rows of a variant."""
+    """Measures the sides of a variant and adds their rows."""
     from clip_jax.runtime import hardware
 
     specs, flops = sides_of(args, variant)
     done = []
-    # At the largest batch there is no room for another process on the device.
+    # At the largest batch the device has no room for another process.
     for group in [[name] for name in specs] if args.largest else [list(specs)]:
         batch = largest_batch(*specs[group[0]], args.batch) if args.largest else args.batch
         sides = [Side(*specs[name]) for name in group]
@@ -324,16 +323,17 @@ def measure(args, variant, report):
         done += sides
     if len({side.about["parameters"] for side in done}) > 1:
         sys.exit(
-            "error: not the same model: "
+            "error: the models differ: "
             + ", ".join(f"{side.name} has {side.about['parameters']:,} parameters" for side in done)
         )
     rates = {side.name: side.batch / statistics.median(side.seconds()) for side in done}
     for side in done:
-        chip = hardware.chip_of(side.about["device"])
+        chip, rate = hardware.chip_of(side.about["device"]), flops * rates[side.name]
         report.add(**{
-            "model": variant, "side": side.name, "batch": side.batch, "images/s": rates[side.name], "GiB": side.turns[-1]["memory"] / 2**30,
-            "ms": 1e3 * statistics.median(side.seconds()), "fastest": 1e3 * min(side.seconds()),
-            "TFLOP/s": flops * rates[side.name] / 1e12, "MFU": chip and flops * rates[side.name] * chip.devices / chip.flops,
+            "model": variant, "side": side.name, "batch": side.batch, "images/s": rates[side.name],
+            "GiB": side.turns[-1]["memory"] / 2**30, "ms": 1e3 * statistics.median(side.seconds()),
+            "fastest": 1e3 * min(side.seconds()),
+            "TFLOP/s": rate / 1e12, "MFU": chip and rate * chip.devices / chip.flops,
             "ours / it": rates["clip_jax"] / rates[side.name], "flops_per_example": flops, "dtype": args.dtype,
             "turns": side.turns, **side.about,
         })  # fmt: skip
@@ -346,20 +346,23 @@ def main():
     parser.add_argument("--config", default="configs/clip.py", help="a configuration (default: %(default)s)")
     parser.add_argument("--variants", default="b32,b16,l14", help="its variants (default: %(default)s)")
     parser.add_argument(
-        "--batch", type=int, default=32, help="examples per step; with --largest where the search starts (default: 32)"
+        "--batch", type=int, default=32, help="examples per step, with --largest the start of the search (default: 32)"
     )
     parser.add_argument("--largest", action="store_true", help="each side at the largest batch that fits on the GPU")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of matrix products (default: bfloat16)"
+        "--dtype",
+        default="bfloat16",
+        choices=("float32", "bfloat16"),
+        help="dtype of matrix products (default: bfloat16)",
     )
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side; the median counts (default: 5)")
     parser.add_argument("--steps", type=int, default=1, help="steps in a turn; 10 or more on a GPU (default: 1)")
-    parser.add_argument("--compile", action="store_true", help="another row: open_clip under torch.compile")
+    parser.add_argument("--compile", action="store_true", help="add a row: open_clip under torch.compile")
     parser.add_argument(
         "--fused", action="store_true", help="PyTorch's fused AdamW, which open_clip's trainer does not use"
     )
     parser.add_argument(
-        "--torch-python", default=sys.executable, help="the interpreter that has open_clip (default: this one)"
+        "--torch-python", default=sys.executable, help="the interpreter with open_clip (default: this one)"
     )
     args = common.parse(parser)
     report = common.Report(COLUMNS)

@@ -88,9 +88,9 @@ def test_oracle_2_equal_embeddings_cost_log_n_and_the_minimum_is_the_entropy_of_
     equal = dict.fromkeys(FEATURES, jnp.broadcast_to(FEATURES["text"][:1], (N, 16)))
     for softening in (0.0, 0.2, 0.9):
         np.testing.assert_allclose(loss(equal, SCALE, softening=softening)[0], np.log(N), rtol=1e-5)
-    unstack_views, gap = dict.fromkeys(FEATURES, jnp.eye(N)), np.log(0.8 * (N - 1) / 0.2)
-    np.testing.assert_allclose([gap, loss(unstack_views, gap)[0]], [3.3322, 0.8896], atol=1e-4)
-    assert min(loss(unstack_views, gap + d)[0] for d in (-0.1, 0.1)) > loss(unstack_views, gap)[0]
+    apart, gap = dict.fromkeys(FEATURES, jnp.eye(N)), np.log(0.8 * (N - 1) / 0.2)
+    np.testing.assert_allclose([gap, loss(apart, gap)[0]], [3.3322, 0.8896], atol=1e-4)
+    assert min(loss(apart, gap + d)[0] for d in (-0.1, 0.1)) > loss(apart, gap)[0]
 
 
 def test_oracle_3_gradient_of_the_logits_is_softmax_minus_target():

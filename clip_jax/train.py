@@ -255,18 +255,17 @@ class Recorder:
 
         from clip_jax.runtime import sharding
 
-        run, config = self.run, self.run.config.train
+        run, options = self.run, self.run.config.train
         with faults.stage("step"):
             values, (request, skipped) = jax.device_get((values, agreed))
         self.progress.add(values, waited)
-        if values["bad_steps"] >= config.max_bad_steps:
+        if values["bad_steps"] >= options.max_bad_steps:
             run.checkpointer.wait()
             since = step - int(values["bad_steps"]) + 1
-            raise UserError(
-                f"the loss or a gradient was not finite in steps {since} to {step}; their updates were skipped, so"
-                f" the newest checkpoint, {run.checkpointer.newest()}, is still good: lower the learning rate, restart"
-            )
-        if step % config.log_steps == 0 or step in (self.first, config.steps):
+            problem = f"the loss or a gradient was not finite in steps {since} to {step}; their updates were skipped"
+            newest = f"the newest checkpoint, {run.checkpointer.newest()}, is still good"
+            raise UserError(f"{problem}; {newest}: lower the learning rate and start again")
+        if step % options.log_steps == 0 or step in (self.first, options.steps):
             # Hosts with the same rows skip the same records: each of the shares counts once.
             shares = sharding.process_shard(run.mesh)[1]
             values, line = self.progress.report(step, self.skipped + int(skipped) * shares // hosts.count())

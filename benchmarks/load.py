@@ -9,6 +9,7 @@ which other processes on the machine hardly affect. `peak` is the process's larg
 relative to the file's size. `before` is the memory before loading and `file` the file's size, both in GB.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -64,7 +65,8 @@ def measure(path):
     import jax
 
     from clip_jax.interop import load
-    from clip_jax.methods import clip  # noqa: F401 - every command imports it
+
+    importlib.import_module("clip_jax.methods.clip")  # every command imports it
 
     jax.devices()
     ready, cpu, before = time.perf_counter(), time.process_time(), peak()

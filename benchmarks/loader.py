@@ -7,6 +7,7 @@ which works on one thread. The pipelines take turns batch by batch, and the medi
 column where it is installed.
 """
 
+import importlib.util
 import io
 import math
 import random
@@ -91,12 +92,8 @@ def main():
     )
     args = parser.parse_args()
     pipelines = {"clip_jax loader": our_pipeline, "Pillow": pillow_pipeline}
-    try:
-        import torchvision  # noqa: F401
-
+    if importlib.util.find_spec("torchvision"):
         pipelines["torchvision"] = torchvision_pipeline
-    except ImportError:
-        pass
     columns = {"JPEG": ">10", "area": ">8", **dict.fromkeys(pipelines, ">18.0f"), "ours / Pillow": ">16.2f"}
     report = common.Report(columns, unit="images/s per core")
     report.header()

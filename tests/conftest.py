@@ -1,11 +1,13 @@
-"""Shared test set-up: CPU with 8 simulated devices, a persistent compilation cache, and the folder of golden fixtures."""
+"""Set-up of the tests: CPU with 8 simulated devices, a persistent compilation cache, golden fixtures."""
 
 import os
 import pathlib
 import tempfile
 
-#: Of processes that tests start, and of this one: nearly all time goes into compiling little programs that run for an instant. Without
-#: fusion emitters, and in one piece where both cores are busy anyhow, that takes less than half of the time.
+import pytest
+
+#: XLA flags of this process and of processes that tests start. Nearly all time goes into compiling small programs that
+#: run for an instant. These flags more than halve it: both cores are busy anyhow, so code generation need not split.
 COMPILE_FAST = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
@@ -14,13 +16,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for flag in (*COMPILE_FAST.split(), "--xla_force_host_platform_device_count=8"):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-# Also for the processes that tests start: the same little programs are compiled again and again.
+# The environment passes the cache on to processes that tests start, which compile the same small programs.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"clip_jax_test_cache_{os.getuid()}")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-
-import pytest  # noqa: E402
 
 REPO = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(os.environ.get("CLIP_JAX_GOLDEN", REPO.parent / "shared" / "golden"))
@@ -28,7 +28,7 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
 def golden_files(pattern):
-    """Golden files or folders of a documented name: those of CLIP_JAX_GOLDEN, and the copies that come with the tests."""
+    """Returns the golden files or folders of a pattern, from CLIP_JAX_GOLDEN and the fixtures, as test parameters."""
     found = {
         path.name: path for folder in (FIXTURES, GOLDEN) if folder.is_dir() for path in sorted(folder.glob(pattern))
     }
@@ -39,7 +39,7 @@ def golden_files(pattern):
 
 @pytest.fixture
 def mesh8():
-    """A mesh of 8 simulated devices in use: data=2, fsdp=2, tensor=2."""
+    """The current mesh, of 8 simulated devices: data=2, fsdp=2, tensor=2."""
     import jax
 
     from clip_jax.runtime import sharding

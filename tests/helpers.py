@@ -1,4 +1,4 @@
-"""What tests share: a tiny run on the embedded pictures, and random unit vectors."""
+"""Helpers for tests of whole programs: a tiny run on the embedded images, commands, reports, random unit vectors."""
 
 import json
 import os
@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 
 from conftest import COMPILE_FAST, REPO
 
-# A constant learning rate: runs of any length are one program, compiled once.
+#: Overrides of a tiny run. With a constant learning rate, runs of any length are one program, compiled once.
 TINY = """
-    model.embed_dim=16 model.image.stem=() model.image.patch=8 model.image.size=16 model.image.width=32 model.image.heads=2
-    model.image.mlp_dim=64 model.image.depth=1 model.text.width=32 model.text.heads=2 model.text.mlp_dim=64 model.text.depth=1
-    data.batch_size=16 train.steps=6 train.log_steps=1 optim.schedule=constant optim.warmup_steps=0 checkpoint.steps=2 checkpoint.keep=2
-    eval.tasks=() eval.report=false log.tensorboard=false
+    model.embed_dim=16 model.image.stem=() model.image.patch=8 model.image.size=16 model.image.width=32
+    model.image.heads=2 model.image.mlp_dim=64 model.image.depth=1 model.text.width=32 model.text.heads=2
+    model.text.mlp_dim=64 model.text.depth=1 data.batch_size=16 train.steps=6 train.log_steps=1
+    optim.schedule=constant optim.warmup_steps=0 checkpoint.steps=2 checkpoint.keep=2 eval.tasks=()
+    eval.report=false log.tensorboard=false
 """.split()
 
 
@@ -25,13 +26,13 @@ def tiny_config(*overrides):
 
 
 def losses(workdir):
-    """`{step: loss}` of metrics.jsonl; of a step that was done twice, the last."""
+    """Returns `{step: loss}` of metrics.jsonl, with the last loss of a step that ran twice."""
     rows = map(json.loads, (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def unit(seed, *shape):
-    """Random unit vectors along the last axis, float32."""
+    """Returns random float32 vectors of unit length along the last axis."""
     import jax
 
     from clip_jax.models.common import l2_normalize
@@ -51,7 +52,7 @@ def train_command(workdir, *overrides, config="configs/clip.py:emoji"):
 
 
 def run(command, **kwargs):
-    """Runs a command from the repository's root on one CPU device; returns the finished process with its output."""
+    """Runs a command in the repository's root on one CPU device; returns the finished process with its output."""
     env = {**os.environ, "XLA_FLAGS": COMPILE_FAST, **kwargs.pop("env", {})}
     return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600, **kwargs)
 
@@ -101,7 +102,7 @@ class Page(HTMLParser):
 
 
 def render(result, **options):
-    """The report of an evaluation's result, parsed."""
+    """Returns the parsed report of an evaluation's result."""
     from clip_jax.evaluation.report import assembly
 
     return Page(assembly.render(result, **{"title": "a title"} | options))

@@ -26,7 +26,7 @@ def loss(z_image, z_text, temperature):
 
 
 def smoothed_cross_entropy(logits):
-    """Sum of both directions by the formula, targets 0.9 on the diagonal plus 0.1 / B everywhere."""
+    """The sum of both directions by the formula, with targets of 0.9 on the diagonal plus 0.1 / B everywhere."""
     b = len(logits)
     targets = 0.9 * np.eye(b) + 0.1 / b
     return sum(-(targets * np.asarray(jax.nn.log_softmax(logits, axis))).sum(axis).mean() for axis in (0, 1))
@@ -70,7 +70,7 @@ def test_pooled_features_are_the_embedding_where_the_paper_has_no_projection():
         c = config.base()
         use_size(c.model, size)
         c.model.text.update(vocab_size=30522, eot_id=102, depth=1)
-        c.model.image.depth_coefficient = 0.1  # one block in a stage: the widths are the published ones
+        c.model.image.depth_coefficient = 0.1  # one block a stage at the published widths
         method = align.make(c)
         batch = method.batch_spec(2)
         params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)

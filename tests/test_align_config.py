@@ -1,4 +1,4 @@
-"""configs/align.py: the published recipes are align.md's, the crops are where they should be, and the small variant trains."""
+"""configs/align.py: the published recipes of align.md, the places of crops, and training of the small variant."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_pictures_are_squashed_to_346_and_cropped_to_289():
         lefts.add(min(crop[0, 0, 0], crop[0, -1, 0]))
     assert 8 < flipped < 32 and min(lefts) >= 0 and max(lefts) <= (346 - 289) // 2 and len(lefts) > 10
     wide = ImageView("image", 289, c.eval.transform)({"image": Image.new("RGB", (900, 300), "red")}, None)
-    assert (wide == [255, 0, 0]).all()  # the aspect is ignored: nothing is padded
+    assert (wide == [255, 0, 0]).all()  # the aspect ratio is ignored, so nothing is padded
 
 
 def test_a_published_size_is_built_with_its_tokenizer_and_optimizer(vocabulary):

@@ -1,4 +1,4 @@
-"""ALIP: the oracles of its specification, the golden losses and averages, meshes, runs that go on with their averages, wrong input."""
+"""ALIP: the oracles of its specification, golden losses and averages, meshes, runs that resume with their averages."""
 
 import dataclasses
 import functools
@@ -23,11 +23,11 @@ from clip_jax.models.common import l2_normalize
 CONFIG = str(REPO / "configs" / "alip.py")
 N, SCALE = 12, 9.0
 FEATURES = {
-    name: l2_normalize(x + 0.5 * jax.random.normal(jax.random.key(9), (N, 16)))  # the three agree somewhat
+    name: l2_normalize(x + 0.5 * jax.random.normal(jax.random.key(9), (N, 16)))  # somewhat similar to each other
     for name, x in zip(("image", "text", "synthetic"), jax.random.normal(jax.random.key(0), (3, N, 16)), strict=True)
 }
 FOUND = jax.device_get(similarities(FEATURES))
-#: Halfway between two similarities of the texts: some examples are gated, and none is near the gate.
+#: Halfway between two similarities of the texts, so that some examples are gated and none is near the gate.
 HALFWAY = {pair: np.float32(np.sort(s)[N // 2 - 1 : N // 2 + 1].mean()) for pair, s in FOUND.items()}
 LOW = dict.fromkeys(PAIRS, np.float32(-1))
 
@@ -35,7 +35,7 @@ loss = functools.partial(jax.jit(adaptive_infonce), scale=np.float32(SCALE))
 
 
 def pair(a, b):
-    """Losses of each example, float32 [N]."""
+    """The loss of each example, float32 `[N]`."""
     logits = SCALE * FEATURES[a] @ FEATURES[b].T
     return -(jnp.diagonal(jax.nn.log_softmax(logits, axis=1)) + jnp.diagonal(jax.nn.log_softmax(logits, axis=0))) / 2
 
@@ -55,7 +55,7 @@ def setup(*overrides):
 
 @pytest.mark.parametrize("file", golden_files("loss_alip_*.npz"))
 def test_golden_weights_averages_loss_and_gradients(file):
-    """Three steps, each with the averages of the one before; the averages come from the method's own heads."""
+    """Three steps, each with the averages that the method's heads computed in the previous one."""
     g = np.load(file)
     _, method = setup("alip.momentum=0.99")
     names = {"text_synthetic": "raw_caption", "image_text": "image_raw", "image_synthetic": "image_caption"}
@@ -95,7 +95,7 @@ def test_the_loss_is_that_of_the_formula():
     raw = np.exp(2 * below["text_synthetic"])
     of_text, of_synthetic = (np.where(raw < 1, np.exp(2 * below[f"image_{text}"]), 1) for text in ("text", "synthetic"))
     assert 2 < (raw < 1).sum() < N - 2 and (of_text > 1).any(), (
-        "both sides of the gate, and weights of pairs are not bounded"
+        "examples on both sides of the gate, and pair weights above 1"
     )
     terms = [
         np.mean(np.minimum(raw, 1) * w * pair("image", text))
@@ -214,7 +214,7 @@ def test_texts_of_a_record():
         synthetic(record | {"synthetic": ""}, None, tokenizer)
 
 
-# Configurations, whole runs and wrong input
+# Configurations and whole runs
 
 
 @pytest.mark.parametrize("variant", ["", "smoke", "b32"])

@@ -1,5 +1,6 @@
-"""The benchmarks' tables, files and pictures, and that both sides of a comparison are the same model. No figure is checked here."""
+"""Benchmarks: tables, files, charts, and equal models on both sides of a comparison; not the figures."""
 
+import importlib
 import json
 import pathlib
 import subprocess
@@ -14,9 +15,7 @@ from clip_jax import config as config_lib
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-import common  # noqa: E402
-import retrieval  # noqa: E402
-import train_step  # noqa: E402
+common, retrieval, train_step = (importlib.import_module(name) for name in ("common", "retrieval", "train_step"))
 
 COMMANDS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name != "common.py")
 
@@ -49,7 +48,7 @@ def test_line_chart_draws_every_line_inside_of_its_axes(tmp_path, log_y):
     assert [len(points) for points in lines] == [3, 2]
     points = [tuple(map(float, point.split(","))) for line in lines for point in line]
     assert all(70 <= x <= 540 and 40 <= y <= 345 for x, y in points)
-    assert points[0][1] > points[1][1] > points[2][1] and points[3][1] == points[4][1]  # upwards is more
+    assert points[0][1] > points[1][1] > points[2][1] and points[3][1] == points[4][1]  # y grows downwards
     assert "title & more" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
 
 

@@ -32,15 +32,15 @@ def tiny(*overrides):
     return config.load(CONFIG, [*OURS, *overrides])
 
 
-def pictures(seed, count=16, channels=3, size=32):
+def random_images(seed, count=16, channels=3, size=32):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, channels), np.uint8)
 
 
-BATCH = {"image": pictures(0), "text": pictures(1, channels=1), "example_id": np.arange(16, dtype=np.int32)}
+BATCH = {"image": random_images(0), "text": random_images(1, channels=1), "example_id": np.arange(16, dtype=np.int32)}
 
 
 def start(c):
-    """`(method, params)`."""
+    """Returns `(method, params)`."""
     method = make_method(c)
     return method, method.init(jax.random.key(0), BATCH)[0]
 
@@ -57,13 +57,15 @@ def test_published_parameter_counts(variant, total):
 
 @pytest.mark.parametrize("folder", golden_files("bv_clippo"))
 def test_golden_big_vision(folder):
-    """Outputs, loss and gradients of big_vision's one_tower on a checkpoint in its own layout."""
+    """Outputs, loss and gradients equal big_vision's one_tower on a checkpoint in its layout."""
     from clip_jax.interop.load import load
 
     imported, io = load(folder / "checkpoint.npz"), np.load(folder / "io.npz")
     method = make_method(imported.config)
     tower = {"images": io["image_nhwc"], "texts": io["text_image_nhwc"]}
-    to_pixels = lambda x: x * 127.5 + 127.5  # noqa: E731  the method takes pixels, of whatever dtype
+
+    def to_pixels(x):
+        return x * 127.5 + 127.5
 
     def forward(params, images):
         batch = {"image": to_pixels(images), "text": to_pixels(tower["texts"]), "example_id": jnp.arange(len(images))}
@@ -86,7 +88,7 @@ def test_golden_big_vision(folder):
 
 
 def test_both_inputs_go_through_the_same_parameters():
-    """One pass for both is the two passes of the paper; the same picture twice is a pair with cosine 1."""
+    """One pass over both equals the two passes of the paper. The same image twice is a pair with cosine 1."""
     method, params = start(tiny("model.dtype=float32"))
     features, _ = method.encode(params, {}, BATCH, jax.random.key(0), train=True)
     np.testing.assert_allclose(features["image"], method.embed_image(params, {}, BATCH["image"]), atol=1e-6)
@@ -145,7 +147,7 @@ def test_accuracy_of_image_text_and_text_text_pairs_apart():
 
 
 def run_steps(c, mesh, steps=3):
-    """Losses and gradient norms of some steps on a mixed batch."""
+    """Returns losses and gradient norms of some steps on a mixed batch."""
     batch = {**BATCH, "text_pair": (np.arange(16) % 4 == 0).astype(np.int32)}
     method = make_method(c)
     with jax.set_mesh(mesh):
@@ -181,7 +183,7 @@ def write_text(folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of image/text and text/text pairs."""
+    """A run on image-text pairs and text-text pairs."""
     workdir = tmp_path_factory.mktemp("clippo")
     train.train(tiny(f"data.source=emoji*3 + {write_text(workdir)}*1", "train.steps=2"), workdir, lambda line: None)
     return workdir
@@ -202,7 +204,7 @@ def test_pairs_of_text_alone_train_the_same_way(tmp_path):
 
 
 def test_the_checkpoint_alone_embeds_texts(trained):
-    """The font lies in it; strings are drawn, whatever the batch, and similarity is that of the method's own functions."""
+    """It contains the font, draws strings in any batch, and compares by the method's own functions."""
     model = clip_jax.load(trained)
     assert model.tokenizer == make_tokenizer("unifont")
     texts = ["a cat", "문어", "", "a very long text " * 50, "octopus"]
@@ -211,7 +213,7 @@ def test_the_checkpoint_alone_embeds_texts(trained):
     np.testing.assert_allclose(z, model.method.embed_text(model.params, {}, model.tokenizer(texts, 32)), atol=1e-5)
     np.testing.assert_allclose(np.concatenate([model.embed_text(texts[:3]), model.embed_text(texts[3:])]), z, atol=1e-5)
     assert model.embed_text([]).shape == (0, 16)
-    probabilities = model.classify(list(pictures(3, 2)), ["a cat", "문어"], templates=("{}", "a picture of {}"))
+    probabilities = model.classify(list(random_images(3, 2)), ["a cat", "문어"], templates=("{}", "a picture of {}"))
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
 
 

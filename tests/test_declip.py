@@ -1,4 +1,4 @@
-"""DeCLIP: the oracles of its specification, the released loss, masks, the queue on meshes, the terms that can be left out, whole runs."""
+"""DeCLIP: the oracles of its specification, the released loss, masks, the queue on meshes, optional terms, runs."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ BATCH = {
 
 
 def start(*overrides):
-    """`(the method's functions, params, extra)`."""
+    """Returns `(declip, params, extra)`."""
     declip = DeCLIP(tiny(*overrides))
     return declip, *jax.jit(declip.init)(jax.random.key(0), BATCH)
 
@@ -109,7 +109,7 @@ class Golden:
         self.gradients = tuple(g[f"grad_{name}"] for name in names)
 
     def head(self, prefix, layers):
-        """torch calls the linear layers linear1, ... and a last one without batch norm `layer`."""
+        """Returns a head's parameters. PyTorch names layers linear1, ... and a last one without batch norm `layer`."""
         g, params = self.g, {}
         for i in range(1, layers + 1):
             fc = f"{prefix}.linear{i}" if f"{prefix}.linear{i}.weight" in g else f"{prefix}.layer{i}"
@@ -125,7 +125,7 @@ class Golden:
         }
 
     def __call__(self, params, inputs):
-        """`(loss, (metrics, features, extra))`."""
+        """Returns `(loss, (metrics, features, extra))`."""
         u1, u2, v, va, words = inputs
         features = {"image": jnp.stack([u1, u2], 1), "text": l2_normalize(jnp.stack([v, va], 1))}
         features["mlm"] = self.declip.masked_modelling(params, words, self.masks)
@@ -173,7 +173,7 @@ def test_golden_loss(file):
 
 
 def parts(*overrides, image=None, text=None, queue=None, **more):
-    """`loss(log scale, changed features) -> (loss, metrics)` of views made by hand: two of images and of texts, 8 pairs of width 16."""
+    """Returns `loss(log scale, **changed features) -> (loss, metrics)` of two image and two text views of 8 pairs."""
     declip = DeCLIP(tiny(*overrides))
     queue = {"rows": unit(4, 20, 16) if queue is None else queue, "next": 0, "filled": 0}
     base = {"image": image or (unit(0, 8, 16), unit(1, 8, 16)), "text": text or (unit(2, 8, 16), unit(3, 8, 16))} | more
@@ -224,7 +224,7 @@ def test_oracle_4_neighbours_teach_images_alone():
 
 
 def test_neighbours_that_several_captions_share():
-    """They are negatives of each other, as in the released code, or left out."""
+    """Such captions are negatives of each other, as in the released code, or excluded."""
     u, rows = unit(0, 8, 16), unit(4, 2, 16)
     v = rows[jnp.array([0, 0, 0, 1, 1, 1, 1, 1])]
     given = dict(image=(u, u), text=(v, v), queue=rows)
@@ -303,7 +303,7 @@ def test_oracle_5_the_queue_is_first_in_first_out(size, batches):
 
 @pytest.mark.parametrize("batch, size", [(16, 64), (16, 24), (12, 64), (16, 63)])
 def test_the_nearest_on_eight_devices(mesh8, batch, size):
-    """Also where the devices divide neither; of equal rows the first."""
+    """The devices need divide neither size. The first of equal rows wins."""
     queries, rows = unit(0, batch, 8), unit(1, size, 8)
     rows = rows.at[size - 1].set(rows[3])
     expected = np.asarray(queries @ rows.T).argmax(1)
@@ -380,11 +380,11 @@ def test_the_text_is_embedded_masked_or_as_it_is(started):
     np.testing.assert_allclose(ours["mlm"], first["mlm"], rtol=1e-5)
 
 
-# What a term costs that is left out
+# Terms that are switched off cost nothing
 
 
 def passes(monkeypatch, *overrides):
-    """How many views pass each tower in a step, and what parameters and state there are."""
+    """Returns the views that pass each tower in a step, the parameters, the state and the shapes of views."""
     c, counts = tiny(*overrides), {"img": 0, "txt": 0}
     method, encode = make_method(c), declip_module.TwoTower._encode
 
@@ -463,10 +463,14 @@ def test_oracle_g1_any_mesh_and_micro_batches_give_the_result_of_one_device(one_
 def test_a_run_resumes_bit_by_bit_with_its_queue(tmp_path):
     quick = ["eval.steps=0", "eval.train_tasks=()", "checkpoint.steps=2", "declip.queue_size=40"]
     quick += weights(clip=1, nn=1, simsiam=1)
-    make = lambda count: config.load(f"{CONFIG}:smoke", [*TINY, "declip.head_width=24", *quick, f"train.steps={count}"])  # noqa: E731
-    train.train(make(3), tmp_path / "whole", lambda line: None)
-    train.train(make(2), tmp_path / "parts", lambda line: None)
-    train.train(make(3), tmp_path / "parts", lambda line: None)
+
+    def run(name, steps):
+        overrides = [*TINY, "declip.head_width=24", *quick, f"train.steps={steps}"]
+        train.train(config.load(f"{CONFIG}:smoke", overrides), tmp_path / name, lambda line: None)
+
+    run("whole", 3)
+    run("parts", 2)
+    run("parts", 3)
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert np.isfinite(list(whole.values())).all() and whole == parts and len(whole) == 3
     a, b = clip_jax.load(tmp_path / "whole"), clip_jax.load(tmp_path / "parts")
@@ -480,13 +484,8 @@ def test_a_run_resumes_bit_by_bit_with_its_queue(tmp_path):
 
 def test_weights_of_the_variants():
     released, paper = (config.load(f"{CONFIG}:{name}").declip for name in ("b32", "b32_paper"))
-    assert [released[t] for t in TERMS[:5]] == [0.1, 0.3, 0.2, 0.2, 0.2] and [paper[t] for t in TERMS[:5]] == [
-        0.4,
-        0.2,
-        0.2,
-        0.2,
-        0.2,
-    ]
+    assert [released[t] for t in TERMS[:5]] == [0.1, 0.3, 0.2, 0.2, 0.2]
+    assert [paper[t] for t in TERMS[:5]] == [0.4, 0.2, 0.2, 0.2, 0.2]
     assert config.load(f"{CONFIG}:b32_defilip").declip.filip == 0.2
     slip = config.load(f"{CONFIG}:b32_slip").declip
     assert [t for t in TERMS if slip[t]] == ["clip", "simclr"]

@@ -1,4 +1,4 @@
-"""FILIP: the oracles of its specification, the golden losses, memory, meshes, search and evaluation by tokens, whole runs."""
+"""FILIP: the oracles of its specification, golden losses, memory, meshes, search and evaluation by tokens, runs."""
 
 import functools
 import json
@@ -43,7 +43,7 @@ def loss(u, v, real=REAL):
 
 
 def directions(u, v, real):
-    """`(image to text [n, m], text to image [m, n])` by loops over the pairs, in float64."""
+    """Returns the similarities image to text `[n, m]` and text to image `[m, n]` by loops over pairs, in float64."""
     u, v = np.asarray(u, np.float64), np.asarray(v, np.float64)
     i2t = [[(p @ w[r].T).max(1).mean() for w, r in zip(v, real, strict=True)] for p in u]
     t2i = [[(w[r] @ p.T).max(1).mean() for p in u] for w, r in zip(v, real, strict=True)]
@@ -140,7 +140,7 @@ def test_oracle_4_the_directions_differ_and_equal_sets_of_tokens_give_one():
 
 
 def test_oracle_5_tiles_equal_the_whole(monkeypatch):
-    """Of the loss see test_contrastive.py; here of the similarity, with a last tile that is not full."""
+    """The similarity with a partial last tile. test_contrastive.py checks the loss."""
     monkeypatch.setattr("clip_jax.losses.pairwise.TILE_ENTRIES", 4 * P * L)
     u, v, real = unit(3, 7, P, D), unit(4, 9, L, D), np.arange(L) < np.random.default_rng(0).integers(1, L, (9, 1))
     i2t, t2i = directions(u, v, real)
@@ -219,7 +219,7 @@ def test_the_loss_at_batch_1024_needs_less_than_a_gibibyte_on_one_device(how):
     mib = temporary_mib(
         jax.value_and_grad(objective, (0, 1)), ((b, p, d), "float32"), ((b, n, d), "float32"), ((b, n), "bool")
     )
-    assert mib < 1024  # the similarities of all tokens, once, are 15 GiB
+    assert mib < 1024  # one copy of all token similarities takes 15 GiB
 
 
 def test_the_similarity_of_a_block_of_retrieval_is_never_held_by_token():
@@ -252,7 +252,9 @@ def test_padding_and_class_tokens():
     without = jax.jit(with_cls.embed_text)(params, extra, np.concatenate([PAIRS["text"], empty]))
     expected = np.where((np.arange(12) < end[:, None])[..., None], z_text, 0)
     np.testing.assert_allclose(without[:16], expected, atol=1e-6)
-    assert np.linalg.norm(without[16], axis=-1).round(4).tolist() == [1.0] + [0.0] * 11  # an empty text keeps its end
+    assert (
+        np.linalg.norm(without[16], axis=-1).round(4).tolist() == [1.0] + [0.0] * 11
+    )  # an empty text keeps its end token
 
 
 def test_the_scale_is_clamped():
@@ -322,22 +324,22 @@ def model(workdir):
     return clip_jax.load(workdir)
 
 
-def pictures(n, size=16):
+def random_images(n, size=16):
     return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
 
 
 def test_the_model_ranks_both_ways(model):
-    z_image, z_text = model.embed_image(pictures(5)), model.embed_text(["a cat", "two red dogs", ""])
+    z_image, z_text = model.embed_image(random_images(5)), model.embed_text(["a cat", "two red dogs", ""])
     assert z_image.shape == (5, 4, 16) and z_text.shape == (3, 8, 16)
     i2t, t2i = directions(z_image, z_text, z_text.any(-1))
     np.testing.assert_allclose(model.similarity(z_image, z_text), i2t, atol=1e-5)
     np.testing.assert_allclose(model.text_similarity(z_text, z_image), t2i, atol=1e-5)
-    p = model.classify(pictures(5), ["cat", "dog"], templates=("a {}", "the big {}"))
+    p = model.classify(random_images(5), ["cat", "dog"], templates=("a {}", "the big {}"))
     np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
 
 
 def test_oracle_8_scores_are_averaged_over_prompts_not_embeddings(model):
-    names, z = ["cat", "red dog", "house"], model.embed_image(pictures(6))
+    names, z = ["cat", "red dog", "house"], model.embed_image(random_images(6))
     scores = [
         model.similarity(z, model.embed_text([t.format(name) for name in names])) for t in ("a {}", "my very big {}")
     ]
@@ -350,7 +352,7 @@ def test_oracle_8_scores_are_averaged_over_prompts_not_embeddings(model):
 
 
 def test_retrieval_takes_each_direction_by_its_own_similarity(model):
-    images, emoji = pictures(40), make_source("emoji", "train")
+    images, emoji = random_images(40), make_source("emoji", "train")
     source = MemorySource([{"image": image, "texts": [emoji[100 * i]["name"]]} for i, image in enumerate(images)])
     result = tasks.retrieval_task(model, source, name="r")
     z_image = model.embed_image(np.stack([model.image_view(record, None) for record in source]))
@@ -383,7 +385,7 @@ def test_words_are_told_by_the_positions_of_their_tokens(model):
 
 
 class Drawn:
-    """A model whose patches are known: the first half of them is the one word, the second the other."""
+    """A model with known patches: the first half shows one word, the second half the other."""
 
     def __init__(self, model):
         self.tokenizer, self.image_view = model.tokenizer, lambda record, rng: record["image"]
@@ -391,7 +393,7 @@ class Drawn:
 
 @pytest.mark.parametrize("cls", [0, 1])
 def test_the_picture_shows_which_patch_answers_which_word(model, cls):
-    axes, records = np.eye(4, dtype=np.float32), [{"image": pictures(1)[0]}] * 2
+    axes, records = np.eye(4, dtype=np.float32), [{"image": random_images(1)[0]}] * 2
     z_image = np.stack([axes[[3] * cls + [0, 0, 1, 2]], axes[[3] * cls + [1, 1, 1, 1]]])
     (_, places), z_text = alignment.words_of(model.tokenizer, "cat <b>", 8), np.zeros((2, 8, 4), np.float32)
     z_text[:, places[0].start], z_text[:, places[1].start], z_text[:, places[1].stop] = axes[0], axes[1], axes[2]
@@ -413,7 +415,7 @@ def test_the_picture_shows_which_patch_answers_which_word(model, cls):
 
 def test_search_compares_tokens(model, tmp_path, monkeypatch):
     monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path))
-    images = pictures(9)
+    images = random_images(9)
     source = MemorySource([{"image": image, "texts": [f"number {i}"]} for i, image in enumerate(images)])
     index = search.make_index(model, source, "images", "memory", folder=tmp_path / "index")
     again = search.make_index(model, source, "images", "memory", folder=tmp_path / "index")
@@ -444,7 +446,7 @@ def test_the_search_command(workdir, tmp_path, monkeypatch):
     assert search.main(arguments) == 0 and search.main([*arguments, "--find=texts", "--k=3"]) == 0
     assert search.main([*arguments[:3], "--image=#3", "--k=1", f"--json={out}"]) == 0
     (found,) = json.loads(out.read_text())
-    assert found["found"][0]["record"] == 3  # a picture is most like itself
+    assert found["found"][0]["record"] == 3  # an image is most similar to itself
 
 
 def test_a_run_evaluates_reports_and_resumes(workdir, tmp_path):

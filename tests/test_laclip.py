@@ -1,4 +1,4 @@
-"""LaCLIP: the oracles of its specification, rewrites under every method, LaCLIP-MT on meshes, layer norms on queries and keys, runs."""
+"""LaCLIP: the oracles of its specification, rewrites, LaCLIP-MT on meshes, layer norms on queries and keys, runs."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ def test_oracle_d_a_rewrite_without_two_words_gives_way_to_the_caption(bad):
     assert set(draws(view(rewrite_prob=1.0), RECORD | {"rewrites": [bad]}, 20)) == {"the caption"}
     found = draws(view(rewrite_prob=1.0), RECORD | {"rewrites": [bad, "two words"]}, 2000)
     assert abs(found.count("two words") / 2000 - 0.5) < 0.05, (
-        "after the draw: the other one does not become more likely"
+        "the caption replaces it after the draw, so the other rewrite does not become more likely"
     )
 
 
@@ -84,7 +84,7 @@ def test_records_with_several_captions_fields_and_templates():
     assert set(draws(templated, RECORD | {"name": "Tom", "tags": "x"}, 60)) == {"Tom: x", *REWRITES}
     of_class = view(class_templates=("a {class_name}",), rewrite_prob=1.0)
     assert set(draws(of_class, RECORD | {"label": 0, "class_name": "cat"}, 20)) == {"a cat"}
-    assert view(rewrite_prob=1.0).caption(RECORD, None) == "the caption", "evaluation has the caption itself"
+    assert view(rewrite_prob=1.0).caption(RECORD, None) == "the caption", "evaluation uses the caption itself"
 
 
 def test_rewrites_of_other_programs_are_a_text_file_for_each_family(tmp_path):
@@ -105,7 +105,7 @@ def test_rewrites_of_other_programs_are_a_text_file_for_each_family(tmp_path):
     "fields, record", [(dict(rewrite_prob=0.0), RECORD), ({}, RECORD | {"rewrites": []})], ids=["p=0", "M=0"]
 )
 def test_oracle_a_without_rewrites_batches_are_bit_identical_to_clips(fields, record):
-    """The method is CLIP's own, so that the loss is as well; test_a_run compares losses."""
+    """The method shares CLIP's loss, so equal batches suffice. test_a_run compares losses."""
     records = [{**record, "texts": [f"a {k} b c d", "e f"]} for k in range(12)]
     batches = []
     for options in (dict(rewrites=("rewrites",), **fields), {}):
@@ -233,7 +233,7 @@ def test_an_image_tower_has_them_in_every_block():
     assert all({"query_norm", "key_norm"} <= set(params[f"block_{i}"]["attn"]) for i in range(2))
 
 
-# Configurations, whole runs and wrong input
+# Configurations and whole runs
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_variants_are_complete(variant):
 
 
 def test_a_run(tmp_path):
-    """Without rewrites the losses are CLIP's, bit by bit; with them they are not, and a run that was interrupted goes on the same."""
+    """Without rewrites the losses equal CLIP's bit for bit, otherwise not. An interrupted run resumes exactly."""
 
     def run(name, spec, *overrides):
         train.train(config.load(spec, [*TINY, *overrides]), tmp_path / name, lambda line: None)

@@ -31,7 +31,8 @@ def vocabulary(tmp_path_factory):
 @pytest.mark.parametrize(
     "spec, options, total",
     [
-        # conventions.md, section 4: ViT-B/16 without projection and pre-norm, with a patch bias; BERT-base without pooler; 768 x 768 + 768
+        # conventions.md, section 4: ViT-B/16 without projection and pre-norm, with a patch bias; BERT-base without
+        # pooler; 768 x 768 + 768
         (f"{LIT}:b16", "eot=false", 85_798_656 + 108_891_648 + 590_592 + 1),
         (f"{FLIP}:b16", "sot=false", None),
         (f"{FLIP}:b16_tune", "sot=false", None),
@@ -48,7 +49,7 @@ def test_every_variant_describes_a_model(spec, options, total, vocabulary):
     method = make_method(c)
     batch = method.batch_spec(2)
     params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
-    make_init(c, method, batch)  # the patterns of the optimizer find something
+    make_init(c, method, batch)  # every pattern of the optimizer matches
     if total:
         assert sum(x.size for x in jax.tree.leaves(params)) == total
     if spec.startswith(FLIP):
@@ -101,7 +102,7 @@ def test_lit_locks_the_image_tower(tmp_path):
 
 
 def flops(*freeze):
-    """FLOPs of a compiled step whose image tower is nearly all of the model."""
+    """Returns the FLOPs of a step and of the image tower's forward pass. The tower is nearly all of the model."""
     c = tiny_config("model.image.depth=6", "model.image.size=32", "model.text.context=4", "data.batch_size=8")
     c.optim.freeze = freeze
     c = config_lib.resolve(c, train_tokenizer(c))
@@ -159,7 +160,7 @@ def test_flip_drops_no_patch_in_evaluation():
 
 
 def kept(keys, n=16, drop=0.5):
-    """The patches that each key keeps."""
+    """Returns the patches that each key keeps."""
     from clip_jax.models.vit import drop_patches
 
     index = jnp.broadcast_to(jnp.arange(n)[None, :, None], (len(keys), n, 1))
@@ -200,6 +201,6 @@ def test_kept_patches_are_uniform_and_new_for_each_image_and_step():
     counts = np.bincount(draws.ravel(), minlength=16)
     chi2 = (
         ((counts - 1000) ** 2 / (1000 * 0.5)).sum() * 15 / 16
-    )  # variance n p (1 - p); kept patches of a draw exclude each other
+    )  # variance n p (1 - p); a draw keeps a patch at most once
     assert chi2 < 37.7, "99.9 % of the distribution with 15 degrees of freedom"
     assert len({tuple(row) for row in draws.tolist()}) > 1500

@@ -1,4 +1,4 @@
-"""OneR: the oracles of its specification, MoCo v3's contrast and heads, masks, the rows of the published table, meshes, a whole run."""
+"""OneR: the oracles of its specification, MoCo v3's contrast and heads, masks, the published rows, meshes, a run."""
 
 import functools
 import math
@@ -44,13 +44,13 @@ PAIRS = {**BATCH, "text": texts(0)}
 
 
 def start(*overrides, row="itc_cmc"):
-    """`(the method's functions, params, extra)`."""
+    """Returns `(oner, params, extra)`."""
     oner = OneR(tiny(*overrides, row=row))
     return oner, *jax.jit(oner.init)(jax.random.key(0), PAIRS)
 
 
 def objective(oner, params, extra, batch=PAIRS):
-    """`(loss, (metrics, extra))` as the step has it."""
+    """Returns `(loss, (metrics, extra))` like the train step."""
     features, extra = oner.encode(params, extra, batch, jax.random.key(1), train=True)
     features, extra = oner.heads(params, extra, features, batch, None)
     loss, metrics = oner.loss(params, extra, features, batch, None)
@@ -62,7 +62,7 @@ def objective(oner, params, extra, batch=PAIRS):
 
 @functools.cache
 def tower(**fields):
-    """`(function of the inputs, images, ids)`; two layers, a vocabulary of 50."""
+    """Returns `(function of the inputs, images, ids, real)` of a tower with a vocabulary of 50."""
     module = OneTower(
         **dict(dict(size=16, patch=8, width=16, depth=2, heads=2, mlp_dim=32, vocab_size=50, context=6), **fields)
     )
@@ -96,12 +96,15 @@ def test_off_diagonal_sees_the_other_modality_alone(mode):
     np.testing.assert_array_equal(gradient, 0)
     other = ids.at[:, 1].set(7)
     assert np.abs(image_cls(images, other) - image_cls(images, ids)).max() > 1e-3
-    text_cls = lambda images: apply(images, ids, real, mode)["text"][:, 0]  # noqa: E731
+
+    def text_cls(images):
+        return apply(images, ids, real, mode)["text"][:, 0]
+
     assert np.abs(text_cls(images + 1) - text_cls(images)).max() > 1e-3
 
 
 def test_keys_of_the_other_modality_from_its_cross_or_self_attended_states():
-    """Equal in the first layer, whose keys are the embeddings in both; the second layer's are states under F(T|T) by hand."""
+    """Both agree in the first layer, whose keys are embeddings. The second layer's are states under F(T|T)."""
     apply, images, ids, real = tower(depth=1)
     np.testing.assert_allclose(
         apply(images, ids, real, "off_diagonal")["image"],
@@ -111,7 +114,7 @@ def test_keys_of_the_other_modality_from_its_cross_or_self_attended_states():
     apply, images, ids, real = tower()
     cross, self_ = (apply(images, ids, real, mode)["image"] for mode in ("off_diagonal", "off_diagonal_self"))
     assert np.abs(cross - self_).max() > 1e-3
-    # Patch j reaches the image's CLS by two layers of cross-attention (image -> text -> image), but not by way of F(T|T).
+    # Patch j reaches the image's CLS by two layers of cross-attention (image, text, image), but not through F(T|T).
     of_cls = {
         mode: lambda x, mode=mode: (apply(x, ids, real, mode)["image"][:, 0] ** 2).sum()
         for mode in ("off_diagonal", "off_diagonal_self")
@@ -136,7 +139,7 @@ def test_one_cls_for_both_is_seen_alone():
     apply, images, ids, real = tower()
     full, one = (apply(images, ids, real, mode)["image"][:, 0] for mode in ("full", "full_one_cls"))
     assert np.abs(full - one).max() > 1e-3
-    assert np.abs(one - apply(images)["image"][:, 0]).max() > 1e-3, "it sees the words"
+    assert np.abs(one - apply(images)["image"][:, 0]).max() > 1e-3, "it attends to the words"
 
 
 @pytest.mark.parametrize("stem", [(), (4, 8, 8)])
@@ -219,7 +222,7 @@ def test_golden_heads(file):
     heads = {"projector": MlpHead((20, 20, 8)), "predictor": MlpHead((20, 8))}
 
     def variables(head, layers, prefix=""):
-        """In torch a head is a sequence of linear layer, batch norm, ReLU."""
+        """Returns a head's parameters from PyTorch's sequence of linear layer, batch norm and ReLU."""
         params, stats = {}, {}
         for i in range(1, layers + 1):
             fc, bn = f"{head}.{3 * (i - 1)}", f"{head}.{3 * (i - 1) + 1}"
@@ -272,11 +275,11 @@ def test_collapsed_keys_cost_the_logarithm_of_the_batch():
     queries = jax.random.normal(jax.random.key(0), (24, 8))
     loss, accuracy = contrast(queries, jnp.ones((24, 8)), 0.2)
     np.testing.assert_allclose(loss, 2 * 0.2 * math.log(24), rtol=1e-5)
-    assert accuracy < 0.3  # a tie is lost, but for rounding
+    assert accuracy < 0.3  # a tie counts as wrong, except by rounding
 
 
 def test_a_teacher_without_lag_is_the_student():
-    """No momentum, predictor or masks: XMC contrasts the student with itself, and a positive pair has cosine 1."""
+    """Without momentum, predictor and masks, XMC contrasts the student with itself: a positive pair has cosine 1."""
     overrides = ["oner.momentum=0", "oner.momentum_end=0", "oner.predictor=false", "oner.xmc=1"]
     oner, params, extra = start(*overrides, row="itc_xmc")
     changed = jax.tree.map(lambda x: x + 0.1, params)
@@ -367,7 +370,10 @@ def test_two_heads_are_one_projector_and_one_predictor_more():
     one, two = (
         jax.eval_shape(OneR(tiny(row=row)).init, jax.random.key(0), PAIRS)[0] for row in ("itc", "itc_two_heads")
     )
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+
+    def count(tree):
+        return sum(x.size for x in jax.tree.leaves(tree))
+
     assert count(one["tower"]) == count(two["tower"])
     assert count(two) - count(one) == count((one["projector"], one["predictor"]))
 
@@ -392,7 +398,7 @@ def test_published_variants(row):
 
 
 def test_masked_modelling_by_hand():
-    """The loss of masked words is their mean over the batch, not over examples; that of images is over the hidden patches."""
+    """The loss of masked words is their mean over the batch, not over examples; that of images is over patches."""
     oner, params, extra = start()
     features, _ = oner.encode(params, extra, PAIRS, jax.random.key(1), train=True)
     assert all(features[name].shape == (16, 2) for name in TERMS["itc_cmc"] - {"itc", "cmc"})
@@ -401,7 +407,7 @@ def test_masked_modelling_by_hand():
     features["mlm"] = jnp.zeros((16, 2)).at[0].set(jnp.array([6.0, 3.0])).at[1].set(jnp.array([4.0, 1.0]))
     metrics = oner.loss(params, extra, oner.heads(params, extra, features, PAIRS, None)[0], PAIRS, None)[1]
     np.testing.assert_allclose(metrics["loss_mlm"], 10 / 4)
-    # At the start every word is about as likely as any other.
+    # At the start all words are about equally likely.
     assert abs(float(features["joint_mlm"].sum(0)[0] / features["joint_mlm"].sum(0)[1]) - math.log(4096)) < 0.3
 
 
@@ -427,7 +433,7 @@ def test_an_assumption_changes_the_loss(changed, same):
 
 
 def test_256_pairs_are_learned():
-    """ITC and CMC without masks. A predictor learns these pairs too, but embeddings without it are then not aligned."""
+    """ITC and CMC without masks. A predictor also learns the pairs, but does not align embeddings without it."""
     unmasked = [
         f"oner.{x}=0"
         for x in "mim mlm joint_mim joint_mlm image_mask text_mask joint_image_mask joint_text_mask".split()
@@ -486,7 +492,7 @@ def one_device():
 
 @pytest.mark.parametrize("sizes, micro_batches", [((8, 1, 1), 1), ((2, 2, 2), 2), (None, 2)])
 def test_any_mesh_and_micro_batches_give_the_result_of_one_device(one_device, sizes, micro_batches):
-    """Masks are replayed, BatchNorm of the heads sees the whole batch, the teacher and the statistics come out the same."""
+    """Masks are replayed, the heads' BatchNorm sees the whole batch, and teacher and statistics are the same."""
     c, (expected, expected_state) = tiny(*ENGINE, f"micro_batches={micro_batches}"), one_device
     sizes, devices = (dict(zip(sharding.AXES, sizes, strict=True)), None) if sizes else (None, jax.devices()[:1])
     history, state = run_steps(c, make_method(c), sizes, steps=3, devices=devices)
@@ -561,7 +567,7 @@ def test_a_run_and_its_checkpoint(tmp_path):
     np.testing.assert_allclose(model.embed_image(PAIRS["image"])[:2], model.embed_image(PAIRS["image"][:2]), atol=1e-5)
 
 
-# Wrong input
+# Configurations
 
 
 def test_a_field_of_another_tower_is_refused():

@@ -1,4 +1,4 @@
-"""OTTER: the oracles of its specification, Sinkhorn against the released code, sharded plans, the teacher, meshes, a whole run."""
+"""OTTER: the oracles of its specification, Sinkhorn and the released code, sharded plans, teacher, meshes, runs."""
 
 import dataclasses
 
@@ -31,18 +31,18 @@ def similarity(rows, cols, diagonal=0.0):
 
 
 def matrix(s, plan, reg, normalised=False):
-    """The plan, or the targets: its rows divided by their sums."""
+    """Returns the plan or, normalised, the targets: its rows divided by their sums."""
     return np.exp(s / reg + np.asarray(plan.row - plan.log_mass * normalised)[:, None] + np.asarray(plan.col))
 
 
 def solve(s, reg, iterations, diagonal=0.0):
-    """The plan of a given matrix of similarities."""
+    """Returns the plan of a matrix of similarities, and the matrix without `diagonal`."""
     plan = sinkhorn(jnp.asarray(s, jnp.float32), jnp.eye(len(s)), reg, iterations, diagonal)
     return plan, np.asarray(s) - diagonal * np.eye(len(s))
 
 
 def in_probabilities(s, reg, iterations):
-    """The released form, in float64."""
+    """The released form, in probabilities and float64."""
     q = np.exp(np.float64(s) / reg)
     q /= q.sum()
     for _ in range(iterations):
@@ -65,7 +65,7 @@ def test_golden_sinkhorn(file, kind, diagonal):
 
 
 def test_oracle_1_marginals():
-    """Columns and the mass are exact after any iteration, rows approach; the targets' rows sum to 1."""
+    """Columns and the mass are exact after any iteration, rows converge, and the targets' rows sum to 1."""
     u, v, errors = unit(0, 8, 16), unit(1, 8, 16), []
     for n in (1, 2, 5, 20, 100):
         plan = sinkhorn(u, v, 0.15, n, 200.0)
@@ -135,7 +135,7 @@ def test_divergence_is_that_of_the_matrices_and_has_their_gradient():
 
 
 def test_a_plan_is_spread_over_the_mesh(mesh8):
-    """The same on eight devices, none of which holds more than a few times its rows of the matrix."""
+    """Eight devices give the same plan, and none holds more than a few times its rows of the matrix."""
     n, spread = 1024, sharding.batch_sharding(mesh8)
     u, v = unit(0, n, 8), unit(1, n, 8)
     solve = jax.jit(lambda u, v: sinkhorn(u, v, 0.15, 5, 200.0))
@@ -247,7 +247,7 @@ def test_oracle_6_alpha_1_is_infonce_alone():
 
 
 def test_oracle_6_the_identity_as_target_is_infonce():
-    """A teacher whose embeddings are orthogonal between pairs, at almost no entropy."""
+    """The teacher's embeddings are orthogonal between pairs, and the entropy is nearly 0."""
     features = some_features() | {"teacher_image": jnp.eye(8, 16), "teacher_text": jnp.eye(8, 16)}
     options = Options(alpha=0.3, remove_diag=False, entropy=0.01)
     expected = value_of(Options(alpha=1.0), features)[0]
@@ -255,7 +255,7 @@ def test_oracle_6_the_identity_as_target_is_infonce():
 
 
 def test_oracle_7_the_paper_writes_one_cross_entropy():
-    """With one temperature both forms differ by the targets' entropy alone, times 1 - alpha."""
+    """With one temperature the forms differ only by the targets' entropy times 1 - alpha."""
     f, alpha = some_features(), 0.4
     u, v = f["teacher_image"], f["teacher_text"]
     rows, cols = jnp.concatenate([u, v], 1), jnp.concatenate([u + v, v], 1)
@@ -349,14 +349,14 @@ def test_oracle_g1_any_mesh_and_micro_batches_give_the_result_of_one_device(one_
             np.testing.assert_allclose(a[name], b[name], rtol=2e-4, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), state.extra, expected_state.extra)
     for name, x in state.extra["teacher"].items():
-        jax.tree.map(lambda t, p: t.sharding == p.sharding or pytest.fail("not sharded alike"), x, state.params[name])
+        jax.tree.map(lambda t, p: t.sharding == p.sharding or pytest.fail("sharded differently"), x, state.params[name])
 
 
 def test_the_teacher_follows_the_student_from_the_start_of_each_step():
-    """The first step's teacher is the student, which may have got weights from elsewhere; later ones move before they are used."""
+    """The first step's teacher is the student, whose weights may be loaded. Later ones move before their use."""
     method = make_method(tiny("otter.decay=0.6"))
     first, extra = jax.jit(method.init)(jax.random.key(0), BATCH)
-    students = [jax.tree.map(lambda x, k=k: x + 0.1 * k, first) for k in (1, 2, 3)]  # extra's teacher is none of them
+    students = [jax.tree.map(lambda x, k=k: x + 0.1 * k, first) for k in (1, 2, 3)]  # none of them is extra's teacher
     encode = jax.jit(lambda params, extra: method.encode(params, extra, BATCH, jax.random.key(1), True)[0])
     features = encode(students[0], extra)
     for name in ("image", "text"):
@@ -411,12 +411,16 @@ def test_without_distillation_there_is_no_teacher():
 
 
 def test_a_run_resumes_bit_by_bit(tmp_path):
-    """The teacher and its counter are in the checkpoint: three steps at once are two and one."""
-    quick = ["train.steps=3", "eval.steps=0", "eval.train_tasks=()", "checkpoint.steps=2"]
-    make = lambda *more: config.load(f"{CONFIG}:smoke", [*TINY, *quick, *more])  # noqa: E731
-    train.train(make(), tmp_path / "whole", lambda line: None)
-    train.train(make("train.steps=2"), tmp_path / "parts", lambda line: None)
-    train.train(make(), tmp_path / "parts", lambda line: None)
+    """The checkpoint holds the teacher and its counter, so three steps at once equal two and one."""
+    quick = ["eval.steps=0", "eval.train_tasks=()", "checkpoint.steps=2"]
+
+    def run(name, steps):
+        c = config.load(f"{CONFIG}:smoke", [*TINY, *quick, f"train.steps={steps}"])
+        train.train(c, tmp_path / name, lambda line: None)
+
+    run("whole", 3)
+    run("parts", 2)
+    run("parts", 3)
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert np.isfinite(list(whole.values())).all() and whole == parts and len(whole) == 3
 

@@ -1,4 +1,4 @@
-"""PyramidCLIP: golden loss and towers, the oracles of its specification, absent regions and tags, meshes, whole runs, wrong input."""
+"""PyramidCLIP: golden loss and towers, the oracles of its specification, absent regions and tags, meshes, runs."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def setup(*overrides):
 
 
 def soft(x, z, softening, keep=None):
-    """The term of two levels, by the formula, over the examples that take part."""
+    """Returns the term of two levels by the formula, over the examples of `keep`."""
     x, z = (x, z) if keep is None else (x[keep], z[keep])
     n = len(x)
     targets = (1 - softening) * np.eye(n) + softening / (n - 1) * (1 - np.eye(n))
@@ -119,7 +119,7 @@ def test_oracle_8_vision_and_language_exchanged_change_nothing():
     peers = dict(zip(IMAGES, ("summary", "text", "tags"), strict=True))
     exchanged = {name: FEATURES[other] for a, b in peers.items() for name, other in ((a, b), (b, a))}
     (value, found), (expected, metrics) = loss(exchanged, SCALE), loss(FEATURES, SCALE)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)  # the crossing terms come in pairs, too
+    np.testing.assert_allclose(value, expected, rtol=1e-6)  # the crossing terms also come in pairs
     np.testing.assert_allclose(found["loss_global_summary"], metrics["loss_global_summary"], rtol=1e-6)
     np.testing.assert_allclose(found["loss_regions_summary"], metrics["loss_global_tags"], rtol=1e-6)
 
@@ -151,21 +151,21 @@ def test_what_a_picture_lacks_takes_no_part_as_a_negative_either(absent):
 
 def golden(folder):
     model, io = load_foreign(folder), np.load(folder / "io.npz")
-    pictures = {k: io[f"images_{k}_nchw"].transpose(0, 2, 3, 1) for k in "GL"}
-    return model, io, pictures, TwoTower(model.config.model)
+    images = {k: io[f"images_{k}_nchw"].transpose(0, 2, 3, 1) for k in "GL"}
+    return model, io, images, TwoTower(model.config.model)
 
 
 @pytest.mark.parametrize("folder", golden_files("pyramidclip_*"))
 def test_golden_towers(folder):
-    model, io, pictures, towers = golden(folder)
+    model, io, images, towers = golden(folder)
     variables = {"params": model.params["img"], "batch_stats": model.extra["batch_stats"]["img"]}
     np.testing.assert_allclose(model.params["logit_scale"], io["logit_scale"], rtol=1e-6)
     scale, image, text = np.exp(io["logit_scale"]), jax.jit(towers.image.apply), jax.jit(towers.text.apply)
     regions, _ = towers.image.apply({"params": model.params["img"]}, None, regions=io["roi_feats"])
-    for found, name in ((image(variables, pictures["G"])[0], "image_G"), (regions, "roi_R")):
+    for found, name in ((image(variables, images["G"])[0], "image_G"), (regions, "roi_R")):
         np.testing.assert_allclose(found, io[f"{name}_unnormalised"], rtol=1e-4, atol=5e-5)
         np.testing.assert_allclose(l2_normalize(found), io[name], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(l2_normalize(image(variables, pictures["L"])[0]), io["image_L"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(l2_normalize(image(variables, images["L"])[0]), io["image_L"], rtol=1e-4, atol=1e-5)
     for k in "TSA":
         z = text({"params": model.params["txt"]}, io[f"texts_{k}"])[0]
         np.testing.assert_allclose(scale * l2_normalize(z), io[f"text_{k}_times_scale"], rtol=1e-4, atol=1e-5)
@@ -173,11 +173,11 @@ def test_golden_towers(folder):
 
 @pytest.mark.parametrize("folder", golden_files("pyramidclip_*"))
 def test_golden_towers_in_training_with_their_statistics(folder):
-    model, io, pictures, towers = golden(folder)
+    model, io, images, towers = golden(folder)
     variables = {"params": model.params["img"], "batch_stats": model.extra["batch_stats"]["img"]}
     run = jax.jit(lambda variables, x: towers.image.apply(variables, x, train=True, mutable=["batch_stats"]))
-    for k in "LG":  # in the order in which a step goes
-        (z, _), new = run(variables, pictures[k])
+    for k in "LG":  # in the order of a step
+        (z, _), new = run(variables, images[k])
         np.testing.assert_allclose(l2_normalize(z), io[f"train.image_{k}"], rtol=1e-4, atol=1e-5)
         variables = variables | new
     flat = {
@@ -199,8 +199,9 @@ def test_golden_leff(folder):
     model, g = load_foreign(folder), np.load(folder / "leff_block0.npz")
     leff = LeFF(256, "quick_gelu", block_init("clip_image", 64, 256, 11))
     variables = {
-        "params": model.params["img"]["block_0"]["mlp"], "batch_stats": model.extra["batch_stats"]["img"]["block_0"]["mlp"],
-    }  # fmt: skip
+        "params": model.params["img"]["block_0"]["mlp"],
+        "batch_stats": model.extra["batch_stats"]["img"]["block_0"]["mlp"],
+    }
     x = g["x_tokens_first"].swapaxes(0, 1)
     np.testing.assert_allclose(leff.apply(variables, x), g["y_eval"].swapaxes(0, 1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
@@ -236,7 +237,7 @@ def test_oracle_6_leff_keeps_the_class_token_and_can_be_silent():
 
 @pytest.fixture(scope="module")
 def tower():
-    """(the image tower, variables, regions)."""
+    """Returns `(image tower, variables, regions)`."""
     c, _ = setup()
     towers = TwoTower(c.model)
     variables = towers.image.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))
@@ -310,7 +311,7 @@ def test_oracle_g1_a_mesh_and_micro_batches_give_the_result_of_one_device(batch)
     history, _ = run_steps(c, method, dict(data=2, fsdp=2, tensor=2), steps=2, batch=batch)
     terms = ("loss", *(f"loss_{image}_{text}" for image, text in TERMS))
     compare(history, expected, terms)
-    # Of the first step alone: Adam makes steps of rounding, after which batch norm and the maximum over words have other gradients.
+    # Only the first step: Adam turns rounding into steps, after which the gradients of batch norm and maxima differ.
     compare(history[:1], expected[:1], ("grad_norm",))
     statistics = state.extra["batch_stats"]["img"]["block_0"]["mlp"]["bn1"]
     assert np.abs(statistics["mean"]).max() > 1e-4
@@ -329,10 +330,10 @@ def compare(history, expected, names):
             np.testing.assert_allclose(a[name], b[name], rtol=2e-4, err_msg=name)
 
 
-# Configurations, whole runs and wrong input
+# Configurations and whole runs
 
 
-#: CLIP's parameters, and more: of nine LeFF with batch norms and 3x3 taps, of the regions' projection and its layer norm.
+#: Parameters on top of CLIP's: nine LeFF with batch norms and 3x3 taps, the regions' projection with its layer norm.
 MORE = 9 * (4 * 3072 + 2 * 768 + 9 * 3072) + 2052 * 768
 COUNTS = {"b32": 151_277_313 + MORE, "b16": 149_620_737 + MORE, "rn50": 102_007_137 + 2052 * 2048 + 2 * 2048}
 

@@ -1,4 +1,4 @@
-"""RA-CLIP: the oracles of the specification, the search in the bank, the reference set, whole runs."""
+"""RA-CLIP: the oracles of its specification, the search in the bank, the reference set, whole runs."""
 
 import json
 import types
@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from helpers import TINY, losses, run, tiny_config, train_command
+from model_helpers import BATCH
 
 from clip_jax import config, evaluate, search
 from clip_jax.data.sources import MemorySource
@@ -30,11 +31,6 @@ RACLIP = [
     "raclip.k=4",
     "raclip.heads=2",
 ]
-BATCH = {
-    "image": np.random.default_rng(0).integers(0, 256, (B, 16, 16, 3), np.uint8),
-    "text": np.random.default_rng(1).integers(10, 4000, (B, 12), np.int32),
-    "example_id": np.arange(B, dtype=np.int32),
-}
 
 
 def normal(seed, *shape):
@@ -49,7 +45,7 @@ def module(**fields):
 
 @pytest.fixture(scope="module")
 def setting():
-    """Method, parameters and extra with a random bank of 250 rows of which 6 are padding, retrieval being no small part of a picture."""
+    """The method, parameters and extra with a random bank of 250 rows and 6 rows of padding; retrieval weighs much."""
     c = config.load("configs/raclip.py", [*TINY, *RACLIP, "raclip.bank_size=250", "raclip.out_init=xavier"])
     method = make_method(config.resolve(c, make_tokenizer("sentencepiece")))
     params, extra = jax.jit(method.init)(jax.random.key(0), {k: x[:2] for k, x in BATCH.items()})
@@ -59,7 +55,7 @@ def setting():
 
 
 def gradients(method, micro_batches=1):
-    """`(params, extra, batch) -> (loss, gradients)`."""
+    """Returns the function `(params, extra, batch) -> (loss, gradients)`."""
     whole = make_gradients(method, micro_batches)
 
     def of(params, extra, batch):
@@ -144,7 +140,7 @@ def test_oracle_f_top_k_is_that_of_all_products(devices, batch, rows, k, request
         request.getfixturevalue("mesh8")
     monkeypatch.setattr("clip_jax.losses.neighbors.TILE_ENTRIES", 16 * batch)
     queries, bank = normal(0, batch, 8), normal(1, rows, 8)
-    bank = bank.at[rows - 1].set(bank[2])  # of equal ones the first
+    bank = bank.at[rows - 1].set(bank[2])  # the first of equal rows
     count = rows - rows // 9
     scores = np.asarray(queries @ bank.T)[:, :count]
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -167,9 +163,9 @@ def test_oracle_f_a_picture_is_not_its_own_neighbour(setting):
     with_own = embedded(method, params, extra | {"bank": bank})
     bank = bank | {
         "text": np.concatenate([5 + extra["bank"]["text"][:16], extra["bank"]["text"][16:]])
-    }  # K = 4 of the others are read
+    }  # so K = 4 other rows are read
     assert np.abs(with_own - embedded(method, params, extra | {"bank": bank})).max() > 1e-3
-    bank["count"] = np.int32(1)  # nothing but the picture itself for the first one
+    bank["count"] = np.int32(1)  # the first image finds only itself
     lonely = embedded(method, params, extra | {"bank": bank})[0]
     np.testing.assert_array_equal(lonely, embedded(method, params, extra | {"bank": bank | {"count": np.int32(0)}})[0])
 
@@ -213,12 +209,12 @@ def test_the_bank_and_its_neighbours_do_not_depend_on_the_devices():
         with jax.set_mesh(mesh):
             filled.append(method.init_from_data(extra, source, mesh))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *(x["bank"] for x in filled))
-    assert (filled[0]["neighbors"] == filled[1]["neighbors"]).mean() > 0.99  # rounding may exchange neighbours
+    assert (filled[0]["neighbors"] == filled[1]["neighbors"]).mean() > 0.99  # rounding may swap neighbours
     assert (filled[0]["neighbors"] >= 0).mean() > 0.9
 
 
 def test_memory_of_the_search_is_that_of_a_block(mesh8):
-    """1 M rows of 64, 8 MiB of queries' results, all products 4 GiB."""
+    """1 M rows of width 64 for 1,024 queries: all products would take 4 GiB."""
     spread = sharding.batch_sharding(mesh8)
     shapes = [jax.ShapeDtypeStruct((n, 64), "float32", sharding=spread) for n in (1024, 2**20)]
     compiled = jax.jit(lambda *x: top_k(*x, 16)).lower(*shapes).compile()
@@ -227,7 +223,7 @@ def test_memory_of_the_search_is_that_of_a_block(mesh8):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of six steps, and the command to go on with it."""
+    """A run of six steps, and the command that resumes it."""
     workdir = tmp_path_factory.mktemp("raclip")
     command = train_command(
         workdir, *RACLIP, "raclip.retrieval=cached", "raclip.out_init=xavier", config="configs/raclip.py:smoke"
@@ -250,12 +246,12 @@ def test_a_checkpoint_carries_its_bank_and_a_run_resumes_bit_by_bit(trained, tmp
     bank, count = whole.extra["bank"], int(whole.extra["bank"]["count"])
     assert count == whole.config.raclip.bank_size and not np.any(bank["image"][count:])
     norms = np.linalg.norm(bank["image"][:count], axis=1)
-    assert (norms > 0).mean() > 0.99  # 0: of a picture without a feature, such as a white heart on white
+    assert (norms > 0).mean() > 0.99  # 0: an image without features, such as a white heart on white
     np.testing.assert_allclose(norms[norms > 0], 1, atol=1e-5)
 
 
 def test_cached_neighbours_are_those_of_the_evaluation_view(trained):
-    """Of some records the nearest one, at 16 x 16 pixels, is the picture itself in all but name: it is found, and does not count."""
+    """The nearest neighbour of some records is the same image at 16 x 16 pixels under another name. It is skipped."""
     from clip_jax.data.sources import make_source
     from clip_jax.inference import load
 
@@ -267,13 +263,13 @@ def test_cached_neighbours_are_those_of_the_evaluation_view(trained):
     none = np.flatnonzero((neighbors < 0).any(1))
     assert 0 < len(none) < len(neighbors) / 100 and neighbors.max() < bank["count"]
     places = [*range(0, len(source), 500), *none]
-    pictures = np.stack([model.image_view(source[int(i)], None) for i in places])
-    cosines = np.asarray(PixelEncoder().embed_image({}, jnp.asarray(pictures))) @ bank["image"][: bank["count"]].T
+    images = np.stack([model.image_view(source[int(i)], None) for i in places])
+    cosines = np.asarray(PixelEncoder().embed_image({}, jnp.asarray(images))) @ bank["image"][: bank["count"]].T
     nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :4]
     found = np.take_along_axis(cosines, nearest, 1)
     expected = np.where(found > model.config.raclip.skip_above, -1, nearest)
     sure = np.abs(found - model.config.raclip.skip_above) > 1e-6
-    gaps = np.diff(np.sort(cosines, axis=1)[:, ::-1][:, :5], axis=1) < -1e-6  # rounding may exchange neighbours
+    gaps = np.diff(np.sort(cosines, axis=1)[:, ::-1][:, :5], axis=1) < -1e-6  # rounding may swap neighbours
     sure &= gaps & np.pad(gaps, ((0, 0), (1, 0)), constant_values=True)[:, :4]
     assert sure.mean() > 0.7
     np.testing.assert_array_equal(neighbors[places][sure], expected[sure])
@@ -308,7 +304,7 @@ def test_search_retrieves(trained, tmp_path):
 
 
 def test_neighbours_are_found_by_a_run(trained):
-    """A checkpoint as encoder: its own embeddings make the bank, and a picture finds the one that is most like it."""
+    """With a checkpoint as encoder, its embeddings fill the bank, and an image finds the most similar one."""
     from clip_jax.data.sources import make_source
     from clip_jax.inference import load
 
@@ -333,7 +329,7 @@ def test_pixels_and_words():
 
 @pytest.fixture
 def tiny_lite0(tmp_path, monkeypatch):
-    """A file of weights of a small EfficientNet-lite, in PyTorch's names, and what is in it."""
+    """A weight file of a small EfficientNet-lite with PyTorch's names, and its contents."""
     tower = EfficientNetLite(32, 0, stages=((8, 1, 3, 1, 1), (16, 2, 5, 2, 2)))
     monkeypatch.setattr(EfficientNetLite0, "tower", tower)
     rng, weights = np.random.default_rng(0), {}
@@ -356,12 +352,12 @@ def tiny_lite0(tmp_path, monkeypatch):
 
 
 def lite0_by_numpy(weights, images):
-    """The mean of the feature map, step by step, float64."""
+    """Computes the mean of the feature map step by step, in float64."""
 
     def layer(x, conv, norm, stride=1, act=True):
         w = weights[f"{conv}.weight"].astype(np.float64)
         size = w.shape[-1]
-        pad = size - stride  # of an even size: what is odd comes last
+        pad = size - stride  # pads for an even size, with the odd pixel last
         x = np.pad(x, ((0, 0), (pad // 2, pad - pad // 2), (pad // 2, pad - pad // 2), (0, 0)))
         windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))[:, ::stride, ::stride]
         depthwise = w.shape[1] == 1
@@ -435,7 +431,7 @@ def test_wrong_weights_of_efficientnet_lite0(tiny_lite0, monkeypatch):
         stored_config("efficientnet_lite0")
 
 
-# Bad input
+# Wrong input
 
 
 def test_records_that_cannot_be_read_are_no_neighbours():

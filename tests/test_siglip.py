@@ -40,7 +40,7 @@ def test_the_two_directions_are_one_and_a_shift_of_a_row_counts():
     z_image, z_text = unit(0, 32, 16), unit(1, 32, 16)
     value = sigmoid(z_image, z_text, 5.0, -2.0)[0]
     np.testing.assert_allclose(sigmoid(z_text, z_image, 5.0, -2.0)[0], value, rtol=1e-6)
-    assert abs(sigmoid(z_image, z_text, 5.0, -1.0)[0] - value) > 0.1  # a softmax over rows would not see it
+    assert abs(sigmoid(z_image, z_text, 5.0, -1.0)[0] - value) > 0.1  # a softmax over rows would be invariant
 
 
 def test_what_is_found_together_with_the_gradient_is_the_same(monkeypatch, mesh8):

@@ -1,4 +1,4 @@
-"""UniCL: the oracles of its specification, the golden losses, labels and class texts of a batch, memory, meshes, whole runs."""
+"""UniCL: the oracles of its specification, golden losses, labels and class texts of a batch, memory, meshes, runs."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from clip_jax.methods.unicl import unified_infonce
 from clip_jax.runtime.sharding import batch_sharding, make_mesh
 
 CONFIG = str(REPO / "configs" / "unicl.py")
-LABEL = np.array([0, 3, -1, 0, 1, -1, 3, 3, -1, 0, 2, -1, 1, 1, 0, -1], np.int32)  # as the loader gives it
+LABEL = np.array([0, 3, -1, 0, 1, -1, 3, 3, -1, 0, 2, -1, 1, 1, 0, -1], np.int32)  # in the loader's form
 Y = LABEL + 1
 N = len(Y)
 
@@ -43,7 +43,7 @@ def value(u, v, y):
 
 
 def positives(y):
-    """As the paper has it: a fresh label for each caption, then equality."""
+    """The paper's positives: each caption gets a fresh label, and equal labels are positives."""
     y = np.asarray(y)
     fresh = np.where(y > 0, y, y.max() + 1 + np.arange(len(y)))
     return fresh[:, None] == fresh
@@ -122,7 +122,7 @@ def test_oracle_e_one_text_of_each_class_is_cross_entropy_over_classes():
 
 
 def test_oracle_f_gradient_in_the_logits():
-    """With v = identity the images are the logits of the one half, and what the other half adds is known."""
+    """If v is the identity, the images are the logits of one half of the loss, and the other half is known."""
     target, z = positives(Y), unit(3, N, N)
 
     def loss(z):
@@ -155,7 +155,7 @@ def test_accuracy_does_not_count_positives_as_rivals():
     _, metrics = unified_infonce(z, z, 5.0, np.array([1, 1, 0, 0], np.int32))
     assert metrics["image_to_text_acc"] == metrics["text_to_image_acc"] == 1
     _, metrics = unified_infonce(z, z, 5.0, np.array([1, 2, 0, 0], np.int32))
-    assert metrics["image_to_text_acc"] == 0.5, "a tie with another class is lost"
+    assert metrics["image_to_text_acc"] == 0.5, "a tie with another class counts as wrong"
 
 
 def test_no_matrix_of_all_pairs():
@@ -176,7 +176,7 @@ def test_no_matrix_of_all_pairs():
 
 @pytest.mark.parametrize("label, y", [(LABEL, Y), (None, 0 * Y), (0 * LABEL - 1, 0 * Y), (0 * LABEL, 0 * Y + 1)])
 def test_labels_of_a_batch(label, y):
-    """-1 is a caption and 0 the first class; without labels all are captions."""
+    """-1 marks a caption and 0 the first class. Without labels all texts are captions."""
     _, method = setup()
     batch = {} if label is None else {"label": jnp.asarray(label)}
     params = {"logit_scale": jnp.float32(np.log(9))}
@@ -228,7 +228,7 @@ def test_class_names_are_cleaned_and_one_of_several_is_drawn():
 
 
 def test_the_embedded_halves():
-    """Half of the concepts have their subgroup for a text, the others their names, and no concept both."""
+    """Half of the concepts have their subgroup as text, the others their names, and no concept has both."""
     c, method = setup("data.batch_size=256", "data.word_dropout=0")
     source, tokenizer = make_source(c.data.source), make_tokenizer(c.tokenizer)
     loader = Loader(source, method.views[1:], tokenizer, batch_size=256, seed=0)
@@ -252,7 +252,7 @@ def test_the_embedded_halves():
     loader.close()
 
 
-# Configurations, whole runs and wrong input
+# Configurations, whole runs and wrong labels
 
 
 @pytest.mark.parametrize("variant, differing", [("", 1), ("smoke", 1), ("labels", 1), ("captions", 1), ("b16", None)])
@@ -281,7 +281,7 @@ HALVES = ("part=concept:1/2&label=subgroup", "part=concept:2/2")
 
 
 def run(folder, table, *overrides):
-    """Losses by step of a run of classes and captions."""
+    """Trains on classes and captions; returns the loss of each step."""
     source = " + ".join(f"{table}?{half}" for half in HALVES)
     train.train(config.load(CONFIG, [*TINY, f"data.source={source}", *overrides]), folder, lambda line: None)
     return losses(folder)
@@ -301,7 +301,7 @@ def test_a_run_that_was_interrupted_goes_on_the_same(table, tmp_path):
     "part, keys", [(0, {"text", "example_id", "label"}), (1, {"text", "example_id"})], ids=["classes", "captions"]
 )
 def test_classes_or_captions_alone(table, part, keys):
-    """What the loss makes of a batch without labels, and of one with labels alone: test_labels_of_a_batch."""
+    """test_labels_of_a_batch covers the loss of batches without labels or with labels only."""
     c = config.load(CONFIG, [*TINY, f"data.source={table}?{HALVES[part]}"])
     _, source, tokenizer, method = train.make_parts(c)
     batch = next(Loader(source, method.views[1:], tokenizer, batch_size=16, seed=0, threads=0))
@@ -309,7 +309,7 @@ def test_classes_or_captions_alone(table, part, keys):
 
 
 def test_wrong_labels_are_one_line(table):
-    """A label beyond the class list, as an off-by-one gives it, and labels without names, from which no text can be made."""
+    """A label beyond the class list, such as an off-by-one error, and labels without class names."""
     views, tokenizer = setup()[1].views, make_tokenizer("sentencepiece")
     record = {"image": np.zeros((16, 16, 3), np.uint8), "texts": ["x"], "name": "x", "tags": ["y"]}
     one_based = MemorySource([record | {"label": 1 + i // 10} for i in range(20)], "pets", class_names=["cat", "dog"])

@@ -1,4 +1,4 @@
-"""ZeroVL: the oracles of its specification, the golden gradients of decoupled accumulation, token augmentation, meshes, a whole run."""
+"""ZeroVL: the oracles of its specification, golden gradients of decoupled accumulation, token augmentation, a run."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def value(u, v, lam):
 
 
 def targets(lam, group=0, n=N):
-    """The whole matrix, by hand."""
+    """Returns the whole matrix of targets by hand."""
     flip = np.arange(n).reshape(-1, group or n)[:, ::-1].reshape(-1)
     return lam * np.eye(n) + (1 - lam) * np.eye(n)[flip]
 
@@ -64,7 +64,7 @@ def test_oracle_b_reversal_exchanges_the_weights():
     mixed = {lam: l2_normalize(mix(x, lam)) for lam in (0.3, 0.7)}
     np.testing.assert_allclose(
         value(mixed[0.3], V, 0.3), value(mixed[0.7], V, 0.7), rtol=1e-6
-    )  # why lam may be taken from 1/2 on
+    )  # so lam can be restricted to 1/2 and above
 
 
 @pytest.mark.parametrize("group", [0, 4, 3])
@@ -78,7 +78,7 @@ def test_oracle_c_targets(group):
     np.testing.assert_allclose(mix(rows(3), 0.3, group), y @ rows(3), rtol=1e-4, atol=1e-6)
     if group == 3:
         np.testing.assert_allclose(
-            mix(rows(3), 0.3, group)[1::3], rows(3)[1::3], rtol=1e-6, err_msg="the middle of an odd group stays"
+            mix(rows(3), 0.3, group)[1::3], rows(3)[1::3], rtol=1e-6, err_msg="the middle of an odd group is not mixed"
         )
 
 
@@ -152,7 +152,7 @@ def test_oracle_f_one_modality_is_mixed_in_a_step():
         features, _ = method.encode(params, extra, prepared, rng, train=True)
         np.testing.assert_allclose(jnp.linalg.norm(features["image"], axis=1), 1, rtol=1e-5)
         assert jnp.abs(jnp.linalg.norm(features["text"], axis=1) - 1).min() > 1e-3, (
-            "not yet normalised: it is mixed before"
+            "not yet normalised, since mixing comes first"
         )
         np.testing.assert_allclose(
             l2_normalize(features["text"]), method.embed_text(params, extra, BATCH["text"]), atol=1e-5
@@ -248,7 +248,7 @@ def test_oracle_g_shares():
     for text in texts:
         kept = [i for i in text if i in ids]
         assert len(kept) > 20 and sum(a > b for a, b in zip(kept, kept[1:], strict=False)) <= 1, (
-            "in order, but for a random one"
+            "in order, except for a random one"
         )
 
 

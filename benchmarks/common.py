@@ -110,7 +110,9 @@ def line_chart(path, title, x_label, y_label, series, log_y=False):
       series: `{name: [(x, y), ...]}`; every second line is dashed.
       log_y: the y axis is logarithmic with a line per power of ten; otherwise it is linear and starts at 0.
     """
-    width, height, left, top, right, bottom = 760, 400, 70, 40, 540, 345
+    width, height = 760, 400
+    left, top = 70, 40
+    right, bottom = 540, 345
     xs, ys = sorted({x for line in series.values() for x, _ in line}), [y for line in series.values() for _, y in line]
     if log_y:
         powers = range(math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys))) + 1)

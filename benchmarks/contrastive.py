@@ -24,7 +24,8 @@ SIZES = {
     "sigmoid": ("16384,32768,65536,131072", "4096,8192"),
     "filip": ("1024,2048,4096,8192", "128,256"),
 }
-WIDTH, FILIP_WIDTH, IMAGE_TOKENS, TEXT_TOKENS = 512, 256, 49, 77
+WIDTH, FILIP_WIDTH = 512, 256
+IMAGE_TOKENS, TEXT_TOKENS = 49, 77
 
 
 def plain_infonce(z_image, z_text, scale):

@@ -120,7 +120,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args(argv)
-    rng, rows, steps = random.Random(args.seed), [], 4 * args.rounds + 2
+    rng, rows = random.Random(args.seed), []
+    steps = 4 * args.rounds + 2
     print(f"{'processes':>9} {'round':>5} {'signal':>8} {'to':>6} {'during':>9} {'last step':>9} {'statuses':>10}")
     try:
         for processes in map(int, args.processes.split(",")):

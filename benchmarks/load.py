@@ -69,10 +69,12 @@ def measure(path):
     importlib.import_module("clip_jax.methods.clip")  # every command imports it
 
     jax.devices()
-    ready, cpu, before = time.perf_counter(), time.process_time(), peak()
+    ready, cpu = time.perf_counter(), time.process_time()
+    before = peak()
     imported = load.load(path, act="quick_gelu")
     jax.block_until_ready(imported.params)
-    seconds, cpu, size = time.perf_counter() - ready, time.process_time() - cpu, os.path.getsize(path) / 1e9
+    seconds, cpu = time.perf_counter() - ready, time.process_time() - cpu
+    size = os.path.getsize(path) / 1e9
     row = {"file": size, "start": ready - start, "seconds": seconds, "cpu": cpu, "before": before, "peak": peak()}
     print(json.dumps(row | {"peak/file": row["peak"] / size}))
 

@@ -57,7 +57,8 @@ def pillow_pipeline(jpegs, min_area, batch):
                     left, top = random.randint(0, width - w), random.randint(0, height - h)
                     break
             else:  # for images of aspect 4:3, torchvision's fallback is the whole image
-                left, top, w, h = 0, 0, width, height
+                left, top = 0, 0
+                w, h = width, height
             images.append(
                 np.array(image.crop((left, top, left + w, top + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
             )

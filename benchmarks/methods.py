@@ -40,7 +40,8 @@ def load(name, batch):
         c.model.image.update(kept)
     if "kind" in text:
         c.model.text = clip.model.text
-    c.model.embed_dim, c.model.dtype, c.data.batch_size = clip.model.embed_dim, clip.model.dtype, batch
+    c.model.embed_dim, c.model.dtype = clip.model.embed_dim, clip.model.dtype
+    c.data.batch_size = batch
     return c.lock()
 
 
@@ -54,7 +55,8 @@ def count_passes(program):
 
     from clip_jax.training import optimizers
 
-    counts, apply, size = collections.Counter(), nn.Module.apply, program.config.data.batch_size
+    counts, apply = collections.Counter(), nn.Module.apply
+    size = program.config.data.batch_size
     params = program.state.params
     frozen = {k for k, x in optimizers.frozen(program.config.optim, params).items() if all(jax.tree.leaves(x))}
 

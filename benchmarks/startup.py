@@ -38,7 +38,8 @@ def first_step(config, overrides, cache):
             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
             PYTHONPATH=common.ROOT,
         )
-        seconds, stages, start = {}, list(STAGES), time.perf_counter()
+        seconds, stages = {}, list(STAGES)
+        start = time.perf_counter()
         since = start
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
         for line in process.stdout:

@@ -103,7 +103,8 @@ class OpenClip:
         import open_clip
         import torch
 
-        self.torch, self.spec, self.clip = torch, spec, open_clip
+        self.torch, self.spec = torch, spec
+        self.clip = open_clip
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cuda.matmul.allow_tf32 = True  # like its trainer, and like XLA
 
@@ -197,7 +198,8 @@ class Side:
         else:
             env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side shares the device
         command = [python, __file__, "--worker", json.dumps(spec)]
-        self.name, self.turns, self.about = spec["side"], [], None
+        self.name, self.turns = spec["side"], []
+        self.about = None
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def ask(self, name, argument):
@@ -230,7 +232,8 @@ def open_clip_model(config):
     """Returns the arguments of `open_clip.CLIP` for a configuration, or None when open_clip has no such model."""
     from clip_jax import config as config_lib
 
-    base, image, text = config_lib.base(), config.model.image, config.model.text
+    base, image = config_lib.base(), config.model.image
+    text = config.model.text
     sizes = {"size", "patch", "width", "depth", "heads", "mlp_dim", "context", "vocab_size", "eot_id", "act"}
     differ = [
         d
@@ -286,7 +289,8 @@ def sides_of(args, variant):
 
 def largest_batch(spec, python, batch):
     """Returns the largest batch that fits, to within an eighth: doubles or halves to bracket it, then bisects."""
-    side, good, bad = Side(spec, python), 0, None
+    side, good = Side(spec, python), 0
+    bad = None
     while bad is None or bad - good > max(1, good // 8):
         if side.prepare(batch):
             good = batch

@@ -18,7 +18,9 @@ PLAIN = (ImageView("image", 8), TextView("text", 16))
 class Bytes:
     """A tokenizer whose ids are bytes + 2; end of text is 1, padding 0."""
 
-    vocab_size, pad_id, eot_id, sot_id, mask_id = 258, 0, 1, None, None
+    vocab_size, pad_id = 258, 0
+    eot_id, sot_id = 1, None
+    mask_id = None
 
     def encode(self, text):
         return [byte + 2 for byte in text.encode()]

@@ -70,7 +70,8 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.open, self.words, self.scripts = [], [], [], []
+        self.elements, self.open = [], []
+        self.words, self.scripts = [], []
         self.feed(text)
         self.close()
         assert not self.open

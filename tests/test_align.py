@@ -14,7 +14,8 @@ from clip_jax.models.towers import use_size
 
 def tiny_align(**image):
     c = config.base()
-    c.method, c.model.dtype, c.model.embed_dim = "align", "float32", 16
+    c.method, c.model.dtype = "align", "float32"
+    c.model.embed_dim = 16
     c.model.image, c.model.text = dict(EFFICIENTNET, **image), BERT
     return c
 

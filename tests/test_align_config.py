@@ -62,7 +62,8 @@ def test_pictures_are_squashed_to_346_and_cropped_to_289():
     np.testing.assert_array_equal(
         middle, (gradient // 2)[28 : 28 + 289, 28 : 28 + 289]
     )  # align.md: offset (346 - 289) // 2
-    view, lefts, flipped = ImageView("image", 289, c.data.augment), set(), 0
+    view, lefts = ImageView("image", 289, c.data.augment), set()
+    flipped = 0
     for seed in range(40):
         crop = view(record, np.random.default_rng(seed)).astype(int)
         assert crop.shape == (289, 289, 3)

@@ -130,7 +130,8 @@ def test_differences_name_the_fields():
 
 def test_resolve_takes_the_vocabulary_from_the_tokenizer():
     class Tokenizer:
-        vocab_size, eot_id, mask_id = 100, 7, None
+        vocab_size, eot_id = 100, 7
+        mask_id = None
 
     c = config.base()
     assert config.resolve(c, Tokenizer).model.text.vocab_size == 100 and c.model.text.vocab_size == 0

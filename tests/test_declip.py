@@ -256,7 +256,8 @@ def test_oracle_g2_equal_embeddings():
 
 
 def test_simclr_is_the_plain_form():
-    a, b, t = unit(0, 6, 8), unit(1, 6, 8), 0.2
+    a, b = unit(0, 6, 8), unit(1, 6, 8)
+    t = 0.2
     z = jnp.concatenate([a, b])
     logits = jnp.where(jnp.eye(12, dtype=bool), -jnp.inf, z @ z.T / t)
     expected = -jax.nn.log_softmax(logits)[np.arange(12), (np.arange(12) + 6) % 12].mean()
@@ -324,7 +325,8 @@ def test_no_device_holds_the_queue_or_all_similarities(mesh8):
 
 
 def test_oracle_6_masks():
-    ids, special, mask_id = texts(3, (20_000, 20)), (0, EOT, 2, 9), 4096
+    ids, special = texts(3, (20_000, 20)), (0, EOT, 2, 9)
+    mask_id = 4096
     ids[:, 0] = 2  # a token for the start
     real, keys = np.asarray(real_tokens(ids, EOT)), jax.random.split(jax.random.key(0), len(ids))
     masks = jax.device_get(

@@ -30,7 +30,8 @@ from clip_jax.runtime.sharding import batch_sharding, make_mesh
 
 CONFIG = str(REPO / "configs" / "filip.py")
 PAIRS = {**BATCH, "text": texts(0)}
-N, P, L, D = 6, 5, 7, 16
+N, P = 6, 5
+L, D = 7, 16
 REAL, SCALE = np.arange(L) < np.array([7, 1, 3, 5, 2, 6])[:, None], np.float32(9)
 
 
@@ -142,7 +143,8 @@ def test_oracle_4_the_directions_differ_and_equal_sets_of_tokens_give_one():
 def test_oracle_5_tiles_equal_the_whole(monkeypatch):
     """The similarity with a partial last tile. test_contrastive.py checks the loss."""
     monkeypatch.setattr("clip_jax.losses.pairwise.TILE_ENTRIES", 4 * P * L)
-    u, v, real = unit(3, 7, P, D), unit(4, 9, L, D), np.arange(L) < np.random.default_rng(0).integers(1, L, (9, 1))
+    u, v = unit(3, 7, P, D), unit(4, 9, L, D)
+    real = np.arange(L) < np.random.default_rng(0).integers(1, L, (9, 1))
     i2t, t2i = directions(u, v, real)
     found = both(u, v, real)
     np.testing.assert_allclose(found[0], i2t, atol=1e-6)
@@ -210,7 +212,8 @@ def temporary_mib(fn, *shapes):
 
 @pytest.mark.parametrize("how", [None, "repo16", "paper25"])
 def test_the_loss_at_batch_1024_needs_less_than_a_gibibyte_on_one_device(how):
-    b, p, n, d = 1024, 49, 77, 256
+    b, p = 1024, 49
+    n, d = 77, 256
 
     def objective(u, v, real):
         keys = select_keys(Options(token_select=how), u, v, real) if how else None
@@ -396,7 +399,8 @@ def test_the_picture_shows_which_patch_answers_which_word(model, cls):
     axes, records = np.eye(4, dtype=np.float32), [{"image": random_images(1)[0]}] * 2
     z_image = np.stack([axes[[3] * cls + [0, 0, 1, 2]], axes[[3] * cls + [1, 1, 1, 1]]])
     (_, places), z_text = alignment.words_of(model.tokenizer, "cat <b>", 8), np.zeros((2, 8, 4), np.float32)
-    z_text[:, places[0].start], z_text[:, places[1].start], z_text[:, places[1].stop] = axes[0], axes[1], axes[2]
+    z_text[:, places[0].start], z_text[:, places[1].start] = axes[0], axes[1]
+    z_text[:, places[1].stop] = axes[2]
     found = alignment.align(Drawn(model), z_image, z_text, ["cat <b>"] * 2, records)
     assert found.words[0] == ["cat", "<b>"] and found.similarity[0].shape == (2, 2, 3)
     assert found.similarity[0].argmax(2).tolist() == [[0, 0], [1, 2]] and found.similarity[1].argmax(2).tolist() == [

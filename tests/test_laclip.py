@@ -150,7 +150,8 @@ def test_rewrites_are_a_view_of_every_method(name):
 # LaCLIP-MT
 
 
-U, V, DRAWN = unit(0, 12, 16), unit(1, 12, 5, 16), jnp.arange(12) % 5
+U, V = unit(0, 12, 16), unit(1, 12, 5, 16)
+DRAWN = jnp.arange(12) % 5
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -66,7 +66,8 @@ def test_golden_sinkhorn(file, kind, diagonal):
 
 def test_oracle_1_marginals():
     """Columns and the mass are exact after any iteration, rows converge, and the targets' rows sum to 1."""
-    u, v, errors = unit(0, 8, 16), unit(1, 8, 16), []
+    u, v = unit(0, 8, 16), unit(1, 8, 16)
+    errors = []
     for n in (1, 2, 5, 20, 100):
         plan = sinkhorn(u, v, 0.15, n, 200.0)
         q = matrix(similarity(u, v, 200.0), plan, 0.15)

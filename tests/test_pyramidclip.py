@@ -160,7 +160,8 @@ def test_golden_towers(folder):
     model, io, images, towers = golden(folder)
     variables = {"params": model.params["img"], "batch_stats": model.extra["batch_stats"]["img"]}
     np.testing.assert_allclose(model.params["logit_scale"], io["logit_scale"], rtol=1e-6)
-    scale, image, text = np.exp(io["logit_scale"]), jax.jit(towers.image.apply), jax.jit(towers.text.apply)
+    scale, image = np.exp(io["logit_scale"]), jax.jit(towers.image.apply)
+    text = jax.jit(towers.text.apply)
     regions, _ = towers.image.apply({"params": model.params["img"]}, None, regions=io["roi_feats"])
     for found, name in ((image(variables, images["G"])[0], "image_G"), (regions, "roi_R")):
         np.testing.assert_allclose(found, io[f"{name}_unnormalised"], rtol=1e-4, atol=5e-5)

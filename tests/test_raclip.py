@@ -24,7 +24,8 @@ from clip_jax.models.retrieval_augmentation import RetrievalAugmentation
 from clip_jax.runtime import sharding
 from clip_jax.training.step import make_gradients
 
-B, K, D = 16, 4, 16
+B, K = 16, 4
+D = 16
 RACLIP = [
     "data.source=emoji?part=record:!1/10",
     "raclip.reference=emoji?part=record:1/10",
@@ -39,7 +40,8 @@ def normal(seed, *shape):
 
 def module(**fields):
     ram = RetrievalAugmentation(2, **fields)
-    z, images, texts, mask = normal(0, B, D), normal(1, B, K, 6), normal(2, B, K, 10), jnp.ones((B, K), bool)
+    z, images = normal(0, B, D), normal(1, B, K, 6)
+    texts, mask = normal(2, B, K, 10), jnp.ones((B, K), bool)
     return ram, ram.init(jax.random.key(3), z, images, texts, mask), (z, images, texts, mask)
 
 
@@ -111,7 +113,8 @@ def test_oracle_c_neighbours_twice():
 @pytest.mark.parametrize("bias", [False, True])
 def test_oracle_d_one_neighbour_is_read_whole(bias):
     ram, variables, (z, images, texts, _) = module(bias=bias)
-    images, texts, p = images[:, :1], texts[:, :1], variables["params"]
+    images, texts = images[:, :1], texts[:, :1]
+    p = variables["params"]
     expected = z
     for name, values in (("text_0", texts), ("image_0", images)):
         read = jnp.einsum("bd,dhe->bhe", values[:, 0], p[name]["value"]["kernel"])

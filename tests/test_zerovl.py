@@ -87,7 +87,8 @@ def test_oracle_c_targets(group):
 def test_golden_oracle_d_gradients_in_parts_are_those_of_the_batch(file, micro_batches):
     """The engine's micro-batches are decoupled gradient accumulation."""
     g = {name: jnp.asarray(x) for name, x in np.load(file).items()}
-    lam, group, of_text = g["lam"], int(g["sub_batch"]), "textmix" in file.name
+    lam, group = g["lam"], int(g["sub_batch"])
+    of_text = "textmix" in file.name
 
     def encode(params, extra, batch, rng, train):
         text = jnp.tanh(batch["text"] @ params["W_text"])

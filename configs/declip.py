@@ -38,7 +38,7 @@ def get_config(variant=""):
     c = config.sibling(__file__, "clip.py:smoke" if variant == "smoke" else "clip.py:emoji")
     config.set_method(c, "declip", options)
     c.declip.update(dict(head_width=256, predictor_width=64, wait_for_queue=True))
-    c.declip.queue_size = 64 * c.data.batch_size  # 64 captions of each example of a batch: 32 steps of two views
+    c.declip.queue_size = 64 * c.data.batch_size  # 32 steps of two views
     if variant != "smoke":
         c.train.steps //= 2  # not much more than CLIP's FLOPs
     return c

@@ -340,7 +340,8 @@ def test_openclipart_metadata():
         b' xmlns="http://web.resource.org/cc/"/>',
         b"""><metadata><rdf:RDF xmlns="http://web.resource.org/cc/"><Work>
       <dc:creator><Agent><dc:title>Somebody</dc:title></Agent></dc:creator><dc:title> A red
-      fox </dc:title><dc:subject><rdf:Bag><rdf:li>fox</rdf:li><rdf:li></rdf:li><rdf:li>hash</rdf:li><rdf:li>fox</rdf:li></rdf:Bag>
+      fox </dc:title><dc:subject><rdf:Bag><rdf:li>fox</rdf:li><rdf:li></rdf:li><rdf:li>hash</rdf:li>
+      <rdf:li>fox</rdf:li></rdf:Bag>
       </dc:subject></Work></rdf:RDF></metadata></svg>""",
     )
     assert openclipart.read_metadata(svg) == ("A red fox", "", ["fox"])

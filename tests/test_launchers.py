@@ -1,7 +1,7 @@
-"""The launchers, against stand-ins of gcloud, kubectl, sbatch, srun and scontrol that record what they are told.
+"""The launchers, with stand-ins of gcloud, kubectl, sbatch, srun and scontrol that record their arguments.
 
-The stand-in of gcloud runs what is sent to a worker in a folder that plays the worker's home, so that quoting, installation, restarts and
-stopping are those of the real script; only python and the metadata server are stand-ins there, too.
+The stand-in of gcloud runs a worker's commands in a folder that plays the worker's home, so quoting, installation,
+restarts and stopping are those of the real script. There, only python and the metadata server are stand-ins.
 """
 
 import json
@@ -69,7 +69,7 @@ elif verb == "delete":
         shutil.rmtree(home)
 """
 
-# Plays Python: makes environments, records what is installed, and trains with the exit statuses that a test has prepared.
+# Plays Python: makes environments, records installations, and trains with the exit statuses that a test prepared.
 PYTHON = """
 if arguments[:2] == ["-m", "venv"]:
     (pathlib.Path(arguments[2]) / "bin").mkdir(parents=True)
@@ -102,27 +102,27 @@ os.execv(arguments[0], arguments)
 """
 
 STAND_INS = dict(
-    gcloud=GCLOUD, python3=PYTHON, srun=SRUN, sbatch="record()", scontrol="record()", kubectl="record(stdin=sys.stdin.read())",
-    curl="print(os.environ['WORKER_NUMBER'], end='')",
+    gcloud=GCLOUD, python3=PYTHON, srun=SRUN, sbatch="record()", scontrol="record()",
+    kubectl="record(stdin=sys.stdin.read())", curl="print(os.environ['WORKER_NUMBER'], end='')",
 )  # fmt: skip
 
 
 class Stand:
-    """A checkout to launch from, the stand-ins, and what they have recorded."""
+    """A checkout to launch from, the stand-ins, and their records."""
 
     def __init__(self, root):
         self.root, self.checkout, self.processes = root, root / "check out", []
 
     def start(self, script, *arguments, **env):
         process = subprocess.Popen(
-            ["bash", f"launch/{script}.sh", *arguments], cwd=self.checkout, env={**os.environ, **env}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            ["bash", f"launch/{script}.sh", *arguments], cwd=self.checkout, env={**os.environ, **env},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         self.processes.append(process)
         return process
 
     def launch(self, script, *arguments, status=0, **env):
-        """The output of a launcher, which has to end with this exit status."""
+        """Returns the output of a launcher, which must end with this exit status."""
         process = self.start(script, *arguments, **env)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == status, output
@@ -520,7 +520,7 @@ def test_a_jobset_for_gpus_is_applied(stand):
 
 
 def submit(stand, *options):
-    """Submits a job; returns the arguments of sbatch, those of the job's script, and the environment that SLURM gives it."""
+    """Submits a job; returns the arguments of sbatch, those of the job's script, and the environment from SLURM."""
     stand.launch("slurm", "--gpus-per-node=8", "--nodes=2", "--pause=0", *options, "--", *TRAIN)
     (call,) = stand.arguments("sbatch")
     script = call.index("launch/slurm.sh")

@@ -1,4 +1,4 @@
-"""Texts as pictures: the published renderer's pictures, the font file, views that draw, and pairs of sentences in the batch."""
+"""Texts drawn as images: the published renderer's images, the font file, views that draw, pairs of sentences."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""BERT as a text tower: golden outputs, padding, layout and recomputation, dropout."""
+"""BERT as a text tower: golden outputs, padding, scan and rematerialisation, dropout."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_padding_is_not_attended_to(pad_id):
     params = tower.init(jax.random.key(0), IDS)
     z = tower.apply(params, IDS)[0]
     np.testing.assert_allclose(z[0], tower.apply(params, IDS[:1, :3])[0][0], atol=1e-5)
-    other = np.where(IDS == 0, 17, IDS)  # what follows the end of the text; for a given pad_id no padding any more
+    other = np.where(IDS == 0, 17, IDS)  # still padding after [SEP], but with a pad_id no longer padding
     assert (np.abs(tower.apply(params, other)[0] - z).max(1) < 1e-5).tolist() == (
         [True] * 3 if pad_id < 0 else [False, False, True]
     )
@@ -47,16 +47,16 @@ def test_the_embedding_is_the_projected_state_of_the_first_token():
     z, tokens = tower.apply(variables, IDS)
     proj = variables["params"]["proj"]
     np.testing.assert_allclose(z, tokens[:, 0] @ proj["kernel"] + proj["bias"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(tokens.mean(-1), np.zeros(IDS.shape), atol=1e-5)  # a layer norm ends each block
+    np.testing.assert_allclose(tokens.mean(-1), np.zeros(IDS.shape), atol=1e-5)  # each block ends with a layer norm
     assert variables["params"]["bert"]["pos"].shape == (1, 10, 32) and variables["params"]["bert"]["type"].shape == (
         2,
         32,
     )
-    std = 0.02 * 0.8796  # of a normal distribution with 0.02 cut at two of them, as BERT starts
+    std = 0.02 * 0.8796  # of BERT's normal distribution with 0.02, truncated at two standard deviations
     np.testing.assert_allclose(variables["params"]["bert"]["embed"]["embedding"].std(), std, rtol=0.05)
 
 
-def test_scan_and_recomputation_change_nothing_but_the_layout():
+def test_scan_and_rematerialisation_change_only_the_layout():
     model = tiny_bert()
     params = text_tower(model).init(jax.random.key(0), IDS)["params"]
     expected, expected_grads = run_tower("text", model, params, IDS)
@@ -78,7 +78,7 @@ def test_dropout_keeps_the_mean_and_follows_the_keys():
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_dropout_acts_in_training_differs_by_layer_and_is_replayed_on_a_part(scan):
+def test_dropout_acts_in_training_and_depends_only_on_the_keys_of_an_example(scan):
     model = tiny_bert(dropout=0.5)
     model.scan, model.remat = scan, "full" if scan else "none"
     tower, keys = text_tower(model), jax.random.split(jax.random.key(1), 3)
@@ -91,7 +91,7 @@ def test_dropout_acts_in_training_differs_by_layer_and_is_replayed_on_a_part(sca
     assert np.abs(z - plain).min(1).max() > 1e-4
 
 
-def test_the_layers_of_a_scan_drop_what_single_layers_drop():
+def test_scanned_layers_drop_the_same_as_single_layers():
     model, keys = tiny_bert(dropout=0.5), jax.random.split(jax.random.key(1), 3)
     params = text_tower(model).init(jax.random.key(0), IDS)["params"]
     expected = text_tower(model).apply({"params": params}, IDS, train=True, keys=keys)[0]

@@ -1,4 +1,4 @@
-"""Contrastive losses: golden values and gradients, the oracles of clip.md, exactness of tiles, the same result on a mesh, memory."""
+"""Contrastive losses: golden values and gradients, analytic values, tiles against whole matrices, meshes, memory."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,15 @@ def test_golden_label_smoothing(path):
 
 
 def check_golden(path, fn, args, grads, rtol=1e-4, atol=1e-5):
-    """Value and gradients of `fn` of the named arrays of a file; gradients by the names of the arguments."""
+    """Compares value and gradients of `fn` with a golden file.
+
+    Args:
+      path: npz file.
+      fn: the loss, a function of the arrays `args`.
+      args: names of the arguments in the file.
+      grads: names of the gradients of the first arguments in the file.
+      rtol, atol: tolerances.
+    """
     g = np.load(path)
     value, found = jax.value_and_grad(fn, argnums=tuple(range(len(grads))))(*(g[name] for name in args))
     np.testing.assert_allclose(value, g["loss"], rtol=rtol, atol=atol)
@@ -60,7 +68,7 @@ def test_golden_sigmoid(path):
 
 
 def same_label(_, labels_a, labels_b, i, j):
-    """UniCL's targets: the same class, or the same example when it has none."""
+    """UniCL's targets: pairs of the same class. An example without a class matches only itself."""
     return (i == j) | ((labels_a[:, None] == labels_b) & (labels_a[:, None] > 0))
 
 
@@ -114,13 +122,14 @@ def test_orthonormal_pairs():
 
 
 def test_order_of_pairs_does_not_matter():
-    z_image, z_text, order = unit(0, 24, 8), unit(1, 24, 8), np.random.default_rng(0).permutation(24)
+    z_image, z_text = unit(0, 24, 8), unit(1, 24, 8)
+    order = np.random.default_rng(0).permutation(24)
     np.testing.assert_allclose(loss(z_image, z_text, 1.0), loss(z_image[order], z_text[order], 1.0), rtol=1e-6)
 
 
 def test_accuracy_counts_both_directions():
     z_image = jnp.eye(4)
-    z_text = jnp.eye(4).at[3].set(jnp.eye(4)[2] * 0.9 + jnp.eye(4)[3] * 0.1)  # text 3 looks like image 2
+    z_text = jnp.eye(4).at[3].set(jnp.eye(4)[2] * 0.9 + jnp.eye(4)[3] * 0.1)  # text 3 is most similar to image 2
     _, metrics = infonce(z_image, z_text, 10.0)
     assert metrics["image_to_text_acc"] == 1.0 and metrics["text_to_image_acc"] == 0.75
 
@@ -133,7 +142,7 @@ def test_bfloat16_features_give_a_float32_loss():
 
 
 def similar(temperature, a, b, i, j):
-    """Soft targets with a gradient in everything that they are made of."""
+    """Soft targets with a gradient with respect to all inputs."""
     return jnp.exp(a @ b.T / temperature) + (i == j)
 
 
@@ -151,12 +160,13 @@ LOSSES = {
 
 
 def plain(a, b, s, t):
-    """The four losses with whole matrices."""
-    n, logits, own = len(a), s * a @ b.T, jnp.eye(len(a))
-    w = jnp.linspace(0, 1, n)
+    """Returns the four losses computed from whole matrices."""
+    n, logits = len(a), s * a @ b.T
+    own, w = jnp.eye(n), jnp.linspace(0, 1, n)
     smooth = 0.9 * own + 0.1 / n
     y = jnp.exp(b @ a.T / t) + own
-    u, v, m = a.reshape(n, 2, -1), b.reshape(n, 2, -1), jnp.arange(n * 2).reshape(-1, 2) % 3 != 1
+    u, v = a.reshape(n, 2, -1), b.reshape(n, 2, -1)
+    m = jnp.arange(n * 2).reshape(-1, 2) % 3 != 1
     tokens = jnp.einsum("ipd,jld->ijpl", u, v)
     of_image = jnp.where(m[None, :, None], tokens, -jnp.inf).max(3).mean(2)
     of_text = (tokens.max(2) * m).sum(2) / m.sum(1)
@@ -198,7 +208,7 @@ def test_rows_and_columns_may_differ_in_number(mesh8):
 
 @pytest.fixture(scope="module")
 def temporary_mib():
-    """Compiled temporary memory of InfoNCE and its gradient on each of 8 devices, D=512, by batch size."""
+    """Returns the temporary memory in MiB per device of InfoNCE and its gradient on 8 devices, E=512, by batch size."""
     mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
     rows = batch_sharding(mesh)
 

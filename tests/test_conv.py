@@ -1,4 +1,4 @@
-"""Convolutions: both forms of the depthwise one, with their gradients, against lax; the padding; the memory of the gradient."""
+"""Convolutions: both depthwise implementations and their gradients against lax, padding, memory of the gradient."""
 
 import functools
 
@@ -35,7 +35,7 @@ def test_values_and_gradients_are_those_of_lax(form, size, stride, side):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_the_gradient_keeps_one_image_and_not_one_for_each_tap():
+def test_the_gradient_stores_one_image_and_not_one_per_tap():
     x, kernel = jnp.zeros((8, 32, 32, 64)), jnp.zeros((5, 5, 1, 64))
     padding = conv.same_padding(5, 1, 32, 32)
 
@@ -47,10 +47,10 @@ def test_the_gradient_keeps_one_image_and_not_one_for_each_tap():
 
         return jax.jit(jax.grad(f)).lower(x).compile().memory_analysis().temp_size_in_bytes
 
-    assert through(8) - through(4) <= 4 * 3 * x.nbytes  # 4 layers more; 25 taps each would be 100 images
+    assert through(8) - through(4) <= 4 * 3 * x.nbytes  # 4 more layers; storing 25 taps for each would take 100 images
 
 
-def test_a_tpu_gets_the_native_form():
+def test_a_tpu_uses_the_native_convolution():
     text = jax.jit(lambda x, k: conv.depthwise(1, ((1, 1), (1, 1)), x, k)).trace(
         jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 1, 2))
     )

@@ -15,15 +15,21 @@ from clip_jax.models.towers import EFFICIENTNETS, image_tower
 from clip_jax.models.transformer import stack_layers, unstack_layers
 
 
-# B3, B7 and L2: align.md's figures; the others are those of the published models without top convolution and classifier.
+# Parameters, width and blocks of the published models without top convolution and classifier.
 @pytest.mark.parametrize(
     "name, parameters, width, blocks",
     [
-        ("B0", 3_595_388, 320, 16), ("B1", 6_101_024, 320, 23), ("B2", 7_202_562, 352, 23), ("B3", 10_103_336, 384, 26),
-        ("B4", 16_742_216, 448, 32), ("B5", 27_288_112, 512, 39), ("B6", 39_403_992, 576, 45), ("B7", 62_143_440, 640, 55),
+        ("B0", 3_595_388, 320, 16),
+        ("B1", 6_101_024, 320, 23),
+        ("B2", 7_202_562, 352, 23),
+        ("B3", 10_103_336, 384, 26),
+        ("B4", 16_742_216, 448, 32),
+        ("B5", 27_288_112, 512, 39),
+        ("B6", 39_403_992, 576, 45),
+        ("B7", 62_143_440, 640, 55),
         ("L2", 467_219_796, 1376, 88),
     ],
-)  # fmt: skip
+)
 def test_published_sizes(name, parameters, width, blocks):
     tower = EfficientNet(64, 0, *EFFICIENTNETS[name])
     shapes = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
@@ -33,7 +39,7 @@ def test_published_sizes(name, parameters, width, blocks):
 
 
 def test_published_stage_widths():
-    base = (32, 16, 24, 40, 80, 112, 192, 320)  # align.md: stem and stages
+    base = (32, 16, 24, 40, 80, 112, 192, 320)  # channels of the stem and the stages of B0
     assert [scaled(c, 2.0) for c in base] == [64, 32, 48, 80, 160, 224, 384, 640]
     assert [scaled(c, 4.3) for c in base] == [136, 72, 104, 176, 344, 480, 824, 1376]
 
@@ -100,7 +106,7 @@ def test_the_projection_is_optional():
     assert {name: x.shape for name, x in variables["params"]["proj"].items()} == {"kernel": (16, 16), "bias": (16,)}
 
 
-def test_depthwise_kernels_start_as_large_as_their_filters_ask_for():
+def test_depthwise_kernels_are_initialised_by_the_fan_of_a_filter():
     params = jax.jit(efficientnet().init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     for kernel, fan in (
         (params["mbconv_2"]["depthwise_conv"]["kernel"], 25),
@@ -130,14 +136,14 @@ def test_stochastic_depth_acts_in_training_only_and_spares_the_first_block():
         )
         return apply(keys)
 
-    stages = ((32, 1, 3, 1, 1), (16, 2, 3, 2, 4))  # the first and the third of three blocks have a residual
+    stages = ((32, 1, 3, 1, 1), (16, 2, 3, 2, 4))  # of the three blocks, the first and the third have a residual
     assert (run(stages, True, keys) != run(stages, True, None)).any()
     np.testing.assert_array_equal(run(stages, False, keys), run(stages, False, None))
     alone = ((32, 1, 3, 1, 1), (16, 1, 3, 2, 4))
     np.testing.assert_array_equal(run(alone, True, keys), run(alone, True, None))
 
 
-def test_scanned_blocks_are_the_single_ones():
+def test_scanned_blocks_equal_single_ones():
     images, keys = jax.random.normal(jax.random.key(0), (8, 32, 32, 3)), jax.random.split(jax.random.key(0), 8)
     model = tiny()
     model.image = dict(EFFICIENTNET, stages=((8, 1, 3, 1, 1), (16, 4, 3, 2, 4)), stochastic_depth=0.9)
@@ -168,7 +174,7 @@ def test_scanned_blocks_are_the_single_ones():
     )
 
 
-def test_recomputation_replays_the_dropped_blocks():
+def test_rematerialisation_drops_the_same_blocks():
     images, keys = jax.random.normal(jax.random.key(0), (8, 32, 32, 3)), jax.random.split(jax.random.key(0), 8)
     model = tiny()
     model.image = dict(EFFICIENTNET, stochastic_depth=0.9)

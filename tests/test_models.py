@@ -1,4 +1,4 @@
-"""Towers: parameter counts of the size table, golden outputs and gradients, the oracles of clip.md, and the switches."""
+"""Towers: published parameter counts, golden outputs and gradients, fields, initialisation, rematerialisation, scan."""
 
 import json
 
@@ -29,7 +29,7 @@ def count(module, *inputs):
     return sum(x.size for x in jax.tree.leaves(shapes))
 
 
-# conventions.md, section 4: image tower, text tower, all with logit scale and bias; None: only the total is published
+# Parameters of image tower, text tower and the whole model, including logit scale and bias. None: not published.
 @pytest.mark.parametrize(
     "size, image_count, text_count, total",
     [
@@ -64,13 +64,13 @@ def test_published_parameter_counts(size, image_count, text_count, total):
 def test_one_tower_for_pixels_and_text_has_the_published_parameter_count(tower, total):
     model = config.base().model
     use_size(model, tower)
-    model.image.update(dict(size=224, proj=True, proj_bias=True))  # CLIPPO
+    model.image.update(dict(size=224, proj=True, proj_bias=True))  # CLIPPO: one tower for images and rendered texts
     model.embed_dim = 768
     assert count(image_tower(model), jnp.zeros((1, 224, 224, 3))) + 1 == total
 
 
 def open_clip_params(folder, file="model.safetensors"):
-    """The golden open_clip model, or the gradients in its layout, as our parameters, by the map of the canonical tree."""
+    """Returns `(params, config.model)` of the golden open_clip model, or its gradients in the same tree."""
     w = load_file(folder / file)
 
     def block(prefix, heads):
@@ -118,9 +118,11 @@ def open_clip_params(folder, file="model.safetensors"):
         "logit_scale": w["logit_scale"],
     }
     model = config.base().model
-    model.embed_dim, model.dtype, act = c["embed_dim"], "float32", "quick_gelu" if c["quick_gelu"] else "gelu"
-    model.image.update(dict(size=vision["image_size"], patch=vision["patch_size"], width=vision["width"], depth=vision["layers"],
-                            heads=vision["width"] // vision["head_width"], mlp_dim=4 * vision["width"], act=act))  # fmt: skip
+    model.embed_dim, model.dtype = c["embed_dim"], "float32"
+    act = "quick_gelu" if c["quick_gelu"] else "gelu"
+    model.image.update(dict(size=vision["image_size"], patch=vision["patch_size"], act=act))
+    model.image.update(dict(width=vision["width"], depth=vision["layers"], mlp_dim=4 * vision["width"]))
+    model.image.heads = vision["width"] // vision["head_width"]
     model.text.update(
         dict(vocab_size=text["vocab_size"], eot_id=text["vocab_size"] - 1, context=text["context_length"], act=act)
     )
@@ -133,9 +135,9 @@ def test_golden_open_clip_vit(folder):
     params, model = open_clip_params(folder)
     io = np.load(folder / "io.npz")
     images, ids = io["pixel_values_nchw"].transpose(0, 2, 3, 1), io["input_ids"]
-    # The tiny vocabulary has no fixed end-of-text id: open_clip pools at the largest id of each row.
+    # open_clip pools at the largest id of each row. This equals our pooling only if that is the end-of-text id.
     ids_with_end = np.where(np.arange(ids.shape[1]) == ids.argmax(1)[:, None], model.text.eot_id, ids)
-    assert (ids_with_end == ids).all(), "the fixture's largest id is the last of the vocabulary"
+    assert (ids_with_end == ids).all(), "in the fixture the largest id of a row is not the end-of-text id"
     image_model, text_model = image_tower(model), text_tower(model)
 
     def forward(params, images):
@@ -164,7 +166,7 @@ def embed(model, ids):
     return module.apply(params, ids)[0]
 
 
-def test_causal_text_sees_nothing_after_the_end():
+def test_causal_text_ignores_what_follows_the_end():
     ids = np.array([[5, 9, 63, 0, 0, 0], [5, 9, 63, 7, 8, 9], [5, 10, 63, 0, 0, 0]])
     z = embed(tiny(), ids)
     np.testing.assert_array_equal(z[0], z[1])
@@ -187,7 +189,7 @@ def test_text_pools(pool):
     model.text.pool = pool
     z = embed(model, np.array([[5, 9, 63, 0, 0, 0]]))
     assert z.shape == (1, 16) and np.isfinite(z).all()
-    assert np.abs(z - embed(tiny(), np.array([[5, 9, 63, 0, 0, 0]]))).max() > 1e-4, "another pooling, another embedding"
+    assert np.abs(z - embed(tiny(), np.array([[5, 9, 63, 0, 0, 0]]))).max() > 1e-4, "the pooling has no effect"
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_bfloat16_compute_keeps_float32_weights():
         ("text", dict(pool="eos"), "model.text.pool='eos'"),
     ],
 )
-def test_impossible_towers(part, change, message):
+def test_invalid_towers(part, change, message):
     model = tiny()
     model[part].update(change)
     with pytest.raises(UserError, match=message):
@@ -314,7 +316,7 @@ def test_a_field_that_was_added_later_counts_as_its_default():
 
 @pytest.mark.parametrize("name", ["image", "text"])
 @pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "dots"), (True, "full")])
-def test_scan_and_remat_change_nothing_but_the_layout(name, scan, remat):
+def test_scan_and_remat_change_only_the_layout(name, scan, remat):
     model = tiny()
     inputs = {"image": jax.random.normal(jax.random.key(1), (3, 16, 16, 3)), "text": jnp.arange(30).reshape(3, 10)}[
         name
@@ -330,7 +332,7 @@ def test_scan_and_remat_change_nothing_but_the_layout(name, scan, remat):
     )
 
 
-def test_scanned_layers_start_different_and_as_large_as_single_ones():
+def test_scanned_layers_are_initialised_like_single_ones():
     model = tiny()
     model.scan = True
     stacked = image_tower(model).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
@@ -351,7 +353,7 @@ BERT = dict(kind="bert", context=12, vocab_size=64, eot_id=63, width=32, depth=1
     "method, image, text, devices, micro_batches", [("clip", RESNET, None, 8, 1), ("align", EFFICIENTNET, BERT, 1, 2)]
 )
 def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
-    """Through the engine: the same on one and on eight devices; micro-batches have statistics, and so a result, of their own."""
+    """Training gives the same result on one and eight devices. Micro-batches have their own statistics and differ."""
     c = tiny_config("optim.lr=1e-4", f"model.embed_dim={8 if image is EFFICIENTNET else 16}")
     c.method, c.model.image = method, image
     c.model.text = text or dict(c.model.text, vocab_size=64, eot_id=63)
@@ -396,7 +398,9 @@ def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
     embed = jax.jit(method.embed_image)
     z = embed(state.params, state.extra, batch["image"])
     np.testing.assert_allclose(embed(state.params, state.extra, batch["image"][:3]), z[:3], rtol=1e-4, atol=1e-5)
-    assert np.abs(z - embed(state.params, start.extra, batch["image"])).max() > 1e-4, "the running statistics are used"
+    assert np.abs(z - embed(state.params, start.extra, batch["image"])).max() > 1e-4, (
+        "the running statistics have no effect"
+    )
 
 
 def test_towers_without_batch_norm_have_no_state():

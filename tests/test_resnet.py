@@ -1,4 +1,4 @@
-"""CLIP's modified ResNet and BatchNorm: golden outputs and running statistics, initialisation, statistics of groups and on a mesh."""
+"""CLIP's modified ResNet and batch norm: golden outputs and statistics, initialisation, groups, meshes."""
 
 import math
 
@@ -28,7 +28,8 @@ def resnet(**fields):
 
 @pytest.mark.parametrize("folder", golden_files("openclip_rn"))
 def test_golden_open_clip_resnet(folder):
-    model, io, after = clip_jax.load(folder), np.load(folder / "io.npz"), np.load(folder / "train_mode.npz")
+    model = clip_jax.load(folder)
+    io, after = np.load(folder / "io.npz"), np.load(folder / "train_mode.npz")
     tower, images = image_tower(model.config.model), io["pixel_values_nchw"].transpose(0, 2, 3, 1)
     variables = {"params": model.params["img"], "batch_stats": model.extra["batch_stats"]["img"]}
     np.testing.assert_allclose(
@@ -57,7 +58,7 @@ def test_initialisation():
     np.testing.assert_allclose(params["pool"]["query"]["kernel"].std(), 128**-0.5, rtol=0.02)
 
 
-def test_recomputation_changes_neither_result_nor_statistics():
+def test_rematerialisation_changes_neither_result_nor_statistics():
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     model = tiny()
     model.image = RESNET
@@ -127,10 +128,9 @@ def test_a_mesh_has_the_statistics_of_the_whole_batch(mesh8, group):
     )
 
 
-@pytest.mark.parametrize(
-    ("image", "share"), [("resnet", 0.14), ("efficientnet", 0.2)]
-)  # 8 does not divide some widths of the second
-def test_fsdp_leaves_each_device_its_part_of_the_convolutions(image, share):
+# The 8 devices do not divide some widths of the EfficientNet.
+@pytest.mark.parametrize(("image", "share"), [("resnet", 0.14), ("efficientnet", 0.2)])
+def test_fsdp_splits_the_convolutions(image, share):
     mesh = make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
     model = config.load(
         str(REPO / "configs" / {"resnet": "clip.py:rn50", "efficientnet": "align.py:b3"}[image])

@@ -1,4 +1,4 @@
-"""The blocks that the towers share."""
+"""The transformer blocks of the towers: the shortened last block, and attention on GPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,15 @@ from clip_jax.program import make_program
 from clip_jax.training.step import make_step
 
 SIZES = dict(width=32, depth=2, heads=2, mlp_dim=64, embed_dim=8)
-IDS = jnp.array([[5, 9, 2, 9, 1], [9, 3, 4, 5, 0], [1, 2, 3, 4, 9]])  # 9 ends a text
+IDS = jnp.array([[5, 9, 2, 9, 1], [9, 3, 4, 5, 0], [1, 2, 3, 4, 9]])  # 9 is the end-of-text token
 IMAGES = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
 CASES = {
     "cls": (VisionTransformer, dict(size=16, patch=8, pool="cls"), IMAGES),
     **{
         f"{pool}, {'causal' if causal else 'not causal'}, mask {mask_padding}": (
-            TextTransformer, dict(vocab_size=10, context=5, eot_id=9, pool=pool, causal=causal, mask_padding=mask_padding), IDS,
+            TextTransformer,
+            dict(vocab_size=10, context=5, eot_id=9, pool=pool, causal=causal, mask_padding=mask_padding),
+            IDS,
         )
         for pool in ("eot", "last", "first") for causal in (True, False) for mask_padding in (True, False)
     },
@@ -29,9 +31,9 @@ CASES = {
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("case", CASES)
-def test_without_tokens_the_last_block_does_less_and_the_result_is_the_same(case, remat):
+def test_without_tokens_the_last_block_computes_less_with_the_same_result(case, remat):
     if remat == "full" and case not in ("cls", "eot, causal, mask True"):
-        pytest.skip("remat is the same for all")
+        pytest.skip("one text case covers remat")
     kind, fields, inputs = CASES[case]
     params = kind(**SIZES, **fields).init(jax.random.key(0), inputs)
 
@@ -51,7 +53,7 @@ def test_without_tokens_the_last_block_does_less_and_the_result_is_the_same(case
 
 
 @pytest.mark.parametrize("fields", [dict(scan=True), dict(depth=0), dict(pool="gap")])
-def test_where_every_token_is_needed_nothing_changes(fields):
+def test_the_last_block_is_whole_where_every_token_is_needed(fields):
     sizes = SIZES | dict(size=16, patch=8) | fields
     params = VisionTransformer(**sizes).init(jax.random.key(0), IMAGES)
     z, tokens = VisionTransformer(**sizes, tokens=False).apply(params, IMAGES)
@@ -61,7 +63,7 @@ def test_where_every_token_is_needed_nothing_changes(fields):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tokens", [5, 6])
-def test_attention_in_pairs_is_attention(tokens, causal):
+def test_attention_on_padded_sequences_is_attention(tokens, causal):
     inputs = jax.random.normal(jax.random.key(2), (4, 2, tokens, 3, 8))
 
     def run(attend):
@@ -74,7 +76,7 @@ def test_attention_in_pairs_is_attention(tokens, causal):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Programs for a GPU can be made without one, but for JAX's questions about its kind."""
+    """Lowers programs for a GPU without one: answers JAX's checks of the device."""
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
@@ -82,25 +84,25 @@ def gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
-PAPER = """model.image.pool=cls model.image.cls_token=true model.text.pool=eot model.text.causal=true model.text.mask_padding=false
-    model.text.depth=3""".split()
+PAPER = """model.image.pool=cls model.image.cls_token=true
+    model.text.pool=eot model.text.causal=true model.text.mask_padding=false model.text.depth=3""".split()
 
 
 @pytest.mark.parametrize(
     ("method", "overrides", "fused"),
     [
-        ("clip.py:emoji", PAPER, 1 + 2),  # all but the last blocks, where one query is left
-        ("clip.py:emoji", [], 2),  # the text tower has a mask
+        ("clip.py:emoji", PAPER, 1 + 2),  # all except the last blocks, which have one query
+        ("clip.py:emoji", [], 2),  # the text tower has an attention mask
         ("siglip.py", [], 2),
         ("align.py", [], 0),
         ("oner.py", [], 0),
     ],
 )
 def test_every_step_is_a_program_for_gpus(gpu, method, overrides, fused):
-    """JAX refuses cuDNN's attention where it cannot be trained with, among others for odd numbers of tokens, when it makes the program."""
+    """Lowering fails where JAX refuses the gradient of cuDNN attention, for example for an odd number of tokens."""
     program = make_program(
         config.load(f"{REPO}/configs/{method}", ["model.dtype=bfloat16", "data.batch_size=16", *overrides])
     )
     step = jax.jit(make_step(program.config, program.method, program.tx))
     text = step.trace(program.state, program.batch).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("__cudnn$fmha") == 2 * fused, "forward and backward"
+    assert text.count("__cudnn$fmha") == 2 * fused, "one call forward and one backward for each fused attention"

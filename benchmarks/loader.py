@@ -86,10 +86,7 @@ def our_pipeline(jpegs, min_area, batch):
 def main():
     parser = common.make_parser(__doc__, "loader")
     parser.add_argument(
-        "--rounds",
-        type=float,
-        default=1.0,
-        help="multiplies the batches of each pipeline (default: %(default)s)",
+        "--rounds", type=float, default=1.0, help="multiplies the batches of each pipeline (default: %(default)s)"
     )
     args = parser.parse_args()
     pipelines = {"clip_jax loader": our_pipeline, "Pillow": pillow_pipeline}

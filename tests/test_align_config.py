@@ -59,9 +59,8 @@ def test_pictures_are_squashed_to_346_and_cropped_to_289():
     gradient[..., 1] = gradient[..., 1].T
     record = {"image": Image.fromarray((gradient // 2).astype(np.uint8))}
     middle = ImageView("image", 289, c.eval.transform)(record, None)
-    np.testing.assert_array_equal(
-        middle, (gradient // 2)[28 : 28 + 289, 28 : 28 + 289]
-    )  # align.md: offset (346 - 289) // 2
+    # align.md: offset (346 - 289) // 2.
+    np.testing.assert_array_equal(middle, (gradient // 2)[28 : 28 + 289, 28 : 28 + 289])
     view, lefts = ImageView("image", 289, c.data.augment), set()
     flipped = 0
     for seed in range(40):

@@ -182,10 +182,8 @@ def test_a_mesh_and_micro_batches_give_the_result_of_one_device():
     c, method = setup()
     expected, state = run_steps(c, method, None, steps=3, devices=jax.devices()[:1], batch=batch)
     averages = jax.device_get(state.extra["averages"])
-    assert (
-        all(0 < x < 1 for x in averages.values())
-        and expected[0]["average_image_text"] != expected[2]["average_image_text"]
-    )
+    assert all(0 < x < 1 for x in averages.values())
+    assert expected[0]["average_image_text"] != expected[2]["average_image_text"]
     c.micro_batches = 4
     history, state = run_steps(c, method, dict(data=2, fsdp=2, tensor=2), steps=3, batch=batch)
     for a, b in zip(history, expected, strict=True):
@@ -223,12 +221,8 @@ def test_variants_are_complete(variant):
     config.validate(c)
     assert set(c.alip) == {f.name for f in dataclasses.fields(Options)}
     if variant == "b32":
-        assert (
-            c.optim.no_decay == ()
-            and c.optim.grad_clip_norm == 1
-            and c.train.steps == 32 * 3678
-            and c.alip.to_dict() == vars(Options())
-        )
+        assert c.optim.no_decay == () and c.optim.grad_clip_norm == 1 and c.train.steps == 32 * 3678
+        assert c.alip.to_dict() == vars(Options())
     else:
         changed = {
             key for key, *_ in config.differences(config.load(f"{REPO}/configs/clip.py:{variant or 'emoji'}"), c)

@@ -78,9 +78,8 @@ def test_retrieval_is_measured_with_and_without_the_other_side(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "faiss", None)
     retrieval.main(command)
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
-    assert [row["rows"] for row in rows] == [600, 37] and all(
-        len(row["turns"]["ours"]) == 2 and "faiss" not in row for row in rows
-    )
+    assert [row["rows"] for row in rows] == [600, 37]
+    assert all(len(row["turns"]["ours"]) == 2 and "faiss" not in row for row in rows)
 
     values, numbers = np.array([[0.9, 0.8]]), np.array([[3, 1]])
     retrieval.check((values, numbers), (values + 1e-7, numbers[:, ::-1]))

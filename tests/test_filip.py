@@ -255,9 +255,8 @@ def test_padding_and_class_tokens():
     without = jax.jit(with_cls.embed_text)(params, extra, np.concatenate([PAIRS["text"], empty]))
     expected = np.where((np.arange(12) < end[:, None])[..., None], z_text, 0)
     np.testing.assert_allclose(without[:16], expected, atol=1e-6)
-    assert (
-        np.linalg.norm(without[16], axis=-1).round(4).tolist() == [1.0] + [0.0] * 11
-    )  # an empty text keeps its end token
+    # An empty text keeps its end token.
+    assert np.linalg.norm(without[16], axis=-1).round(4).tolist() == [1.0] + [0.0] * 11
 
 
 def test_the_scale_is_clamped():
@@ -403,15 +402,11 @@ def test_the_picture_shows_which_patch_answers_which_word(model, cls):
     z_text[:, places[1].stop] = axes[2]
     found = alignment.align(Drawn(model), z_image, z_text, ["cat <b>"] * 2, records)
     assert found.words[0] == ["cat", "<b>"] and found.similarity[0].shape == (2, 2, 3)
-    assert found.similarity[0].argmax(2).tolist() == [[0, 0], [1, 2]] and found.similarity[1].argmax(2).tolist() == [
-        [1, 1],
-        [1, 1],
-    ]
+    assert found.similarity[0].argmax(2).tolist() == [[0, 0], [1, 2]]
+    assert found.similarity[1].argmax(2).tolist() == [[1, 1], [1, 1]]
     text = found.draw(Page())
-    assert (
-        text.count('<div class="card patches">') == 2
-        and text.count("<i class") + text.count("<i style") + text.count("<i></i>") >= 8
-    )
+    assert text.count('<div class="card patches">') == 2
+    assert text.count("<i class") + text.count("<i style") + text.count("<i></i>") >= 8
     assert "<b>50% 1.00</b>" in text and "&lt;b&gt;" in text and "><b><" not in text
     assert alignment.align(Drawn(model), z_image[:, 0], z_text, ["a"] * 2, records) is None
     assert alignment.align(Drawn(model), np.zeros((2, 7, 4), np.float32), z_text, ["a"] * 2, records) is None

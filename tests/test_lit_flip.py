@@ -65,14 +65,12 @@ def train_tokenizer(c):
 
 def test_published_schedules():
     c = config_lib.load(f"{FLIP}:b16")
-    assert c.optim.lr == pytest.approx(1.024e-3) and c.train.steps * c.data.batch_size == pytest.approx(
-        12.8e9, rel=0.01
-    )
+    assert c.optim.lr == pytest.approx(1.024e-3)
+    assert c.train.steps * c.data.batch_size == pytest.approx(12.8e9, rel=0.01)
     assert c.optim.warmup_steps / c.train.steps == pytest.approx(0.004, rel=0.01)
     c = config_lib.load(f"{FLIP}:l16_tune")
-    assert c.optim.lr == pytest.approx(1.024e-5) and c.train.steps * c.data.batch_size == pytest.approx(
-        1.28e8, rel=0.01
-    )
+    assert c.optim.lr == pytest.approx(1.024e-5)
+    assert c.train.steps * c.data.batch_size == pytest.approx(1.28e8, rel=0.01)
     with pytest.raises(UserError, match="has no variant 'b32'"):
         config_lib.load(f"{FLIP}:b32")
     with pytest.raises(UserError, match="has no variant 'b32'"):
@@ -199,8 +197,7 @@ def test_the_masked_forward_pass_is_that_of_the_kept_patches():
 def test_kept_patches_are_uniform_and_new_for_each_image_and_step():
     draws = kept(jax.random.split(jax.random.key(0), 2000))
     counts = np.bincount(draws.ravel(), minlength=16)
-    chi2 = (
-        ((counts - 1000) ** 2 / (1000 * 0.5)).sum() * 15 / 16
-    )  # variance n p (1 - p); a draw keeps a patch at most once
+    # Variance n p (1 - p); a draw keeps a patch at most once.
+    chi2 = ((counts - 1000) ** 2 / (1000 * 0.5)).sum() * 15 / 16
     assert chi2 < 37.7, "99.9 % of the distribution with 15 degrees of freedom"
     assert len({tuple(row) for row in draws.tolist()}) > 1500

@@ -68,9 +68,8 @@ def tower(**fields):
     )
     images, ids = jax.random.normal(jax.random.key(0), (3, 16, 16, 3)), jnp.asarray(texts(1, (3, 6), 50))
     params = module.init(jax.random.key(1), images, ids, ids == ids, "full", jnp.zeros((3, 4), bool), ids < 0)
-    params = jax.tree.map(
-        lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params
-    )  # biases and positions too
+    # Biases and positions too.
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     return functools.partial(module.apply, params), images, ids, real_tokens(ids, EOT)
 
 
@@ -390,10 +389,8 @@ def test_published_variants(row):
     embeddings = 768 * 768 + 768 + 196 * 768 + (30522 + 39) * 768
     masks = 2 * 768 if row == "itc_cmc" else 0
     assert sum(x.size for x in jax.tree.leaves(params["tower"])) == 12 * block + embeddings + masks + (1 + 2 + 2) * 768
-    assert params["projector"]["fc3"]["kernel"].shape == (4096, 256) and params["predictor"]["fc1"]["kernel"].shape == (
-        256,
-        4096,
-    )
+    assert params["projector"]["fc3"]["kernel"].shape == (4096, 256)
+    assert params["predictor"]["fc1"]["kernel"].shape == (256, 4096)
     assert batch["text"].shape == (2, 39) and "teacher_image" in batch
 
 

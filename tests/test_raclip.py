@@ -164,9 +164,8 @@ def test_oracle_f_a_picture_is_not_its_own_neighbour(setting):
     bank = extra["bank"] | {"image": np.array(extra["bank"]["image"]), "count": np.int32(16)}
     bank["image"][:16] = own
     with_own = embedded(method, params, extra | {"bank": bank})
-    bank = bank | {
-        "text": np.concatenate([5 + extra["bank"]["text"][:16], extra["bank"]["text"][16:]])
-    }  # so K = 4 other rows are read
+    # So K = 4 other rows are read.
+    bank = bank | {"text": np.concatenate([5 + extra["bank"]["text"][:16], extra["bank"]["text"][16:]])}
     assert np.abs(with_own - embedded(method, params, extra | {"bank": bank})).max() > 1e-3
     bank["count"] = np.int32(1)  # the first image finds only itself
     lonely = embedded(method, params, extra | {"bank": bank})[0]
@@ -411,12 +410,8 @@ def test_a_file_of_weights_is_needed_only_when_a_run_starts(tiny_lite0):
     path.unlink()
     method = make_method(c)
     params, extra = jax.jit(method.init)(jax.random.key(0), {k: x[:2] for k, x in BATCH.items()})
-    assert extra["bank"]["image"].shape == (768, 1280) and extra["encoder"]["params"]["top_conv"]["kernel"].shape == (
-        1,
-        1,
-        16,
-        1280,
-    )
+    assert extra["bank"]["image"].shape == (768, 1280)
+    assert extra["encoder"]["params"]["top_conv"]["kernel"].shape == (1, 1, 16, 1280)
     with pytest.raises(UserError, match="cannot be read"):
         raclip.resolve(c, source)
 

@@ -234,11 +234,8 @@ def test_the_embedded_halves():
     loader = Loader(source, method.views[1:], tokenizer, batch_size=256, seed=0)
     batch = next(loader)
     classes = batch["label"] >= 0
-    assert (
-        abs(classes.mean() - 0.5) < 0.01
-        and (batch["source_id"] == ~classes).all()
-        and batch["label"].max() < len(source.class_names)
-    )
+    assert abs(classes.mean() - 0.5) < 0.01 and (batch["source_id"] == ~classes).all()
+    assert batch["label"].max() < len(source.class_names)
     concepts = [set(), set()]
     for i, label, ids in zip(batch["example_id"], batch["label"], batch["text"], strict=True):
         record = source[int(i)]
@@ -290,11 +287,8 @@ def run(folder, table, *overrides):
 def test_a_run_that_was_interrupted_goes_on_the_same(table, tmp_path):
     whole = run(tmp_path / "whole", table, "train.steps=4")
     run(tmp_path / "parts", table, "train.steps=2")
-    assert (
-        run(tmp_path / "parts", table, "train.steps=4") == whole
-        and len(whole) == 4
-        and np.isfinite(list(whole.values())).all()
-    )
+    assert run(tmp_path / "parts", table, "train.steps=4") == whole and len(whole) == 4
+    assert np.isfinite(list(whole.values())).all()
 
 
 @pytest.mark.parametrize(

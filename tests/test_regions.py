@@ -56,7 +56,7 @@ def test_an_image_without_regions_has_rows_of_zeros():
 def test_boxes_are_cut_at_the_edges_and_refused_beyond_them():
     np.testing.assert_allclose(PIXELS(record([[-3, -1, 4, 9]]), None)[0, -4:], [0, 0, 0.5, 1])
     for box in ([8, 0, 12, 4], [4, 0, 2, 4], [0, 4, 4, 4], [0, 0, np.nan, 4]):
-        with pytest.raises(BadRecord, match="region outside of its picture"):
+        with pytest.raises(BadRecord, match="region outside of its image"):
             PIXELS(record([box]), None)
 
 
@@ -81,7 +81,7 @@ def test_the_command_writes_columns_that_the_view_reads(tmp_path, capsys):
     failures = regions.run(
         source, str(tmp_path / "c"), PixelEncoder(), {}, count=3, batch=2, about={"encoder": "pixels"}
     )
-    assert failures == {"region outside of its picture": 1, "corrupt image": 1}
+    assert failures == {"region outside of its image": 1, "corrupt image": 1}
     joined = ColumnsSource(source, str(tmp_path / "c"))
     assert joined[0]["regions"].shape == (3, 768) and joined[0]["boxes"].shape == (3, 4)
     crop = Image.fromarray(image()).resize((16, 16), box=(2, 0, 6, 4))

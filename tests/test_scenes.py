@@ -143,11 +143,14 @@ def test_held_out_objects_and_pairs_are_never_in_training(records):
             objects, first = record["objects"], frozenset(record["objects"][:2])
             assert sum(name in new for name in objects[:2]) == (record["held_out"] == "object")
             assert not new & set(objects[2:])
-            pairs = {frozenset(pair): scenes._role(*pair) for pair in itertools.combinations(objects, 2)}
+            pairs = {frozenset(pair): scenes._split_of_pair(*pair) for pair in itertools.combinations(objects, 2)}
             assert pairs.pop(first) == (split if record["held_out"] == "combination" else "train")
             assert set(pairs.values()) <= {"train"}
             assert record["held_out"] != "combination" or first not in shown
-    assert all(scenes._role(*pair) == scenes._role(*reversed(list(pair))) == "train" for pair in map(tuple, shown))
+    assert all(
+        scenes._split_of_pair(*pair) == scenes._split_of_pair(*reversed(list(pair))) == "train"
+        for pair in map(tuple, shown)
+    )
 
 
 def test_a_record_is_a_function_of_its_place(sources, records):
@@ -215,7 +218,7 @@ def test_the_loader_takes_them(sources):
         ("scenes?object=2", "train", "unknown option 'object' .did you mean 'objects'"),
         ("scenes?objects=two", "train", "cannot read objects=two; options are written as in scenes"),
         ("scenes?objects=1-3", "train", "objects=1-3: at least 2 and at most 4"),
-        ("scenes?size=8", "train", "size=8 must be at least 32"),
+        ("scenes?size=8", "train", "size=8 must be at least 32 pixels"),
         ("scenes?groups=fods", "train", "no group 'fods'.*groups: activities"),
         ("scenes?groups=component", "train", "groups=component have 2 objects with a short name; at least 24"),
         ("scenes?concepts=24&pairs=999", "train", "pairs=999: training has 251 pairs of 24 objects"),

@@ -383,7 +383,7 @@ def test_flat_folder_with_captions_beside(tmp_path):
     ("make", "message"),
     [
         (lambda p: p / "missing", "no such file or folder"),
-        (lambda p: p, "no pictures"),
+        (lambda p: p, "no images"),
         (lambda p: p / "*.tar", "no such file"),
         (lambda p: p / "{00000..00003}.tar", "00000.tar: no such file"),
         (lambda p: p / "*.array_record*", "no such file"),

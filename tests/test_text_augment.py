@@ -102,7 +102,7 @@ def test_both_forms_are_of_the_same_caption():
         ("eda(3, 0.1, '', 5)", r"does not fit eda\(swaps, deletion, thesaurus\)"),
         (
             "eda(deletion=2)",
-            r"augment: 'eda\(deletion=2\)': swaps must be a whole number from 0 on, deletion between 0 and 1",
+            r"augment: 'eda\(deletion=2\)': swaps must be a whole number >= 0, and deletion between 0 and 1",
         ),
         ("eda(swaps='x')", "swaps must be a whole number"),
         ("eda(thesaurus='/no/such/file')", "cannot read the thesaurus '/no/such/file'"),

@@ -1,1 +1,1 @@
-"""Data input: sources, decoding, augmentation, views, tokenizers and the loader. Nothing here imports JAX or knows a method."""
+"""Data input: sources, decoding, augmentation, views, tokenizers and the loader. Imports neither JAX nor a method."""

@@ -1,7 +1,10 @@
-"""Per-example image transforms on PIL images with an explicit random generator, and the small language that names them.
+"""Image augmentation: operations on PIL images with an explicit random generator, and the strings that name them.
 
-An augmentation is a tuple of strings, such as ("rrc(0.9, 1.0)", "flip", "jitter(0.4, 0.4, 0.4, 0.1, p=0.8)"): the name of an operation
-below and its arguments as Python literals. `size`, where an operation has it, is the view's size unless it is given.
+An augmentation is a tuple of strings, such as `("rrc(0.9, 1.0)", "flip", "jitter(0.4, 0.4, 0.4, 0.1, p=0.8)")`. Each is
+the name of an operation below and its arguments as Python literals. `size` is in pixels, by default the view's size;
+`p` is the probability that an operation is applied.
+
+An operation is `f(image, **arguments)`, or `f(image, rng, **arguments)` when it is random, and returns an image.
 """
 
 import dataclasses
@@ -29,26 +32,31 @@ _OPERATIONS = {}
 
 
 def _operation(function):
-    """Registers an operation: `f(image, **arguments)`, or `f(image, rng, **arguments)` when it is random."""
+    """Registers an operation under the name of its function."""
     _OPERATIONS[function.__name__] = function
     return function
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A parsed augmentation: `pipeline(image, rng)` gives an "RGB" image of the view's size."""
+    """A parsed augmentation: `pipeline(image, rng)` returns an "RGB" image of the view's size.
+
+    Attributes:
+      steps: operations with their arguments bound.
+      random: for each step, whether it draws random numbers.
+    """
 
     steps: tuple[Callable, ...]
-    random: tuple[bool, ...]  # which steps draw random numbers
+    random: tuple[bool, ...]
 
     def __call__(self, image, rng):
-        """Applies the steps to an image of `decode.open_image`; `rng` may be None when no step is random."""
+        """Applies the steps to an image from `decode.open_image`; `rng` may be None when no step is random."""
         for step, is_random in zip(self.steps, self.random, strict=True):
             if step.func not in (
                 rrc,
                 background,
                 random_background,
-            ):  # those read the pixels, or the transparency, themselves
+            ):  # these read the pixels or transparency on their own
                 image = decode.flatten(image)
             image = step(image, rng) if is_random else step(image)
         return decode.flatten(image)
@@ -56,7 +64,14 @@ class Pipeline:
 
 @functools.lru_cache(maxsize=256)
 def parse(spec, size):
-    """Parses an augmentation for a view of `size` pixels; raises UserError for anything that could not run or ends at another size."""
+    """Returns the `Pipeline` of an augmentation.
+
+    Args:
+      spec: tuple of str.
+      size: int, side of the view in pixels.
+
+    Raises UserError for an operation that cannot run, and for a pipeline that ends at another size.
+    """
     steps, random = [], []
     for text in spec:
         function, kwargs, settable = bind(text, _OPERATIONS, ("image", "rng"))
@@ -70,16 +85,24 @@ def parse(spec, size):
     result = pipeline(Image.new("RGB", (48, 40)), np.random.default_rng(0)).size
     if result != (size, size):
         raise UserError(
-            f"augment: {list(spec)} gives {result[0]}x{result[1]} pixels from a 48x40 image, the view needs {size}x{size}; "
-            "end it with rrc, squash, center_crop, random_crop or pad"
+            f"augment: {list(spec)} gives {result[0]}x{result[1]} pixels from a 48x40 image, the view needs "
+            f"{size}x{size}; end it with rrc, squash, center_crop, random_crop or pad"
         )
     return pipeline
 
 
 def bind(text, operations, given):
-    """Reads a call of one of the operations: (function, arguments by name, names of all that may be set: those not `given` later).
+    """Reads the call of an operation.
 
-    Raises UserError for an unknown operation and for arguments that it does not have.
+    Args:
+      text: str, such as "flip" or "rrc(0.5, 1.0)".
+      operations: `{name: function}`.
+      given: names of the parameters that the pipeline passes, which the text cannot set.
+
+    Returns:
+      `(function, kwargs, settable)`: its arguments by name, and the names of all parameters that may be set.
+
+    Raises UserError for an unknown operation and for unknown arguments.
     """
     name, args, kwargs = parse_call(text, "augment")
     if name not in operations:
@@ -88,12 +111,11 @@ def bind(text, operations, given):
     settable = [parameter for parameter in inspect.signature(operations[name]).parameters if parameter not in given]
     if len(args) > len(settable) or not set(kwargs) <= set(settable) or set(settable[: len(args)]) & set(kwargs):
         raise UserError(f"augment: {text!r} does not fit {name}({', '.join(settable)})")
-    # Fewer arguments than parameters is normal.
-    return operations[name], dict(zip(settable, args, strict=False)) | kwargs, settable
+    return operations[name], dict(zip(settable, args, strict=False)) | kwargs, settable  # args may be fewer
 
 
 def _try(step, is_random, text):
-    """Runs a step once on a small picture, all its coins coming up heads, so that a wrong argument shows at once."""
+    """Runs a step once on a small image, applied whatever its probability; raises UserError for a wrong argument."""
 
     class Heads(np.random.Generator):
         def random(self, *args, **kwargs):
@@ -123,7 +145,11 @@ def _filter(name):
 
 @_operation
 def rrc(image, rng, min_area=0.08, max_area=1.0, ratio=(3 / 4, 4 / 3), size=None, interpolation="bicubic"):
-    """Random resized crop with torchvision's distribution: ten tries for a box of random area share and aspect, else the centre."""
+    """Random resized crop with torchvision's distribution.
+
+    Draws up to ten boxes with a random share of the image's area and a random aspect ratio; when none fits, takes the
+    centre.
+    """
     box = _random_box(image.size, rng, min_area, max_area, ratio)
     image, box = decode.shrink_on_load(image, box, size)
     return decode.flatten(image).resize((size, size), _filter(interpolation), box)
@@ -155,7 +181,7 @@ def _random_box(image_size, rng, min_area, max_area, ratio):
 
 @_operation
 def resize(image, size=None, interpolation="bicubic"):
-    """Resizes the short side to `size`, keeping the aspect."""
+    """Resizes the short side to `size` and keeps the aspect ratio."""
     width, height = image.size
     if width <= height:
         shape = (size, max(size, int(size * height / width)))
@@ -166,7 +192,10 @@ def resize(image, size=None, interpolation="bicubic"):
 
 @_operation
 def squash(image, size=None, interpolation="bicubic", antialias=True):
-    """Resizes to size x size ignoring the aspect; antialias=False (bilinear only) is the resize of big_vision's published models."""
+    """Resizes to size x size and ignores the aspect ratio.
+
+    antialias=False, for bilinear only, is the resize of big_vision's published models.
+    """
     if antialias:
         return image.resize((size, size), _filter(interpolation))
     if interpolation != "bilinear":
@@ -175,7 +204,7 @@ def squash(image, size=None, interpolation="bicubic", antialias=True):
 
 
 def _bilinear(image_HWC, size):
-    """Bilinear resize with half-pixel centres and no antialiasing, truncated to uint8 [size,size,C]."""
+    """Bilinear resize with half-pixel centres and no antialiasing, truncated to uint8 `[size, size, channels]`."""
 
     def taps(length):
         centre = np.maximum(
@@ -201,15 +230,12 @@ def center_crop(image, size=None):
 @_operation
 def random_crop(image, rng, size=None):
     """Crops size x size pixels at a random place; a smaller image gets a black border."""
-    x, y = rng.random(2).tolist()
-    return _crop(
-        image,
-        size,
-        *(
-            int(u * (side - size + 1)) if side > size else round((side - size) / 2)
-            for u, side in ((x, image.width), (y, image.height))
-        ),
+    draws = rng.random(2).tolist()
+    left, top = (
+        int(draw * (side - size + 1)) if side > size else round((side - size) / 2)
+        for draw, side in zip(draws, image.size, strict=True)
     )
+    return _crop(image, size, left, top)
 
 
 def _crop(image, size, left, top):
@@ -224,16 +250,16 @@ def pad(image, size=None, color=(255, 255, 255), interpolation="bicubic"):
 
 @_operation
 def flip(image, rng, p=0.5):
-    """Mirrors left and right."""
+    """Mirrors the image horizontally."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if _heads(rng, p) else image
 
 
-# Transparency: these go first, before anything puts the image on white
+# Transparency. These come first: all other operations put the image on white.
 
 
 @_operation
 def background(image, color):
-    """Puts transparent pixels on a colour (red, green, blue)."""
+    """Puts transparent pixels on a colour (red, green, blue), 0 to 255 each."""
     return decode.flatten(image, color)
 
 
@@ -249,7 +275,10 @@ def random_background(image, rng, p=1.0):
 
 @_operation
 def jitter(image, rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=1.0):
-    """Colour jitter in random order with torchvision's strengths: factors in [1-s, 1+s], hue shifts in [-hue, hue] of a turn."""
+    """Colour jitter in random order, with torchvision's strengths.
+
+    A strength s gives a factor in [1 - s, 1 + s]; `hue` gives a shift in [-hue, hue] of a full turn.
+    """
     if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
         raise ValueError("strengths are >= 0, and hue <= 0.5")
     if not _heads(rng, p):
@@ -276,13 +305,13 @@ def _shift_hue(image, turns):
 
 @_operation
 def gray(image, rng, p=0.2):
-    """Turns to grey."""
+    """Converts to grey values."""
     return image.convert("L").convert("RGB") if _heads(rng, p) else image
 
 
 @_operation
 def blur(image, rng, min_sigma=0.1, max_sigma=2.0, p=0.5):
-    """Gaussian blur with a random standard deviation in pixels."""
+    """Gaussian blur; its standard deviation in pixels is uniform in [min_sigma, max_sigma]."""
     if not 0 <= min_sigma <= max_sigma:
         raise ValueError(f"sigmas {min_sigma}, {max_sigma} are not 0 <= min <= max")
     if not _heads(rng, p):
@@ -292,7 +321,7 @@ def blur(image, rng, min_sigma=0.1, max_sigma=2.0, p=0.5):
 
 @_operation
 def solarize(image, rng, p=0.2, threshold=128):
-    """Inverts all values from `threshold` up."""
+    """Inverts all values of at least `threshold`."""
     return ImageOps.solarize(image, threshold) if _heads(rng, p) else image
 
 
@@ -301,7 +330,7 @@ def solarize(image, rng, p=0.2, threshold=128):
 
 @_operation
 def autoaugment(image, rng, fill=(128, 128, 128)):
-    """AutoAugment, the ImageNet policy (Cubuk et al. 2019): one of 25 pairs of operations, each with its own probability."""
+    """AutoAugment with the ImageNet policy (Cubuk et al. 2019): one of 25 pairs of operations with probabilities."""
     for name, p, level in _AUTOAUGMENT[rng.integers(len(_AUTOAUGMENT))]:
         if _heads(rng, p):
             image = _distort(image, name, level / 9, 1 if rng.random() < 0.5 else -1, tuple(fill))
@@ -310,7 +339,7 @@ def autoaugment(image, rng, fill=(128, 128, 128)):
 
 @_operation
 def randaugment(image, rng, n=2, magnitude=9, fill=(128, 128, 128)):
-    """RandAugment (Cubuk et al. 2020): n operations drawn with replacement, at strength magnitude/30."""
+    """RandAugment (Cubuk et al. 2020): n operations drawn with replacement, at strength magnitude / 30."""
     if not (n >= 0 and 0 <= magnitude <= 30):
         raise ValueError(f"n={n}, magnitude={magnitude} are not n >= 0, 0 <= magnitude <= 30")
     for i in rng.integers(len(_RANDAUGMENT), size=n).tolist():
@@ -319,7 +348,7 @@ def randaugment(image, rng, n=2, magnitude=9, fill=(128, 128, 128)):
 
 
 def _distort(image, name, level, sign, fill):
-    """One operation of the policies at strength `level` in [0, 1]."""
+    """Applies an operation of the policies at strength `level` in [0, 1]; `sign` is 1 or -1."""
     turn = sign * level
     match name:
         case "identity":
@@ -378,7 +407,7 @@ _RANDAUGMENT = (
 
 
 def _policy(table):
-    """Reads lines of two operations, each written name:probability:level (level 0..9)."""
+    """Returns a table of lines with two operations each, written name:probability:level with a level in 0..9."""
     lines = [[part.split(":") for part in line.split()] for line in table.strip().splitlines()]
     return tuple(tuple((name, float(p), int(level)) for name, p, level in line) for line in lines)
 
@@ -413,5 +442,5 @@ equalize:0.8:0   equalize:0.6:0
 
 
 def normalize(image, mean=CLIP_MEAN, std=CLIP_STD):
-    """uint8 [..., 3] -> float32 (image/255 - mean) / std: what a model's first operation on the device does, in NumPy."""
+    """Returns (image / 255 - mean) / std, uint8 `[..., 3]` -> float32; a model does the same on the device."""
     return (image.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)

@@ -1,4 +1,4 @@
-"""Encoded bytes or arrays -> upright 8-bit RGB pictures, through Pillow. Whatever cannot be used raises `BadRecord`."""
+"""Decodes bytes and arrays to upright 8-bit RGB images with Pillow. An unusable image raises `BadRecord`."""
 
 import io
 
@@ -8,18 +8,26 @@ from PIL import Image, ImageFile, ImageOps
 from clip_jax.data.records import BadRecord
 
 MAX_PIXELS = 2**26  # 67 million pixels, 200 MB decoded
-SMALL_PIXELS = 256 * 256  # up to this size a picture is decoded whole, and may be kept in memory by the loader
+SMALL_PIXELS = 256 * 256  # an image up to this size is decoded whole, and the loader may keep it in memory
 WHITE = (255, 255, 255)
 _EXIF_ORIENTATION = 0x0112
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
 def open_image(data, max_pixels=MAX_PIXELS):
-    """Opens encoded bytes, a uint8 array [H,W], [H,W,1|3|4] or a PIL image as an upright "RGB" or "RGBA" image.
+    """Opens an image as an upright PIL image.
 
-    "RGBA" only where some pixel is transparent; of an animation the first frame. The pixels of a large JPEG are not read yet, so that
-    `shrink_on_load` can decode it at a reduced scale; `load` reads them.
-    Raises BadRecord for what is missing, corrupt, truncated or has more than `max_pixels` pixels by its header, which is not decoded.
+    The pixels of a large JPEG are not read yet, so that `shrink_on_load` can decode it at a reduced scale; `load` reads
+    them. An animation gives its first frame.
+
+    Args:
+      data: encoded bytes, a uint8 array `[h, w]`, `[h, w, 1]`, `[h, w, 3]` or `[h, w, 4]`, or a PIL image.
+      max_pixels: int, the largest number of pixels. The header is checked, before pixels are decoded.
+
+    Returns:
+      A PIL image in mode "RGB", or "RGBA" when some pixel is transparent.
+
+    Raises BadRecord for an image that is missing, corrupt, truncated or too large.
     """
     if type(data) is Image.Image and data.mode in ("RGB", "RGBA"):  # decoded before
         return data
@@ -33,17 +41,13 @@ def open_image(data, max_pixels=MAX_PIXELS):
             raise BadRecord("image too large") from None
         except Exception:  # Pillow's plugins raise almost any class on a broken file
             raise BadRecord("corrupt image") from None
-        image.decodermaxblock = len(data)  # all in one piece: the decoder need not stop and go on
+        image.decodermaxblock = len(data)  # one block: the decoder never has to stop and resume
     if image.width * image.height > max_pixels:
         raise BadRecord("image too large")
     if image.width * image.height == 0:
         raise BadRecord("corrupt image")
-    if (
-        image.format == "JPEG"
-        and image.mode == "RGB"
-        and image.width * image.height > SMALL_PIXELS
-        and _orientation(image) == 1
-    ):
+    is_rgb_jpeg = image.format == "JPEG" and image.mode == "RGB"
+    if is_rgb_jpeg and image.width * image.height > SMALL_PIXELS and _orientation(image) == 1:
         return image
     return _to_rgb(load(image))
 
@@ -58,10 +62,18 @@ def load(image):
 
 
 def shrink_on_load(image, box, size):
-    """Reads the pixels for a crop of `box` that is then resized to `size`; returns (image, box in its pixels).
+    """Reads the pixels for a crop that is resized afterwards.
 
-    A JPEG that is not read yet is decoded at 1/2, 1/4 or 1/8 of its scale when the crop keeps at least twice the wanted side: the final
-    resize still averages over pixels, and most of the decoding is saved.
+    An unread JPEG is decoded at 1/2, 1/4 or 1/8 of its scale where the sides of the crop stay at least twice `size`.
+    This saves most of the decoding, and the final resize still averages over pixels.
+
+    Args:
+      image: a PIL image that `open_image` returned.
+      box: left, top, right, bottom of the crop in pixels.
+      size: int, side of the resized crop in pixels.
+
+    Returns:
+      `(image, box)`: the image with its pixels read, and the box in its pixels.
     """
     left, top, right, bottom = box
     room = min(right - left, bottom - top) / (2 * size)
@@ -75,7 +87,7 @@ def shrink_on_load(image, box, size):
 
 
 def flatten(image, background=WHITE):
-    """Puts an "RGBA" image on a background colour; an "RGB" image is returned with its pixels read."""
+    """Returns an "RGBA" image on a background colour (red, green, blue), or an "RGB" image with its pixels read."""
     if image.mode == "RGB":
         return load(image)
     canvas = Image.new("RGB", image.size, tuple(background))
@@ -84,18 +96,15 @@ def flatten(image, background=WHITE):
 
 
 def decode_image(data, background=WHITE, max_pixels=MAX_PIXELS):
-    """Decodes to uint8 [H,W,3], transparent pixels over `background`. Input and errors as in `open_image`."""
+    """Returns an image as uint8 `[h, w, 3]`, transparent pixels on `background`; input and errors as `open_image`."""
     return np.asarray(flatten(open_image(data, max_pixels), background))
 
 
 def _from_array(array):
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    if (
-        array.dtype != np.uint8
-        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
-        or not array.size
-    ):
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not is_image or not array.size:
         raise BadRecord(f"unsupported array {array.dtype}{list(array.shape)}")
     return Image.fromarray(np.ascontiguousarray(array))
 
@@ -103,7 +112,7 @@ def _from_array(array):
 def _orientation(image):
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # broken EXIF does not make the picture unusable
+    except Exception:  # broken EXIF does not make the image unusable
         return 1
 
 
@@ -122,7 +131,7 @@ def _to_rgb(image):
 
 
 def _to_8bit(image):
-    """16-bit, 32-bit and float greys: Pillow's own conversion would clip at 255 instead of scaling."""
+    """Scales 16-bit, 32-bit and float grey values; Pillow's own conversion would clip them at 255."""
     values = np.asarray(image, dtype=np.float64)
     if image.mode == "F":
         top = 1.0 if values.max() <= 1 else 255.0

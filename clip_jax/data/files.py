@@ -1,4 +1,4 @@
-"""Files: reading them by offset, and the files that a pattern names."""
+"""Reading files: parts by offset, whole files, JSON lines, and the files that a pattern matches."""
 
 import glob
 import json
@@ -12,7 +12,10 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".
 
 
 class FileReader:
-    """Reads parts of files by offset, from any thread. Keeps some files open; a copy in another process starts with none."""
+    """Reads parts of files by offset, from any thread.
+
+    Keeps up to `keep` files open. A pickled copy starts with none.
+    """
 
     def __init__(self, keep=256):
         self._keep, self._open = keep, {}
@@ -21,11 +24,11 @@ class FileReader:
         return {"_keep": self._keep, "_open": {}}
 
     def read(self, path, offset, size):
-        """Raises BadRecord when the file cannot be read or ends before."""
+        """Returns `size` bytes from `offset` on; raises BadRecord when the file is unreadable or shorter."""
         file = self._open.get(path)
         try:
             if file is None:
-                file = open(path, "rb", buffering=0)  # closed when no longer referenced
+                file = open(path, "rb", buffering=0)  # closed when it is no longer referenced
                 if len(self._open) < self._keep:
                     self._open[path] = file
             data = os.pread(file.fileno(), size, offset)
@@ -37,7 +40,7 @@ class FileReader:
 
 
 def read_file(path):
-    """A whole file; raises BadRecord."""
+    """Returns the bytes of a whole file; raises BadRecord when it is missing or unreadable."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -48,24 +51,27 @@ def read_file(path):
 
 
 def expand(pattern):
-    """Files of a path with wildcards, or with ranges such as {00000..00099}, every one of which must exist."""
+    """Returns the sorted files that a pattern matches.
+
+    Args:
+      pattern: a path with shell wildcards or with numeric ranges such as `{00000..00099}`. Every file of a range must
+        exist.
+
+    Raises UserError when a file of a range is missing or nothing matches.
+    """
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         low, high = match.groups()
-        parts = [
-            f"{pattern[: match.start()]}{i:0{len(low)}d}{pattern[match.end() :]}"
-            for i in range(int(low), int(high) + 1)
-        ]
+        before, after = pattern[: match.start()], pattern[match.end() :]
+        parts = (f"{before}{i:0{len(low)}d}{after}" for i in range(int(low), int(high) + 1))
         return [file for part in parts for file in expand(part)]
-    files = (
-        [pattern] if os.path.isfile(pattern) else sorted(file for file in glob.glob(pattern) if os.path.isfile(file))
-    )
+    files = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
     if not files:
         raise UserError(f"{pattern}: no such file")
     return files
 
 
 def read_json(text):
-    """JSON, None for a blank line, and the text itself where it is not JSON."""
+    """Returns the value of a line of JSON, None for a blank line, or the text itself when it is not JSON."""
     try:
         return json.loads(text) if text.strip() else None
     except ValueError:

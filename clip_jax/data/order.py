@@ -1,7 +1,7 @@
-"""The endless order in which training goes through a source: of each position the part of a mixture, the epoch and the example.
+"""The endless order of training examples: maps a position to a part of the mixture, an epoch and an example id.
 
-Everything is a pure function of the seed and the position, so that any host can start anywhere; so are the generators of the random choices
-within an example, by (seed, epoch, example id).
+The order is a pure function of (seed, position), so any host can start anywhere. The random choices within an example
+are a pure function of (seed, epoch, example id).
 """
 
 import functools
@@ -11,14 +11,23 @@ from collections import deque
 
 import numpy as np
 
-_SMALL_SOURCE = (
-    2**16
-)  # up to here an explicit permutation: Grain's shuffle by index costs up to milliseconds an index in a small range
-_BLOCK = 256  # steps within which the order of the sources is random
+# A source up to this length has an explicit permutation: in a small range Grain's shuffle by index takes up to
+# milliseconds per index.
+_SMALL_SOURCE = 2**16
+_BLOCK = 256  # steps; the order of the sources is shuffled within each block
 
 
 class Stream:
-    """Endless (part, epoch, example id) of one part of a mixture, by position: all its ids in a new order every epoch."""
+    """The endless order of one part of a mixture: all its ids in a new order every epoch.
+
+    `stream[position]` is (part, epoch, example id).
+
+    Args:
+      part: int, the index of the part.
+      start: int, the first example id of the part.
+      length: int, its number of examples.
+      seed: int.
+    """
 
     def __init__(self, part, start, length, seed):
         import grain
@@ -35,7 +44,7 @@ class Stream:
 
 
 class Mixed:
-    """Streams side by side: of any few positions in a row each stream has its share, by weight."""
+    """Interleaves streams: each one has its share, by weight, in any short run of positions."""
 
     def __init__(self, streams, weights):
         self._index = _mix([stream.__getitem__ for stream in streams], weights)
@@ -45,10 +54,11 @@ class Mixed:
 
 
 class OneSource:
-    """Each batch from one stream (debiased sampling: ZeroVL, Cui et al. 2022).
+    """Takes each batch from one stream (debiased sampling; ZeroVL, Cui et al. 2022).
 
-    The batches are dealt out by weight, as the examples of `Mixed` are, and shuffled within blocks of 256 steps: the chance of a
-    stream at a step is its weight, its share of a block is exact but for rounding, and each stream goes through its epochs in order.
+    Batches are assigned by weight, as examples are in `Mixed`, and shuffled within blocks of 256 steps. The probability
+    of a stream at a step is its weight. Its share of a block is exact up to rounding. Each stream goes through its
+    epochs in order.
     """
 
     def __init__(self, streams, weights, seed, batch_size):
@@ -61,22 +71,22 @@ class OneSource:
         return self._streams[part][batch * self._batch_size + row]
 
     def block(self, number):
-        """(part, number of the part's batch) of each step of a block."""
-        dealt = [self._batches[number * _BLOCK + i] for i in range(_BLOCK)]
-        shuffled = [dealt[i][0] for i in _permutation(self._seed, number, _BLOCK)]
-        waiting = {part: deque(batch for p, batch in dealt if p == part) for part in set(shuffled)}
+        """Returns (part, index of the part's batch) of each step of a block."""
+        assigned = [self._batches[number * _BLOCK + i] for i in range(_BLOCK)]
+        shuffled = [assigned[i][0] for i in _permutation(self._seed, number, _BLOCK)]
+        waiting = {part: deque(batch for p, batch in assigned if p == part) for part in set(shuffled)}
         return [(part, waiting[part].popleft()) for part in shuffled]
 
 
 def make_order(starts, weights, seed, batch_size, one_source):
-    """(part, epoch, example id) by position.
+    """Returns the order of a source: `order[position]` is (part, epoch, example id).
 
     Args:
-        starts: the first example id of each part of the mixture, and the number of examples.
-        weights: of the parts, positive.
-        seed: 0..2**32-1.
-        batch_size: positions t * batch_size to (t + 1) * batch_size - 1 are the batch of step t.
-        one_source: every batch is from one part.
+      starts: list of int, the first example id of each part of the mixture, then the number of all examples.
+      weights: positive floats, one per part.
+      seed: int in [0, 2**32).
+      batch_size: int; positions t * batch_size to (t + 1) * batch_size - 1 are the batch of step t.
+      one_source: bool, whether each batch is from one part.
     """
     streams = [Stream(part, start, end - start, seed) for part, (start, end) in enumerate(itertools.pairwise(starts))]
     if len(streams) == 1:
@@ -109,7 +119,10 @@ def _permutation(seed, epoch, length):
 
 
 class _Randomness(threading.local):
-    """Generators by (seed, epoch, example id): each thread has one, whose state is set, which is much cheaper than a new one each time."""
+    """Random generators by (seed, epoch, example id).
+
+    Each thread has one generator and sets its state, which is much cheaper than making a new one each time.
+    """
 
     def __init__(self):
         self._bits = np.random.Philox(key=0)
@@ -117,6 +130,7 @@ class _Randomness(threading.local):
         self._state = self._bits.state  # counter 0, nothing buffered
 
     def __call__(self, seed, epoch, example_id):
+        """Returns the generator, valid until the thread's next call."""
         self._state["state"]["key"][:] = seed << 32 | epoch, example_id
         self._bits.state = self._state
         return self._generator

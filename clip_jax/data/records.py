@@ -1,8 +1,14 @@
 """Records, and what every source of them shares.
 
-A record is a dict. `image` is encoded bytes or a uint8 array, `texts` a list of captions of that image, `label` an integer (absent when the
-data set has none), `class_name` its name; all other fields keep their own names. Captions that are not UTF-8 carry surrogates, which the
-text view refuses, and a record that cannot be read raises `BadRecord`: neither ends a run.
+A record is a dict that describes one example:
+
+    image        encoded bytes, or a uint8 array `[h, w]`, `[h, w, 1]`, `[h, w, 3]` or `[h, w, 4]`
+    texts        list of str, the captions of the image
+    label        int, the index of its class; absent when the data set has no labels, -1 when the class is unknown
+    class_name   str, the name of that class
+
+All other fields of a data set keep their own names. Text that is not UTF-8 carries surrogate escapes, which the text
+view rejects. A record that cannot be read raises `BadRecord`. Neither ends a run.
 """
 
 import hashlib
@@ -12,7 +18,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,79 +27,74 @@ from clip_jax.errors import UserError, did_you_mean
 Record = dict[str, Any]
 
 
-# Names that fields have in practice, best first. Compared in lower case.
-_IMAGE_NAMES = (
-    "image",
-    "image_path",
-    "filepath",
-    "file_path",
-    "path",
-    "file_name",
-    "filename",
-    "file",
-    "img",
-    "image/encoded",
-    "image_bytes",
-    "jpg",
-    "png",
-    "webp",
-)
-
-
-_TEXT_NAMES = (
-    "captions",
-    "caption",
-    "texts",
-    "text",
-    "captions/text",
-    "title",
-    "alt_text",
-    "sentence",
-    "sentences",
-    "name",
-    "description",
-)
-
-
-_CANONICAL = {"image", "texts", "label", "source_id"}  # a data set's own fields of these names give way
-
-
-_LABEL_NAMES = ("label", "class_id", "class", "category", "target")
-
-
-_CHUNK = 4096  # records that are read ahead
-
-
 class BadRecord(Exception):
-    """A record that cannot be used. `args[0]` is the reason, a short category such as "corrupt image" under which it is counted."""
+    """A record that cannot be used.
+
+    `args[0]` is the reason: a short category such as "corrupt image", under which the record is counted.
+    """
 
 
 class Source(Protocol):
-    """Records by index. Picklable, because worker processes get a copy; files are opened on first use in each process."""
+    """Records by index.
+
+    A source is picklable, because each worker process gets a copy. It opens files on first use in each process.
+
+    Attributes:
+      name: str, for messages.
+      class_names: list of str, indexed by label, or None when the data set does not name its classes.
+      broken: `{reason: count}` of what was unreadable while the source was indexed.
+    """
 
     name: str
-    class_names: Sequence[str] | None  # by label, where the data set says so
-    broken: Mapping[str, int]  # what was found unreadable while indexing, by reason
+    class_names: Sequence[str] | None
+    broken: Mapping[str, int]
 
-    def __len__(self): ...
+    def __len__(self):
+        """Returns the number of records."""
 
-    def __getitem__(self, index): ...
+    def __getitem__(self, index):
+        """Returns the record at `index`, an int in [0, len); raises BadRecord when it cannot be read."""
+
+
+class Fields(NamedTuple):
+    """The fields of a data set that become `image`, `texts` and `label` of its records."""
+
+    image: str | None
+    texts: tuple[str, ...]
+    label: str | None
+
+
+# Usual names of fields, best first; compared in lower case.
+_IMAGE_NAMES = ("image", "image_path", "filepath", "file_path", "path", "file_name", "filename", "file", "img")
+_IMAGE_NAMES += ("image/encoded", "image_bytes", "jpg", "png", "webp")
+_TEXT_NAMES = ("captions", "caption", "texts", "text", "captions/text", "title", "alt_text", "sentence", "sentences")
+_TEXT_NAMES += ("name", "description")
+_LABEL_NAMES = ("label", "class_id", "class", "category", "target")
+_CANONICAL = {"image", "texts", "label", "source_id"}  # set by this package; a data set's own fields are dropped
+_PEEKED = 16  # records whose fields are looked at when a source is made
 
 
 class BaseSource:
-    """What all sources below share: the choice of fields and the canonical form of a record."""
+    """What the sources share: the choice of fields, class names, and the canonical form of a record.
+
+    Args:
+      name: str, for messages.
+      image: name of the image field, or None to choose it by its usual names.
+      text: name or names of the caption fields, or None.
+      label: name of the label field, or None.
+    """
 
     class_names: Sequence[str] | None = None
 
     def __init__(self, name, image=None, text=None, label=None):
         self.name = name
         self.broken = Counter()
-        self._fields = (image, (text,) if isinstance(text, str) else tuple(text or ()), label)
+        self._fields = Fields(image, (text,) if isinstance(text, str) else tuple(text or ()), label)
 
     def _peek(self, read):
-        """The first values of all fields that the first 16 readable records have."""
+        """Returns the first value of each field of the first readable records; `read(index)` returns a raw record."""
         fields = {}
-        for index in range(min(len(self), 16)):
+        for index in range(min(len(self), _PEEKED)):
             try:
                 fields = read(index) | fields
             except BadRecord:
@@ -101,22 +102,21 @@ class BaseSource:
         return fields
 
     def _choose_fields(self, names):
-        """Settles which fields are image, captions and label: those asked for, else the first that has a usual name."""
+        """Sets the image, caption and label fields: those asked for, else the first of `names` with a usual name."""
         names = list(names)
         image, texts, label = self._fields
         for field in filter(None, (image, *texts, label)):
             if field not in names:
-                raise UserError(
-                    f"{self.name}: no field {field!r}{did_you_mean(field, names)}; fields: {', '.join(names)}"
-                )
-        self._fields = (
+                hint = did_you_mean(field, names)
+                raise UserError(f"{self.name}: no field {field!r}{hint}; fields: {', '.join(names)}")
+        self._fields = Fields(
             image or _first(_IMAGE_NAMES, names),
             texts or tuple(filter(None, [_first(_TEXT_NAMES, names)])),
             label or _first(_LABEL_NAMES, names),
         )
 
     def _canonical(self, raw):
-        """The record with the chosen fields under their canonical names; bytes other than the image become str."""
+        """Returns a raw record with the chosen fields under their canonical names, and bytes of other fields as str."""
         image, texts, label = self._fields
         values = {key: plain(value) for key, value in raw.items() if key != image}
         record = {key: value for key, value in values.items() if key not in _CANONICAL and key != label}
@@ -124,24 +124,24 @@ class BaseSource:
             record["image"] = raw[image]
         if values.get(label) is not None:
             record["label"] = self._label(values[label])
-        if self.class_names is not None and record.get("label", -1) >= 0:  # TFDS has -1 where it is unknown
+        if self.class_names is not None and record.get("label", -1) >= 0:  # TFDS has -1 for an unknown class
             record["class_name"] = self._class_name(record["label"])
         captions = itertools.chain.from_iterable(_as_list(values.get(text)) for text in texts)
         record["texts"] = [str(c) for c in captions] if texts else _as_list(record.get("class_name"))
         return record
 
     def _drop_text_label(self, raw, asked):
-        """Text under a usual name of labels is not a label; asked for by name, it is an error."""
-        image, texts, label = self._fields
+        """Drops a label field that holds text, unless it was `asked` for: then raises UserError."""
+        label = self._fields.label
         if label is not None and self.class_names is None and isinstance(raw.get(label), str | bytes):
             if asked:
                 raise UserError(
-                    f"{self.name}: label field {label!r} holds text; labels here are integers or a TFDS ClassLabel"
+                    f"{self.name}: label field {label!r} holds text; must hold integers or a TFDS ClassLabel"
                 )
-            self._fields = (image, texts, None)
+            self._fields = self._fields._replace(label=None)
 
     def _label(self, value):
-        """The class's place in the list of names, from 0, or -1 where it is unknown; raises UserError for a label beyond the list."""
+        """Returns the class index of a label or class name, -1 when unknown; raises UserError for one out of range."""
         if self.class_names is not None and isinstance(value, str) and value in self._class_index:
             return self._class_index[value]
         try:
@@ -150,7 +150,8 @@ class BaseSource:
             raise BadRecord("unknown label") from None
         if self.class_names is not None and not -1 <= label < (count := len(self.class_names)):
             raise UserError(
-                f"{self.name}: a record has label {label}, but there are {count} class names, 0 to {count - 1}; -1 is no label"
+                f"{self.name}: a record has label {label}, but there are {count} class names, 0 to {count - 1}; "
+                "-1 is no label"
             )
         return label
 
@@ -168,7 +169,10 @@ def _first(candidates, names):
 
 
 def plain(value):
-    """NumPy and bytes -> plain Python; invalid UTF-8 becomes surrogates, which the text view refuses."""
+    """Returns NumPy values and bytes as plain Python values; bytes that are not UTF-8 become surrogate escapes.
+
+    An array of two or more dimensions stays an array.
+    """
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
     if isinstance(value, np.generic):
@@ -184,8 +188,14 @@ def _as_list(value):
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+_CHUNK = 4096  # records that threads read ahead
+
+
 def records(source, first=0):
-    """Records from the first one on, with index, in order, read ahead by threads; BadRecord in the place of those that cannot be read."""
+    """Yields `(index, record)` in order, from index `first` on; threads read ahead.
+
+    A record that cannot be read is yielded as its `BadRecord`.
+    """
 
     def read(index):
         try:
@@ -200,17 +210,17 @@ def records(source, first=0):
 
 
 def hash64(data):
-    """The first 64 bits of a BLAKE2b hash of bytes, an int."""
+    """Returns the first 64 bits of the BLAKE2b hash of bytes, an int."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def image_key(image):
-    """A hash of the bytes of a picture."""
+    """Returns a 64-bit hash of an image: of its encoded bytes, or of the values and shape of an array."""
     return hash64(image.tobytes() + str(image.shape).encode() if isinstance(image, np.ndarray) else bytes(image or b""))
 
 
 def fingerprint(source):
-    """Tells data sets apart: a hash of their number of records and of 32 records, evenly spaced."""
+    """Returns a hex digest that tells data sets apart: of the number of records and of 32 evenly spaced records."""
     digest = hashlib.blake2b(str(len(source)).encode(), digest_size=16)
     for i in range(min(32, len(source))):
         try:

@@ -1,44 +1,63 @@
-"""Views: what a method asks of the data for each example, and the function that makes an example out of a record."""
+"""Views: what a method asks of the data for each example, and the function that makes an example of a record.
+
+A view is a frozen dataclass with
+
+    name, shape, dtype              the key, shape and dtype of its array in an example
+    view(record, rng, tokenizer)    returns that array; raises BadRecord when it cannot use the record
+    fields                          optional: `{record field: what names it}` of the fields that the view names
+
+`rng` is a `np.random.Generator` in training and None in evaluation, where nothing is random.
+"""
 
 import dataclasses
 import functools
-import string
 
 import numpy as np
 from PIL import Image
 
 from clip_jax.data import augment, decode, text_augment, token_augment
 from clip_jax.data.records import BadRecord
+from clip_jax.data.templates import (
+    class_name,
+    fields_of,
+    fill_template,
+    parse_template,
+    pick,
+    rewrites_of,
+    usable_rewrite,
+    usable_texts,
+)
 from clip_jax.errors import UserError
-
-#: Operations of `TextView.augment`: on the caption, `f(caption, rng, **arguments)`, and on its ids, `f(ids, rng, tokenizer, **arguments)`;
-#: these are without start, end and padding.
-_ON_CAPTION = {"eda": text_augment.eda}
-_ON_IDS = {"tokens": token_augment.tokens}
-PIXEL_FEATURES = 8 * 8 * 3  # of a region
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageView:
-    """An image as uint8 [size,size,3]; `augment` is in the language of `augment.py`. The default is CLIP's evaluation crop."""
+    """An image, uint8 `[size, size, 3]`.
+
+    Attributes:
+      name: str, the key of the array.
+      size: int, side in pixels.
+      augment: operations of `clip_jax.data.augment`, such as `("rrc(0.5, 1.0)", "flip")`. The default is CLIP's
+        evaluation crop.
+    """
 
     name: str = "image"
     size: int = 224
     augment: tuple[str, ...] = ("resize", "center_crop")
 
     def __post_init__(self):
-        object.__setattr__(self, "augment", tuple(self.augment))  # configs carry lists
-        augment.parse(self.augment, self.size)  # fails early
+        object.__setattr__(self, "augment", tuple(self.augment))  # configurations carry lists
+        augment.parse(self.augment, self.size)  # raises UserError for a mistake
 
     @property
     def shape(self):
-        """Of the array that the view gives; uint8 (`dtype`)."""
         return (self.size, self.size, 3)
 
     dtype = np.dtype(np.uint8)
 
     @property
     def is_random(self):
+        """Whether some operation draws random numbers."""
         return any(augment.parse(self.augment, self.size).random)
 
     def __call__(self, record, rng, tokenizer=None):
@@ -49,18 +68,34 @@ class ImageView:
 
 @dataclasses.dataclass(frozen=True)
 class TextView:
-    """Token ids int32 [context] of one caption.
+    """A caption of a record as token ids, int32 `[context]`.
 
-    Without templates it is one of the record's captions, drawn anew each epoch. Templates are strings with fields of the record in
-    braces, such as ("{name}", "{name}: {tags}"): one is drawn among those whose fields are all filled, and of a field that is a list a
-    random subset in random order, joined by commas. In evaluation (rng None) it is the first usable one, lists whole and in order.
-    In training each word is left out with the chance `word_dropout`, but never all of them (random deletion, Wei & Zou 2019), and then
-    `augment` changes the caption or its ids: names of operations, such as ("eda",), of which those on the caption go first.
-    Records with a label have `class_templates`, if there are any, in the place of `templates`: {class_name} is the class's name, without
-    commas, or one of its names.
-    In training the caption may give way to a rewrite of it (LaCLIP: Fan et al. 2023): `rewrites` names fields of the record, each a text
-    or a list of them, of which one is drawn with the chance `rewrite_prob`; with -1 each is as likely as each of the record's captions,
-    M of M + 1 times. Of a rewrite that was drawn and has fewer than two words the caption takes the place. Class names have no rewrites.
+    In training the caption is made in four steps:
+
+    1. A template is drawn and filled in, or one of the record's captions is drawn.
+    2. With probability `rewrite_prob` a rewrite replaces it.
+    3. Words are deleted with probability `word_dropout`.
+    4. `augment` changes its words or its token ids.
+
+    In evaluation it is the first usable caption or template, with whole lists in order, and steps 2 to 4 are skipped.
+
+    Attributes:
+      name: str, the key of the array.
+      context: int, length of the sequence in tokens, special tokens included.
+      templates: strings with record fields in braces, such as `("{name}", "{name}: {tags}")`. One is drawn among those
+        whose fields are all non-empty. A field that holds a list gives a random subset in random order, joined by
+        commas. Without templates the record's `texts` are the captions.
+      word_dropout: float in [0, 1], the probability that a word is deleted. One word always stays (random deletion,
+        Wei & Zou 2019).
+      augment: operations such as `("eda",)` or `("tokens(0.2)",)`; see `clip_jax.data.text_augment` and
+        `clip_jax.data.token_augment`. Operations on the caption run before those on its ids.
+      class_templates: templates for records with a label, instead of `templates` (UniCL, Yang et al. 2022).
+        `{class_name}` is the name of the class without commas, or one of its names when it has several.
+      rewrites: record fields with rewrites of the caption, each a str or a list of str (LaCLIP, Fan et al. 2023). One
+        is drawn among all of them. A rewrite shorter than two words is replaced by the caption. Class names have no
+        rewrites.
+      rewrite_prob: float in [0, 1], or -1 to give each rewrite the probability of each caption: with M rewrites of one
+        caption, a rewrite is used with probability M / (M + 1).
     """
 
     name: str = "text"
@@ -77,57 +112,48 @@ class TextView:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not (self.rewrite_prob == -1 or 0 <= self.rewrite_prob <= 1):
             raise UserError(f"data.rewrite_prob={self.rewrite_prob}: must be between 0 and 1, or -1")
-        _parse_augment(self.augment)  # fails early
+        _parse_augment(self.augment)  # raises UserError for a mistake
         for template in self.templates + self.class_templates:
-            _parse_template(template)
+            parse_template(template)
 
     @property
     def shape(self):
-        """Of the array that the view gives; int32 (`dtype`)."""
         return (self.context,)
 
     dtype = np.dtype(np.int32)
 
     @property
     def fields(self):
-        """The record fields that are read by their name, and what names them."""
-        return dict.fromkeys(_fields(self.templates), "a template") | dict.fromkeys(self.rewrites, "data.rewrites")
+        """The record fields that the view names: `{field: what names it}`."""
+        return dict.fromkeys(fields_of(self.templates), "a template") | dict.fromkeys(self.rewrites, "data.rewrites")
 
     def caption(self, record, rng):
-        """The caption as text; raises BadRecord when no usable one is there."""
+        """Returns the caption before word dropout and augmentation, a str; raises BadRecord when none is usable."""
         return self._rewrite(record, rng) or self._own_caption(record, rng)
 
     def _rewrite(self, record, rng):
-        """A rewrite, or an empty text: the record's own caption is wanted. Nothing is drawn where there is no choice."""
+        """Returns a rewrite, or "" to use the record's own caption. Draws nothing when there is no choice."""
         if rng is None or not self.rewrite_prob or self._is_class(record):
             return ""
-        pool = rewrites_of(record, self.rewrites)
-        own = 1 if self.templates else max(1, len(record.get("texts") or ()))
-        chance = len(pool) / (len(pool) + own) if self.rewrite_prob == -1 else self.rewrite_prob
-        return usable_rewrite(_pick(pool, rng)) if pool and rng.random() < chance else ""
+        rewrites = rewrites_of(record, self.rewrites)
+        captions = 1 if self.templates else max(1, len(record.get("texts") or ()))
+        prob = len(rewrites) / (len(rewrites) + captions) if self.rewrite_prob == -1 else self.rewrite_prob
+        return usable_rewrite(pick(rewrites, rng)) if rewrites and rng.random() < prob else ""
 
     def _is_class(self, record):
         return bool(self.class_templates) and record.get("label", -1) >= 0
 
     def _own_caption(self, record, rng):
-        templates = self.templates
         if self._is_class(record):
-            templates, record = self.class_templates, record | {"class_name": _class_name(record, rng)}
-        if not templates:
-            return _pick(_usable(record.get("texts") or ()), rng)
-        values = {field: _usable(_as_texts(record.get(field)), strict=False) for field in _fields(templates)}
-        templates = [t for t in map(_parse_template, templates) if all(values[field] for _, field in t if field)]
-        parts = [literal + (_join(values[field], rng) if field else "") for literal, field in _pick(templates, rng)]
-        return _usable(["".join(parts)])[0]
+            return fill_template(self.class_templates, record | {"class_name": class_name(record, rng)}, rng)
+        if self.templates:
+            return fill_template(self.templates, record, rng)
+        return pick(usable_texts(record.get("texts") or ()), rng)
 
     def __call__(self, record, rng, tokenizer):
-        return self._augmented(self._words(record, rng), self.augment, rng, tokenizer)
+        return self._encode(self._drop_words(self.caption(record, rng), rng), self.augment, rng, tokenizer)
 
-    def _words(self, record, rng):
-        """The caption after word dropout."""
-        return self._dropped(self.caption(record, rng), rng)
-
-    def _dropped(self, caption, rng):
+    def _drop_words(self, caption, rng):
         if self.word_dropout and rng is not None:
             words = caption.split()
             kept = rng.random(len(words)) >= self.word_dropout
@@ -135,15 +161,15 @@ class TextView:
             caption = " ".join(word for word, keep in zip(words, kept, strict=True) if keep)
         return caption
 
-    def _augmented(self, caption, spec, rng, tokenizer):
+    def _encode(self, caption, spec, rng, tokenizer):
+        """Returns the ids of a caption after the operations of `spec`, int32 `[context]`."""
         on_caption, on_ids = _parse_augment(spec) if rng is not None else ((), ())
         for operation in on_caption:
             caption = operation(caption, rng)
         if not on_ids:
             return tokenizer([caption], self.context)[0]
-        ids = tokenizer.encode(
-            caption[: 100 * self.context]
-        )  # more cannot matter, and a broken record may have megabytes
+        # The rest of a longer caption is cut off anyway, and a broken record may hold megabytes.
+        ids = tokenizer.encode(caption[: 100 * self.context])
         for operation in on_ids:
             ids = operation(ids, rng, tokenizer)
         return token_augment.pack(ids, tokenizer, self.context)
@@ -151,7 +177,11 @@ class TextView:
 
 @dataclasses.dataclass(frozen=True)
 class TextVariants(TextView):
-    """One caption in several forms, token ids int32 [len(variants), context]: an augmentation for each, () for the caption as it is."""
+    """One caption in several augmentations, token ids int32 `[len(variants), context]`.
+
+    Attributes:
+      variants: one `augment` per row; () leaves the caption as it is. The view's own `augment` is not used.
+    """
 
     variants: tuple[tuple[str, ...], ...] = ((), ("eda",))
 
@@ -165,16 +195,19 @@ class TextVariants(TextView):
         return (len(self.variants), self.context)
 
     def __call__(self, record, rng, tokenizer):
-        caption = self._words(record, rng)
-        return np.stack([self._augmented(caption, spec, rng, tokenizer) for spec in self.variants])
+        caption = self._drop_words(self.caption(record, rng), rng)
+        return np.stack([self._encode(caption, spec, rng, tokenizer) for spec in self.variants])
 
 
 @dataclasses.dataclass(frozen=True)
 class RewritesView(TextView):
-    """A caption and its first `count` rewrites, token ids int32 [1 + count, context] (LaCLIP-MT); the caption where one is missing.
+    """A caption and its first `count` rewrites, token ids int32 `[1 + count, context]` (LaCLIP-MT, Fan et al. 2023).
 
-    Of a record with several captions one is drawn, and `rewrites` holds those of all, one caption's after the other's. All are there at
-    each visit: `rewrite_prob` plays no part.
+    The caption replaces a missing rewrite. When a record has several captions, one is drawn; `rewrites` then holds the
+    rewrites of all of them, in equal numbers and in the captions' order. `rewrite_prob` is not used.
+
+    Attributes:
+      count: int, number of rewrites.
     """
 
     count: int = 4
@@ -184,21 +217,21 @@ class RewritesView(TextView):
         return (1 + self.count, self.context)
 
     def __call__(self, record, rng, tokenizer):
-        pool = [] if self._is_class(record) else rewrites_of(record, self.rewrites)
+        rewrites = [] if self._is_class(record) else rewrites_of(record, self.rewrites)
         captions = record.get("texts") or ()
         if not self.templates and len(captions) > 1:
             number = 0 if rng is None else int(rng.random() * len(captions))
-            share, record = len(pool) // len(captions), record | {"texts": [captions[number]]}
-            pool = pool[number * share :][:share]
+            share, record = len(rewrites) // len(captions), record | {"texts": [captions[number]]}
+            rewrites = rewrites[number * share :][:share]
         caption = self._own_caption(record, rng)
-        found = [usable_rewrite(text) or caption for text in pool[: self.count]]
-        texts = [caption, *found, *[caption] * (self.count - len(found))]
-        return np.stack([self._augmented(self._dropped(text, rng), self.augment, rng, tokenizer) for text in texts])
+        used = [usable_rewrite(text) or caption for text in rewrites[: self.count]]
+        texts = [caption, *used, *[caption] * (self.count - len(used))]
+        return np.stack([self._encode(self._drop_words(text, rng), self.augment, rng, tokenizer) for text in texts])
 
 
 @dataclasses.dataclass(frozen=True)
 class OptionalTextView(TextView):
-    """As `TextView`; ids of -1 where the record has no such text."""
+    """As `TextView`, with ids of -1 for a record without usable text."""
 
     def __call__(self, record, rng, tokenizer):
         try:
@@ -208,91 +241,11 @@ class OptionalTextView(TextView):
 
 
 @dataclasses.dataclass(frozen=True)
-class RegionView:
-    """Regions of the whole picture, float32 [count, width]: the features of each, then its box (PyramidCLIP).
-
-    The record's field `boxes` has x1, y1, x2, y2 in pixels, [n, 4], the most important first; they are given as shares of the picture's
-    width and height, cut at its edges. Its field `features` has [n, width - 4] numbers, or it is "pixels": the picture's own, 8 x 8 of
-    each region, from -1 to 1. Rows of zeros are none, in the record as in what is given: a picture may have few regions, or no field.
-    """
-
-    name: str = "regions"
-    count: int = 10
-    width: int = 2052
-    features: str = "regions"
-    boxes: str = "boxes"
-
-    dtype = np.dtype(np.float32)
-
-    def __post_init__(self):
-        if self.features == "pixels" and self.width != PIXEL_FEATURES + 4:
-            raise UserError(
-                f"regions of pixels have {PIXEL_FEATURES} features, and with their box {PIXEL_FEATURES + 4}, not {self.width}"
-            )
-
-    @property
-    def shape(self):
-        return (self.count, self.width)
-
-    @property
-    def fields(self):
-        """As of `TextView`."""
-        return dict.fromkeys({self.boxes, self.features} - {"pixels"}, f"the view {self.name!r}")
-
-    def __call__(self, record, rng, tokenizer=None):
-        """Raises BadRecord for a box that is nowhere in the picture, and UserError for arrays of another shape."""
-        rows, given = np.zeros(self.shape, np.float32), _read_rows(record, self.boxes, 4)
-        real = given[: self.count].any(1)
-        if not real.any():
-            return rows
-        image = decode.open_image(record["image"])
-        boxes = _cut_boxes(given, image.size)[: real.sum()]
-        if self.features == "pixels":
-            image = decode.flatten(decode.load(image))
-            crops = [image.resize((8, 8), Image.Resampling.BOX, tuple(box)) for box in boxes.tolist()]
-            features = np.stack([np.asarray(crop, np.float32).reshape(-1) for crop in crops]) / 127.5 - 1
-        else:
-            features = _read_rows(record, self.features, self.width - 4)[: self.count]
-            if len(features) < len(real):
-                raise BadRecord("fewer features than regions")
-            features = features[: len(real)][real]
-        rows[: len(boxes)] = np.concatenate([features, boxes / (image.size * 2)], axis=1)
-        return rows
-
-
-def read_boxes(record, field, size):
-    """The boxes of a record, float32 [n, 4], without rows of zeros, cut at the edges of a picture of `size`, width and height.
-
-    Raises BadRecord for one of which nothing is left, and UserError for an array of another shape.
-    """
-    return _cut_boxes(_read_rows(record, field, 4), size)
-
-
-def _cut_boxes(rows, size):
-    boxes = np.clip(rows[rows.any(1)], 0, np.array(size * 2, np.float32))
-    if not (boxes[:, 2:] > boxes[:, :2]).all():
-        raise BadRecord("region outside of its picture")
-    return boxes
-
-
-def _read_rows(record, field, width):
-    try:
-        values = np.asarray(record[field] if record.get(field) is not None else (), np.float32)
-    except (TypeError, ValueError):
-        raise UserError(f"regions: the field {field!r} does not hold lists of {width} numbers each") from None
-    if values.size and (values.ndim != 2 or values.shape[1] != width):
-        raise UserError(
-            f"regions: the field {field!r} holds an array {list(values.shape)}, but [regions, {width}] is needed"
-        )
-    return values.reshape(-1, width)
-
-
-@dataclasses.dataclass(frozen=True)
 class RenderView(TextView):
-    """A caption drawn as a picture, uint8 [context, context, 1]: `context` is in pixels, the tokenizer a `render.Font`.
+    """A caption drawn as an image, uint8 `[context, context, 1]`; `context` is its side in pixels (CLIPPO).
 
-    Of a pair of sentences (`sources.SentencePairSource`) it is the second one. One channel, which the device repeats: a third of the memory
-    and of the transfer of three equal ones.
+    The tokenizer is a `clip_jax.data.tokenizers.font.Font`. For a pair of sentences the second one is drawn. The single
+    channel is repeated on the device, which saves two thirds of the memory and transfer.
     """
 
     context: int = 224
@@ -311,7 +264,10 @@ class RenderView(TextView):
 
 @dataclasses.dataclass(frozen=True)
 class ImageOrTextView(ImageView):
-    """As `ImageView`; of a pair of sentences the first one, drawn by the tokenizer, a `render.Font`."""
+    """As `ImageView`; for a pair of sentences the first one, drawn as an image (CLIPPO).
+
+    The tokenizer is a `clip_jax.data.tokenizers.font.Font`.
+    """
 
     def __call__(self, record, rng, tokenizer=None):
         if "sentences" not in record:
@@ -319,9 +275,109 @@ class ImageOrTextView(ImageView):
         return np.broadcast_to(tokenizer(record["sentences"][:1], self.size)[0], self.shape)
 
 
+PIXEL_FEATURES = 8 * 8 * 3  # features of a region that are its pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionView:
+    """Regions of the whole image, float32 `[count, width]`: the features of each, then its box (PyramidCLIP).
+
+    Boxes are x1, y1, x2, y2, clipped to the image and divided by its width and height. Rows of zeros stand for missing
+    regions, in the record and in the array: an image may have fewer regions, or no field.
+
+    Attributes:
+      name: str, the key of the array.
+      count: int, number of regions.
+      width: int, features of a region plus 4 for its box.
+      features: str, a record field `[n, width - 4]`, or "pixels" for the image's own pixels: 8 x 8 RGB values of each
+        region, scaled to [-1, 1].
+      boxes: str, a record field `[n, 4]`, boxes in pixels, the most important first.
+    """
+
+    name: str = "regions"
+    count: int = 10
+    width: int = 2052
+    features: str = "regions"
+    boxes: str = "boxes"
+
+    dtype = np.dtype(np.float32)
+
+    def __post_init__(self):
+        if self.features == "pixels" and self.width != PIXEL_FEATURES + 4:
+            needed = f"{PIXEL_FEATURES} features, and with their box {PIXEL_FEATURES + 4}"
+            raise UserError(f"regions of pixels have {needed}, not {self.width}")
+
+    @property
+    def shape(self):
+        return (self.count, self.width)
+
+    @property
+    def fields(self):
+        """The record fields that the view names: `{field: what names it}`."""
+        return dict.fromkeys({self.boxes, self.features} - {"pixels"}, f"the view {self.name!r}")
+
+    def __call__(self, record, rng, tokenizer=None):
+        """Raises BadRecord for a box outside of the image, and UserError for fields of another shape."""
+        rows, given = np.zeros(self.shape, np.float32), _read_rows(record, self.boxes, 4)
+        is_region = given[: self.count].any(1)
+        if not is_region.any():
+            return rows
+        image = decode.open_image(record["image"])
+        boxes = _clip_boxes(given, image.size)[: is_region.sum()]
+        if self.features == "pixels":
+            image = decode.flatten(decode.load(image))
+            crops = [image.resize((8, 8), Image.Resampling.BOX, tuple(box)) for box in boxes.tolist()]
+            features = np.stack([np.asarray(crop, np.float32).reshape(-1) for crop in crops]) / 127.5 - 1
+        else:
+            features = _read_rows(record, self.features, self.width - 4)[: self.count]
+            if len(features) < len(is_region):
+                raise BadRecord("fewer features than regions")
+            features = features[: len(is_region)][is_region]
+        rows[: len(boxes)] = np.concatenate([features, boxes / (image.size * 2)], axis=1)
+        return rows
+
+
+def read_boxes(record, field, size):
+    """Returns the boxes of a record, float32 `[n, 4]`, without rows of zeros and clipped to the image.
+
+    Args:
+      record: dict.
+      field: str, the record field with boxes x1, y1, x2, y2 in pixels.
+      size: width and height of the image in pixels.
+
+    Raises BadRecord for a box outside of the image, and UserError for a field of another shape.
+    """
+    return _clip_boxes(_read_rows(record, field, 4), size)
+
+
+def _clip_boxes(rows, size):
+    boxes = np.clip(rows[rows.any(1)], 0, np.array(size * 2, np.float32))
+    if not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise BadRecord("region outside of its image")
+    return boxes
+
+
+def _read_rows(record, field, width):
+    try:
+        values = np.asarray(record[field] if record.get(field) is not None else (), np.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"regions: the field {field!r} does not hold lists of {width} numbers each") from None
+    if values.size and (values.ndim != 2 or values.shape[1] != width):
+        raise UserError(
+            f"regions: the field {field!r} holds an array {list(values.shape)}, but [regions, {width}] is needed"
+        )
+    return values.reshape(-1, width)
+
+
+# The operations of `TextView.augment`: `f(caption, rng, **arguments)` returns a caption, and
+# `f(ids, rng, tokenizer, **arguments)` returns ids without special tokens.
+_ON_CAPTION = {"eda": text_augment.eda}
+_ON_IDS = {"tokens": token_augment.tokens}
+
+
 @functools.lru_cache(maxsize=256)
 def _parse_augment(spec):
-    """The operations on the caption and those on its ids; raises UserError."""
+    """Returns the operations on the caption and those on its ids; raises UserError."""
     on_caption, on_ids = [], []
     for text in spec:
         function, kwargs, _ = augment.bind(text, _ON_CAPTION | _ON_IDS, ("caption", "ids", "rng", "tokenizer"))
@@ -337,84 +393,24 @@ def _parse_augment(spec):
     return tuple(on_caption), tuple(on_ids)
 
 
-@functools.lru_cache(maxsize=1024)
-def _parse_template(template):
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(f"template {template!r}: {error}") from None
-    for _, field, spec, conversion in parts:
-        if field is not None and (not field or spec or conversion or "." in field or "[" in field):
-            raise UserError(f"template {template!r}: fields are written {{name}}, with nothing after the name")
-    if not any(field for _, field, _, _ in parts):
-        raise UserError(f"template {template!r} names no field; write one in braces, such as {{name}}")
-    return tuple((literal, field) for literal, field, _, _ in parts)
-
-
-@functools.lru_cache(maxsize=1024)
-def _fields(templates):
-    return frozenset(field for template in templates for _, field in _parse_template(template) if field)
-
-
-def _class_name(record, rng):
-    """As UniCL writes it; raises BadRecord when the class has no name."""
-    if not (names := _usable(_as_texts(record.get("class_name")), strict=False)):
-        raise BadRecord("no class name")
-    return " ".join(_pick(names, rng).replace(",", "").replace("+", " ").split())
-
-
-def rewrites_of(record, fields):
-    """All texts of some fields of a record, in order; a field is a text or a list of texts, or it is missing."""
-    return [text for field in fields for text in _as_texts(record.get(field))]
-
-
-def usable_rewrite(text):
-    """The text if it has two words or more and is UTF-8, otherwise an empty one."""
-    return text if len(text.split()) >= 2 and _usable([text], strict=False) else ""
-
-
-def _as_texts(value):
-    return [str(v) for v in value] if isinstance(value, list | tuple) else [] if value is None else [str(value)]
-
-
-def _usable(texts, strict=True):
-    """The texts that hold something and are UTF-8; raises BadRecord when there is none and `strict`."""
-    reason, usable = "empty caption", []
-    for text in texts:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", "surrogateescape")
-        if not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                reason = "caption is not UTF-8"
-                continue
-        if text.strip():
-            usable.append(text)
-    if strict and not usable:
-        raise BadRecord(reason)
-    return usable
-
-
-def _pick(choices, rng):
-    if not choices:
-        raise BadRecord("empty caption")
-    return choices[0 if rng is None or len(choices) == 1 else int(rng.random() * len(choices))]
-
-
-def _join(values, rng):
-    if rng is not None and len(values) > 1:
-        values = rng.permutation(values)[: 1 + int(rng.random() * len(values))].tolist()
-    return ", ".join(values)
-
-
 def make_example(record, example_id, views, tokenizer, rng=None):
-    """One example: {view.name: array} and int32 scalars `example_id` and, where the record has them, `label`, `source_id`, `text_pair`.
+    """Returns the example of a record.
 
-    The views draw from `rng` in their order; None means evaluation. Raises BadRecord when a view cannot use the record.
+    Args:
+      record: dict, see `clip_jax.data.records`.
+      example_id: int, the index of the record in its source.
+      views: list of views; they draw from `rng` in this order.
+      tokenizer: a `clip_jax.data.tokenizers.TextInput`.
+      rng: `np.random.Generator`, or None in evaluation.
+
+    Returns:
+      `{view.name: array}`, with int32 scalars `example_id` and, where the record has them, `label`, `source_id` and
+      `text_pair`.
+
+    Raises BadRecord when a view cannot use the record.
     """
     if sum(isinstance(view, ImageView) for view in views) > 1 and record.get("image") is not None:
-        record = record | {"image": decode.load(decode.open_image(record["image"]))}  # decode once for all
+        record = record | {"image": decode.load(decode.open_image(record["image"]))}  # decoded once for all views
     example = {view.name: view(record, rng, tokenizer) for view in views}
     example["example_id"] = np.int32(example_id)
     for key in ("label", "source_id", "text_pair"):

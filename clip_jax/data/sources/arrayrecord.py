@@ -1,11 +1,24 @@
-"""ArrayRecord files."""
+"""ArrayRecord files of `tf.train.Example`."""
 
 from clip_jax.data.records import BadRecord, BaseSource
 from clip_jax.errors import UserError
 
 
 class ArrayRecordSource(BaseSource):
-    """ArrayRecord files of serialised tf.train.Example, without TensorFlow. A feature with one value is read as a scalar."""
+    """ArrayRecord files of serialised `tf.train.Example`, read without TensorFlow.
+
+    A feature with one value is read as a scalar, another as a list. The first feature that holds an encoded image is
+    the image field unless one is named.
+
+    Args:
+      files: list of paths.
+      name: str, for messages.
+      image: name of the image feature, or None.
+      text: name or names of the caption features, or None.
+      label: name of the label feature, or None.
+
+    Raises UserError for files that are not ArrayRecord, have no records or hold no `tf.train.Example`.
+    """
 
     def __init__(self, files, name="array_record", *, image=None, text=None, label=None):
         super().__init__(name, image, text, label)
@@ -22,7 +35,7 @@ class ArrayRecordSource(BaseSource):
             raise UserError(f"{name}: the first records are not serialised tf.train.Example")
         images = [key for key, value in fields.items() if isinstance(value, bytes) and _is_image(value)]
         if image is None and images:
-            self._fields = (images[0], *self._fields[1:])
+            self._fields = self._fields._replace(image=images[0])
         self._choose_fields(fields)
         self._drop_text_label(fields, asked=label is not None)
 
@@ -39,10 +52,8 @@ class ArrayRecordSource(BaseSource):
             features = tf_example_pb2.Example.FromString(self._data[index]).features.feature
         except Exception:
             raise BadRecord("malformed record") from None
-        values = {
-            key: list(getattr(feature, feature.WhichOneof("kind") or "int64_list").value)
-            for key, feature in features.items()
-        }
+        kinds = {key: feature.WhichOneof("kind") or "int64_list" for key, feature in features.items()}
+        values = {key: list(getattr(feature, kinds[key]).value) for key, feature in features.items()}
         return {key: value[0] if len(value) == 1 else value for key, value in values.items()}
 
 

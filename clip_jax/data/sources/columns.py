@@ -1,13 +1,14 @@
-"""Columns: fields that lie beside a data set, one row for each of its records in order, such as rewrites, captions, regions, neighbours.
+"""Columns: additional fields of a data set, one row per record in order, such as rewrites, captions and regions.
 
-`SPEC?columns=PATH` joins them to the records of SPEC. PATH is one of
+`SOURCE?columns=PATH` joins them to the records of SOURCE. PATH is one of
 
-    NAME.jsonl, NAME.jsonl.xz   texts: a header, then an object a record, {"of": check of the record's texts, field: value, ...}
-    a folder                    features: FIELD.npy, arrays [records, ...], and header.json
-    FIELD.txt                   one text a line, as other programs write them; their number is all that can be checked
+    NAME.jsonl, NAME.jsonl.xz   texts: a header, then one object per record, {"of": hash of its texts, FIELD: value}
+    a folder                    features: FIELD.npy, arrays `[records, ...]`, and header.json
+    FIELD.txt                   one text per line, as other programs write them; only the number of lines is checked
     a name                      columns of an embedded set, such as emoji_rewrites
 
-The header says what data set they were made of; columns of another one, or in another order, are refused.
+The header identifies the data set that the columns were made of. Columns of another data set, or in another order, are
+rejected.
 """
 
 import contextlib
@@ -25,8 +26,7 @@ from clip_jax.data.sources.tfds import EMBEDDED
 from clip_jax.errors import UserError
 
 
-def _check(record):
-    """A hash of the texts of a record."""
+def _hash_texts(record):
     return hashlib.blake2b(json.dumps(record["texts"]).encode(), digest_size=4).hexdigest()
 
 
@@ -37,21 +37,30 @@ def _header(source, about):
 def _check_header(header, source, path):
     """Raises UserError for columns of another data set."""
     if header["fingerprint"] != fingerprint(source):
-        made_for = f"{header['source']}, {header['records']:,} records"
-        raise UserError(f"columns={path} were made of another data set: {made_for}, not {source.name}, {len(source):,}")
+        made_of = f"{header['source']}, {header['records']:,} records"
+        raise UserError(f"columns={path} were made of another data set: {made_of}, not {source.name}, {len(source):,}")
 
 
 class TextWriter:
-    """Writes text columns of a source record by record, in order; of a file that is there already it goes on.
+    """Writes text columns of a source record by record, in order; resumes an existing file.
 
-    about: goes into the header: what made the columns. A file made with something else is refused, with UserError.
-    Attribute `done`: the number of records that are written.
+    Args:
+      path: the file, NAME.jsonl.
+      source: the source.
+      about: dict for the header, what made the columns.
+
+    Attributes:
+      done: int, the number of records that are written.
+
+    Raises UserError for another file name, a file that cannot be written, and a file that was made of another source
+    or with another `about`.
     """
 
     def __init__(self, path, source, about):
         if not str(path).endswith(".jsonl"):
             raise UserError(f"{path}: the name of a file of texts ends in .jsonl")
-        header, self.done, end = _header(source, about), 0, 0
+        header, end = _header(source, about), 0
+        self.done = 0
         try:
             self._file = open(path, "a+b")
             self._file.seek(0)
@@ -71,8 +80,8 @@ class TextWriter:
             self._write(header)
 
     def write(self, record, values):
-        """The fields of the next record; None for a record that cannot be read."""
-        self._write({"of": _check(record) if record else None, **values})
+        """Writes `values`, the fields of the next record; `record` is None for one that cannot be read."""
+        self._write({"of": _hash_texts(record) if record else None, **values})
         self.done += 1
 
     def _write(self, row):
@@ -88,14 +97,25 @@ class TextWriter:
 
 @contextlib.contextmanager
 def array_writer(folder, source, fields, about):
-    """Gives, to be filled in, zeros `[records, *shape]` on disk for each field of `{field: (shape, dtype)}`: columns of a source.
+    """A context that yields arrays on disk, to be filled in, as columns of a source.
 
-    They count only once the block has ended without an error. Raises UserError when the folder cannot be written.
+    The columns are valid only after the block has ended without an error.
+
+    Args:
+      folder: the folder to write.
+      source: the source.
+      fields: `{field: (shape, dtype)}` of one record.
+      about: dict for the header, what made the columns.
+
+    Yields:
+      `{field: array [records, *shape]}` of zeros.
+
+    Raises UserError when the folder cannot be written.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "header.json").unlink(missing_ok=True)  # until all are whole there are none
+        (folder / "header.json").unlink(missing_ok=True)  # without a header the columns are invalid
         arrays = {
             field: np.lib.format.open_memmap(folder / f"{field}.npy", "w+", dtype, (len(source), *shape))
             for field, (shape, dtype) in fields.items()
@@ -109,28 +129,34 @@ def array_writer(folder, source, fields, about):
 
 
 class ColumnsSource(BaseSource):
-    """The records of a source with the fields of columns beside their own."""
+    """The records of a source with the fields of columns added.
+
+    Args:
+      source: the source that the columns were made of.
+      path: str, see the docstring of this module.
+
+    Raises UserError for columns that are missing, damaged, incomplete, or of another data set.
+    """
 
     def __init__(self, source, path):
-        """Raises UserError for columns that are missing, damaged, not complete, or of another data set."""
         super().__init__(f"{source.name}?columns={path}")
-        self.class_names, self.broken, self._source = source.class_names, source.broken, source
+        self.class_names, self.broken = source.class_names, source.broken
+        self._source = source
         shipped = EMBEDDED / "columns" / f"{path}.jsonl.xz"
         self._path = os.fspath(shipped) if shipped.is_file() else path
         kinds = {".jsonl": _Lines, ".xz": _Lines, ".txt": _PlainLines}
         kind = _Arrays if os.path.isdir(self._path) else kinds.get(os.path.splitext(self._path)[1])
         if kind is None or not os.path.exists(self._path):
-            raise UserError(
-                f"columns={path}: no such file or folder of columns (.jsonl, .jsonl.xz, .txt, or a folder with header.json)"
-            )
+            allowed = ".jsonl, .jsonl.xz, .txt, or a folder with header.json"
+            raise UserError(f"columns={path}: no such file or folder of columns ({allowed})")
         try:
             self._rows = kind(self._path, source)
         except (OSError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
             raise UserError(f"columns={path}: damaged, or no columns ({type(error).__name__}: {error})") from None
         if len(self._rows) != len(source):
             raise UserError(
-                f"columns={path}: {len(self._rows):,} rows, but {source.name} has {len(source):,} records; the command that makes them goes"
-                " on where it stopped"
+                f"columns={path}: {len(self._rows):,} rows, but {source.name} has {len(source):,} records; the command "
+                "that makes them resumes where it stopped"
             )
 
     def __len__(self):
@@ -142,13 +168,14 @@ class ColumnsSource(BaseSource):
 
 
 class _PlainLines:
-    """Lines of text; of a compressed file they are held in memory, of others their places in the file, 8 bytes each."""
+    """One text per line. A compressed file is held in memory; of another, the offsets of its lines, 8 bytes each."""
 
     def __init__(self, path, source):
         self._path, self._files = path, FileReader()
-        with lzma.open(path) if path.endswith(".xz") else open(path, "rb") as file:
-            lines = file.readlines() if path.endswith(".xz") else file
-            self._lines = lines if path.endswith(".xz") else None
+        is_compressed = path.endswith(".xz")
+        with lzma.open(path) if is_compressed else open(path, "rb") as file:
+            lines = file.readlines() if is_compressed else file
+            self._lines = lines if is_compressed else None
             self._ends = np.cumsum([0, *map(len, lines)])
 
     def __len__(self):
@@ -161,12 +188,13 @@ class _PlainLines:
         return self._files.read(self._path, start, end - start)
 
     def read(self, index, record):
+        """Returns the fields of a record."""
         field = os.path.splitext(os.path.basename(self._path))[0]
         return {field: self.line(index).decode("utf-8", "surrogateescape").strip()}
 
 
 class _Lines(_PlainLines):
-    """A header and a JSON object a line."""
+    """A header, then one JSON object per line."""
 
     def __init__(self, path, source):
         super().__init__(path, source)
@@ -177,7 +205,7 @@ class _Lines(_PlainLines):
 
     def read(self, index, record):
         row = _loads(self.line(index + 1), self._path)
-        if row.pop("of") not in (None, _check(record)):
+        if row.pop("of") not in (None, _hash_texts(record)):
             raise UserError(
                 f"columns={self._path}, line {index + 2}: made of other texts than record {index} of the data set has"
             )
@@ -185,7 +213,7 @@ class _Lines(_PlainLines):
 
 
 class _Arrays:
-    """Arrays mapped into memory, once in each process."""
+    """Arrays mapped into memory, once per process."""
 
     def __init__(self, folder, source):
         header = json.loads((Path(folder) / "header.json").read_text())
@@ -209,6 +237,7 @@ class _Arrays:
 
 
 def _loads(line, path):
+    """Returns the JSON object of a line; raises UserError."""
     try:
         row = json.loads(line)
         if isinstance(row, dict):
@@ -219,5 +248,5 @@ def _loads(line, path):
 
 
 def join(source, path):
-    """The source of "SPEC?columns=PATH"; raises UserError as `ColumnsSource`."""
+    """Returns the source of "SOURCE?columns=PATH"; raises UserError as `ColumnsSource` does."""
     return ColumnsSource(source, path)

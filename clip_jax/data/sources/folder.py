@@ -1,4 +1,4 @@
-"""Folders of images."""
+"""Folders of image files, with one sub-folder per class."""
 
 import array
 import os
@@ -9,33 +9,28 @@ from clip_jax.errors import UserError
 
 
 class FolderSource(BaseSource):
-    """A folder of pictures. Each sub-folder is a class (label, class_name, caption) with its pictures at any depth below.
+    """A folder of images.
 
-    Pictures that lie in the folder itself have no label. A caption may lie beside any picture, in a .txt file of the same name.
+    Each sub-folder is a class (`label`, `class_name` and the caption) with its images at any depth. Images in the
+    folder itself have no label. A .txt file of the same name as an image replaces its caption.
+
+    Raises UserError for a folder without images.
     """
 
     def __init__(self, folder):
         super().__init__(os.fspath(folder))
-        self._folder, classes, self._paths, self._labels = os.fspath(folder), [], [], array.array("q")
+        self._folder, self._paths = os.fspath(folder), []
+        self._labels, classes = array.array("q"), []
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            paths = (
-                [entry.name]
-                if entry.is_file()
-                else sorted(
-                    os.path.relpath(os.path.join(root, file), folder)
-                    for root, _, files in os.walk(entry.path)
-                    for file in files
-                )
-            )
+            paths = [entry.name] if entry.is_file() else _files_below(entry.path, folder)
             paths = [path for path in paths if path.lower().endswith(IMAGE_EXTENSIONS)]
             self._paths += paths
             self._labels.extend([-1 if entry.is_file() else len(classes)] * len(paths))
             if paths and not entry.is_file():
                 classes.append(entry.name)
         if not self._paths:
-            raise UserError(
-                f"{folder}: no pictures ({', '.join(IMAGE_EXTENSIONS)}), tar shards, ArrayRecord files or dataset_info.json in it"
-            )
+            kinds = ", ".join(IMAGE_EXTENSIONS)
+            raise UserError(f"{folder}: no images ({kinds}), tar shards, ArrayRecord files or dataset_info.json in it")
         if classes:
             self._set_classes(classes)
 
@@ -52,3 +47,9 @@ class FolderSource(BaseSource):
         if os.path.exists(caption):
             record["texts"] = [plain(read_file(caption)).strip()]
         return record
+
+
+def _files_below(folder, start):
+    """Returns the files at any depth below a folder, sorted, relative to `start`."""
+    files = (os.path.join(root, file) for root, _, files in os.walk(folder) for file in files)
+    return sorted(os.path.relpath(file, start) for file in files)

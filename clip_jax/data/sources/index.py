@@ -9,29 +9,39 @@ import numpy as np
 from clip_jax.data.records import fingerprint
 from clip_jax.errors import UserError
 
-TEXTS = 64  # of a record: as many bits as the index has for them
+TEXTS = 64  # captions of a record that an index covers, one bit each; later ones are dropped
 
 
 class IndexedSource:
-    """The records of a source that an index keeps, with the texts that it keeps of each. 16 bytes a record, mapped into memory."""
+    """The records of a source that an index keeps, each with the captions that it keeps.
+
+    The index takes 16 bytes a record and is mapped into memory.
+
+    Args:
+      source: the source that the index was made of.
+      folder: the folder with index.npy and report.json.
+
+    Raises UserError when the index is missing, damaged, or made of another data set.
+    """
 
     def __init__(self, source, folder):
-        """Raises UserError when there is no such index, or it is one of another data set."""
         try:
             report = json.loads((Path(folder) / "report.json").read_text())
             self._path = os.path.join(folder, "index.npy")
             self._length = len(np.load(self._path, mmap_mode="r"))
-            made_for, length = report["fingerprint"], report["records"]
+            made_of, length = report["fingerprint"], report["records"]
         except FileNotFoundError:
-            raise UserError(f"index={folder}: no index, which clip_jax.tools.filter writes, is there") from None
+            raise UserError(f"index={folder}: no index in this folder; clip_jax.tools.filter writes one") from None
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"index={folder}: damaged ({type(error).__name__}: {error})") from None
-        if made_for != fingerprint(source):
+        if made_of != fingerprint(source):
             raise UserError(
-                f"index={folder} was made of another data set: {report['source']}, {length:,} records, not {source.name}, {len(source):,}"
+                f"index={folder} was made of another data set: {report['source']}, {length:,} records, not "
+                f"{source.name}, {len(source):,}"
             )
         self._source, self._index = source, None
-        self.name, self.class_names, self.broken = f"{source.name}?index={folder}", source.class_names, source.broken
+        self.name = f"{source.name}?index={folder}"
+        self.class_names, self.broken = source.class_names, source.broken
 
     def __getstate__(self):
         return self.__dict__ | {"_index": None}
@@ -48,5 +58,5 @@ class IndexedSource:
 
 
 def join(source, folder):
-    """The source of "SPEC?index=FOLDER"; raises UserError as `IndexedSource`."""
+    """Returns the source of "SOURCE?index=FOLDER"; raises UserError as `IndexedSource` does."""
     return IndexedSource(source, folder)

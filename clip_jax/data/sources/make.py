@@ -1,23 +1,31 @@
-"""Makes a source of a string.
+"""Makes a source from a string. The grammar of source strings is in `spec.py`; these are the bases and steps.
 
-emoji, openclipart                    an embedded data set
-scenes, scenes?objects=2-3&size=96    emoji composed on a canvas, with boxes: `clip_jax.data.sources.scenes`
-tfds:NAME[/CONFIG]                    a data set that TFDS prepared, in TFDS_DATA_DIR or ~/tensorflow_datasets
-a folder with dataset_info.json       the same, anywhere
-*.array_record*                       a file or pattern: ArrayRecord of tf.train.Example
-*.tar, {00000..00099}.tar, a folder   WebDataset shards as img2dataset writes them
-*.csv, *.tsv, *.jsonl                 a table with image paths
-a folder with one sub-folder a class  images
-text:FILE                             pairs of consecutive sentences of .txt or .jsonl files (CLIPPO's text/text pairs)
-my_package.my_source?KEY=VALUE        a module with `make(split, **options)`, the options as text
-SPEC?where=FIELD:VALUE                a selection by a field: `clip_jax.data.sources.selection`
-SPEC?index=FOLDER                     the records that `clip_jax.tools.filter` kept
-SPEC?columns=PATH                     SPEC with the fields of a file beside it: `clip_jax.data.sources.columns`
-SPEC*3 + SPEC*1                       a mixture: examples in this proportion (default 1); size: in proportion to the records
+A base is one of
+
+    emoji, openclipart                     an embedded data set
+    scenes, scenes?objects=2-3&size=96     emoji composed on a canvas, with boxes: `clip_jax.data.sources.scenes`
+    tfds:NAME[/CONFIG]                     a data set prepared by TFDS, in TFDS_DATA_DIR or ~/tensorflow_datasets
+    a folder with dataset_info.json        a data set prepared by TFDS, anywhere
+    *.array_record*                        ArrayRecord files of tf.train.Example
+    *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout
+    *.csv, *.tsv, *.jsonl                  a table with image paths
+    a folder with one sub-folder a class   image files
+    text:FILE                              pairs of consecutive sentences of .txt or .jsonl files (CLIPPO)
+    my_package.my_source?KEY=VALUE         a module with `make(split, **options)`; the options are str
+
+A path or pattern may hold wildcards, numeric ranges and "{split}". A step changes the source before it:
+
+    SOURCE?where=FIELD:VALUE               a selection by a field: `clip_jax.data.sources.selection`
+    SOURCE?index=FOLDER                    the records that `clip_jax.tools.filter` kept
+    SOURCE?columns=PATH                    additional fields from a file or folder: `clip_jax.data.sources.columns`
+
+A mixture `SOURCE*3 + SOURCE*1` draws examples in this proportion. The default weight is 1; "size" stands for the
+number of records.
 """
 
 import glob
 import importlib
+import inspect
 import os
 import re
 
@@ -26,22 +34,28 @@ from clip_jax.data.files import expand
 from clip_jax.data.sources import selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.spec import parse
-from clip_jax.errors import UserError, did_you_mean
+from clip_jax.errors import UserError, did_you_mean, unknown
 
-_STEPS = ("index", "columns", *selection.FORMS)
+_JOINS = ("index", "columns")  # steps made by the module of this name; each takes one option
+_STEPS = (*_JOINS, *selection.FORMS)
 
 
 def make_source(spec, split="train", *, image=None, text=None, label=None):
-    """Makes the source of a string; `spec.py` has the grammar.
+    """Returns the source that a string names.
 
     Args:
-      spec: see the module's docstring.
-      split: a split of a TFDS data set, slices such as "train[:90%]" included. For other data it replaces "{split}" in the spec, or is a
-        sub-folder of a folder.
-      image, label: name of the field, where it has no usual name.
-      text: name of the field of the captions, or several names.
+      spec: str, such as "emoji", "/data/{00000..00331}.tar" or "emoji*3 + /data/pairs.csv*1"; the docstring of this
+        module lists the kinds.
+      split: str, a split of a TFDS data set, slices such as "train[:90%]" included. For other data it replaces
+        "{split}" in the spec, or names a sub-folder of a folder.
+      image: name of the image field; None finds it by its usual names.
+      text: name of the caption field, or a list of several; None finds it by its usual names.
+      label: name of the label field; None finds it by its usual names.
 
-    Raises UserError when there is no such data, or nothing in it.
+    Returns:
+      A `clip_jax.data.records.Source`: `len(source)` records, `source[index]` is a dict.
+
+    Raises UserError when there is no such data, it has no records, or an option is unknown.
     """
     parts, fields = parse(spec), dict(image=image, text=text, label=label)
     sources = [_make_part(part, split, fields) for part in parts]
@@ -52,35 +66,40 @@ def make_source(spec, split="train", *, image=None, text=None, label=None):
 
 
 def configured_source(data, spec=""):
-    """The source of the section `config.data`, or `spec` read with that section's split and fields; raises as `make_source`."""
+    """Returns the source of the configuration's section `data`; raises UserError as `make_source` does.
+
+    Args:
+      data: the section, with the keys `source`, `split`, `image`, `text` and `label`.
+      spec: str, read instead of `data.source` with that section's split and fields.
+    """
     fields = {name: data[name] or None for name in ("image", "text", "label")}
     return make_source(spec or data["source"], data["split"], **fields)
 
 
-def _make_part(spec, split, fields):
-    own = 1 if spec.steps and spec.steps[0][0][0] not in _STEPS else 0  # the first step may hold options of the base
-    options = dict(spec.steps[0]) if own else {}
-    source = _make_base(spec.base, options, split, fields, spec.prefix(own))
-    for number, step in enumerate(spec.steps[own:], own + 1):
-        name, (key, value) = spec.prefix(number), step[0]
-        if key not in _STEPS:
-            raise _unknown_option(name, key)
-        if key in ("index", "columns"):
-            if len(step) > 1:
-                raise UserError(f"{name}: {key}= stands alone; write the next option with a '?' of its own")
-            module = importlib.import_module(f"clip_jax.data.sources.{key}")
-            source = module.join(source, value)
-        else:
-            source = selection.select(source, step, name)
+def _make_part(part, split, fields):
+    """Returns the source of one `Spec`."""
+    own = int(bool(part.steps) and part.steps[0][0][0] not in _STEPS)  # the first step may hold options of the base
+    options = dict(part.steps[0]) if own else {}
+    source = _make_base(part.base, options, split, fields, part.prefix(own))
+    for number, step in enumerate(part.steps[own:], own + 1):
+        source = _apply_step(source, step, part.prefix(number))
     return source
 
 
-def _unknown_option(name, key):
-    return UserError(f"{name}: unknown option {key!r}{did_you_mean(key, _STEPS)}; options: {', '.join(_STEPS)}")
+def _apply_step(source, step, name):
+    """Returns the source after a step; `name` is the source string up to this step."""
+    key, value = step[0]
+    if key not in _STEPS:
+        raise unknown(f"{name}: unknown option", key, _STEPS)
+    if key not in _JOINS:
+        return selection.select(source, step, name)
+    if len(step) > 1:
+        raise UserError(f"{name}: {key}= takes no second option; write the next one as a step, after a '?'")
+    return importlib.import_module(f"clip_jax.data.sources.{key}").join(source, value)
 
 
 def _make_base(base, options, split, fields, name):
-    """The source of a base; `name` is the base with its own options."""
+    """Returns the source of a base; `name` is the base with its own options."""
     if base == "scenes":
         from clip_jax.data.sources.scenes import make_scenes
 
@@ -88,11 +107,9 @@ def _make_base(base, options, split, fields, name):
             raise UserError(f"{name}: scenes have no fields to choose from; the captions are `texts`")
         return make_scenes(options, split, name)
     if (module := _user_module(base)) is not None:
-        if not hasattr(module, "make"):
-            raise UserError(f"{base}: the module has no function make(split, **options)")
-        return module.make(split, **options, **{key: value for key, value in fields.items() if value})
+        return _make_user_source(module, split, options | {k: v for k, v in fields.items() if v}, name)
     if options:
-        raise _unknown_option(name, next(iter(options)))
+        raise unknown(f"{name}: unknown option", next(iter(options)), _STEPS)
     if base.startswith("tfds:"):
         return tfds.TfdsSource(tfds.prepared_folder(base.removeprefix("tfds:")), split, name=base, **fields)
     if base.startswith("text:"):
@@ -105,21 +122,29 @@ def _make_base(base, options, split, fields, name):
 
 
 def _user_module(base):
-    """The module at an import path; None for a path of a file or folder, or of a file by its ending."""
+    """Returns the module at an import path, or None when the base is a path or has the ending of a file."""
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", base) or os.path.exists(base):
         return None
     return None if base.endswith((".tar", ".csv", ".tsv", ".jsonl", ".array_record")) else plugins.find(base)
 
 
+def _make_user_source(module, split, options, name):
+    if not hasattr(module, "make"):
+        raise UserError(f"{name}: the module has no function make(split, **options)")
+    try:
+        inspect.signature(module.make).bind(split, **options)
+    except TypeError as error:
+        raise UserError(f"{name}: {module.__name__}.make{inspect.signature(module.make)}: {error}") from None
+    return module.make(split, **options)
+
+
 def _source_at(spec, split, fields):
-    """The source at a path or pattern of paths, by its ending; raises UserError."""
+    """Returns the source at a path or pattern, by its ending; raises UserError."""
     path = spec.replace("{split}", split)
     if os.path.isdir(os.path.join(path, split)):
         path = os.path.join(path, split)
     elif path == spec and split != "train":
-        raise UserError(
-            f"{spec}: no split {split!r}: this kind of data has the split 'train', unless {{split}} stands in its path"
-        )
+        raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     if os.path.isdir(path):
         patterns = (os.path.join(glob.escape(path), end) for end in ("*.tar", "*.array_record*"))
         path = next((pattern for pattern in patterns if glob.glob(pattern)), path)
@@ -134,9 +159,9 @@ def _source_at(spec, split, fields):
 
         return ArrayRecordSource(expand(path), spec, **fields)
     if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):
-        from clip_jax.data.sources.table import ManifestSource
+        from clip_jax.data.sources.table import TableSource
 
-        return ManifestSource(path, **fields)
+        return TableSource(path, **fields)
     if os.path.isdir(path):
         from clip_jax.data.sources.folder import FolderSource
 

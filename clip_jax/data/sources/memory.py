@@ -1,11 +1,19 @@
-"""Records that are in memory."""
+"""Records in memory."""
 
 from clip_jax.data.records import BaseSource
 from clip_jax.errors import UserError
 
 
 class MemorySource(BaseSource):
-    """Records that are in memory already, in canonical form: `MemorySource([{"image": array, "texts": ["a cat"]}, ...])`."""
+    """Records in memory, in canonical form: `MemorySource([{"image": array, "texts": ["a cat"]}, ...])`.
+
+    Args:
+      records: a sequence of dicts; see `clip_jax.data.records`. `texts` is empty by default.
+      name: str, for messages.
+      class_names: list of str, indexed by label, or None. A label may then also be a class name.
+
+    Raises UserError for an empty sequence.
+    """
 
     def __init__(self, records, name="memory", class_names=None):
         super().__init__(name)

@@ -9,10 +9,21 @@ from clip_jax.errors import UserError
 
 
 class MixtureSource(BaseSource):
-    """Several sources side by side; the loader draws from them in proportion to `weights`. Records gain `source_id`.
+    """Several sources one after the other; the loader draws from them in proportion to their weights.
 
-    The classes are those of all sources; classes of one name are one class. Of a mixture among them the sources are taken, with its weight
-    divided among them by theirs.
+    Records gain `source_id`, the index of their source. The classes are the union of the sources' classes: classes of
+    the same name are one class. Nested mixtures are flattened; each weight is split in proportion.
+
+    Args:
+      sources: list of sources.
+      weights: list of positive floats, one per source.
+      name: str, for messages; made of the sources' names by default.
+
+    Attributes:
+      sources: list of sources, none of them a mixture.
+      weights: list of floats, one per source.
+
+    Raises UserError for a weight that is not positive.
     """
 
     def __init__(self, sources, weights, name=None):
@@ -21,14 +32,17 @@ class MixtureSource(BaseSource):
             raise UserError(f"mixture {self.name!r}: weights must be positive")
         self.sources, self.weights = [], []
         for source, weight in zip(sources, weights, strict=True):
-            inner = isinstance(source, MixtureSource)
-            self.sources += source.sources if inner else [source]
-            self.weights += [weight * w / sum(source.weights) for w in source.weights] if inner else [weight]
-        sources = self.sources
-        self.broken = sum((Counter(s.broken) for s in sources), Counter())
-        self._ends = list(itertools.accumulate(len(s) for s in sources))
-        if any(s.class_names is not None for s in sources):
-            self._set_classes(list(dict.fromkeys(itertools.chain.from_iterable(s.class_names or () for s in sources))))
+            if isinstance(source, MixtureSource):
+                self.sources += source.sources
+                self.weights += [weight * w / sum(source.weights) for w in source.weights]
+            else:
+                self.sources.append(source)
+                self.weights.append(weight)
+        self.broken = sum((Counter(s.broken) for s in self.sources), Counter())
+        self._ends = list(itertools.accumulate(len(s) for s in self.sources))
+        if any(s.class_names is not None for s in self.sources):
+            names = itertools.chain.from_iterable(s.class_names or () for s in self.sources)
+            self._set_classes(list(dict.fromkeys(names)))
 
     def __len__(self):
         return self._ends[-1]

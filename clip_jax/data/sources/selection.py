@@ -1,15 +1,19 @@
-"""Selections of a source by a field of its records: some of them, classes made of a field, one source for each value.
+"""Selections of a source by a field of its records.
 
-    emoji?where=vendor:noto                     the records whose vendor is noto
-    emoji?part=concept:1/2                      the first of two parts of the concepts, drawn by a hash: of a concept all records or none
-    emoji?part=record:1/10                      a tenth of the records: the field `record` is their number
-    emoji?part=record:!1/10                     all but this tenth
-    emoji?part=concept:1/2&label=subgroup       of these the subgroup is the class: `label`, `class_name`, and `class_names` of the source
-    emoji?by=vendor                             a mixture of one source for each vendor, in proportion to their records
-    openclipart?has=keywords                    the records with keywords
-    openclipart?without=emoji                   the records that name nothing that the emoji set holds out of training, in no field
+    emoji?where=vendor:noto                    the records whose vendor is noto
+    emoji?part=concept:1/2                     the first of two parts of the concepts, chosen by a hash; all records of
+                                               a concept are in the same part
+    emoji?part=record:1/10                     a tenth of the records: the field `record` is a record's index
+    emoji?part=record:!1/10                    the other nine tenths
+    emoji?part=concept:1/2&label=subgroup      a part whose classes are the subgroups: sets `label`, `class_name` and
+                                               the source's `class_names`
+    emoji?by=vendor                            a mixture of one source per vendor, in proportion to their records
+    openclipart?has=keywords                   the records with keywords
+    openclipart?without=emoji                  the records that name, in any field, none of the concepts that the emoji
+                                               set holds out of training
 
-A record without the field, or with an empty one, is left out, or has no label. Making a selection reads every record of the source once.
+A record whose field is missing or empty is left out; with `label=` it has no label. Making a selection reads every
+record of the source once.
 """
 
 import hashlib
@@ -23,8 +27,14 @@ from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.tfds import embedded
 from clip_jax.errors import UserError, did_you_mean
 
-FORMS = {"where": r"(?P<field>[^:]+):(?P<value>.+)", "part": r"(?P<field>[^:]+):(?P<value>!?\d+/\d+)"}
-FORMS |= {"label": r"(?P<field>.+)", "by": r"(?P<field>.+)", "has": r"(?P<field>.+)", "without": r"(?P<value>emoji)"}
+FORMS = {
+    "where": r"(?P<field>[^:]+):(?P<value>.+)",
+    "part": r"(?P<field>[^:]+):(?P<value>!?\d+/\d+)",
+    "label": r"(?P<field>.+)",
+    "by": r"(?P<field>.+)",
+    "has": r"(?P<field>.+)",
+    "without": r"(?P<value>emoji)",
+}
 _EXAMPLES = {
     "where": "vendor:noto",
     "part": "concept:1/2",
@@ -33,24 +43,33 @@ _EXAMPLES = {
     "has": "keywords",
     "without": "emoji",
 }
-_STRINGS = "strings"  # all that a record says
-_PLURAL = re.compile(r"(?:(?<=s|x|z)es|(?<=ch|sh)es|(?<=\w\w[^s])s)$")
+_INDEX_FIELD = "record"  # stands for the index of a record
+_ALL_TEXT = "strings"  # stands for all text of a record
 
 
 class SelectedSource(BaseSource):
-    """The records of a source at some places; with `classes` the label of each, -1 for none, is an index of their names."""
+    """The records of a source at some indices, with other labels if given.
 
-    def __init__(self, source, places, name, labels=None, classes=()):
+    Args:
+      source: the source.
+      indices: int array `[n]`.
+      name: str, for messages.
+      labels: int32 `[n]`, -1 for a record without a class; None keeps the source's labels.
+      classes: list of str, the class names of `labels`.
+    """
+
+    def __init__(self, source, indices, name, labels=None, classes=()):
         super().__init__(name)
         self.broken = source.broken
-        self._source, self._places, self._labels = source, places, labels
+        self._source, self._indices = source, indices
+        self._labels = labels
         self.class_names = source.class_names if labels is None else list(classes)
 
     def __len__(self):
-        return len(self._places)
+        return len(self._indices)
 
     def __getitem__(self, index):
-        record = self._source[int(self._places[index])]
+        record = self._source[int(self._indices[index])]
         if self._labels is None:
             return record
         record = {key: value for key, value in record.items() if key not in ("label", "class_name")}
@@ -59,16 +78,17 @@ class SelectedSource(BaseSource):
 
 
 def select(source, options, name):
-    """The selection of a source by options.
+    """Returns a selection of a source: a `SelectedSource`, or a mixture of them for `by=`.
 
     Args:
+      source: the source.
       options: pairs such as `(("where", "vendor:noto"), ("label", "subgroup"))`.
-      name: of the selection, for messages.
+      name: str, the name of the selection, for messages.
 
     Raises UserError for wrong options, and when no record is left.
     """
     wanted = {option: _parse(option, value, name) for option, value in options}
-    columns = _read(source, {field for field, _ in wanted.values()}, name)
+    columns = _read_fields(source, {field for field, _ in wanted.values()}, name)
     kept = np.ones(len(source), bool)
     for option, (field, value) in wanted.items():
         column = columns[field]
@@ -79,9 +99,9 @@ def select(source, options, name):
         elif option == "part":
             kept &= _is_in_part(column, value, name)
         elif option == "without":
-            kept &= ~_names_any(column, _held_out_names())
+            kept &= ~_contains_any(column, _held_out_names())
         elif option in ("by", "has"):
-            kept &= column != None  # noqa: E711 - of every element
+            kept &= np.not_equal(column, None)
     if not kept.any():
         raise UserError(f"{name}: no record is left")
     labels, classes = None, ()
@@ -96,75 +116,84 @@ def select(source, options, name):
 
     if "by" not in wanted:
         return selected(kept, name)
-    field, _ = wanted["by"]
-    sources = [
-        selected(kept & (columns[field] == value), f"{name}:{value}") for value in sorted(set(columns[field][kept]))
-    ]
+    column = columns[wanted["by"][0]]
+    sources = [selected(kept & (column == value), f"{name}:{value}") for value in sorted(set(column[kept]))]
     return MixtureSource(sources, [len(source) for source in sources], name)
 
 
-def _parse(option, rest, name):
-    """(field, value or None) of an option."""
+def _parse(option, text, name):
+    """Returns the `(field, value or None)` of an option."""
     if option not in FORMS:
         raise UserError(f"{name}: unknown option {option!r}{did_you_mean(option, FORMS)}; options: {', '.join(FORMS)}")
-    if not (match := re.fullmatch(FORMS[option], rest)):
-        raise UserError(f"{name}: cannot read {option}={rest}; it is written as {option}={_EXAMPLES[option]}")
+    if not (match := re.fullmatch(FORMS[option], text)):
+        raise UserError(f"{name}: cannot read {option}={text}; it is written as {option}={_EXAMPLES[option]}")
     groups = match.groupdict()
-    return groups.get("field", _STRINGS), groups.get("value")
+    return groups.get("field", _ALL_TEXT), groups.get("value")
 
 
-def _read(source, fields, name):
-    """The values of fields in all records as strings, None where there is none; raises UserError for a field that no record has."""
-    columns, known = {field: np.full(len(source), None, object) for field in fields - {"record"}}, set()
-    numbers = {"record": np.array([str(i) for i in range(len(source))], object)} if "record" in fields else {}
+def _read_fields(source, fields, name):
+    """Returns `{field: object array [records]}` of str, None where a record has no such field or an empty one.
+
+    Raises UserError for a field that no record has.
+    """
+    columns = {field: np.full(len(source), None, object) for field in fields - {_INDEX_FIELD}}
+    if _INDEX_FIELD in fields:
+        numbers = {_INDEX_FIELD: np.array([str(i) for i in range(len(source))], object)}
+    else:
+        numbers = {}
     if not columns:
         return numbers
+    known = set()
     for i in range(len(source)):
         try:
             record = source[i]
         except BadRecord:
             continue
-        if _STRINGS in columns:
-            values = itertools.chain.from_iterable(
-                value if isinstance(value, list) else [value] for value in record.values()
-            )
-            record = record | {_STRINGS: [value for value in values if isinstance(value, str)]}
+        if _ALL_TEXT in columns:
+            values = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in record.values())
+            record = record | {_ALL_TEXT: [value for value in values if isinstance(value, str)]}
         known |= record.keys()
         for field, column in columns.items():
             value = record.get(field)
             if not (value is None or isinstance(value, str | list) and not value):
                 column[i] = str(value)
     for field in sorted(columns.keys() - known):
-        raise UserError(
-            f"{name}: no record has the field {field!r}{did_you_mean(field, known)}; fields: {', '.join(sorted(known))}"
-        )
+        hint = did_you_mean(field, known)
+        raise UserError(f"{name}: no record has the field {field!r}{hint}; fields: {', '.join(sorted(known))}")
     return columns | numbers
 
 
 def _is_in_part(column, part, name):
-    others, (number, count) = part.startswith("!"), map(int, part.removeprefix("!").split("/"))
+    """Returns bool `[records]`: whether the hash of a value falls into a part such as "1/2" or "!1/2"."""
+    negated = part.startswith("!")
+    number, count = map(int, part.removeprefix("!").split("/"))
     if not 1 <= number <= count:
         raise UserError(f"{name}: part {part} is not one of 1/{count} to {count}/{count}")
     hashes = {
         value: int.from_bytes(hashlib.sha256(value.encode("utf-8", "replace")).digest()[:8], "big")
         for value in set(column) - {None}
     }
-    return np.array([value is not None and (hashes[value] % count == number - 1) != others for value in column])
+    return np.array([value is not None and (hashes[value] % count == number - 1) != negated for value in column])
 
 
 def _held_out_names():
+    """Returns the names of the concepts that the emoji set holds out of training, in the form of `_words`."""
     splits = [f"{part}_{vendor}_vendor" for part in ("val", "test") for vendor in ("seen", "unseen")]
     sources = [embedded("emoji", split) for split in splits]
     return {_words(source[i]["name"]) for source in sources for i in range(len(source))}
 
 
-def _names_any(texts, names):
-    """Whether a name, all its words in a row, is in each text."""
+def _contains_any(texts, names):
+    """Returns bool `[texts]`: whether a text contains all words of some name in a row."""
     pattern = re.compile(rf" (?:{'|'.join(map(re.escape, names))}) ")
     return np.array([bool(pattern.search(f" {_words(text or '')} ")) for text in texts])
 
 
+_PLURAL = re.compile(r"(?:(?<=s|x|z)es|(?<=ch|sh)es|(?<=\w\w[^s])s)$")
+
+
 def _words(text):
-    """Words in lower case with a space between them, plurals as their singulars: "Two Cats!" -> "two cat"."""
+    """Returns the words of a text in lower case and singular, separated by single spaces: "Two Cats!" -> "two cat"."""
     words = (re.sub(r"(?<=\w\w)ies$", "y", word) for word in re.findall(r"[^\W_]+", text.lower()))
-    return " ".join(_PLURAL.sub("", _PLURAL.sub("", word)) for word in words)  # "abacuses" is "abacu" as "abacus" is
+    # Applied twice, so that "abacuses" and "abacus" both become "abacu".
+    return " ".join(_PLURAL.sub("", _PLURAL.sub("", word)) for word in words)

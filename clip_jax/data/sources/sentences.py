@@ -1,4 +1,4 @@
-"""Pairs of sentences."""
+"""Pairs of consecutive sentences: the text/text pairs of CLIPPO (Tschannen et al. 2023)."""
 
 import array
 import itertools
@@ -10,22 +10,35 @@ from clip_jax.data.files import FileReader, read_json
 from clip_jax.data.records import BadRecord, BaseSource
 from clip_jax.errors import UserError
 
-# Where a sentence ends: marks and closing quotes or brackets, then a space and no lower-case letter; after full-width marks anything.
+# The end of a sentence: marks and closing quotes or brackets, then a space and no lower-case letter. After full-width
+# marks anything may follow.
 _SENTENCE_END = re.compile(r"""[.!?…؟।]+["'”’»)\]]* (?=[^a-z])|[。！？]+[」』”’）]* ?(?=.)""")
+_MAX_PARAGRAPH = 2**16  # bytes; a longer paragraph is split
 
 
 def split_sentences(text):
-    """The sentences of a text, each on one line. Marks alone decide: an abbreviation before a capital ends a sentence, too."""
+    """Returns the sentences of a text, each on one line.
+
+    Punctuation alone decides: an abbreviation before a capital letter also ends a sentence.
+    """
     text, ends = " ".join(text.split()), [0]
     ends += [match.end() for match in _SENTENCE_END.finditer(text)]
     return [text[start:end].strip() for start, end in itertools.pairwise([*ends, len(text)]) if start < end]
 
 
 class SentencePairSource(BaseSource):
-    """Pairs of consecutive sentences of plain text, the text/text pairs of CLIPPO: `sentences`, two strings, and `text_pair`, 1.
+    """Pairs of consecutive sentences of plain text.
 
-    Of .jsonl files the field `text` of each line is a document; of others, a paragraph, up to a blank line or 64 KiB. Of a document with n
-    sentences there are n - 1 records. 40 bytes a document are held in memory; the files are read through once.
+    A record has `sentences` and `texts`, both the list of its two sentences, and `text_pair`, 1. In .jsonl files the
+    field `text` of each line is a document. In other files a document is a paragraph: it ends at a blank line or
+    after 64 KiB. A document with n sentences gives n - 1 records. The files are read through once; 40 bytes a
+    document are held in memory.
+
+    Args:
+      files: list of paths.
+      name: str, for messages.
+
+    Raises UserError when no document has two sentences.
     """
 
     def __init__(self, files, name="text"):
@@ -40,9 +53,8 @@ class SentencePairSource(BaseSource):
         self._spans = np.frombuffer(spans, np.int64).reshape(-1, 4)
         self._ends = self._spans[:, 3].cumsum()
         if not len(self._spans):
-            raise UserError(
-                f"{name}: no document with two sentences" + (" in a field 'text'" if self._is_json(path) else "")
-            )
+            where = " in a field 'text'" if self._is_json(path) else ""
+            raise UserError(f"{name}: no document with two sentences{where}")
 
     def __len__(self):
         return int(self._ends[-1])
@@ -61,11 +73,11 @@ class SentencePairSource(BaseSource):
         return path.endswith((".jsonl", ".json"))
 
     def _documents(self, path, lines):
-        """Yields (offset, bytes) of every document."""
+        """Yields `(offset, bytes)` of every document."""
         start, document = 0, b""
         for line in lines:
             document += line
-            if self._is_json(path) or not line.strip() or len(document) > 2**16:
+            if self._is_json(path) or not line.strip() or len(document) > _MAX_PARAGRAPH:
                 yield start, document
                 start, document = start + len(document), b""
         yield start, document

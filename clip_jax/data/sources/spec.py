@@ -1,10 +1,15 @@
-"""The grammar of source strings, parsed once into small values.
+"""The grammar of source strings, parsed once into `Spec` values.
 
-    SOURCE  = PART {" + " PART}                     several parts are a mixture
-    PART    = BASE {"?" OPTION {"&" OPTION}} ["*" WEIGHT]
-    OPTION  = KEY "=" VALUE                         WEIGHT = number | "size"
+    SOURCE = PART {" + " PART}                                    two or more parts are a mixture
+    PART   = BASE {"?" OPTION {"&" OPTION}} ["*" WEIGHT]
+    OPTION = KEY "=" VALUE
+    WEIGHT = NUMBER | "size"
 
-A weight is read in a mixture only. A "?" that no KEY and "=" follow belongs to the base, where it is a wildcard; so does an "&" to a value.
+BASE is a name, a path or pattern, or an import path. A KEY consists of letters, digits and underscores.
+
+- A "?" or "&" separates only when a KEY and "=" follow. Otherwise it belongs to the base or value, where a "?" is a
+  wildcard.
+- A weight is read in a mixture only. In a single part "*" belongs to the base, where it is a wildcard.
 """
 
 import dataclasses
@@ -18,9 +23,9 @@ class Spec:
     """One part of a source string.
 
     Attributes:
-      base: a name, a path or pattern, or an import path.
-      steps: what follows the base: for each "?" its options `((key, value), ...)`, in order.
-      weight: "" where none is given, "size", or a number as text.
+      base: str, a name, a path or pattern, or an import path.
+      steps: for each "?" its options in order, each `(key, value)`. Steps apply one after the other.
+      weight: str, a number or "size"; "" when none is given.
     """
 
     base: str
@@ -28,24 +33,23 @@ class Spec:
     weight: str = ""
 
     def prefix(self, steps):
-        """The text of the base and of its first `steps` steps."""
+        """Returns the text of the base and of its first `steps` steps, without the weight."""
         options = ("&".join(f"{key}={value}" for key, value in step) for step in self.steps[:steps])
         return "?".join([self.base, *options])
 
 
 def parse(text):
-    """The parts of a source string, a tuple of `Spec`; raises UserError for an empty one."""
-    if not text.strip():
-        raise UserError("data: no data set is named; give a name such as emoji, or a path")
+    """Returns the parts of a source string, a tuple of `Spec`; raises UserError when the string or a part is empty."""
     parts = [part.strip() for part in text.split(" + ")]
-    weighted = [re.fullmatch(r"(.+)\*(size|\d+(?:\.\d+)?)", part) if len(parts) > 1 else None for part in parts]
-    return tuple(
-        _parse_part(match[1].strip(), match[2]) if match else _parse_part(part, "")
-        for part, match in zip(parts, weighted, strict=True)
-    )
+    specs = tuple(_parse_part(part, weighted=len(parts) > 1) for part in parts)
+    if not all(spec.base for spec in specs):
+        raise UserError(f"data: no data set is named in {text!r}; give a name such as emoji, or a path")
+    return specs
 
 
-def _parse_part(text, weight):
+def _parse_part(text, weighted):
+    match = re.fullmatch(r"(.+)\*(size|\d+(?:\.\d+)?)", text) if weighted else None
+    text, weight = (match[1].strip(), match[2]) if match else (text, "")
     base, *steps = re.split(r"\?(?=\w+=)", text)
     options = (re.split(r"&(?=\w+=)", step) for step in steps)
     return Spec(base, tuple(tuple(tuple(option.split("=", 1)) for option in step) for step in options), weight)

@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared, the embedded ones among them."""
+"""Data sets prepared by TFDS (TensorFlow Datasets), the embedded ones among them."""
 
 import functools
 import json
@@ -14,7 +14,18 @@ EMBEDDED = Path(__file__).parents[1] / "embedded"
 
 
 class TfdsSource(BaseSource):
-    """A prepared TFDS folder in ArrayRecord format, read through `tfds` without TensorFlow; pictures stay encoded."""
+    """A prepared TFDS folder in ArrayRecord format, read without TensorFlow; images stay encoded.
+
+    Args:
+      folder: the folder that holds dataset_info.json.
+      split: str, a split or slices of splits, such as "train[:90%]+test".
+      image: name of the image feature, or None.
+      text: name or names of the caption features, or None.
+      label: name of the label feature, or None.
+      name: str, for messages; the folder by default.
+
+    Raises UserError for an unknown or empty split, an unknown field, and a folder in another format.
+    """
 
     def __init__(self, folder, split="train", *, image=None, text=None, label=None, name=None):
         super().__init__(name or os.fspath(folder), image, text, label)
@@ -26,25 +37,24 @@ class TfdsSource(BaseSource):
         if base not in splits and split != "all":
             raise UserError(f"{self.name}: no split {split!r}{did_you_mean(base, splits)}; splits: {', '.join(splits)}")
         images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
-        if self._fields[0] is None and images and "image" not in images:
-            self._fields = (images[0], *self._fields[1:])
-        # A feature that holds several, such as COCO's captions = [{text, id}], is addressed as captions/text.
+        if self._fields.image is None and images and "image" not in images:
+            self._fields = self._fields._replace(image=images[0])
+        # A feature of dicts, such as COCO's captions = [{text, id}], is addressed as captions/text.
         inner = {key: list(getattr(getattr(features[key], "feature", None), "keys", list)()) for key in features}
         self._choose_fields([name for key in features for name in ([f"{key}/{sub}" for sub in inner[key]] or [key])])
-        labels = dict(features.items()).get(self._fields[2])
+        labels = dict(features.items()).get(self._fields.label)
         if isinstance(labels, tfds.features.ClassLabel) and labels.names:
             self._set_classes(labels.names)
         try:
             self._data = builder.as_data_source(split, decoders={key: tfds.decode.SkipDecoding() for key in images})
         except NotImplementedError:
             raise UserError(
-                f"{self.name}: prepared as {builder.info.file_format.value}, which cannot be read by index; prepare it with "
-                "--file_format=array_record"
+                f"{self.name}: prepared as {builder.info.file_format.value}, which cannot be read by index; prepare it "
+                "with --file_format=array_record"
             ) from None
         except ValueError as error:
-            raise UserError(
-                f"{self.name}: split {split!r} is empty or not a split: {str(error).splitlines()[0]}"
-            ) from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.name}: split {split!r} is empty or not a split: {reason}") from None
         self._drop_text_label(self._data[0], asked=label is not None)
         self._names = _names_by_concept(os.fspath(folder))
 
@@ -60,7 +70,10 @@ class TfdsSource(BaseSource):
 
 @functools.cache
 def _names_by_concept(folder):
-    """Names in other languages that lie beside the records (the embedded emoji's), by concept: {"name_ko": "문어", "name_zh_hant": ...}."""
+    """Returns the names of the emoji set's concepts in other languages: `{concept: {"name_ko": "문어", ...}}`.
+
+    They lie in names_i18n.json.xz next to the records; empty for a folder without that file.
+    """
     path = os.path.join(folder, "names_i18n.json.xz")
     if not os.path.exists(path):
         return {}
@@ -71,6 +84,7 @@ def _names_by_concept(folder):
 
 
 def prepared_folder(name):
+    """Returns the folder of "NAME" or "NAME/CONFIG" in TFDS_DATA_DIR; raises UserError when it is not prepared."""
     root = Path(os.environ.get("TFDS_DATA_DIR", Path.home() / "tensorflow_datasets"))
     if folder := newest_version(root / name):
         return folder
@@ -79,13 +93,13 @@ def prepared_folder(name):
         raise UserError(f"tfds:{name}: name one of its configurations: {', '.join(sorted(configs))}")
     known = sorted(path.name for path in root.glob("*")) if root.is_dir() else []
     raise UserError(
-        f"tfds:{name}: not prepared in {root}{did_you_mean(name, known)}; set TFDS_DATA_DIR, or prepare it with: tfds build {name} "
-        f"--file_format=array_record --data_dir={root}"
+        f"tfds:{name}: not prepared in {root}{did_you_mean(name, known)}; set TFDS_DATA_DIR, or prepare it with: "
+        f"tfds build {name} --file_format=array_record --data_dir={root}"
     )
 
 
 def newest_version(folder):
-    """The folder itself if it is a prepared TFDS folder, else the newest version in it that is one, else None."""
+    """Returns the folder if it is a prepared TFDS folder, else its newest version that is one, else None."""
     folder = Path(folder)
     if (folder / "dataset_info.json").is_file():
         return folder
@@ -94,15 +108,15 @@ def newest_version(folder):
 
 
 def embedded_names():
-    """The names of the data sets that come with the package."""
+    """Returns the sorted names of the data sets in the package."""
     return sorted(folder.name for folder in EMBEDDED.iterdir() if newest_version(folder)) if EMBEDDED.is_dir() else []
 
 
 def embedded_folder(name):
-    """The folder of a data set that comes with the package, or None when there is none of that name."""
+    """Returns the folder of a data set in the package, or None when there is none of that name."""
     return newest_version(EMBEDDED / name) if re.fullmatch(r"\w+", name) else None
 
 
 def embedded(name, split):
-    """The source of a data set that comes with the package, such as `emoji`; raises UserError for an unknown split."""
+    """Returns the source of a data set in the package, such as `emoji`; raises UserError for an unknown split."""
     return TfdsSource(embedded_folder(name), split, name=name)

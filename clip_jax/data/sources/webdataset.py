@@ -1,7 +1,7 @@
 """WebDataset tar shards in img2dataset's layout (000.jpg, 000.txt, 000.json, ...), read by offset.
 
-Each shard is gone through once; where its members lie is kept in a small file beside it (or in the cache folder, if that place cannot be
-written), and every later read is one `pread`. A shard that was cut off is used as far as it goes.
+Each shard is scanned once. The offsets of its members are stored in a small index file next to it, or in the cache
+folder when that place is read-only. Every later read is one `pread`. A truncated shard gives its complete samples.
 """
 
 import bisect
@@ -20,41 +20,52 @@ from clip_jax.data.files import IMAGE_EXTENSIONS, FileReader
 from clip_jax.data.records import BadRecord, BaseSource
 from clip_jax.errors import UserError
 
-# A sample's members, by the part of their name after the first dot. An index holds (offset, size) of each, size -1 where there is none.
+# The members of a sample, by the part of their name after the first dot. An index row holds (offset, size) of each;
+# size is -1 for a missing member.
 _SLOTS = ({extension[1:] for extension in IMAGE_EXTENSIONS}, {"txt", "text", "caption"}, {"json"}, {"cls"})
 _ROW = 2 * len(_SLOTS) * 8  # bytes of an index row
-_VERSION = 1
-_CUT, _UNREADABLE, _NO_IMAGE = "truncated shard", "unreadable shard", "sample without image"
+_VERSION = 1  # of the index format
+_CUT = "truncated shard"
+_UNREADABLE = "unreadable shard"
+_NO_IMAGE = "sample without image"
+_REASONS = (_CUT, _UNREADABLE, _NO_IMAGE)
 
 
 class WebDatasetSource(BaseSource):
-    """Samples of tar shards: image bytes, captions (.txt, else the JSON's caption), label (.cls), and the JSON's fields."""
+    """Samples of tar shards: image bytes, captions (.txt, else the JSON's caption), label (.cls) and the JSON's fields.
+
+    Args:
+      shards: list of paths.
+      name: str, for messages.
+      image: name of the image field, or None for the image member.
+      text: name or names of the caption fields, or None.
+      label: name of the label field, or None for the .cls member.
+
+    Raises UserError when no shard has a usable sample.
+    """
 
     def __init__(self, shards, name="webdataset", *, image=None, text=None, label=None):
         super().__init__(name, image, text, label)
         self._shards, self._files = list(shards), FileReader()
         with ThreadPoolExecutor(min(16, len(self._shards) or 1)) as pool:
             indexed = list(pool.map(_index_shard, self._shards))
-        self._indexes = [
-            index for index, _, _ in indexed
-        ]  # the index file, or the index itself where none can be written
+        self._indexes = [index for index, _, _ in indexed]
         self._ends = list(itertools.accumulate(count for _, count, _ in indexed))
         for shard, (_, count, broken) in zip(self._shards, indexed, strict=True):
             self.broken.update(broken)
             if broken:
                 logging.warning("%s: %s; using its %d complete samples", shard, ", ".join(broken), count)
         if not self._ends or not self._ends[-1]:
-            raise UserError(
-                f"{name}: no usable sample in {len(self._shards)} shards ({', '.join(self.broken) or 'empty'})"
-            )
+            reasons = ", ".join(self.broken) or "empty"
+            raise UserError(f"{name}: no usable sample in {len(self._shards)} shards ({reasons})")
         names = self._peek(self._members) or {"image": None}
         self._choose_fields(names)
         if image is None:
-            self._fields = ("image", *self._fields[1:])
+            self._fields = self._fields._replace(image="image")
         if text is None and "txt" in names:
-            self._fields = (self._fields[0], ("txt",), self._fields[2])
+            self._fields = self._fields._replace(texts=("txt",))
         if label is None:
-            self._fields = (*self._fields[:2], "cls" if "cls" in names else None)
+            self._fields = self._fields._replace(label="cls" if "cls" in names else None)
 
     def __len__(self):
         return self._ends[-1]
@@ -63,18 +74,13 @@ class WebDatasetSource(BaseSource):
         return self._canonical(self._members(index))
 
     def _members(self, index):
+        """Returns the raw record: the JSON's fields, `image`, and `txt` and `cls` where the sample has them."""
         shard = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[shard - 1] if shard else 0)
-        where = self._indexes[shard]
-        spans = (
-            where[row]
-            if isinstance(where, np.ndarray)
-            else np.frombuffer(self._files.read(where, (row + 1) * _ROW, _ROW), np.int64)
-        )
-        spans = [(offset, size) for offset, size in spans.reshape(-1, 2).tolist()]
+        spans = self._spans(self._indexes[shard], row)
         start = min(offset for offset, size in spans if size >= 0)
         end = max(offset + size for offset, size in spans if size >= 0)
-        data = self._files.read(self._shards[shard], start, end - start)  # a sample's members lie one after the other
+        data = self._files.read(self._shards[shard], start, end - start)  # the members of a sample are adjacent
         image, txt, meta, cls = (
             data[offset - start : offset - start + size] if size >= 0 else None for offset, size in spans
         )
@@ -89,9 +95,20 @@ class WebDatasetSource(BaseSource):
             record["cls"] = cls.strip()
         return record
 
+    def _spans(self, index, row):
+        """Returns the (offset, size) of each slot of a sample; `index` is as from `_index_shard`."""
+        if isinstance(index, np.ndarray):
+            spans = index[row]
+        else:
+            spans = np.frombuffer(self._files.read(index, (row + 1) * _ROW, _ROW), np.int64)
+        return [(offset, size) for offset, size in spans.reshape(-1, 2).tolist()]
+
 
 def _index_shard(shard):
-    """The shard's index, (its file or itself, number of samples, what is broken in it), from a cache where there is one."""
+    """Returns `(index, number of samples, {reason: count})` of a shard; scans it when no valid index file exists.
+
+    `index` is the path of the index file, or the array of `_scan` when no file can be written.
+    """
     status = os.stat(shard)
     cached = hashlib.sha256(os.path.abspath(shard).encode()).hexdigest()[:32]
     folder = os.environ.get("CLIP_JAX_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "clip_jax"))
@@ -101,21 +118,17 @@ def _index_shard(shard):
         try:
             head = np.fromfile(place, np.int64, _ROW // 8).tolist()
             if head[:3] == stamp and os.path.getsize(place) == _ROW * (head[3] + 1):
-                return (
-                    place,
-                    head[3],
-                    {key: n for key, n in zip((_CUT, _UNREADABLE, _NO_IMAGE), head[4:7], strict=True) if n},
-                )
+                return place, head[3], {reason: n for reason, n in zip(_REASONS, head[4:7], strict=True) if n}
         except (OSError, IndexError):
             continue
     rows, broken = _scan(shard)
-    head = stamp + [len(rows)] + [broken[key] for key in (_CUT, _UNREADABLE, _NO_IMAGE)] + [0]
+    head = stamp + [len(rows)] + [broken[reason] for reason in _REASONS] + [0]
     for place in places:
         try:
             os.makedirs(os.path.dirname(os.path.abspath(place)), exist_ok=True)
             partial = f"{place}.{os.getpid()}.tmp"
             np.concatenate([np.array([head], np.int64), rows]).tofile(partial)
-            os.replace(partial, place)  # several processes may write the same
+            os.replace(partial, place)  # atomic: several processes may write the same index
             return place, len(rows), broken
         except OSError:
             continue
@@ -123,8 +136,9 @@ def _index_shard(shard):
 
 
 def _scan(shard):
-    """Goes through a shard: int64 [samples, 2 * slots] of (offset, size), and what is broken in it."""
-    rows, keys, broken, size = [], [], Counter(), os.path.getsize(shard)
+    """Reads the headers of a shard; returns int64 `[samples, 2 * slots]` of (offset, size), and `{reason: count}`."""
+    rows, keys = [], []
+    broken, size = Counter(), os.path.getsize(shard)
     clean = False
     try:
         with tarfile.open(shard, "r:") as tar:

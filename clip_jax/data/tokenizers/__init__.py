@@ -1,4 +1,4 @@
-"""Tokenizers, and the font that takes a tokenizer's place."""
+"""Tokenizers, and the font that replaces a tokenizer in CLIPPO."""
 
 from clip_jax.data.tokenizers.base import TextInput, Tokenizer
 from clip_jax.data.tokenizers.make import make_tokenizer

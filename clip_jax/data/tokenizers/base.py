@@ -1,4 +1,4 @@
-"""What turns texts into model input."""
+"""The interface of tokenizers: `TextInput`, of which the font is one, and `Tokenizer`, which gives token ids."""
 
 import abc
 import functools
@@ -13,29 +13,30 @@ from etils import epath
 from clip_jax.errors import UserError
 
 VOCAB_FOLDER = epath.Path(__file__).parents[1] / "vocab"
-
-
 METADATA_FILE = "clip_jax_tokenizer.json"
 
 
-_CACHED_TEXTS = 16_384  # encoded texts kept per process
-
-
-_MAX_CHARS = 100_000  # far beyond any context; keeps one broken record from stalling the loader
-
-
 class TextInput(abc.ABC):
-    """What turns texts into a model's input, and is kept with its weights. Picklable; `==` and `hash` go by `fingerprint()`.
+    """Turns texts into the input of a model; saved with its weights.
+
+    It is picklable. `==` and `hash` compare `fingerprint()`.
+
+    Args:
+      data: bytes, the content of the vocabulary file.
+      **options: all settings; `save` and `fingerprint` record them.
 
     Attributes:
-        vocab_size: number of ids; every id is in [0, vocab_size).
-        pad_id, eot_id: int. `eot_id` is defined even when `eot=False`.
-        sot_id: int, or None when no SOT is prepended.
-        mask_id: int, or None when the vocabulary has no mask token.
+      kind: str, the name of the kind in `make_tokenizer`.
+      file: str, the name of the vocabulary file in a saved folder.
+      vocab_size: int, the number of ids; every id is in [0, vocab_size). 0 for a font, which has none.
+      pad_id: int, the id of padding; with `pad_with_eot` it is not used.
+      eot_id: int, the id of end of text, also when `eot=False`.
+      sot_id: int, the id of start of text, or None when none is prepended.
+      mask_id: int, the id of the mask token, or None when the vocabulary has none.
     """
 
     kind: ClassVar[str]
-    file: ClassVar[str]  # name of the data inside a saved folder
+    file: ClassVar[str]
 
     vocab_size: int
     pad_id: int
@@ -44,20 +45,28 @@ class TextInput(abc.ABC):
     mask_id: int | None
 
     def __init__(self, data, **options):
-        """Args: data: content of the vocabulary file; options: the complete settings, which `save` and `fingerprint` record."""
         self.data, self.options = data, options
 
     @abc.abstractmethod
     def __call__(self, texts, context):
-        """The model's input [len(texts), ...]; `context` is its size: tokens in a sequence, pixels of a side."""
+        """Returns the model's input, `[len(texts), ...]`.
+
+        Args:
+          texts: list of str.
+          context: int, the length of a sequence in tokens, or the side of an image in pixels.
+        """
 
     def fingerprint(self):
-        """Hex digest of kind, settings and vocabulary: equal exactly when two tokenizers give the same ids."""
+        """Returns a hex digest of kind, settings and vocabulary; equal digests mean equal ids."""
         settings = json.dumps([self.kind, self.options], sort_keys=True).encode()
         return hashlib.sha256(settings + b"\0" + self.data).hexdigest()
 
     def save(self, folder):
-        """Writes the vocabulary and `clip_jax_tokenizer.json` into `folder` (made if absent); `make_tokenizer(folder)` reads them."""
+        """Writes the vocabulary and `clip_jax_tokenizer.json` into a folder, which `make_tokenizer(folder)` reads.
+
+        Args:
+          folder: the folder, created if missing.
+        """
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.file).write_bytes(self.data)
@@ -89,43 +98,52 @@ class TextInput(abc.ABC):
 
 
 class Tokenizer(TextInput):
-    """Common part of all tokenizers. `special_ids` never stand for text: a masked language model neither selects nor draws them."""
+    """What all tokenizers share: special tokens, truncation, padding, and a cache of encoded texts.
+
+    Attributes:
+      special_ids: frozenset of int, the ids that never stand for text. A masked language model neither selects nor
+        draws them.
+    """
 
     special_ids: frozenset[int]
+
+    _CACHED_TEXTS = 16_384  # encoded texts kept per process
+    _MAX_CHARS = 100_000  # far beyond any context; a broken record must not stall the loader
 
     def __init__(self, data, **options):
         super().__init__(data, **options)
         self._cache = {}
 
-    # --- what a kind of tokenizer defines ---
-
     @abc.abstractmethod
     def _encode(self, text):
-        """Ids of `text` without special tokens."""
+        """Returns the ids of a text without special tokens, a list of int."""
 
     @abc.abstractmethod
     def decode(self, ids):
-        """Text of `ids`; special tokens (SOT, EOT, PAD, mask) are left out."""
-
-    # --- what they share ---
+        """Returns the text of a sequence of ids; special tokens (SOT, EOT, PAD, mask) are left out."""
 
     def encode(self, text):
-        """Ids of `text` without special tokens and without truncation."""
+        """Returns the ids of a text, a list of int, without special tokens and without truncation."""
         ids = self._cache.get(text)
         if ids is None:
-            ids = self._encode(
-                text.encode("utf-8", "replace").decode()
-            )  # lone surrogates, as broken JSON escapes give them, become "?"
-            if len(self._cache) >= _CACHED_TEXTS:
+            ids = self._encode(text.encode("utf-8", "replace").decode())  # lone surrogates of broken JSON become "?"
+            if len(self._cache) >= self._CACHED_TEXTS:
                 self._cache.clear()
             if len(text) <= 1000:
                 self._cache[text] = ids
         return list(ids)
 
     def __call__(self, texts, context):
-        """Encodes `texts` into int32 [len(texts), context]: SOT and EOT added, truncated with EOT kept last, padded.
+        """Returns the ids of texts with SOT and EOT, truncated so that EOT stays last, and padded.
 
-        Raises UserError if `context` leaves no room for text.
+        Args:
+          texts: list of str.
+          context: int, the length of a sequence in tokens.
+
+        Returns:
+          int32 `[len(texts), context]`.
+
+        Raises UserError when `context` leaves no room for text.
         """
         if isinstance(texts, str):
             raise TypeError("a tokenizer takes a list of texts, not one string")
@@ -138,12 +156,12 @@ class Tokenizer(TextInput):
             )
         out = np.full((len(texts), context), self.eot_id if self.options["pad_with_eot"] else self.pad_id, np.int32)
         for row, text in zip(out, texts, strict=True):
-            ids = start + self.encode(text[:_MAX_CHARS])[:room] + end
+            ids = start + self.encode(text[: self._MAX_CHARS])[:room] + end
             row[: len(ids)] = ids
         return out
 
     def lengths(self, ids):
-        """Number of tokens before the padding, EOT included: ids int [..., context] -> int32 [...]."""
+        """Returns the number of tokens before the padding, EOT included: int `[..., context]` -> int32 `[...]`."""
         ids = np.asarray(ids)
         if not self.options["eot"]:
             return (ids != (self.eot_id if self.options["pad_with_eot"] else self.pad_id)).sum(-1, dtype=np.int32)
@@ -155,10 +173,13 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def canonicalize(text, keep=""):
-    """Text in the canonical form of SigLIP's evaluation: `_` becomes a space, no punctuation, lower case, single spaces.
+    """Returns a text in the canonical form of SigLIP (Zhai et al. 2023).
+
+    `_` becomes a space, punctuation is removed, letters become lower case, and runs of white space become one space.
 
     Args:
-        keep: a string that stays as it is, "{}" in templates and "," in class names.
+      text: str.
+      keep: str that stays as it is, "{}" in templates and "," in class names.
     """
     text = text.replace("_", " ")
     parts = text.split(keep) if keep else [text]

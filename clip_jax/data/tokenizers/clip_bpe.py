@@ -1,4 +1,4 @@
-"""CLIP BPE."""
+"""The byte-level BPE tokenizer of OpenAI CLIP."""
 
 import gzip
 import html
@@ -8,14 +8,23 @@ from clip_jax.errors import UserError
 
 
 class ClipBpeTokenizer(Tokenizer):
-    """Byte-level BPE of OpenAI CLIP: text is repaired (ftfy), HTML-unescaped twice, whitespace-collapsed and lower-cased; PAD is 0.
+    """The byte-level BPE of OpenAI CLIP.
 
-    Words are split by the Unicode tables of the `tokenizers` library, which know a few rare scripts (Tangut) later than others do.
+    A text is repaired with ftfy, HTML-unescaped twice, and lower-cased; runs of white space become one space. PAD is 0,
+    which is also the id of "!". Words are split by the Unicode tables of the `tokenizers` library, which learn a few
+    rare scripts (Tangut) later than others.
 
     Args:
-        specials: which literal strings in a text become the ids of SOT and EOT: "open_clip" (`<start_of_text>`, `<end_of_text>`),
-            "openai" (`<|startoftext|>`, `<|endoftext|>`) or "none". Everything else is plain text.
-        mask: adds a mask token as DeCLIP does, before SOT and EOT (49406, 49407, 49408), so that EOT stays the largest id.
+      data: bytes, the list of merges, gzipped or not.
+      sot: bool, whether SOT is prepended.
+      eot: bool, whether EOT is appended.
+      pad_with_eot: bool, whether EOT is the padding instead of PAD.
+      specials: str, the literal strings that become the ids of SOT and EOT: "open_clip" (`<start_of_text>`,
+        `<end_of_text>`), "openai" (`<|startoftext|>`, `<|endoftext|>`) or "none". Everything else is plain text.
+      mask: bool, whether a mask token is added as in DeCLIP, before SOT and EOT (49406, 49407, 49408), so that EOT
+        stays the largest id.
+
+    Raises UserError for another vocabulary and for unknown `specials`.
     """
 
     kind, file = "clip_bpe", "bpe_simple_vocab_16e6.txt.gz"
@@ -26,16 +35,7 @@ class ClipBpeTokenizer(Tokenizer):
     }
     _MERGES = 48_894
 
-    def __init__(
-        self,
-        data,
-        *,
-        sot=True,
-        eot=True,
-        pad_with_eot=False,
-        specials="open_clip",
-        mask=False,
-    ):
+    def __init__(self, data, *, sot=True, eot=True, pad_with_eot=False, specials="open_clip", mask=False):
         from tokenizers import Regex, models, pre_tokenizers
         from tokenizers import Tokenizer as HfTokenizer
 
@@ -43,10 +43,8 @@ class ClipBpeTokenizer(Tokenizer):
         if specials not in self._SPECIALS:
             raise UserError(f"specials={specials!r} is unknown; allowed: {', '.join(self._SPECIALS)}")
         try:
-            lines = (
-                (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode().split("\n")[1 : self._MERGES + 1]
-            )
-            merges = [tuple(line.split(" ")) for line in lines]
+            text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+            merges = [tuple(line.split(" ")) for line in text.split("\n")[1 : self._MERGES + 1]]
             valid = len(merges) == self._MERGES and all(len(merge) == 2 for merge in merges)
         except (OSError, EOFError, UnicodeDecodeError):
             valid = False
@@ -55,7 +53,8 @@ class ClipBpeTokenizer(Tokenizer):
                 f"the file is not CLIP's BPE vocabulary: a header and at least {self._MERGES} merges are expected"
             )
 
-        # Ids: the 256 bytes, printable ones first, each without and with the end-of-word mark; then the merges; then the special tokens.
+        # Ids: the 256 bytes, printable ones first, without and then with the end-of-word mark; the merges; the special
+        # tokens.
         printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
         others = [byte for byte in range(256) if byte not in printable]
         self._byte_of_char = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
@@ -70,9 +69,7 @@ class ClipBpeTokenizer(Tokenizer):
         self.eot_id = first + 1
         self.pad_id = 0
         self.vocab_size = first + 2
-        self.special_ids = frozenset(
-            range(len(self._pieces), self.vocab_size)
-        )  # without PAD, whose id 0 is also that of "!"
+        self.special_ids = frozenset(range(len(self._pieces), self.vocab_size))  # without PAD, which is also "!"
 
         self._literals = dict(zip(self._SPECIALS[specials], (first, first + 1), strict=False))
         # [sſ]: the published pattern ignores case, and ſ is a case variant of s that lower-casing keeps.
@@ -110,7 +107,7 @@ class ClipBpeTokenizer(Tokenizer):
 
     def decode(self, ids):
         ids = [int(i) for i in ids]
-        if self.eot_id in ids:  # what follows is padding, and PAD would read as "!"
+        if self.eot_id in ids:  # the rest is padding, which would be decoded as "!"
             ids = ids[: ids.index(self.eot_id)]
         words = "".join(self._pieces[i] for i in ids if i not in self.special_ids).replace("</w>", " ")
         raw = b"".join(b" " if c == " " else bytes([self._byte_of_char[c]]) for c in words)

@@ -1,10 +1,11 @@
-"""Texts as pictures, the input of CLIPPO (Tschannen et al. 2023, section 3.1): GNU Unifont bitmaps, drawn on the host.
+"""Draws texts as images with GNU Unifont, the input of CLIPPO (Tschannen et al. 2023, section 3.1).
 
-    font = make_tokenizer("unifont")                   # the font that ships with the package: Unifont 15.0.01, plane 0
-    pictures = font(["octopus", "문어"], 64)            # uint8 [2, 64, 64, 1]: background 127, ink 0
+    font = make_tokenizer("unifont")                   # the font in the package: Unifont 15.0.01, plane 0
+    images = font(["octopus", "문어"], 64)              # uint8 [2, 64, 64, 1]: background 127, ink 0
 
-The pictures equal those of the published code (big_vision, `render_unifont`) bit for bit, given the same font; the published checkpoints
-saw Unifont 9.0.06, `unifont.hex` and `unifont_upper.hex` (unifoundry.com). Letters of scripts that join or stack are drawn one by one.
+Given the same font, the images equal those of the published code (big_vision, `render_unifont`) bit for bit. The
+published checkpoints were trained with Unifont 9.0.06, `unifont.hex` and `unifont_upper.hex` (unifoundry.com). Letters
+of scripts that join or stack are drawn one by one.
 """
 
 import gzip
@@ -17,24 +18,26 @@ from clip_jax.data.tokenizers.base import TextInput
 from clip_jax.errors import UserError
 
 BACKGROUND, INK = 127, 0
-ROW = 16  # pixels: the height of a glyph, and its width at most
-MAX_CHARS = 768  # code points of a text that are looked at
+ROW = 16  # pixels: the height of a glyph, and its largest width
+MAX_CHARS = 768  # code points of a text that are drawn
 
 logger = logging.getLogger(__name__)
 
 
 class Font(TextInput):
-    """A font in the .hex format, plain or gzipped; several files joined by `cat` are one font. Stands in a tokenizer's place.
+    """A bitmap font in the .hex format; replaces a tokenizer.
 
-    Glyphs are trimmed to a gap of one pixel on the left and a width of at least 4, and broken into rows by character; what is below the
-    last row is left out. A character without a glyph is a gap 4 pixels wide; the first one is told in a warning.
+    Glyphs are trimmed to a gap of one pixel on the left and a width of at least 4 pixels. Rows break between any two
+    characters, and rows below the image are left out. A character without a glyph is a gap of 4 pixels; a warning names
+    the first one.
 
     Args:
-        data: lines of code point, colon, and 32 (8 x 16 pixels) or 64 (16 x 16) hexadecimal digits.
-        lower: draw A to Z as a to z; no other letters.
-        monospace: do not trim.
+      data: bytes, plain or gzipped: lines of code point, colon, and 32 (8 x 16 pixels) or 64 (16 x 16 pixels)
+        hexadecimal digits. Several files joined by `cat` are one font.
+      lower: bool, whether A to Z are drawn as a to z; other letters keep their case.
+      monospace: bool, whether glyphs are not trimmed.
 
-    Raises UserError for a line that is none of these.
+    Raises UserError for a line in another format.
     """
 
     kind, file = "unifont", "unifont.hex.gz"
@@ -43,9 +46,7 @@ class Font(TextInput):
     def __init__(self, data, *, lower=True, monospace=False):
         super().__init__(data, lower=lower, monospace=monospace)
         codes, ink = _parse(data)
-        columns = np.packbits(ink.transpose(0, 2, 1), axis=2).view(np.uint16)[
-            ..., 0
-        ]  # [glyphs, 16], a column's 16 pixels in a number
+        columns = np.packbits(ink.transpose(0, 2, 1), axis=2).view(np.uint16)[..., 0]  # [glyphs, 16], 16 pixels each
         is_blank = ~columns.any(1)
         first = np.maximum((columns > 0).argmax(1) - 1, 0)
         end = np.minimum(np.maximum(ROW - (columns > 0)[:, ::-1].argmax(1), first + 4), ROW)
@@ -55,7 +56,7 @@ class Font(TextInput):
         self._width = end - first
         self._start = ROW * np.arange(len(codes)) + first
         self._columns = columns.reshape(-1)
-        # Glyph of a code point; 0, a blank, where there is none, and for all beyond the last.
+        # The glyph of each code point. 0, a blank, stands for a missing glyph and all code points beyond the last.
         self._glyph = np.zeros(max(codes.max(), 127) + 2, np.int32)
         self._glyph[codes[1:]] = np.arange(1, len(codes))
         if lower:
@@ -63,37 +64,38 @@ class Font(TextInput):
         self._warned = False
 
     def __call__(self, texts, context):
-        """Draws `texts` on squares of `context` pixels, uint8 [len(texts), context, context, 1].
+        """Returns the drawn texts, uint8 `[len(texts), context, context, 1]`.
 
-        Raises UserError when `context` is not a multiple of 16 from 32 on.
+        Args:
+          texts: list of str.
+          context: int, side of the images in pixels, a multiple of 16 of at least 32.
+
+        Raises UserError for another `context`.
         """
         if isinstance(texts, str):
             raise TypeError("a font takes a list of texts, not one string")
         if context < 2 * ROW or context % ROW:
             raise UserError(
-                f"pictures of text with {context} pixels a side: a multiple of {ROW} from {2 * ROW} on is needed"
+                f"images of text with {context} pixels a side: a multiple of {ROW} from {2 * ROW} on is needed"
             )
-        pictures = np.full((len(texts), context, context, 1), BACKGROUND, np.uint8)
-        for picture, text in zip(pictures, texts, strict=True):
+        images = np.full((len(texts), context, context, 1), BACKGROUND, np.uint8)
+        for image, text in zip(images, texts, strict=True):
             rows = self._rows(text[:MAX_CHARS], context)
             bits = np.unpackbits(rows.view(np.uint8).reshape(-1, context, 2), axis=2)  # [rows, columns, 16]
-            lines = picture[: ROW * len(rows)].reshape(-1, ROW, context)
+            lines = image[: ROW * len(rows)].reshape(-1, ROW, context)
             np.multiply(bits.transpose(0, 2, 1) ^ 1, BACKGROUND, out=lines)
-        return pictures
+        return images
 
     def _rows(self, text, size):
-        """The rows that hold glyphs, as columns of 16 pixels: uint16 [rows, size]."""
+        """Returns the rows that hold glyphs, uint16 `[rows, size]`: each number is a column of 16 pixels."""
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         if not len(codes):
             return np.zeros((0, size), np.uint16)
         glyphs = self._glyph.take(codes, mode="clip")
         if not self._warned and not glyphs.all():
             self._warned, missing = True, text[int((glyphs == 0).argmax())]
-            logger.warning(
-                "the font has no glyph for %r (U+%04X), nor perhaps for others: they are drawn as gaps",
-                missing,
-                ord(missing),
-            )
+            message = "the font has no glyph for %r (U+%04X); characters without a glyph are drawn as gaps"
+            logger.warning(message, missing, ord(missing))
         widths = self._width[glyphs]
         ends = widths.cumsum()
         row_of = ends // (size - widths.max())
@@ -112,7 +114,10 @@ class Font(TextInput):
 
 
 def _parse(data):
-    """Code points int64 [glyphs] and ink, bool-like uint8 [glyphs, 16, 16], of a .hex file; the first is a blank that belongs to none."""
+    """Returns the code points, int64 `[glyphs]`, and the ink, uint8 0 or 1 `[glyphs, 16, 16]`, of a .hex file.
+
+    The first glyph is a blank with code point -1.
+    """
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.decompress(data)
@@ -125,12 +130,12 @@ def _parse(data):
             if not line.strip():
                 continue
             raise UserError(
-                f"line {number} is not a code point, a colon and 32 or 64 hexadecimal digits, as in a .hex font: {line[:80]!r}"
+                f"line {number} is not a code point, a colon and 32 or 64 hex digits, as in a .hex font: {line[:80]!r}"
             )
         codes[len(bits)].append(int(code, 16))
         digits[len(bits)].append(bits)
     if len(codes[32]) + len(codes[64]) == 1:
-        raise UserError("there are no glyphs in the file")
+        raise UserError("the file has no glyphs")
     narrow, wide = (
         np.frombuffer(bytes.fromhex(b"".join(digits[n]).decode()), np.uint8).reshape(-1, ROW, n // 32) for n in (32, 64)
     )

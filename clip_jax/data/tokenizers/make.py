@@ -1,25 +1,32 @@
-"""Text to token ids: SentencePiece (default), CLIP BPE and BERT WordPiece behind one interface; or, without tokens, to pictures.
+"""Makes a tokenizer from a string: SentencePiece (the default), CLIP BPE, BERT WordPiece, or the font of CLIPPO.
 
-    tokenizer = make_tokenizer("sentencepiece")                       # the small model that ships with the package
-    ids = tokenizer(["a red apple", "octopus"], context=16)           # int32 [2, 16]
-    tokenizer.save("runs/clip/tokenizer"); make_tokenizer("runs/clip/tokenizer")   # the same tokenizer again
+    tokenizer = make_tokenizer("sentencepiece")               # the small model in the package
+    ids = tokenizer(["a red apple", "octopus"], context=16)   # int32 [2, 16]
+    tokenizer.save("runs/clip/tokenizer")
+    make_tokenizer("runs/clip/tokenizer")                     # the same tokenizer
 
-A tokenizer is given by a spec, `kind[:path][?option=value&option=value]`, or by a folder that `save` wrote:
+The string is a spec or a folder that `save` wrote:
 
-    sentencepiece                     the shipped model: 4k unigram pieces with byte fallback, lower-casing
-    sentencepiece:/path/spm.model     any SentencePiece model; `?lower=true` where the model itself does not lower-case (c4_en, mC4, Gemma)
-    clip_bpe                          the vocabulary of OpenAI CLIP, 49,408 ids
-    wordpiece:/path/vocab.txt         uncased BERT
-    siglip:/path/spiece.model         SigLIP's: a SentencePiece model or its tokenizer.json, without punctuation, padded with EOT
-    unifont[:/path/unifont.hex]       no tokenizer: the font that draws texts as pictures, `clip_jax.data.font.Font` (CLIPPO)
+    SPEC   = KIND [":" PATH] ["?" OPTION {"&" OPTION}]
+    OPTION = KEY "=" VALUE
 
-Every sequence is `[SOT] text [EOT] padding...`, cut so that EOT stays last. Options of every kind:
+KIND and PATH are one of
 
-    sot            prepend SOT (CLIP BPE: true, WordPiece [CLS]: true, SentencePiece: false)
-    eot            append EOT (true; WordPiece [SEP]: true)
-    pad_with_eot   pad with EOT instead of PAD, "sticky EOT" as in SigLIP (false)
+    sentencepiece                 the model in the package: 4k unigram pieces with byte fallback, lower-casing
+    sentencepiece:/path/spm.model any SentencePiece model (c4_en, mC4, Gemma); lower=true if it does not lower-case
+    clip_bpe                      the vocabulary of OpenAI CLIP, 49,408 ids; options specials, mask
+    wordpiece:/path/vocab.txt     uncased BERT; option lower
+    siglip:/path/spiece.model     SigLIP's SentencePiece model or tokenizer.json, padded with EOT; option clean
+    unifont[:/path/unifont.hex]   the font that draws texts as images (CLIPPO); options lower, monospace
 
-Padding is never to be found by `ids == pad_id` (CLIP pads with 0, which is also the id of "!"): use `Tokenizer.lengths`.
+The class of a kind documents its options. Every sequence is `[SOT] text [EOT] padding`, truncated so that EOT stays
+last. Options of the tokenizers, with their defaults:
+
+    sot            prepends SOT: false (clip_bpe and wordpiece: true; not for siglip)
+    eot            appends EOT: true
+    pad_with_eot   pads with EOT instead of PAD, "sticky EOT": false (siglip: true)
+
+CLIP pads with 0, which is also the id of "!". `ids == pad_id` therefore does not find padding: use `Tokenizer.lengths`.
 """
 
 import inspect
@@ -34,7 +41,7 @@ from clip_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, Sigli
 from clip_jax.data.tokenizers.wordpiece import WordPieceTokenizer
 from clip_jax.errors import UserError
 
-#: Class and shipped file by kind.
+# The class of each kind, and its vocabulary in the package.
 _KINDS = {
     "sentencepiece": (SentencePieceTokenizer, VOCAB_FOLDER / "emoji_4k.model"),
     "siglip": (SiglipTokenizer, None),
@@ -45,9 +52,15 @@ _KINDS = {
 
 
 def make_tokenizer(spec):
-    """Makes the tokenizer of `spec` (grammar in the module docstring), or reads the folder that `Tokenizer.save` wrote.
+    """Returns the tokenizer of a spec, or the one that was saved in a folder.
 
-    Raises UserError if the kind, an option or its value is unknown, or a file is missing or of another format.
+    Args:
+      spec: str, such as "clip_bpe?specials=openai"; the grammar is in the docstring of this module.
+
+    Returns:
+      A `Tokenizer`, or a `Font` for the kind unifont.
+
+    Raises UserError when the kind, an option or its value is unknown, or a file is missing or in another format.
     """
     name, _, options = str(spec).partition("?")
     kind, _, path = name.partition(":")
@@ -62,8 +75,9 @@ def make_tokenizer(spec):
 
 def _load(folder):
     if not (folder / METADATA_FILE).exists():
+        kinds = ", ".join(_KINDS)
         raise UserError(
-            f"tokenizer {str(folder)!r} is neither a kind ({', '.join(_KINDS)}) nor a folder that holds {METADATA_FILE}"
+            f"tokenizer {str(folder)!r} is neither a kind ({kinds}) nor a folder that holds {METADATA_FILE}"
         )
     try:
         metadata = json.loads((folder / METADATA_FILE).read_text())
@@ -71,9 +85,13 @@ def _load(folder):
         tokenizer = _make(cls, folder / metadata["file"], metadata["options"])
         saved = metadata["fingerprint"]
     except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise UserError(f"{folder / METADATA_FILE} is damaged, or of a newer version ({type(e).__name__}: {e})") from e
+        raise UserError(
+            f"{folder / METADATA_FILE} is damaged, or from a newer version ({type(e).__name__}: {e})"
+        ) from e
     if tokenizer.fingerprint() != saved:
-        raise UserError(f"{folder}: {cls.file} or its settings are not those that were saved (the fingerprint differs)")
+        raise UserError(
+            f"{folder}: {cls.file} or its settings have changed since they were saved (fingerprint differs)"
+        )
     return tokenizer
 
 
@@ -89,6 +107,7 @@ def _make(cls, file, options):
 
 
 def _parse_options(cls, text, spec):
+    """Returns the options of a spec as keyword arguments of its class."""
     allowed = {name: p.default for name, p in inspect.signature(cls).parameters.items() if name != "data"}
     options = {}
     for item in filter(None, text.split("&")):

@@ -1,13 +1,23 @@
-"""SentencePiece, and SigLIP."""
+"""SentencePiece tokenizers, SigLIP's among them."""
 
 from clip_jax.data.tokenizers.base import Tokenizer, canonicalize
 from clip_jax.errors import UserError
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; EOT is its `</s>`, SOT its `<s>`, PAD its `<pad>`, the mask its piece `<mask>` if it has one.
+    """A SentencePiece model.
 
-    A model without a padding piece pads with EOT. `lower=True` lower-cases before the model's own normalisation.
+    EOT is its piece `</s>`, SOT `<s>`, PAD `<pad>`, and the mask token `<mask>` if it exists. A model without `<pad>`
+    pads with EOT.
+
+    Args:
+      data: bytes, the serialised model.
+      sot: bool, whether SOT is prepended.
+      eot: bool, whether EOT is appended.
+      pad_with_eot: bool, whether EOT is the padding instead of PAD.
+      lower: bool, whether a text is lower-cased before the model's own normalisation.
+
+    Raises UserError for another file, and for a model without a piece that is needed.
     """
 
     kind, file = "sentencepiece", "sentencepiece.model"
@@ -21,7 +31,7 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as e:
             raise UserError("the file is not a SentencePiece model") from e
         if self._model.eos_id() < 0:
-            raise UserError("the SentencePiece model has no </s> piece, which is needed as end of text")
+            raise UserError("the SentencePiece model has no piece </s>, which is needed as end of text")
         if sot and self._model.bos_id() < 0:
             raise UserError("sot=true, but the SentencePiece model has no <s> piece")
         self.vocab_size = self._model.get_piece_size()
@@ -30,9 +40,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.sot_id = self._model.bos_id() if sot else None
         mask = self._model.piece_to_id("<mask>")
         self.mask_id = mask if self._model.id_to_piece(mask) == "<mask>" else None
-        self.special_ids = frozenset(
-            i for i in range(self.vocab_size) if self._model.is_control(i) or i == self.mask_id
-        )
+        ids = range(self.vocab_size)
+        self.special_ids = frozenset(i for i in ids if self._model.is_control(i) or i == self.mask_id)
 
     def _encode(self, text):
         return self._model.encode(text.lower() if self.options["lower"] else text)
@@ -42,13 +51,18 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class SiglipTokenizer(Tokenizer):
-    """SigLIP's tokenizer as released: a SentencePiece model, or the `tokenizer.json` that Hugging Face made of one.
+    """SigLIP's tokenizer as released: a SentencePiece model, or the tokenizer.json that Hugging Face made of one.
 
-    Texts are padded with EOT ("sticky EOT": the last token, which is pooled, is always EOT).
+    Texts are padded with EOT ("sticky EOT"), so the last token, which is pooled, is always EOT.
 
     Args:
-        clean: what is done to a text before: "canonical" (SigLIP in open_clip and transformers: lower case, no punctuation, single
-            spaces) or "lower" (SigLIP and SigLIP 2 in big_vision).
+      data: bytes, the file.
+      eot: bool, whether EOT is appended.
+      pad_with_eot: bool, whether EOT is the padding.
+      clean: str, the preprocessing of a text: "canonical" (SigLIP in open_clip and transformers: `canonicalize`) or
+        "lower" (lower-casing; SigLIP and SigLIP 2 in big_vision).
+
+    Raises UserError for another file, one without an EOT piece, and an unknown `clean`.
     """
 
     kind, file = "siglip", "vocabulary"
@@ -65,14 +79,11 @@ class SiglipTokenizer(Tokenizer):
                 model = HfTokenizer.from_str(data.decode())
             except Exception as e:  # the library raises nothing more specific
                 raise UserError(f"the file is not a tokenizer.json ({e})") from e
-            ids = {
-                piece: model.token_to_id(piece) for piece in (*self._EOT, "<pad>", "<unk>", "<bos>", "<s>", "<mask>")
-            }
+            pieces = (*self._EOT, "<pad>", "<unk>", "<bos>", "<s>", "<mask>")
+            ids = {piece: model.token_to_id(piece) for piece in pieces}
             eot_ids = [ids[piece] for piece in self._EOT if ids[piece] is not None]
             if not eot_ids:
-                raise UserError(
-                    f"the tokenizer.json has none of the pieces {', '.join(self._EOT)}, one of which is needed as end of text"
-                )
+                raise UserError(f"the tokenizer.json needs one of the pieces {', '.join(self._EOT)} as end of text")
             self.eot_id, self.vocab_size = eot_ids[0], model.get_vocab_size()
             self.special_ids = frozenset(i for i in ids.values() if i is not None and i != ids["<unk>"])
             self._ids, self._text = lambda text: model.encode(text, add_special_tokens=False).ids, model.decode

@@ -1,11 +1,21 @@
-"""BERT WordPiece."""
+"""The WordPiece tokenizer of BERT."""
 
 from clip_jax.data.tokenizers.base import Tokenizer
 from clip_jax.errors import UserError
 
 
 class WordPieceTokenizer(Tokenizer):
-    """BERT WordPiece from a `vocab.txt`: SOT is [CLS], EOT is [SEP], PAD is [PAD], the mask is [MASK]. `lower` also strips accents."""
+    """The WordPiece of BERT: SOT is [CLS], EOT is [SEP], PAD is [PAD], and the mask token is [MASK].
+
+    Args:
+      data: bytes, the content of vocab.txt, one piece per line.
+      sot: bool, whether SOT is prepended.
+      eot: bool, whether EOT is appended.
+      pad_with_eot: bool, whether EOT is the padding instead of PAD.
+      lower: bool, whether a text is lower-cased and its accents are stripped.
+
+    Raises UserError for a file that is not a BERT vocabulary.
+    """
 
     kind, file = "wordpiece", "vocab.txt"
 

@@ -1,13 +1,13 @@
 """Searches a folder or any data set with a checkpoint: by text, by image, by image plus or minus text.
 
     python -m clip_jax.search --checkpoint=runs/clip --images=/data/photos --text="a red apple" --text="a snowy dog"
-    python -m clip_jax.search --checkpoint=runs/clip --images=/data/photos --image=query.jpg --minus="snow" --plus="beach"
+    python -m clip_jax.search --checkpoint=runs/clip --images=/data/photos --image=query.jpg --minus="snow"
     python -m clip_jax.search --checkpoint=runs/clip --images=emoji --image='#120' --find=texts --html=found.html
 
-Every --text and every --image is a query. --plus and --minus change each query: it becomes the sum or difference of unit
-vectors (Jia et al. 2021, figure 5). The candidates are the images of the data set or, with --find=texts, its captions or
-the lines of --texts=FILE. The search is exact. The embeddings are kept next to the data and computed again when the
-weights or the data have changed (docs/search.md).
+Every --text and every --image is a query. --plus and --minus change each query: it becomes the sum or difference of
+unit vectors (Jia et al. 2021, figure 5). The candidates are the images of the data set or, with --find=texts, its
+captions or the lines of --texts=FILE. The search is exact. The embeddings are kept next to the data and computed again
+when the weights or the data have changed (docs/search.md).
 """
 
 import dataclasses

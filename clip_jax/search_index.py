@@ -161,7 +161,7 @@ def model_key(model):
 
 
 def data_key(source, spec, split):
-    """Returns a hash of a data set: of 32 of its records, and of names, sizes and times of its files where it has any."""
+    """Returns a hash of a data set: 32 of its records, and the names, sizes and times of its files if it has any."""
     listing = []
     for part in parse(spec):
         path = part.base.replace("{split}", split)

@@ -1,8 +1,8 @@
 """The protocol of the embedded emoji set: {seen, unseen concepts} x {seen, unseen vendor} (docs/evaluation.md).
 
-Metrics, shares in [0, 1], are named `<prefix>/<cell>/...`. `<prefix>` is "emoji", or "emoji_val", "emoji_test" for those
-subsets of the unseen concepts, followed by the language of the names unless it is English: "emoji_ko", "emoji_val_ko".
-`<cell>` is {seen,unseen}_concept_{seen,unseen}_vendor.
+Metrics, shares in [0, 1], are named `<prefix>/<cell>/...`. `<prefix>` is "emoji", or "emoji_val", "emoji_test" for
+those subsets of the unseen concepts, followed by the language of the names unless it is English: "emoji_ko",
+"emoji_val_ko". `<cell>` is {seen,unseen}_concept_{seen,unseen}_vendor.
 
   top1, top5: 1-of-N over all concepts of the cell's side; N is the number of all seen, or all unseen, concepts.
   top1_without_flags_clocks_keycaps, top5_...: the same N classes, fewer images.
@@ -12,8 +12,8 @@ subsets of the unseen concepts, followed by the language of the names unless it 
     seen concepts, as there is no training image of an unseen one. A training image is not its own neighbour.
   image_to_text_R@1, R@5, R@10, text_to_image_R@...: only for unseen concepts, the cell's images against their names.
 
-`<prefix>/skipped` counts unusable records. The model was trained on the images of seen_concept_seen_vendor, so that cell
-measures memory.
+`<prefix>/skipped` counts unusable records. The model was trained on the images of seen_concept_seen_vendor, so that
+cell measures memory.
 
 Artefacts: "classification", and for unseen concepts "retrieval", "similarity" and "alignment" (methods with one vector
 per token), named `<prefix>/<cell>`; "map" named `<prefix>/unseen_concept`, the images of all vendors together.
@@ -45,13 +45,13 @@ _MEANINGS = {
     ("unseen", "unseen"): "Neither the thing nor the drawing style occurred in training: the number that says most.",
 }
 _NOTES = """<ul class="notes">
-<li><b>Top-1</b>: the share of images whose right name is the most similar of all the names. <b>Top-5</b>: it is among the
-five most similar.</li>
+<li><b>Top-1</b>: the share of images whose right name is the most similar of all the names. <b>Top-5</b>: it is among
+the five most similar.</li>
 <li><b>Chance</b>: what a random choice of names would reach.</li>
 <li><b>Nearest in pixels</b>: the name of the training image that looks most alike at 16 × 16 pixels (never the image
 itself). It needs no learning, and cannot know an unseen concept.</li>
-<li><b>±</b>: the 95 % sampling error of top-1 for this number of independent images. Several vendors' images of one thing
-are not fully independent.</li></ul>"""
+<li><b>±</b>: the 95 % sampling error of top-1 for this number of independent images. Several vendors' images of one
+thing are not fully independent.</li></ul>"""
 _KINDS = {
     "": "all images",
     "_without_flags_clocks_keycaps": "without flags, clock faces, keycaps",

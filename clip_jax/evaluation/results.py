@@ -41,7 +41,7 @@ class EvalResult:
 
     An artefact is a value from which the report draws a figure. Its class has
 
-      section: the heading of the report's section, such as "Predictions". Artefacts with equal headings share a section.
+      section: the heading of the report's section, such as "Predictions". Artefacts with one heading share a section.
       intro: HTML, the first paragraph of that section.
       draw(page): returns the figure as HTML; `page` is a `report.page.Page`.
 

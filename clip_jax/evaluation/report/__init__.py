@@ -1,1 +1,1 @@
-"""The HTML page of an evaluation: `page` and `charts` know no task, figures draw artefacts, `assembly` puts them together."""
+"""The HTML page of an evaluation. `page`, `charts` and the figures know no task; `assembly` puts the page together."""

@@ -215,7 +215,7 @@ class SceneSource(BaseSource):
         return names
 
     def _add_attributes(self, names, rng):
-        """Returns the objects: without attributes, with different colours, or with sizes, different for the first two."""
+        """Returns the objects without attributes, with different colours, or with sizes, the first two different."""
         kind = rng.integers(3)
         if kind == 0:
             return [_Object(name) for name in names]

@@ -367,7 +367,7 @@ def test_retrieval_takes_each_direction_by_its_own_similarity(model):
         assert (np.abs(ahead) > 1e-7).sum() == 40 * 39  # the rank does not depend on rounding
         rank = (ahead > 0).sum(1)
         assert result.metrics[f"r/{name}_R@10"] == pytest.approx((rank < 10).mean())
-    assert result.artefacts["map"]["r"].images.shape == (40, 16)
+    assert result.artefacts["map"]["r"].z_image.shape == (40, 16)
     assert len(result.artefacts["alignment"]["r"].words) == alignment.IMAGES
 
 

@@ -9,13 +9,13 @@ from clip_jax.data import augment, decode
 from clip_jax.errors import UserError
 
 
-def picture(width=64, height=48):
+def make_image(width=64, height=48):
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
 
 
 def run(spec, size, image=None, seed=0):
-    return np.asarray(augment.parse(tuple(spec), size)(image or picture(), np.random.default_rng(seed)))
+    return np.asarray(augment.parse(tuple(spec), size)(image or make_image(), np.random.default_rng(seed)))
 
 
 @pytest.mark.parametrize("path", golden_files("preprocess_clip_eval*.npz"))
@@ -89,7 +89,7 @@ CHAINS = [
 @pytest.mark.parametrize("spec", [(text,) for text in WHOLE] + [("rrc", text) for text in AFTER_CROP] + CHAINS)
 @pytest.mark.parametrize("shape", [(64, 48), (1, 1), (7, 300)])
 def test_every_operation_gives_the_size_and_follows_the_generator(spec, shape):
-    image = picture(*shape)
+    image = make_image(*shape)
     results = [run(spec, 32, image, seed) for seed in (3, 3, 4)]
     assert results[0].shape == (32, 32, 3) and results[0].dtype == np.uint8
     np.testing.assert_array_equal(results[0], results[1])
@@ -133,7 +133,7 @@ def test_rrc_falls_back_to_the_centre():
 
 
 def test_rrc_is_crop_and_resize():
-    image = picture(200, 150)
+    image = make_image(200, 150)
     box = augment._random_box(image.size, np.random.default_rng(5), 0.3, 0.9, (3 / 4, 4 / 3))
     expected = np.asarray(image.crop(box).resize((32, 32), Image.BICUBIC)).astype(int)
     got = run(("rrc(0.3, 0.9)",), 32, image, seed=5)
@@ -183,7 +183,7 @@ def test_policies_have_their_tables():
     names = {name for pair in augment._AUTOAUGMENT for name, _, _ in pair} | set(augment._RANDAUGMENT)
     for name in names:
         for level in (0, 0.5, 1):
-            assert augment._distort(picture(), name, level, -1, (0, 0, 0)).size == (64, 48)
+            assert augment._distort(make_image(), name, level, -1, (0, 0, 0)).size == (64, 48)
     for name in names - {
         "identity",
         "autocontrast",
@@ -192,10 +192,12 @@ def test_policies_have_their_tables():
         "posterize",
     }:  # at level 0 these change nothing
         np.testing.assert_array_equal(
-            np.asarray(augment._distort(picture(), name, 0, 1, (0, 0, 0))), np.asarray(picture()), err_msg=name
+            np.asarray(augment._distort(make_image(), name, 0, 1, (0, 0, 0))), np.asarray(make_image()), err_msg=name
         )
     for name in names - {"identity", "autocontrast"}:
-        assert (np.asarray(augment._distort(picture(), name, 0.9, 1, (0, 0, 0))) != np.asarray(picture())).any(), name
+        assert (
+            np.asarray(augment._distort(make_image(), name, 0.9, 1, (0, 0, 0))) != np.asarray(make_image())
+        ).any(), name
 
 
 @pytest.mark.parametrize(
@@ -231,5 +233,5 @@ def test_mistakes_are_one_clear_line(spec, message):
 def test_pipelines_can_be_sent_to_workers():
     pipeline = augment.parse(("rrc", "flip", "jitter"), 32)
     again = pickle.loads(pickle.dumps(pipeline))
-    expected, got = (np.asarray(p(picture(), np.random.default_rng(1))) for p in (pipeline, again))
+    expected, got = (np.asarray(p(make_image(), np.random.default_rng(1))) for p in (pipeline, again))
     np.testing.assert_array_equal(expected, got)

@@ -1,4 +1,4 @@
-"""Columns beside a data set: written, joined, refused where they do not fit."""
+"""Columns of a data set: written, joined, and rejected when they were made of another one."""
 
 import lzma
 import pickle

@@ -78,15 +78,15 @@ def test_emoji_counts(emoji_splits):
 
 
 def test_emoji_split_by_concept_and_vendor(emoji_splits):
-    families, pictures_of = collections.defaultdict(set), collections.defaultdict(set)
+    families, images_of = collections.defaultdict(set), collections.defaultdict(set)
     for split, records in emoji_splits.items():
         assert {r["vendor"] for r in records} == ({"emojione_v2"} if split.endswith("unseen_vendor") else SEEN)
         part = split.split("_")[0]
         for record in records:
             assert emoji.split_of(record["concept"], record["vendor"]) == split
             families[part].add(emoji.concept_family(record["concept"]))
-            pictures_of[part].add(record["image"])
-    for values in (families, pictures_of):
+            images_of[part].add(record["image"])
+    for values in (families, images_of):
         assert values.keys() == {"train", "val", "test"}
         assert (
             not values["train"] & values["val"]
@@ -97,7 +97,7 @@ def test_emoji_split_by_concept_and_vendor(emoji_splits):
     assert not names & {r["name"] for r in emoji_splits["train"]}
 
 
-def test_emoji_pictures(emoji_splits):
+def test_emoji_images(emoji_splits):
     for records in emoji_splits.values():
         for record in records:
             image = Image.open(io.BytesIO(record["image"]))
@@ -145,7 +145,7 @@ def test_emoji_default_decoding():
 # --- the openclipart set as committed ---------------------------------------------------------------------------------
 
 
-def test_openclipart_counts_and_pictures(openclipart_splits):
+def test_openclipart_counts_and_images(openclipart_splits):
     assert {split: len(records) for split, records in openclipart_splits.items()} == {"train": 6356, "test": 450}
     records = [r for records in openclipart_splits.values() for r in records]
     assert len({r["image"] for r in records}) == len({r["path"] for r in records}) == len(records)
@@ -317,8 +317,8 @@ def test_image_files(tmp_path):
     png = io.BytesIO()
     Image.new("RGBA", (5, 5), "red").save(png, "PNG")
     path = make_tar(tmp_path / "p.tgz", {"img/2600.png": png.getvalue(), "other/1f419.png": b"no image"})
-    [(found, picture)] = emoji.image_files("package/img")(path, CONCEPTS)
-    assert found.name == "sun" and picture().size == (5, 5)
+    [(found, image)] = emoji.image_files("package/img")(path, CONCEPTS)
+    assert found.name == "sun" and image().size == (5, 5)
 
 
 def test_fetch(tmp_path, monkeypatch):
@@ -361,15 +361,15 @@ def test_openclipart_informative():
         assert not openclipart.is_informative(title, count)
 
 
-# --- pictures and the writer ------------------------------------------------------------------------------------------
+# --- images and the writer ------------------------------------------------------------------------------------------
 
 
 def test_openclipart_to_image():
     canvas = Image.new("RGBA", (400, 300))
     assert openclipart.to_image(to_png(canvas), b"") is None  # nothing to be seen
     canvas.paste((255, 0, 0, 255), (100, 100, 300, 200))
-    picture = Image.open(io.BytesIO(openclipart.to_image(to_png(canvas), b"")))
-    assert picture.size == (96, 48) and picture.mode == "RGBA"
+    image = Image.open(io.BytesIO(openclipart.to_image(to_png(canvas), b"")))
+    assert image.size == (96, 48) and image.mode == "RGBA"
     assert openclipart.to_image(to_png(Image.new("RGB", (100, 4))), b"") is None  # too thin
 
 

@@ -33,7 +33,7 @@ def hex_of(path):
 
 
 @pytest.mark.parametrize("path", golden_files("clippo_render.npz"))
-def test_golden_pictures_of_the_published_renderer(path):
+def test_golden_images_of_the_published_renderer(path):
     golden = np.load(path)
     texts, data = json.loads(golden["texts_utf8"].tobytes()), b"".join(hex_of(path))
     for size in (64, 224):
@@ -43,22 +43,22 @@ def test_golden_pictures_of_the_published_renderer(path):
 
 
 @pytest.mark.parametrize("path", golden_files("clippo_render.npz"))
-def test_the_shipped_font_draws_the_golden_pictures_too(path, font):
+def test_the_shipped_font_draws_the_golden_images_too(path, font):
     golden = np.load(path)
     texts = json.loads(golden["texts_utf8"].tobytes())
     in_plane_0 = [max(map(ord, text)) < 2**16 for text in texts]
-    pictures = font([text for text, use in zip(texts, in_plane_0, strict=True) if use], 64)
-    np.testing.assert_array_equal(pictures[..., 0], golden["images_64"][in_plane_0])
+    images = font([text for text, use in zip(texts, in_plane_0, strict=True) if use], 64)
+    np.testing.assert_array_equal(images[..., 0], golden["images_64"][in_plane_0])
 
 
-def ink_columns(picture):
-    return np.flatnonzero((picture[..., 0] == 0).any(0))
+def ink_columns(image):
+    return np.flatnonzero((image[..., 0] == 0).any(0))
 
 
-def test_a_picture_is_background_and_ink_alone(font):
-    pictures = font(["", " ", "a cat, 고양이"], 224)
-    assert pictures.shape == (3, 224, 224, 1) and pictures.dtype == np.uint8
-    assert (pictures[:2] == 127).all() and set(np.unique(pictures[2])) == {0, 127}
+def test_an_image_is_background_and_ink_alone(font):
+    images = font(["", " ", "a cat, 고양이"], 224)
+    assert images.shape == (3, 224, 224, 1) and images.dtype == np.uint8
+    assert (images[:2] == 127).all() and set(np.unique(images[2])) == {0, 127}
     assert font([], 64).shape == (0, 64, 64, 1)
 
 
@@ -77,7 +77,7 @@ def test_ascii_letters_alone_are_lower_cased(font):
 
 
 def test_long_texts_end_with_the_last_row(font):
-    """Every row holds glyphs, none reaches beyond the picture's right edge, and what is too much changes nothing."""
+    """Every row holds glyphs, none reaches beyond the image's right edge, and excess text changes nothing."""
     long = font(["w" * 767, "w" * 5000], 64)
     np.testing.assert_array_equal(long[0], long[1])
     rows = long[0, ..., 0].reshape(4, 16, 64)
@@ -99,9 +99,9 @@ def test_gzipped_and_joined_font_files(font):
 def test_a_character_without_a_glyph_is_a_gap_and_one_warning(caplog):
     font = Font(b"0078:" + b"10" * 16)
     with caplog.at_level(logging.WARNING):
-        pictures = font(["x🚀x", "x x", "🚀", "\udc80x"], 64)
-    np.testing.assert_array_equal(pictures[0], pictures[1])
-    assert (pictures[2] == 127).all() and (pictures[3] == 0).any()
+        images = font(["x🚀x", "x x", "🚀", "\udc80x"], 64)
+    np.testing.assert_array_equal(images[0], images[1])
+    assert (images[2] == 127).all() and (images[3] == 0).any()
     assert len(caplog.records) == 1 and "no glyph for '🚀' (U+1F680)" in caplog.text
 
 
@@ -140,12 +140,12 @@ def test_a_font_is_saved_and_sent_to_workers_as_a_tokenizer_is(font, tmp_path):
 # Views
 
 
-PICTURE = np.full((20, 20, 3), 90, np.uint8)
+IMAGE = np.full((20, 20, 3), 90, np.uint8)
 VIEWS = (ImageOrTextView("image", 32, ("squash",)), RenderView("text", 32, ("{name}",)))
 
 
 def test_a_caption_is_drawn_like_any_text(font):
-    example = make_example({"image": PICTURE, "name": "a cat", "texts": []}, 3, VIEWS, font)
+    example = make_example({"image": IMAGE, "name": "a cat", "texts": []}, 3, VIEWS, font)
     assert {key: (value.shape, value.dtype) for key, value in example.items()} == {
         "image": ((32, 32, 3), np.uint8),
         "text": ((32, 32, 1), np.uint8),
@@ -227,8 +227,8 @@ def test_texts_without_pairs(tmp_path, name, content, message):
 def mixture(folder):
     write_documents(folder)
     buffer = io.BytesIO()
-    Image.fromarray(PICTURE).save(buffer, "PNG")
-    images = MemorySource([{"image": buffer.getvalue(), "name": f"picture {i}"} for i in range(10)])
+    Image.fromarray(IMAGE).save(buffer, "PNG")
+    images = MemorySource([{"image": buffer.getvalue(), "name": f"image {i}"} for i in range(10)])
     return MixtureSource([images, make_source(f"text:{folder}/*")], [3, 1])
 
 

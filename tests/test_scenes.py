@@ -1,4 +1,4 @@
-"""Composed scenes: what the caption says is so in the picture, held-out objects and pairs, determinism, wrong options."""
+"""Composed scenes: captions agree with images, held-out objects and pairs, determinism, wrong options."""
 
 import collections
 import itertools
@@ -43,7 +43,7 @@ def holds(record, relation, i, k):
     return abs(along) > 2 * abs(across) and (along < 0) == (relation in ("to the left of", "above"))
 
 
-def test_the_relation_is_unambiguous_in_the_picture(records):
+def test_the_relation_is_unambiguous_in_the_image(records):
     seen = set()
     for record in everything(records):
         assert holds(record, record["relation"], 0, 1)
@@ -59,7 +59,7 @@ def test_the_relation_is_unambiguous_in_the_picture(records):
     assert len(seen) == 4
 
 
-def test_boxes_lie_in_the_picture_and_hold_the_objects(records):
+def test_boxes_lie_in_the_image_and_hold_the_objects(records):
     for record in records["train"]:
         boxes, image = record["boxes"], record["image"]
         assert image.shape == (64, 64, 3) and image.dtype == np.uint8 and boxes.dtype == np.float32

@@ -90,7 +90,7 @@ def test_the_text_of_the_first_steps():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "data: no data set is named in ''; give a name such as emoji, or a path"),
+        ("", "data: no data set is named in ''; write a name such as emoji, or a path"),
         ("  ", "data: no data set is named"),
         ("emoji + ", r"data: no data set is named in 'emoji \+ '"),
         ("?index=x", "data: no data set is named"),

@@ -22,7 +22,7 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 def png(value, size=32):
-    """A picture that does not compress, so that a cut hits pictures and not only padding."""
+    """An image that does not compress, so that a cut hits images and not only padding."""
     pixels = np.random.default_rng(value).integers(0, 256, (size, size, 3), dtype=np.uint8)
     pixels[0, 0] = value
     buffer = io.BytesIO()
@@ -122,13 +122,13 @@ def test_the_index_goes_to_the_cache_folder_where_shards_are_read_only(tmp_path,
     write_shard(tmp_path / "a.tar")
     replace = os.replace
 
-    def refuse_beside_the_shard(source, target):
+    def refuse_next_to_the_shard(source, target):
         if "cache" not in target:
             os.remove(source)
             raise PermissionError(target)
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", refuse_beside_the_shard)
+    monkeypatch.setattr(os, "replace", refuse_next_to_the_shard)
     assert value(make_source(str(tmp_path / "a.tar"))[1]) == 1
     assert len(list((cache_folder / "webdataset").iterdir())) == 1 and not (tmp_path / "a.tar.index").exists()
     monkeypatch.setattr(webdataset, "_scan", lambda shard: pytest.fail("indexed again"))

@@ -52,11 +52,7 @@ class Pipeline:
     def __call__(self, image, rng):
         """Applies the steps to an image from `decode.open_image`; `rng` may be None when no step is random."""
         for step, is_random in zip(self.steps, self.random, strict=True):
-            if step.func not in (
-                rrc,
-                background,
-                random_background,
-            ):  # these read the pixels or transparency on their own
+            if step.func not in (rrc, background, random_background):  # these read pixels or transparency as they need
                 image = decode.flatten(image)
             image = step(image, rng) if is_random else step(image)
         return decode.flatten(image)

@@ -140,7 +140,7 @@ def _close(iterators):
 
 
 def _default_threads():
-    """At most 8: Pillow works without the interpreter's lock, but the rest of the work, which holds it, limits more."""
+    """One per core, at most 8: Pillow releases the interpreter's lock, but the rest of the work holds it."""
     return min(8, os.cpu_count() or 1)
 
 
@@ -262,7 +262,7 @@ class _Batches(abc.ABC):
     def __call__(self, step):
         skipped = Counter()
         batch = {key: np.empty((len(self.rows), *value.shape), value.dtype) for key, value in self.padding.items()}
-        for i, row in enumerate(self.rows):  # example by example: stacking would hold all of them twice
+        for i, row in enumerate(self.rows):  # one by one: stacking would hold all examples twice
             example = self.example(step * self.batch_size + row, skipped)
             for key, array in batch.items():
                 array[i] = example[key]

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 
 class BadRecord(Exception):
-    """A record that cannot be used.
+    """Raised for a record that cannot be used.
 
     `args[0]` is the reason: a short category such as "corrupt image", under which the record is counted.
     """
@@ -220,7 +220,7 @@ def image_key(image):
 
 
 def fingerprint(source):
-    """Returns a hex digest that tells data sets apart: of the number of records and of 32 evenly spaced records."""
+    """Returns a hex digest that identifies a data set: of its number of records and of 32 evenly spaced records."""
     digest = hashlib.blake2b(str(len(source)).encode(), digest_size=16)
     for i in range(min(32, len(source))):
         try:

@@ -43,7 +43,7 @@ def parse(text):
     parts = [part.strip() for part in text.split(" + ")]
     specs = tuple(_parse_part(part, weighted=len(parts) > 1) for part in parts)
     if not all(spec.base for spec in specs):
-        raise UserError(f"data: no data set is named in {text!r}; give a name such as emoji, or a path")
+        raise UserError(f"data: no data set is named in {text!r}; write a name such as emoji, or a path")
     return specs
 
 

@@ -32,7 +32,8 @@ class Stream:
     def __init__(self, part, start, length, seed):
         import grain
 
-        self._part, self._start, self._length = part, start, length
+        self._part = part
+        self._start, self._length = start, length
         self._seed = _seed(seed, part)
         self._shuffled = grain.MapDataset.range(start, start + length).seed(self._seed).shuffle().repeat()
 
@@ -62,7 +63,8 @@ class OneSource:
     """
 
     def __init__(self, streams, weights, seed, batch_size):
-        self._streams, self._batch_size, self._seed = streams, batch_size, _seed(seed, len(streams))
+        self._streams, self._batch_size = streams, batch_size
+        self._seed = _seed(seed, len(streams))
         self._batches = _mix([functools.partial(_pair, part) for part in range(len(streams))], weights)
 
     def __getitem__(self, position):

@@ -41,7 +41,9 @@ class Font(TextInput):
     """
 
     kind, file = "unifont", "unifont.hex.gz"
-    vocab_size, pad_id, eot_id, sot_id, mask_id = 0, -1, -1, None, None
+    vocab_size = 0  # it has no ids
+    pad_id = eot_id = -1
+    sot_id = mask_id = None
 
     def __init__(self, data, *, lower=True, monospace=False):
         super().__init__(data, lower=lower, monospace=monospace)

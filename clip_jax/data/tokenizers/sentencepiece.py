@@ -89,9 +89,11 @@ class SiglipTokenizer(Tokenizer):
             self._ids, self._text = lambda text: model.encode(text, add_special_tokens=False).ids, model.decode
         else:
             model = SentencePieceTokenizer(data)
-            self.eot_id, self.vocab_size, self.special_ids = model.eot_id, model.vocab_size, model.special_ids
+            self.eot_id, self.vocab_size = model.eot_id, model.vocab_size
+            self.special_ids = model.special_ids
             self._ids, self._text = model._encode, model.decode
-        self.pad_id, self.sot_id, self.mask_id = self.eot_id, None, None
+        self.pad_id = self.eot_id
+        self.sot_id = self.mask_id = None
 
     def _encode(self, text):
         return self._ids(canonicalize(text) if self.options["clean"] == "canonical" else text.lower())

@@ -242,37 +242,36 @@ def order(study, found):
 def write(study, runs, found, workdir):
     """Writes study.json and study.html into the work folder; returns the path of the page."""
     from clip_jax import evaluate, inference
-    from clip_jax.evaluation.report import charts, embedding_map
-    from clip_jax.evaluation.report import page as report
+    from clip_jax.evaluation.report import page as html_page
+    from clip_jax.evaluation.report.charts import chart
+    from clip_jax.evaluation.report.embedding_map import EmbeddingMap
 
     head, rows = table(study, runs, found)
     verdicts = list(order(study, found))
     figures = {"title": study.title, "runs": found, "table": [head, *rows], "order": verdicts}
     (workdir / "study.json").write_text(json.dumps(figures, indent=1))
-    page = report.Page()
+    page = html_page.Page()
     escaped = [[html.escape(cell) for cell in cells] for cells in (head, *rows)]
     note = "<p>Mean and standard deviation over the seeds, in percent.</p>"
     items = "".join(f"<li>{html.escape(line)}</li>" for line in verdicts)
     curves = ""
     for curve in study.curves:
         series = {row.name: _mean_curve([run for run in runs if run.row is row], curve) for row in study.rows}
-        curves += charts.chart(page, curve, {name: points for name, points in series.items() if points}, named=True)
+        curves += chart(page, curve, {name: points for name, points in series.items() if points}, named=True)
     maps = {}
     for run in runs if study.map_task else ():
         if run.seed == 0:
             found_maps = evaluate.parse_task(study.map_task)(inference.load(run.folder)).artefacts["map"]
             maps |= {f"{run.row.name}: {name}": item for name, item in found_maps.items()}
     sections = {
-        "Results": note + report.table(escaped[0], escaped[1:]),
+        "Results": note + html_page.table(escaped[0], escaped[1:]),
         "Order": f"<p>Against the published order, neighbours compared by Welch's t-test.</p><ul>{items}</ul>"
         if items
         else "",
         "Training": f'<p>Means over the seeds.</p><div class="charts">{curves}</div>' if curves else "",
-        "Maps": report.panels(
-            embedding_map.EmbeddingMap.intro, [(name, item.draw(page)) for name, item in maps.items()]
-        ),
+        "Maps": html_page.panels(EmbeddingMap.intro, [(name, item.draw(page)) for name, item in maps.items()]),
     }
-    return report.write_page(workdir / "study.html", page.html(study.title, sections))
+    return html_page.write_page(workdir / "study.html", page.html(study.title, sections))
 
 
 def _mean_curve(runs, name):

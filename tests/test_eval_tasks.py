@@ -16,19 +16,19 @@ from clip_jax.evaluation.zeroshot import zeroshot_task
 SIZE = 8
 
 
-def picture(key, noise=0):
-    """A picture of uint8 noise that is a function of `key`."""
+def make_image(key, noise=0):
+    """Returns an image of uint8 noise that depends on `key` alone."""
     rng = np.random.default_rng(zlib.crc32(str(key).encode()))
     return np.clip(rng.integers(0, 256, (SIZE, SIZE, 3)) + noise, 0, 255).astype(np.uint8)
 
 
 class OracleModel:
-    """Knows the text of every picture: both get the same random unit vector. Other pictures and texts get vectors of their own."""
+    """Embeds an image and its text as the same random unit vector. All others get vectors of their own."""
 
     image_view = ImageView(size=SIZE)
 
-    def __init__(self, text_of_picture=()):
-        self.text_of_picture = {image.tobytes(): text for image, text in text_of_picture}
+    def __init__(self, text_of_image=()):
+        self.text_of_image = {image.tobytes(): text for image, text in text_of_image}
         self.image_calls, self.text_calls = [], []
 
     def _vector(self, key):
@@ -38,7 +38,7 @@ class OracleModel:
     def embed_image(self, images):
         assert images.dtype == np.uint8 and images.shape[1:] == (SIZE, SIZE, 3)
         self.image_calls.append(len(images))
-        keys = (self.text_of_picture.get(image.tobytes()) for image in images)
+        keys = (self.text_of_image.get(image.tobytes()) for image in images)
         return np.stack(
             [
                 self._vector(image.tobytes() if key is None else key.encode())
@@ -55,7 +55,7 @@ class OracleModel:
 
 
 class Flaky(MemorySource):
-    """A source some of whose records cannot be read."""
+    """A source with records that cannot be read."""
 
     def __init__(self, records, bad):
         super().__init__(records, "flaky")
@@ -73,14 +73,14 @@ NAMES = ["cat", "dog", "hot_dog", "bird", "fish", "frog", "goat"]
 
 
 def labelled(n=21, wrong=()):
-    """Records with labels i % 7, and an oracle for them that takes the pictures in `wrong` for cats."""
-    records = [{"image": picture(i), "label": i % 7} for i in range(n)]
+    """Records with labels i % 7, and an oracle for them that names the images in `wrong` "cat"."""
+    records = [{"image": make_image(i), "label": i % 7} for i in range(n)]
     known = [(r["image"], "cat" if i in wrong else NAMES[r["label"]].replace("_", " ")) for i, r in enumerate(records)]
     return records, OracleModel(known)
 
 
 def test_zeroshot_task():
-    records, model = labelled(wrong=(1, 2, 8))  # of the dogs two of three, of the hot dogs one of three
+    records, model = labelled(wrong=(1, 2, 8))  # two of three dogs, one of three hot dogs
     result = zeroshot_task(model, MemorySource(records, class_names=NAMES), name="pets", batch_size=8)
     m = result.metrics
     assert m["pets/top1"] == pytest.approx(18 / 21)
@@ -132,7 +132,7 @@ def test_zeroshot_task_with_templates_duplicates_and_a_limit():
 
 def test_unusable_records_are_skipped_and_counted():
     records, model = labelled()
-    records[3] = {"image": b"no picture", "label": 3}
+    records[3] = {"image": b"no image", "label": 3}
     result = zeroshot_task(model, Flaky(records, bad={0, 20}), NAMES, batch_size=4)
     assert (result.metrics["zeroshot/images"], result.metrics["zeroshot/skipped"]) == (18, 3)
     images = result.artefacts["classification"]["zeroshot"].images
@@ -146,7 +146,7 @@ def test_zeroshot_task_refuses():
     with pytest.raises(UserError, match=r"labels 0\.\.6, but there are names for 0\.\.1"):
         zeroshot_task(model, MemorySource(records), ["cat", "dog"])
     with pytest.raises(UserError, match="without a label"):
-        zeroshot_task(model, MemorySource([{"image": picture(0)}]), ["cat", "dog"])
+        zeroshot_task(model, MemorySource([{"image": make_image(0)}]), ["cat", "dog"])
     with pytest.raises(UserError, match="no usable image among 2 records"):
         zeroshot_task(model, Flaky(records[:2], bad={0, 1}), NAMES)
 
@@ -155,14 +155,14 @@ def test_zeroshot_task_refuses():
 
 
 def test_retrieval_task():
-    records = [{"image": picture(i), "texts": [f"first {i}", " ", f"second {i}"]} for i in range(30)]
+    records = [{"image": make_image(i), "texts": [f"first {i}", " ", f"second {i}"]} for i in range(30)]
     records[7]["texts"] = []
     model = OracleModel([(r["image"], r["texts"][-1]) for r in records if r["texts"]])
     result = retrieval_task(model, MemorySource(records), name="coco", batch_size=16)
     m = result.metrics
     assert (m["coco/images"], m["coco/texts"], m["coco/skipped"]) == (30, 58, 0)
-    assert m["coco/image_to_text_R@1"] == 1.0  # any caption of the picture will do
-    assert 0.5 <= m["coco/text_to_image_R@1"] < 0.7  # every second caption is known, the others are up to chance
+    assert m["coco/image_to_text_R@1"] == 1.0  # any caption of the image counts
+    assert 0.5 <= m["coco/text_to_image_R@1"] < 0.7  # every second caption is known, the others are random
     found = result.artefacts["retrieval"]["coco"]
     assert found.image_to_text.shape == (30, 10) and found.text_to_image.shape == (58, 10)
     assert all(found.texts[found.image_to_text[i, 0]] == f"second {i}" for i in range(30) if i != 7)
@@ -170,7 +170,7 @@ def test_retrieval_task():
     assert matrix.texts == [f"first {i}" for i in range(30) if i != 7]
     assert matrix.images[7]["texts"][0] == "first 8"
     with pytest.raises(UserError, match="no captions"):
-        retrieval_task(model, MemorySource([{"image": picture(0)}]))
+        retrieval_task(model, MemorySource([{"image": make_image(0)}]))
 
 
 def test_probe_task():
@@ -178,8 +178,17 @@ def test_probe_task():
 
     def source(n):
         labels = rng.integers(0, 3, n)
-        return MemorySource([{"image": np.clip(picture(f"class{y}") + rng.integers(-9, 9, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8),
-                              "label": int(y)} for y in labels])  # fmt: skip
+        return MemorySource(
+            [
+                {
+                    "image": np.clip(make_image(f"class{y}") + rng.integers(-9, 9, (SIZE, SIZE, 3)), 0, 255).astype(
+                        np.uint8
+                    ),
+                    "label": int(y),
+                }
+                for y in labels
+            ]
+        )
 
     class PixelModel(OracleModel):
         def embed_image(self, images):
@@ -188,7 +197,7 @@ def test_probe_task():
     result = probe_task(PixelModel(), source(60), source(30), val=source(30), name="p")
     assert result.metrics["p/accuracy"] == result.metrics["p/val_accuracy"] == 1.0
     assert (result.metrics["p/images"], result.metrics["p/classes"]) == (30, 3)
-    random = MemorySource([{"image": picture(f"r{i}"), "label": i % 2} for i in range(60)])
+    random = MemorySource([{"image": make_image(f"r{i}"), "label": i % 2} for i in range(60)])
     assert probe_task(PixelModel(), random, source(30)).metrics["probe/accuracy"] < 0.9
 
 
@@ -202,7 +211,7 @@ def test_merge_results():
 
 
 def test_images_are_read_from_several_sources():
-    sources = [MemorySource([{"image": picture(i), "name": f"{s}{i}"} for i in range(3)]) for s in "ab"]
+    sources = [MemorySource([{"image": make_image(i), "name": f"{s}{i}"} for i in range(3)]) for s in "ab"]
     images = Images(sources, np.array([[1, 2], [0, 0], [1, 0]]))
     assert [p["name"] for p in images] == ["b2", "a0", "b0"]
     assert images.select(np.array([True, False, True]))[1]["name"] == "b0"
@@ -234,12 +243,19 @@ def emoji_record(name, vendor, key=None, noise=0):
     group, subgroup = next(
         (kind for kind, words in KIND.items() if first in words), ("animals-nature", "animal-marine")
     )
-    return {"image": picture(key or (name, vendor), noise), "name": name, "texts": [name], "vendor": vendor, "group": group,
-            "subgroup": subgroup, "concept": name.upper()}  # fmt: skip
+    return {
+        "image": make_image(key or (name, vendor), noise),
+        "name": name,
+        "texts": [name],
+        "vendor": vendor,
+        "group": group,
+        "subgroup": subgroup,
+        "concept": name.upper(),
+    }
 
 
 def emoji_splits():
-    """Vendors noto and twemoji draw alike but for one grey level; emojione draws the seen concepts like noto, but for the last two."""
+    """Noto and Twemoji differ by one grey level; EmojiOne draws all seen concepts but the last two like Noto."""
     splits = {"train": [emoji_record(n, v, n, noise) for n in SEEN for v, noise in (("noto", 0), ("twemoji", 1))]}
     splits["train_unseen_vendor"] = [emoji_record(n, "emojione", n if n in SEEN[:-2] else None, 2) for n in SEEN]
     for part, names in UNSEEN.items():
@@ -249,7 +265,7 @@ def emoji_splits():
 
 
 def emoji_oracle(splits, fails=()):
-    """Knows every picture, but takes those in `fails` for an octopus."""
+    """Names every image correctly, except for those in `fails`, which it names "octopus"."""
     records = [r for split in splits.values() for r in split]
     return OracleModel([(r["image"], "octopus" if (r["name"], r["vendor"]) in fails else r["name"]) for r in records])
 
@@ -282,11 +298,11 @@ def test_emoji_task_counts_classes_and_kinds():
         assert m[f"emoji/{cell}/chance_top1"] == pytest.approx(1 / classes)
         assert m[f"emoji/{cell}/chance_top5"] == pytest.approx(5 / classes)
     assert m["emoji/skipped"] == 0
-    assert sum(model.image_calls) == 60  # every picture once
+    assert sum(model.image_calls) == 60  # every image once
     assert all(type(value) is float for value in m.values())
 
 
-def test_emoji_task_leaves_pictures_out_but_no_classes():
+def test_emoji_task_excludes_images_but_no_classes():
     splits = emoji_splits()
     fails = {("flag: Peru", "emojione"), ("man judge", "emojione")}
     m = run_emoji(emoji_oracle(splits, fails), splits)[0].metrics
@@ -300,9 +316,7 @@ def test_emoji_task_leaves_pictures_out_but_no_classes():
 
 def test_emoji_task_pixel_baseline():
     m = run_emoji(emoji_oracle(emoji_splits()), emoji_splits())[0].metrics
-    assert (
-        m["emoji/seen_concept_seen_vendor/pixel_1nn_top1"] == 1.0
-    )  # found in the other vendor's picture, not in itself
+    assert m["emoji/seen_concept_seen_vendor/pixel_1nn_top1"] == 1.0  # found in the other vendor's image, not in itself
     assert m["emoji/seen_concept_unseen_vendor/pixel_1nn_top1"] == pytest.approx(0.8)
     assert not any("pixel" in key for key in m if "unseen_concept" in key)
     alone = emoji_splits()
@@ -320,7 +334,7 @@ def test_emoji_task_on_a_subset_reads_nothing_else(subset):
     assert not any("/seen_concept" in key for key in result.metrics)
 
 
-def test_emoji_task_samples_the_training_pictures():
+def test_emoji_task_samples_the_training_images():
     splits = emoji_splits()
     model = emoji_oracle(splits)
     result, _ = run_emoji(model, splits, seen_images=7)

@@ -20,7 +20,7 @@ WRONG = {"wrong_objects": "a dog left of a cat", "wrong_attributes": "a big cat 
 
 
 class Stub:
-    """The similarity of a picture and a text is a score of the text, given for each picture by its red value; -1 for other texts."""
+    """The similarity of an image and a text is `scores[red value of the image][text]`, -1 for other texts."""
 
     image_view = ImageView(size=4)
 
@@ -36,10 +36,8 @@ class Stub:
 
     def similarity(self, z_image, z_text):
         self.largest = max(self.largest, len(z_image) * len(z_text))
-        of_pictures = [self.scores.get(int(z), {}) for (z,) in z_image]
-        return np.asarray(
-            [[of_picture.get(self.texts[int(t)], -1.0) for (t,) in z_text] for of_picture in of_pictures], np.float32
-        )
+        rows = [self.scores.get(int(z), {}) for (z,) in z_image]
+        return np.asarray([[row.get(self.texts[int(t)], -1.0) for (t,) in z_text] for row in rows], np.float32)
 
 
 def source(records, name="mine"):
@@ -49,7 +47,7 @@ def source(records, name="mine"):
 
 
 def five():
-    """Five pictures: objects right, a tie, right, wrong, right; attributes right, wrong, none, none, a tie."""
+    """Five images: objects right, a tie, right, wrong, right; attributes right, wrong, none, none, a tie."""
     rows = [(2, 1, 1), (2, 2, 3), (2, 1, None), (2, 3, None), (2, 1.5, 2)]
     held_out = ["", "object", "object", "combination", ""]
     records, scores = [], {}
@@ -94,7 +92,7 @@ def test_only_the_wrong_objects_are_necessary():
     records = [{key: record[key] for key in ("texts", "wrong_objects")} for record in records]
     del records[1]["wrong_objects"]
     records[2]["wrong_objects"], records[3]["texts"] = " ", []
-    records[4]["texts"] += ["another caption"]  # the first one is that of the wrong caption
+    records[4]["texts"] += ["another caption"]  # the wrong caption belongs to the first one
     result = relations_task(Stub(scores), source(records), name="mine")
     m = result.metrics
     assert (m["mine/relations"], m["mine/images"], m["mine/skipped"]) == (1.0, 2, 3)
@@ -111,7 +109,7 @@ def test_nothing_to_compare_is_one_line():
 
 
 def test_pairs_are_compared_in_small_blocks():
-    """Each picture with its own captions, whatever the number of pictures; the right one is known to the picture alone."""
+    """Each image is compared with its own captions only, for any number of images."""
     records = [{"texts": [f"right {i}"], "wrong_objects": f"wrong {i}"} for i in range(37)]
     stub = Stub({i: {f"right {i}": 1.0, f"wrong {i}": 2.0 if i % 3 == 0 else 0.5} for i in range(37)})
     result = relations_task(stub, source(records), limit=None)
@@ -156,7 +154,7 @@ def test_the_task_by_its_name(tmp_path):
 
 @pytest.mark.parametrize("method", ["clip", "filip"])
 def test_config(method):
-    """All captions fit, each picture has one that is meant for it, and left stays left."""
+    """All captions fit the context, each image is trained with its caption, and no augmentation flips it."""
     c = config.load(f"configs/{method}.py:scenes")
     assert (
         c.method == method and not any("flip" in operation for operation in c.data.augment) and not c.data.word_dropout

@@ -194,8 +194,14 @@ def test_size_with_a_full_map_of_emoji(tmp_path):
     texts = [f"a name of usual length, {i}" for i in range(classes)]
     of_image = rng.integers(classes, size=n)
     result = EvalResult({})
-    result.artefacts["map"]["emoji"] = EmbeddingMap(rng.normal(size=(n, 16)), rng.normal(size=(classes, 16)), texts, of_image,
-                                                    [str(i % 10) for i in range(n)], images)  # fmt: skip
+    result.artefacts["map"]["emoji"] = EmbeddingMap(
+        rng.normal(size=(n, 16)),
+        rng.normal(size=(classes, 16)),
+        texts,
+        of_image,
+        [str(i % 10) for i in range(n)],
+        images,
+    )
     path = assembly.write_report(tmp_path / "r.html", result, title="t")
     assert 300_000 < path.stat().st_size < 2_000_000
 
@@ -206,10 +212,20 @@ def test_size_with_a_full_map_of_emoji(tmp_path):
 def emoji_result(prefix="emoji", cells=emoji.CELLS):
     metrics = {f"{prefix}/skipped": 0.0}
     for i, (concept, vendor) in enumerate(cells):
-        cell = {"top1": 0.1 + i / 10, "top5": 0.15 + i / 10, "chance_top1": 0.0026, "chance_top5": 0.013, "classes": 384.0, "images": 275.0,
-                "top1_without_flags_clocks_keycaps": 0.31, "top5_without_flags_clocks_keycaps": 0.32,
-                "images_without_compositions": 0.0, "images_without_flags_clocks_keycaps": 200.0, "top1_without_compositions": 0.0,
-                "top5_without_compositions": 0.0}  # fmt: skip
+        cell = {
+            "top1": 0.1 + i / 10,
+            "top5": 0.15 + i / 10,
+            "chance_top1": 0.0026,
+            "chance_top5": 0.013,
+            "classes": 384.0,
+            "images": 275.0,
+            "top1_without_flags_clocks_keycaps": 0.31,
+            "top5_without_flags_clocks_keycaps": 0.32,
+            "images_without_compositions": 0.0,
+            "images_without_flags_clocks_keycaps": 200.0,
+            "top1_without_compositions": 0.0,
+            "top5_without_compositions": 0.0,
+        }
         if concept == "seen":
             cell |= {"pixel_1nn_top1": 0.44, "pixel_1nn_top5": 0.6}
         else:
@@ -220,17 +236,21 @@ def emoji_result(prefix="emoji", cells=emoji.CELLS):
 
 def test_emoji_headline():
     text = render(emoji_result()).text
-    numbers_of = {"Seen concepts, seen vendors": "10.0 % 15.0 %", "Seen concepts, unseen vendor": "20.0 % 25.0 %",
-                  "Unseen concepts, seen vendors": "30.0 % 35.0 %", "Unseen concepts, unseen vendor": "40.0 % 45.0 %"}  # fmt: skip
+    numbers_of = {
+        "Seen concepts, seen vendors": "10.0 % 15.0 %",
+        "Seen concepts, unseen vendor": "20.0 % 25.0 %",
+        "Unseen concepts, seen vendors": "30.0 % 35.0 %",
+        "Unseen concepts, unseen vendor": "40.0 % 45.0 %",
+    }
     for cell, numbers in numbers_of.items():
         pixel = "44.0 % 60.0 %" if cell.startswith("Seen") else "– –"
-        middle = rf"{cell} [^%]* top-1 top-5 model {numbers} chance 0.26 % 1.3 % nearest in pixels {pixel} 275 images, 384 names"
+        numbers = f"model {numbers} chance 0.26 % 1.3 % nearest in pixels {pixel}"
+        middle = rf"{cell} [^%]* top-1 top-5 {numbers} 275 images, 384 names"
         assert re.search(middle, text), cell
     assert "(± 5.8)" in text  # 196 sqrt(0.4 0.6 / 275)
     assert "it memorised" in text
-    row = (
-        "10.0 % / 15.0 % 275 images, pixels 44.0 % 31.0 % / 32.0 % 200 images –"  # nothing is left without compositions
-    )
+    # Nothing is left without compositions.
+    row = "10.0 % / 15.0 % 275 images, pixels 44.0 % 31.0 % / 32.0 % 200 images –"
     assert row in text
     assert text.count("70.0 % " * 6) == 2 and "Other metrics" not in text
 
@@ -242,9 +262,22 @@ def test_headline_of_a_subset_has_its_cells_only():
 
 
 def test_headline_of_other_tasks():
-    metrics = {"pets/top1": 0.5, "pets/top5": 0.905, "pets/mean_per_class": 0.25, "pets/chance_top1": 0.027, "pets/chance_top5": 0.13,
-               "pets/images": 3669.0, "pets/classes": 37.0, "pets/skipped": 2.0, "a/b/accuracy": 0.8, "a/b/val_accuracy": float("nan"),
-               "a/b/l2": 1e-4, "a/b/images": 100.0, "mine/score": 12.5, "alone": 3.0}  # fmt: skip
+    metrics = {
+        "pets/top1": 0.5,
+        "pets/top5": 0.905,
+        "pets/mean_per_class": 0.25,
+        "pets/chance_top1": 0.027,
+        "pets/chance_top5": 0.13,
+        "pets/images": 3669.0,
+        "pets/classes": 37.0,
+        "pets/skipped": 2.0,
+        "a/b/accuracy": 0.8,
+        "a/b/val_accuracy": float("nan"),
+        "a/b/l2": 1e-4,
+        "a/b/images": 100.0,
+        "mine/score": 12.5,
+        "alone": 3.0,
+    }
     metrics |= {f"coco/{d}_R@{k}": k / 100 for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)} | {
         "coco/texts": 25010.0
     }
@@ -283,8 +316,17 @@ def test_read_metrics(tmp_path):
 
 
 def test_curves(tmp_path):
-    rows = [{"step": step, "loss": None if step == 5 else 10.0 - step, "image_to_text_acc": 0.1, "text_to_image_acc": 0.2, "odd": None,
-             "grad_norm": 1e4 if step == 3 else 1.0} for step in range(1, 10)]  # fmt: skip
+    rows = [
+        {
+            "step": step,
+            "loss": None if step == 5 else 10.0 - step,
+            "image_to_text_acc": 0.1,
+            "text_to_image_acc": 0.2,
+            "odd": None,
+            "grad_norm": 1e4 if step == 3 else 1.0,
+        }
+        for step in range(1, 10)
+    ]
     rows += [
         {
             "step": 4,
@@ -335,7 +377,7 @@ def test_ticks_are_round():
     assert [charts._steps(step) for step in (200, 9999, 20000, 1.5e6)] == ["200", "9999", "20k", "1.5M"]
 
 
-# Pictures
+# Images
 
 
 def test_thumbnails_lie_where_their_tags_say():
@@ -353,7 +395,7 @@ def test_thumbnails_lie_where_their_tags_say():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (300, 200)])
-def test_thumbnails_keep_the_shape_of_a_picture(shape):
+def test_thumbnails_keep_the_shape_of_an_image(shape):
     images = Images([MemorySource([{"image": np.zeros((*shape, 3), np.uint8)}])], np.zeros((1, 2), int))
     thumbnail = html_page._thumbnail(images, 0, 64)
     dark = np.argwhere(thumbnail[..., 0] < 128)
@@ -419,7 +461,8 @@ def test_retrieval_marks_the_right_ones():
     result = EvalResult({})
     result.artefacts["retrieval"]["x"] = item
     page = render(result)
-    # Texts: 0 finds picture 1, 0 (hit); 1 finds 1 (hit), 2; 2 (also of picture 1) finds 0, 1 (hit). Picture 2 has no text and is no query.
+    # Text 0 retrieves images 1, 0 (hit); text 1: 1 (hit), 2; text 2, also of image 1: 0, 1 (hit).
+    # Image 2 has no text, so it is no query.
     assert [a.get("class") for a in page.find("span")][:6] == [None, "hit", "hit", None, None, "hit"]
     assert [a.get("class") for a in page.find("li")] == [None, "hit", "hit", "hit"]
     assert len(page.find("div", class_="card")) == 2 and page.find("i", title="an image without a text")

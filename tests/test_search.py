@@ -1,4 +1,4 @@
-"""Search: exact top-k over the devices, its memory, what is kept beside the data, queries, the command and its page, bad input."""
+"""Search: exact top-k on all devices, its memory, the index on disk, queries, the command and its page, wrong input."""
 
 import base64
 import io
@@ -68,7 +68,7 @@ def test_the_search_is_exact_on_any_number_of_devices(devices, n, k, q, monkeypa
     search_index.program.cache_clear()
 
 
-def test_of_equal_scores_the_lower_row_comes_first():
+def test_the_lower_row_comes_first_among_equal_scores():
     z = np.repeat(unit(2), [20, 30], axis=0)[np.random.default_rng(0).permutation(50)]
     for devices in (1, 8):
         rows, values = search_index.Bank(z, mesh(devices)).search(z[:1], 40)
@@ -90,19 +90,19 @@ def test_a_million_embeddings_are_searched_without_their_matrix_of_scores(device
 
 
 def test_queries_are_unit_vectors_of_sums_and_differences(model):
-    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
     cat, red, big, dog = model.embed_text(["a cat", "red", "big", "a dog"])
-    image = model.embed_image([picture])[0]
-    plain = search.make_queries(model, ["a cat"], [("q.png", picture)])
-    np.testing.assert_allclose([q.z for q in plain], [cat, image], atol=1e-6)
-    text, both = search.make_queries(model, ["a cat"], [("q.png", picture)], ["red", "big"], ["a dog"])
-    for query, z in ((text, cat), (both, image)):
+    z_image = model.embed_image([image])[0]
+    plain = search.make_queries(model, ["a cat"], [("q.png", image)])
+    np.testing.assert_allclose([q.z for q in plain], [cat, z_image], atol=1e-6)
+    text, both = search.make_queries(model, ["a cat"], [("q.png", image)], ["red", "big"], ["a dog"])
+    for query, z in ((text, cat), (both, z_image)):
         expected = z + red + big - dog
         np.testing.assert_allclose(query.z, expected / np.linalg.norm(expected), atol=1e-5)
     assert (text.label, both.label) == ("a cat + red + big - a dog", "q.png + red + big - a dog")
 
 
-def test_the_index_holds_every_usable_picture_and_every_text_once(model, photos):
+def test_the_index_holds_every_usable_image_and_every_text_once(model, photos):
     (photos / "3.png").write_bytes(b"broken")
     source = make_source(str(photos))
     images = search.make_index(model, source, "images", str(photos))
@@ -114,13 +114,13 @@ def test_the_index_holds_every_usable_picture_and_every_text_once(model, photos)
 
 
 def make_index(model, photos, **options):
-    """The index and whether it was made anew."""
+    """Returns the index and whether it was computed."""
     lines = []
     index = search.make_index(model, make_source(str(photos)), "images", str(photos), log=lines.append, **options)
     return index, any("embedded" in line for line in lines)
 
 
-def test_embeddings_are_kept_beside_the_data_until_data_or_weights_change(model, workdir, photos):
+def test_embeddings_are_kept_next_to_the_data_until_data_or_weights_change(model, workdir, photos):
     first, is_new = make_index(model, photos)
     assert is_new and [path.name for path in photos.parent.iterdir() if path.name == "cache"] == []
     (place,) = (photos / ".clip_jax_search").iterdir()
@@ -128,9 +128,9 @@ def test_embeddings_are_kept_beside_the_data_until_data_or_weights_change(model,
     assert not is_new and np.array_equal(again.z, first.z) and isinstance(again.z, np.memmap)
     earlier, is_new = make_index(clip_jax.load(workdir, 1), photos)
     assert is_new and not np.allclose(earlier.z, first.z) and not make_index(model, photos)[1]
-    PIL.Image.new("RGB", (9, 9)).save(photos / "9.png")  # a picture more
+    PIL.Image.new("RGB", (9, 9)).save(photos / "9.png")  # one more image
     assert make_index(model, photos)[1] and len(make_index(model, photos)[0].z) == 10
-    PIL.Image.new("RGB", (9, 9), "red").save(photos / "9.png")  # another picture of the same name
+    PIL.Image.new("RGB", (9, 9), "red").save(photos / "9.png")  # another image of the same name
     assert make_index(model, photos)[1] and not make_index(model, photos)[1]
     (place / "meta.json").write_text("{")
     assert make_index(model, photos)[1]
@@ -156,7 +156,7 @@ def run(workdir, photos, *arguments):
     return search.main([f"--checkpoint={workdir}", f"--images={photos}", *arguments])
 
 
-def test_the_command_finds_pictures_and_writes_a_page(workdir, model, photos, tmp_path, capsys):
+def test_the_command_finds_images_and_writes_a_page(workdir, model, photos, tmp_path, capsys):
     page = tmp_path / "found.html"
     arguments = [
         "--text=<b>cat",
@@ -170,7 +170,7 @@ def test_the_command_finds_pictures_and_writes_a_page(workdir, model, photos, tm
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert [q["query"] for q in found] == ["<b>cat", f"{photos}/4.png", "#6 number 3 <&>"]
-    assert [[hit["record"] for hit in q["found"]][0] for q in found[1:]] == [4, 6]  # a picture is most like itself
+    assert [[hit["record"] for hit in q["found"]][0] for q in found[1:]] == [4, 6]  # an image is most similar to itself
     assert found[1]["found"][0]["score"] == pytest.approx(1, abs=1e-4) and found[1]["found"][0]["path"].endswith(
         "4.png"
     )
@@ -187,7 +187,7 @@ def test_the_command_finds_pictures_and_writes_a_page(workdir, model, photos, tm
         and "&lt;b&gt;cat" in text
         and "number 2 &lt;&amp;&gt;" in text
     )
-    assert text.count('<i class="t t0"') == 3 * 4 + 2  # results, and the queries that are pictures
+    assert text.count('<i class="t t0"') == 3 * 4 + 2  # results, and the queries that are images
     (sheet,) = re.findall(r"data:image/webp;base64,([\w+/=]+)", text)
     assert PIL.Image.open(io.BytesIO(base64.b64decode(sheet))).size == (14 * 128, 128)
 
@@ -226,7 +226,7 @@ def test_the_command_finds_texts_of_the_data_or_of_a_file(workdir, model, photos
         (["--text=a", "--html={}/0.txt/x"], "cannot be written: File exists"),
     ],
 )
-def test_bad_input_is_one_clear_line(workdir, photos, capsys, arguments, message):
+def test_wrong_input_is_one_clear_line(workdir, photos, capsys, arguments, message):
     assert run(workdir, photos, *(a.format(photos) for a in arguments)) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1

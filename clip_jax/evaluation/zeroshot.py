@@ -33,8 +33,19 @@ _MEANING = """<p class="notes"><b>Top-1</b>: the share of images whose right cla
 class counts alike. <b>Chance</b>: a random choice. <b>±</b>: the 95 % sampling error for this number of images.</p>"""
 
 
-def run(model, source, split="", classes=None, templates="simple", name="zeroshot", duplicates="error", canonical=False,
-        label="", image="", limit=None):  # fmt: skip
+def run(
+    model,
+    source,
+    split="",
+    classes=None,
+    templates="simple",
+    name="zeroshot",
+    duplicates="error",
+    canonical=False,
+    label="",
+    image="",
+    limit=None,
+):
     """Runs the task on a source string.
 
     Args:

@@ -86,7 +86,7 @@ def training_curves(page, path, title_of=str):
     """
     training, evaluation = read_metrics(path)
     if not training and not evaluation:
-        return "<p>There are no metrics of a training run beside the checkpoint, hence no curves.</p>"
+        return "<p>There are no metrics of a training run with this checkpoint, hence no curves.</p>"
     blocks, rest = [], dict(training)
     main = []
     for title, pattern in _CURVES.items():

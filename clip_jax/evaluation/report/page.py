@@ -1,6 +1,6 @@
 """One self-contained HTML page: its frame, thumbnails, text, numbers, tables and panels.
 
-`report.html` beside this module is the skeleton with its style and script. The page loads nothing: images are
+`report.html` in this folder is the skeleton with its style and script. The page loads nothing: images are
 thumbnails in data URIs, those of one figure side by side in one WebP sheet. Names and captions are untrusted and
 escaped wherever they appear.
 """
@@ -30,7 +30,7 @@ _SKELETON = Path(__file__).with_name("report.html")
 
 @dataclass
 class Page:
-    """What sections add to the page besides their own HTML.
+    """Collects the thumbnails and the script data that sections add to a page.
 
     Attributes:
       sheets: CSS rules of sheets of thumbnails.

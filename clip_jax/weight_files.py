@@ -1,7 +1,7 @@
-"""Weight files of others as `{name: Tensor}`: safetensors, PyTorch's .pt/.bin and NumPy's .npz.
+"""Reads third-party weight files as `{name: Tensor}`: safetensors, PyTorch's .pt and .bin, and NumPy's .npz.
 
-Only names, shapes and dtypes are read at first. A tensor is read when it is asked for, through a mapping of the file that
-ends with the array, so that a model never lies in memory beside its parameters. No code of a file is ever run.
+At first only names, shapes and dtypes are read. `Tensor.read` maps its part of the file into memory; the mapping ends
+with the array. So a model is never in memory twice. Code in a file is never run.
 """
 
 import functools
@@ -24,17 +24,17 @@ import numpy as np
 
 from clip_jax.errors import UserError
 
-_MAPPING = mmap.MAP_PRIVATE | getattr(
-    mmap, "MAP_POPULATE", 0
-)  # read at once where the system can: a fault per page is slow
+# MAP_POPULATE, where the system has it, reads all pages at once: one page fault for each is slow.
+_MAPPING = mmap.MAP_PRIVATE | getattr(mmap, "MAP_POPULATE", 0)
 _BF16 = np.dtype(ml_dtypes.bfloat16)
-_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # what PyTorch before version 1.6 begins its files with
+_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # the first bytes of files of PyTorch before version 1.6
 _SAFETENSORS = {
-    "F64": "f8", "F32": "f4", "F16": "f2", "BF16": _BF16, "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?",
+    "F64": "f8", "F32": "f4", "F16": "f2", "BF16": _BF16, "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1",
+    "BOOL": "?",
 }  # fmt: skip
 _TORCH = {
-    "Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": _BF16, "Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1",
-    "Bool": "?",
+    "Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": _BF16, "Long": "i8", "Int": "i4", "Short": "i2",
+    "Char": "i1", "Byte": "u1", "Bool": "?",
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ class Tensor:
     Attributes:
       shape: its shape.
       dtype: its NumPy dtype.
-      read: function without arguments that gives the array, read-only.
+      read: function without arguments that returns the array, read-only.
     """
 
     shape: tuple[int, ...]
@@ -54,9 +54,9 @@ class Tensor:
 
 
 def read(path):
-    """`{name: Tensor}` of a weight file, or of a sharded one by its `*.index.json`.
+    """Returns `{name: Tensor}` of a weight file, or of several files through their `*.index.json`.
 
-    Raises UserError with one line for a file that is missing, cut off, damaged, of another kind or not to be trusted.
+    Raises UserError, in one line, for a file that is missing, cut off, damaged, of another format, or would run code.
     """
     path = pathlib.Path(path)
     if path.name.endswith(".index.json"):
@@ -72,7 +72,7 @@ def read(path):
             tensors = _read_legacy_torch(path)
         elif start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
             raise UserError(
-                f"{path}: a pickle, but none that PyTorch wrote; only tensors are read from pickles, code is never run"
+                f"{path}: a pickle that PyTorch did not write; only tensors are read from pickles, code is never run"
             )
         else:
             tensors = _read_safetensors(path, start)
@@ -81,7 +81,7 @@ def read(path):
     except (zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{path}: the file is cut off or damaged ({error})") from None
     if not tensors:
-        raise UserError(f"{path}: there is no tensor in it")
+        raise UserError(f"{path}: it has no tensor")
     return tensors
 
 
@@ -97,13 +97,13 @@ def _read_shards(index):
     shards = {name: read(file) for name, file in files.items()}
     if absent := [tensor for tensor, file in where.items() if tensor not in shards[file]]:
         raise UserError(
-            f"{index}: {len(absent)} tensors are not in the files where they should be, {absent[0]!r} first"
+            f"{index}: {len(absent)} tensors are not in the files that the index names, {absent[0]!r} first"
         )
     return {tensor: shards[file][tensor] for tensor, file in where.items()}
 
 
 def _mapped(path, dtype, offset, shape, strides=None):
-    """A view of the file that keeps it mapped, and its pages in memory, no longer than it lives; `strides` in bytes."""
+    """Returns a view of the file, which is unmapped when the view is freed; `strides` are in bytes."""
     dtype = np.dtype(dtype)
     if 0 in shape:
         return np.zeros(shape, dtype)
@@ -120,14 +120,14 @@ def _tensor(path, dtype, offset, shape, strides=None):
 
 
 def _read_safetensors(path, start):
-    """The safetensors format: the header's length (8 bytes), the header in JSON, the tensors."""
+    """Reads the safetensors format: the length of the header (8 bytes), the header in JSON, the tensors."""
     size, length = os.path.getsize(path), int.from_bytes(start[:8], "little")
     if len(start) < 9 or start[8:9] != b"{" or length > 100_000_000:
-        raise UserError(
-            f"{path}: neither a safetensors, nor a PyTorch, nor an .npz file (it begins with {start[:8]!r})"
-        )
+        raise UserError(f"{path}: neither a safetensors, PyTorch nor .npz file (it begins with {start[:8]!r})")
     if 8 + length > size:
-        raise UserError(f"{path}: the file is cut off: its header alone has {length:,} bytes, the file {size:,}")
+        raise UserError(
+            f"{path}: the file is cut off: its header alone takes {length:,} bytes, but the file has {size:,}"
+        )
     try:
         with open(path, "rb") as file:
             file.seek(8)
@@ -145,19 +145,19 @@ def _read_safetensors(path, start):
         raise UserError(f"{path}: its safetensors header is damaged (the size of {wrong[0]!r} does not fit its shape)")
     end = 8 + length + max((e[3] for e in entries.values()), default=0)
     if end > size:
-        raise UserError(f"{path}: the file is cut off: it should have {end:,} bytes, it has {size:,}")
+        raise UserError(f"{path}: the file is cut off: it should have {end:,} bytes, but has {size:,}")
     return {
         name: _tensor(path, _SAFETENSORS[kind], 8 + length + a, shape) for name, (kind, shape, a, b) in entries.items()
     }
 
 
 def _data_offset(path, info):
-    """Where the bytes of a stored member of a zip file begin."""
+    """Returns the offset of the bytes of an uncompressed member of a zip file."""
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise zipfile.BadZipFile(f"no entry {info.filename!r} where it should be")
+        raise zipfile.BadZipFile(f"no entry {info.filename!r} at its offset")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     return info.header_offset + 30 + name_length + extra_length
 
@@ -166,11 +166,11 @@ def _read_npz(path, archive):
     tensors = {}
     for info in archive.infolist():
         if not info.filename.endswith(".npy"):
-            raise UserError(f"{path}: a zip file with {info.filename!r} in it, neither an .npz nor a PyTorch file")
+            raise UserError(f"{path}: a zip file with {info.filename!r}, neither an .npz nor a PyTorch file")
         with archive.open(info) as member:
             shape, fortran, dtype, start = _npy_header(path, info.filename, member)
         name = info.filename.removesuffix(".npy")
-        if dtype == np.dtype("V2"):  # how NumPy stores what it has no name for
+        if dtype == np.dtype("V2"):  # NumPy stores bfloat16 so, as it has no name for it
             dtype = _BF16
         if info.compress_type == zipfile.ZIP_STORED:
             if start + dtype.itemsize * math.prod(shape) > info.file_size:
@@ -190,9 +190,9 @@ def _npy_header(path, name, member):
         ]
         shape, fortran, dtype = read_header(member)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: {name!r} is no array of NumPy ({error})") from None
+        raise UserError(f"{path}: {name!r} is no NumPy array ({error})") from None
     if dtype.hasobject:
-        raise UserError(f"{path}: {name!r} holds Python objects, which are not loaded: they could run code")
+        raise UserError(f"{path}: {name!r} holds Python objects, which are not loaded because they could run code")
     return shape, fortran, dtype, member.tell()
 
 
@@ -205,24 +205,26 @@ def _inflate(path, name, dtype):
 
 
 class _Storage:
-    """A block of bytes in a PyTorch file: where it begins, its dtype and its number of bytes."""
+    """A block of bytes in a PyTorch file: its offset, its dtype and its number of bytes."""
 
     def __init__(self, offset, dtype, size):
         self.offset, self.dtype, self.size = offset, dtype, size
 
 
 class _Object:
-    """Stands for an object of a scripted module: keeps its attributes and has no behaviour."""
+    """Replaces an object of a scripted module: keeps its attributes, has no behaviour."""
 
     def __setstate__(self, state):
         self.attributes = state if isinstance(state, dict) else {}
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads PyTorch's pickles. Of all globals it knows those that make up tensors; any other one is refused by name."""
+    """Reads PyTorch's pickles. It accepts only the globals that make up tensors and refuses any other by name.
+
+    `locate(key, dtype)` returns the `_Storage` of a key.
+    """
 
     def __init__(self, file, path, locate):
-        """`locate(key, dtype)` gives the `_Storage` of a key."""
         super().__init__(file, encoding="utf-8")
         self.path, self.locate = path, locate
 
@@ -249,11 +251,12 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch.jit._pickle", "restore_type_tag"):
             return lambda value, _: value
         raise UserError(
-            f"{self.path}: refused, because it asks for {module}.{name}: only tensors are read from pickles, code is never run"
+            f"{self.path}: refused, because it asks for {module}.{name}: "
+            "only tensors are read from pickles, code is never run"
         )
 
     def persistent_load(self, key):
-        # A sixth entry, of old files: the part of another storage that this one is.
+        # In old files a sixth entry marks a part of another storage.
         if not (
             isinstance(key, tuple)
             and len(key) in (5, 6)
@@ -261,14 +264,14 @@ class _Unpickler(pickle.Unpickler):
             and isinstance(key[1], np.dtype)
             and not any(key[5:])
         ):
-            raise UserError(f"{self.path}: not a PyTorch file (its tensors are stored in an unknown way)")
+            raise UserError(f"{self.path}: not a PyTorch file (its tensors have an unknown storage format)")
         return self.locate(key[2], key[1])
 
     def _rebuild_tensor(self, storage, offset, shape, strides, *_):
         item, shape = storage.dtype.itemsize, tuple(shape)
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if 0 not in shape and (min((offset, *strides), default=0) < 0 or (last + 1) * item > storage.size):
-            raise UserError(f"{self.path}: the file is damaged: a tensor of shape {shape} goes beyond its data")
+            raise UserError(f"{self.path}: the file is damaged: a tensor of shape {shape} exceeds its data")
         return _tensor(
             self.path, storage.dtype, storage.offset + offset * item, shape, tuple(stride * item for stride in strides)
         )
@@ -278,7 +281,7 @@ def _read_torch(path, archive, pickle_name):
     prefix = pickle_name.removesuffix("data.pkl")
     order = f"{prefix}byteorder"
     if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
-        raise UserError(f"{path}: written on a machine with the other byte order")
+        raise UserError(f"{path}: it was written on a machine with the opposite byte order")
 
     def locate(key, dtype):
         try:
@@ -286,7 +289,7 @@ def _read_torch(path, archive, pickle_name):
         except KeyError:
             raise UserError(f"{path}: the file is damaged: it has no data for the storage {key!r}") from None
         if info.compress_type != zipfile.ZIP_STORED:
-            raise UserError(f"{path}: its tensors are compressed, which PyTorch never does")
+            raise UserError(f"{path}: its tensors are compressed, but PyTorch never compresses them")
         return _Storage(_data_offset(path, info), dtype, info.file_size)
 
     return _state_dict(path, _unpickle(path, io.BytesIO(archive.read(pickle_name)), locate))
@@ -302,9 +305,10 @@ def _unpickle(path, file, locate=None):
 
 
 def _read_legacy_torch(path):
-    """The format of before version 1.6: five pickles, the fourth being the state dict, the last the storages' keys, then their data.
+    """Reads the format of PyTorch before version 1.6: five pickles, then the data of the storages.
 
-    Where the data of a storage begins is known only after that, so that the state dict is read twice.
+    The fourth pickle is the state dict, the fifth lists the keys of the storages. The offsets of their data are known
+    only then, so the state dict is read twice.
     """
     size, dtypes, storages = os.path.getsize(path), {}, {}
 
@@ -315,12 +319,12 @@ def _read_legacy_torch(path):
     with open(path, "rb") as file:
         _, _, machine = (_unpickle(path, file) for _ in range(3))
         if not isinstance(machine, dict) or machine.get("little_endian") != (sys.byteorder == "little"):
-            raise UserError(f"{path}: written on a machine with the other byte order")
+            raise UserError(f"{path}: it was written on a machine with the opposite byte order")
         start = file.tell()
         _unpickle(path, file, note)
         keys, end = _unpickle(path, file), file.tell()
         if not isinstance(keys, list) or set(map(repr, keys)) != set(map(repr, dtypes)):
-            raise UserError(f"{path}: the file is damaged: it has not the data of all its tensors")
+            raise UserError(f"{path}: the file is damaged: it lacks the data of some tensors")
         for key in keys:
             file.seek(end)
             storages[key] = _Storage(
@@ -328,26 +332,26 @@ def _read_legacy_torch(path):
             )
             end += 8 + storages[key].size
             if end > size:
-                raise UserError(f"{path}: the file is cut off: it should have {end:,} bytes or more, it has {size:,}")
+                raise UserError(f"{path}: the file is cut off: it should have at least {end:,} bytes, but has {size:,}")
         file.seek(start)
         return _state_dict(path, _unpickle(path, file, lambda key, dtype: storages[key]))
 
 
 def _state_dict(path, found):
-    """The tensors by name of what a PyTorch file holds."""
+    """Returns `{name: Tensor}` of the object in a PyTorch file."""
     if isinstance(found, _Object):
         return dict(_attributes(found))
-    # Training checkpoints hold the weights beside the optimizer's state.
+    # Training checkpoints hold the optimizer's state next to the weights.
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict):
-        raise UserError(f"{path}: it holds no state dict, but a {type(found).__name__}")
+        raise UserError(f"{path}: it holds a {type(found).__name__} instead of a state dict")
     return {str(name).removeprefix("module."): x for name, x in found.items() if isinstance(x, Tensor)}
 
 
 def _attributes(module, prefix=""):
-    """The parameters and buffers of a scripted module by their names in its state dict."""
+    """Yields the parameters and buffers of a scripted module by their names in its state dict."""
     for name, value in getattr(module, "attributes", {}).items():
         if isinstance(value, _Object):
             yield from _attributes(value, f"{prefix}{name}.")

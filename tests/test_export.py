@@ -1,4 +1,4 @@
-"""Export: what is written is read back bit for bit, describes the same model, and what a target cannot express is refused in one line."""
+"""Export: written weights are read back bit for bit as the same model; inexpressible models get one-line errors."""
 
 import json
 import sys
@@ -108,7 +108,7 @@ def test_round_trips_are_exact(name, vocabulary, tmp_path):
     for path, x in expected.items():
         np.testing.assert_array_equal(found[path], x, err_msg=path)
     assert again.config.method == model.config.method
-    load.shapes(model.config.unlock())  # gives the towers all their fields
+    load.shapes(model.config.unlock())  # fills in all fields of the towers
     names = [
         "model.embed_dim",
         "model.image_mean",
@@ -135,10 +135,13 @@ def test_a_checkpoint_with_stacked_layers_through_the_command(tmp_path, capsys):
         theirs.params["img"]["block_1"]["mlp"]["fc1"]["kernel"], ours.params["img"]["block"]["mlp"]["fc1"]["kernel"][1]
     )
     np.testing.assert_allclose(theirs.embed_text(TEXTS), ours.embed_text(TEXTS), atol=1e-5)
-    assert export_command.main(arguments) == 2 and "is there already: give a new folder" in capsys.readouterr().err
+    assert (
+        export_command.main(arguments) == 2
+        and "already exists and is not an empty folder: give a new folder" in capsys.readouterr().err
+    )
 
 
-def test_what_open_clip_is_told(tmp_path):
+def test_the_configuration_for_open_clip(tmp_path):
     model = make_model(image=dict(VIT, act="gelu_tanh"), text=dict(TEXT, act="gelu_tanh"))
     model.config.unlock().eval.transform = ("squash(interpolation='bilinear')",)
     export.export(model, "open_clip", tmp_path / "out")
@@ -151,16 +154,16 @@ def test_what_open_clip_is_told(tmp_path):
     model_cfg = content["model_cfg"]
     assert model_cfg["quick_gelu"] is False and model_cfg["text_cfg"]["act_kwargs"] == {"approximate": "tanh"}
     assert model_cfg["vision_cfg"]["head_width"] == 16 and model_cfg["text_cfg"]["pool_type"] == "argmax"
-    assert "hf_tokenizer_name" not in model_cfg["text_cfg"], "CLIP's vocabulary is open_clip's own"
+    assert "hf_tokenizer_name" not in model_cfg["text_cfg"], "CLIP's vocabulary is built into open_clip"
 
 
 @pytest.mark.parametrize("to", ["open_clip", "hf"])
-def test_preprocessing_without_an_equal_is_said(to, tmp_path):
+def test_inexact_preprocessing_is_noted(to, tmp_path):
     model = make_model()
     model.config.unlock().eval.transform = ("squash(interpolation='bilinear', antialias=False)",)
     lines = export.export(model, to, tmp_path / "a", tokenizer=False)
-    assert "has no equal there; written is the nearest: both sides to 16 pixels, bilinear, antialiased" in lines[1]
-    assert lines[2] == "note: without a tokenizer" and not (tmp_path / "a" / "vocab.json").exists()
+    assert "; the nearest is written: both sides to 16 pixels, bilinear, antialiased" in lines[1]
+    assert lines[2] == "note: no tokenizer is written" and not (tmp_path / "a" / "vocab.json").exists()
     model.config.eval.transform = ("resize(20)", "center_crop")
     notes = export.export(model, to, tmp_path / "b")[1:]
     assert len(notes) == (to == "open_clip"), "open_clip resizes to the size of the model only"
@@ -173,7 +176,7 @@ def test_preprocessing_without_an_equal_is_said(to, tmp_path):
         (
             "open_clip",
             dict(image=dict(VIT, pool="mean_all")),
-            "cannot express model.image.pool='mean_all': such a model there has 'cls'",
+            "cannot express model.image.pool='mean_all': only 'cls' is possible",
         ),
         ("open_clip", dict(text=dict(TEXT, pool="mean")), "cannot express model.text.pool='mean'"),
         (
@@ -191,18 +194,18 @@ def test_preprocessing_without_an_equal_is_said(to, tmp_path):
         (
             "open_clip",
             dict(method="align", image=EFFICIENT, embed_dim=16),
-            "model.image.kind='efficientnet': its image tower is of the",
+            "model.image.kind='efficientnet': its image tower must be",
         ),
-        ("hf", dict(image=RESNET), "model.image.kind='resnet': its image tower is of the kind vit"),
+        ("hf", dict(image=RESNET), "model.image.kind='resnet': its image tower must be vit"),
         (
             "hf",
             dict(image=dict(VIT, pool="gap")),
-            "cannot express model.image.pool='gap': such a model there has 'cls'",
+            "cannot express model.image.pool='gap': only 'cls' is possible",
         ),
         ("hf", dict(image=dict(VIT, ln_pre=False)), "cannot express model.image.ln_pre=False"),
         ("hf", dict(text=dict(TEXT, causal=False)), "cannot express model.text.causal=False"),
-        ("hf", dict(method="siglip"), "cannot express model.image.cls_token=True: such a model there has False"),
-        ("flax", dict(), "there is no target 'flax'"),
+        ("hf", dict(method="siglip"), "cannot express model.image.cls_token=True: only False is possible"),
+        ("flax", dict(), "unknown target 'flax'"),
     ],
 )
 def test_what_a_target_cannot_express_is_refused(to, fields, message, tmp_path):
@@ -215,12 +218,12 @@ def test_models_without_text_tokens_are_refused(tmp_path):
     c = config_lib.load("configs/clippo.py", ["model.image.depth=1"])
     model = Model(c, make_method(c), {"img": {}}, {}, make_tokenizer("unifont"))
     for to in export.TARGETS:
-        with pytest.raises(UserError, match="cannot express method='clippo': it has no model whose texts are pictures"):
+        with pytest.raises(UserError, match="cannot express method='clippo': its texts must be token ids, not images"):
             export.export(model, to, tmp_path / "out")
 
 
 def written(tokenizer, context=77):
-    """`(tokenizers.Tokenizer, configuration)` of the files for transformers."""
+    """Returns `(tokenizers.Tokenizer, configuration)` of the files for transformers."""
     files = export_tokenizer.for_hf(tokenizer, context)
     return library.Tokenizer.from_str(json.dumps(files["tokenizer.json"])), files["tokenizer_config.json"]
 
@@ -237,7 +240,7 @@ def test_sentencepiece_gives_the_same_ids(spec, tmp_path):
     assert theirs.token_to_id(config["eos_token"]) == ours.eot_id
     assert theirs.token_to_id(config["pad_token"]) == (ours.eot_id if ours.options["pad_with_eot"] else ours.pad_id)
     assert config["model_max_length"] == 77
-    if ours.options["pad_with_eot"]:  # a SigLIP model's: loaded again it cleans texts as before
+    if ours.options["pad_with_eot"]:  # SigLIP's tokenizer cleans texts as before after it is loaded again
         for name, content in export_tokenizer.for_hf(ours, 77).items():
             (tmp_path / name).write_text(json.dumps(content))
         again = find_tokenizer(tmp_path, "siglip", None)
@@ -268,10 +271,10 @@ def test_clip_bpe_is_written_as_published(tmp_path):
     [
         ("clip_bpe?mask=true", "a tokenizer 'clip_bpe' with mask=True: export without it"),
         ("sentencepiece?eot=false", "with eot=False"),
-        ("unifont", "no tokenizer of the kind 'unifont'"),
+        ("unifont", "cannot express a tokenizer 'unifont'"),
     ],
 )
-def test_tokenizers_that_cannot_be_expressed(spec, message):
+def test_tokenizers_that_transformers_cannot_express(spec, message):
     with pytest.raises(UserError, match=message):
         export_tokenizer.for_hf(make_tokenizer(spec), 77)
 
@@ -292,7 +295,7 @@ def test_clip_benchmark_gets_our_model_type(monkeypatch):
     )
 
 
-def test_clip_benchmark_that_is_not_there_is_one_line(monkeypatch, capsys):
+def test_a_missing_clip_benchmark_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "clip_benchmark", None)
     assert clip_benchmark.main(["eval"]) == 2
     error = capsys.readouterr().err

@@ -216,7 +216,7 @@ def test_an_index_of_other_data_is_refused(folder, tmp_path):
     (folder / "03.txt").write_text("another picture of something")
     with pytest.raises(UserError, match="made of another data set"):
         make_source(f"{folder}?index={out}")
-    with pytest.raises(UserError, match="no index, which clip_jax.tools.filter writes"):
+    with pytest.raises(UserError, match="no index in this folder; clip_jax.tools.filter writes one"):
         make_source(f"{folder}?index={tmp_path}/none")
     (out / "report.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):

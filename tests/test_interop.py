@@ -1,4 +1,4 @@
-"""Models of others through the public import: golden embeddings and logits, round trips bit for bit, and what is refused in one line."""
+"""Third-party weights through the public import: golden embeddings and logits, exact round trips, one-line errors."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ MODELS = [
 
 
 def pixels(config, normalised):
-    """Pixels 0 to 255 of the fixtures' normalised pictures [n, h, w, 3]."""
+    """Returns the pixels, 0 to 255, of the fixtures' normalised images `[n, h, w, 3]`."""
     mean, std = np.asarray(config.model.image_mean), np.asarray(config.model.image_std)
     return ((np.asarray(normalised, np.float64) * std + mean) * 255).astype(np.float32)
 
@@ -110,8 +110,8 @@ def random_arrays(shapes, dtype=np.float32):
 
 
 def open_clip_arrays(cfg=OPEN_CLIP, dtype=np.float32):
-    """A state dict of open_clip for the arguments `cfg`, by our layout (which the golden files check)."""
-    ours = load.shapes(configs.open_clip(cfg, None, {}))
+    """Returns a state dict of open_clip for the arguments `cfg` by our layout, which the golden files check."""
+    ours = load.shapes(configs.open_clip.from_config(cfg, None, {}))
     shapes = {path: x.shape for path, x in ours.items()}
     return random_arrays({e.theirs: e.shape(shapes) for e in open_clip.entries(ours)}, dtype)
 
@@ -126,7 +126,7 @@ def open_clip_folder(folder, cfg=OPEN_CLIP, arrays=None, preprocess=None):
 
 
 def test_round_trips_are_exact():
-    """ours -> theirs -> ours of every layout, with all its options."""
+    """Every layout with all its options: from our arrays to third-party arrays and back."""
     c = config_lib.base().unlock()
     c.model.embed_dim = 32
     text = dict(kind="transformer", context=6, width=32, depth=2, heads=2, mlp_dim=64, vocab_size=20, eot_id=19)
@@ -172,9 +172,9 @@ def test_round_trips_are_exact():
             np.testing.assert_array_equal(again[path], x, err_msg=f"{method} {path}")
 
 
-def test_a_class_token_with_a_position_has_no_place_in_big_vision():
+def test_big_vision_cannot_hold_a_position_of_the_class_token():
     ours = {"params/img/pos": np.ones((1, 5, 4), np.float32), "params/img/cls": np.ones((1, 1, 4), np.float32)}
-    with pytest.raises(UserError, match="no place for"):
+    with pytest.raises(UserError, match="this layout cannot hold"):
         layouts.save(big_vision.entries(ours), ours)
 
 
@@ -194,7 +194,7 @@ def test_half_precision_and_shards(tmp_path):
     )
 
 
-def test_parameters_go_where_they_belong(tmp_path, mesh8):
+def test_parameters_are_sharded(tmp_path, mesh8):
     params = load.load(open_clip_folder(tmp_path / "m"), mesh=mesh8).params
     expected = sharding.state_shardings(params, mesh8)
     jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(x.sharding)), params, expected)
@@ -233,20 +233,18 @@ def test_preprocessing_of_hugging_face(tmp_path, folder, processor, transform):
     assert config.eval.transform == transform and config.model.image_mean == (0.1, 0.2, 0.3)
 
 
-def test_a_bare_state_dict_needs_what_weights_do_not_tell(tmp_path):
+def test_a_bare_state_dict_needs_what_weights_do_not_show(tmp_path):
     folder = open_clip_folder(tmp_path / "m")
-    told = load.load(folder)
+    configured = load.load(folder)
     (folder / "open_clip_config.json").unlink()
     file = folder / "open_clip_model.safetensors"
-    with pytest.raises(
-        UserError, match="the activation cannot be told from weights: give --act=quick_gelu .* or --act=gelu"
-    ):
+    with pytest.raises(UserError, match="weights do not show the activation: give --act=quick_gelu .* or --act=gelu"):
         load.load(file)
-    with pytest.raises(UserError, match="how many heads the image tower of width 32 has cannot be told: give --heads"):
+    with pytest.raises(UserError, match="the number of heads of the image tower of width 32 is unknown: give --heads"):
         load.load(file, act="quick_gelu")
     bare = load.load(file, act="quick_gelu", heads=(2, 2))
-    assert bare.config.model.to_dict() == told.config.model.to_dict()
-    jax.tree.map(np.testing.assert_array_equal, bare.params, told.params)
+    assert bare.config.model.to_dict() == configured.config.model.to_dict()
+    jax.tree.map(np.testing.assert_array_equal, bare.params, configured.params)
     assert load.load(file, act="gelu", heads=(2, 2)).config.model.text.act == "gelu"
     with pytest.raises(UserError, match="--act=relu: allowed are quick_gelu, gelu, gelu_tanh"):
         load.load(file, act="relu")
@@ -263,8 +261,8 @@ def test_openai_archives_mean_quick_gelu(tmp_path):
     file = open_clip_folder(tmp_path / "m", cfg=None, arrays=arrays) / "open_clip_model.safetensors"
     imported = load.load(file, heads=(2, 2))
     assert imported.config.model.image.act == imported.config.model.text.act == "quick_gelu"
-    assert any("OpenAI's, so quick_gelu" in line for line in imported.summary)
-    with pytest.raises(UserError, match="--act=gelu contradicts .* quick_gelu there"):
+    assert any("OpenAI's model, so quick_gelu" in line for line in imported.summary)
+    with pytest.raises(UserError, match="--act=gelu contradicts .* which has quick_gelu"):
         load.load(file, act="gelu", heads=(2, 2))
 
 
@@ -293,9 +291,9 @@ def test_a_configuration_that_contradicts_the_weights(tmp_path, section, change,
 
 def test_options_that_contradict_the_configuration(tmp_path):
     folder = open_clip_folder(tmp_path / "m")
-    with pytest.raises(UserError, match="--act=gelu contradicts .* quick_gelu there"):
+    with pytest.raises(UserError, match="--act=gelu contradicts .* which has quick_gelu"):
         load.load(folder, act="gelu")
-    with pytest.raises(UserError, match=r"--heads=4,2 contradicts .* \[2, 2\] there"):
+    with pytest.raises(UserError, match=r"--heads=4,2 contradicts .* which has \[2, 2\]"):
         load.load(folder, heads=(4, 2))
 
 
@@ -379,7 +377,7 @@ def test_names_of_old_big_vision(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, old["img"], new["img"])
 
 
-def test_of_lit_the_image_tower_is_loaded_and_said_to_be_alone(tmp_path):
+def test_the_image_tower_of_lit_is_loaded_alone(tmp_path):
     arrays = {name: x for name, x in big_vision_arrays().items() if name.startswith("img/") or name == "t"}
     np.savez(tmp_path / "lit.npz", **arrays, **{"txt/BertEncoder_0/embedder/x": np.ones(3)})
     imported = load.load(tmp_path / "lit.npz")
@@ -391,23 +389,23 @@ def test_of_lit_the_image_tower_is_loaded_and_said_to_be_alone(tmp_path):
 def test_a_configuration_of_big_vision_that_contradicts_the_weights(tmp_path):
     np.savez(tmp_path / "checkpoint.npz", **big_vision_arrays())
     (tmp_path / "config.json").write_text(json.dumps({"image": {"num_heads": 4}}))
-    with pytest.raises(UserError, match="contradicts the weights: num_heads is 4 there, 2 here"):
+    with pytest.raises(UserError, match="contradicts the weights: num_heads=4, but the weights have 2"):
         load.load(tmp_path)
 
 
 def test_paths_that_hold_no_model(tmp_path):
-    with pytest.raises(UserError, match="there are no weights in it"):
+    with pytest.raises(UserError, match="no weights in this folder"):
         load.load(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         load.load(tmp_path / "none.npz")
     assert not recognize.is_foreign(tmp_path)
     save_file({"conv1.weight": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(
-        UserError, match="not a model of open_clip, OpenAI or PyramidCLIP .* its tensors are called conv1.weight"
+        UserError, match="not a model of open_clip, OpenAI or PyramidCLIP .* the names of its tensors are conv1.weight"
     ):
         clip_jax.load(tmp_path)
     save_file({"vision_model.x": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="config.json has to be beside it"):
+    with pytest.raises(UserError, match="its folder must hold the model's config.json"):
         clip_jax.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "blip"}')
     with pytest.raises(UserError, match="model_type='blip': allowed are clip, siglip, align"):
@@ -418,8 +416,8 @@ def test_paths_that_hold_no_model(tmp_path):
 
 
 def test_hugging_face_defaults_are_those_of_its_classes():
-    c = configs.hf_clip({"model_type": "clip", "text_config": {"eos_token_id": 2}, "vision_config": {}}, None)
-    assert c.model.text.eot_id == 49407, "2 stands for the largest id"
+    c = configs.hf.clip({"model_type": "clip", "text_config": {"eos_token_id": 2}, "vision_config": {}}, None)
+    assert c.model.text.eot_id == 49407, "2 means the largest id"
 
     def count(c):
         load.shapes(c)
@@ -428,7 +426,7 @@ def test_hugging_face_defaults_are_those_of_its_classes():
         return sum(x.size for x in jax.tree.leaves(jax.eval_shape(method.init, jax.random.key(0), batch)[0]))
 
     assert count(c) == 151_277_313
-    assert count(configs.hf_siglip({"model_type": "siglip"}, None)) == 203_155_970
+    assert count(configs.hf.siglip({"model_type": "siglip"}, None)) == 203_155_970
 
 
 def test_clip_jax_load_says_when_there_is_no_tokenizer(tmp_path):
@@ -436,7 +434,7 @@ def test_clip_jax_load_says_when_there_is_no_tokenizer(tmp_path):
     assert model.embed_image(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 16)
     with pytest.raises(UserError, match="came without a tokenizer"):
         model.embed_text(["a cat"])
-    with pytest.raises(UserError, match="has 49408 ids, the text tower .* only 50"):
+    with pytest.raises(UserError, match="has 49408 ids, but the text tower .* has only 50"):
         clip_jax.load(tmp_path / "m", tokenizer="clip_bpe")
 
 
@@ -467,14 +465,14 @@ def test_the_command_writes_a_checkpoint_that_evaluate_reads(with_tokenizer, tmp
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     np.testing.assert_array_equal(ours.embed_image(images), theirs.embed_image(images))
     assert load.main([f"--from={with_tokenizer}", f"--workdir={workdir}"]) == 2
-    assert "there are checkpoints in it already" in capsys.readouterr().err
+    assert "this folder already has checkpoints" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--from={tmp}/none.pt"], "no such file or folder"),
-        (["--from={model}", "--act=gelu"], "or the configuration beside it: quick_gelu there"),
+        (["--from={model}", "--act=gelu"], "or its configuration, which has quick_gelu"),
     ],
 )
 def test_the_command_fails_in_one_line(with_tokenizer, tmp_path, capsys, arguments, message):
@@ -500,7 +498,7 @@ def ids_of(folder, method, vocab_size, texts, context=12):
 TEXTS = ["A Photo, of: a_cat!", "pizza", ""]
 
 
-def test_clip_tokenizer_beside_the_weights(tmp_path):
+def test_clip_tokenizer_in_the_folder_of_the_weights(tmp_path):
     expected = make_tokenizer("clip_bpe")(TEXTS, 12).tolist()
     lines = gzip.decompress((VOCAB_FOLDER / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
     merges = lines[1 : 49152 - 256 - 2 + 1]
@@ -512,13 +510,13 @@ def test_clip_tokenizer_beside_the_weights(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     assert ids_of(tmp_path, "clip", 49408, TEXTS) == expected
     (tmp_path / "merges.txt").unlink()
-    with pytest.raises(UserError, match="not a tokenizer of Hugging Face"):
+    with pytest.raises(UserError, match="not a Hugging Face tokenizer"):
         tokenizer_files.find(tmp_path, "clip", 49408)
     (tmp_path / "tokenizer.json").unlink()
     assert ids_of(tmp_path, "clip", 49408, TEXTS) == expected and tokenizer_files.find(tmp_path, "clip", 100) is None
 
 
-def test_bert_tokenizer_beside_the_weights(tmp_path):
+def test_bert_tokenizer_in_the_folder_of_the_weights(tmp_path):
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", ",", "of", ":", "cat", "!", "pizza", "_"]
     (tmp_path / "tokenizer.json").write_text(
         json.dumps({"model": {"type": "WordPiece", "vocab": {p: i for i, p in enumerate(pieces)}}})
@@ -529,7 +527,7 @@ def test_bert_tokenizer_beside_the_weights(tmp_path):
     assert from_json[0] == [2, 4, 5, 6, 7, 8, 4, 12, 9, 10, 3, 0]
 
 
-def test_siglip_tokenizer_beside_the_weights(tmp_path):
+def test_siglip_tokenizer_in_the_folder_of_the_weights(tmp_path):
     (tmp_path / "spiece.model").write_bytes((VOCAB_FOLDER / "emoji_4k.model").read_bytes())
     plain = make_tokenizer("sentencepiece")
     ids = ids_of(tmp_path, "siglip", 4096, TEXTS)

@@ -1,8 +1,12 @@
-"""Weight files of others: every format's values, and one clear line for files that are cut off, damaged, or not to be trusted.
+"""Third-party weight files: the values of every format, and one-line errors for invalid and malicious files.
 
-The fixtures torch_script.pt, torch_training.pt and torch_legacy.pt were written by PyTorch 2.13: a scripted module (torch.jit.save),
-float16; a training checkpoint (torch.save) with a state dict whose names begin with "module.", views, and an optimizer's state; views in
-the format of before version 1.6.
+PyTorch 2.13 wrote the fixtures:
+
+    torch_script.pt      a scripted module (torch.jit.save), float16
+    torch_training.pt    a training checkpoint (torch.save): a state dict whose names begin with "module.", with
+    views, and
+                         an optimizer's state
+    torch_legacy.pt      views in the format of PyTorch before version 1.6
 """
 
 import io
@@ -50,13 +54,13 @@ def test_safetensors(tmp_path):
     assert_same(read(safetensors_file(tmp_path)), ARRAYS)
 
 
-def test_a_tensor_is_a_view_of_the_file_and_lets_go_of_it(tmp_path):
+def test_a_tensor_is_a_view_of_the_file_until_it_is_freed(tmp_path):
     big = {f"w{i}": np.full(2**20, i, np.float32) for i in range(3)}
     tensors = read(safetensors_file(tmp_path, big))
     x = tensors["w1"].read()
     assert not x.flags.owndata and not x.flags.writeable and mapped(tmp_path) == 1
     del x
-    assert mapped(tmp_path) == 0, "only names were read, and what was read is gone"
+    assert mapped(tmp_path) == 0, "only names are read at first, and a freed tensor is unmapped"
 
 
 def mapped(folder):
@@ -117,12 +121,12 @@ def test_shards(tmp_path):
     assert_same(read(shards(tmp_path)), {name: ARRAYS[name] for name in ("a", "half")})
 
 
-def test_shards_that_are_missing_or_do_not_hold_what_the_index_says(tmp_path):
+def test_shards_that_are_missing_or_contradict_the_index(tmp_path):
     index = shards(tmp_path)
     content = json.loads(index.read_text())
     content["weight_map"]["b"] = "model-00002-of-00002.safetensors"
     index.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="1 tensors are not in the files where they should be, 'b' first"):
+    with pytest.raises(UserError, match="1 tensors are not in the files that the index names, 'b' first"):
         read(index)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="1 of its 2 weight files are missing: model-00002-of-00002.safetensors"):
@@ -133,7 +137,7 @@ def test_shards_that_are_missing_or_do_not_hold_what_the_index_says(tmp_path):
 
 
 def torch_file(path, content, storages=(), compression=zipfile.ZIP_STORED):
-    """A file as torch.save lays it out, around any pickle."""
+    """Writes a file in the form of torch.save around any pickle."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", content)
         for name, data in storages:
@@ -170,7 +174,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path, name, wh
 
 @pytest.mark.parametrize("attack", ["getattr", "names that look like torch's", "a call of an allowed name"])
 def test_allowed_names_lead_nowhere_else(tmp_path, attack):
-    # Pickle's opcodes, by hand: c = global, ( = mark, t = tuple, R = call, . = end.
+    # Hand-written opcodes of pickle: c = global, ( = mark, t = tuple, R = call, . = end.
     content = {
         "getattr": b"cbuiltins\ngetattr\n(ccollections\nOrderedDict\nV__class__\ntR.",
         "names that look like torch's": b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n.",
@@ -181,7 +185,7 @@ def test_allowed_names_lead_nowhere_else(tmp_path, attack):
 
 
 def rebuild(storage_bytes, offset, shape, strides):
-    """The pickle of `{"w": tensor}` in PyTorch's words."""
+    """Returns the pickle of `{"w": tensor}` as PyTorch writes it."""
     out = io.BytesIO()
     out.write(
         b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
@@ -192,12 +196,12 @@ def rebuild(storage_bytes, offset, shape, strides):
     return out.getvalue()
 
 
-def test_a_tensor_that_goes_beyond_its_data_is_refused(tmp_path):
+def test_a_tensor_that_exceeds_its_data_is_refused(tmp_path):
     data = [("0", np.arange(4, dtype=np.float32).tobytes())]
     good = read(torch_file(tmp_path / "a.pt", rebuild(16, 1, (3,), (1,)), data))["w"].read()
     np.testing.assert_array_equal(good, [1, 2, 3])
     for offset, shape, strides in ((2, (3,), (1,)), (0, (3,), (2,)), (0, (2, 2), (-1, 1)), (0, (10**6, 10**6), (1, 1))):
-        with pytest.raises(UserError, match="goes beyond its data"):
+        with pytest.raises(UserError, match="exceeds its data"):
             read(torch_file(tmp_path / "a.pt", rebuild(16, offset, shape, strides), data))
     with pytest.raises(UserError, match="no data for the storage '0'"):
         read(torch_file(tmp_path / "a.pt", rebuild(16, 0, (3,), (1,))))
@@ -206,7 +210,7 @@ def test_a_tensor_that_goes_beyond_its_data_is_refused(tmp_path):
 
 
 def legacy_file(path, content, keys=("0",), counts=(4,), data=b"\0\0\x80\x3f" * 4, little=True):
-    """A file of before version 1.6 around any pickle of a state dict."""
+    """Writes a file of PyTorch before version 1.6 around any pickle of a state dict."""
     parts = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": little}]
     with open(path, "wb") as file:
         file.write(b"".join(pickle.dumps(part, 2) for part in parts) + content + pickle.dumps(list(keys), 2))
@@ -218,12 +222,12 @@ def test_old_pytorch_files_that_are_damaged_or_would_run_code(tmp_path):
     path, good = tmp_path / "a.pt", rebuild(16, 1, (3,), (1,))
     np.testing.assert_array_equal(read(legacy_file(path, good))["w"].read(), [1, 1, 1])
     for content, fields, message in [
-        (rebuild(16, 2, (3,), (1,)), {}, "goes beyond its data"),
-        (good, {"keys": ("1",)}, "not the data of all its tensors"),
-        (good, {"keys": ("0", ["x"])}, "not the data of all its tensors"),
+        (rebuild(16, 2, (3,), (1,)), {}, "exceeds its data"),
+        (good, {"keys": ("1",)}, "it lacks the data of some tensors"),
+        (good, {"keys": ("0", ["x"])}, "it lacks the data of some tensors"),
         (good, {"counts": (2**62,)}, "the file is cut off: it should have"),
         (good, {"data": b"1234"}, "the file is cut off: it should have"),
-        (good, {"little": False}, "the other byte order"),
+        (good, {"little": False}, "the opposite byte order"),
         (good[:-9], {"keys": ()}, "damaged"),
         (
             pickle.dumps({"w": Evil(os.system, f"touch '{tmp_path}/it ran'")}, 2),
@@ -248,15 +252,15 @@ def npz_with_objects(path):
         (b"<!DOCTYPE html><html>Not Found", "neither a safetensors"),
         (
             (10**6).to_bytes(8, "little") + b'{"a": ',
-            "the file is cut off: its header alone has 1,000,000 bytes, the file 14",
+            "the file is cut off: its header alone takes 1,000,000 bytes, but the file has 14",
         ),
         ((6).to_bytes(8, "little") + b'{"a": ', "header is damaged"),
-        ((2).to_bytes(8, "little") + b"{}", "there is no tensor"),
-        (pickle.dumps({"a": 1}), "a pickle, but none that PyTorch wrote"),
+        ((2).to_bytes(8, "little") + b"{}", "it has no tensor"),
+        (pickle.dumps({"a": 1}), "a pickle that PyTorch did not write"),
         (b"PK\x03\x04 and nothing more", "cut off or damaged"),
     ],
 )
-def test_files_of_another_kind(tmp_path, content, message):
+def test_files_of_another_format(tmp_path, content, message):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         read(tmp_path / "model.safetensors")
@@ -278,7 +282,7 @@ def test_truncated_files(tmp_path):
         read(tmp_path / "x.npz")
 
 
-def test_headers_that_lie(tmp_path):
+def test_headers_that_contradict_the_file(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     with pytest.raises(UserError, match="the size of 'a' does not fit its shape"):
@@ -295,7 +299,7 @@ def test_python_objects_in_npz_are_refused(tmp_path):
         read(tmp_path / "x.npz")
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_missing_files_and_other_archives(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read(tmp_path / "none.safetensors")
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:

@@ -1,11 +1,12 @@
-"""Our models for others; the command is `python -m clip_jax.tools.export`.
+"""Exports a model for open_clip or Hugging Face transformers; the command is `python -m clip_jax.tools.export`.
 
-`open_clip` writes a folder for `open_clip.create_model_and_transforms("local-dir:FOLDER")`, `hf` one for transformers'
-`CLIPModel`, `SiglipModel` or `AlignModel.from_pretrained("FOLDER")` with `AutoProcessor`: weights in float32, the
-configuration, the preprocessing and the tokenizer. docs/checkpoints.md says what fits.
+`open_clip` writes a folder for `open_clip.create_model_and_transforms("local-dir:FOLDER")`. `hf` writes one for
+`from_pretrained("FOLDER")` of transformers' `CLIPModel`, `SiglipModel` or `AlignModel`, and of `AutoProcessor`. A
+folder has the weights in float32, the configuration, the preprocessing and the tokenizer. docs/checkpoints.md lists
+what fits.
 
-What is written is read again as an import reads it, and has to describe the same model: what the target has no place for is an
-error, never left out.
+The written configuration is read again as an import reads it, and must describe the same model. A field that the target
+cannot express is an error and is never left out.
 """
 
 import json
@@ -15,7 +16,7 @@ import runpy
 import sys
 
 from clip_jax import config as config_lib
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, unknown
 from clip_jax.interop import configs, export_tokenizer, layouts, load
 from clip_jax.interop.layouts import hf, open_clip
 from clip_jax.methods.interface import Method
@@ -23,9 +24,9 @@ from clip_jax.plugins import parse_call
 
 WEIGHTS = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors"}
 TARGETS = tuple(WEIGHTS)
-HF_ACTS = {ours: theirs for theirs, ours in configs.ACTS.items() if theirs != "gelu_new"}
-HF_RESAMPLE = {name: number for number, name in configs.RESAMPLE.items()}
-#: timm's ViTs with attention pooling by (patch, width, depth, MLP): the name before the size, and the sizes that there are.
+HF_ACTS = {ours: theirs for theirs, ours in configs.hf.ACTS.items() if theirs != "gelu_new"}
+HF_RESAMPLE = {name: number for number, name in configs.hf.RESAMPLE.items()}
+#: timm's ViTs with attention pooling, by (patch, width, depth, MLP width): the name without the size, and the sizes.
 TIMM_SIGLIP = {
     (16, 768, 12, 3072): ("vit_base_patch16_siglip", (224, 256, 384, 512)),
     (32, 768, 12, 3072): ("vit_base_patch32_siglip", (256,)),
@@ -34,7 +35,7 @@ TIMM_SIGLIP = {
     (16, 1152, 27, 4304): ("vit_so400m_patch16_siglip", (256, 384, 512)),
     (16, 1536, 40, 6144): ("vit_giantopt_patch16_siglip", (256, 384)),
 }
-#: Fields of the towers that matter in training only.
+#: Fields of the towers that affect training only.
 TRAINING = {"weight_init", "patch_drop", "dropout", "bn_group"}
 
 
@@ -45,18 +46,21 @@ def export(model, to, out, tokenizer=True):
       model: the model.
       to: `"open_clip"` or `"hf"`.
       out: the folder.
-      tokenizer: also write the tokenizer.
+      tokenizer: whether to write the tokenizer too.
 
-    Returns lines that say what was written. Raises UserError, in one line and before anything is written, for a model or
-    tokenizer that the target cannot express.
+    Returns:
+      Lines on what was written.
+
+    Raises UserError, in one line and before anything is written, for a model or tokenizer that the target cannot
+    express.
     """
     from safetensors.numpy import save_file
 
     if to not in TARGETS:
-        raise config_lib.unknown("--to: there is no target", to, TARGETS)
+        raise unknown("--to: unknown target", to, TARGETS)
     out = check_out(out)
     config, arrays = model.config.copy_and_resolve_references().unlock(), _arrays(model)
-    load.shapes(config)  # gives the towers all their fields
+    load.shapes(config)  # fills in all fields of the towers
     if model.method.similarity is not Method.similarity:
         raise UserError(f"--to={to} cannot express method={config.method!r}: its similarity is not a dot product")
     make = {"open_clip": _open_clip, "hf": _hf}[to]
@@ -66,7 +70,7 @@ def export(model, to, out, tokenizer=True):
     layouts.check(entries, theirs, arrays)
     notes = [note] if note else []
     if not tokenizer or model.tokenizer is None:
-        notes.append("note: without a tokenizer")
+        notes.append("note: no tokenizer is written")
     elif to == "open_clip":
         text_cfg = files["open_clip_config.json"]["model_cfg"]["text_cfg"]
         files |= export_tokenizer.for_open_clip(model.tokenizer, config.model.text.context, text_cfg)
@@ -83,15 +87,15 @@ def export(model, to, out, tokenizer=True):
 
 
 def check_out(out):
-    """The folder to write; raises UserError unless it is new or empty."""
+    """Returns the path of the folder to write; raises UserError unless it is new or empty."""
     out = pathlib.Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} is there already: give a new folder")
+        raise UserError(f"--out={out} already exists and is not an empty folder: give a new folder")
     return out
 
 
 def _arrays(model):
-    """`{path: array}` of parameters and running statistics, layers not stacked."""
+    """Returns `{path: array}` of parameters and running statistics, with unstacked layers."""
     import jax
 
     from clip_jax.models.transformer import unstack_layers
@@ -102,7 +106,7 @@ def _arrays(model):
 
 
 def _open_clip(config, arrays):
-    """`(files, layout, note or None)` for open_clip."""
+    """Returns `(files, layout, note or None)` for open_clip."""
     image, text = _towers(config, "open_clip", {"vit", "resnet"}, {"transformer"})
     timm = image.get("pool") == "map"
     acts = [tower["act"] for tower in (image, text) if "act" in tower]
@@ -112,8 +116,8 @@ def _open_clip(config, arrays):
         name, sizes = TIMM_SIGLIP.get(tuple(image[field] for field in ("patch", "width", "depth", "mlp_dim")), ("", ()))
         if size not in sizes:
             raise UserError(
-                "--to=open_clip: timm, whose towers open_clip takes for attention pooling, has none of this patch, width, depth and size; "
-                "--to=hf can express it"
+                "--to=open_clip: open_clip takes towers with attention pooling from timm, which has none of this "
+                "patch, width, depth and size; --to=hf can express it"
             )
         vision = dict(
             image_size=size,
@@ -159,7 +163,7 @@ def _open_clip(config, arrays):
 
 def _open_clip_transformer(tower):
     ratio = tower["mlp_dim"] / tower["width"]
-    if int(ratio * tower["width"]) < tower["mlp_dim"]:  # as open_clip rounds
+    if int(ratio * tower["width"]) < tower["mlp_dim"]:  # open_clip rounds down
         ratio = math.nextafter(ratio, math.inf)
     fields = dict(width=tower["width"], layers=tower["depth"], mlp_ratio=ratio)
     fields["norm_kwargs"] = {"eps": tower["ln_eps"]}
@@ -167,7 +171,7 @@ def _open_clip_transformer(tower):
 
 
 def _hf(config, arrays):
-    """`(files, layout, note or None)` for transformers."""
+    """Returns `(files, layout, note or None)` for transformers."""
     if config.method == "align":
         cfg, entries = _hf_align(config), hf.align_entries
     elif "params/logit_bias" in arrays:
@@ -226,7 +230,8 @@ def _hf_align(config):
 def _hf_transformer(tower):
     return dict(
         hidden_size=tower["width"], num_hidden_layers=tower["depth"], num_attention_heads=tower["heads"],
-        intermediate_size=tower["mlp_dim"], layer_norm_eps=tower["ln_eps"], hidden_act=HF_ACTS.get(tower["act"], tower["act"]),
+        intermediate_size=tower["mlp_dim"], layer_norm_eps=tower["ln_eps"],
+        hidden_act=HF_ACTS.get(tower["act"], tower["act"]),
     )  # fmt: skip
 
 
@@ -239,50 +244,50 @@ def _hf_sections(cfg, vision, text, kind, **shared):
 
 
 def _towers(config, target, images, texts):
-    """The fields of the two towers; raises UserError for a method or kind of tower that the target does not have."""
+    """Returns the fields of both towers; raises UserError for a method or tower that the target cannot express."""
     if "text" not in config.model:
-        raise UserError(f"{target} cannot express method={config.method!r}: it has no model whose texts are pictures")
+        raise UserError(f"{target} cannot express method={config.method!r}: its texts must be token ids, not images")
     for which, kinds in (("image", images), ("text", texts)):
         if config.model[which].kind not in kinds:
             found = f"model.{which}.kind={config.model[which].kind!r}"
-            raise UserError(
-                f"{target} cannot express {found}: its {which} tower is of the kind {' or '.join(sorted(kinds))}"
-            )
+            raise UserError(f"{target} cannot express {found}: its {which} tower must be {' or '.join(sorted(kinds))}")
     if config.model.image.get("stem"):
-        raise UserError(
-            f"{target} cannot express model.image.stem={tuple(config.model.image.stem)}: it embeds patches by one convolution"
-        )
+        stem = tuple(config.model.image.stem)
+        raise UserError(f"{target} cannot express model.image.stem={stem}: it embeds patches by one convolution")
     return config.model.image.to_dict(), config.model.text.to_dict()
 
 
 def _same_model(config, files, theirs, to):
-    """Raises UserError, naming the field, unless what is written is read as the model that it is."""
+    """Raises UserError, which names the field, unless the written files are read as the same model."""
     if to == "open_clip":
         content = files["open_clip_config.json"]
-        again = configs.open_clip(json.loads(json.dumps(content["model_cfg"])), content["preprocess_cfg"], theirs)
+        again = configs.open_clip.from_config(
+            json.loads(json.dumps(content["model_cfg"])), content["preprocess_cfg"], theirs
+        )
     else:
         cfg = files["config.json"]
-        make = {"clip": configs.hf_clip, "siglip": configs.hf_siglip, "align": configs.hf_align}[cfg["model_type"]]
+        make = {"clip": configs.hf.clip, "siglip": configs.hf.siglip, "align": configs.hf.align}[cfg["model_type"]]
         again = make(cfg, files["preprocessor_config.json"])
     load.shapes(again)
     ignored = set(TRAINING)
     text = config.model.text
     if text.get("causal") and text.get("pool") == "eot":
-        ignored.add("mask_padding")  # what follows the end is not attended to anyhow
+        ignored.add("mask_padding")  # causal attention never reaches the tokens after EOT
     if text.get("pool") in ("last", "first") and not text.mask_padding or text.get("pad_id", -1) >= 0:
         ignored.add("eot_id")
     for key, ours, found in config_lib.differences(config, again, ["model.image", "model.text", "model.embed_dim"]):
         section, name = key.rsplit(".", 1)
         if name in ignored or section == "model.text" and name == "context" and config.method == "align":
             continue
-        raise UserError(f"--to={to} cannot express {key}={ours!r}: such a model there has {found!r}")
+        raise UserError(f"--to={to} cannot express {key}={ours!r}: only {found!r} is possible for this model")
 
 
 def _steps(config):
-    """The preprocessing in the terms of others.
+    """Returns the preprocessing in the terms of open_clip and transformers.
 
-    Returns `{"keep": is the ratio kept, "edge": pixels that the shorter side, or both, are resized to, "filter", "exact"}`; not
-    `exact` is what has more to it.
+    Returns:
+      `{"keep": whether the aspect ratio is kept, "edge": pixels of the resized shorter side or of both sides,
+      "filter": the interpolation, "exact": whether these terms describe the preprocessing completely}`.
     """
     found = dict(keep=True, edge=config.model.image.size, filter="bicubic", exact=True)
     for name, args, kwargs in (parse_call(step, "eval.transform") for step in config.eval.transform):
@@ -296,12 +301,14 @@ def _steps(config):
 
 
 def _preprocessing_note(config, steps, written):
-    """A line when the target resizes pictures in another way, `written`: its edge and filter; else None."""
+    """Returns a line when the target resizes images differently, by `written`: its edge and filter; otherwise None."""
     if steps["exact"] and written == (steps["edge"], steps["filter"]):
         return None
-    what = f"{'shorter side' if steps['keep'] else 'both sides'} to {written[0]} pixels, {written[1]}, antialiased, center crop"
+    sides = "shorter side" if steps["keep"] else "both sides"
     return (
-        f"note: the preprocessing {', '.join(config.eval.transform)} has no equal there; written is the nearest: {what}"
+        f"note: the target has no equal of the preprocessing {', '.join(config.eval.transform)}; "
+        "the nearest is written: "
+        f"{sides} to {written[0]} pixels, {written[1]}, antialiased, center crop"
     )
 
 

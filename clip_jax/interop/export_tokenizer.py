@@ -1,4 +1,4 @@
-"""Our tokenizers as files that open_clip and transformers read."""
+"""Writes tokenizers as files that open_clip and transformers read."""
 
 import json
 import string
@@ -6,7 +6,7 @@ import string
 from clip_jax.data import tokenizers
 from clip_jax.errors import UserError
 
-#: Special tokens of transformers by their names there.
+#: Special tokens by their names in transformers.
 _BERT = dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
 _CLIP = dict(
     bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"
@@ -14,15 +14,15 @@ _CLIP = dict(
 
 
 def for_open_clip(tokenizer, context, text_cfg):
-    """`{file name: content}` for an open_clip folder; what it needs is added to the configuration's section `text_cfg`."""
+    """Returns `{file name: content}` for an open_clip folder; adds the needed fields to its section `text_cfg`."""
     if tokenizer == tokenizers.make_tokenizer("clip_bpe"):
-        return {}  # open_clip's own
-    text_cfg["hf_tokenizer_name"] = "local"  # of a local folder it takes the files in it, whatever the name
+        return {}  # it is built into open_clip
+    text_cfg["hf_tokenizer_name"] = "local"  # open_clip reads the files of a local folder, whatever this name is
     return for_hf(tokenizer, context)
 
 
 def for_hf(tokenizer, context):
-    """`{file name: content}` for `AutoTokenizer.from_pretrained`.
+    """Returns `{file name: content}` for `AutoTokenizer.from_pretrained`.
 
     Args:
       tokenizer: a `clip_jax.data.tokenizers.Tokenizer`.
@@ -38,7 +38,7 @@ def for_hf(tokenizer, context):
     }.get(tokenizer.kind)
     if make is None:
         raise UserError(
-            f"transformers has no tokenizer of the kind {tokenizer.kind!r}: export without it (--without-tokenizer)"
+            f"transformers cannot express a tokenizer {tokenizer.kind!r}: export without it (--without-tokenizer)"
         )
     files, config = make(tokenizer)
     config |= dict(
@@ -57,7 +57,7 @@ def _require(tokenizer, **options):
 
 
 def _clip_bpe(tokenizer):
-    _require(tokenizer, sot=True, eot=True, mask=False)  # what follows EOT is never looked at, so padding may differ
+    _require(tokenizer, sot=True, eot=True, mask=False)  # tokens after EOT have no effect, so padding may differ
     vocab = {piece: i for i, piece in enumerate(tokenizer._pieces)}
     vocab |= {_CLIP["bos_token"]: len(vocab), _CLIP["eos_token"]: len(vocab) + 1}
     merges = json.loads(tokenizer._bpe.to_str())["model"]["merges"]
@@ -79,7 +79,7 @@ def _wordpiece(tokenizer):
 
 
 def _sentencepiece(tokenizer):
-    """SentencePiece of the kind unigram, or SigLIP's, with what is done to a text before as its normalizer."""
+    """Returns the files of a unigram SentencePiece or SigLIP tokenizer; the cleaning of texts is its normalizer."""
     from tokenizers import Regex, Tokenizer, normalizers, processors
 
     sot = tokenizer.options.get("sot", False)
@@ -107,9 +107,12 @@ def _sentencepiece(tokenizer):
 
 
 def unigram(data):
-    """The `tokenizers.Tokenizer` of a SentencePiece model (`data`: the file's content), without special tokens around a text.
+    """Returns the `tokenizers.Tokenizer` of a SentencePiece model, without special tokens around a text.
 
-    Raises UserError for a model of another kind than unigram.
+    Args:
+      data: the content of the model file, bytes.
+
+    Raises UserError for a model that is not unigram.
     """
     from sentencepiece import sentencepiece_model_pb2 as pb
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -118,7 +121,7 @@ def unigram(data):
     spec, normal = proto.trainer_spec, proto.normalizer_spec
     if spec.model_type != spec.UNIGRAM:
         raise UserError(
-            "a SentencePiece model of another kind than unigram is not exported: export without it (--without-tokenizer)"
+            "only unigram SentencePiece models can be exported: export without the tokenizer (--without-tokenizer)"
         )
     model = Tokenizer(models.Unigram([(p.piece, p.score) for p in proto.pieces], spec.unk_id, spec.byte_fallback))
     steps = [normalizers.Precompiled(normal.precompiled_charsmap)] if normal.precompiled_charsmap else []

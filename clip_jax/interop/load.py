@@ -1,8 +1,12 @@
-"""Models of others in our form: `python -m clip_jax.interop.load --from=PATH --workdir=OUT [--act=gelu]`.
+"""Imports third-party weights as a checkpoint of this package.
 
-PATH is a weight file or folder of OpenAI's CLIP, open_clip, Hugging Face (CLIPModel, SiglipModel, AlignModel) or big_vision;
-docs/checkpoints.md says what loads and what to look out for. The result is a work folder as training leaves it, for
-`clip_jax.load`, `clip_jax.evaluate` and `clip_jax.search`.
+    python -m clip_jax.interop.load --from=ViT-B-32.pt --workdir=runs/openai_b32
+    python -m clip_jax.interop.load --from=model.safetensors --workdir=runs/imported --act=gelu
+
+PATH is a weight file or a folder of OpenAI's CLIP, open_clip, PyramidCLIP, Hugging Face transformers (CLIPModel,
+SiglipModel, AlignModel) or big_vision. docs/checkpoints.md lists what loads and what to check.
+
+OUT becomes a work folder as training leaves it, for `clip_jax.load`, `clip_jax.evaluate` and `clip_jax.search`.
 """
 
 import dataclasses
@@ -22,13 +26,13 @@ POS = "params/img/pos"
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """A model of others in our form.
+    """A third-party model in this package's form.
 
     Attributes:
       config: the configuration. An image tower alone has an empty method and no `model.text`.
-      params, extra: as `Method.init` gives them (`{"img": ...}` of an image tower alone), float32, sharded.
-      tokenizer: the tokenizer that came with it, or None.
-      summary: lines that say what was loaded and what was assumed.
+      params, extra: as `Method.init` returns them, float32, sharded. An image tower alone has `{"img": ...}`.
+      tokenizer: the model's tokenizer, or None when none was found.
+      summary: lines on what was loaded and what was assumed.
     """
 
     config: Any
@@ -39,17 +43,18 @@ class Imported:
 
 
 def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
-    """The `Imported` model of a weight file or folder of others.
+    """Returns the `Imported` model of third-party weights.
 
     Args:
-      path: see the module's docstring.
-      act: the activation (`quick_gelu`, `gelu`, `gelu_tanh`), needed for a bare state dict that is not OpenAI's.
-      heads: `(image, text)` heads, where the widths are not those of published models.
-      size: pixels of a side; other than the model's own, its position embeddings are resized.
-      tokenizer: a spec (clip_jax.data.tokenizers); by default the one in the folder, or CLIP's if its vocabulary fits.
-      mesh: where the parameters go, by the rules of training/sharding.py; by default on every device.
+      path: a weight file or a folder, see the module's docstring.
+      act: the activation (`quick_gelu`, `gelu`, `gelu_tanh`); needed for a bare state dict that is not OpenAI's.
+      heads: `(image, text)` heads; needed when the widths are not those of published models.
+      size: pixels of a side. Position embeddings are resized when it is not the model's own size.
+      tokenizer: a string of clip_jax.data.tokenizers; by default the tokenizer in the folder, or CLIP's when its
+        vocabulary has the right size.
+      mesh: the mesh over which the parameters are sharded (runtime/sharding.py); by default all devices.
 
-    Raises UserError, in one line, for what cannot be loaded; nothing is loaded then.
+    Raises UserError, in one line and before anything is loaded, when the model cannot be loaded.
     """
     foreign = recognize.recognize(path, act, heads, size)
     config, tensors = foreign.config, foreign.tensors
@@ -61,7 +66,7 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
     if size and size != config.model.image.size:
         if POS not in ours or config.model.image.kind != "vit":
             raise UserError(
-                f"--size={size}: only learned positions of a ViT can be resized; this model takes {config.model.image.size} pixels"
+                f"--size={size}: must be {config.model.image.size}; only learned positions of a ViT can be resized"
             )
         summary.append(f"position embeddings resized from {config.model.image.size} to {size} pixels")
         tensors = _resize(config, entries, tensors, ours, size, foreign.kind)
@@ -77,7 +82,10 @@ def is_image_tower(config):
 
 
 def shapes(config):
-    """`{path: ShapeDtypeStruct}` of the parameters and running statistics of a configuration, whose towers get all their fields."""
+    """Returns `{path: ShapeDtypeStruct}` of the parameters and running statistics of a configuration.
+
+    Fills in all fields of the configuration's towers.
+    """
     import jax
 
     from clip_jax.methods.interface import make_method
@@ -121,13 +129,13 @@ def _nested(flat):
 
 
 def _resize(config, entries, tensors, ours, size, kind):
-    """The tensors with position embeddings for pictures of `size` pixels, which is set in the configuration."""
+    """Returns the tensors with position embeddings for images of `size` pixels; sets the size in the configuration."""
     from clip_jax.models.towers import image_tower
     from clip_jax.weight_files import Tensor
 
     entry, old, image = next(e for e in entries if POS in e.ours), ours[POS].shape, config.model.image
     image.size = size
-    image_tower(config.model)  # raises for a size that the patch does not divide
+    image_tower(config.model)  # raises UserError for a size that the patch does not divide
     first, grid = int(image.cls_token), size // image.patch
 
     def read():
@@ -139,13 +147,13 @@ def _resize(config, entries, tensors, ours, size, kind):
 
 
 def resize_positions(pos, grid, first=0, bicubic=True):
-    """Position embeddings float32 `[1, first + old * old, D]` for another grid, `[1, first + grid * grid, D]`.
+    """Returns position embeddings for another grid, float32 `[1, first + grid * grid, D]`.
 
     Args:
-      pos: the embeddings, rows of the grid after each other.
+      pos: the embeddings, float32 `[1, first + old * old, D]`, the grid row by row.
       grid: patches on a side.
-      first: rows before the grid (the class token), which stay as they are.
-      bicubic: bicubic with antialiasing, as open_clip does; else as big_vision does, linear between the corners' positions.
+      first: rows before the grid (the class token), which are kept.
+      bicubic: True: bicubic with antialiasing, as in open_clip. False: linear with aligned corners, as in big_vision.
     """
     old, width = math.isqrt(pos.shape[1] - first), pos.shape[2]
     x = np.asarray(pos[0, first:], np.float32).reshape(old, old, width)
@@ -161,7 +169,7 @@ def resize_positions(pos, grid, first=0, bicubic=True):
 
 
 def _tokenizer(foreign, spec):
-    """The tokenizer of a spec, or what belongs to the model; None when there is none. Its name is put into the configuration."""
+    """Returns the tokenizer of a spec or of the model's folder, or None; sets its name in the configuration."""
     from clip_jax.data.tokenizers import make_tokenizer
     from clip_jax.interop.tokenizer import find
 
@@ -178,13 +186,15 @@ def _tokenizer(foreign, spec):
         return tokenizer
     if tokenizer.vocab_size > text.vocab_size:
         raise UserError(
-            f"the tokenizer {config.tokenizer!r} has {tokenizer.vocab_size} ids, the text tower of {foreign.file} only {text.vocab_size}"
+            f"the tokenizer {config.tokenizer!r} has {tokenizer.vocab_size} ids, but the text tower of {foreign.file} "
+            f"has only {text.vocab_size}"
         )
     if text.eot_id == -1:
         text.eot_id = tokenizer.eot_id
     elif text.eot_id != tokenizer.eot_id:
         raise UserError(
-            f"the tokenizer {config.tokenizer!r} ends texts with {tokenizer.eot_id}, {foreign.file} with {text.eot_id}"
+            f"the tokenizer {config.tokenizer!r} ends texts with id {tokenizer.eot_id}, but {foreign.file} "
+            f"with id {text.eot_id}"
         )
     return tokenizer
 
@@ -203,7 +213,7 @@ def _describe(foreign, config, ours, tokenizer):
         sizes = " ".join(f"{name}={text[name]}" for name in ("context", "vocab_size", "width", "depth", "heads"))
         lines.append(f"text tower: {text.kind} {sizes}")
     acts = {name: tower["act"] for name, tower in (("image", image), ("text", text)) if "act" in tower}
-    lines.append(f"activation: {', '.join(f'{name} {act}' for name, act in acts.items()) or 'none to choose'}")
+    lines.append(f"activation: {', '.join(f'{name} {act}' for name, act in acts.items()) or 'fixed'}")
     mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (config.model.image_mean, config.model.image_std))
     lines.append(f"preprocessing: {', '.join(config.eval.transform)}; mean ({mean}), std ({std})")
     lines.append(
@@ -214,17 +224,20 @@ def _describe(foreign, config, ours, tokenizer):
 
 
 def write(imported, workdir):
-    """Writes an `Imported` model as checkpoint 0 of a work folder; raises UserError when there is a checkpoint already."""
+    """Writes an `Imported` model as checkpoint 0 of a work folder.
+
+    Raises UserError when the folder has a checkpoint, or the model has no text tower or no tokenizer.
+    """
     from clip_jax.training import checkpoint
 
     workdir = pathlib.Path(workdir)
     if is_image_tower(imported.config):
-        raise UserError("an image tower alone makes no checkpoint: name its file in --config.init_from of a run")
+        raise UserError("an image tower alone cannot become a checkpoint: give its file to --config.init_from of a run")
     if (workdir / "checkpoints").exists():
-        raise UserError(f"--workdir={workdir}: there are checkpoints in it already")
+        raise UserError(f"--workdir={workdir}: this folder already has checkpoints")
     if imported.tokenizer is None:
         raise UserError(
-            "the model came without a tokenizer: give --tokenizer=SPEC, such as clip_bpe or sentencepiece:/path/to.model"
+            "the model has no tokenizer: give --tokenizer=SPEC, such as clip_bpe or sentencepiece:/path/to.model"
         )
     with checkpoint.Checkpointer(workdir, imported.config, imported.tokenizer) as checkpointer:
         checkpointer.save(0, {"params": imported.params, "extra": imported.extra}, {})
@@ -232,18 +245,23 @@ def write(imported, workdir):
 
 
 def main(argv=None):
-    """The command; returns the exit status: 0, or 2 after a one-line error."""
+    """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
     from clip_jax.runtime import command
 
     parser = command.make_parser("clip_jax.interop.load", __doc__)
-    parser.add_argument("--from", dest="source", required=True, metavar="PATH", help="weight file, or folder")
-    parser.add_argument("--workdir", required=True, metavar="OUT", help="where the checkpoint goes")
+    parser.add_argument("--from", dest="source", required=True, metavar="PATH", help="weight file or folder")
+    parser.add_argument("--workdir", required=True, metavar="OUT", help="work folder to write")
     parser.add_argument("--act", help=f"activation of a bare state dict: {', '.join(recognize.ACTS)}")
-    parser.add_argument("--heads", type=_pair, metavar="IMAGE,TEXT", help="attention heads, where they cannot be told")
     parser.add_argument(
-        "--size", type=int, metavar="PIXELS", help="resize the position embeddings for pictures of this size"
+        "--heads",
+        type=_pair,
+        metavar="IMAGE,TEXT",
+        help="attention heads, when the weights and the configuration do not show them",
     )
-    parser.add_argument("--tokenizer", metavar="SPEC", help="by default the one beside the weights")
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="resize the position embeddings for images of this size"
+    )
+    parser.add_argument("--tokenizer", metavar="SPEC", help="tokenizer (default: the one in the folder of the weights)")
     args = parser.parse_args(argv)
     return command.run(lambda: _run(args))
 
@@ -258,7 +276,8 @@ def _run(args):
     write(imported, args.workdir)
     print("\n".join(imported.summary))
     print(
-        f"written: {args.workdir}; use it with clip_jax.load({args.workdir!r}) or python -m clip_jax.evaluate --checkpoint={args.workdir}"
+        f"written: {args.workdir}; use it with clip_jax.load({args.workdir!r}) or "
+        f"python -m clip_jax.evaluate --checkpoint={args.workdir}"
     )
 
 

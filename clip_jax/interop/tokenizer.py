@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a model of others, by the files beside its weights."""
+"""Finds the tokenizer of third-party weights by the files in their folder."""
 
 import json
 import pathlib
@@ -13,12 +13,12 @@ GEMMA_VOCABULARY = 256_000
 
 
 def find(folder, method, vocab_size):
-    """The tokenizer in a folder, or CLIP's or CLIPPO's own where they fit; None when there is none.
+    """Returns the tokenizer in a folder, otherwise CLIP's or CLIPPO's own when it fits, otherwise None.
 
     Args:
-      folder: with the weights.
-      method: of the model.
-      vocab_size: of its text tower, or None.
+      folder: the folder of the weights.
+      method: the model's method.
+      vocab_size: of the text tower, or None.
 
     Raises UserError for a damaged file.
     """
@@ -41,16 +41,17 @@ def find(folder, method, vocab_size):
 
 
 def _siglip(folder, vocab_size):
-    """Bare lower-case words as in open_clip and transformers; of SigLIP 2 (Gemma's vocabulary) lower-case text as in big_vision.
+    """Returns SigLIP's tokenizer or None.
 
-    What `clip_jax.interop.export` wrote says itself which.
+    SigLIP cleans a text to lower-case words without punctuation, as in open_clip and transformers. SigLIP 2, which has
+    Gemma's vocabulary, only lowers the case, as in big_vision. Files of `clip_jax.interop.export` name the cleaning.
     """
     config, clean = folder / "tokenizer_config.json", "lower" if vocab_size == GEMMA_VOCABULARY else "canonical"
     if config.is_file():
         try:
             clean = json.loads(config.read_text()).get("clean") or clean
         except (ValueError, AttributeError) as error:
-            raise UserError(f"{config}: not a tokenizer's configuration ({type(error).__name__}: {error})") from None
+            raise UserError(f"{config}: not a tokenizer configuration ({type(error).__name__}: {error})") from None
     for name in ("tokenizer.json", "spiece.model", "tokenizer.model"):
         if (folder / name).is_file():
             return make_tokenizer(f"siglip:{folder / name}?clean={clean}")
@@ -58,7 +59,7 @@ def _siglip(folder, vocab_size):
 
 
 def _of_json(folder):
-    """CLIP's or BERT's tokenizer of a `tokenizer.json`."""
+    """Returns CLIP's or BERT's tokenizer from a `tokenizer.json`, or None."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
@@ -69,5 +70,5 @@ def _of_json(folder):
             return WordPieceTokenizer("\n".join(vocab).encode())
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a tokenizer of Hugging Face ({type(error).__name__}: {error})") from None
+        raise UserError(f"{file}: not a Hugging Face tokenizer ({type(error).__name__}: {error})") from None
     return ClipBpeTokenizer("\n".join(["#version: 0.2", *merges]).encode())

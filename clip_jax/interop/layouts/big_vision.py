@@ -1,4 +1,7 @@
-"""big_vision's .npz: SigLIP (two towers), CLIPPO (one), LiT's and plain image towers. Flax throughout, so arrays stay as they are."""
+"""The layout of big_vision's .npz: SigLIP (two towers), CLIPPO (one tower), LiT's image tower and plain image towers.
+
+big_vision uses Flax too, so the arrays are the same.
+"""
 
 from clip_jax.interop.layouts import KEEP, VECTOR, WithoutFirst, depth, entry, present
 
@@ -6,13 +9,13 @@ IGNORED = ()
 
 
 def entries(ours, bare=False, stacked=False, cls_position=False):
-    """Of paths of ours (`{path: ...}`).
+    """Returns the layout.
 
     Args:
-      ours: the paths of our parameters.
-      bare: an image tower alone, without the prefix `img/`.
-      stacked: the layers lie stacked in `encoderblock` (`scan=True` there).
-      cls_position: the positions have a first row for the class token, as in old files.
+      ours: `{path: ...}` of our parameters.
+      bare: whether the file holds an image tower alone, without the prefix `img/`.
+      stacked: whether the layers are stacked in `encoderblock` (big_vision's `scan=True`).
+      cls_position: whether the class token has a position embedding, the first row, as in old files.
     """
     img, txt, image = "params/img", "params/txt", "" if bare else "img/"
     positions = KEEP if cls_position or f"{img}/cls" not in ours else WithoutFirst()

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: CLIPModel, SiglipModel and AlignModel."""
+"""The layouts of Hugging Face transformers: CLIPModel, SiglipModel and AlignModel."""
 
 import re
 
@@ -17,14 +17,14 @@ from clip_jax.interop.layouts import (
     present,
 )
 
-#: Buffers, counters of batch norms, and BERT's second head, which AlignModel's embedding does not use.
+#: Buffers, counters of batch norms, and BERT's pooler, which AlignModel's embedding does not use.
 IGNORED = (r".*\.(position|token_type)_ids", r".*\.num_batches_tracked", r"text_model\.pooler\..*")
 
 DENSE_AS_CONV = Op(lambda s: (1, 1, *s), CONV.axes)
 
 
 def clip_entries(ours):
-    """CLIPModel, of paths of ours (`{path: ...}`)."""
+    """Returns the layout of CLIPModel for our parameters, `{path: ...}`."""
     return present(
         [
             *_towers(ours),
@@ -39,7 +39,7 @@ def clip_entries(ours):
 
 
 def siglip_entries(ours):
-    """SiglipModel, of paths of ours (`{path: ...}`)."""
+    """Returns the layout of SiglipModel for our parameters, `{path: ...}`."""
     head, pool = "vision_model.head", "params/img/map"
     return present(
         [
@@ -59,7 +59,7 @@ def siglip_entries(ours):
 
 
 def align_entries(ours):
-    """AlignModel, of paths of ours (`{path: ...}`)."""
+    """Returns the layout of AlignModel for our parameters, `{path: ...}`."""
     return present(
         [
             *_efficientnet(ours),
@@ -106,7 +106,7 @@ def _bert(ours):
 
 
 def _towers(ours):
-    """What CLIPModel and SiglipModel share."""
+    """Returns the entries that CLIPModel and SiglipModel share."""
     img, txt = "params/img", "params/txt"
     return [
         entry("vision_model.embeddings.patch_embedding.weight", f"{img}/patch/kernel", CONV),

@@ -1,6 +1,7 @@
-"""State dicts of OpenAI's CLIP and of open_clip; the image tower may be a ViT, a ModifiedResNet, or timm's ViT (SigLIP).
+"""The layout of OpenAI's and open_clip's state dicts. Image towers: ViT, ModifiedResNet, timm's ViT (SigLIP).
 
-PyramidCLIP's released ones are much alike: their blocks are in two parts, of which an image tower's first has other MLPs.
+PyramidCLIP's released state dicts differ little: the blocks have two parts, and the first part of the image tower has
+other MLPs.
 """
 
 import re
@@ -19,27 +20,27 @@ from clip_jax.interop.layouts import (
     present,
 )
 
-#: What else is in OpenAI's archives; counters of PyTorch's batch norms.
+#: Further values of OpenAI's archives, and counters of PyTorch's batch norms.
 IGNORED = ("input_resolution", "context_length", "vocab_size", r"(.*\.)?attn_mask", r".*\.num_batches_tracked")
 
 
 def entries(ours, custom_text=False, timm=False, parts=(0, 0)):
-    """Of paths of ours (`{path: ...}`).
+    """Returns the layout.
 
     Args:
-      ours: the paths of our parameters.
-      custom_text: the text tower has the prefix `text.` and a linear layer as projection (`CustomTextCLIP`).
-      timm: the image tower is timm's.
-      parts: of PyramidCLIP, the numbers of blocks in the first part of the image and of the text tower.
+      ours: `{path: ...}` of our parameters.
+      custom_text: whether the text tower has the prefix `text.` (`CustomTextCLIP`).
+      timm: whether the image tower is timm's.
+      parts: PyramidCLIP's numbers of blocks in the first part of the image and of the text tower; 0: one part.
     """
     image = _timm(ours) if timm else _resnet(ours) if "params/img/stem/conv1/kernel" in ours else _vit(ours, parts)
     prefix = "text." if custom_text else ""
     scalars = [entry(name, f"params/{name}") for name in ("logit_scale", "logit_bias")]
-    return present([*image, *_text(ours, prefix, custom_text, parts), *scalars], ours)
+    return present([*image, *_text(ours, prefix, parts), *scalars], ours)
 
 
 def _blocks(theirs, tower, ours, first):
-    """`first`: the number of blocks in the first of two parts, or 0 where there are none."""
+    """Yields the entries of a tower's blocks, of which the first part has `first`; 0: there is one part."""
     for i in range(depth(ours, tower)):
         part, number = ("", i) if not first else ("1", i) if i < first else ("2", i - first)
         t, o = f"{theirs}.resblocks{part}.{number}", f"{tower}/block_{i}"
@@ -77,9 +78,9 @@ def _vit(ours, parts):
     ]
 
 
-def _text(ours, prefix, custom_text, parts):
+def _text(ours, prefix, parts):
     txt = "params/txt"
-    # A projection with a bias is a linear layer, one without a bare matrix (in, out).
+    # With a bias the projection is a linear layer, without one it is a bare matrix [in, out].
     projection = (
         linear(f"{prefix}text_projection", f"{txt}/proj")
         if f"{txt}/proj/bias" in ours

@@ -22,7 +22,6 @@ import hashlib
 import io
 import json
 import lzma
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -208,7 +208,8 @@ class _Storage:
     """A block of bytes in a PyTorch file: its offset, its dtype and its number of bytes."""
 
     def __init__(self, offset, dtype, size):
-        self.offset, self.dtype, self.size = offset, dtype, size
+        self.offset, self.dtype = offset, dtype
+        self.size = size
 
 
 class _Object:
@@ -310,7 +311,8 @@ def _read_legacy_torch(path):
     The fourth pickle is the state dict, the fifth lists the keys of the storages. The offsets of their data are known
     only then, so the state dict is read twice.
     """
-    size, dtypes, storages = os.path.getsize(path), {}, {}
+    size = os.path.getsize(path)
+    dtypes, storages = {}, {}
 
     def note(key, dtype):
         dtypes[key] = dtype

@@ -47,7 +47,8 @@ TEXTS = [
 def make_model(method="clip", image=None, text=None, tokenizer="clip_bpe", seed=0, **model):
     """A small model with random parameters and running statistics."""
     c = config_lib.base().unlock()
-    c.method, c.tokenizer, c.model.dtype, c.model.embed_dim = method, tokenizer, "float32", 32
+    c.method, c.tokenizer = method, tokenizer
+    c.model.dtype, c.model.embed_dim = "float32", 32
     c.model.update(model)
     for which, fields in (("image", image or VIT), ("text", text or TEXT)):
         if fields["kind"] in ("vit", "transformer"):

@@ -158,7 +158,8 @@ def test_round_trips_are_exact():
         ),
     ]
     for method, image, text, entries_of in cases:
-        c.method, c.model.image, c.model.text = method, image, text
+        c.method = method
+        c.model.image, c.model.text = image, text
         c.model.embed_dim = 16 if image["kind"] == "efficientnet" else 32
         ours = load.shapes(c)
         arrays = random_arrays({path: x.shape for path, x in ours.items()})

@@ -133,7 +133,8 @@ def _resize(config, entries, tensors, ours, size, kind):
     from clip_jax.models.towers import image_tower
     from clip_jax.weight_files import Tensor
 
-    entry, old, image = next(e for e in entries if POS in e.ours), ours[POS].shape, config.model.image
+    entry, old = next(e for e in entries if POS in e.ours), ours[POS].shape
+    image = config.model.image
     image.size = size
     image_tower(config.model)  # raises UserError for a size that the patch does not divide
     first, grid = int(image.cls_token), size // image.patch

@@ -41,72 +41,13 @@ from clip_jax.data.sources import make_source
 from clip_jax.data.sources.index import TEXTS
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.runtime import command
+from clip_jax.tools.filter_rules import ALIGN, RULES, Rules, flag
 from clip_jax.tools.filter_tables import NearDuplicates, Table, contains, image_hash
 from clip_jax.tools.source_arguments import open_source, source_parser
 
 _ROWS = 4096  # rows of the index that are held in memory
 _EXAMPLES = 5  # examples of each rule in the report
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """The thresholds of the filter; the defaults are ALIGN's.
-
-    Attributes:
-      min_side: pixels; an image whose shorter side is at most this is removed.
-      max_aspect: an image is removed when its longer side is at least this many times its shorter side.
-      max_texts: an image with more distinct texts is removed.
-      max_images: a text of more distinct images is removed.
-      vocabulary: number of the most frequent words and word pairs; a text with any other n-gram is removed.
-      min_words: a text with fewer words is removed.
-      max_words: a text with more words is removed.
-      near_duplicate: bits; an image whose hash differs from a test image's in at most this many is removed.
-      unsafe: record field; an image is removed when it holds "NSFW", "unsafe", "true", "yes", "1" or a number from
-        0.5 up.
-        "": no such rule.
-
-    Raises UserError for an invalid threshold.
-    """
-
-    min_side: int = 200
-    max_aspect: float = 3.0
-    max_texts: int = 1000
-    max_images: int = 10
-    vocabulary: int = 100_000_000
-    min_words: int = 3
-    max_words: int = 20
-    near_duplicate: int = 7
-    unsafe: str = ""
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, str) and value < 0:
-                raise UserError(f"{_flag(field.name)}={value}: must be at least 0")
-        if self.min_words > self.max_words:
-            raise UserError(
-                f"--min-words={self.min_words} is more than --max-words={self.max_words}: no text would be kept"
-            )
-        if self.near_duplicate > 15:
-            raise UserError(f"--near-duplicate={self.near_duplicate}: must be at most 15 of the 128 bits")
-
-
-#: `{rule: (its threshold, what it removes)}`. The rules before `shared_text` judge a record and its image. The others,
-#: except `no_text`, judge each text.
-RULES = {
-    "unreadable": (None, "record or image that cannot be read"),
-    "unsafe": ("unsafe", "image marked as unsafe"),
-    "small": ("min_side", "image whose shorter side has at most this many pixels"),
-    "elongated": ("max_aspect", "image whose longer side is at least this many times its shorter side"),
-    "many_texts": ("max_texts", "image with more than this many texts"),
-    "test_picture": ("near_duplicate", "image whose hash differs from a test image's in at most this many of 128 bits"),
-    "shared_text": ("max_images", "text of more than this many images"),
-    "rare_words": ("vocabulary", "text with a word or word pair that is not among this many most frequent ones"),
-    "too_short": ("min_words", "text of fewer than this many words"),
-    "too_long": ("max_words", "text of more than this many words"),
-    "no_text": (None, "record without a text"),
-}
 
 
 def words(text):
@@ -156,7 +97,8 @@ def count(source, rules, folder):
     Returns:
       The `Counts`.
     """
-    images, texts, grams = Table(folder, "images"), Table(folder, "texts"), Table(folder, "ngrams", sums=True)
+    images, texts = Table(folder, "images"), Table(folder, "texts")
+    grams = Table(folder, "ngrams", sums=True)
     for _, record in records(source):
         if isinstance(record, BadRecord):
             continue
@@ -301,7 +243,7 @@ def decide(source, rules, counts, test_images, file):
     return tally
 
 
-def run(source, out, rules=Rules(), exclude=()):
+def run(source, out, rules=ALIGN, exclude=()):
     """Filters a source; writes `index.npy`, `report.json` and `report.txt` into a folder.
 
     Args:
@@ -379,7 +321,8 @@ def _report(source, rules, exclude, counts, tally, seconds):
 
 def describe(report):
     """Yields the lines of a report, the dict that `run` returns."""
-    n, kept, grams = report["records"], report["kept"], report["counts"]["ngrams"]
+    n, kept = report["records"], report["kept"]
+    grams = report["counts"]["ngrams"]
     yield f"{report['source']}: {kept:,} of {n:,} records are kept ({kept / n:.1%}) with {report['texts_kept']:,} texts"
     yield f"{report['texts_removed_from_kept_records']:,} texts of kept records are removed"
     rarest = grams["occurrences_of_the_rarest_kept"]
@@ -408,10 +351,6 @@ def describe(report):
                 )
 
 
-def _flag(name):
-    return "--" + name.replace("_", "-")
-
-
 def main(argv=None):
     """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
     parser = source_parser("clip_jax.tools.filter", __doc__, ("image", "text", "label"))
@@ -429,7 +368,7 @@ def main(argv=None):
     for field in dataclasses.fields(Rules):
         help_text = f"{meanings[field.name]} (default: {field.default or 'off'})"
         parser.add_argument(
-            _flag(field.name),
+            flag(field.name),
             type=type(field.default),
             default=field.default,
             metavar="FIELD" if isinstance(field.default, str) else "N",

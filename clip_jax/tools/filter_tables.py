@@ -88,7 +88,8 @@ class Table:
         histogram = collections.Counter()
         for sums in (sums for _, sums in self._summed()):
             histogram.update(dict(zip(*(x.tolist() for x in np.unique(sums, return_counts=True)), strict=True)))
-        total, taken, least = histogram.total(), 0, max(histogram, default=0) + 1
+        total, taken = histogram.total(), 0
+        least = max(histogram, default=0) + 1
         for count, keys in sorted(histogram.items(), reverse=True):
             if taken + keys > size:
                 break

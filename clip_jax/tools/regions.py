@@ -69,7 +69,8 @@ def run(
     """
     import jax
 
-    embed, failures, queue = jax.jit(encoder.embed_image), Counter(), []
+    embed = jax.jit(encoder.embed_image)
+    failures, queue = Counter(), []
     if not grid:
         _check_field(source, boxes)
     shapes = {"regions": ((count, encoder.image_dim), np.float16), "boxes": ((count, 4), np.float32)}

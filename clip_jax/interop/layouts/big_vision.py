@@ -17,7 +17,8 @@ def entries(ours, bare=False, stacked=False, cls_position=False):
       stacked: whether the layers are stacked in `encoderblock` (big_vision's `scan=True`).
       cls_position: whether the class token has a position embedding, the first row, as in old files.
     """
-    img, txt, image = "params/img", "params/txt", "" if bare else "img/"
+    img, txt = "params/img", "params/txt"
+    image = "" if bare else "img/"
     positions = KEEP if cls_position or f"{img}/cls" not in ours else WithoutFirst()
     found = [
         *_leaves(f"{image}embedding", f"{img}/patch", ("kernel", "bias")),

@@ -53,7 +53,9 @@ EMOJILIB = npm("emojilib", "4.0.3", "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60
 _VARIATION = {0xFE0E, 0xFE0F}
 # Code points that mark a variant of a concept: skin tones, "facing right", female and male sign, and the joiner.
 _VARIANT = {*range(0x1F3FB, 0x1F400), 0x27A1, 0x2640, 0x2642, 0x200D}
-_ADULT, _CHILD, _HEART, _KISS, _HOLDING_HANDS = 0x1F9D1, 0x1F9D2, 0x2764, 0x1F48B, 0x1F91D
+_ADULT, _CHILD = 0x1F9D1, 0x1F9D2
+_HEART, _KISS = 0x2764, 0x1F48B
+_HOLDING_HANDS = 0x1F91D
 _NEUTRAL = {  # gendered code point -> code point of its gender-neutral concept
     0x1F468: _ADULT,  # man
     0x1F469: _ADULT,  # woman
@@ -69,7 +71,8 @@ _NEUTRAL = {  # gendered code point -> code point of its gender-neutral concept
     0x1F936: 0x1F385,  # Mrs. Claus, Santa Claus
 }
 _COUPLES = {0x1F46B, 0x1F46C, 0x1F46D}  # woman and man, men, women holding hands
-_FAMILY, _COUPLE_WITH_HEART, _COUPLE_KISSING, _CHRISTMAS_TREE = 0x1F46A, 0x1F491, 0x1F48F, 0x1F384
+_COUPLE_WITH_HEART, _COUPLE_KISSING = 0x1F491, 0x1F48F
+_FAMILY, _CHRISTMAS_TREE = 0x1F46A, 0x1F384
 _FLAG_STARTS = {*range(0x1F1E6, 0x1F200), 0x1F3F3, 0x1F3F4}
 _FLAG_TWINS = {  # territories that fly another country's flag: region -> region of the same image
     "AC": "SH", "BV": "NO", "CP": "FR", "DG": "IO", "EA": "ES", "HM": "AU", "MF": "FR", "SJ": "NO", "UM": "US",

@@ -23,9 +23,8 @@ class Rules:
       min_words: a text with fewer words is removed.
       max_words: a text with more words is removed.
       near_duplicate: bits; an image whose hash differs from a test image's in at most this many is removed.
-      unsafe: record field; an image is removed when it holds "NSFW", "unsafe", "true", "yes", "1" or a number from
-        0.5 up.
-        "": no such rule.
+      unsafe: record field; an image is removed when it holds "NSFW", "unsafe", "true", "yes", "1" or a number of at
+        least 0.5. "": no such rule.
 
     Raises UserError for an invalid threshold.
     """

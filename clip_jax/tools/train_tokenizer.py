@@ -77,8 +77,7 @@ def source_texts(source, fields="texts"):
     Args:
       source: a source of `clip_jax.data.sources`.
       fields: record fields with optional weights, "texts,name*3,tags". A field is a str, or a list or dict of them.
-        Each of
-        its texts counts as often as the weight says.
+        Each of its texts counts as often as its weight says.
 
     Raises UserError when `fields` is malformed or no record has one of the fields.
     """

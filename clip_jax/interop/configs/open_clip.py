@@ -34,9 +34,8 @@ def from_config(cfg, preprocess, shapes):
     Args:
       cfg: its arguments (`model_cfg`), including `vision_cfg` and `text_cfg`.
       preprocess: `preprocess_cfg` (mean, std, interpolation, resize_mode), or None for the published preprocessing.
-      shapes: `{name: object with a shape}` of the weights. They give the sizes of a timm tower, which `cfg` lacks,
-        and a
-        logit bias means SigLIP.
+      shapes: `{name: object with a shape}` of the weights. They give the sizes of a timm tower, which `cfg` lacks.
+        A logit bias means SigLIP.
 
     Raises UserError for a field or value that has no counterpart here.
     """

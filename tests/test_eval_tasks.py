@@ -202,10 +202,10 @@ def test_probe_task():
 
 
 def test_merge_results():
-    a, b = EvalResult({"x": 1.0, "y": 2.0}), EvalResult({"y": 3.0})
+    a, b = EvalResult({"x": 1.0, "y": 2.0}).credit("task_a"), EvalResult({"y": 3.0}).credit("task_b")
     a.artefacts["map"]["one"], b.artefacts["map"]["two"] = 1, 2
     merged = merge_results([a, b])
-    assert merged.metrics == {"x": 1.0, "y": 3.0}
+    assert merged.metrics == {"x": 1.0, "y": 3.0} and merged.tasks == {"x": "task_a", "y": "task_b"}
     assert merged.artefacts["map"] == {"one": 1, "two": 2}
     assert a.artefacts["map"] == {"one": 1}
 

@@ -30,7 +30,6 @@ SimSiam; DeFILIP projects tokens linearly and ignores padding.
 import dataclasses
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -43,6 +42,7 @@ from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
 from clip_jax.methods.interface import Method, read_options, text_view
 from clip_jax.models.common import BATCH_AXES, l2_normalize, shard_batch, stack_views, unstack_views
 from clip_jax.models.heads import MlpHead
+from clip_jax.models.layers import Dense
 from clip_jax.models.masking import mask_tokens, mean_of_chosen, sum_and_count
 from clip_jax.models.one_tower import real_tokens
 from clip_jax.models.two_tower import TwoTower
@@ -164,8 +164,8 @@ class DeCLIP:
             self.modules["predictor"] = MlpHead(
                 (o.predictor_width, o.head_width), bias=True, last_norm="none", dtype=dtype
             )
-        self.mlm = nn.Dense(model.text.vocab_size, dtype=dtype)
-        self.to_token = nn.Dense(model.embed_dim, use_bias=False, dtype=dtype)
+        self.mlm = Dense(model.text.vocab_size, dtype=dtype)
+        self.to_token = Dense(model.embed_dim, use_bias=False, dtype=dtype)
 
     def init(self, rng, batch):
         o = self.options

@@ -25,7 +25,6 @@ import dataclasses
 import functools
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -36,6 +35,7 @@ from clip_jax.losses.contrastive import filip
 from clip_jax.methods import clip
 from clip_jax.methods.interface import read_options
 from clip_jax.models.common import l2_normalize
+from clip_jax.models.layers import Dense
 from clip_jax.models.one_tower import real_tokens
 from clip_jax.models.two_tower import TwoTower
 
@@ -119,7 +119,7 @@ class TokenTowers(TwoTower):
         super().__init__(model, tokens=True)
         self.image, self.text = self.image.clone(embed_dim=0), self.text.clone(embed_dim=0)
         self.options, self.skip = options, int(model.image.cls_token and not options.use_cls)
-        dense = functools.partial(nn.Dense, model.embed_dim, dtype=jnp.dtype(model.dtype))
+        dense = functools.partial(Dense, model.embed_dim, dtype=jnp.dtype(model.dtype))
         self.projections = {"img": dense(use_bias=model.image.proj_bias), "txt": dense(use_bias=model.text.proj_bias)}
 
     def init(self, rng, batch):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from clip_jax.models.common import drop, shard_batch
+from clip_jax.models.layers import Embed, add
 from clip_jax.models.transformer import Attention, Init, Mlp, apply_blocks, block_init, project
 
 
@@ -71,10 +72,10 @@ class Bert(nn.Module, kw_only=True):
     @nn.compact
     def __call__(self, ids, real, keys=None):
         normal = nn.initializers.truncated_normal(0.02)
-        x = nn.Embed(self.vocab_size, self.width, embedding_init=normal, dtype=self.dtype, name="embed")(ids)
+        x = Embed(self.vocab_size, self.width, self.dtype, normal, name="embed")(ids)
         pos = self.param("pos", normal, (1, self.positions, self.width))
         kind = self.param("type", normal, (self.types, self.width))
-        x = x + (pos[:, : ids.shape[1]] + kind[0]).astype(x.dtype)
+        x = add(x, pos[:, : ids.shape[1]] + kind[0])
         x = drop(nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_embed")(x), self.dropout, keys, 0)
         init = block_init("bert", self.width, self.mlp_dim, self.depth)
         fields = self.heads, self.mlp_dim, self.act, self.ln_eps, init, self.dropout, self.dtype, self.attention

@@ -9,17 +9,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from clip_jax.models.common import gather
+from clip_jax.models.layers import matmul
 
 
 def _native(stride, padding, x, kernel):
     return lax.conv_general_dilated(
         x,
-        kernel,
+        kernel.astype(x.dtype),
         (stride, stride),
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1] // kernel.shape[2],
     )
+
+
+def _native_transposed(stride, padding, x, kernel, gradient):
+    """Returns the gradients of `x`, computed in its dtype, and of `kernel`, accumulated and returned in the kernel's."""
+    convolution = functools.partial(_native, stride, padding)
+    d_x = jax.vjp(lambda x: convolution(x, kernel), x)[1](gradient)[0]
+    # At its default precision an accelerator multiplies float32 numbers as fast as bfloat16 ones.
+    x, gradient = x.astype(kernel.dtype), gradient.astype(kernel.dtype)
+    return d_x, jax.vjp(lambda kernel: convolution(x, kernel), kernel)[1](gradient)[0]
 
 
 def _shifted(stride, padding, x, size):
@@ -32,7 +42,7 @@ def _shifted(stride, padding, x, size):
 
 def _by_taps(stride, padding, x, kernel):
     """Computes a depthwise convolution as the sum over the kernel's taps of tap times shifted image."""
-    taps = kernel.reshape(-1, kernel.shape[-1])
+    taps = kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
     return sum(part * tap for part, tap in zip(_shifted(stride, padding, x, kernel.shape[0]), taps, strict=True))
 
 
@@ -40,7 +50,8 @@ def _by_taps_transposed(stride, padding, x, kernel, gradient):
     """Returns the gradients of `x` and `kernel` as sums over taps."""
     # Without the barrier XLA recomputes the gradient for each tap.
     size, g = kernel.shape[0], lax.optimization_barrier(gradient)
-    d_kernel = jnp.stack([jnp.sum(part * g, axis=(0, 1, 2)) for part in _shifted(stride, padding, x, size)])
+    parts = (part.astype(kernel.dtype) for part in _shifted(stride, padding, x, size))
+    d_kernel = jnp.stack([jnp.sum(part * g.astype(kernel.dtype), axis=(0, 1, 2)) for part in parts])
     before = [size - 1 - low for low, _ in padding]
     after = [x.shape[k + 1] + size - 1 - before[k] - ((g.shape[k + 1] - 1) * stride + 1) for k in (0, 1)]
     spread = [(0, 0, 0), *((before[k], after[k], stride - 1) for k in (0, 1)), (0, 0, 0)]
@@ -69,15 +80,36 @@ def _forward(stride, padding, x, kernel):
 
 
 def _backward(stride, padding, inputs, gradient):
-    def transposed(x, kernel, g):
-        return jax.vjp(functools.partial(_native, stride, padding), x, kernel)[1](g)
-
-    return lax.platform_dependent(
-        *inputs, gradient, cpu=functools.partial(_by_taps_transposed, stride, padding), default=transposed
-    )
+    by_taps = functools.partial(_by_taps_transposed, stride, padding)
+    native = functools.partial(_native_transposed, stride, padding)
+    return lax.platform_dependent(*inputs, gradient, cpu=by_taps, default=native)
 
 
 depthwise.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cast_and_convolve(stride, padding, x, kernel):
+    return _native(stride, padding, x, kernel)
+
+
+_cast_and_convolve.defvjp(
+    lambda stride, padding, x, kernel: (_native(stride, padding, x, kernel), (x, kernel)),
+    lambda stride, padding, inputs, gradient: _native_transposed(stride, padding, *inputs, gradient),
+)
+
+
+def convolve(stride, padding, x, kernel):
+    """Returns the convolution of `x[b, h, w, c]` with `kernel[k, k, c, n]` in the dtype of `x`.
+
+    The gradient of the kernel is accumulated in the kernel's dtype, see `clip_jax.models.layers`.
+
+    Args:
+      stride: of both axes, in pixels.
+      padding: `((top, bottom), (left, right))`, in pixels.
+    """
+    function = _native if kernel.dtype == x.dtype else _cast_and_convolve
+    return function(stride, padding, x, kernel)
 
 
 def same_padding(size, stride, height, width):
@@ -118,9 +150,8 @@ class Conv(nn.Module):
     def __call__(self, x):
         channels = 1 if self.depthwise else x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (self.size, self.size, channels, self.features))
-        kernel = gather(kernel.astype(self.dtype))
-        x = x.astype(self.dtype)
+        x, kernel = x.astype(self.dtype), gather(kernel)
         padding = self.padding or same_padding(self.size, self.stride, *x.shape[1:3])
         if self.size == self.stride == 1:
-            return x @ kernel[0, 0]
-        return (depthwise if self.depthwise else _native)(self.stride, padding, x, kernel)
+            return matmul(x, kernel[0, 0])
+        return (depthwise if self.depthwise else convolve)(self.stride, padding, x, kernel)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from clip_jax.models.common import BatchNorm, drop, shard_batch
 from clip_jax.models.conv import Conv
+from clip_jax.models.layers import Dense
 from clip_jax.models.transformer import project, rematerialized
 
 #: Stages of B0 as (channels, blocks, kernel, stride, expansion). The coefficients scale channels and blocks.
@@ -89,10 +90,8 @@ class MBConv(nn.Module):
         y = conv(y, y.shape[-1], self.size, self.stride, self.padding, self.dtype, "depthwise_conv", depthwise=True)
         y = self.act(norm(y, "depthwise_bn"))
         if self.squeeze:
-            squeezed = nn.Dense(max(1, width // 4), dtype=self.dtype, kernel_init=INIT, name="se_reduce")(
-                y.mean((1, 2))
-            )
-            excited = nn.Dense(y.shape[-1], dtype=self.dtype, kernel_init=INIT, name="se_expand")(self.act(squeezed))
+            squeezed = Dense(max(1, width // 4), dtype=self.dtype, kernel_init=INIT, name="se_reduce")(y.mean((1, 2)))
+            excited = Dense(y.shape[-1], dtype=self.dtype, kernel_init=INIT, name="se_expand")(self.act(squeezed))
             y = y * nn.sigmoid(excited)[:, None, None]
         y = norm(conv(y, self.features, 1, 1, self.padding, self.dtype, "project_conv"), "project_bn")
         if self.stride == 1 and width == self.features:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from clip_jax.models.common import BatchNorm, torch_uniform
+from clip_jax.models.layers import Dense
 
 
 class MlpHead(nn.Module):
@@ -32,7 +33,7 @@ class MlpHead(nn.Module):
         for i, width in enumerate(self.widths, 1):
             last, init = i == len(self.widths), torch_uniform(x.shape[-1])
             bias = self.bias or (last and self.last_norm == "none")
-            x = nn.Dense(width, bias, dtype=self.dtype, kernel_init=init, bias_init=init, name=f"fc{i}")(x)
+            x = Dense(width, bias, dtype=self.dtype, kernel_init=init, bias_init=init, name=f"fc{i}")(x)
             if not last:
                 x = nn.relu(BatchNorm(dtype=self.dtype, name=f"bn{i}")(x, train))
             elif self.last_norm != "none":

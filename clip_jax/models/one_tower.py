@@ -10,6 +10,7 @@ import numpy as np
 
 from clip_jax.errors import UserError
 from clip_jax.models.common import ACTIVATIONS
+from clip_jax.models.layers import Embed, add, replace
 from clip_jax.models.transformer import WEIGHT_INITS, Block, apply_blocks, block_init
 from clip_jax.models.vit import embed_patches, patches
 
@@ -65,9 +66,7 @@ class TextTokens(nn.Module):
 
     @nn.compact
     def __call__(self, ids, hidden=None):
-        x = nn.Embed(
-            self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype, name="embed"
-        )(ids)
+        x = Embed(self.vocab_size, self.width, self.dtype, name="embed")(ids)
         return _mask_and_add_positions(self, x, hidden, self.context)
 
 
@@ -75,8 +74,8 @@ def _mask_and_add_positions(tokens, x, hidden, positions):
     """Replaces hidden embeddings by the parameter `mask` and adds the parameter `pos` of the module `tokens`."""
     normal = nn.initializers.normal(0.02)
     if hidden is not None:
-        x = jnp.where(hidden[..., None], tokens.param("mask", normal, (tokens.width,)).astype(x.dtype), x)
-    return x + tokens.param("pos", normal, (1, positions, tokens.width))[:, : x.shape[1]].astype(x.dtype)
+        x = replace(x, hidden[..., None], tokens.param("mask", normal, (tokens.width,)))
+    return add(x, tokens.param("pos", normal, (1, positions, tokens.width))[:, : x.shape[1]])
 
 
 class OneTower(nn.Module):
@@ -145,8 +144,7 @@ class OneTower(nn.Module):
             tokens = TextTokens(self.width, self.vocab_size, self.context, self.dtype, name="txt")(ids, hidden_words)
             streams["text"] = kind[1], tokens, real
         parts = [
-            jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.width)), x], axis=1)
-            + k.astype(x.dtype)
+            add(jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)).astype(x.dtype), x], axis=1), k)
             for k, x, _ in streams.values()
         ]
         x, mask = jnp.concatenate(parts, axis=1), None

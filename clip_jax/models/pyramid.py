@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from clip_jax.errors import UserError
 from clip_jax.models.common import ACTIVATIONS, BatchNorm, shard_batch, torch_uniform
 from clip_jax.models.conv import Conv
+from clip_jax.models.layers import Dense, add
 from clip_jax.models.resnet import AttentionPool, ModifiedResNet
 from clip_jax.models.transformer import Attention, Block, Init, block_init, project, rematerialized
 from clip_jax.models.vit import embed_patches
@@ -45,7 +46,7 @@ class LeFF(nn.Module):
         def norm(name, x):
             return ACTIVATIONS[self.act](BatchNorm(dtype=self.dtype, name=name)(x, train))
 
-        x = nn.Dense(
+        x = Dense(
             self.mlp_dim, dtype=self.dtype, kernel_init=self.inits.fc1, bias_init=self.inits.mlp_bias_1, name="fc1"
         )(x)
         x = norm("bn1", x).reshape(b, side, side, self.mlp_dim)
@@ -59,9 +60,7 @@ class LeFF(nn.Module):
             name="conv",
         )(x)
         x = norm("bn2", x).reshape(b, n, self.mlp_dim)
-        x = nn.Dense(width, dtype=self.dtype, kernel_init=self.inits.fc2, bias_init=self.inits.mlp_bias_2, name="fc2")(
-            x
-        )
+        x = Dense(width, dtype=self.dtype, kernel_init=self.inits.fc2, bias_init=self.inits.mlp_bias_2, name="fc2")(x)
         return jnp.concatenate([cls, norm("bn3", x)], axis=1)
 
 
@@ -121,8 +120,8 @@ class PyramidViT(nn.Module):
     def __call__(self, images, train=False, keys=None, regions=None, mask=None):
         del keys  # this tower has no dropout
         scale = nn.initializers.normal(self.width**-0.5)
-        cls = self.param("cls", scale, (1, 1, self.width)).astype(self.dtype)
-        to_token = nn.Dense(self.width, use_bias=False, dtype=self.dtype, kernel_init=scale, name="regions")
+        cls = self.param("cls", scale, (1, 1, self.width))
+        to_token = Dense(self.width, use_bias=False, dtype=self.dtype, kernel_init=scale, name="regions")
         init = block_init("clip_image", self.width, self.mlp_dim, self.depth)
         arguments = self.heads, self.mlp_dim, self.act, self.ln_eps, init
         if self.is_initializing():
@@ -130,10 +129,10 @@ class PyramidViT(nn.Module):
         if regions is None:
             x = embed_patches(self, images, bias=False)
             x = x.reshape(x.shape[0], -1, self.width)
-            pos = self.param("pos", scale, (1, 1 + x.shape[1], self.width)).astype(x.dtype)
+            pos = self.param("pos", scale, (1, 1 + x.shape[1], self.width))
         else:
-            x, pos = to_token(shard_batch(regions)), jnp.zeros((), self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1) + pos
+            x, pos = to_token(shard_batch(regions)), 0.0
+        x = add(jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)).astype(x.dtype), x], axis=1), pos)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")(x)
         if regions is None:
             block = rematerialized(LeFFBlock, self.remat, static_argnums=2)
@@ -163,7 +162,7 @@ class PyramidResNet(ModifiedResNet):
     def __call__(self, images, train=False, keys=None, regions=None, mask=None):
         del keys  # this tower has no dropout
         width = 32 * self.width
-        to_token = nn.Dense(
+        to_token = Dense(
             width, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(width**-0.5), name="regions"
         )
         ln = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from clip_jax.models.common import BatchNorm, shard_batch, torch_conv, torch_uniform
+from clip_jax.models.conv import Conv
+from clip_jax.models.layers import Dense, add
 from clip_jax.models.transformer import attend, rematerialized
 
 HEAD_WIDTH = 64
@@ -13,10 +15,8 @@ HEAD_WIDTH = 64
 
 def conv(features, size, dtype, name, stride=1):
     """Returns a convolution module without bias, padded as in PyTorch by `size // 2` pixels on each side."""
-    pad = size // 2
-    return nn.Conv(
-        features, (size, size), stride, [(pad, pad)] * 2, use_bias=False, dtype=dtype, kernel_init=torch_conv, name=name
-    )  # fmt: skip
+    padding = ((size // 2, size // 2),) * 2
+    return Conv(features, size, stride, padding, dtype=dtype, kernel_init=torch_conv, name=name)
 
 
 def average(x, stride):
@@ -84,20 +84,18 @@ class AttentionPool(nn.Module):
         normal, bias = nn.initializers.normal(width**-0.5), torch_uniform(width)
         if positions:
             pos = self.param("pos", normal, (1, x.shape[1] + 1, width))
-            x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + pos.astype(x.dtype)
+            x = add(jnp.concatenate([x.mean(1, keepdims=True), x], axis=1), pos)
         mask = None if mask is None else mask[:, None, None]
 
         def heads(name, x):
             shape = (width // HEAD_WIDTH, HEAD_WIDTH)
-            return nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=normal, bias_init=bias, name=name)(x)
+            return Dense(shape, dtype=self.dtype, kernel_init=normal, bias_init=bias, name=name)(x)
 
         q = heads("query", x[:, :1])
         k = heads("key", x)
         v = heads("value", x)
         y = attend(q, k, v, mask)[:, 0]
-        out = nn.DenseGeneral(
-            self.embed_dim, axis=(-2, -1), dtype=self.dtype, kernel_init=normal, bias_init=bias, name="out"
-        )
+        out = Dense(self.embed_dim, axes=2, dtype=self.dtype, kernel_init=normal, bias_init=bias, name="out")
         return out(y)
 
 

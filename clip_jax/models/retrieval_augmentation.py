@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from clip_jax.models.layers import Dense
 from clip_jax.models.transformer import attend
 
 OUT_INITS = {"xavier": nn.initializers.xavier_uniform(), "zeros": nn.initializers.zeros}
@@ -27,7 +28,7 @@ class CrossAttention(nn.Module):
 
         def project(name, x):
             shape = (self.heads, width // self.heads)
-            return nn.DenseGeneral(
+            return Dense(
                 shape, use_bias=self.bias, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name
             )(x)
 
@@ -36,9 +37,7 @@ class CrossAttention(nn.Module):
         v = project("value", values)
         x = attend(q, k, v, mask[:, None, None])
         init = OUT_INITS[self.out_init]
-        return nn.DenseGeneral(
-            width, axis=(-2, -1), use_bias=self.bias, dtype=self.dtype, kernel_init=init, name="out"
-        )(x)[:, 0]
+        return Dense(width, axes=2, use_bias=self.bias, dtype=self.dtype, kernel_init=init, name="out")(x)[:, 0]
 
 
 class RetrievalAugmentation(nn.Module):

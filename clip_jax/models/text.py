@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from clip_jax.models.layers import Embed, add
 from clip_jax.models.transformer import Block, MapHead, apply_blocks, at, block_init, only_at, project
 
 POOLS = ("eot", "last", "first", "mean", "max", "max_masked", "map")
@@ -57,9 +58,9 @@ class TextTransformer(nn.Module):
         b, n = ids.shape
         stds = (self.width**-0.5,) * 2 if self.weight_init == "xavier" else (0.02, 0.01)
         embed_init, pos_init = map(nn.initializers.normal, stds)
-        x = nn.Embed(self.vocab_size, self.width, embedding_init=embed_init, dtype=self.dtype, name="embed")(ids)
+        x = Embed(self.vocab_size, self.width, self.dtype, embed_init, name="embed")(ids)
         pos = self.param("pos", pos_init, (1, self.context, self.width))
-        x = x + pos[:, :n].astype(x.dtype)
+        x = add(x, pos[:, :n])
         end = jnp.argmax(ids == self.eot_id, axis=1)  # 0 without such a token, as in the published code
         real = jnp.arange(n) <= end[:, None]
         mask = real[:, None, None, :] if self.mask_padding else None

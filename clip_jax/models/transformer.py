@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.models.common import ACTIVATIONS, shard_batch, torch_uniform
+from clip_jax.models.layers import Dense
 
 WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert")
 
@@ -130,9 +131,7 @@ class Attention(nn.Module):
         width = x_q.shape[-1]
 
         def project(name, x):
-            return nn.DenseGeneral(
-                (self.heads, width // self.heads), dtype=self.dtype, kernel_init=self.inits.qkv, name=name
-            )(x)
+            return Dense((self.heads, width // self.heads), dtype=self.dtype, kernel_init=self.inits.qkv, name=name)(x)
 
         q = project("query", x_q)
         k = project("key", x_kv)
@@ -143,7 +142,7 @@ class Attention(nn.Module):
                 for n, x in (("query", q), ("key", k))
             )
         x = attend(q, k, v, mask, causal, self.attention)
-        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.inits.attn_out, name="out")(x)
+        return Dense(width, axes=2, dtype=self.dtype, kernel_init=self.inits.attn_out, name="out")(x)
 
 
 class Mlp(nn.Module):
@@ -157,13 +156,13 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        x = nn.Dense(
+        x = Dense(
             self.mlp_dim, dtype=self.dtype, kernel_init=self.inits.fc1, bias_init=self.inits.mlp_bias_1, name="fc1"
         )(x)
         x = ACTIVATIONS[self.act](x)
-        return nn.Dense(
-            width, dtype=self.dtype, kernel_init=self.inits.fc2, bias_init=self.inits.mlp_bias_2, name="fc2"
-        )(x)
+        return Dense(width, dtype=self.dtype, kernel_init=self.inits.fc2, bias_init=self.inits.mlp_bias_2, name="fc2")(
+            x
+        )
 
 
 class Block(nn.Module):
@@ -347,5 +346,5 @@ def project(pooled, embed_dim, bias, dtype):
     """
     if embed_dim:
         init = nn.initializers.normal(pooled.shape[-1] ** -0.5)
-        pooled = nn.Dense(embed_dim, use_bias=bias, dtype=dtype, kernel_init=init, name="proj")(pooled)
+        pooled = Dense(embed_dim, use_bias=bias, dtype=dtype, kernel_init=init, name="proj")(pooled)
     return pooled.astype(jnp.float32)

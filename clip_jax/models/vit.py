@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.models.common import ACTIVATIONS, sincos_2d, torch_conv
+from clip_jax.models.layers import Dense, add, matmul
 from clip_jax.models.transformer import Block, MapHead, apply_blocks, block_init, only_at, project
 
 POOLS = ("cls", "gap", "mean_all", "map")
@@ -53,10 +54,8 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (self.patch, self.patch, x.shape[-1], self.width))
-        y = patches(x.astype(self.dtype), self.patch, self.patch) @ kernel.reshape(-1, self.width).astype(self.dtype)
-        if self.bias:
-            y += self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
-        return y
+        y = matmul(patches(x.astype(self.dtype), self.patch, self.patch), kernel.reshape(-1, self.width))
+        return add(y, self.param("bias", nn.initializers.zeros, (self.width,))) if self.bias else y
 
 
 class ConvStem(nn.Module):
@@ -77,11 +76,9 @@ class ConvStem(nn.Module):
         x = x.astype(self.dtype)
         for i, channels in enumerate(self.channels):
             x = patches(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
-            x = nn.Dense(
-                channels, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal(), name=f"conv_{i}"
-            )(x)
+            x = Dense(channels, False, dtype=self.dtype, kernel_init=nn.initializers.he_normal(), name=f"conv_{i}")(x)
             x = ACTIVATIONS[self.act](nn.LayerNorm(dtype=self.dtype, name=f"ln_{i}")(x))
-        return nn.Dense(self.width, dtype=self.dtype, name="out")(x)
+        return Dense(self.width, dtype=self.dtype, name="out")(x)
 
 
 def embed_patches(tower, images, bias, kernel_init=torch_conv):
@@ -161,12 +158,11 @@ class VisionTransformer(nn.Module):
             pos = self.param("pos", scale, (1, rows * cols + extra, width))
         else:
             pos = jnp.pad(sincos_2d(rows, cols, width), ((extra, 0), (0, 0)))[None]
-        pos = pos.astype(x.dtype)
-        x = x + pos[:, extra:]
+        x = add(x, pos[:, extra:])
         if train and self.patch_drop:
             x = drop_patches(x, self.patch_drop, keys)
         if self.cls_token:
-            cls = self.param("cls", scale, (1, 1, width)).astype(x.dtype) + pos[:, :1]
+            cls = self.param("cls", scale, (1, 1, width)) + pos[:, :1]
             x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, width)), x], axis=1)
         if self.ln_pre:
             x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")(x)

@@ -1,0 +1,120 @@
+"""Linear layers and tables with float32 parameters, outputs in another dtype, and gradients that are summed in float32.
+
+The gradient of a parameter is a sum over examples, tokens and devices. A sum of equal bfloat16 numbers, which have 8 bits
+of mantissa, stops growing after 256 terms. So a parameter that is broadcast or gathered stays float32 until the result
+is cast: then the cotangent is float32 before it is summed. A matrix product accumulates the gradient of its kernel in
+float32. The gradient leaves the product in the dtype of the kernel, and this is the dtype of the all-reduce over devices:
+float32, or what the train step casts kernels to (`optim.grad_dtype`).
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def add(x, parameter):
+    """Returns `x + parameter` in the dtype of `x`; the float32 parameter is broadcast to the shape of `x`."""
+    return (x.astype(jnp.float32) + parameter).astype(x.dtype)
+
+
+def replace(x, where, parameter):
+    """Returns `x` in its dtype, with the float32 parameter where the bool array, broadcast to `x`, is True."""
+    return jnp.where(where, parameter, x.astype(jnp.float32)).astype(x.dtype)
+
+
+def matmul(x, kernel, axes=1):
+    """Returns the product over the last `axes` axes of `x` and the first of `kernel`, in the dtype of `x`.
+
+    Args:
+      x: `[..., *k]`.
+      kernel: `[*k, *n]`, float32 or the dtype of `x`.
+      axes: number of axes k.
+
+    Returns:
+      `[..., *n]`.
+    """
+    # Equal dtypes need no rule of their own, and a custom rule would exclude forward-mode differentiation.
+    return _dot(x, kernel, axes) if kernel.dtype == x.dtype else _cast_and_dot(x, kernel, axes)
+
+
+def _dot(x, kernel, axes):
+    contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+    return lax.dot_general(x, kernel, (contracted, ((), ())))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cast_and_dot(x, kernel, axes):
+    return _dot(x, kernel.astype(x.dtype), axes)
+
+
+def _forward(x, kernel, axes):
+    return _cast_and_dot(x, kernel, axes), (x, kernel)
+
+
+def _backward(axes, residuals, gradient):
+    x, kernel = residuals
+    batch, features = tuple(range(x.ndim - axes)), tuple(range(x.ndim - axes, gradient.ndim))
+    d_x = lax.dot_general(gradient, kernel.astype(x.dtype), ((features, tuple(range(axes, kernel.ndim))), ((), ())))
+    d_kernel = lax.dot_general(x, gradient, ((batch, batch), ((), ())), preferred_element_type=kernel.dtype)
+    return d_x, d_kernel
+
+
+_cast_and_dot.defvjp(_forward, _backward)
+
+
+class Dense(nn.Module):
+    """A linear layer, `[..., *k] -> [..., *features]`, with the parameters of flax's `Dense` and `DenseGeneral`.
+
+    Attributes:
+      features: size of the output axis, or a tuple of sizes.
+      use_bias: adds a bias.
+      axes: number of contracted axes k of the input, its last ones.
+      dtype: dtype of the product and of the output.
+      kernel_init, bias_init: initialisers. The kernel is initialised as a matrix `[prod(k), prod(features)]`.
+    """
+
+    features: int | tuple[int, ...]
+    use_bias: bool = True
+    axes: int = 1
+    dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x):
+        features = self.features if isinstance(self.features, tuple) else (self.features,)
+        inputs, width = x.shape[x.ndim - self.axes :], math.prod(features)
+
+        def kernel_init(key):
+            return self.kernel_init(key, (math.prod(inputs), width), jnp.float32).reshape(*inputs, *features)
+
+        y = matmul(x.astype(self.dtype), self.param("kernel", kernel_init), self.axes)
+        if self.use_bias:
+            y = add(y, self.param("bias", lambda key: self.bias_init(key, (width,), jnp.float32).reshape(features)))
+        return y
+
+
+class Embed(nn.Module):
+    """A table of vectors, int32 ids `[...] -> [..., width]`, with the parameter of flax's `Embed`.
+
+    Attributes:
+      vocab_size: number of rows.
+      width: size of a row.
+      dtype: dtype of the output. The rows are gathered in float32.
+      embedding_init: initialiser of the table.
+    """
+
+    vocab_size: int
+    width: int
+    dtype: Any = jnp.float32
+    embedding_init: Any = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, ids):
+        table = self.param("embedding", self.embedding_init, (self.vocab_size, self.width))
+        return jnp.take(table, ids, axis=0).astype(self.dtype)

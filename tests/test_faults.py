@@ -190,4 +190,4 @@ def test_no_step_is_lost_or_changed_by_random_kills(tmp_path, processes):
     env, timeout = os.environ | {"PYTHONPATH": str(REPO)}, TIMEOUT * (int(rounds) + 2)
     process = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=timeout)
     assert process.returncode == 0, process.stdout + process.stderr
-    assert "as in the undisturbed run" in process.stdout
+    assert "equal the undisturbed run" in process.stdout

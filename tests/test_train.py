@@ -198,7 +198,7 @@ def test_a_loss_that_stays_nan_stops_the_run(tmp_path):
         (["mesh.data=3"], "does not fit 8 device"),
         (["model.image.size=20"], "model.image.size=20 is not divisible by the patch size 8"),
         (["data.source=/nowhere/x.tar"], "/nowhere/x.tar"),
-        (["method=clipp"], "method='clipp' is neither a method"),
+        (["method=clipp"], "method='clipp' is neither one of"),
         (["tokenizer=bpe"], "bpe"),
         (["data.augment=rcc(0.5, 1.0)"], "did you mean 'rrc'"),
         (["data.templates=({nme})"], "nme"),

@@ -105,6 +105,8 @@ def _optim():
     c.freeze = ()  # regular expressions; matching parameters are not trained and cost no optimizer state
     c.grad_clip_norm = 0.0  # global norm of the gradients; 0: off
     c.ema_decay = 0.0  # moving average of the weights; 0: off
+    # Dtype in which gradients of kernels are summed over devices: float32 | bfloat16 (half the traffic: docs/scaling.md).
+    c.grad_dtype = "float32"
     return c
 
 
@@ -312,6 +314,10 @@ def resolve(config, tokenizer):
 def validate(config):
     """Checks the values that no other part of the program checks. Raises UserError for the first wrong value."""
     _check_ranges(config)
+    if config.optim.grad_dtype not in ("float32", config.model.dtype):
+        raise UserError(
+            f"optim.grad_dtype={config.optim.grad_dtype!r}: must be 'float32' or model.dtype={config.model.dtype!r}"
+        )
     choices = {"optim.name": OPTIMIZERS, "optim.schedule": SCHEDULES, "model.dtype": DTYPES, "model.remat": REMATS}
     for key, allowed in (choices | {"model.attention": ATTENTIONS, "data.sampling": SAMPLINGS}).items():
         if _get(config, key) not in allowed:

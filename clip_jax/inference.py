@@ -38,8 +38,9 @@ class Model:
     """
 
     def __init__(self, config, method, params, extra, tokenizer, mesh=None):
-        self.config, self.method, self.tokenizer = config, method, tokenizer
+        self.config, self.method = config, method
         self.params, self.extra = params, extra
+        self.tokenizer = tokenizer
         self.image_view = method.eval_view
         self._context = next(view.context for view in method.views if isinstance(view, TextView))
         self.mesh = mesh or sharding.make_mesh(config_lib.base().mesh)

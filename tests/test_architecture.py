@@ -86,9 +86,19 @@ def test_modules_are_short_and_in_one_dialect(name):
         where = f"{file.name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 80, f"{where}: {node.name} is longer than 80 lines"
-            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+            arguments = [
+                *node.args.posonlyargs,
+                *node.args.args,
+                *node.args.kwonlyargs,
+                node.args.vararg,
+                node.args.kwarg,
+            ]
             assert not any(a and a.annotation for a in arguments) and not node.returns, f"{where}: an annotation"
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
+        elif (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Tuple)
+            and isinstance(node.targets[0], ast.Tuple)
+        ):
             assert len(node.targets[0].elts) <= 2, f"{where}: more than two targets"
         text = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) else None
         assert "``" not in (text or "") and ":func:" not in (text or ""), f"{where}: another kind of backticks"

@@ -61,7 +61,8 @@ class Options:
 
 def make(config):
     """Returns the ALIP method of a configuration; raises UserError for invalid options or towers."""
-    options, base, towers = read_options(config, "alip", Options), clip.make(config), TwoTower(config.model)
+    options = read_options(config, "alip", Options)
+    base, towers = clip.make(config), TwoTower(config.model)
 
     def init(rng, batch):
         params, extra = base.init(rng, batch)

@@ -19,8 +19,7 @@ import numpy as np
 from clip_jax.data.views import ImageOrTextView, ImageView, RenderView
 from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
-from clip_jax.methods.clip import scale
-from clip_jax.methods.interface import Method, text_view
+from clip_jax.methods.interface import Method, exp_logit_scale, text_view
 from clip_jax.models.common import l2_normalize, shard_batch
 from clip_jax.models.towers import image_tower
 
@@ -63,8 +62,8 @@ def make(config):
     def loss(params, extra, features, batch, rng):
         is_pair = batch["text_pair"] == 1 if "text_pair" in batch else None
         kinds = None if is_pair is None else {"image_text": ~is_pair, "text_text": is_pair}
-        value, metrics = infonce(features["image"], features["text"], scale(params), kinds=kinds)
-        return value, {**metrics, "logit_scale": scale(params)}
+        value, metrics = infonce(features["image"], features["text"], exp_logit_scale(params), kinds=kinds)
+        return value, {**metrics, "logit_scale": exp_logit_scale(params)}
 
     return Method(
         views=(
@@ -77,6 +76,6 @@ def make(config):
         loss=loss,
         embed_image=lambda params, extra, images: apply(params, images),
         embed_text=lambda params, extra, texts: apply(params, texts),
-        scale=scale,
+        scale=exp_logit_scale,
         constrain=lambda params: {**params, "logit_scale": jnp.minimum(params["logit_scale"], model.logit_scale_max)},
     )

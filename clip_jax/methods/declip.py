@@ -119,7 +119,8 @@ class Options:
 
 def make(config):
     """Returns the DeCLIP method of a configuration; raises UserError for invalid options or towers."""
-    declip, model, data = DeCLIP(config), config.model, config.data
+    declip = DeCLIP(config)
+    model, data = config.model, config.data
     images = [ImageView(name, model.image.size, data.augment) for name in IMAGES[: declip.image_views]]
     variants = ((), ("eda",))[: declip.text_views]
     return Method(
@@ -151,8 +152,8 @@ class DeCLIP:
         self.vocab_size = model.text.vocab_size  # the tokenizer's
         if o.mlm:
             model.text.vocab_size = max(self.vocab_size, o.mask_id + 1)
-        self.text, self.embed_dim, self.scale_max = model.text, model.embed_dim, math.exp(model.logit_scale_max)
-        self.scale_init = model.logit_scale_init
+        self.text, self.embed_dim = model.text, model.embed_dim
+        self.scale_init, self.scale_max = model.logit_scale_init, math.exp(model.logit_scale_max)
         self.towers = TwoTower(model, tokens=bool(o.mlm or o.filip))
         two_images = o.multi_view or o.nn or o.simsiam or o.simclr
         self.image_views, self.text_views = 1 + bool(two_images), 1 + bool(o.multi_view or o.nn)
@@ -199,7 +200,8 @@ class DeCLIP:
         o = self.options
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 6))(batch["example_id"])
         ids = shard_batch(batch["text"])
-        real, texts, masked = real_tokens(ids[:, 0], self.text.eot_id), [*jnp.moveaxis(ids, 1, 0)], 0
+        real, texts = real_tokens(ids[:, 0], self.text.eot_id), [*jnp.moveaxis(ids, 1, 0)]
+        masked = 0  # the form of the caption whose words are masked
         if o.mlm:
             masks = mask_tokens(
                 keys[:, 0], texts[0], real, o.text_mask, o.word_masks, self.vocab_size, o.special_ids, o.mask_id
@@ -253,7 +255,8 @@ class DeCLIP:
         return features, extra | ({"batch_stats": stats} if stats else {})
 
     def loss(self, params, extra, features, batch, rng):
-        o, values, scale = self.options, {}, self.scale(params)
+        o, values = self.options, {}
+        scale = self.scale(params)
         images, texts = ([*jnp.moveaxis(l2_normalize(features[name]), 1, 0)] for name in ("image", "text"))
         seen = 2 if o.multi_view else 1
         (values["clip"], *others), metrics = views_infonce(images[:seen], texts[:seen], scale)

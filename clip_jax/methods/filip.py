@@ -86,7 +86,8 @@ def make(config):
     towers, base = TokenTowers(config.model, options), clip.make(config)
 
     def loss(params, extra, features, batch, rng):
-        image, text, scale = features["image"], features["text"], base.scale(params)
+        image, text = features["image"], features["text"]
+        scale = base.scale(params)
         real = text.any(-1)
         keys = select_keys(options, image, text, real) if options.token_select != "none" else None
         value, metrics = filip(image, text, real, scale, keys)
@@ -178,11 +179,8 @@ def select_keys(options, image_tokens, text_tokens, real):
         similarity = jnp.where(
             real[:, None], jnp.einsum("bpd,bld->bpl", *fixed, preferred_element_type=jnp.float32), 0.0
         )
-        of_patches, of_words, counts = (
-            similarity.sum(2),
-            similarity.sum(1),
-            (min(REPO_TOKENS, p), min(REPO_TOKENS, n), REPO_TOKENS),
-        )
+        of_patches, of_words = similarity.sum(2), similarity.sum(1)
+        counts = min(REPO_TOKENS, p), min(REPO_TOKENS, n), REPO_TOKENS
     else:
         of_patches, of_words = best_in_group(*fixed, real, options.local_batch)
         counts = (

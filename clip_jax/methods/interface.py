@@ -106,6 +106,11 @@ def text_view(config, name="text", kind=TextView, **fields):
     return kind(name, **context | given | fields)
 
 
+def exp_logit_scale(params):
+    """Returns `exp(logit_scale)`, the `Method.scale` of a scale that is learned in log space."""
+    return jnp.exp(params["logit_scale"])
+
+
 def two_tower_method(config, scalars, loss, **fields):
     """Returns a method that encodes one image and one text with the two towers of `config.model`.
 

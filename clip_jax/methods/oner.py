@@ -140,7 +140,8 @@ MASKED = ("mim", "mlm", "joint_mim", "joint_mlm")
 
 def make(config):
     """Returns the OneR method of a configuration; raises UserError for invalid options or an invalid tower."""
-    oner, data, size = OneR(config), config.data, config.model.image.size
+    oner = OneR(config)
+    data, size = config.data, config.model.image.size
     views = [
         ImageView("image", size, data.augment),
         text_view(config),
@@ -260,7 +261,8 @@ class OneR:
         return features | {"pairs": pairs, "projected": projected}, extra | {"batch_stats": stats}
 
     def loss(self, params, extra, features, batch, rng):
-        o, values, metrics = self.options, {}, {}
+        o = self.options
+        values, metrics = {}, {}
         for term, pairs in features["pairs"].items():
             found = [contrast(query, key, o.temperature) for query, key in pairs]
             values[term] = sum(value for value, _ in found)

@@ -148,7 +148,8 @@ def loss(options, scale_max, params, extra, features, batch, rng):
       scale_max: the largest logarithm of a scale.
       params, extra, features, batch, rng: as for `Method.loss`.
     """
-    o, image, text = options, features["image"], features["text"]
+    o = options
+    image, text = features["image"], features["text"]
     scales = {name: clipped_scale(params[name], scale_max) for name in SCALES if name in params}
     keys = jax.lax.stop_gradient((text, image)) if o.keys_stopgrad else (text, image)
     directions = list(zip((image, text), keys, strict=True))

@@ -156,7 +156,8 @@ def pyramid_infonce(features, scale, softening=0.2, weights=(1 / 6,) * 6):
     out = pairwise(_tile, scale, (images, takes_part), (texts, takes_part), entry_size=len(TERMS))
     value, metrics = 0.0, {}
     for k, (image, text) in enumerate(TERMS):
-        x, z, keep = images[image], texts[text], takes_part[k]
+        x, z = images[image], texts[text]
+        keep = takes_part[k]
         positive, count = scale * jnp.sum(x * z, axis=1), jnp.maximum(keep.sum(), 1)
         sums = jnp.sum(z, 0, where=keep[:, None]), jnp.sum(x, 0, where=keep[:, None])
         term = 0.0

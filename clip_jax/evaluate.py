@@ -21,7 +21,8 @@ import sys
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError
 from clip_jax.evaluation.results import merge_results
-from clip_jax.evaluation.tasks import parse_task, summary
+from clip_jax.evaluation.tasks import check, parse_tasks, summary
+from clip_jax.evaluation.tasks import parse_task as parse_task
 from clip_jax.runtime import command, hosts
 
 
@@ -33,15 +34,20 @@ def run(model, tasks, log=print):
       tasks: task strings.
       log: function of a line.
 
-    Raises UserError for a wrong task string or unusable data.
+    Raises UserError for a wrong task string, two tasks with metrics of one name, or unusable data.
     """
     results = []
-    for task in tasks:
-        result = parse_task(task)(model)
+    for task in parse_tasks(tasks, "tasks"):
+        result = task(model)
         for line in summary(result):
             log(line)
         results.append(result)
     return merge_results(results)
+
+
+def check_tasks(config):
+    """Checks the tasks of a configuration before a run starts, see `clip_jax.evaluation.tasks.check`."""
+    check(config)
 
 
 def write_report(workdir, config, result, path=None):
@@ -85,13 +91,15 @@ def main(argv=None):
     parser.add_argument("--json", metavar="PATH", help="write all metrics as JSON")
     hosts.add_arguments(parser)
     args, args.overrides = parser.parse_known_args(argv)
+    for option in ("checkpoint", "json", "report"):
+        setattr(args, option, command.expand_home(getattr(args, option)))
     return command.run(lambda: evaluate(args))
 
 
 def evaluate(args):
     """Does the work of the command for its parsed arguments; raises UserError."""
-    for task in args.task or ():
-        parse_task(task)
+    for task in parse_tasks(args.task or (), "--task"):
+        task.check_sources()
     overrides = config_lib.parse_overrides(args.overrides)
     hosts.start(hosts.from_arguments(args))
     from clip_jax.inference import load

@@ -7,9 +7,11 @@ probabilities = model.classify(images, ["cat", "dog"], templates=("a photo of a 
 """
 
 import functools
+from collections.abc import Iterable
 
 import jax
 import numpy as np
+import PIL.Image
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clip_jax import config as config_lib
@@ -20,6 +22,9 @@ from clip_jax.evaluation.topk import transposed
 from clip_jax.methods import stored
 from clip_jax.methods.interface import make_method
 from clip_jax.runtime import faults, sharding
+
+_ENCODED = bytes | bytearray | memoryview
+_IMAGE_TYPES = "PIL images, uint8 arrays or encoded bytes"
 
 
 class Model:
@@ -56,12 +61,13 @@ class Model:
 
         Args:
           images: uint8 `[n, size, size, 3]` in the model's size, or a list of PIL images, uint8 arrays or encoded
-            bytes.
+            bytes. A single image counts as a list of one: a PIL image, bytes, or uint8 `[h, w]`, `[h, w, 1]`,
+            `[h, w, 3]` or `[h, w, 4]`.
           batch_size: the images of a batch, at most; None: `eval.batch_size`.
 
-        Raises BadRecord for an image that does not decode.
+        Raises BadRecord for an image that does not decode, and TypeError for anything that is not an image.
         """
-        size = self.image_view.size
+        images, size = _images(images), self.image_view.size
         if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (size, size, 3)):
             images = (
                 np.stack([self.image_view({"image": image}, None) for image in images])
@@ -89,14 +95,22 @@ class Model:
         """Returns unit rows, float32 `[n, E]`; a method that compares tokens returns `[n, L, E]`, zeros for padding.
 
         Args:
-          texts: n strings.
+          texts: a list of n strings. A single string counts as a list of one.
           batch_size: the texts of a batch, at most; None: `eval.batch_size`.
+
+        Raises UserError when the model has no tokenizer, and TypeError for anything but strings.
+        """
+        texts = _strings(texts, "texts")
+        return self._embed(self._text, texts, batch_size, self.token_ids)
+
+    def token_ids(self, texts):
+        """Returns what the text tower reads of n strings, int32 `[n, L]`; for CLIPPO the rendered images.
 
         Raises UserError when the model has no tokenizer.
         """
         if self.tokenizer is None:
             raise UserError("these weights came without a tokenizer: give one, clip_jax.load(path, tokenizer=...)")
-        return self._embed(self._text, list(texts), batch_size, lambda part: self.tokenizer(part, self._context))
+        return self.tokenizer(list(texts), self._context)
 
     def similarity(self, z_image, z_text):
         """Returns the similarity of image `[n, ...]` and text `[m, ...]` embeddings, float32 `[n, m]`.
@@ -117,10 +131,14 @@ class Model:
 
         Args:
           images: as for `embed_image`.
-          class_names: strings.
+          class_names: a list of strings. A single string counts as a list of one.
           templates: prompts with `{}` for the class name. Their embeddings are averaged; a method that compares tokens
             averages their scores.
+
+        Raises TypeError for class names that are no strings; images and templates as `embed_image` and
+        `clip_jax.evaluation.prompts.load_templates`.
         """
+        class_names = _strings(class_names, "class_names")
         scores = class_scores(self, self.embed_image(images), class_names, templates)
         return np.asarray(jax.nn.softmax(self.method.scale(self.params) * scores, axis=1))
 
@@ -136,6 +154,42 @@ class Model:
                 on_devices = jax.make_array_from_callback(padded.shape, layout, padded.__getitem__)
                 rows.append(function(self.params, self.extra, on_devices))
             return np.concatenate([np.asarray(r) for r in rows])[: len(inputs)]
+
+
+def _strings(values, what):
+    """Returns strings as a list; one string becomes a list of one. Raises TypeError, which names `what`."""
+    if isinstance(values, str):
+        return [values]
+    if isinstance(values, bytes | dict | set | frozenset) or not isinstance(values, Iterable):
+        raise TypeError(f"{what}: a list of strings or one string is needed, not {type(values).__name__}")
+    values = list(values)
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise TypeError(f"{what}: entry {number} is {type(value).__name__}; strings are needed")
+    return values
+
+
+def _images(images):
+    """Returns uint8 `[n, h, w, channels]` as it is, and all else as a list of images; one image becomes a list of one.
+
+    Raises TypeError for anything that is not an image.
+    """
+    if isinstance(images, np.ndarray):
+        is_one = images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
+        if images.dtype == np.uint8 and (is_one or images.ndim == 4):
+            return images[None] if is_one else images
+        if images.dtype != object:
+            given = f"{images.dtype}{list(images.shape)}"
+            raise TypeError(f"images: an array is uint8 [n, h, w, 3], or [h, w, 3] for one image, not {given}")
+    if isinstance(images, _ENCODED | PIL.Image.Image):
+        return [images]
+    if isinstance(images, str | dict | set | frozenset) or not isinstance(images, Iterable):
+        raise TypeError(f"images: {_IMAGE_TYPES} are needed, one or a list of them, not {type(images).__name__}")
+    images = list(images)
+    for number, image in enumerate(images):
+        if not isinstance(image, _ENCODED | np.ndarray | PIL.Image.Image):
+            raise TypeError(f"images: entry {number} is {type(image).__name__}; {_IMAGE_TYPES} are needed")
+    return images
 
 
 def _padded(rows, length):

@@ -336,7 +336,7 @@ def main(argv=None):
         if args.seeds < 1:
             raise UserError(f"--seeds={args.seeds}: must be at least 1")
         overrides = config_lib.parse_overrides(rest)
-        run_study(load(args.config), args.workdir, args.seeds, overrides, args.dry_run)
+        run_study(load(args.config), args.workdir.expanduser(), args.seeds, overrides, args.dry_run)
 
     return command.run(work)
 

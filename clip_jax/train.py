@@ -48,7 +48,7 @@ def prepare_workdir(workdir):
         raise UserError(
             f"--workdir={workdir}: must be a folder; mount the bucket, for instance with gcsfuse, and give its path"
         )
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(command.expand_home(workdir))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
@@ -66,8 +66,7 @@ def make_parts(config):
     from clip_jax.methods import interface
 
     config_lib.validate(config)
-    for task in (*config.eval.tasks, *config.eval.train_tasks):
-        evaluate.parse_task(task)
+    evaluate.check_tasks(config)
     tokenizer = make_tokenizer(config.tokenizer)
     data, source = config.data, configured_source(config.data)
     config = interface.resolve(config, tokenizer, source)

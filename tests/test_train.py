@@ -1,6 +1,8 @@
 """Whole runs: output and files, resuming, kill -9, wrong input, a full disk."""
 
+import importlib.util
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -89,8 +91,6 @@ def test_kill_and_resume_is_bit_identical(finished, tmp_path):
 
 
 def run_env():
-    import os
-
     return {**os.environ, "XLA_FLAGS": COMPILE_FAST, "PYTHONUNBUFFERED": "1"}
 
 
@@ -169,10 +169,10 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     from clip_jax.evaluation.results import EvalResult
 
     scores = iter([0.3, 0.9, 0.1, 0.2, 0.25])
-    monkeypatch.setattr(evaluate, "run", lambda model, tasks, log: EvalResult({"score": next(scores)}))
+    monkeypatch.setattr(evaluate, "run", lambda model, tasks, log: EvalResult({"emoji/skipped": next(scores)}))
     config = tiny_config(
         "train.steps=5",
-        "checkpoint.best=score",
+        "checkpoint.best=emoji/skipped",
         "checkpoint.keep=1",
         "checkpoint.steps=0",
         "eval.steps=1",
@@ -203,6 +203,12 @@ def test_a_loss_that_stays_nan_stops_the_run(tmp_path):
         (["data.augment=rcc(0.5, 1.0)"], "did you mean 'rrc'"),
         (["data.templates=({nme})"], "nme"),
         (["eval.tasks=zeroshott(source='x')"], "unknown task 'zeroshott' .did you mean 'zeroshot'"),
+        (["eval.tasks=zeroshot(source='/nowhere/pets')"], "/nowhere/pets: no such file or folder"),
+        (["eval.tasks=retrieval(source='scenes', split='tset')"], "scenes: no split 'tset' .did you mean 'test'"),
+        (["eval.tasks=zeroshot(source='emoji')"], "emoji: has no split 'test'; name one of its splits: train, "),
+        (["eval.tasks=emoji,emoji()"], "eval.tasks: the metrics of 'emoji' and 'emoji.*' have the same names"),
+        (["eval.tasks=emoji", "checkpoint.best=emoji/unseen_concept/top1"], "computes this metric .did you mean"),
+        (["eval.train_tasks=emoji", "eval.steps=0", "checkpoint.best=emoji/skipped"], "eval.steps=0, computes"),
     ],
 )
 def test_wrong_input_is_one_line_before_anything_is_written(tmp_path, overrides, message):
@@ -282,7 +288,44 @@ def test_bad_records_are_counted_in_the_progress_line(tmp_path):
 
 
 def test_a_failing_evaluation_costs_no_training(tmp_path):
-    tasks = f"eval.tasks=(\"zeroshot(source='{tmp_path}/nowhere')\",)"
-    with pytest.raises(UserError, match="nowhere"):
+    (tmp_path / "pairs.csv").write_text("image,caption\nmissing.png,a cat\n")
+    tasks = f"eval.tasks=(\"retrieval(source='{tmp_path}/pairs.csv')\",)"
+    with pytest.raises(UserError, match="no usable image among 1 records"):
         train.train(tiny_config("train.steps=3", "checkpoint.steps=0", tasks), tmp_path / "run", lambda line: None)
     assert checkpoint.find(tmp_path / "run").name == "3"
+
+
+def test_the_home_folder_in_a_work_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train.prepare_workdir("~/runs/x") == tmp_path / "runs" / "x" and (tmp_path / "runs" / "x").is_dir()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_command_prints_no_warning_of_the_tpu_compiler():
+    code = """
+from clip_jax.runtime import command
+def work():
+    import jax
+    assert jax.devices()[0].platform == "cpu"
+raise SystemExit(command.run(work))
+"""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "JAX_PLATFORMS"))}
+    process = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_a_machine_with_a_tpu_keeps_its_variables(monkeypatch):
+    from clip_jax.runtime import command, hosts
+
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(hosts, "tpu_chips", lambda: ["/dev/vfio/0"])
+    command.quiet_libtpu()
+    assert os.environ == {}
+    monkeypatch.setattr(hosts, "tpu_chips", lambda: [])
+    monkeypatch.setattr(os, "environ", {"TPU_NAME": "mine"})
+    command.quiet_libtpu()
+    assert os.environ == {"TPU_NAME": "mine"}
+    monkeypatch.setattr(os, "environ", {})
+    command.quiet_libtpu()
+    assert os.environ == command.QUIET_LIBTPU

@@ -10,6 +10,7 @@ A model is any object with
 `clip_jax.inference.Model` is one. A model may also have
 
   text_similarity(z_text, z_image): `[m, ...]`, `[n, ...]` -> `[m, n]`, where it is not the transpose of `similarity`.
+  token_ids(texts): a list of n strings -> an array `[n, ...]`, equal for texts that the model cannot tell apart.
   process_shard: `(index, count)`, which of `count` shards of the images this process reads; with `embed_image_share`.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from clip_jax.data.records import BadRecord, Record
 from clip_jax.data.sources import make_source
+from clip_jax.data.sources.splits import evaluation_split
 from clip_jax.errors import UserError
 from clip_jax.evaluation.results import Images
 from clip_jax.runtime import hosts
@@ -48,20 +50,17 @@ class Embedded:
 
 
 def open_source(source, split="", **fields):
-    """Returns a data source; without a split its "test" split, or the only one that it has.
+    """Returns a data source.
 
     Args:
       source: a source string (docs/data.md).
-      split: name of a split.
+      split: name of a split; empty: "test" where there is one, else the only split.
       fields: names of record fields for `make_source`; empty: the usual ones.
+
+    Raises UserError, which lists the splits, when none is named and none is evident; and as `make_source` does.
     """
     fields = {name: value or None for name, value in fields.items()}
-    if split:
-        return make_source(source, split, **fields)
-    try:
-        return make_source(source, "test", **fields)
-    except UserError:
-        return make_source(source, "train", **fields)
+    return make_source(source, split or evaluation_split(source), **fields)
 
 
 def embed(model, sources, batch_size=256, limit=None):

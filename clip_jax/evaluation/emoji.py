@@ -97,12 +97,8 @@ def emoji_task(
     from clip_jax.evaluation.recall import model_recall
 
     open_split = open_split or functools.partial(make_source, "emoji")
-    if subset not in ("all", "val", "test"):
-        raise UserError(f"emoji: subset={subset!r}; allowed: all, val, test")
-    prefix, parts = ("emoji", ("val", "test")) if subset == "all" else (f"emoji_{subset}", (subset,))
-    field = "name"
-    if language != "en":
-        prefix, field = f"{prefix}_{language}", "name_" + language.replace("-", "_")
+    prefix, parts = _prefix(subset, language), ("val", "test") if subset == "all" else (subset,)
+    field = "name" if language == "en" else "name_" + language.replace("-", "_")
     result = EvalResult({})
     unseen = {
         v: embed(model, [open_split(f"{part}_{v}_vendor") for part in parts], batch_size) for v in ("seen", "unseen")
@@ -134,6 +130,28 @@ def emoji_task(
         skipped += seen["seen"].skipped + seen["unseen"].skipped
     result.metrics[f"{prefix}/skipped"] = float(skipped)
     return result.credit(__name__)
+
+
+def _prefix(subset, language):
+    """Returns the prefix of the metrics; raises UserError for an unknown subset."""
+    if subset not in ("all", "val", "test"):
+        raise UserError(f"emoji: subset={subset!r}; allowed: all, val, test")
+    prefix = "emoji" if subset == "all" else f"emoji_{subset}"
+    return prefix if language == "en" else f"{prefix}_{language}"
+
+
+def metric_names(options):
+    """Returns the names of the metrics that a run with these options computes."""
+    prefix, names = _prefix(options["subset"], options["language"]), []
+    for concept, vendor in CELLS if options["subset"] == "all" else CELLS[2:]:
+        tops = [f"top{k}{kind}" for kind in _KINDS for k in (1, 5)]
+        keys = [*tops, "chance_top1", "chance_top5", "classes", *(f"images{kind}" for kind in _KINDS)]
+        if concept == "seen":
+            keys += [f"pixel_1nn_{key}" for key in tops]
+        else:
+            keys += [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+        names += [f"{prefix}/{concept}_concept_{vendor}_vendor/{key}" for key in keys]
+    return [*names, f"{prefix}/skipped"]
 
 
 def _check_language(records, field, language):

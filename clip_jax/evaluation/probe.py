@@ -5,8 +5,15 @@ Metrics; `<name>` is the option `name`:
   <name>/accuracy, val_accuracy: shares of test images and of validation images that the probe classifies correctly.
   <name>/l2: strength of the regularisation, chosen by `val_accuracy`.
   <name>/images, classes, skipped: numbers of test images, classes and unusable records.
+
+Classes are those of the training source. Where the sources name their classes, labels are matched by name.
 """
 
+import numpy as np
+
+from clip_jax.data.sources.splits import evaluation_split
+from clip_jax.errors import UserError
+from clip_jax.evaluation.class_names import listed, match_classes
 from clip_jax.evaluation.embed import embed, labels_of, open_source, unit_vectors
 from clip_jax.evaluation.report.headline import accuracy_table
 from clip_jax.evaluation.results import EvalResult, by_name, named
@@ -29,7 +36,11 @@ def run(model, train, test, train_split="train", test_split="", name="probe", im
       image: record field of the image.
       label: record field of the label.
       limit: at most this many images of each source, evenly spaced.
+
+    Raises UserError when `test` is the training set because no split is named and there is only one.
     """
+    if test == train and not test_split and evaluation_split(test) == train_split:
+        raise UserError(f"{name}: {test} has the split {train_split!r} alone, so the test set is the training set")
     fields = dict(image=image, label=label)
     sources = open_source(train, train_split, **fields), open_source(test, test_split, **fields)
     return probe_task(model, *sources, name=name, limit=limit)
@@ -41,7 +52,8 @@ def probe_task(model, train, test, *, val=None, name="probe", limit=None, batch_
     Args:
       val: source of the validation images; by default a fifth of the training images.
 
-    For the other arguments see `run`. Raises UserError for records without a label and sources without a usable image.
+    For the other arguments see `run`. Raises UserError for records without a label, sources without a usable image, and
+    classes of the test or validation images that the training images lack.
     """
     from clip_jax.evaluation.linear_probe import linear_probe
 
@@ -49,6 +61,8 @@ def probe_task(model, train, test, *, val=None, name="probe", limit=None, batch_
     parts = {part: embed(model, [source], batch_size, limit) for part, source in sources.items() if source is not None}
     z = {part: unit_vectors(embedded.z) for part, embedded in parts.items()}
     labels = {part: labels_of(embedded, sources[part], name) for part, embedded in parts.items()}
+    for part in list(parts)[1:]:
+        labels[part] = _training_labels(labels[part], sources[part], labels["train"], train, name)
     probe = linear_probe(
         z["train"], labels["train"], z["test"], labels["test"], z_val=z.get("val"), labels_val=labels.get("val")
     )
@@ -61,6 +75,41 @@ def probe_task(model, train, test, *, val=None, name="probe", limit=None, batch_
         "skipped": sum(embedded.skipped for embedded in parts.values()),
     }
     return EvalResult(named(name, metrics)).credit(__name__)
+
+
+def _training_labels(labels, source, train_labels, train, task):
+    """Returns the labels of a source as labels of the training source, int32 `[n]`; classes are matched by name."""
+    if (source.class_names is None) != (train.class_names is None):
+        named, other = (source, train) if train.class_names is None else (train, source)
+        raise UserError(
+            f"{task}: {named.name} names its classes ({listed(named.class_names)}) and {other.name} numbers them; "
+            "both must do the same"
+        )
+    present = np.unique(labels)
+    if train.class_names is None:
+        if len(missing := np.setdiff1d(present, train_labels)):
+            labels_missing = listed(missing.tolist())
+            raise UserError(f"{task}: {train.name} has no image of the labels {labels_missing} of {source.name}")
+        return labels
+    known = match_classes(source.class_names, train.class_names)
+    if missing := [source.class_names[i] for i in present if source.class_names[i] not in known]:
+        raise UserError(
+            f"{task}: {train.name} has no class {listed(missing)} of {source.name}; its classes: "
+            f"{listed(train.class_names)}"
+        )
+    number = {name: i for i, name in enumerate(train.class_names)}
+    table = [number.get(known.get(name), -1) for name in source.class_names]
+    return np.asarray(table, np.int32)[labels]
+
+
+def sources(options):
+    """Returns each `(source, split)` that a run with these options opens."""
+    return [(options["train"], options["train_split"]), (options["test"], options["test_split"])]
+
+
+def metric_names(options):
+    """Returns the names of the metrics that a run with these options computes."""
+    return [f"{options['name']}/{key}" for key in (*_COLUMNS, "images", "classes", "skipped")]
 
 
 def headline(metrics):

@@ -7,7 +7,6 @@ ensembles for ImageNet), "simple", "emoji", and CLIP's sets for other data sets 
 
 import functools
 import json
-from collections import Counter
 
 from etils import epath
 
@@ -58,7 +57,8 @@ def load_class_names(spec):
     """Returns class names by label, a list of strings.
 
     Args:
-      spec: "imagenet", the path of a text file with one name per line, or a list of names.
+      spec: "imagenet", the path of a text file with one name per line, or a list of names. A file may also hold pairs
+        "class<TAB>name", which `clip_jax.evaluation.class_names` reads.
 
     Raises UserError for an unknown name, an unreadable file, an empty list or an empty name.
     """
@@ -84,7 +84,7 @@ def _lines(path, error):
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def resolve_duplicates(names, duplicates="error"):
+def resolve_duplicates(names, duplicates="error", forms=None):
     """Returns class names and, for each of the given labels, its class.
 
     Args:
@@ -92,19 +92,25 @@ def resolve_duplicates(names, duplicates="error"):
       duplicates: how classes with equal names are treated. "error" raises UserError that lists them. "merge" makes them
         one class. "keep" leaves them apart; the lower label wins among equal scores, so the later class is never
         predicted. Published ImageNet figures are computed this way.
+      forms: what the model sees of each name, hashable. Names of equal form are equal. By default the names themselves.
     """
     if duplicates not in ("error", "merge", "keep"):
         raise UserError(f"duplicates={duplicates!r}; allowed: error, merge, keep")
     if duplicates == "keep":
         return list(names), list(range(len(names)))
-    repeated = [name for name, count in Counter(names).items() if count > 1]
+    forms, by_form = forms or names, {}
+    for name, form in zip(names, forms, strict=True):
+        by_form.setdefault(form, []).append(name)
+    repeated = [group for group in by_form.values() if len(group) > 1]
     if repeated and duplicates == "error":
-        some = ", ".join(map(repr, repeated[:5])) + (f" and {len(repeated) - 5} more" if len(repeated) > 5 else "")
+        some = ", ".join(" = ".join(map(repr, dict.fromkeys(group))) for group in repeated[:5])
+        some += f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         raise UserError(
-            f"class_names: several classes have the name {some}; rename them, or set duplicates to merge or keep"
+            f"class_names: several classes have the name {some}, as the model reads it; rename them, or set duplicates "
+            "to merge or keep"
         )
-    index = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return list(index), [index[name] for name in names]
+    index = {form: i for i, form in enumerate(by_form)}
+    return [group[0] for group in by_form.values()], [index[form] for form in forms]
 
 
 def class_prompts(class_names, templates, canonical=False):

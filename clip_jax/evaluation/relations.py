@@ -154,6 +154,20 @@ def summary(metrics):
         yield f"  retrieval among the right captions, i2t/t2i: {', '.join(recalls)}"
 
 
+def sources(options):
+    """Returns the `(source, split)` that a run with these options opens."""
+    return [(options["source"], options["split"])]
+
+
+def metric_names(options):
+    """Returns the names of the metrics that a run with these options computes; "*" stands for the parts of
+    the source."""
+    keys = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    for test in ("relations", "attributes", "images", "images_attributes"):
+        keys += [test, f"{test}_*"]
+    return [f"{options['name']}/{key}" for key in (*keys, "skipped")]
+
+
 def headline(metrics):
     """Returns the numbers for the top of the report as HTML."""
     results = by_name(metrics)

@@ -63,6 +63,17 @@ def retrieval_task(model, source, *, name="retrieval", limit=None, batch_size=25
     return result
 
 
+def sources(options):
+    """Returns the `(source, split)` that a run with these options opens."""
+    return [(options["source"], options["split"])]
+
+
+def metric_names(options):
+    """Returns the names of the metrics that a run with these options computes."""
+    keys = (f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+    return [f"{options['name']}/{key}" for key in (*keys, "images", "texts", "skipped")]
+
+
 def headline(metrics):
     """Returns the numbers for the top of the report as HTML."""
     return f"<h3>Retrieval</h3>{recall_table(by_name(metrics))}{RECALL_MEANING}"

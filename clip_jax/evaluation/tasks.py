@@ -10,17 +10,105 @@ a dot, the import path of any module: `"my_package.my_task(source='/data/pets')"
   panel(name): optional; returns `(place, title)` of a result's name, such as "emoji/unseen_concept", or None where the
     task does not know it. Panels of the report are sorted by place; the default is `(0, name)`.
 
+  sources(options): optional; returns each `(source string, split)` that `run` opens, with an empty split for the
+    default. Training checks before its first step that they exist. `options` holds the values of all parameters.
+  metric_names(options): optional; returns the names of the metrics that `run` computes, where "*" stands for any text.
+    Training checks `checkpoint.best` with them, and that no two tasks compute metrics of one name.
+
 `metrics` are all metrics of the task under their full names; the task may have run several times. A task module imports
 JAX inside functions only, so a wrong task string is reported before JAX loads. docs/adding_a_task.md has an example.
 """
 
+import dataclasses
 import importlib
 import inspect
+import itertools
+import re
+import types
 
 from clip_jax import plugins
-from clip_jax.errors import UserError, unknown
+from clip_jax.errors import UserError, did_you_mean, unknown
 
 _PACKAGE = "clip_jax.evaluation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task with its options; called with a model it returns the `EvalResult`.
+
+    Attributes:
+      text: the task string.
+      module: the task's module.
+      args, kwargs: the options that the string gives.
+      options: the values of all options, by name.
+    """
+
+    text: str
+    module: types.ModuleType
+    args: tuple
+    kwargs: dict
+    options: dict
+
+    def __call__(self, model):
+        return self.module.run(model, *self.args, **self.kwargs).credit(self.module.__name__)
+
+    def metric_names(self):
+        """Returns the names of its metrics, "*" for any text; None where the module does not give them."""
+        return self.module.metric_names(self.options) if hasattr(self.module, "metric_names") else None
+
+    def check_sources(self):
+        """Raises UserError when data that it reads, or a split of it, does not exist; reads no records."""
+        from clip_jax.data.sources.splits import check_split, evaluation_split
+
+        for source, split in self.module.sources(self.options) if hasattr(self.module, "sources") else ():
+            check_split(source, split or evaluation_split(source))
+
+
+def parse_tasks(texts, key):
+    """Returns the `Task`s of task strings.
+
+    Args:
+      texts: the strings.
+      key: the field or flag that holds them, for messages.
+
+    Raises UserError for a wrong string and when two tasks compute metrics of one name.
+    """
+    tasks, owners = [parse_task(text) for text in texts], {}
+    for number, task in enumerate(tasks):
+        names = task.metric_names() or [str(task.options[name]) for name in ("name",) if name in task.options]
+        for metric in names:
+            if owners.setdefault(metric, number) != number:
+                other = tasks[owners[metric]].text
+                raise UserError(
+                    f"{key}: the metrics of {other!r} and {task.text!r} have the same names, such as {metric!r}; "
+                    "set another name=... in one of them"
+                )
+    return tasks
+
+
+def check(config):
+    """Checks the tasks of a configuration and its `checkpoint.best` without a model, before a run starts.
+
+    Raises UserError for a wrong task string, two tasks with metrics of one name, data that does not exist, and a metric
+    that no task computes.
+    """
+    lists = {key: parse_tasks(config.eval[key], f"eval.{key}") for key in ("tasks", "train_tasks")}
+    for task in itertools.chain.from_iterable(lists.values()):
+        task.check_sources()
+    if best := config.checkpoint.best.removeprefix("-"):
+        running = lists["tasks"] + (lists["train_tasks"] if config.eval.steps else [])
+        names = [task.metric_names() for task in running]
+        if None not in names and not any(_matches(best, name) for name in itertools.chain.from_iterable(names)):
+            known = sorted(set(itertools.chain.from_iterable(names)))
+            hint = did_you_mean(best, known) or (f"; they compute: {', '.join(known[:10])}, ..." if known else "")
+            raise UserError(
+                f"checkpoint.best={config.checkpoint.best!r}: no task of eval.tasks, or of eval.train_tasks with "
+                f"eval.steps={config.eval.steps}, computes this metric{hint}"
+            )
+
+
+def _matches(metric, pattern):
+    return re.fullmatch(".+".join(map(re.escape, pattern.split("*"))), metric) is not None
 
 
 def find(name):
@@ -31,16 +119,17 @@ def find(name):
 
 
 def parse_task(text):
-    """Returns the function model -> `EvalResult` of a task string; raises UserError for a wrong name or argument."""
+    """Returns the `Task` of a task string; raises UserError for a wrong name or argument."""
     name, args, kwargs = plugins.parse_call(text, "task")
     module = find(name)
     signature = inspect.signature(module.run)
     try:
-        signature.bind(None, *args, **kwargs)
+        bound = signature.bind(None, *args, **kwargs)
     except TypeError as error:
         parameters = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
         raise UserError(f"task {text!r}: {error}; it is {name}({parameters})") from None
-    return lambda model: module.run(model, *args, **kwargs).credit(module.__name__)
+    bound.apply_defaults()
+    return Task(text, module, tuple(args), kwargs, dict(list(bound.arguments.items())[1:]))
 
 
 def by_task(result):

@@ -12,9 +12,10 @@ Artefacts: "classification", "similarity", "alignment" (methods with one vector 
 
 import numpy as np
 
-from clip_jax.errors import UserError
+from clip_jax.data.records import hash64
+from clip_jax.evaluation.class_names import names_of
 from clip_jax.evaluation.embed import embed, labels_of, open_source
-from clip_jax.evaluation.prompts import class_prompts, load_class_names, load_templates, resolve_duplicates
+from clip_jax.evaluation.prompts import class_prompts, load_templates, resolve_duplicates
 from clip_jax.evaluation.report.embedding_map import make_map
 from clip_jax.evaluation.report.figures import add_similarity
 from clip_jax.evaluation.report.galleries import Classification
@@ -51,7 +52,9 @@ def run(
     Args:
       source: a labelled source (docs/data.md).
       split: its split; by default "test", or the only one.
-      classes: class names by label: a name, a file with one name per line, or a list; by default those of the source.
+      classes: class names: "imagenet", a file with one name per line, or a list; they are matched with the classes that
+        the source names, and stand by label where it names none. Or pairs of the source's class and its name: a dict,
+        or a file with lines "class<TAB>name". By default the source's own names.
       templates: prompts: the name of a set, a file, or a list (`prompts.load_templates`).
       name: prefix of the metrics.
       duplicates: "error", "merge" or "keep" (`prompts.resolve_duplicates`).
@@ -82,23 +85,21 @@ def zeroshot_task(
     """Runs the task on an opened source.
 
     Args:
-      class_names: as `prompts.load_class_names` takes them; by default those of the source, "_" read as a space.
+      class_names: as `classes` of `run` (`class_names.names_of`).
       average: over a class's prompts: "embeddings" or "scores" (`classifier.make_classifier`).
       batch_size: images per batch.
 
     For the other arguments see `run`.
 
-    Raises UserError for missing or duplicate class names, records without a label, labels without a name, and when no
-    image is usable.
+    Raises UserError for class names that are missing, duplicate or differ from the source's classes, records without a
+    label, labels without a name, and when no image is usable.
     """
     from clip_jax.evaluation import baselines
     from clip_jax.evaluation.classifier import accuracy, make_classifier, per_class_accuracy
 
-    if class_names is None:
-        if source.class_names is None:
-            raise UserError(f"{name}: {source.name} does not name its classes; give class_names")
-        class_names = [class_name.replace("_", " ") for class_name in source.class_names]
-    class_names, class_of_label = resolve_duplicates(load_class_names(class_names), duplicates)
+    class_names = names_of(source, class_names, name)
+    forms = _forms(model, class_names, templates, canonical) if duplicates != "keep" else None
+    class_names, class_of_label = resolve_duplicates(class_names, duplicates, forms)
     classifier = make_classifier(model, class_names, templates, canonical=canonical, average=average)
     embedded = embed(model, [source], batch_size, limit)
     labels = np.asarray(class_of_label, np.int32)[labels_of(embedded, source, name, len(class_of_label))]
@@ -121,6 +122,26 @@ def zeroshot_task(
     add_similarity(result, name, model, embedded, labels, class_names, z_text, prompts)
     result.artefacts["map"][name] = make_map(embedded, labels, class_names, z_text, groups)
     return result
+
+
+def _forms(model, class_names, templates, canonical):
+    """Returns what the model reads of each class name: its first prompt, or the token ids of that."""
+    prompts = class_prompts(class_names, load_templates(templates)[:1], canonical)
+    if not hasattr(model, "token_ids"):
+        return prompts
+    blocks = (model.token_ids(prompts[start : start + 256]) for start in range(0, len(prompts), 256))
+    return [hash64(np.asarray(row).tobytes()) for block in blocks for row in block]
+
+
+def sources(options):
+    """Returns the `(source, split)` that a run with these options opens."""
+    return [(options["source"], options["split"])]
+
+
+def metric_names(options):
+    """Returns the names of the metrics that a run with these options computes."""
+    keys = (*_COLUMNS, "images", "classes", "skipped")
+    return [f"{options['name']}/{key}" for key in keys]
 
 
 def headline(metrics):

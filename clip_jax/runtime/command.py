@@ -1,12 +1,26 @@
 """The frame of every command: its parser, its log level, its exit status, and one line about an early end."""
 
 import argparse
+import importlib.util
+import io
 import logging
+import os
 import sys
 import traceback
 
 from clip_jax.errors import UserError
-from clip_jax.runtime import faults
+from clip_jax.runtime import faults, hosts
+
+#: With these variables libtpu neither asks a metadata server whether this machine has a TPU nor prints anything.
+QUIET_LIBTPU = {
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once
+}
 
 
 def make_parser(module, doc):
@@ -20,12 +34,34 @@ def make_parser(module, doc):
     return argparse.ArgumentParser(prog=f"python -m {module}", description=doc, formatter_class=raw, allow_abbrev=False)
 
 
+def expand_home(path):
+    """Returns a path with "~" replaced, because shells leave the one in `--workdir=~/run`; None and "" as they are."""
+    return path and os.path.expanduser(path)
+
+
+def quiet_libtpu():
+    """Silences libtpu where it is installed and there is no TPU: JAX loads it all the same, and it prints warnings.
+
+    Variables that are set already stay, and a machine whose variables describe a TPU is left alone.
+    """
+    described = {"TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_NAME", "JAX_FORCE_TPU_INIT"} & os.environ.keys()
+    excluded = "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu")
+    if described or excluded or hosts.tpu_chips() or importlib.util.find_spec("libtpu") is None:
+        return
+    for name, value in QUIET_LIBTPU.items():
+        os.environ.setdefault(name, value)
+
+
 def run(work):
     """Calls `work` and returns the exit status of the command, see `clip_jax.runtime.faults`.
 
     A `UserError`, an `OSError` (a full disk, a missing folder) or `faults.Stopped` prints one line. With several
-    processes, every exception ends this process. A single process raises all other exceptions.
+    processes, every exception ends this process. A single process raises all other exceptions. Characters that the
+    terminal's encoding lacks are printed as "?", such as the bytes of a file name that are not UTF-8.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    quiet_libtpu()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         work()

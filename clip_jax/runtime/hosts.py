@@ -85,11 +85,15 @@ def _on_slurm():
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
+def tpu_chips():
+    """Returns the device files of this machine's TPU chips; empty without a TPU."""
+    return glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+
+
 def _on_cloud_tpu():
     # JAX asks the metadata server, which answers only on Google's machines: look for a TPU first.
     wanted = os.environ.get("JAX_PLATFORMS", "tpu")
-    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-    return "tpu" in wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
+    return "tpu" in wanted and bool(tpu_chips()) and importlib.util.find_spec("libtpu") is not None
 
 
 def start(cluster=None, timeout=100):
@@ -101,7 +105,7 @@ def start(cluster=None, timeout=100):
 
     When the processes do not find each other within JAX's five minutes, this process ends with status 43
     (`clip_jax.runtime.faults`), because a preempted host may come back. Raises UserError when the machine describes its
-    cluster incompletely.
+    cluster incompletely, and on process 0 when the coordinator's port is taken.
     """
     managed = _on_slurm() or _on_cloud_tpu()
     if not managed and (cluster is None or cluster.processes == 1):
@@ -112,6 +116,8 @@ def start(cluster=None, timeout=100):
 
     if jax.distributed.is_initialized():
         return
+    if cluster is not None and cluster.process == 0:
+        _check_port(cluster.coordinator)
     # It would replace the SIGTERM handler of faults.Signals, and it does not handle Ctrl-C.
     jax.config.update("jax_enable_preemption_service", False)
     arguments = {} if cluster is None else dict(
@@ -128,6 +134,24 @@ def start(cluster=None, timeout=100):
         raise UserError(f"the cluster {where} cannot be joined: {faults.one_line(error)}") from None
     if jax.process_count() == 1:
         faults.answer_abort(False)
+
+
+def _check_port(coordinator):
+    """Raises UserError when the port of the coordinator, which process 0 opens, is taken on this host.
+
+    gRPC allows two coordinators on one port, and each would get some of the other's processes.
+    """
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
+        try:
+            probe.bind(("", port))
+            probe.listen()
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or "a port is at most 65535"
+            raise UserError(
+                f"--coordinator={coordinator}: process 0 cannot open port {port} ({reason}); choose another port"
+            ) from None
 
 
 def count():

@@ -106,7 +106,7 @@ def _make_base(base, options, split, fields, name):
         if any(fields.values()):
             raise UserError(f"{name}: scenes have no fields to choose from; the captions are `texts`")
         return make_scenes(options, split, name)
-    if (module := _user_module(base)) is not None:
+    if (module := user_module(base)) is not None:
         return _make_user_source(module, split, options | {k: v for k, v in fields.items() if v}, name)
     if options:
         raise unknown(f"{name}: unknown option", next(iter(options)), _STEPS)
@@ -121,7 +121,7 @@ def _make_base(base, options, split, fields, name):
     return _source_at(base, split, fields)
 
 
-def _user_module(base):
+def user_module(base):
     """Returns the module at an import path, or None when the base is a path or has the ending of a file."""
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", base) or os.path.exists(base):
         return None
@@ -170,6 +170,11 @@ def _source_at(spec, split, fields):
         return FolderSource(path)
     if os.path.exists(path):
         raise UserError(f"{spec}: unknown kind of data; known are .tar, .array_record, .csv, .tsv, .jsonl and folders")
+    raise missing_data(spec)
+
+
+def missing_data(spec):
+    """Returns the UserError for a source string that names neither a path nor an embedded data set."""
     known = tfds.embedded_names()
     hint = did_you_mean(spec, known)
-    raise UserError(f"{spec}: no such file or folder{hint}; embedded data sets: {', '.join(known)}")
+    return UserError(f"{spec}: no such file or folder{hint}; embedded data sets: {', '.join(known)}")

@@ -5,7 +5,7 @@ import pytest
 from conftest import golden_files
 from PIL import Image
 
-from clip_jax.data import augment, decode
+from clip_jax.data import augment, decode, policies
 from clip_jax.errors import UserError
 
 
@@ -179,11 +179,11 @@ def test_backgrounds():
 
 
 def test_policies_have_their_tables():
-    assert len(augment._AUTOAUGMENT) == 25 and all(len(pair) == 2 for pair in augment._AUTOAUGMENT)
-    names = {name for pair in augment._AUTOAUGMENT for name, _, _ in pair} | set(augment._RANDAUGMENT)
+    assert len(policies.AUTOAUGMENT) == 25 and all(len(pair) == 2 for pair in policies.AUTOAUGMENT)
+    names = {name for pair in policies.AUTOAUGMENT for name, _, _ in pair} | set(policies.RANDAUGMENT)
     for name in names:
         for level in (0, 0.5, 1):
-            assert augment._distort(make_image(), name, level, -1, (0, 0, 0)).size == (64, 48)
+            assert policies.distort(make_image(), name, level, -1, (0, 0, 0)).size == (64, 48)
     for name in names - {
         "identity",
         "autocontrast",
@@ -192,11 +192,11 @@ def test_policies_have_their_tables():
         "posterize",
     }:  # at level 0 these change nothing
         np.testing.assert_array_equal(
-            np.asarray(augment._distort(make_image(), name, 0, 1, (0, 0, 0))), np.asarray(make_image()), err_msg=name
+            np.asarray(policies.distort(make_image(), name, 0, 1, (0, 0, 0))), np.asarray(make_image()), err_msg=name
         )
     for name in names - {"identity", "autocontrast"}:
         assert (
-            np.asarray(augment._distort(make_image(), name, 0.9, 1, (0, 0, 0))) != np.asarray(make_image())
+            np.asarray(policies.distort(make_image(), name, 0.9, 1, (0, 0, 0))) != np.asarray(make_image())
         ).any(), name
 
 

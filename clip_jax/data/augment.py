@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from clip_jax.data import decode
+from clip_jax.data import decode, policies
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.plugins import parse_call
 
@@ -28,6 +28,7 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_MAX_ASPECT = 16  # of the result of `resize`
 _OPERATIONS = {}
 
 
@@ -148,7 +149,7 @@ def rrc(image, rng, min_area=0.08, max_area=1.0, ratio=(3 / 4, 4 / 3), size=None
     """
     box = _random_box(image.size, rng, min_area, max_area, ratio)
     image, box = decode.shrink_on_load(image, box, size)
-    return decode.flatten(image).resize((size, size), _filter(interpolation), box)
+    return decode.resize(decode.flatten(image), (size, size), _filter(interpolation), box)
 
 
 def _random_box(image_size, rng, min_area, max_area, ratio):
@@ -177,13 +178,37 @@ def _random_box(image_size, rng, min_area, max_area, ratio):
 
 @_operation
 def resize(image, size=None, interpolation="bicubic"):
-    """Resizes the short side to `size` and keeps the aspect ratio."""
+    """Resizes the short side to `size` and keeps the aspect ratio.
+
+    An image whose long side exceeds 16 times its short side gives its central part, 16 * size pixels long. So memory
+    does not depend on the image's shape. `center_crop` takes the same pixels as it would from the whole image.
+    """
     width, height = image.size
     if width <= height:
         shape = (size, max(size, int(size * height / width)))
     else:
         shape = (max(size, int(size * width / height)), size)
-    return image if shape == image.size else image.resize(shape, _filter(interpolation))
+    if shape == image.size:
+        return image
+    if max(shape) > _MAX_ASPECT * size:
+        return _resize_centre(image, shape, size, _filter(interpolation))
+    return image.resize(shape, _filter(interpolation))
+
+
+def _resize_centre(image, shape, size, resample):
+    """Returns the central part, `_MAX_ASPECT` * size pixels long, of the image resized to `shape`."""
+    axis = 0 if shape[0] > shape[1] else 1
+    length, target = image.size[axis], shape[axis]
+    # A multiple of 4 pixels is left out, so `center_crop` rounds as it does for the whole image.
+    kept = _MAX_ASPECT * size + (target - _MAX_ASPECT * size) % 4
+    scale = length / target
+    start, stop = (target - kept) // 2 * scale, (target + kept) // 2 * scale
+    margin = math.ceil(3 * max(scale, 1)) + 1  # the widest filter reaches 3 pixels to each side
+    low, high = max(0, math.floor(start) - margin), min(length, math.ceil(stop) + margin)
+    part, box = [0, 0, *image.size], [0, 0, *image.size]
+    part[axis], part[axis + 2] = low, high
+    box[axis], box[axis + 2] = start - low, min(stop, high) - low
+    return image.crop(tuple(part)).resize((kept, size) if axis == 0 else (size, kept), resample, tuple(box))
 
 
 @_operation
@@ -193,7 +218,7 @@ def squash(image, size=None, interpolation="bicubic", antialias=True):
     antialias=False, for bilinear only, is the resize of big_vision's published models.
     """
     if antialias:
-        return image.resize((size, size), _filter(interpolation))
+        return decode.resize(image, (size, size), _filter(interpolation))
     if interpolation != "bilinear":
         raise ValueError("antialias=False needs interpolation='bilinear'")
     return Image.fromarray(_bilinear(np.asarray(image), size))
@@ -210,10 +235,13 @@ def _bilinear(image_HWC, size):
         return np.minimum(low, length - 1), np.minimum(low + 1, length - 1), centre - low
 
     (y0, y1, fy), (x0, x1, fx) = taps(image_HWC.shape[0]), taps(image_HWC.shape[1])
-    image = image_HWC.astype(np.float32)
+
+    def pixels(y, x):
+        return image_HWC[y[:, None], x].astype(np.float32)  # only these, as the image may be far larger
+
     fx = fx[None, :, None]
-    top = image[y0][:, x0] + (image[y0][:, x1] - image[y0][:, x0]) * fx
-    bottom = image[y1][:, x0] + (image[y1][:, x1] - image[y1][:, x0]) * fx
+    top = pixels(y0, x0) + (pixels(y0, x1) - pixels(y0, x0)) * fx
+    bottom = pixels(y1, x0) + (pixels(y1, x1) - pixels(y1, x0)) * fx
     return (top + (bottom - top) * fy[:, None, None]).astype(np.uint8)
 
 
@@ -240,8 +268,13 @@ def _crop(image, size, left, top):
 
 @_operation
 def pad(image, size=None, color=(255, 255, 255), interpolation="bicubic"):
-    """Resizes the long side to `size` and centres the image on a square of `color`."""
-    return ImageOps.pad(image, (size, size), _filter(interpolation), tuple(color))
+    """Resizes the long side to `size`, the short side to at least 1 pixel, and centres it on a square of `color`."""
+    width, height = image.size
+    shape = [max(1, round(side / max(width, height) * size)) for side in image.size]
+    canvas = Image.new(image.mode, (size, size), tuple(color))
+    resized = decode.resize(image, tuple(shape), _filter(interpolation))
+    canvas.paste(resized, (round((size - shape[0]) / 2), round((size - shape[1]) / 2)))
+    return canvas
 
 
 @_operation
@@ -327,9 +360,9 @@ def solarize(image, rng, p=0.2, threshold=128):
 @_operation
 def autoaugment(image, rng, fill=(128, 128, 128)):
     """AutoAugment with the ImageNet policy (Cubuk et al. 2019): one of 25 pairs of operations with probabilities."""
-    for name, p, level in _AUTOAUGMENT[rng.integers(len(_AUTOAUGMENT))]:
+    for name, p, level in policies.AUTOAUGMENT[rng.integers(len(policies.AUTOAUGMENT))]:
         if _heads(rng, p):
-            image = _distort(image, name, level / 9, 1 if rng.random() < 0.5 else -1, tuple(fill))
+            image = policies.distort(image, name, level / 9, 1 if rng.random() < 0.5 else -1, tuple(fill))
     return image
 
 
@@ -338,103 +371,11 @@ def randaugment(image, rng, n=2, magnitude=9, fill=(128, 128, 128)):
     """RandAugment (Cubuk et al. 2020): n operations drawn with replacement, at strength magnitude / 30."""
     if not (n >= 0 and 0 <= magnitude <= 30):
         raise ValueError(f"n={n}, magnitude={magnitude} are not n >= 0, 0 <= magnitude <= 30")
-    for i in rng.integers(len(_RANDAUGMENT), size=n).tolist():
-        image = _distort(image, _RANDAUGMENT[i], magnitude / 30, 1 if rng.random() < 0.5 else -1, tuple(fill))
+    for i in rng.integers(len(policies.RANDAUGMENT), size=n).tolist():
+        image = policies.distort(
+            image, policies.RANDAUGMENT[i], magnitude / 30, 1 if rng.random() < 0.5 else -1, tuple(fill)
+        )
     return image
-
-
-def _distort(image, name, level, sign, fill):
-    """Applies an operation of the policies at strength `level` in [0, 1]; `sign` is 1 or -1."""
-    turn = sign * level
-    match name:
-        case "identity":
-            return image
-        case "shear_x":
-            return _affine(image, (1, 0.3 * turn, 0, 0, 1, 0), fill)
-        case "shear_y":
-            return _affine(image, (1, 0, 0, 0.3 * turn, 1, 0), fill)
-        case "translate_x":
-            return _affine(image, (1, 0, 150 / 331 * turn * image.width, 0, 1, 0), fill)
-        case "translate_y":
-            return _affine(image, (1, 0, 0, 0, 1, 150 / 331 * turn * image.height), fill)
-        case "rotate":
-            return image.rotate(30 * turn, fillcolor=fill)
-        case "brightness":
-            return ImageEnhance.Brightness(image).enhance(1 + 0.9 * turn)
-        case "color":
-            return ImageEnhance.Color(image).enhance(1 + 0.9 * turn)
-        case "contrast":
-            return ImageEnhance.Contrast(image).enhance(1 + 0.9 * turn)
-        case "sharpness":
-            return ImageEnhance.Sharpness(image).enhance(1 + 0.9 * turn)
-        case "posterize":
-            return ImageOps.posterize(image, 8 - round(4 * level))
-        case "solarize":
-            return ImageOps.solarize(image, 256 * (1 - level))
-        case "autocontrast":
-            return ImageOps.autocontrast(image)
-        case "equalize":
-            return ImageOps.equalize(image)
-        case "invert":
-            return ImageOps.invert(image)
-    raise ValueError(f"unknown distortion {name!r}")
-
-
-def _affine(image, matrix, fill):
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=fill)
-
-
-_RANDAUGMENT = (
-    "identity",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-    "brightness",
-    "color",
-    "contrast",
-    "sharpness",
-    "posterize",
-    "solarize",
-    "autocontrast",
-    "equalize",
-)
-
-
-def _policy(table):
-    """Returns a table of lines with two operations each, written name:probability:level with a level in 0..9."""
-    lines = [[part.split(":") for part in line.split()] for line in table.strip().splitlines()]
-    return tuple(tuple((name, float(p), int(level)) for name, p, level in line) for line in lines)
-
-
-_AUTOAUGMENT = _policy("""
-posterize:0.4:8  rotate:0.6:9
-solarize:0.6:5   autocontrast:0.6:0
-equalize:0.8:0   equalize:0.6:0
-posterize:0.6:7  posterize:0.6:6
-equalize:0.4:0   solarize:0.2:4
-equalize:0.4:0   rotate:0.8:8
-solarize:0.6:3   equalize:0.6:0
-posterize:0.8:5  equalize:1.0:0
-rotate:0.2:3     solarize:0.6:8
-equalize:0.6:0   posterize:0.4:6
-rotate:0.8:8     color:0.4:0
-rotate:0.4:9     equalize:0.6:0
-equalize:0.0:0   equalize:0.8:0
-invert:0.6:0     equalize:1.0:0
-color:0.6:4      contrast:1.0:8
-rotate:0.8:8     color:1.0:2
-color:0.8:8      solarize:0.8:7
-sharpness:0.4:7  invert:0.6:0
-shear_x:0.6:5    equalize:1.0:0
-color:0.4:0      equalize:0.6:0
-equalize:0.4:0   solarize:0.2:4
-solarize:0.6:5   autocontrast:0.6:0
-invert:0.6:0     equalize:1.0:0
-color:0.6:4      contrast:1.0:8
-equalize:0.8:0   equalize:0.6:0
-""")
 
 
 def normalize(image, mean=CLIP_MEAN, std=CLIP_STD):

@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 
 from clip_jax.data.records import BadRecord
 
@@ -11,7 +11,19 @@ MAX_PIXELS = 2**26  # 67 million pixels, 200 MB decoded
 SMALL_PIXELS = 256 * 256  # an image up to this size is decoded whole, and the loader may keep it in memory
 WHITE = (255, 255, 255)
 _EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_ROOM = 16  # `resize` makes no image with more pixels than the given image, or this multiple of the result
+_VALUES_AT_ONCE = 2**20  # grey values that are scaled to 8 bits in one go, 8 MB each in float64
 
 
 def open_image(data, max_pixels=MAX_PIXELS):
@@ -27,7 +39,8 @@ def open_image(data, max_pixels=MAX_PIXELS):
     Returns:
       A PIL image in mode "RGB", or "RGBA" when some pixel is transparent.
 
-    Raises BadRecord for an image that is missing, corrupt, truncated or too large.
+    Raises BadRecord for an image that is missing, corrupt, truncated or too large, and for a format that Pillow does
+    not read; the reason names HEIC, AVIF, JPEG XL, SVG and HTML.
     """
     if type(data) is Image.Image and data.mode in ("RGB", "RGBA"):  # decoded before
         return data
@@ -40,7 +53,7 @@ def open_image(data, max_pixels=MAX_PIXELS):
         except Image.DecompressionBombError:
             raise BadRecord("image too large") from None
         except Exception:  # Pillow's plugins raise almost any class on a broken file
-            raise BadRecord("corrupt image") from None
+            raise BadRecord(_unreadable(data)) from None
         image.decodermaxblock = len(data)  # one block: the decoder never has to stop and resume
     if image.width * image.height > max_pixels:
         raise BadRecord("image too large")
@@ -86,6 +99,26 @@ def shrink_on_load(image, box, size):
     return load(image), box
 
 
+def resize(image, size, resample=Image.Resampling.BICUBIC, box=None):
+    """Returns an image resized to `size`, as `PIL.Image.Image.resize` does, in memory bounded by both images.
+
+    Pillow resizes the width before the height. For a narrow image of 1 x 60,000 pixels, the image between these passes
+    would have the new width and the old height. Where it is far larger than both images, the height is resized first.
+
+    Args:
+      image: a PIL image with its pixels read.
+      size: `(width, height)` in pixels.
+      resample: a `PIL.Image.Resampling`.
+      box: left, top, right, bottom of the part to resize, in pixels; None: the whole image.
+    """
+    left, top, right, bottom = box or (0, 0, *image.size)
+    between = size[0] * (bottom - top)
+    if between > max(_ROOM * size[0] * size[1], image.width * image.height):
+        image = image.resize((image.width, size[1]), resample, (0, top, image.width, bottom))
+        box = (left, 0, right, size[1])
+    return image.resize(size, resample, box)
+
+
 def flatten(image, background=WHITE):
     """Returns an "RGBA" image on a background colour (red, green, blue), or an "RGB" image with its pixels read."""
     if image.mode == "RGB":
@@ -109,17 +142,41 @@ def _from_array(array):
     return Image.fromarray(np.ascontiguousarray(array))
 
 
+def _unreadable(data):
+    """Returns the reason why Pillow does not open some bytes, from their first bytes."""
+    start = bytes(data[:1024])
+    if start[4:8] == b"ftyp":
+        if start[8:12] in (b"avif", b"avis"):
+            return "AVIF image"
+        if start[8:12] in _HEIC_BRANDS:
+            return "HEIC image"
+    if start.startswith(b"\xff\x0a") or start.startswith(b"\0\0\0\x0cJXL \r\n\x87\n"):
+        return "JPEG XL image"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "HTML page, not an image"
+    if text.startswith((b"<?xml", b"<!--", b"<!doctype", b"<svg")):
+        if b"<svg" in text:
+            return "SVG image"
+        if b"<html" in text:
+            return "HTML page, not an image"
+    return "corrupt image"
+
+
 def _orientation(image):
+    """Returns the number of the EXIF orientation; 1, which is upright, for a missing, broken or unknown one."""
     try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return orientation if orientation in _UPRIGHT else 1
     except Exception:  # broken EXIF does not make the image unusable
         return 1
 
 
 def _to_rgb(image):
     try:
-        if _orientation(image) in range(2, 9):
-            image = ImageOps.exif_transpose(image)
+        if (orientation := _orientation(image)) != 1:
+            # Not by ImageOps.exif_transpose: it also writes the EXIF data anew, which fails for much of what is found.
+            image = image.transpose(_UPRIGHT[orientation])
         if image.mode.startswith("I") or image.mode == "F":
             image = _to_8bit(image)
         if image.mode in _ALPHA_MODES or "transparency" in image.info:
@@ -132,9 +189,12 @@ def _to_rgb(image):
 
 def _to_8bit(image):
     """Scales 16-bit, 32-bit and float grey values; Pillow's own conversion would clip them at 255."""
-    values = np.asarray(image, dtype=np.float64)
-    if image.mode == "F":
-        top = 1.0 if values.max() <= 1 else 255.0
-    else:
-        top = 65535.0 if values.max() <= 65535 else float(values.max())
-    return Image.fromarray(np.clip(np.rint(values * (255 / top)), 0, 255).astype(np.uint8))
+    values = np.asarray(image)
+    highest = float(values.max())
+    top = (1.0 if highest <= 1 else 255.0) if image.mode == "F" else max(65535.0, highest)
+    scaled = np.empty(values.shape, np.uint8)
+    flat, out = values.reshape(-1), scaled.reshape(-1)
+    for start in range(0, len(flat), _VALUES_AT_ONCE):
+        block = slice(start, start + _VALUES_AT_ONCE)
+        out[block] = np.clip(np.rint(flat[block].astype(np.float64) * (255 / top)), 0, 255)
+    return Image.fromarray(scaled)

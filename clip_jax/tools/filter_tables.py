@@ -125,7 +125,7 @@ def image_hash(image):
     """
     image = decode.open_image(image)
     image, _ = decode.shrink_on_load(image, (0, 0, *image.size), 9)
-    grey = np.asarray(decode.flatten(image).convert("L").resize((9, 9), decode.Image.Resampling.BOX))
+    grey = np.asarray(decode.resize(decode.flatten(image).convert("L"), (9, 9), decode.Image.Resampling.BOX))
     return np.packbits([grey[:8, 1:] > grey[:8, :-1], grey[1:, :8] > grey[:-1, :8]]).tobytes()
 
 

@@ -122,7 +122,7 @@ def _crops(record, field, grid, count, size):
     found = (grid_boxes(*image.size, grid) if grid else read_boxes(record, field, image.size))[:count]
     if not len(found):
         raise BadRecord("no regions")
-    return found, [np.asarray(image.resize((size, size), box=tuple(box))) for box in found.tolist()]
+    return found, [np.asarray(decode.resize(image, (size, size), box=tuple(box))) for box in found.tolist()]
 
 
 def main(argv=None):

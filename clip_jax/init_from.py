@@ -253,8 +253,6 @@ def _own(path):
         meta = checkpoint.read_meta(folder)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"init_from: the checkpoint {str(path)!r} is damaged: {error}") from None
     config = config_lib.from_json(json.dumps(meta["config"]))
     method = make_method(config)
     params, extra = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2))
@@ -272,7 +270,10 @@ def _own(path):
         tree = _only({weights: params, "extra": extra}, is_needed)
         mesh = next(iter(targets.values())).sharding.mesh
         placed = sharding.with_shardings(tree, sharding.state_shardings(tree, mesh, method.sharding_rules))
-        state = checkpoint.restore_arrays(folder, placed)
+        try:
+            state = checkpoint.restore_arrays(folder, placed)
+        except UserError as error:
+            raise UserError(f"init_from: {error}") from None
         found = _flat(state.get(weights, {}), state.get("extra", {}))
         return {name: jax.device_put(found[name], x.sharding) for name, x in targets.items()}
 

@@ -196,7 +196,7 @@ def stored_config(name):
     if kind == _LITE0:
         EfficientNetLite0(path).tensors()
         return kind
-    return json.dumps(stored.read_meta(checkpoint.find(name))["config"])
+    return json.dumps(checkpoint.read_meta(checkpoint.find(name))["config"])
 
 
 def make_encoder(name, stored_config):

@@ -30,14 +30,6 @@ class Stored(NamedTuple):
     tokenizer: Any
 
 
-def read_meta(folder):
-    """Returns the `meta` item of a checkpoint folder; raises UserError when it is damaged."""
-    try:
-        return checkpoint.read_meta(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the checkpoint {str(folder)!r} is damaged: {error}") from None
-
-
 def load(path, which="latest", ema=None, mesh=None, overrides=()):
     """Returns the `Stored` model of a checkpoint.
 
@@ -48,10 +40,10 @@ def load(path, which="latest", ema=None, mesh=None, overrides=()):
       mesh: the mesh of the arrays; None: all devices, with the parameters replicated.
       overrides: changes of the stored configuration, `["eval.batch_size=64", ...]`.
 
-    Raises UserError when the checkpoint is missing or cannot be read.
+    Raises UserError when the checkpoint is missing, damaged, or has no moving average though `ema` asks for it.
     """
     folder = checkpoint.find(path, which)
-    meta = read_meta(folder)
+    meta = checkpoint.read_meta(folder)
     config = config_lib.override(config_lib.from_json(json.dumps(meta["config"])), overrides)
     method = make_method(config)
     ema = config.eval.ema if ema is None else ema

@@ -27,6 +27,18 @@ IDENTITY = ("method", "model", "tokenizer", "optim.name", "optim.freeze", "optim
 logger = logging.getLogger(__name__)
 
 
+class Damaged(UserError):
+    """A checkpoint whose files cannot be read.
+
+    Attributes:
+      reason: the first error, in one line.
+    """
+
+    def __init__(self, folder, error):
+        self.reason = faults.one_line(error.__cause__ or error)
+        super().__init__(f"the checkpoint {str(folder)!r} is damaged: {self.reason}")
+
+
 class Checkpointer:
     """Saves and restores the states of one run in `<workdir>/checkpoints`.
 
@@ -114,9 +126,11 @@ class Checkpointer:
                 try:
                     self._check(read_meta(self.folder / str(step)))
                     found = restore_arrays(self.folder / str(step), state)
+                except Damaged as error:
+                    problem = error.reason
                 except UserError:
                     raise
-                except Exception as error:  # Orbax raises a bare Exception for a damaged array
+                except Exception as error:
                     problem = faults.one_line(error)
                 # A checkpoint that one host cannot read counts as damaged on all hosts.
                 if not any(problems := hosts.gather(problem)):
@@ -181,21 +195,31 @@ def restore_arrays(folder, target):
     Args:
       folder: the folder of one step.
       target: a pytree of `jax.ShapeDtypeStruct` with shardings. Only its arrays are read, in its dtypes and shardings.
+
+    Raises Damaged when an array is missing, damaged or of another shape.
     """
     args = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
-        return checkpointer.restore(pathlib.Path(folder).absolute() / "state", args=args)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
+            return checkpointer.restore(pathlib.Path(folder).absolute() / "state", args=args)
+    except (MemoryError, jax.errors.JaxRuntimeError):  # too little memory, or another process is lost
+        raise
+    except Exception as error:  # Orbax raises a bare Exception for a damaged array
+        raise Damaged(folder, error) from error
 
 
 def read_meta(folder):
-    """Returns the `meta` item of one checkpoint folder, a dict.
-
-    Raises OSError or ValueError when it is missing or damaged.
-    """
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
-        return checkpointer.restore(pathlib.Path(folder).absolute() / "meta", args=ocp.args.JsonRestore())
+    """Returns the `meta` item of one checkpoint folder, a dict; raises Damaged when it is missing or damaged."""
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
+            meta = checkpointer.restore(pathlib.Path(folder).absolute() / "meta", args=ocp.args.JsonRestore())
+        if not isinstance(meta, dict) or not all(isinstance(meta.get(key), dict) for key in ("config", "tokenizer")):
+            raise ValueError("its meta item has no configuration or no tokenizer")
+    except (OSError, ValueError) as error:
+        raise Damaged(folder, error) from error
+    return meta
 
 
 def find(path, which="latest"):
@@ -249,11 +273,15 @@ def _pack(tokenizer):
 
 
 def unpack_tokenizer(meta):
-    """Returns the tokenizer that a `meta` item stores."""
+    """Returns the tokenizer that a `meta` item stores; raises UserError when it is damaged."""
     from clip_jax.data.tokenizers import make_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in meta["tokenizer"]["files"].items():
-            with open(os.path.join(folder, os.path.basename(name)), "wb") as file:
-                file.write(base64.b64decode(text))
+        try:
+            for name, text in meta["tokenizer"]["files"].items():
+                with open(os.path.join(folder, os.path.basename(name)), "wb") as file:
+                    file.write(base64.b64decode(text))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {faults.one_line(error)}"
+            raise UserError(f"the tokenizer that the checkpoint stores is damaged ({reason})") from None
         return make_tokenizer(folder)

@@ -66,7 +66,7 @@ def make_queries(model, texts=(), images=(), plus=(), minus=()):
 
     Args:
       model: a `clip_jax.inference.Model`.
-      texts: strings, a query each.
+      texts: strings, a query each. One string counts as a list of one, here and below.
       images: pairs `(name, PIL image)`, a query each.
       plus: strings to add.
       minus: strings to subtract.
@@ -75,6 +75,7 @@ def make_queries(model, texts=(), images=(), plus=(), minus=()):
     """
     from clip_jax.evaluation.embed import normalize
 
+    texts, plus, minus = ([value] if isinstance(value, str) else value for value in (texts, plus, minus))
     z_texts = model.embed_text([*plus, *minus, *texts]) if (*plus, *minus, *texts) else ()
     if (plus or minus) and z_texts.ndim > 2:
         raise UserError(f"--plus and --minus add vectors, but method {model.config.method!r} has one for each token")
@@ -207,12 +208,14 @@ def search(args, log=print):
         scored = zip(rows, values, strict=True)
         hits = [lookup(source, texts, where[row]) | {"score": float(score)} for row, score in scored]
         results.append((query, hits))
-        for line in table(query, hits):
-            log(line)
-    if args.html:
-        log(f"\npage: {write_html(args.html, f'{args.find.capitalize()} of {args.images}', results)}")
     if args.json:
         write_json(args.json, results)
+    page = write_html(args.html, f"{args.find.capitalize()} of {args.images}", results) if args.html else None
+    for query, hits in results:
+        for line in table(query, hits):
+            log(line)
+    if page:
+        log(f"\npage: {page}")
     return results
 
 

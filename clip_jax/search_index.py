@@ -188,7 +188,8 @@ def make_index(model, source, kind, spec, split="train", folder=None, log=print)
     can be written.
     """
     key = {"version": 2, "kind": kind, "model": model_key(model), "data": data_key(source, spec, split)}
-    name = f"{kind}-{hashlib.blake2b(f'{spec} {split}'.encode(), digest_size=4).hexdigest()}-{key['model'][:12]}"
+    spec_key = hashlib.blake2b(f"{spec} {split}".encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    name = f"{kind}-{spec_key}-{key['model'][:12]}"
     places = [pathlib.Path(folder)] if folder else [place / name for place in _places(spec)]
     for place in places:
         found, index = _read_index(place)

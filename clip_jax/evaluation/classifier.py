@@ -68,7 +68,8 @@ def make_classifier(model, class_names, templates=("{}",), *, canonical=False, a
 
     Args:
       model: has `embed_text(texts)` and `similarity(z_image, z_text)`.
-      class_names: by label. Duplicates are left as they are; `prompts.resolve_duplicates` handles them.
+      class_names: by label; a single string counts as a list of one. Duplicates are left as they are;
+        `prompts.resolve_duplicates` handles them.
       templates: as `prompts.load_templates` takes them.
       canonical: bring prompts to SigLIP's canonical form.
       average: "embeddings" or "scores", averaged over the prompts of a class. The default is "embeddings" where an
@@ -76,6 +77,7 @@ def make_classifier(model, class_names, templates=("{}",), *, canonical=False, a
 
     Raises UserError for another `average` and for invalid templates.
     """
+    class_names = [class_names] if isinstance(class_names, str) else class_names
     templates = load_templates(templates)
     if average not in (None, "embeddings", "scores"):
         raise UserError(f"average={average!r}; allowed: embeddings, scores")

@@ -86,6 +86,9 @@ def attend(q, k, v, mask=None, causal=False, attention="plain"):
     )
     if attention == "auto" and fits and mask is None and q.shape[1] > 1:
         return attend_even(q, k, v, causal, "cudnn")
+    if q.dtype == jnp.float16 and jax.default_backend() != "gpu":  # JAX's float16 attention runs on GPUs only
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        return jax.nn.dot_product_attention(*wide, mask=mask, is_causal=causal, implementation="xla").astype(q.dtype)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
 
 

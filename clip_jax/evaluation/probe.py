@@ -85,21 +85,17 @@ def _training_labels(labels, source, train_labels, train, task):
             f"{task}: {named.name} names its classes ({listed(named.class_names)}) and {other.name} numbers them; "
             "both must do the same"
         )
-    present = np.unique(labels)
-    if train.class_names is None:
-        if len(missing := np.setdiff1d(present, train_labels)):
-            labels_missing = listed(missing.tolist())
-            raise UserError(f"{task}: {train.name} has no image of the labels {labels_missing} of {source.name}")
-        return labels
-    known = match_classes(source.class_names, train.class_names)
-    if missing := [source.class_names[i] for i in present if source.class_names[i] not in known]:
-        raise UserError(
-            f"{task}: {train.name} has no class {listed(missing)} of {source.name}; its classes: "
-            f"{listed(train.class_names)}"
-        )
-    number = {name: i for i, name in enumerate(train.class_names)}
-    table = [number.get(known.get(name), -1) for name in source.class_names]
-    return np.asarray(table, np.int32)[labels]
+    names = train.class_names
+    if names is not None:
+        known = match_classes(source.class_names, names)
+        number = {name: i for i, name in enumerate(names)}
+        table = np.asarray([number.get(known.get(name), -1) for name in source.class_names], np.int32)
+    else:
+        table = np.arange(labels.max() + 1, dtype=np.int32)
+    if missing := [i for i in np.unique(labels).tolist() if table[i] not in train_labels]:
+        classes = [source.class_names[i] for i in missing] if names is not None else missing
+        raise UserError(f"{task}: {train.name} has no image of {source.name}'s classes {listed(classes)}")
+    return table[labels]
 
 
 def sources(options):

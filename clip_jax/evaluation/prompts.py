@@ -66,7 +66,9 @@ def load_class_names(spec):
         known = _data("class_names.json")
         if spec in known:
             return list(known[spec])
-        names = _lines(spec, f"class_names={spec!r} is neither a list ({', '.join(known)}) nor a readable text file")
+        names = _lines(
+            spec, f"class_names={spec!r} is neither a list ({', '.join(known)}) nor a readable text file", blank=True
+        )
     else:
         names = [str(name) for name in spec]
     if not names:
@@ -76,12 +78,13 @@ def load_class_names(spec):
     return names
 
 
-def _lines(path, error):
+def _lines(path, error, blank=False):
+    """Returns the stripped lines of a file; blank ones are left out, or with `blank` only those at its end."""
     try:
-        text = epath.Path(path).read_text()
+        text = epath.Path(path).read_text().removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError):
         raise UserError(error) from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.rstrip().splitlines() if blank or line.strip()]
 
 
 def resolve_duplicates(names, duplicates="error", forms=None):

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clip_jax.data.sources.scenes import HELD_OUT
+from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import embed, open_source
 from clip_jax.evaluation.report.figures import add_similarity
@@ -163,8 +165,9 @@ def metric_names(options):
     """Returns the names of the metrics that a run with these options computes; "*" stands for the parts of
     the source."""
     keys = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    is_scenes = all(part.base == "scenes" for part in parse(options["source"]))
     for test in ("relations", "attributes", "images", "images_attributes"):
-        keys += [test, f"{test}_*"]
+        keys += [test, *(f"{test}_{part}" for part in (("seen", *filter(None, HELD_OUT)) if is_scenes else "*"))]
     return [f"{options['name']}/{key}" for key in (*keys, "skipped")]
 
 

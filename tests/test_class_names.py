@@ -1,0 +1,223 @@
+"""Class names and labels are matched by name, in zero-shot classification and in the linear probe."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clip_jax.data.sources import MemorySource
+from clip_jax.data.views import ImageView
+from clip_jax.errors import UserError
+from clip_jax.evaluation.class_names import imagenet_names, match_classes, names_of
+from clip_jax.evaluation.probe import probe_task
+from clip_jax.evaluation.tasks import parse_task
+from clip_jax.evaluation.zeroshot import zeroshot_task
+
+COLORS = {"dark_red": (150, 0, 0), "lime": (0, 255, 0), "navy": (0, 0, 128), "sky-blue": (90, 180, 255)}
+#: Few examples in a fixed order: each takes microseconds, and the suite stays fast.
+quick = settings(max_examples=20, deadline=None, derandomize=True)
+
+
+class ColorModel:
+    """Embeds an image as its mean colour and a text as the colour that it names."""
+
+    image_view = ImageView(size=8)
+
+    def embed_image(self, images):
+        z = images.astype(np.float32).mean((1, 2)) / 127.5 - 1
+        return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+    def embed_text(self, texts):
+        plain = {name.replace("_", " ").replace("-", " "): color for name, color in COLORS.items()}
+        texts = [text.lower().replace("_", " ").replace("-", " ") for text in texts]
+        found = [next((c for name, c in plain.items() if name in text), (255, 255, 255)) for text in texts]
+        z = np.asarray(found, np.float32) / 127.5 - 1
+        return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+    def similarity(self, z_image, z_text):
+        return z_image @ z_text.T
+
+
+class LowerCaseModel(ColorModel):
+    """A model whose tokenizer ignores case."""
+
+    def token_ids(self, texts):
+        return np.stack([np.frombuffer(text.lower().ljust(40).encode(), np.uint8) for text in texts])
+
+
+def image(color, seed=0):
+    noise = np.random.default_rng(seed).integers(-9, 10, (8, 8, 3))
+    return np.clip(np.asarray(COLORS[color]) + noise, 0, 255).astype(np.uint8)
+
+
+def source(classes, n=3, name="colors", numbered=False):
+    """Records of n images of each class, labelled in the order of `classes`."""
+    records = [{"image": image(c, i), "label": label} for label, c in enumerate(classes) for i in range(n)]
+    return MemorySource(records, name, class_names=None if numbered else list(classes))
+
+
+def top1(data, names, model=None, **options):
+    return zeroshot_task(model or ColorModel(), data, names, name="z", **options).metrics["z/top1"]
+
+
+@quick
+@given(
+    st.permutations(list(COLORS)),
+    st.permutations(list(COLORS)),
+    st.sampled_from([str, str.upper, str.title]),
+    st.sampled_from("_ -"),
+)
+def test_names_in_any_order_case_and_spelling_give_the_same_accuracy(classes, names, case, separator):
+    data = source(classes)
+    names = [case(name.replace("_", "-").replace("-", separator)) for name in names]
+    assert top1(data, names) == top1(data, None) == 1.0
+
+
+@quick
+@given(
+    st.lists(st.text("aAé1_-, ", max_size=4), min_size=1, max_size=6),
+    st.lists(st.text("aAé1_-, ", max_size=4), min_size=1, max_size=6),
+)
+def test_a_name_matches_at_most_one_class_and_never_by_position(classes, names):
+    found = match_classes(list(dict.fromkeys(classes)), list(dict.fromkeys(names)))
+    assert len(set(found.values())) == len(found)
+    assert all(found[c] == c for c in classes if c in names)
+
+
+@quick
+@given(st.lists(st.sampled_from(list(COLORS)), min_size=1, max_size=4, unique=True))
+def test_other_counts_list_both_sides(names):
+    data = source(["lime", "navy"])
+    if sorted(names) == ["lime", "navy"]:
+        assert top1(data, names) == 1.0
+        return
+    with pytest.raises(UserError) as error:
+        top1(data, names)
+    text = str(error.value)
+    assert f"{len(names)} names are given" in text and "for 2 classes ('lime', 'navy')" in text and "\n" not in text
+
+
+def test_names_that_do_not_match_need_pairs(tmp_path):
+    folders = MemorySource(source(["lime", "navy"])._records, "folders", class_names=["c1", "c2"])
+    with pytest.raises(UserError, match=r"without a name: 'c1', 'c2'; without a class: 'lime', 'navy'; give pairs"):
+        top1(folders, ["lime", "navy"])
+    assert top1(folders, {"c2": "navy", "c1": "lime"}) == 1.0
+    (tmp_path / "pairs.txt").write_text("c2\tnavy\nc1\tlime\n")
+    assert top1(folders, f"{tmp_path}/pairs.txt") == 1.0
+    (tmp_path / "pairs.txt").write_text("c2\tnavy\nc1\tlime\nc2\tlime\n")
+    with pytest.raises(UserError, match="several names for 'c2'"):
+        top1(folders, f"{tmp_path}/pairs.txt")
+    (tmp_path / "pairs.txt").write_text("c2\tnavy\nlime\n")
+    with pytest.raises(UserError, match="'lime' is no pair"):
+        top1(folders, f"{tmp_path}/pairs.txt")
+    with pytest.raises(UserError, match="without a name: 'c1'"):
+        top1(folders, {"c2": "navy"})
+    with pytest.raises(UserError, match="without a class: 'c3'"):
+        top1(folders, {"c1": "lime", "c2": "navy", "c3": "dark red"})
+
+
+def test_numbered_classes_are_named_by_label(tmp_path):
+    data = source(["navy", "lime"], numbered=True)
+    assert top1(data, ["navy", "lime"]) == top1(data, {1: "lime", 0: "navy"}) == 1.0
+    with pytest.raises(UserError, match=r"labels 0\.\.1, but there are names for 0\.\.0"):
+        top1(data, ["navy"])
+    with pytest.raises(UserError, match=r"pairs of the labels 0\.\.1 and names"):
+        top1(data, {1: "lime", 2: "navy"})
+    (tmp_path / "names.txt").write_text("\ufeffnavy\n\nlime\n\n")
+    with pytest.raises(UserError, match="the name of class 1 is empty"):  # the names after it would move up
+        top1(data, f"{tmp_path}/names.txt")
+    (tmp_path / "names.txt").write_text("\ufeffnavy\nlime\n\n")
+    assert top1(data, f"{tmp_path}/names.txt") == 1.0
+
+
+def test_imagenet_ids_and_synonyms():
+    ids, names = list(imagenet_names()), list(imagenet_names().values())
+    assert (len(ids), ids[0], names[0], imagenet_names()["n02099601"]) == (
+        1000,
+        "n01440764",
+        "tench",
+        "Golden Retriever",
+    )
+    shuffled = MemorySource([{}], class_names=ids[::-1])
+    assert names_of(shuffled, "imagenet", "z") == names_of(shuffled, None, "z") == names[::-1]
+    subset = MemorySource([{}], class_names=["n02099601", "n01440764"])
+    assert names_of(subset, None, "z") == ["Golden Retriever", "tench"]
+    with pytest.raises(
+        UserError, match="1000 names are given .* for 2 classes .* without class_names these WordNet ids"
+    ):
+        names_of(subset, "imagenet", "z")
+    with pytest.raises(UserError, match="WordNet ids without a name here: 'n00000001'"):
+        names_of(MemorySource([{}], class_names=["n00000001", "n01440764"]), None, "z")
+    synonyms = ["tench, Tinca tinca", "great white shark, white shark"]
+    assert names_of(MemorySource([{}], class_names=synonyms), ["white shark", "tench"], "z") == ["tench", "white shark"]
+
+
+def test_duplicates_are_what_the_model_cannot_tell_apart():
+    data = MemorySource(source(["lime", "lime", "navy"])._records, class_names=["a", "b", "c"])
+    names = {"a": "lime", "b": "LIME", "c": "navy"}
+    assert top1(data, names, duplicates="error") < 1  # for this model these are two texts
+    with pytest.raises(UserError, match="several classes have the name 'lime' = 'LIME'"):
+        top1(data, names, LowerCaseModel())
+    with pytest.raises(UserError, match="'lime' = 'LIME'"):
+        top1(data, names, canonical=True)
+    merged = zeroshot_task(LowerCaseModel(), data, names, name="z", duplicates="merge").metrics
+    assert (merged["z/top1"], merged["z/classes"]) == (1.0, 2)
+
+
+# --- the linear probe ---
+
+
+def probe(train, test, **options):
+    return probe_task(ColorModel(), train, test, name="p", **options).metrics
+
+
+@quick
+@given(st.permutations(list(COLORS)), st.lists(st.sampled_from(list(COLORS)), min_size=1, unique=True), st.booleans())
+def test_probe_labels_are_matched_by_name(train, test, spaced):
+    data = source([*test], n=2, name="test")
+    data.class_names = [name.replace("_", " ") if spaced else name for name in test]
+    labels = {}
+
+    def fit(z_train, labels_train, z_test, labels_test, **_):
+        labels.update(train=labels_train, test=labels_test)
+        raise InterruptedError
+
+    from clip_jax.evaluation import linear_probe
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(linear_probe, "linear_probe", fit)
+        probe(source(train, n=2), data)
+    assert [train[i] for i in labels["test"]] == [name for name in test for _ in range(2)]
+
+
+def test_probe_on_some_of_the_classes_and_on_others():
+    train = source(["dark_red", "lime", "navy"], n=10)
+    assert probe(train, source(["navy", "dark_red"]))["p/accuracy"] == 1.0
+    with pytest.raises(UserError, match="colors has no image of more's classes 'sky-blue'"):
+        probe(train, source(["lime", "sky-blue"], name="more"))
+    with pytest.raises(UserError, match="colors names its classes .* and plain numbers them"):
+        probe(train, source(["lime", "navy"], name="plain", numbered=True))
+    numbered = source(["lime", "navy"], n=10, name="plain", numbered=True)
+    assert probe(numbered, source(["lime"], numbered=True))["p/accuracy"] == 1.0
+    with pytest.raises(UserError, match="plain has no image of three's classes 2"):
+        probe(numbered, source(["lime", "navy", "dark_red"], name="three", numbered=True))
+
+
+def test_probe_does_not_test_on_the_training_images(tmp_path):
+    for name in ("lime", "navy"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.open(io.BytesIO(png(name, i))).save(tmp_path / name / f"{i}.png")
+    with pytest.raises(UserError, match="has the split 'train' alone, so the test set is the training set"):
+        parse_task(f"probe(train='{tmp_path}', test='{tmp_path}')")(ColorModel())
+    asked = parse_task(f"probe(train='{tmp_path}', test='{tmp_path}', test_split='train')")(ColorModel())
+    assert asked.metrics["probe/accuracy"] == 1.0
+
+
+def png(color, seed):
+    data = io.BytesIO()
+    Image.fromarray(image(color, seed)).save(data, "PNG")
+    return data.getvalue()

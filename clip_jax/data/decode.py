@@ -23,6 +23,7 @@ _UPRIGHT = {
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _ROOM = 16  # `resize` makes no image with more pixels than the given image, or this multiple of the result
+_LONGEST = 2**19  # pixels of a side that `resize` filters; a longer side is averaged first
 _VALUES_AT_ONCE = 2**20  # grey values that are scaled to 8 bits in one go, 8 MB each in float64
 
 
@@ -111,6 +112,10 @@ def resize(image, size, resample=Image.Resampling.BICUBIC, box=None):
       resample: a `PIL.Image.Resampling`.
       box: left, top, right, bottom of the part to resize, in pixels; None: the whole image.
     """
+    factors = [max(1, side // _LONGEST) for side in image.size]
+    if max(factors) > 1 and resample != Image.Resampling.NEAREST:
+        box = tuple(edge / factor for edge, factor in zip(box or (0, 0, *image.size), factors * 2, strict=True))
+        image = image.reduce(tuple(factors))
     left, top, right, bottom = box or (0, 0, *image.size)
     between = size[0] * (bottom - top)
     if between > max(_ROOM * size[0] * size[1], image.width * image.height):

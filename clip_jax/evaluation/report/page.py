@@ -185,7 +185,7 @@ def _thumbnail(images, row, tile):
         image, _ = decode.shrink_on_load(image, (0, 0, *image.size), tile)
         scale = (tile - 2) / max(image.size)  # a margin of one pixel keeps neighbours in the sheet apart
         size = [max(1, round(side * scale)) for side in image.size]
-        image = decode.flatten(image).resize(size, Image.Resampling.LANCZOS)
+        image = decode.resize(decode.flatten(image), tuple(size), Image.Resampling.LANCZOS)
     except BadRecord:
         return np.asarray(canvas)
     canvas.paste(image, ((tile - size[0]) // 2, (tile - size[1]) // 2))

@@ -20,7 +20,7 @@ from clip_jax.data.views import ImageOrTextView, ImageView, RenderView
 from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import Method, exp_logit_scale, text_view
-from clip_jax.models.common import l2_normalize, shard_batch
+from clip_jax.models.common import FROZEN, l2_normalize, shard_batch
 from clip_jax.models.towers import image_tower
 
 
@@ -53,6 +53,7 @@ def make(config):
         return params, {}
 
     def encode(params, extra, batch, rng, train):
+        train = train and "img" not in extra.get(FROZEN, {})
         # One pass encodes both. The two images of an example are adjacent, so that every device keeps its own rows.
         images = jnp.stack([batch["image"], jnp.broadcast_to(batch["text"], batch["image"].shape)], axis=1)
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i)))(batch["example_id"]).reshape(-1)

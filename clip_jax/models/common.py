@@ -13,6 +13,9 @@ from clip_jax.errors import UserError
 #: Mesh axes that split the examples of a batch. The other axes of a mesh split parameters only.
 BATCH_AXES = ("data", "fsdp")
 
+#: Key of the marks of `mark_frozen`.
+FROZEN = "frozen"
+
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
@@ -100,7 +103,8 @@ class BatchNorm(nn.Module):
 
     Training uses the statistics of the batch. Under `jit` this is the global batch, however it is sharded. The running
     statistics `mean` and `var` in the collection `batch_stats` move towards them by `1 - decay`. As in PyTorch and
-    TensorFlow, and unlike `flax.linen.BatchNorm`, the running variance is the unbiased one.
+    TensorFlow, and unlike `flax.linen.BatchNorm`, the running variance is the unbiased one. Evaluation uses the running
+    statistics and does not change them. The same holds in training for a norm with a mark of `mark_frozen`.
 
     Attributes:
       decay: the factor of the running statistics in an update.
@@ -133,7 +137,7 @@ class BatchNorm(nn.Module):
         ]
         mean, var = (r.value for r in running)
         shape, x = x.shape, x.astype(jnp.float32)
-        if train:
+        if train and not self.has_variable("batch_stats", FROZEN):
             group = self.group or shape[0]
             if shape[0] % group:
                 raise UserError(
@@ -149,6 +153,43 @@ class BatchNorm(nn.Module):
                     r.value = self.decay * r.value + (1 - self.decay) * new.reshape(-1, *width).mean(0)
         y = (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
         return y.reshape(shape).astype(self.dtype)
+
+
+def mark_frozen(extra, is_frozen):
+    """Returns `extra` with marks on the frozen modules, which run as in evaluation while others train.
+
+    A mark is an entry `FROZEN` without arrays, so that it is static under `jit`:
+      `extra[FROZEN]` is a dict. Its keys are the top-level parts of the parameters that are frozen as a whole.
+      `extra["batch_stats"]` has a mark next to `mean` and `var` of each `BatchNorm` whose parameters are all frozen. A
+      `BatchNorm` without parameters is frozen if all parameters of the module around it are.
+
+    Args:
+      extra: a method's state without a gradient.
+      is_frozen: pytree of bool like the parameters, as `clip_jax.training.optimizers.frozen` returns it.
+
+    Returns:
+      `extra` itself if nothing is frozen.
+    """
+    if not any(jax.tree.leaves(is_frozen)):
+        return extra
+
+    def mark(stats, frozen):
+        if not any(isinstance(x, dict) for x in stats.values()):
+            return stats | ({FROZEN: None} if all(jax.tree.leaves(frozen)) else {})
+        return {name: mark(x, frozen.get(name, frozen)) for name, x in stats.items()}
+
+    parts = {name: None for name, part in is_frozen.items() if all(jax.tree.leaves(part))}
+    stats = {"batch_stats": mark(extra["batch_stats"], is_frozen)} if "batch_stats" in extra else {}
+    return extra | stats | {FROZEN: parts}
+
+
+def unmark_frozen(extra):
+    """Returns `extra` without the marks of `mark_frozen`."""
+
+    def unmark(stats):
+        return {name: unmark(x) for name, x in stats.items() if name != FROZEN} if isinstance(stats, dict) else stats
+
+    return {name: unmark(x) if name == "batch_stats" else x for name, x in extra.items() if name != FROZEN}
 
 
 def stack_views(views, keys):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.models.common import l2_normalize, shard_batch
+from clip_jax.models.common import FROZEN, l2_normalize, shard_batch
 from clip_jax.models.towers import image_tower, text_tower
 
 
@@ -14,7 +14,9 @@ class TwoTower:
     The parameters are `{"img": ..., "txt": ...}`. Towers with batch norm keep their running statistics under the same
     paths in `extra["batch_stats"]`. Without such a tower `extra` is empty. With `train` a tower uses the statistics of
     the batch and returns an updated `extra`. Otherwise it uses the running statistics and returns `extra` unchanged.
-    Other entries of `params` and `extra` belong to the method and are preserved.
+    With `train`, too, a tower that is frozen as a whole (`clip_jax.models.common.mark_frozen`) runs as in evaluation:
+    with its running statistics, and without dropout, stochastic depth and patch dropout. Other entries of `params` and
+    `extra` belong to the method and are preserved.
     """
 
     def __init__(self, model, tokens=False):
@@ -93,6 +95,7 @@ class TwoTower:
         return self.encode_text(params, extra, ids)[0]
 
     def _encode(self, tower, name, params, extra, x, train, keys, normalize=True):
+        train = train and name not in extra.get(FROZEN, {})
         stats = extra.get("batch_stats", {})
         variables = {"params": params[name]} | ({"batch_stats": stats[name]} if name in stats else {})
         mutable = ["batch_stats"] if train and name in stats else []

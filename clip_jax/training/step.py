@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clip_jax.models.common import shard_batch
+from clip_jax.models.common import mark_frozen, shard_batch, unmark_frozen
 from clip_jax.training import optimizers
 
 
@@ -129,7 +129,9 @@ def make_gradients(method, micro_batches):
 def make_step(config, method, tx):
     """Returns `step(state, batch) -> (state, metrics)`; metrics are scalars.
 
-    When the loss or a gradient is not finite, only `step` and `bad_steps` of the state change.
+    When the loss or a gradient is not finite, only `step` and `bad_steps` of the state change. Frozen modules run as in
+    evaluation (`clip_jax.models.common.mark_frozen`). Their parameters, the moving average of these and their running
+    statistics do not change.
 
     Args:
       config: the configuration.
@@ -155,16 +157,22 @@ def make_step(config, method, tx):
             params = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, is_frozen)
             return jax.tree_util.tree_map_with_path(cast_kernel, params)
 
-        loss, metrics, features, extra, grads = gradients(state.params, state.extra, batch, rng, view)
+        marked = mark_frozen(state.extra, is_frozen)
+        loss, metrics, features, extra, grads = gradients(state.params, marked, batch, rng, view)
+        extra = unmark_frozen(extra)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = method.constrain(optax.apply_updates(state.params, updates))
+
+        def average(e, p, is_frozen):
+            return p if is_frozen else decay * e + (1 - decay) * p  # rounding would move the average of a constant
+
         new = TrainState(
             step=state.step,
             params=params,
             extra=method.update(params, extra, features, state.step),
             opt_state=opt_state,
-            ema=jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if decay else None,
+            ema=jax.tree.map(average, state.ema, params, is_frozen) if decay else None,
             bad_steps=jnp.zeros_like(state.bad_steps),
         )
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

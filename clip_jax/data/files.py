@@ -8,7 +8,9 @@ import re
 from clip_jax.data.records import BadRecord
 from clip_jax.errors import UserError
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
+# Images that Pillow reads with a plugin, by the reason under which they are counted without it.
+PLUGIN_EXTENSIONS = {".heic": "HEIC image", ".heif": "HEIC image", ".jxl": "JPEG XL image"}
 
 
 class FileReader:
@@ -50,6 +52,11 @@ def read_file(path):
         raise BadRecord("unreadable file") from None
 
 
+def is_hidden(path):
+    """Returns whether some part of a relative path is hidden or a resource fork of macOS, such as `._1.png`."""
+    return any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in path.split("/"))
+
+
 def expand(pattern):
     """Returns the sorted files that a pattern matches.
 
@@ -74,5 +81,5 @@ def read_json(text):
     """Returns the value of a line of JSON, None for a blank line, or the text itself when it is not JSON."""
     try:
         return json.loads(text) if text.strip() else None
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: brackets nested too deep
         return text

@@ -6,15 +6,17 @@ A record is a dict that describes one example:
     texts        list of str, the captions of the image
     label        int, the index of its class; absent when the data set has no labels, -1 when the class is unknown
     class_name   str, the name of that class
+    caption_error   str, why a record whose caption field is filled has no caption; else absent
 
 All other fields of a data set keep their own names. Text that is not UTF-8 carries surrogate escapes, which the text
 view rejects. A record that cannot be read raises `BadRecord`. Neither ends a run.
 """
 
 import hashlib
-import itertools
 import json
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +72,16 @@ _IMAGE_NAMES += ("image/encoded", "image_bytes", "jpg", "png", "webp")
 _TEXT_NAMES = ("captions", "caption", "texts", "text", "captions/text", "title", "alt_text", "sentence", "sentences")
 _TEXT_NAMES += ("name", "description")
 _LABEL_NAMES = ("label", "class_id", "class", "category", "target")
-_CANONICAL = {"image", "texts", "label", "source_id"}  # set by this package; a data set's own fields are dropped
+_CAPTION_KEYS = ("caption", "raw")  # of the objects that COCO's annotations hold instead of a text
+_NO_TEXT = "caption is not text"
+_CANONICAL = {
+    "image",
+    "texts",
+    "label",
+    "source_id",
+    "caption_error",
+}  # set by this package; a data set's own fields are dropped
+MAX_LABEL = 2**31  # labels of a batch are int32
 _PEEKED = 16  # records whose fields are looked at when a source is made
 
 
@@ -91,10 +102,13 @@ class BaseSource:
         self.broken = Counter()
         self._fields = Fields(image, (text,) if isinstance(text, str) else tuple(text or ()), label)
 
-    def _peek(self, read):
-        """Returns the first value of each field of the first readable records; `read(index)` returns a raw record."""
+    def _peek(self, read, more=()):
+        """Returns the first value of each field of some readable records; `read(index)` returns a raw record.
+
+        The records are the first ones and those at the indices `more`.
+        """
         fields = {}
-        for index in range(min(len(self), _PEEKED)):
+        for index in (*range(min(len(self), _PEEKED)), *more):
             try:
                 fields = read(index) | fields
             except BadRecord:
@@ -115,44 +129,59 @@ class BaseSource:
             label or _first(_LABEL_NAMES, names),
         )
 
-    def _canonical(self, raw):
-        """Returns a raw record with the chosen fields under their canonical names, and bytes of other fields as str."""
-        image, texts, label = self._fields
+    def _canonical(self, raw, texts=None):
+        """Returns a raw record with the chosen fields under their canonical names, and bytes of other fields as str.
+
+        `texts` names the caption fields of this record, if they differ from those of the source.
+        """
+        image, chosen, label = self._fields
+        texts = chosen if texts is None else texts
         values = {key: plain(value) for key, value in raw.items() if key != image}
         record = {key: value for key, value in values.items() if key not in _CANONICAL and key != label}
         if image in raw:
             record["image"] = raw[image]
-        if values.get(label) is not None:
-            record["label"] = self._label(values[label])
+        if label is not None:
+            record["label"] = self._label(values.get(label))
         if self.class_names is not None and record.get("label", -1) >= 0:  # TFDS has -1 for an unknown class
             record["class_name"] = self._class_name(record["label"])
-        captions = itertools.chain.from_iterable(_as_list(values.get(text)) for text in texts)
-        record["texts"] = [str(c) for c in captions] if texts else _as_list(record.get("class_name"))
-        return record
+        if texts:
+            return with_texts(record, [values.get(text) for text in texts])
+        return record | {"texts": [record["class_name"]] if "class_name" in record else []}
 
     def _drop_text_label(self, raw, asked):
-        """Drops a label field that holds text, unless it was `asked` for: then raises UserError."""
+        """Drops a label field that holds text or a list, unless it was `asked` for: then raises UserError."""
         label = self._fields.label
-        if label is not None and self.class_names is None and isinstance(raw.get(label), str | bytes):
+        value = raw.get(label)
+        is_list = isinstance(value, list | np.ndarray) and len(value) > 0
+        if label is not None and (is_list or self.class_names is None and isinstance(value, str | bytes)):
             if asked:
+                held = "lists; several labels of one image are not supported" if is_list else "text"
                 raise UserError(
-                    f"{self.name}: label field {label!r} holds text; must hold integers or a TFDS ClassLabel"
+                    f"{self.name}: label field {label!r} holds {held}; must hold integers or a TFDS ClassLabel"
                 )
             self._fields = self._fields._replace(label=None)
 
     def _label(self, value):
-        """Returns the class index of a label or class name, -1 when unknown; raises UserError for one out of range."""
+        """Returns the class index of a label or class name, -1 for none.
+
+        Raises BadRecord for an unknown one, and UserError for a number that has no class name.
+        """
         if self.class_names is not None and isinstance(value, str) and value in self._class_index:
             return self._class_index[value]
-        try:
-            label = int(value)
-        except (TypeError, ValueError):
-            raise BadRecord("unknown label") from None
+        label = read_label(value)
+        if label is None:
+            return -1
+        if isinstance(label, str):
+            if self.class_names is None or label not in self._class_index:
+                raise BadRecord("unknown label")
+            return self._class_index[label]
         if self.class_names is not None and not -1 <= label < (count := len(self.class_names)):
             raise UserError(
                 f"{self.name}: a record has label {label}, but there are {count} class names, 0 to {count - 1}; "
                 "-1 is no label"
             )
+        if not -1 <= label < MAX_LABEL:
+            raise BadRecord("label out of range")
         return label
 
     def _set_classes(self, names):
@@ -184,8 +213,58 @@ def plain(value):
     return value
 
 
-def _as_list(value):
-    return value if isinstance(value, list) else [] if value is None else [value]
+def read_label(value):
+    """Returns a label: an int for an integral number or its text ("10.0" is 10), a str for a class name, None for none.
+
+    None, NaN and blank text are no label. Raises BadRecord for a list or an object: one record has one label.
+    """
+    value = plain(value)
+    if isinstance(value, list | tuple | dict | set | np.ndarray):
+        if isinstance(value, list | tuple) and not value:
+            return None
+        raise BadRecord("several labels of one image")
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    text = str(value).strip()
+    if text in ("", "nan", "NaN"):
+        return None
+    return int(text.partition(".")[0]) if re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", text) else text
+
+
+def read_texts(value):
+    """Returns `(texts, is_text)` of a caption field: its texts in order, and whether all of its values are text.
+
+    A field holds a text or a list of texts. None and NaN are no text, in a list too. A number is its digits. An object
+    `{"caption": text}` or `{"raw": text}`, as in COCO's annotations, is this text. Anything else is left out.
+    """
+    texts, is_text = [], True
+    values = plain(value)
+    for item in values if isinstance(values, list | tuple) else [values]:
+        if isinstance(item, dict):
+            item = next((plain(item[key]) for key in _CAPTION_KEYS if isinstance(item.get(key), str | bytes)), item)
+        if item is None or isinstance(item, float) and math.isnan(item):
+            continue
+        if isinstance(item, str) or isinstance(item, int | float) and not isinstance(item, bool):
+            texts.append(str(item))
+        else:
+            is_text = False
+    return texts, is_text
+
+
+def with_texts(record, values):
+    """Returns a record whose `texts` are read from the values of its caption fields by `read_texts`.
+
+    When no text is left because a value is not text, `caption_error` says so.
+    """
+    read = [read_texts(value) for value in values]
+    texts = [text for some, _ in read for text in some]
+    if all(is_text for _, is_text in read) or any(text.strip() for text in texts):
+        return record | {"texts": texts}
+    return record | {"texts": texts, "caption_error": _NO_TEXT}
 
 
 _CHUNK = 4096  # records that threads read ahead

@@ -6,7 +6,7 @@ In the functions below `rng` is a `np.random.Generator` in training and None in 
 import functools
 import string
 
-from clip_jax.data.records import BadRecord
+from clip_jax.data.records import BadRecord, plain, read_texts
 from clip_jax.errors import UserError
 
 
@@ -41,22 +41,36 @@ def fill_template(templates, record, rng):
       record: dict.
       rng: a generator, or None for the first such template and whole lists.
     """
-    values = {field: usable_texts(_as_texts(record.get(field)), strict=False) for field in fields_of(templates)}
+    values = {field: usable_texts(record.get(field), strict=False) for field in fields_of(templates)}
     filled = [t for t in map(parse_template, templates) if all(values[field] for _, field in t if field)]
+    if not filled and not all(read_texts(record.get(field))[1] for field in values):
+        raise BadRecord("caption is not text")
     parts = [literal + (_join(values[field], rng) if field else "") for literal, field in pick(filled, rng)]
     return usable_texts(["".join(parts)])[0]
 
 
 def class_name(record, rng):
     """Returns the class name as UniCL writes it; raises BadRecord when the class has no name."""
-    if not (names := usable_texts(_as_texts(record.get("class_name")), strict=False)):
+    if not (names := usable_texts(record.get("class_name"), strict=False)):
         raise BadRecord("no class name")
     return " ".join(pick(names, rng).replace(",", "").replace("+", " ").split())
 
 
-def rewrites_of(record, fields):
-    """Returns all texts of some fields of a record in order; a field is a str, a list of str, or missing."""
-    return [text for field in fields for text in _as_texts(record.get(field))]
+def rewrites_of(record, fields, strict=True):
+    """Returns all texts of some fields of a record in order; a field is a str, a list of str, or missing.
+
+    A missing text in a list is "", so that the others keep their places. If `strict`, a value that is not text raises
+    BadRecord; otherwise it is "" as well.
+    """
+    found = []
+    for field in fields:
+        value = plain(record.get(field))
+        for item in value if isinstance(value, list) else [value]:
+            texts, is_text = read_texts([item])
+            if strict and not is_text:
+                raise BadRecord("rewrite is not text")
+            found += texts if texts or value is None else [""]
+    return found
 
 
 def usable_rewrite(text):
@@ -64,16 +78,17 @@ def usable_rewrite(text):
     return text if len(text.split()) >= 2 and usable_texts([text], strict=False) else ""
 
 
-def _as_texts(value):
-    return [str(v) for v in value] if isinstance(value, list | tuple) else [] if value is None else [str(value)]
+def usable_texts(value, strict=True, error="empty caption"):
+    """Returns the texts of a caption field that are UTF-8 and not blank.
 
-
-def usable_texts(texts, strict=True):
-    """Returns the texts that are UTF-8 and not blank; if `strict`, raises BadRecord when there is none."""
-    usable, reason = [], "empty caption"
+    Args:
+      value: a str or a list of str; see `clip_jax.data.records.read_texts`.
+      strict: whether a field without such a text raises BadRecord.
+      error: the reason when nothing else is wrong.
+    """
+    (texts, is_text), usable = read_texts(value), []
+    reason = error if is_text else "caption is not text"
     for text in texts:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", "surrogateescape")
         if not text.isascii():
             try:
                 text.encode("utf-8")

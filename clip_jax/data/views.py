@@ -148,7 +148,7 @@ class TextView:
             return fill_template(self.class_templates, record | {"class_name": class_name(record, rng)}, rng)
         if self.templates:
             return fill_template(self.templates, record, rng)
-        return pick(usable_texts(record.get("texts") or ()), rng)
+        return pick(usable_texts(record.get("texts"), error=record.get("caption_error", "empty caption")), rng)
 
     def __call__(self, record, rng, tokenizer):
         return self._encode(self._drop_words(self.caption(record, rng), rng), self.augment, rng, tokenizer)
@@ -326,7 +326,7 @@ class RegionView:
         boxes = _clip_boxes(given, image.size)[: is_region.sum()]
         if self.features == "pixels":
             image = decode.flatten(decode.load(image))
-            crops = [image.resize((8, 8), Image.Resampling.BOX, tuple(box)) for box in boxes.tolist()]
+            crops = [decode.resize(image, (8, 8), Image.Resampling.BOX, tuple(box)) for box in boxes.tolist()]
             features = np.stack([np.asarray(crop, np.float32).reshape(-1) for crop in crops]) / 127.5 - 1
         else:
             features = _read_rows(record, self.features, self.width - 4)[: self.count]

@@ -70,7 +70,7 @@ def read_bank(spec, field="", split="train"):
 
 
 def _texts(record, field):
-    return rewrites_of(record, [field or "texts"])
+    return rewrites_of(record, [field or "texts"], strict=False)
 
 
 class Retrieval:

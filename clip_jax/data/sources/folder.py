@@ -2,8 +2,12 @@
 
 import array
 import os
+import re
 
-from clip_jax.data.files import IMAGE_EXTENSIONS, read_file
+from absl import logging
+from PIL import Image
+
+from clip_jax.data.files import IMAGE_EXTENSIONS, PLUGIN_EXTENSIONS, is_hidden, read_file
 from clip_jax.data.records import BaseSource, plain
 from clip_jax.errors import UserError
 
@@ -12,26 +16,39 @@ class FolderSource(BaseSource):
     """A folder of images.
 
     Each sub-folder is a class (`label`, `class_name` and the caption) with its images at any depth. Images in the
-    folder itself have no label. A .txt file of the same name as an image replaces its caption.
+    folder itself have no label. A .txt file of the same name as an image replaces its caption. Hidden files and folders
+    and the resource forks of macOS are left out. An image in a format that Pillow reads only with a plugin is counted
+    in `broken` when the plugin is missing.
 
-    Raises UserError for a folder without images.
+    The shards of `img2dataset --output_format files` are no classes: sub-folders with names of five or more digits
+    alone, which hold .txt or .json files beside their images, or images whose names continue the folder's number.
+
+    Raises UserError for a folder without images and for one that cannot be read.
     """
 
     def __init__(self, folder):
         super().__init__(os.fspath(folder))
         self._folder, self._paths = os.fspath(folder), []
-        self._labels, classes = array.array("q"), []
+        self._labels, classes = array.array("q"), {}
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            paths = [entry.name] if entry.is_file() else _files_below(entry.path, folder)
-            paths = [path for path in paths if path.lower().endswith(IMAGE_EXTENSIONS)]
+            if is_hidden(entry.name):
+                continue
+            files = [entry.name] if entry.is_file() else _files_below(entry.path, folder)
+            paths = [path for path in files if self._is_image(path)]
             self._paths += paths
             self._labels.extend([-1 if entry.is_file() else len(classes)] * len(paths))
             if paths and not entry.is_file():
-                classes.append(entry.name)
+                classes[entry.name] = _is_shard(entry.name, files, paths)
         if not self._paths:
             kinds = ", ".join(IMAGE_EXTENSIONS)
-            raise UserError(f"{folder}: no images ({kinds}), tar shards, ArrayRecord files or dataset_info.json in it")
-        if classes:
+            left_out = "".join(f"; {count} times {reason}" for reason, count in self.broken.items())
+            raise UserError(
+                f"{folder}: no images ({kinds}), tar shards, ArrayRecord files or dataset_info.json in it{left_out}"
+            )
+        if classes and all(classes.values()):
+            logging.warning("%s: its %d sub-folders are shards of img2dataset, not classes", folder, len(classes))
+            self._labels = array.array("q", [-1]) * len(self._labels)
+        elif classes:
             self._set_classes(classes)
 
     def __len__(self):
@@ -48,8 +65,33 @@ class FolderSource(BaseSource):
             record["texts"] = [plain(read_file(caption)).strip()]
         return record
 
+    def _is_image(self, path):
+        """Returns whether a file is an image that Pillow reads; counts one that it does not read."""
+        ending = os.path.splitext(path)[1].lower()
+        if ending in PLUGIN_EXTENSIONS and ending not in Image.registered_extensions():
+            self.broken[PLUGIN_EXTENSIONS[ending]] += 1
+            return False
+        return ending in IMAGE_EXTENSIONS or ending in PLUGIN_EXTENSIONS
+
+
+def _is_shard(name, files, images):
+    """Returns whether a sub-folder is a shard of img2dataset: 00012/000120034.jpg with .txt and .json."""
+    if not re.fullmatch(r"[0-9]{5,}", name):
+        return False
+    files, stems = set(files), [os.path.splitext(path)[0] for path in images]
+    if any(stem + ending in files for stem in stems for ending in (".json", ".txt")):
+        return True
+    return all(re.fullmatch(f"{name}[0-9]+", os.path.basename(stem)) for stem in stems)
+
 
 def _files_below(folder, start):
-    """Returns the files at any depth below a folder, sorted, relative to `start`."""
-    files = (os.path.join(root, file) for root, _, files in os.walk(folder) for file in files)
-    return sorted(os.path.relpath(file, start) for file in files)
+    """Returns the files at any depth below a folder, sorted, relative to `start`, without hidden ones."""
+
+    def fail(error):
+        raise UserError(f"{error.filename}: {error.strerror}")
+
+    found = []
+    for root, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [os.path.relpath(os.path.join(root, file), start) for file in files if not is_hidden(file)]
+    return sorted(found)

@@ -7,7 +7,8 @@ A base is one of
     tfds:NAME[/CONFIG]                     a data set prepared by TFDS, in TFDS_DATA_DIR or ~/tensorflow_datasets
     a folder with dataset_info.json        a data set prepared by TFDS, anywhere
     *.array_record*                        ArrayRecord files of tf.train.Example
-    *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout
+    *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout; "?captions=lines" reads each line
+                                           of a .txt member as a caption
     *.csv, *.tsv, *.jsonl                  a table with image paths
     a folder with one sub-folder a class   image files
     text:FILE                              pairs of consecutive sentences of .txt or .jsonl files (CLIPPO)
@@ -108,8 +109,12 @@ def _make_base(base, options, split, fields, name):
         return make_scenes(options, split, name)
     if (module := user_module(base)) is not None:
         return _make_user_source(module, split, options | {k: v for k, v in fields.items() if v}, name)
+    if (lines := options.pop("captions", None)) not in (None, "lines"):
+        raise UserError(f"{name}: captions={lines}: allowed is captions=lines, each line of a .txt member a caption")
     if options:
         raise unknown(f"{name}: unknown option", next(iter(options)), _STEPS)
+    if lines:
+        return _source_at(base, split, fields, lines=True)
     if base.startswith("tfds:"):
         return tfds.TfdsSource(tfds.prepared_folder(base.removeprefix("tfds:")), split, name=base, **fields)
     if base.startswith("text:"):
@@ -138,7 +143,7 @@ def _make_user_source(module, split, options, name):
     return module.make(split, **options)
 
 
-def _source_at(spec, split, fields):
+def _source_at(spec, split, fields, lines=False):
     """Returns the source at a path or pattern, by its ending; raises UserError."""
     path = spec.replace("{split}", split)
     if os.path.isdir(os.path.join(path, split)):
@@ -153,7 +158,9 @@ def _source_at(spec, split, fields):
     if path.endswith(".tar"):
         from clip_jax.data.sources.webdataset import WebDatasetSource
 
-        return WebDatasetSource(expand(path), spec, **fields)
+        return WebDatasetSource(expand(path), spec, **fields, lines=lines)
+    if lines:
+        raise UserError(f"{spec}: captions=lines is an option of tar shards alone")
     if ".array_record" in os.path.basename(path):
         from clip_jax.data.sources.arrayrecord import ArrayRecordSource
 

@@ -1,6 +1,6 @@
 """Records in memory."""
 
-from clip_jax.data.records import BaseSource
+from clip_jax.data.records import BaseSource, with_texts
 from clip_jax.errors import UserError
 
 
@@ -28,8 +28,8 @@ class MemorySource(BaseSource):
 
     def __getitem__(self, index):
         record = dict(self._records[index])
-        record.setdefault("texts", [])
-        if record.get("label") is not None:
+        record = with_texts(record, [record.get("texts")])
+        if "label" in record:
             record["label"] = label = self._label(record["label"])
             if self.class_names is not None and label >= 0:
                 record.setdefault("class_name", self._class_name(label))

@@ -18,6 +18,7 @@ record of the source once.
 
 import hashlib
 import itertools
+import math
 import re
 
 import numpy as np
@@ -88,7 +89,8 @@ def select(source, options, name):
     Raises UserError for wrong options, and when no record is left.
     """
     wanted = {option: _parse(option, value, name) for option, value in options}
-    columns = _read_fields(source, {field for field, _ in wanted.values()}, name)
+    label, _ = wanted.get("label", ("", None))
+    columns = _read_fields(source, {field for field, _ in wanted.values()}, name, label)
     kept = np.ones(len(source), bool)
     for option, (field, value) in wanted.items():
         column = columns[field]
@@ -131,10 +133,10 @@ def _parse(option, text, name):
     return groups.get("field", _ALL_TEXT), groups.get("value")
 
 
-def _read_fields(source, fields, name):
+def _read_fields(source, fields, name, label):
     """Returns `{field: object array [records]}` of str, None where a record has no such field or an empty one.
 
-    Raises UserError for a field that no record has.
+    Raises UserError for a field that no record has, and for a list in the field `label`.
     """
     columns = {field: np.full(len(source), None, object) for field in fields - {_INDEX_FIELD}}
     if _INDEX_FIELD in fields:
@@ -155,8 +157,14 @@ def _read_fields(source, fields, name):
         known |= record.keys()
         for field, column in columns.items():
             value = record.get(field)
-            if not (value is None or isinstance(value, str | list) and not value):
-                column[i] = str(value)
+            if value is None or isinstance(value, str | list) and not value:
+                continue
+            if isinstance(value, float) and math.isnan(value):
+                continue
+            if field == label and isinstance(value, list | dict):
+                held = f"record {i} has {str(value)[:60]} in {field!r}"
+                raise UserError(f"{name}: {held}; several labels of one image are not supported")
+            column[i] = str(value)
     for field in sorted(columns.keys() - known):
         hint = did_you_mean(field, known)
         raise UserError(f"{name}: no record has the field {field!r}{hint}; fields: {', '.join(sorted(known))}")

@@ -4,22 +4,26 @@ import array
 import csv
 import itertools
 import os
-import re
 
 import numpy as np
 
 from clip_jax.data.files import FileReader, read_file, read_json
-from clip_jax.data.records import BadRecord, BaseSource
+from clip_jax.data.records import MAX_LABEL, BadRecord, BaseSource, read_label
 from clip_jax.errors import UserError
 
 _JSON_ROWS_PEEKED = 100  # rows of JSON lines that are searched for field names
+_CLASS_NAMES = "class_name"  # the column that may name the classes of a column of integers
+csv.field_size_limit(2**31 - 1)  # the tokenizer truncates a long text; the default refuses the whole table
 
 
 class TableSource(BaseSource):
     """A table with one row per example: .csv, .tsv (no quoting) or .jsonl.
 
     Image paths are relative to the table's folder. The table stays on disk: only the byte ranges of its rows are held
-    in memory, 16 bytes each. A label column that holds anything but integers names classes, sorted by name.
+    in memory, 16 bytes each.
+
+    The label column holds integers ("10.0" is 10) or class names, which are sorted. An empty cell, NaN and null are no
+    label.
 
     Args:
       path: the file.
@@ -27,7 +31,8 @@ class TableSource(BaseSource):
       text: name or names of the caption columns, or None.
       label: name of the label column, or None.
 
-    Raises UserError for an unknown column, a table without image paths and a table without rows.
+    Raises UserError for an unknown column, a table without image paths, a table without rows, a column that mixes
+    integers and class names, lists of labels, and a quote that is never closed.
     """
 
     def __init__(self, path, *, image=None, text=None, label=None):
@@ -48,16 +53,17 @@ class TableSource(BaseSource):
         if self._fields.image is None:
             columns = ", ".join(names) or "none"
             raise UserError(f"{path}: no column for the image path; name it with image=..., columns: {columns}")
-        spans, labels = array.array("q"), set()
+        self._check_header()
+        spans, labels = array.array("q"), _Labels(self._path, self._fields.label)
         for start, end, row in rows:
             spans.extend((start, end))
-            if self._fields.label is not None and (value := self._row_dict(row).get(self._fields.label)) is not None:
-                labels.add(value)
+            if self._fields.label is not None:
+                labels.add(self._row_dict(row), start)
         self._spans = np.frombuffer(spans, np.int64).reshape(-1, 2)
         if not len(self):
             raise UserError(f"{path}: no rows")
-        if not all(isinstance(value, int) or re.fullmatch(r"-?\d+", str(value)) for value in labels):
-            self._set_classes(sorted(map(str, labels)))
+        if names := labels.class_names():
+            self._set_classes(names)
 
     def __len__(self):
         return len(self._spans)
@@ -71,6 +77,13 @@ class TableSource(BaseSource):
         raw["path"] = os.path.join(self._folder, path)
         return self._canonical(raw | {self._fields.image: read_file(raw["path"])})
 
+    def _check_header(self):
+        """Raises UserError when two columns have the name of a chosen one."""
+        chosen = (self._fields.image, *self._fields.texts, self._fields.label)
+        for name in [] if self._is_json else filter(None, chosen):
+            if self._header.count(name) > 1:
+                raise UserError(f"{self._path}: {self._header.count(name)} columns are named {name!r}; rename them")
+
     def _scan(self):
         """Yields `(start, end, row)` of every row that is not blank, in bytes; a quoted field may hold line ends."""
         end = 0
@@ -82,14 +95,24 @@ class TableSource(BaseSource):
                     end += len(line)
                     yield line
 
-            start = 0
+            start = last = 0
             try:
                 for row in self._parse(lines()):
                     if row:
                         yield start, end, row
-                    start = end
+                    start, last = end, start
             except csv.Error as error:
                 raise UserError(f"{self._path}: {error} in the row that starts at byte {start}") from None
+        if not self._is_json and not self._dialect and self._is_unclosed(last, end):
+            raise UserError(f"{self._path}: a quote in the row that starts at byte {last} is never closed")
+
+    def _is_unclosed(self, start, end):
+        """Returns whether a quoted field of the last row is still open at the end of the table."""
+        try:
+            list(csv.reader([self._files.read(self._path, start, end - start).decode("utf-8", "replace")], strict=True))
+        except csv.Error as error:
+            return "unexpected end of data" in str(error)
+        return False
 
     def _parse(self, lines):
         text = (line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape") for line in lines)
@@ -100,3 +123,51 @@ class TableSource(BaseSource):
         if self._is_json:
             return dict(row) if isinstance(row, dict) else {}
         return dict(zip(self._header, row, strict=True)) if len(row or ()) == len(self._header) else {}
+
+
+class _Labels:
+    """The values of a label column: integers or class names.
+
+    Args:
+      path: str, the table, for messages.
+      field: str, the name of the column.
+    """
+
+    def __init__(self, path, field):
+        self._where, self._field = f"{path}: label column {field!r}", field
+        self._numbers, self._texts, self._names = set(), set(), {}
+
+    def add(self, row, start):
+        """Adds the label of a row, a dict; `start` is the row's first byte in the table."""
+        try:
+            label = read_label(row.get(self._field))
+        except BadRecord:
+            value = repr(row[self._field])[:60]
+            raise UserError(
+                f"{self._where} holds {value} in the row that starts at byte {start}; several labels of one image are "
+                "not supported, a label is one integer or one class name"
+            ) from None
+        if isinstance(label, str):
+            self._texts.add(label)
+        elif label is not None:
+            self._check_number(label, row.get(_CLASS_NAMES) if self._field != _CLASS_NAMES else None)
+            self._numbers.add(label)
+
+    def _check_number(self, label, name):
+        """Raises UserError for a number that is no label or that has two class names."""
+        if not -1 <= label < MAX_LABEL:
+            raise UserError(f"{self._where} holds {label}; labels go from 0 to 2**31 - 1, and -1 is no label")
+        if label >= 0 and isinstance(name, str) and name and self._names.setdefault(label, name) != name:
+            raise UserError(
+                f"{self._where}: label {label} has the class names {self._names[label]!r} and {name!r} in column "
+                f"{_CLASS_NAMES!r}"
+            )
+
+    def class_names(self):
+        """Returns the sorted class names, empty for a column of integers; raises UserError for a mixture of both."""
+        if self._numbers and self._texts:
+            raise UserError(
+                f"{self._where} mixes integers, such as {min(self._numbers)}, and class names, such as "
+                f"{min(self._texts)!r}; write all as integers or all as names"
+            )
+        return sorted(self._texts)

@@ -137,3 +137,14 @@ def test_the_best_metric_is_one_that_a_task_computes(best, task):
         checked(best + "s", train_tasks=[task])
     with pytest.raises(UserError, match="checkpoint.best"):
         checked(best, steps=0, train_tasks=[task])
+
+
+def test_the_command_checks_its_tasks_before_it_loads_the_checkpoint(tmp_path, capsys):
+    for tasks, message in (
+        (["relations(limit=1)", "relations(limit=2)"], "--task: the metrics of 'relations(limit=1)'"),
+        ([f"zeroshot(source='{tmp_path}/pets')"], "pets: no such file or folder"),
+        ([f"probe(train='scenes', test='{tmp_path}/no_{{split}}.csv')"], "whatever {split} stands for"),
+    ):
+        assert evaluate.main([f"--checkpoint={tmp_path}/none", *(f"--task={task}" for task in tasks)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

@@ -4,14 +4,14 @@ import glob
 import os
 import re
 
-from clip_jax.data.files import IMAGE_EXTENSIONS, expand
+from clip_jax.data.files import IMAGE_EXTENSIONS, PLUGIN_EXTENSIONS, expand, is_hidden
 from clip_jax.data.sources import scenes, tfds
 from clip_jax.data.sources.make import missing_data, user_module
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, unknown
 
 _SPLIT_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(\d{4})?", re.IGNORECASE)
-_DATA_ENDINGS = (*IMAGE_EXTENSIONS, ".tar", ".csv", ".tsv", ".jsonl")
+_DATA_ENDINGS = (*IMAGE_EXTENSIONS, *PLUGIN_EXTENSIONS, ".tar", ".csv", ".tsv", ".jsonl")
 # The parts of a pattern that are no literal text.
 _WILD = re.compile(r"\{split\}|\{\d+\.\.\d+\}|\*+|\?|\[[^\]]+\]")
 
@@ -123,7 +123,7 @@ def _pattern_regex(pattern):
 
 def _folder_splits(folder):
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__")) and _holds_data(e.path)]
+    names = [e.name for e in entries if e.is_dir() and not is_hidden(e.name) and _holds_data(e.path)]
     splits = [name for name in names if _SPLIT_FOLDER.fullmatch(name)]
     if len(splits) == 1 and len(names) > 1 and splits != ["test"]:
         others = ", ".join(name for name in names if name not in splits)

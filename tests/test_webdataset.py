@@ -7,6 +7,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from clip_jax.data import decode
@@ -213,3 +215,118 @@ def test_reading_does_not_hold_the_index_in_memory(tmp_path):
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert held < 50_000  # the index has 256,000 bytes
+
+
+# Layouts that other readers refuse or split otherwise
+
+
+def pair(key, number):
+    return [(f"{key}.png", png(number)), (f"{key}.txt", b"c%d" % number)]
+
+
+def read(path):
+    """`[(image value, texts), ...]` of a shard, and what is broken."""
+    source = make_source(str(path))
+    return [(value(source[i]), source[i]["texts"]) for i in range(len(source))], source.broken
+
+
+@pytest.mark.parametrize(
+    ("members", "numbers", "broken"),
+    [
+        (pair("1", 1) + pair("shot v1.2 (b)", 2) + pair("3", 3), [1, 2, 3], {}),
+        (pair("2021.05.01", 1) + pair("2021.05.02", 2), [1, 2], {}),
+        (pair("a", 1) + [("a.seg.png", b"no")] + pair("b", 2), [1, 2], {}),
+        ([("a.depth.png", b"no")] + pair("a", 1), [1], {}),
+        (pair("a", 1) + pair("a.v2", 2), [1], {"sample name that continues another one after a dot": 1}),
+        (pair("a", 1)[::-1] + pair("b", 2), [1, 2], {}),
+        (pair("1", 1) + [("1.png", png(2))] + pair("3", 3), [3], {"two members of one kind in a sample": 1}),
+        (pair("1", 1) + [("1.jpg", png(2))] + pair("3", 3), [3], {"two members of one kind in a sample": 1}),
+        (pair("1", 1)[:1] + pair("2", 2) + pair("1", 1)[1:], [2], {"members of a sample are apart": 1}),
+        (pair("1", 1) + pair("2", 2) + pair("1", 3), [1, 2, 3], {}),
+        (pair("x/1", 1) + pair("y/1", 2) + pair("./z/1", 3), [1, 2, 3], {}),
+        (pair("1", 1) + [("._2.png", b"?"), ("__MACOSX/2.png", b"?"), (".x/2.png", b"?")] + pair("2", 2), [1, 2], {}),
+    ],
+)
+def test_layouts(tmp_path, members, numbers, broken):
+    write_tar(tmp_path / "a.tar", members)
+    for _ in range(2):  # scanned, then from the index
+        assert read(tmp_path / "a.tar") == ([(n, [f"c{n}"]) for n in numbers], broken)
+
+
+def test_members_apart_are_named_when_nothing_else_is_there(tmp_path):
+    write_tar(tmp_path / "a.tar", sorted(pair("1", 1) + pair("2", 2), key=lambda member: member[0][-3:]))
+    with pytest.raises(UserError, match="no usable sample in 1 shards .members of a sample are apart."):
+        make_source(str(tmp_path / "a.tar"))
+
+
+def test_joined_archives(tmp_path):
+    for i in range(3):
+        write_tar(tmp_path / f"{i}.tar", pair("same", i))
+    data = [(tmp_path / f"{i}.tar").read_bytes() for i in range(3)]
+    (tmp_path / "a.tar").write_bytes(b"".join(data))
+    assert read(tmp_path / "a.tar") == ([(i, [f"c{i}"]) for i in range(3)], {})
+    (tmp_path / "b.tar").write_bytes(data[0] + data[1][:3000])
+    assert read(tmp_path / "b.tar") == ([(0, ["c0"])], {"truncated shard": 1})
+    (tmp_path / "c.tar").write_bytes(data[0] + b"no archive" * 1000)
+    assert read(tmp_path / "c.tar") == ([(0, ["c0"])], {"unreadable data after the end of an archive": 1})
+
+
+def test_each_record_chooses_between_txt_and_json(tmp_path):
+    meta = [(f"{i:02d}.json", json.dumps({"caption": f"c{i}"}).encode()) for i in range(40)]
+    write_tar(tmp_path / "0.tar", [m for i in range(20) for m in ((f"{i:02d}.png", png(i)), meta[i])])
+    write_tar(tmp_path / "1.tar", [m for i in range(20, 40) for m in pair(f"{i:02d}", i)])
+    assert read(tmp_path) == ([(i, [f"c{i}"]) for i in range(40)], {})
+    write_tar(tmp_path / "2.tar", [*pair("a", 40), ("a.json", b'{"caption": "json"}'), ("a.cls", b"3")])
+    source = make_source(str(tmp_path))
+    assert source[40]["texts"] == ["c40"] and [source[i]["label"] for i in (0, 40)] == [-1, 3]
+
+
+@pytest.mark.parametrize(("cls", "label"), [(b"7.0\n", 7), (b"", -1), (b" nan ", -1)])
+def test_spellings_of_labels(tmp_path, cls, label):
+    write_shard(tmp_path / "a.tar", cls=cls)
+    assert make_source(str(tmp_path / "a.tar"))[0]["label"] == label
+
+
+def test_lines_of_a_txt_are_captions_on_request(tmp_path):
+    write_tar(tmp_path / "a.tar", [("1.png", png(1)), ("1.txt", b"a red square\r\n\nred\n"), *pair("2", 2)])
+    source = make_source(f"{tmp_path}/a.tar?captions=lines")
+    assert [source[i]["texts"] for i in range(2)] == [["a red square", "red"], ["c2"]]
+    assert make_source(str(tmp_path / "a.tar"))[0]["texts"] == ["a red square\r\n\nred\n"]
+    with pytest.raises(UserError, match="captions=words: allowed is captions=lines"):
+        make_source(f"{tmp_path}/a.tar?captions=words")
+    with pytest.raises(UserError, match="emoji: captions=lines is an option of tar shards"):
+        make_source("emoji?captions=lines")
+
+
+def test_brackets_nested_too_deep_are_malformed(tmp_path):
+    write_tar(tmp_path / "a.tar", [*pair("1", 1), ("1.json", b"[" * 100_000)])
+    with pytest.raises(BadRecord, match="malformed json"):
+        make_source(str(tmp_path / "a.tar"))[0]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_whatever_the_layout_an_image_keeps_its_caption(tmp_path_factory, data):
+    """Members of a few samples in any order: each sample is read whole, or counted."""
+    keys = data.draw(st.lists(st.sampled_from(["a", "b", "a.b", "v1.2 x", "d/a"]), min_size=1, max_size=4, unique=True))
+    members = [(f"{key}.{end}", key.encode()) for key in keys for end in ("jpg", "txt")]
+    members = data.draw(st.permutations(members) | st.just(members))
+    path = tmp_path_factory.mktemp("layout") / "a.tar"
+    write_tar(path, members)
+    dotted = [key for key in keys if "." in key and key.partition(".")[0] in keys]
+    whole = [
+        key
+        for key in keys
+        if key not in dotted and len({m[0].rpartition(".")[0] for m in _between(members, key)} - {*dotted, key}) == 0
+    ]
+    rows, broken = webdataset._scan(str(path))
+    assert len(rows) == len(whole) and broken.total() == len(keys) - len(whole)
+    if whole:
+        source = make_source(str(path))
+        read = [(source[i]["image"].decode(), source[i]["texts"]) for i in range(len(source))]
+        assert sorted(read) == sorted((key, [key]) for key in whole)
+
+
+def _between(members, key):
+    places = [i for i, (name, _) in enumerate(members) if name.rpartition(".")[0] == key]
+    return members[places[0] : places[-1] + 1]

@@ -194,7 +194,7 @@ def _read_headers(shard):
 
     A member is (archive, folder, file, offset, size): several archives may be joined in one file.
     """
-    members, size, end = [], os.path.getsize(shard), 0
+    members, size, start = [], os.path.getsize(shard), 0
     with open(shard, "rb") as file:
         for archive in itertools.count():
             try:
@@ -202,7 +202,7 @@ def _read_headers(shard):
             except (tarfile.TarError, OSError, EOFError, ValueError):
                 return members, _TAIL if archive else _CUT
             if not clean:
-                return members, _CUT
+                return members, _TAIL if archive and end == start else _CUT  # tarfile stops at the first wrong header
             start = _skip_zeros(file, end)
             if start is None:
                 return members, None

@@ -12,10 +12,11 @@ import mmap
 import os
 import pathlib
 import pickle
+import re
 import struct
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ _TORCH = {
 }  # fmt: skip
 
 
+# PyTorch's wrappers add these to the names of a state dict: DataParallel and DDP in front, torch.compile and the others
+# in front of any module.
+_WRAPPERS = re.compile(r"^module\.|(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of a file.
@@ -55,6 +61,8 @@ class Tensor:
 
 def read(path):
     """Returns `{name: Tensor}` of a weight file, or of several files through their `*.index.json`.
+
+    Names are without the prefixes of PyTorch's wrappers, `module.` and `_orig_mod.`.
 
     Raises UserError, in one line, for a file that is missing, cut off, damaged, of another format, or would run code.
     """
@@ -82,13 +90,31 @@ def read(path):
         raise UserError(f"{path}: the file is cut off or damaged ({error})") from None
     if not tensors:
         raise UserError(f"{path}: it has no tensor")
-    return tensors
+    return _unwrapped(path, tensors)
+
+
+def _unwrapped(path, tensors):
+    """Returns a dict whose names are without the prefixes of wrappers; raises UserError when two become equal."""
+    names = {name: _unwrapped_name(name) for name in tensors}
+    if double := [name for name, count in Counter(names.values()).items() if count > 1]:
+        given = ", ".join(repr(name) for name in tensors if names[name] == double[0])
+        raise UserError(f"{path}: {given} are one tensor without the prefixes of PyTorch's wrappers; keep one of them")
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _unwrapped_name(name):
+    while (short := _WRAPPERS.sub("", name)) != name:
+        name = short
+    return name
 
 
 def _read_shards(index):
     try:
         where = json.loads(index.read_text())["weight_map"]
+        where = _unwrapped(index, where)
         names = sorted(set(where.values()))
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not an index of weight files ({type(error).__name__}: {error})") from None
     files = {name: index.parent / os.path.basename(name) for name in names}
@@ -349,7 +375,7 @@ def _state_dict(path, found):
             found = found[key]
     if not isinstance(found, dict):
         raise UserError(f"{path}: it holds a {type(found).__name__} instead of a state dict")
-    return {str(name).removeprefix("module."): x for name, x in found.items() if isinstance(x, Tensor)}
+    return {str(name): x for name, x in found.items() if isinstance(x, Tensor)}
 
 
 def _attributes(module, prefix=""):

@@ -195,6 +195,16 @@ def test_half_precision_and_shards(tmp_path):
     )
 
 
+def test_compiled_models_and_scales_of_one_element(tmp_path):
+    arrays = open_clip_arrays()
+    plain = load.load(open_clip_folder(tmp_path / "plain", arrays=arrays))
+    wrapped = {f"module._orig_mod.{name}": x.reshape(1) if x.ndim == 0 else x for name, x in arrays.items()}
+    assert wrapped["module._orig_mod.logit_scale"].shape == (1,)
+    again = load.load(open_clip_folder(tmp_path / "wrapped", arrays=wrapped))
+    jax.tree.map(np.testing.assert_array_equal, again.params, plain.params)
+    assert again.params["logit_scale"].shape == ()
+
+
 def test_parameters_are_sharded(tmp_path, mesh8):
     params = load.load(open_clip_folder(tmp_path / "m"), mesh=mesh8).params
     expected = sharding.state_shardings(params, mesh8)

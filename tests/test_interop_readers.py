@@ -121,6 +121,27 @@ def test_shards(tmp_path):
     assert_same(read(shards(tmp_path)), {name: ARRAYS[name] for name in ("a", "half")})
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_are_without_the_prefixes_of_wrappers(tmp_path, prefix):
+    arrays = {"visual.proj": ARRAYS["a"], "text.module.weight": ARRAYS["half"]}
+    assert_same(read(safetensors_file(tmp_path, {prefix + name: x for name, x in arrays.items()})), arrays)
+    np.savez(tmp_path / "x.npz", **{f"visual.{prefix}proj".replace("module.", ""): ARRAYS["a"]})
+    assert_same(read(tmp_path / "x.npz"), {"visual.proj": ARRAYS["a"]})
+
+
+def test_names_of_shards_are_without_prefixes(tmp_path):
+    safetensors_file(tmp_path, {"_orig_mod.a": ARRAYS["a"]}, "one.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"_orig_mod.a": "one.safetensors"}}))
+    assert_same(read(index), {"a": ARRAYS["a"]})
+
+
+def test_a_tensor_with_and_without_a_prefix_is_ambiguous(tmp_path):
+    path = safetensors_file(tmp_path, {"module.w": ARRAYS["a"], "w": ARRAYS["half"]})
+    with pytest.raises(UserError, match="'module.w', 'w' are one tensor|'w', 'module.w' are one tensor"):
+        read(path)
+
+
 def test_shards_that_are_missing_or_contradict_the_index(tmp_path):
     index = shards(tmp_path)
     content = json.loads(index.read_text())

@@ -151,6 +151,8 @@ def present(entries, ours):
 def check(entries, theirs, ours, ignored=(), source="the file"):
     """Raises UserError, in one line, which lists all missing and unexpected arrays and all wrong shapes.
 
+    A scalar, such as the logit scale, may have the shape [1].
+
     Args:
       entries: of a layout.
       theirs: `{name: object with a shape}`.
@@ -168,7 +170,7 @@ def check(entries, theirs, ours, ignored=(), source="the file"):
     misshapen = {
         n: f"{shape_text(theirs[n].shape)} for {shape_text(expected[n])}"
         for n in both
-        if tuple(theirs[n].shape) != expected[n]
+        if not _fits(tuple(theirs[n].shape), expected[n])
     }
     parts = [
         f"{len(names)} {what}: {list_names(names)}"
@@ -181,6 +183,11 @@ def check(entries, theirs, ours, ignored=(), source="the file"):
         raise UserError(
             f"{source}: its tensors contradict the model of its configuration; nothing was loaded. {'; '.join(parts)}"
         )
+
+
+def _fits(shape, expected):
+    """Whether an array has the expected shape. A scalar may have the shape [1], and the other way round."""
+    return shape == expected or {shape, expected} == {(), (1,)}
 
 
 def shape_text(shape):

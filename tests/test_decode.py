@@ -4,6 +4,8 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from clip_jax.data import decode
@@ -163,6 +165,74 @@ def test_exif_orientation(orientation, size):
 def test_broken_exif_does_not_matter():
     data = encode(Image.fromarray(gradient()), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert decode.decode_image(data).shape == (48, 64, 3)
+
+
+def raw_exif(entries):
+    """Returns EXIF data of `(tag, type, count, four bytes)`, valid or not."""
+    body = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + bytes(4)
+
+
+TAGS = (0x010F, 0x0128, 0x011A, 0x8769, 0x8825, 0x9286, 0xEA1C, 0x014A, 0xA420)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.sampled_from(TAGS), st.integers(0, 14), st.integers(0, 9), st.binary(min_size=4, max_size=4))
+def test_the_orientation_holds_whatever_other_tags_say(tag, kind, count, value):
+    pixels = gradient(40, 60)
+    data = encode(
+        Image.fromarray(pixels),
+        "JPEG",
+        quality=95,
+        exif=raw_exif([(0x0112, 3, 1, b"\x06\0\0\0"), (tag, kind, count, value)]),
+    )
+    turned = pixels.transpose(1, 0, 2)[:, ::-1]
+    assert np.abs(decode.decode_image(data).astype(int) - turned).mean() < 4
+
+
+@pytest.mark.parametrize("number", [0, 9, 65535])
+def test_an_unknown_orientation_is_upright(number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    assert decode.decode_image(encode(Image.fromarray(gradient()), "JPEG", exif=exif)).shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC image"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic" + bytes(99), "HEIC image"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0", "AVIF image"),
+        (b"\xff\x0a\xfa\x1f\x01" + bytes(99), "JPEG XL image"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "JPEG XL image"),
+        (b"<!DOCTYPE html><html><body>Not Found", "HTML page, not an image"),
+        (b"\xef\xbb\xbf\n <HTML lang=en>", "HTML page, not an image"),
+        (b"<?xml version='1.0'?><!DOCTYPE html PUBLIC ''><html>", "HTML page, not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG image"),
+        (b"<?xml version='1.0'?>\n<!-- Inkscape -->\n<svg/>", "SVG image"),
+        (b"\0\0\0\x20ftypisom", "corrupt image"),
+        (b"<", "corrupt image"),
+    ],
+)
+def test_files_that_pillow_does_not_read_are_named(data, reason):
+    with pytest.raises(BadRecord) as error:
+        decode.decode_image(data)
+    assert error.value.args == (reason,)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.binary(max_size=40))
+def test_any_bytes_are_a_bad_record(data):
+    with pytest.raises(BadRecord):
+        decode.decode_image(data)
+
+
+def test_blocks_of_grey_values_have_one_scale(monkeypatch):
+    monkeypatch.setattr(decode, "_VALUES_AT_ONCE", 100)
+    values = np.arange(32 * 32, dtype=np.int32).reshape(32, 32) * 1000  # up to 1,023,000: scaled by the greatest
+    expected = np.rint(values * (255 / values.max())).astype(np.uint8)
+    np.testing.assert_array_equal(decode.decode_image(encode(Image.fromarray(values), "TIFF"))[..., 0], expected)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3), (5, 7, 4)])

@@ -84,6 +84,20 @@ def test_incomplete_flags_are_refused(flags, message):
         parse(*flags)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_that_is_taken_is_one_line(address):
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as gRPC does
+        other.bind((address, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"process 0 cannot open port {port} .*choose another port"):
+            hosts.start(hosts.Cluster(f"127.0.0.1:{port}", 2, 0))
+    hosts._check_port(f"127.0.0.1:{port}")
+    with pytest.raises(UserError, match="at most 65535"):
+        hosts._check_port("127.0.0.1:70000")
+
+
 def test_where_jax_detects_the_cluster(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))

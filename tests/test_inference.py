@@ -6,11 +6,14 @@ import shutil
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import tiny_config
+from conftest import REPO
+from helpers import TINY, tiny_config
 
 import clip_jax
-from clip_jax import evaluate, train
+from clip_jax import evaluate, search, train
 from clip_jax.errors import UserError
+from clip_jax.evaluation.classifier import make_classifier
+from clip_jax.tools import caption, export
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +59,48 @@ def test_pictures_may_be_pil_arrays_or_bytes(model, tmp_path):
     np.testing.assert_allclose(z[1:], z[[0, 0]], atol=1e-6)
 
 
+def test_one_text_and_one_image_are_lists_of_one(model, tmp_path):
+    image = pictures(1)[0]
+    image.save(tmp_path / "x.png")
+    z = model.embed_image([image])
+    for one in (image, np.asarray(image), np.asarray(image)[None], (tmp_path / "x.png").read_bytes()):
+        np.testing.assert_allclose(model.embed_image(one), z, atol=1e-6)
+    grey = np.asarray(image.convert("L"))
+    np.testing.assert_array_equal(model.embed_image(grey), model.embed_image([grey]))
+    np.testing.assert_array_equal(model.embed_text("a cat"), model.embed_text(["a cat"]))
+    np.testing.assert_array_equal(model.embed_text(("a cat",)), model.embed_text(np.array(["a cat"])))
+    np.testing.assert_array_equal(model.classify(image, "cat"), [[1.0]])
+    assert make_classifier(model, "cat").classes == 1
+    (query,) = search.make_queries(model, "a cat", (), "red")
+    assert query.label == "a cat + red"
+
+
+@pytest.mark.parametrize("texts", [None, 3, b"a cat", {"a cat": 1}, {"a cat"}, ["a cat", None], [b"a cat"], [["a"]]])
+def test_other_texts_are_a_type_error(model, texts):
+    with pytest.raises(TypeError, match="texts: .*strings?"):
+        model.embed_text(texts)
+    with pytest.raises(TypeError, match="class_names: .*strings?"):
+        model.classify(pictures(1), texts)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        None,
+        "x.png",
+        ["x.png"],
+        [None],
+        np.zeros((4, 5, 3), np.float32),
+        np.zeros((2, 4, 5), np.uint8),
+        np.zeros(9, np.uint8),
+        {"image": 1},
+    ],
+)
+def test_other_images_are_a_type_error(model, images):
+    with pytest.raises(TypeError, match="images: "):
+        model.embed_image(images)
+
+
 def test_classify_gives_probabilities(model):
     images = pictures(3)
     p = model.classify(images, ["cat", "dog", "house"], templates=("a {}", "the {}"))
@@ -92,6 +137,33 @@ def test_folders_without_a_checkpoint(tmp_path):
         clip_jax.load(tmp_path / "none")
     with pytest.raises(UserError, match="there is no checkpoint in"):
         clip_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize("program", ["evaluate", "search", "export", "caption", "train"])
+def test_damaged_arrays_end_every_command_with_one_line(trained, tmp_path, program, capfd):
+    shutil.copytree(trained, tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints" / "4" / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 10])
+    run, config = f"{tmp_path}/run", REPO / "configs" / "clip.py:emoji"
+    flags = [f"--config.{override}" for override in (*TINY, "model.text.pool=mean", f"init_from={run}")]
+    main, arguments = {
+        "evaluate": (evaluate.main, [f"--checkpoint={run}", "--task=emoji"]),
+        "search": (search.main, [f"--checkpoint={run}", "--images=emoji", "--text=red"]),
+        "export": (export.main, [f"--checkpoint={run}", "--to=open_clip", f"--out={tmp_path}/out"]),
+        "caption": (caption.main, ["--source=emoji", f"--captioner=retrieval:{run}", f"--out={tmp_path}/out.jsonl"]),
+        "train": (train.main, [f"--config={config}", f"--workdir={tmp_path}/new", *flags]),
+    }[program]
+    assert main(arguments) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "the checkpoint" in line and "/4' is damaged: " in line and len(line) < 500
+
+
+def test_a_damaged_meta_item_is_one_line(trained, tmp_path):
+    for number, content in enumerate(("", "{", "[]", "{}", '{"config": {}, "tokenizer": 1}')):
+        shutil.copytree(trained / "checkpoints" / "4", tmp_path / str(number))
+        (tmp_path / str(number) / "meta" / "metadata").write_text(content)
+        with pytest.raises(UserError, match=f"/{number}' is damaged: "):
+            clip_jax.load(tmp_path / str(number))
 
 
 def class_folder(path, n=6):

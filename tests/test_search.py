@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -205,6 +207,40 @@ def test_the_command_finds_texts_of_the_data_or_of_a_file(workdir, model, photos
     assert run(workdir, photos, *arguments, f"--json={tmp_path}/found.json") == 0
     assert [hit["text"] for hit in json.loads((tmp_path / "found.json").read_text())[0]["found"]] == ["a dog", "a cat"]
     assert "a dog" in capsys.readouterr().out and "a cat" in (tmp_path / "x.html").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_text_and_names_that_cannot_be_encoded(workdir, photos, tmp_path, monkeypatch, encoding):
+    folder = os.fsencode(photos) + b"/rou\xe9"
+    os.mkdir(folder)
+    shutil.copy(photos / "0.png", folder + b"/a.png")
+    (photos / "0.png").rename(tmp_path / "1.png")
+    (tmp_path / "table.jsonl").write_text('{"image": "1.png", "caption": "red \\ud83d"}\n')
+    page, found = tmp_path / "found.html", tmp_path / "found.json"
+    sources = {os.fsdecode(folder): "rou?/a.png", str(photos): "rou?/a.png", str(tmp_path / "table.jsonl"): "red ?"}
+    for source, printed in sources.items():
+        out = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+        monkeypatch.setattr(sys, "stdout", out)
+        assert run(workdir, source, "--text=red \udce9", f"--html={page}", f"--json={found}") == 0
+        out.flush()
+        lines = out.buffer.getvalue().decode(encoding)
+        assert printed in lines and "red ?" in lines
+        assert json.loads(found.read_text())[0]["found"] and "<h3> red ?</h3>" in page.read_text()
+        page.unlink()
+        found.unlink()
+
+
+def test_the_files_are_written_before_anything_is_printed(workdir, photos, tmp_path):
+    page, found = tmp_path / "found.html", tmp_path / "found.json"
+    flags = [f"--checkpoint={workdir}", f"--images={photos}", "--text=red", f"--html={page}", f"--json={found}"]
+
+    def log(line):
+        if line.startswith("   1  "):
+            assert page.is_file() and found.is_file()
+            raise UnicodeEncodeError("ascii", line, 0, 1, "the terminal is gone")
+
+    with pytest.raises(UnicodeEncodeError):
+        search.search(search.make_parser().parse_args(flags), log)
 
 
 @pytest.mark.parametrize(

@@ -106,3 +106,14 @@ def test_every_step_is_a_program_for_gpus(gpu, method, overrides, fused):
     step = jax.jit(make_step(program.config, program.method, program.tx))
     text = step.trace(program.state, program.batch).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__cudnn$fmha") == 2 * fused, "one call forward and one backward for each fused attention"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_float16_attention_runs_on_every_device(causal):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8), jnp.float32)
+    half = [x.astype(jnp.float16) for x in (q, k, v)]
+    z = jax.jit(lambda *x: transformer.attend(*x, causal=causal))(*half)
+    assert z.dtype == jnp.float16
+    np.testing.assert_allclose(z, transformer.attend(q, k, v, causal=causal), atol=5e-3)
+    gradient = jax.grad(lambda *x: transformer.attend(*x, causal=causal).astype(jnp.float32).sum())(*half)
+    assert gradient.dtype == jnp.float16 and np.isfinite(gradient).all()

@@ -141,7 +141,7 @@ class WebDatasetSource(BaseSource):
 def _index_shard(shard):
     """Returns the `_Index` of a shard; scans it when no valid index file exists."""
     status = os.stat(shard)
-    cached = hashlib.sha256(os.path.abspath(shard).encode()).hexdigest()[:32]
+    cached = hashlib.sha256(os.fsencode(os.path.abspath(shard))).hexdigest()[:32]
     folder = os.environ.get("CLIP_JAX_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "clip_jax"))
     places = (shard + ".index", os.path.join(folder, "webdataset", cached + ".index"))
     stamp = [_VERSION, status.st_size, status.st_mtime_ns]

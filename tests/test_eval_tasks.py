@@ -145,8 +145,9 @@ def test_zeroshot_task_refuses():
         zeroshot_task(model, MemorySource(records))
     with pytest.raises(UserError, match=r"labels 0\.\.6, but there are names for 0\.\.1"):
         zeroshot_task(model, MemorySource(records), ["cat", "dog"])
-    with pytest.raises(UserError, match="without a label"):
-        zeroshot_task(model, MemorySource([{"image": make_image(0)}]), ["cat", "dog"])
+    for unlabelled in ({"image": make_image(0)}, {"image": make_image(0), "label": -1}):
+        with pytest.raises(UserError, match="without a label: 1 of 2"):
+            zeroshot_task(model, MemorySource([unlabelled, records[1]]), ["cat", "dog"])
     with pytest.raises(UserError, match="no usable image among 2 records"):
         zeroshot_task(model, Flaky(records[:2], bad={0, 1}), NAMES)
 

@@ -132,12 +132,12 @@ def labels_of(embedded, source, task, classes=None):
 
     Raises UserError, which names the task, for records without a label and for labels that are not below `classes`.
     """
-    if any("label" not in record for record in embedded.records):
-        raise UserError(f"{task}: {source.name} has records without a label")
-    labels = np.asarray([record["label"] for record in embedded.records], np.int32)
-    if labels.min() < 0 or (classes is not None and labels.max() >= classes):
+    labels = np.asarray([record.get("label", -1) for record in embedded.records], np.int32)
+    if unlabelled := int((labels < 0).sum()):
+        raise UserError(f"{task}: {source.name} has records without a label: {unlabelled} of {len(labels)}")
+    if classes is not None and labels.max() >= classes:
         given = f"{source.name} has labels {labels.min()}..{labels.max()}"
-        raise UserError(f"{task}: {given}, but there are names for 0..{(classes or 1) - 1}")
+        raise UserError(f"{task}: {given}, but there are names for 0..{classes - 1}")
     return labels
 
 

@@ -10,6 +10,7 @@ Variants, after a colon:
            --config.data=/data/pairs/{00000..12287}.tar --config.tokenizer=wordpiece:/data/vocab.txt?eot=false
            --config.init_from=/data/B_16.npz (a ViT of big_vision on ImageNet-21k, class token, no head)
            Expected ImageNet zero-shot top-1 (CC12M, YFCC100M): B/16 with BERT-base 73.9, L/16 with BERT-large 75.7 %
+           The locked tower runs as in evaluation: running statistics, no dropout, no patch dropout
            Assumptions: batch size, examples and warm-up; the public models' training is not published in full
 """
 

@@ -28,7 +28,8 @@ class Method:
         statistics.
       encode: `(params, extra, batch, rng, train) -> (features, extra)`, per example; the engine may call it on
         micro-batches. An example's randomness must be folded from `rng` and its `example_id`, so that a second pass
-        replays it.
+        replays it. In training `extra` marks the frozen modules (`clip_jax.models.common.mark_frozen`), also in `heads`
+        and `loss`.
       loss: `(params, extra, features, batch, rng) -> (loss, metrics)` over the global batch; float32 scalars.
       embed_image: `(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, E]`, unit rows. A method that compares
         tokens returns `[b, P, E]`.

@@ -15,7 +15,8 @@ from clip_jax import config as config_lib
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-common, retrieval, train_step = (importlib.import_module(name) for name in ("common", "retrieval", "train_step"))
+names = ("common", "fuzz", "retrieval", "train_step")
+common, fuzz, retrieval, train_step = map(importlib.import_module, names)
 
 COMMANDS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name != "common.py")
 
@@ -25,6 +26,22 @@ def test_every_benchmark_is_documented_and_explains_itself(name):
     assert f"benchmarks/{name}" in (BENCHMARKS / "README.md").read_text()
     help_text = subprocess.run([sys.executable, BENCHMARKS / name, "--help"], capture_output=True, text=True)
     assert help_text.returncode == 0 and "--json" in help_text.stdout, help_text.stderr
+
+
+def test_the_readers_bear_a_second_of_fuzzing(tmp_path):
+    assert fuzz.main(["--minutes=0.015", "--seed=3", f"--json={tmp_path}/x.json"]) == 0
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [row["reader"] for row in rows] == list(fuzz.READERS)
+    assert all(row["rounds"] >= 1 and row["records"] and not row["failures"] for row in rows)
+
+
+def test_fuzzing_reports_a_wrong_record(monkeypatch, capsys):
+    def wrong(rng, folder, counts):
+        fuzz.expect(["a"], ["b"], "captions")
+
+    monkeypatch.setattr(fuzz, "READERS", {"table": wrong})
+    assert fuzz.main(["--round=table:7"]) == 1
+    assert capsys.readouterr().out == "FAILED: --seed=0 --round=table:7: captions: ['a'] instead of ['b']\n"
 
 
 def test_report_is_a_table_and_a_file(tmp_path, capsys):

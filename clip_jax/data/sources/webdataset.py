@@ -194,17 +194,17 @@ def _read_headers(shard):
 
     A member is (archive, folder, file, offset, size): several archives may be joined in one file.
     """
-    members, size, start = [], os.path.getsize(shard), 0
+    members, size = [], os.path.getsize(shard)
     with open(shard, "rb") as file:
         for archive in itertools.count():
+            start = file.tell()
             try:
-                clean, end = _read_archive(file, size, archive, members)
+                clean = _read_archive(file, size, archive, members)
             except (tarfile.TarError, OSError, EOFError, ValueError):
-                return members, _TAIL if archive else _CUT
+                clean = False
             if not clean:
-                return members, _TAIL if archive and end == start else _CUT  # tarfile stops at the first wrong header
-            start = _skip_zeros(file, end)
-            if start is None:
+                return members, _TAIL if archive and not _is_header(file, start) else _CUT
+            if (start := _skip_zeros(file, file.tell())) is None:
                 return members, None
             file.seek(start)
 
@@ -212,7 +212,7 @@ def _read_headers(shard):
 def _read_archive(file, size, archive, members):
     """Adds the members of the archive at the file's position.
 
-    Returns whether the end-of-archive mark follows the last member, and the offset of the mark.
+    Returns whether the end-of-archive mark follows the last member; the file's position is then after the mark.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
@@ -220,13 +220,22 @@ def _read_archive(file, size, archive, members):
             if not member.isfile():
                 continue
             if member.offset_data + member.size > size:
-                return False, size
+                return False
             folder, _, name = member.name.rpartition("/")
             if not is_hidden(member.name) and _slot(name) is not None:
                 members.append((archive, folder, name, member.offset_data, member.size))
-        end = tar.offset
-    file.seek(end)
-    return file.read(512) == bytes(512), end
+        file.seek(tar.offset)
+    return file.read(512) == bytes(512)
+
+
+def _is_header(file, start):
+    """Returns whether the header of a member begins at an offset."""
+    file.seek(start)
+    try:
+        tarfile.TarInfo.frombuf(file.read(512), tarfile.ENCODING, "surrogateescape")
+        return True
+    except tarfile.HeaderError:
+        return False
 
 
 def _skip_zeros(file, start):

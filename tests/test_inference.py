@@ -158,6 +158,11 @@ def test_damaged_arrays_end_every_command_with_one_line(trained, tmp_path, progr
     assert "the checkpoint" in line and "/4' is damaged: " in line and len(line) < 500
 
 
+def test_overrides_that_change_shapes_are_not_called_damage(trained):
+    with pytest.raises(UserError, match="does not fit the configuration: .*stored shape"):
+        clip_jax.load(trained, overrides=["model.embed_dim=8"])
+
+
 def test_a_damaged_meta_item_is_one_line(trained, tmp_path):
     for number, content in enumerate(("", "{", "[]", "{}", '{"config": {}, "tokenizer": 1}')):
         shutil.copytree(trained / "checkpoints" / "4", tmp_path / str(number))

@@ -24,11 +24,14 @@ from clip_jax.version import __version__
 #: Fields that determine shape and meaning of the saved arrays. A run cannot resume with other values.
 IDENTITY = ("method", "model", "tokenizer", "optim.name", "optim.freeze", "optim.ema_decay", "seed", "data.batch_size")
 
+#: Parts of Orbax's messages about arrays that are readable but are not those asked for.
+_MISFITS = ("not compatible with the stored shape", "Type mismatch at key path")
+
 logger = logging.getLogger(__name__)
 
 
 class Damaged(UserError):
-    """A checkpoint whose files cannot be read.
+    """A checkpoint whose files cannot be read, or whose arrays do not fit the configuration.
 
     Attributes:
       reason: the first error, in one line.
@@ -36,7 +39,9 @@ class Damaged(UserError):
 
     def __init__(self, folder, error):
         self.reason = faults.one_line(error.__cause__ or error)
-        super().__init__(f"the checkpoint {str(folder)!r} is damaged: {self.reason}")
+        is_whole = any(sign in self.reason for sign in _MISFITS)
+        what = "does not fit the configuration" if is_whole else "is damaged"
+        super().__init__(f"the checkpoint {str(folder)!r} {what}: {self.reason}")
 
 
 class Checkpointer:

@@ -31,13 +31,13 @@ def run(model, tasks, log=print):
 
     Args:
       model: as `clip_jax.evaluation.embed` describes it.
-      tasks: task strings.
+      tasks: task strings; one string counts as a list of one.
       log: function of a line.
 
     Raises UserError for a wrong task string, two tasks with metrics of one name, or unusable data.
     """
     results = []
-    for task in parse_tasks(tasks, "tasks"):
+    for task in parse_tasks([tasks] if isinstance(tasks, str) else tasks, "tasks"):
         result = task(model)
         for line in summary(result):
             log(line)

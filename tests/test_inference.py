@@ -11,8 +11,10 @@ from helpers import TINY, tiny_config
 
 import clip_jax
 from clip_jax import evaluate, search, train
+from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
 from clip_jax.evaluation.classifier import make_classifier
+from clip_jax.evaluation.prompts import class_prompts
 from clip_jax.tools import caption, export
 
 
@@ -71,6 +73,9 @@ def test_one_text_and_one_image_are_lists_of_one(model, tmp_path):
     np.testing.assert_array_equal(model.embed_text(("a cat",)), model.embed_text(np.array(["a cat"])))
     np.testing.assert_array_equal(model.classify(image, "cat"), [[1.0]])
     assert make_classifier(model, "cat").classes == 1
+    assert class_prompts("cat", "a {}") == ["a cat"]
+    assert ImageView(augment="squash") == ImageView(augment=("squash",))
+    assert TextView(templates="{name}") == TextView(templates=["{name}"])
     (query,) = search.make_queries(model, "a cat", (), "red")
     assert query.label == "a cat + red"
 

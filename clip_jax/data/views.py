@@ -30,6 +30,11 @@ from clip_jax.data.templates import (
 from clip_jax.errors import UserError
 
 
+def _as_tuple(value):
+    """Returns a tuple of strings; configurations carry lists, and one string counts as a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageView:
     """An image, uint8 `[size, size, 3]`.
@@ -46,7 +51,7 @@ class ImageView:
     augment: tuple[str, ...] = ("resize", "center_crop")
 
     def __post_init__(self):
-        object.__setattr__(self, "augment", tuple(self.augment))  # configurations carry lists
+        object.__setattr__(self, "augment", _as_tuple(self.augment))
         augment.parse(self.augment, self.size)  # raises UserError for a mistake
 
     @property
@@ -109,7 +114,7 @@ class TextView:
 
     def __post_init__(self):
         for field in ("templates", "augment", "class_templates", "rewrites"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+            object.__setattr__(self, field, _as_tuple(getattr(self, field)))
         if not (self.rewrite_prob == -1 or 0 <= self.rewrite_prob <= 1):
             raise UserError(f"data.rewrite_prob={self.rewrite_prob}: must be between 0 and 1, or -1")
         _parse_augment(self.augment)  # raises UserError for a mistake

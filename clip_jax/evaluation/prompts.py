@@ -120,10 +120,12 @@ def class_prompts(class_names, templates, canonical=False):
     """Returns the prompts of all classes, `classes * templates` strings; those of the first class come first.
 
     Args:
-      class_names: by label.
-      templates: strings with one `{}` each.
+      class_names: by label; one string counts as a list of one.
+      templates: strings with one `{}` each, or one such string.
       canonical: bring templates and names to SigLIP's canonical form first.
     """
+    class_names = [class_names] if isinstance(class_names, str) else class_names
+    templates = [templates] if isinstance(templates, str) else templates
     if canonical:
         templates = [canonicalize(template, "{}") for template in templates]
         class_names = [canonicalize(name, ",") for name in class_names]

@@ -87,6 +87,12 @@ def test_a_name_matches_at_most_one_class_and_never_by_position(classes, names):
     assert all(found[c] == c for c in classes if c in names)
 
 
+def test_a_name_that_matches_two_classes_matches_none():
+    assert match_classes(["tench", "Tinca tinca"], ["tench, Tinca tinca"]) == {}
+    assert match_classes(["a_b", "a b"], ["a b", "a_b"]) == {"a_b": "a_b", "a b": "a b"}
+    assert match_classes(["Ab", "aB", "c"], ["AB", "ab", "C"]) == {"c": "C"}
+
+
 @quick
 @given(st.lists(st.sampled_from(list(COLORS)), min_size=1, max_size=4, unique=True))
 def test_other_counts_list_both_sides(names):

@@ -57,16 +57,18 @@ def names_of(source, given, task):
 
 def match_classes(names, among):
     """Returns `{name: the class in `among` of that name}` for the names that match exactly one class."""
-    if [_spaced(name) for name in names] == [_spaced(name) for name in among]:
+    if list(names) == list(among):
         return dict(zip(names, among, strict=True))
     found = {}
     for forms in (_exact, _space_form, _bare_form, _synonyms):
-        ours = _by_form([name for name in names if name not in found], forms)
         taken = set(found.values())
+        ours = _by_form([name for name in names if name not in found], forms)
         theirs = _by_form([name for name in among if name not in taken], forms)
-        for form, group in ours.items():
-            if len(group) == 1 and len(theirs.get(form, ())) == 1:
-                found.setdefault(group[0], theirs[form][0])
+        pairs = {
+            (group[0], theirs[form][0]) for form, group in ours.items() if len(group) == len(theirs.get(form, ())) == 1
+        }
+        counts = Counter(name for pair in pairs for name in (("ours", pair[0]), ("theirs", pair[1])))
+        found |= {name: other for name, other in pairs if counts["ours", name] == counts["theirs", other] == 1}
     return found
 
 

@@ -15,8 +15,8 @@ CMC is trained together with masked modelling of images, of texts and of both. N
 Everything that the published summaries leave open is a field of `Options` whose default is an assumption. Further
 assumptions: a learned vector replaces a masked word; means are taken after the projector; keys come from the batch
 alone, without a queue; the running statistics of BatchNorm come only from the passes of F(I) and F(T), which evaluation
-uses. The teacher has no running statistics; its BatchNorm uses those of the batch, or the student's running statistics if
-the head is frozen.
+uses. The teacher has no running statistics; its BatchNorm uses those of the batch, or the student's running statistics
+if the head is frozen.
 """
 
 import dataclasses

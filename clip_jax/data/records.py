@@ -74,13 +74,8 @@ _TEXT_NAMES += ("name", "description")
 _LABEL_NAMES = ("label", "class_id", "class", "category", "target")
 _CAPTION_KEYS = ("caption", "raw")  # of the objects that COCO's annotations hold instead of a text
 _NO_TEXT = "caption is not text"
-_CANONICAL = {
-    "image",
-    "texts",
-    "label",
-    "source_id",
-    "caption_error",
-}  # set by this package; a data set's own fields are dropped
+# Set by this package; a data set's own fields are dropped.
+_CANONICAL = {"image", "texts", "label", "source_id", "caption_error"}
 MAX_LABEL = 2**31  # labels of a batch are int32
 _PEEKED = 16  # records whose fields are looked at when a source is made
 

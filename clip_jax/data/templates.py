@@ -69,7 +69,7 @@ def rewrites_of(record, fields, strict=True):
             texts, is_text = read_texts([item])
             if strict and not is_text:
                 raise BadRecord("rewrite is not text")
-            found += texts if texts or value is None else [""]
+            found += texts if texts or not isinstance(value, list) else [""]
     return found
 
 

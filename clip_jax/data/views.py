@@ -419,6 +419,6 @@ def make_example(record, example_id, views, tokenizer, rng=None):
     example = {view.name: view(record, rng, tokenizer) for view in views}
     example["example_id"] = np.int32(example_id)
     for key in ("label", "source_id", "text_pair"):
-        if key in record:
+        if record.get(key) is not None:
             example[key] = np.int32(record[key])
     return example

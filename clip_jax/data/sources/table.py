@@ -135,7 +135,8 @@ class _Labels:
 
     def __init__(self, path, field):
         self._where, self._field = f"{path}: label column {field!r}", field
-        self._numbers, self._texts, self._names = set(), set(), {}
+        self._numbers, self._texts = set(), set()
+        self._names = {}  # of the numbers, from the column of class names
 
     def add(self, row, start):
         """Adds the label of a row, a dict; `start` is the row's first byte in the table."""

@@ -1,11 +1,16 @@
 """Helpers for tests of models and methods: small towers, a batch, and train steps on any mesh."""
 
+import functools
 import re
 
 import jax
 import numpy as np
+from conftest import REPO
+from helpers import TINY
 
 from clip_jax import config
+from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.methods import interface
 from clip_jax.models.towers import image_tower, text_tower
 from clip_jax.runtime import sharding
 from clip_jax.training.step import make_init, make_step
@@ -13,6 +18,16 @@ from clip_jax.training.step import make_init, make_step
 TOWERS = {"image": image_tower, "text": text_tower}
 BERT = dict(kind="bert", context=8, positions=10, vocab_size=64, eot_id=63, width=32, depth=2, heads=2, mlp_dim=64)
 EFFICIENTNET = dict(kind="efficientnet", size=32, stages=((8, 2, 3, 1, 1), (16, 2, 5, 2, 4)), proj=False)
+#: Overrides of tiny towers by method, where `helpers.TINY` does not fit.
+ONE_TOWER = [o for o in TINY if not o.startswith("model.text")]
+SMALL = {
+    "align": [o for o in TINY if not o.startswith("model.") or o.startswith("model.embed_dim")],
+    "clippo": [o for o in ONE_TOWER if "image.size" not in o] + ["model.image.size=32", "model.image.patch=16"],
+    "declip": [*TINY, "declip.head_width=8", "declip.predictor_width=8", "declip.queue_size=32"],
+    "oner": [*ONE_TOWER, "oner.head_width=8"],
+    "pyramidclip": [*TINY, "model.image.depth=2"],
+    "raclip": [*TINY, "raclip.heads=2", "raclip.k=4", "raclip.bank_size=8", "raclip.encoder_config=pixels"],
+}
 #: A batch for `helpers.tiny_config`.
 BATCH = {
     "image": np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8),
@@ -89,3 +104,15 @@ def run_steps(c, method, sizes, steps=5, devices=None, batch=BATCH):
             state, metrics = step(state, batch)
             history.append(jax.device_get(metrics))
     return history, state
+
+
+@functools.cache
+def tiny_method(name, *overrides, dtype="float32"):
+    """`(config, method, params, extra, tokenizer)` of the smoke configuration of a method, with tiny towers."""
+    values = [*SMALL.get(name, TINY), f"model.dtype={dtype}", *overrides]
+    c = config.load(str(REPO / "configs" / f"{name}.py:smoke"), values)
+    tokenizer = make_tokenizer(c.tokenizer)
+    c = interface.resolve(c, tokenizer)
+    method = interface.make_method(c)
+    batch = {key: np.zeros(spec.shape, spec.dtype) for key, spec in method.batch_spec(4).items()}
+    return c, method, *jax.jit(method.init)(jax.random.key(0), batch), tokenizer

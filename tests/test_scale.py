@@ -1,30 +1,17 @@
 """`Method.scale` is the factor of the similarities in a method's loss, and `Model.classify` uses it."""
 
-import functools
 import math
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import REPO
-from helpers import TINY
+from model_helpers import tiny_method
 
-from clip_jax import config, plugins
-from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax import plugins
 from clip_jax.inference import Model
-from clip_jax.methods import interface
 from clip_jax.runtime import sharding
 
-ONE_TOWER = [o for o in TINY if not o.startswith("model.text")]
-SMALL = {
-    "align": [o for o in TINY if not o.startswith("model.") or o.startswith("model.embed_dim")],
-    "clippo": [o for o in ONE_TOWER if "image.size" not in o] + ["model.image.size=32", "model.image.patch=16"],
-    "declip": [*TINY, "declip.head_width=8", "declip.predictor_width=8", "declip.queue_size=32"],
-    "oner": [*ONE_TOWER, "oner.head_width=8"],
-    "pyramidclip": [*TINY, "model.image.depth=2"],
-    "raclip": [*TINY, "raclip.heads=2", "raclip.k=4", "raclip.bank_size=8", "raclip.encoder_config=pixels"],
-}
 LEARNED = {"logit_scale": 1.5}
 #: (method, overrides, values of scalar parameters, the scale of the loss with them).
 CASES = [
@@ -50,26 +37,13 @@ CASES = [
 NAMES = ["a cat", "a dog", "a house"]
 
 
-@functools.cache
-def setup(name, *overrides):
-    """`(config, method, params, extra, tokenizer)` of a method with tiny towers, on one device."""
-    c = config.load(
-        str(REPO / "configs" / f"{name}.py:smoke"), [*SMALL.get(name, TINY), "model.dtype=float32", *overrides]
-    )
-    tokenizer = make_tokenizer(c.tokenizer)
-    c = interface.resolve(c, tokenizer)
-    method = interface.make_method(c)
-    batch = {key: np.zeros(spec.shape, spec.dtype) for key, spec in method.batch_spec(4).items()}
-    return c, method, *jax.jit(method.init)(jax.random.key(0), batch), tokenizer
-
-
 def test_every_method_has_a_case():
     assert {name for name, *_ in CASES} == set(plugins.names("clip_jax.methods", "make"))
 
 
 @pytest.mark.parametrize("name, overrides, scalars, expected", CASES)
 def test_scale_is_that_of_the_loss(name, overrides, scalars, expected):
-    c, method, params, extra, tokenizer = setup(name, *overrides)
+    c, method, params, extra, tokenizer = tiny_method(name, *overrides)
     assert scalars.keys() <= params.keys()
     params = params | {key: np.float32(value) for key, value in scalars.items()}
     scale = method.scale(params)
@@ -90,7 +64,7 @@ def test_scale_is_that_of_the_loss(name, overrides, scalars, expected):
 
 @pytest.mark.parametrize("name, overrides, scalars", [case[:3] for case in CASES])
 def test_classify_uses_the_scale(name, overrides, scalars):
-    c, method, params, extra, tokenizer = setup(name, *overrides)
+    c, method, params, extra, tokenizer = tiny_method(name, *overrides)
     params = params | {key: np.float32(value) for key, value in scalars.items()}
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     model = Model(c, method, params, extra, tokenizer, mesh)
@@ -108,5 +82,5 @@ def test_the_released_temperatures():
         ("zerovl", ("zerovl.temperature=0.02",), 50),
         ("oner", ("oner.temperature=0.1",), 10),
     ):
-        _, method, params, _, _ = setup(name, *overrides)
+        _, method, params, _, _ = tiny_method(name, *overrides)
         np.testing.assert_allclose(method.scale(params), expected, rtol=1e-6)

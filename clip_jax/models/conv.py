@@ -24,7 +24,7 @@ def _native(stride, padding, x, kernel):
 
 
 def _native_transposed(stride, padding, x, kernel, gradient):
-    """Returns the gradients of `x`, computed in its dtype, and of `kernel`, accumulated and returned in the kernel's."""
+    """Returns the gradients of `x`, in its dtype, and of `kernel`, accumulated in the kernel's dtype."""
     convolution = functools.partial(_native, stride, padding)
     d_x = jax.vjp(lambda x: convolution(x, kernel), x)[1](gradient)[0]
     # At its default precision an accelerator multiplies float32 numbers as fast as bfloat16 ones.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from clip_jax.models.common import BatchNorm, drop, shard_batch
 from clip_jax.models.conv import Conv
-from clip_jax.models.layers import Dense
+from clip_jax.models.layers import Dense, multiply
 from clip_jax.models.transformer import project, rematerialized
 
 #: Stages of B0 as (channels, blocks, kernel, stride, expansion). The coefficients scale channels and blocks.
@@ -92,7 +92,7 @@ class MBConv(nn.Module):
         if self.squeeze:
             squeezed = Dense(max(1, width // 4), dtype=self.dtype, kernel_init=INIT, name="se_reduce")(y.mean((1, 2)))
             excited = Dense(y.shape[-1], dtype=self.dtype, kernel_init=INIT, name="se_expand")(self.act(squeezed))
-            y = y * nn.sigmoid(excited)[:, None, None]
+            y = multiply(y, nn.sigmoid(excited)[:, None, None])
         y = norm(conv(y, self.features, 1, 1, self.padding, self.dtype, "project_conv"), "project_bn")
         if self.stride == 1 and width == self.features:
             y = x + drop(y, drop_rate, keys if train and self.drop_rate else None, index, whole=True)

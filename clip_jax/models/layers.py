@@ -1,10 +1,10 @@
-"""Linear layers and tables with float32 parameters, outputs in another dtype, and gradients that are summed in float32.
+"""Linear layers and tables with float32 parameters, low-precision outputs, and gradients that are summed in float32.
 
-The gradient of a parameter is a sum over examples, tokens and devices. A sum of equal bfloat16 numbers, which have 8 bits
-of mantissa, stops growing after 256 terms. So a parameter that is broadcast or gathered stays float32 until the result
-is cast: then the cotangent is float32 before it is summed. A matrix product accumulates the gradient of its kernel in
-float32. The gradient leaves the product in the dtype of the kernel, and this is the dtype of the all-reduce over devices:
-float32, or what the train step casts kernels to (`optim.grad_dtype`).
+The gradient of a parameter is a sum over examples, tokens and devices. A sum of equal bfloat16 numbers, which have 8
+bits of mantissa, stops growing after 256 terms. So a parameter that is broadcast or gathered stays float32 until the
+result is cast: then the cotangent is float32 before it is summed. A matrix product accumulates the gradient of its
+kernel in float32. The gradient leaves the product in the dtype of the kernel, and this is the dtype of the all-reduce
+over devices: float32, or what the train step casts kernels to (`optim.grad_dtype`).
 """
 
 import functools
@@ -20,6 +20,11 @@ from jax import lax
 def add(x, parameter):
     """Returns `x + parameter` in the dtype of `x`; the float32 parameter is broadcast to the shape of `x`."""
     return (x.astype(jnp.float32) + parameter).astype(x.dtype)
+
+
+def multiply(x, factor):
+    """Returns `x * factor` in the dtype of `x`; the factor of any dtype is broadcast to the shape of `x`."""
+    return (x.astype(jnp.float32) * factor.astype(jnp.float32)).astype(x.dtype)
 
 
 def replace(x, where, parameter):

@@ -302,6 +302,20 @@ def test_array_record_with_a_malformed_record(tmp_path):
         source[1]
 
 
+def test_array_record_with_several_labels_of_one_image(tmp_path, caplog):
+    rows = [{"image": jpeg(), "text": "a", "label": label} for label in ([1, 2], 3)]
+    write_array_record(tmp_path / "x.array_record", rows)
+    assert "label" not in make_source(str(tmp_path / "x.array_record"))[1]
+    assert "field 'label' holds several labels of one image; they are not read" in caplog.text
+    with pytest.raises(UserError, match="label field 'label' holds lists; several labels of one image are not support"):
+        make_source(str(tmp_path / "x.array_record"), label="label")
+    write_array_record(tmp_path / "y.array_record", rows[::-1])
+    source = make_source(str(tmp_path / "y.array_record"))
+    assert source[0]["label"] == 3
+    with pytest.raises(BadRecord, match="several labels of one image"):
+        source[1]
+
+
 @pytest.mark.parametrize("content", [b"", b"not an array record" * 100])
 def test_array_record_that_is_none(tmp_path, content):
     (tmp_path / "x.array_record").write_bytes(content)
@@ -392,6 +406,7 @@ def test_bad_rows_are_bad_records(tmp_path):
     [
         ("a.csv", b"", "no column for the image path; name it with image=..., columns: none"),
         ("a.csv", b"foo,caption\n1,2\n", "no column for the image path.*columns: foo, caption"),
+        ("a.csv", b'foo,"two\nlines \xff"\n', r"columns: foo, two lines \?$"),
         ("a.csv", b"path,caption\n", "no rows"),
         ("a.jsonl", b"\n", "no column for the image path"),
         (

@@ -16,7 +16,7 @@ from clip_jax.data.loader import Loader, iterate_once
 from clip_jax.data.records import BadRecord, read_label, read_texts
 from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.data.tokenizers import make_tokenizer
-from clip_jax.data.views import ImageView, RewritesView, TextView
+from clip_jax.data.views import ImageView, RewritesView, TextView, make_example
 from clip_jax.errors import UserError
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -288,3 +288,16 @@ def test_classes_whose_names_are_numbers(tmp_path):
     for name in ("0", "1", "00012"):
         write(tmp_path / name / "1.png")
     assert make_source(str(tmp_path)).class_names == ["0", "00012", "1"]
+
+
+def test_templates_follow_the_rule():
+    view = TextView(templates=("{name}: {tags}", "{name}"))
+    assert view.caption({"name": "cat", "tags": ["a", None, math.nan, 3]}, None) == "cat: a, 3"
+    assert view.caption({"name": "cat", "tags": math.nan}, None) == "cat"
+    for name, reason in ((None, "empty caption"), (True, "caption is not text"), ({"en": "x"}, "caption is not text")):
+        with pytest.raises(BadRecord, match=reason):
+            view.caption({"name": name, "tags": ["a"]}, None)
+
+
+def test_a_label_of_none_from_any_source():
+    assert "label" not in make_example({"texts": ["x"], "label": None}, 0, (TextView(context=8),), Bytes())

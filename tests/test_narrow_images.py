@@ -42,7 +42,7 @@ def largest(monkeypatch):
         is_copied = (right - left, left) == (size[0], 0) and size[0] == image.width
         pixels.append(size[0] * size[1])
         pixels.append(0 if is_copied or resample == Image.Resampling.NEAREST else size[0] * int(bottom - top))
-        assert max(pixels[-2:]) <= max(ROOM * SIDE ** 2, image.width * image.height), (image.size, size, box)
+        assert max(pixels[-2:]) <= max(ROOM * SIDE**2, image.width * image.height), (image.size, size, box)
         return resize(image, size, resample, box, reducing_gap)
 
     monkeypatch.setattr(Image.Image, "resize", recorded)

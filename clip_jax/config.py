@@ -61,7 +61,7 @@ def _data():
     c.workers = 0  # processes per host that prepare examples; 0: threads of the main process
     c.threads = 2  # threads in each of these processes
     c.prefetch = 2  # batches ready ahead
-    c.cache_mb = 512  # at most this many MB of small decoded images stay in memory, in each process
+    c.cache_mb = 512  # at most this many MiB of small decoded images stay in memory, in each process
     c.max_bad_share = 0.1  # the run stops when a larger share of the records is unusable
     return c
 

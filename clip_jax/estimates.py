@@ -1,4 +1,4 @@
-"""Time and memory of a training step on a machine that is not at hand, and the lines that report them.
+"""Time and memory of a training step on an absent machine, and the lines that report them.
 
 The estimates divide the cost of a step by the makers' peak figures (`clip_jax.runtime.hardware`). They are not
 measurements.

@@ -3,8 +3,7 @@
 `config.init_from_params` holds regular expressions on parameter paths, which choose the parameters that are taken. Each
 must match a parameter, and each matching parameter must be in the source with the same shape. Layers are called
 `block_0`, `block_1`, ... in these paths, also with `model.scan`. Running statistics (BatchNorm) come with the
-parameters of the
-same path.
+parameters of the same path.
 """
 
 import dataclasses

@@ -113,7 +113,7 @@ def lookup(source, texts, where):
 def table(query, hits):
     """Yields the lines of a query's results on the terminal."""
     yield ""
-    yield f"{query.label}"
+    yield query.label
     for rank, hit in enumerate(hits, 1):
         cells = [f"#{hit['record']}" if "record" in hit else "", " ".join(hit["text"].split()), hit.get("path", "")]
         yield f"{rank:>4}  {hit['score']:6.3f}  " + "  ".join(cell for cell in cells if cell)
@@ -181,7 +181,7 @@ def read_lines(path):
 def search(args, log=print):
     """Does the work of the command for its parsed arguments; returns `[(Query, hits)]`. Raises UserError."""
     if not args.text and not args.image:
-        raise UserError("nothing is asked: give --text or --image")
+        raise UserError("no query: give --text or --image")
     if args.k < 1:
         raise UserError(f"--k={args.k}: must be at least 1")
     if args.texts and args.find != "texts":

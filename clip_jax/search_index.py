@@ -13,6 +13,7 @@ import tempfile
 
 import numpy as np
 
+from clip_jax.data.files import cache_folder
 from clip_jax.data.records import BadRecord, fingerprint, records
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError
@@ -232,8 +233,7 @@ def _places(spec):
     """Returns the folders where embeddings of a data set may be kept, the best one first."""
     path = pathlib.Path(parse(spec)[0].base)
     folder = next((p for p in (path, *path.parents) if p.is_dir()), None)
-    cache = os.environ.get("CLIP_JAX_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "clip_jax"))
-    return ([folder / _FOLDER] if len(path.parts) > 1 and folder else []) + [pathlib.Path(cache) / "search"]
+    return ([folder / _FOLDER] if len(path.parts) > 1 and folder else []) + [pathlib.Path(cache_folder()) / "search"]
 
 
 def _read_index(folder):

@@ -39,6 +39,7 @@ def rooms():
     """The table of docs/architecture.md: `{room: rooms that it may import}`."""
     text = (REPO / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| `([\w/]+)` \|[^|]*\| ([^|]*) \|$", text, re.MULTILINE)
+    assert len(rows) == len(dict(rows)), "a room stands twice in the table"
     return {room: set(re.findall(r"`([\w/]+)`", allowed)) for room, allowed in rows}
 
 

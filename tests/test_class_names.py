@@ -117,7 +117,7 @@ def test_names_that_do_not_match_need_pairs(tmp_path):
     with pytest.raises(UserError, match="several names for 'c2'"):
         top1(folders, f"{tmp_path}/pairs.txt")
     (tmp_path / "pairs.txt").write_text("c2\tnavy\nlime\n")
-    with pytest.raises(UserError, match="'lime' is no pair"):
+    with pytest.raises(UserError, match="'lime' has no tab"):
         top1(folders, f"{tmp_path}/pairs.txt")
     with pytest.raises(UserError, match="without a name: 'c1'"):
         top1(folders, {"c2": "navy"})

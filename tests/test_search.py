@@ -246,7 +246,7 @@ def test_the_files_are_written_before_anything_is_printed(workdir, photos, tmp_p
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "nothing is asked: give --text or --image"),
+        ([], "no query: give --text or --image"),
         (["--text=a", "--k=0"], "--k=0: must be at least 1"),
         (["--text=a", "--texts=x"], "--texts needs --find=texts"),
         (

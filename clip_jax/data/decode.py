@@ -180,7 +180,7 @@ def _orientation(image):
 def _to_rgb(image):
     try:
         if (orientation := _orientation(image)) != 1:
-            # Not by ImageOps.exif_transpose: it also writes the EXIF data anew, which fails for much of what is found.
+            # Not by ImageOps.exif_transpose: it also writes the EXIF data anew, which fails for many real files.
             image = image.transpose(_UPRIGHT[orientation])
         if image.mode.startswith("I") or image.mode == "F":
             image = _to_8bit(image)

@@ -83,3 +83,8 @@ def read_json(text):
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError):  # RecursionError: brackets nested too deep
         return text
+
+
+def cache_folder():
+    """Returns the folder of files that can be made again: CLIP_JAX_CACHE, or ~/.cache/clip_jax."""
+    return os.environ.get("CLIP_JAX_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "clip_jax"))

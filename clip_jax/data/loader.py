@@ -22,8 +22,6 @@ from clip_jax.data.records import BadRecord, listed
 from clip_jax.data.views import ImageView, RenderView, TextView, make_example
 from clip_jax.errors import UserError, did_you_mean
 
-Batch = dict[str, np.ndarray]
-
 _PROBED = 256  # records: tried before a source counts as unusable, counted before its share of bad records is judged
 _MAX_BAD_RUN = 2048  # bad records in a row
 _RESERVED = {"example_id", "label", "source_id", "text_pair", "mask"}
@@ -52,7 +50,7 @@ class Loader:
         all hosts (debiased sampling).
       workers: int, number of worker processes. A script that uses them needs the `if __name__ == "__main__":` guard.
       threads: int, threads in each process; None for one where small images are kept in memory or processes do the
-        work, else one per core.
+        work, else one per core, at most 8.
       prefetch: int, batches that each process keeps ready.
       max_bad_share: float in [0, 1], the largest share of unusable records, judged after 256 records.
       cache_bytes: int, memory in each process for decoded images of at most 256 x 256 pixels; they are kept if the
@@ -154,7 +152,7 @@ def iterate_once(source, views, tokenizer, batch_size, host=0, hosts=1, *, threa
       batch_size: int, rows of the global batch; a multiple of `hosts`.
       host: int, the index of this host.
       hosts: int, the number of hosts.
-      threads: int, threads that read; None for one per core.
+      threads: int, threads that read; None for one per core, at most 8.
       skipped: `Counter` that counts unusable records by reason, or None.
 
     Yields:

@@ -262,7 +262,7 @@ def read_texts(value):
 def with_texts(record, values):
     """Returns a record whose `texts` are read from the values of its caption fields by `read_texts`.
 
-    When no text is left because a value is not text, `caption_error` says so.
+    When no text is left because a value is not text, `caption_error` holds the reason.
     """
     read = [read_texts(value) for value in values]
     texts = [text for some, _ in read for text in some]

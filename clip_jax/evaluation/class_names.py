@@ -1,6 +1,6 @@
 """Class names given by a user, matched with the classes that a source names.
 
-Nothing follows from the position of a name where the source names its classes. A name matches a class when both are
+If the source names its classes, given names are matched by name, never by position. A name matches a class when both are
 equal, else when they differ in case, "_", "-" and spaces only, else in punctuation only, else when one of them is among
 the other's comma-separated synonyms ("tench, Tinca tinca"). Each match must be the only one of its kind. WordNet ids of
 ImageNet's 1,000 classes match the names of `class_names.json`.
@@ -83,7 +83,7 @@ def _own_names(source, task):
     ids = imagenet_names() if all(re.fullmatch(r"n\d{8}", name) for name in source.class_names) else {}
     if unknown := [name for name in source.class_names if ids and name not in ids]:
         raise UserError(
-            f"{task}: the classes of {source.name} are WordNet ids without a name here: {listed(unknown)}; give "
+            f"{task}: the classes of {source.name} include WordNet ids outside of ImageNet's 1,000 classes: {listed(unknown)}; give "
             "class_names as pairs of class and name"
         )
     return [ids.get(name, name).replace("_", " ") for name in source.class_names]
@@ -101,7 +101,9 @@ def _pairs(given):
         return None
     if not all(tabs):
         line = lines[tabs.index(False)]
-        raise UserError(f"class_names={given!r}: the line {line!r} is no pair class<TAB>name, others are")
+        raise UserError(
+            f"class_names={given!r}: the line {line!r} has no tab, but other lines are pairs class<TAB>name"
+        )
     pairs = [[part.strip() for part in line.split("\t", 1)] for line in lines]
     if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
         raise UserError(f"class_names={given!r}: several names for {listed(repeated)}")

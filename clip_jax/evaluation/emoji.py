@@ -42,7 +42,7 @@ _MEANINGS = {
     ("seen", "seen"): "The model was trained on these images: the number shows what it memorised, not what it learnt.",
     ("seen", "unseen"): "Known things in a new drawing style. Vendors draw much alike, so nearest pixels do well, too.",
     ("unseen", "seen"): "Things that never occurred in training, drawn in known styles.",
-    ("unseen", "unseen"): "Neither the thing nor the drawing style occurred in training: the number that says most.",
+    ("unseen", "unseen"): "Neither the thing nor the drawing style occurred in training: the most informative number.",
 }
 _NOTES = """<ul class="notes">
 <li><b>Top-1</b>: the share of images whose right name is the most similar of all the names. <b>Top-5</b>: it is among

@@ -162,8 +162,7 @@ def sources(options):
 
 
 def metric_names(options):
-    """Returns the names of the metrics that a run with these options computes; "*" stands for the parts of
-    the source."""
+    """Returns the names of the metrics; "*" stands for the parts of the source."""
     keys = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
     is_scenes = all(part.base == "scenes" for part in parse(options["source"]))
     for test in ("relations", "attributes", "images", "images_attributes"):

@@ -77,7 +77,7 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
 
 
 def is_image_tower(config):
-    """Is it the configuration of an image tower alone? It has no method and embeds no texts."""
+    """Returns whether a configuration has only an image tower, and hence no method."""
     return not config.method
 
 

@@ -4,7 +4,7 @@
 
 `--model` is anything that `clip_jax.load` takes. `--pretrained` selects the checkpoint: latest (the default), best or a
 step. All other arguments are CLIP_benchmark's. Only this command needs PyTorch and `pip install clip_benchmark`. JAX
-computes the embeddings on its own devices; images and texts are prepared as the checkpoint says.
+computes the embeddings on its own devices; images and texts are prepared as the checkpoint specifies.
 """
 
 import sys

@@ -16,7 +16,7 @@ The paper leaves some points open. This command assumes:
     near duplicate    at most 7 bits of the 128-bit hashes of the image and a test image differ. A bit compares two
                       adjacent grey values of the image at 9 x 9 pixels.
     frequent n-grams  n-grams of equal frequency are all among the most frequent, or none of them is.
-    unsafe image      a record field says so, which an external classifier has filled.
+    unsafe image      a record field, written by an external classifier, marks it as unsafe.
 """
 
 import collections
@@ -294,9 +294,12 @@ def run(source, out, rules=ALIGN, exclude=()):
 
 def _is_image(record):
     try:
-        return not isinstance(record, BadRecord) and decode.load(decode.open_image(record.get("image"))) is not None
+        if not isinstance(record, BadRecord):
+            decode.load(decode.open_image(record.get("image")))
+            return True
     except BadRecord:
-        return False
+        pass
+    return False
 
 
 def _report(source, rules, exclude, counts, tally, seconds):

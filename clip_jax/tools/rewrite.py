@@ -155,7 +155,7 @@ def rewrite(
 
 
 def words_of(record, fields):
-    """Returns the distinct words in some fields of a record that begin with a letter; a field is a text or a list."""
+    """Returns the distinct values of some fields that begin with a letter; each item of a list is one value."""
     texts = [one_line(text) for text in rewrites_of(record, fields, strict=False)]
     return list(dict.fromkeys(text for text in texts if text[:1].isalpha()))
 

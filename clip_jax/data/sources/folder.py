@@ -20,8 +20,9 @@ class FolderSource(BaseSource):
     and the resource forks of macOS are left out. An image in a format that Pillow reads only with a plugin is counted
     in `broken` when the plugin is missing.
 
-    The shards of `img2dataset --output_format files` are no classes: sub-folders with names of five or more digits
-    alone, which hold .txt or .json files beside their images, or images whose names continue the folder's number.
+    If every sub-folder is a shard of `img2dataset --output_format files`, the images have no label. A shard has a name
+    of at least five digits and holds .txt or .json files next to its images, or images whose names start with its
+    number.
 
     Raises UserError for a folder without images and for one that cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Scenes: two to four emoji images on one canvas, with known boxes and a caption that says how they are placed.
+"""Scenes: two to four emoji images on one canvas, with known boxes and a caption that describes their positions.
 
     scenes                                              64 x 64 pixels, 20,000 records in a split
     scenes?objects=2-3&size=96&records=50000            number of objects, side in pixels, records in a split

@@ -39,7 +39,7 @@ class TableSource(BaseSource):
         super().__init__(os.fspath(path), image, text, label)
         self._path, self._folder = os.fspath(path), os.path.dirname(os.path.abspath(path))
         self._files = FileReader()
-        self._is_json = self._path.endswith("l")
+        self._is_json = self._path.endswith(".jsonl")
         self._dialect = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if self._path.endswith(".tsv") else {}
         rows = self._scan()
         if self._is_json:

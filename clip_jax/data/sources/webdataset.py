@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from clip_jax.data.files import IMAGE_EXTENSIONS, PLUGIN_EXTENSIONS, FileReader, is_hidden
+from clip_jax.data.files import IMAGE_EXTENSIONS, PLUGIN_EXTENSIONS, FileReader, cache_folder, is_hidden
 from clip_jax.data.records import BadRecord, BaseSource, plain
 from clip_jax.errors import UserError
 
@@ -142,8 +142,7 @@ def _index_shard(shard):
     """Returns the `_Index` of a shard; scans it when no valid index file exists."""
     status = os.stat(shard)
     cached = hashlib.sha256(os.fsencode(os.path.abspath(shard))).hexdigest()[:32]
-    folder = os.environ.get("CLIP_JAX_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "clip_jax"))
-    places = (shard + ".index", os.path.join(folder, "webdataset", cached + ".index"))
+    places = (shard + ".index", os.path.join(cache_folder(), "webdataset", cached + ".index"))
     stamp = [_VERSION, status.st_size, status.st_mtime_ns]
     for place in places:
         try:

@@ -4,6 +4,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+from clip_jax.data.files import cache_folder
+
 # TFDS and Grain expect one record per group, so random access decompresses one record only. Brotli has a built-in
 # dictionary, which compresses even a few hundred bytes of text.
 _OPTIONS = "group_size:1,brotli:11"
@@ -91,7 +93,7 @@ def command(doc, build, out):
     parser.add_argument(
         "--cache",
         type=Path,
-        default=Path("~/.cache/clip_jax").expanduser(),
+        default=Path(cache_folder()),
         help="folder of the downloaded packages (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=out, help="folder to write or replace (default: %(default)s)")

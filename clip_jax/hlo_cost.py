@@ -1,7 +1,7 @@
 """The cost of a compiled program on one device: FLOPs of matrix products, memory traffic and collectives.
 
-The figures come from the optimized HLO text, so they describe the compiled program. A loop counts as often as it runs; the
-compiler's own `cost_analysis` counts its body once. `clip_jax.program.jaxpr_flops` counts a program as written.
+The figures come from the optimized HLO text, so they describe the compiled program. A loop counts as often as it runs;
+the compiler's own `cost_analysis` counts its body once. `clip_jax.program.jaxpr_flops` counts a program as written.
 """
 
 import dataclasses

@@ -155,7 +155,7 @@ def test_imagenet_ids_and_synonyms():
         UserError, match="1000 names are given .* for 2 classes .* without class_names these WordNet ids"
     ):
         names_of(subset, "imagenet", "z")
-    with pytest.raises(UserError, match="WordNet ids without a name here: 'n00000001'"):
+    with pytest.raises(UserError, match="WordNet ids outside of ImageNet's 1,000 classes: 'n00000001'"):
         names_of(MemorySource([{}], class_names=["n00000001", "n01440764"]), None, "z")
     synonyms = ["tench, Tinca tinca", "great white shark, white shark"]
     assert names_of(MemorySource([{}], class_names=synonyms), ["white shark", "tench"], "z") == ["tench", "white shark"]

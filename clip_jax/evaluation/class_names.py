@@ -1,9 +1,9 @@
 """Class names given by a user, matched with the classes that a source names.
 
-If the source names its classes, given names are matched by name, never by position. A name matches a class when both are
-equal, else when they differ in case, "_", "-" and spaces only, else in punctuation only, else when one of them is among
-the other's comma-separated synonyms ("tench, Tinca tinca"). Each match must be the only one of its kind. WordNet ids of
-ImageNet's 1,000 classes match the names of `class_names.json`.
+If the source names its classes, given names are matched by name, never by position. A name matches a class when both
+are equal, else when they differ in case, "_", "-" and spaces only, else in punctuation only, else when one of them is
+among the other's comma-separated synonyms ("tench, Tinca tinca"). Each match must be the only one of its kind. WordNet
+ids of ImageNet's 1,000 classes match the names of `class_names.json`.
 """
 
 import functools
@@ -83,8 +83,8 @@ def _own_names(source, task):
     ids = imagenet_names() if all(re.fullmatch(r"n\d{8}", name) for name in source.class_names) else {}
     if unknown := [name for name in source.class_names if ids and name not in ids]:
         raise UserError(
-            f"{task}: the classes of {source.name} include WordNet ids outside of ImageNet's 1,000 classes: {listed(unknown)}; give "
-            "class_names as pairs of class and name"
+            f"{task}: the classes of {source.name} include WordNet ids outside of ImageNet's 1,000 classes: "
+            f"{listed(unknown)}; give class_names as pairs of class and name"
         )
     return [ids.get(name, name).replace("_", " ") for name in source.class_names]
 

@@ -13,8 +13,8 @@ and v1, v2:
     mlm         BERT's masked language modelling (Devlin et al. 2019) of the caption, in the pass that embeds it
 
 The default weights are those of the released code, with 0.4 on the mean of all four pairs. configs/declip.py has the
-paper's, taken from secondary descriptions. SLIP (Mu et al. 2022) adds the term simclr, DeFILIP (Cui et al. 2022) the term
-filip.
+paper's, taken from secondary descriptions. SLIP (Mu et al. 2022) adds the term simclr, DeFILIP (Cui et al. 2022) the
+term filip.
 
 Deviations from the released code:
   - BatchNorm uses the statistics of the global batch, and in a ResNet those of both views together.

@@ -18,8 +18,8 @@ from clip_jax.models.two_tower import TwoTower
 class Method:
     """A pretraining method as pure functions.
 
-    In the signatures below, `batch` is a dict of arrays `[B, ...]` with one entry per view and `example_id`, int32 `[B]`.
-    It also has `label`, `source_id` and `text_pair`, int32 `[B]`, where the data has them.
+    In the signatures below, `batch` is a dict of arrays `[B, ...]` with one entry per view and `example_id`, int32
+    `[B]`. It also has `label`, `source_id` and `text_pair`, int32 `[B]`, where the data has them.
 
     Attributes:
       views: the views that training reads of each example (`clip_jax.data.views`).

@@ -11,8 +11,8 @@ images:
     image to text: the mean over j of CE(s u V_j^T): each text competes with text j of the other images
     text to image: CE(s v u^T) of one drawn text v of each image, or the mean over all j
 
-The code of LaCLIP-MT is not released; this follows what secondary descriptions say of the paper. Unlike the plain form, which
-draws from the texts that exist, LaCLIP-MT has M + 1 texts of every image. The caption replaces a missing rewrite.
+The code of LaCLIP-MT is not released; this follows what secondary descriptions say of the paper. Unlike the plain form,
+which draws from the texts that exist, LaCLIP-MT has M + 1 texts of every image. The caption replaces a missing rewrite.
 """
 
 import dataclasses

@@ -11,9 +11,9 @@ InfoNCE in both directions with softened targets, which leave a share a to the w
            + lam (soft(G, A) + soft(R, S)) / 2 + mu (soft(L, A) + soft(R, T)) / 2
 
 The towers are the released ones (`clip_jax/models/pyramid.py`; the text tower pools by the maximum over all positions,
-`model.text.pool`). The loss was never released. It follows what secondary descriptions say of the paper, normalised so that
-the targets sum to 1. Assumptions: softened targets in all six terms; boxes x1, y1, x2, y2 as shares of the image. An
-image without regions or tags is left out of their terms, also as a negative. Evaluation embeds the global crop of an
+`model.text.pool`). The loss was never released. It follows what secondary descriptions say of the paper, normalised so
+that the targets sum to 1. Assumptions: softened targets in all six terms; boxes x1, y1, x2, y2 as shares of the image.
+An image without regions or tags is left out of their terms, also as a negative. Evaluation embeds the global crop of an
 image.
 """
 

@@ -139,7 +139,7 @@ def one_line(error):
 
 
 def end(status, line, stacks=False):
-    """Prints a line and ends this process and its workers at once. It does not wait for other processes, because they may never answer."""
+    """Prints a line and ends this process and its workers at once, as other processes may never answer."""
     print(line, file=sys.stderr, flush=True)
     if stacks:
         faulthandler.dump_traceback(sys.stderr)

@@ -17,7 +17,7 @@ _WILD = re.compile(r"\{split\}|\{\d+\.\.\d+\}|\*+|\?|\[[^\]]+\]")
 
 
 def list_splits(spec):
-    """Returns the names of the splits that all parts of a source string have, a list; None when a user's module lacks `SPLITS`.
+    """Returns the splits that all parts of a source string have, a list; None when a user's module lacks `SPLITS`.
 
     A prepared TFDS data set names its splits. Where a path holds "{split}", the splits are what it stands for in the
     names of existing files. The splits of a folder are its sub-folders with the usual names of splits (train, val, test

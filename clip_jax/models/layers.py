@@ -65,8 +65,14 @@ def _backward(axes, residuals, gradient):
     x, kernel = residuals
     batch, features = tuple(range(x.ndim - axes)), tuple(range(x.ndim - axes, gradient.ndim))
     d_x = lax.dot_general(gradient, kernel.astype(x.dtype), ((features, tuple(range(axes, kernel.ndim))), ((), ())))
-    d_kernel = lax.dot_general(x, gradient, ((batch, batch), ((), ())), preferred_element_type=kernel.dtype)
-    return d_x, d_kernel
+
+    def d_kernel(x, gradient):
+        return lax.dot_general(x, gradient, ((batch, batch), ((), ())), preferred_element_type=kernel.dtype)
+
+    def d_kernel_on_cpu(x, gradient):  # XLA's CPU backend refuses some products of bfloat16 that give float32
+        return d_kernel(x.astype(kernel.dtype), gradient.astype(kernel.dtype))
+
+    return d_x, lax.platform_dependent(x, gradient, cpu=d_kernel_on_cpu, default=d_kernel)
 
 
 _cast_and_dot.defvjp(_forward, _backward)

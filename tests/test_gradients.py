@@ -25,7 +25,7 @@ SCATTERS = {"declip": {"scatter"}, "oner": {"scatter"}}
 #: Gradients that are zero in theory: the softmax does not change with a bias of the keys.
 ZERO = r"/key/bias$"
 #: Sums of terms that nearly cancel, such as the signs of absolute errors.
-CANCELLING = r"/se_reduce/bias$|^mim/bias$"
+CANCELLING = r"/se_reduce/bias$|^mim/"
 EXAMPLES = 1024
 
 

@@ -35,7 +35,7 @@ class Loader:
     int32 `label`, `source_id` and `text_pair` where the records have them. `label` is -1 and `text_pair` 0 for a record
     without them.
 
-    A record that cannot be used is replaced by the next usable one in a fixed order, and counted in `skipped`.
+    An unusable record is replaced by the next usable one in a fixed order, and counted in `skipped`.
 
     Args:
       source: a `clip_jax.data.records.Source`.
@@ -157,7 +157,7 @@ def iterate_once(source, views, tokenizer, batch_size, host=0, hosts=1, *, threa
 
     Yields:
       Batches as `Loader` does, `[batch_size / hosts, ...]`, with a bool `mask`. It is False for rows of padding (zeros,
-      example_id -1): after the last record, and instead of records that cannot be used.
+      example_id -1): after the last record, and instead of unusable records.
 
     Raises UserError as `Loader` does, and for a view with a random operation.
     """

@@ -9,7 +9,7 @@ A record is a dict that describes one example:
     caption_error   str, why a record whose caption field is filled has no caption; else absent
 
 All other fields of a data set keep their own names. Text that is not UTF-8 carries surrogate escapes, which the text
-view rejects. A record that cannot be read raises `BadRecord`. Neither ends a run.
+view rejects. An unreadable record raises `BadRecord`. Neither ends a run.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ Record = dict[str, Any]
 
 
 class BadRecord(Exception):
-    """Raised for a record that cannot be used.
+    """Raised for an unusable record.
 
     `args[0]` is the reason: a short category such as "corrupt image", under which the record is counted.
     """
@@ -277,7 +277,7 @@ _CHUNK = 4096  # records that threads read ahead
 def records(source, first=0):
     """Yields `(index, record)` in order, from index `first` on; threads read ahead.
 
-    A record that cannot be read is yielded as its `BadRecord`.
+    An unreadable record is yielded as its `BadRecord`.
     """
 
     def read(index):

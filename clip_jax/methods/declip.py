@@ -296,9 +296,7 @@ class DeCLIP:
         return extra
 
     def constrain(self, params):
-        return params | {
-            name: jnp.clip(x, *self.options.logit_scale_clamp) for name, x in params.items() if name == "logit_scale"
-        }
+        return params | {"logit_scale": jnp.clip(params["logit_scale"], *self.options.logit_scale_clamp)}
 
 
 def nt_xent(views, temperature):

@@ -170,11 +170,7 @@ def is_first():
 
 def on_first(log):
     """Returns `log` on the first host; on the others, a function that ignores its line."""
-    return log if is_first() else _ignore
-
-
-def _ignore(_):
-    pass
+    return log if is_first() else lambda line: None
 
 
 def log(line):

@@ -13,7 +13,7 @@ A captioner is one of
                             the distinct captions, or the distinct texts of one field.
 
 OUT has one line for each record. Its field `synthetic` is a text or, with --top=K, a list of K texts, best first. An
-image that cannot be read gets an empty text and is counted. An interrupted run resumes with the same command.
+unreadable image gets an empty text and is counted. An interrupted run resumes with the same command.
 
 Train with the column by --config.data="SOURCE?columns=OUT".
 """
@@ -145,7 +145,7 @@ def make_captioner(spec, bank, top=1, own=None, prompt=""):
       top, own: see `Retrieval`.
       prompt: see `Transformers`.
 
-    Raises UserError for an unknown captioner or one that cannot be loaded.
+    Raises UserError for an unknown captioner and when loading fails.
     """
     kind, _, name = spec.partition(":")
     if kind == "transformers" and name:

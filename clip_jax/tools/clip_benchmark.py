@@ -12,7 +12,6 @@ import sys
 import numpy as np
 
 from clip_jax import inference
-from clip_jax.data.views import TextView
 from clip_jax.errors import UserError
 from clip_jax.methods.interface import Method
 from clip_jax.runtime import command
@@ -80,11 +79,10 @@ def load_clip_jax(model_name, pretrained="latest", cache_dir=None, device="cpu")
         raise UserError(
             f"method={model.config.method!r}: CLIP_benchmark compares by dot products, this method does not"
         )
-    context = next(view.context for view in model.method.views if isinstance(view, TextView))
     return (
         TorchModel(model),
         Transform(model.image_view),
-        lambda texts: torch.from_numpy(model.tokenizer(texts, context)),
+        lambda texts: torch.from_numpy(model.token_ids(texts)),
     )
 
 

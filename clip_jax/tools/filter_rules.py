@@ -58,7 +58,7 @@ ALIGN = Rules()
 #: `{rule: (its threshold, what it removes)}`. The rules before `shared_text` judge a record and its image. The others,
 #: except `no_text`, judge each text.
 RULES = {
-    "unreadable": (None, "record or image that cannot be read"),
+    "unreadable": (None, "unreadable record or image"),
     "unsafe": ("unsafe", "image marked as unsafe"),
     "small": ("min_side", "image whose shorter side has at most this many pixels"),
     "elongated": ("max_aspect", "image whose longer side is at least this many times its shorter side"),

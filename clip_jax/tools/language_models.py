@@ -82,7 +82,7 @@ def make_language_model(spec, sampling=Sampling(), timeout=60.0):
       sampling: how texts are sampled.
       timeout: seconds to wait for an HTTP answer.
 
-    Raises UserError for an unknown kind, and for a transformers model that cannot be loaded.
+    Raises UserError for an unknown kind, and when a transformers model fails to load.
     """
     if spec == "offline":
         return offline

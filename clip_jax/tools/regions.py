@@ -11,7 +11,7 @@ OUT is a folder with two fields:
     regions    float16 [COUNT, features]
     boxes      float32 [COUNT, 4]
 
-Rows of zeros fill both where an image has fewer regions. An image that cannot be read, or that has a box entirely
+Rows of zeros fill both where an image has fewer regions. An unreadable image, or one that has a box entirely
 outside of it, has no regions and is counted.
 """
 

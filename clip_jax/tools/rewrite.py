@@ -70,7 +70,7 @@ def read_demonstrations(path=""):
     Returns:
       `{family: {"pairs": [[source, target], ...]}}` or `{family: {"sets": [captions of one image, ...]}}`.
 
-    Raises UserError for a file that cannot be read or has fewer than three demonstrations of a family.
+    Raises UserError for an unreadable file and for one with fewer than three demonstrations of a family.
     """
     file = Path(path) if path else DEMONSTRATIONS
     try:

@@ -52,7 +52,7 @@ class TextWriter:
     Attributes:
       done: int, the number of records that are written.
 
-    Raises UserError for another file name, a file that cannot be written, and a file that was made of another source
+    Raises UserError for another file name, an unwritable file, and a file that was made of another source
     or with another `about`.
     """
 
@@ -80,7 +80,7 @@ class TextWriter:
             self._write(header)
 
     def write(self, record, values):
-        """Writes `values`, the fields of the next record; `record` is None for one that cannot be read."""
+        """Writes `values`, the fields of the next record; `record` is None for an unreadable one."""
         self._write({"of": _hash_texts(record) if record else None, **values})
         self.done += 1
 

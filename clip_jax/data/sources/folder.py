@@ -24,7 +24,7 @@ class FolderSource(BaseSource):
     of at least five digits and holds .txt or .json files next to its images, or images whose names start with its
     number.
 
-    Raises UserError for a folder without images and for one that cannot be read.
+    Raises UserError for an unreadable folder and for one without images.
     """
 
     def __init__(self, folder):

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from clip_jax.errors import UserError, did_you_mean, unknown
 
 OPTIMIZERS = ("adamw", "lamb", "adafactor", "sgd")
-SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
+SCHEDULES = ("cosine", "linear", "rsqrt", "constant", "onecycle")
 DTYPES = ("float32", "bfloat16", "float16")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "plain")
@@ -93,9 +93,15 @@ def _optim():
     c = ConfigDict()
     c.name = "adamw"  # adamw | lamb | adafactor | sgd
     c.lr = 5e-4  # peak learning rate
-    c.schedule = "cosine"  # after the warm-up: cosine | linear | rsqrt | constant
+    c.schedule = "cosine"  # cosine | linear | rsqrt | constant | onecycle (clip_jax/training/schedules.py)
+    c.lr_end = 0.0  # share of the peak at which cosine and linear end
+    c.lr_hold_steps = 0  # cosine, linear and rsqrt change only every so many steps, such as an epoch's; 0: every step
+    c.timescale = 0  # rsqrt: lr / sqrt(1 + steps since the warm-up / timescale); 0: the steps of the warm-up
+    c.cooldown_steps = 0  # in the last steps the learning rate falls linearly to 0
     c.warmup_steps = 2000  # steps of linear warm-up
+    c.warmup_from = -1.0  # learning rate of the first step of the warm-up; -1: lr / warmup_steps
     c.b1 = 0.9  # also the momentum of sgd and adafactor
+    c.b1_cycle = ()  # (0.95, 0.85): b1 of adamw moves from the first value to the second and back, as in OneCycleLR
     c.b2 = 0.98  # decay of the second moment
     c.eps = 1e-6  # added to the denominator of adamw and lamb
     c.weight_decay = 0.2  # decoupled; multiplied by the learning rate
@@ -103,6 +109,11 @@ def _optim():
     c.no_decay = ("/bias$", "/scale$", "^logit_", "/cls$", "/pos$")
     c.lr_mult = ()  # ((regular expression, factor), ...): the first match of a parameter's path counts; 0 freezes
     c.freeze = ()  # regular expressions; matching parameters are not trained and cost no optimizer state
+    # LAMB's trust ratio. False: parameters that are not decayed keep the ratio 1, as in TensorFlow Addons.
+    c.lamb_adapt_all = False
+    c.lamb_max_norm = 0.0  # upper limit of a parameter's norm in the ratio, 10 in pytorch-lamb; 0: none
+    c.lamb_bias_correction = True  # of the moments; pytorch-lamb has none
+    c.lamb_fuse_qkv = False  # one ratio for query, key and value together, as PyTorch's fused parameter has
     c.grad_clip_norm = 0.0  # global norm of the gradients; 0: off
     c.ema_decay = 0.0  # moving average of the weights; 0: off
     # Dtype in which gradients of kernels are summed over devices: float32 | bfloat16, with half the traffic.
@@ -322,8 +333,12 @@ def validate(config):
     for key, allowed in (choices | {"model.attention": ATTENTIONS, "data.sampling": SAMPLINGS}).items():
         if _get(config, key) not in allowed:
             raise unknown(key, _get(config, key), allowed)
-    if config.optim.warmup_steps > config.train.steps:
-        raise UserError(f"optim.warmup_steps={config.optim.warmup_steps} is more than train.steps={config.train.steps}")
+    for field in ("warmup_steps", "cooldown_steps"):
+        if config.optim[field] > config.train.steps:
+            raise UserError(f"optim.{field}={config.optim[field]} is more than train.steps={config.train.steps}")
+    cycle = config.optim.b1_cycle
+    if cycle and not (len(cycle) == 2 and all(isinstance(x, float) and 0 <= x < 1 for x in cycle)):
+        raise UserError(f"optim.b1_cycle={cycle}: give two numbers, at least 0 and below 1, or ()")
     if (config.init_from_params or config.init_from_resize) and not config.init_from:
         raise UserError("init_from_params and init_from_resize need init_from")
     if config.eval.ema and not config.optim.ema_decay:
@@ -344,8 +359,9 @@ def _check_ranges(config):
     lowest = {
         1: "micro_batches data.batch_size data.threads data.prefetch train.steps train.log_steps train.max_bad_steps"
         " checkpoint.keep eval.batch_size",
-        0: "train.stall_minutes checkpoint.steps checkpoint.minutes eval.steps optim.lr optim.warmup_steps"
-        " optim.weight_decay optim.grad_clip_norm optim.eps data.workers data.cache_mb",
+        0: "train.stall_minutes checkpoint.steps checkpoint.minutes eval.steps optim.lr optim.warmup_steps optim.lr_end"
+        " optim.lr_hold_steps optim.timescale optim.cooldown_steps optim.lamb_max_norm optim.weight_decay"
+        " optim.grad_clip_norm optim.eps data.workers data.cache_mb",
     }
     for low, key in ((low, key) for low, keys in lowest.items() for key in keys.split()):
         value = _get(config, key)

@@ -234,3 +234,26 @@ def test_cross_entropy_takes_soft_targets():
     logits, targets = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[0.2, 0.3, 0.5]])
     expected = -(targets * (logits - jax.scipy.special.logsumexp(logits))).sum()
     np.testing.assert_allclose(cross_entropy(logits, targets), [expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [50, 50.0, np.float64(50), np.array([50.0], np.float32), jnp.float32(50)], ids=str)
+def test_any_scale_has_gradients(scale):
+    """A number has the value and the gradients of an array, in every loss."""
+    u, v = unit(0, 6, 4), unit(1, 6, 4)
+    mask = jnp.ones((6, 2), bool)
+    losses = [
+        lambda u, s: infonce(u, v, s),
+        lambda u, s: contrastive.contrast(u, v, s),
+        lambda u, s: contrastive.views_infonce([u], [v], s),
+        lambda u, s: contrastive.sigmoid(u, v, s, -1),
+        lambda u, s: contrastive.filip(u.reshape(6, 2, 2), v.reshape(6, 2, 2), mask, s),
+    ]
+    for outputs in losses:
+
+        def loss_fn(u, scale, outputs=outputs):
+            return jnp.mean(jax.tree.leaves(outputs(u, scale))[0])
+
+        value, grad = jax.value_and_grad(loss_fn)(u, scale)
+        wanted, wanted_grad = jax.value_and_grad(loss_fn)(u, jnp.float32(50))
+        np.testing.assert_allclose(jnp.squeeze(value), wanted, rtol=1e-6)
+        np.testing.assert_allclose(grad, wanted_grad, rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ from conftest import golden_files
 from clip_jax import config
 from clip_jax.errors import UserError
 from clip_jax.training import optimizers
+from clip_jax.training.schedules import make_momentum_schedule, make_schedule
 
 PARAMS = {
     "img": {"proj": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}},
@@ -167,6 +168,176 @@ def test_wrong_patterns(changes, message):
 def test_schedules(schedule, values):
     o = optim()
     o.update(dict(schedule=schedule, warmup_steps=10, lr=1.0))
-    rate = optimizers.make_schedule(o, 110)
+    rate = make_schedule(o, 110)
     for step, value in values.items():
         np.testing.assert_allclose(rate(step), value, atol=1e-6)
+
+
+def lamb(**changes):
+    return optim(name="lamb", b1=0.9, b2=0.999, eps=1e-6, **changes)
+
+
+def lamb_by_hand(o, w, g, steps, decayed, adapted, max_norm=np.inf, corrects=True):
+    """LAMB of one tensor in float64: TensorFlow Addons' rule, or pytorch-lamb's."""
+    w, m, v = np.asarray(w, np.float64), 0.0, 0.0
+    for t in range(1, steps + 1):
+        m, v = o.b1 * m + (1 - o.b1) * g, o.b2 * v + (1 - o.b2) * g * g
+        first, second = (m / (1 - o.b1**t), v / (1 - o.b2**t)) if corrects else (m, v)
+        u = first / (np.sqrt(second) + o.eps) + o.weight_decay * decayed * w
+        w_norm, u_norm = min(np.sqrt((w**2).sum()), max_norm), np.sqrt((u**2).sum())
+        w = w - o.lr * (w_norm / u_norm if adapted and w_norm > 0 and u_norm > 0 else 1.0) * u
+    return w
+
+
+def test_lamb_is_tensorflow_addons_rule():
+    o = lamb(weight_decay=0.05, no_decay=("/bias$",))
+    params, _ = after(o, steps=4)
+    for leaf, decayed in (("kernel", True), ("bias", False)):
+        g = np.asarray(GRADS["img"]["proj"][leaf], np.float64)
+        wanted = lamb_by_hand(o, PARAMS["img"]["proj"][leaf], g, 4, decayed, adapted=decayed)
+        np.testing.assert_allclose(params["img"]["proj"][leaf], wanted, rtol=1e-5)
+
+
+def test_lamb_is_pytorch_lambs_rule():
+    o = lamb(weight_decay=0.05, no_decay=("/bias$",), lamb_adapt_all=True, lamb_max_norm=2.0)
+    o.lamb_bias_correction = False
+    params, _ = after(o, steps=4)
+    for leaf, decayed in (("kernel", True), ("bias", False)):
+        g = np.asarray(GRADS["img"]["proj"][leaf], np.float64)
+        wanted = lamb_by_hand(o, PARAMS["img"]["proj"][leaf], g, 4, decayed, True, max_norm=2.0, corrects=False)
+        np.testing.assert_allclose(params["img"]["proj"][leaf], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stack", [False, True])
+def test_lamb_fuses_query_key_and_value(stack):
+    parts = {
+        name: {"kernel": jnp.full((3, 3), value)} for name, value in (("query", 1.0), ("key", 2.0), ("value", 3.0))
+    }
+    grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(9.0).reshape(3, 3)) * x, parts)
+    fused, fused_grads = ({"qkv": jnp.concatenate([t[k]["kernel"] for k in parts], 1)} for t in (parts, grads))
+
+    def wrap(tree):
+        tree = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), tree) if stack else tree
+        return {"block" if stack else "block_0": {"attn": tree}}
+
+    def step(params, grads, **changes):
+        tx = optimizers.make_optimizer(lamb(no_decay=(), **changes), 10, wrap(params))
+        return next(iter(tx.update(wrap(grads), tx.init(wrap(params)), wrap(params))[0].values()))["attn"]
+
+    found, wanted = step(parts, grads, lamb_fuse_qkv=True), step(fused, fused_grads)
+    joined = jnp.concatenate([found[k]["kernel"] for k in parts], -1)
+    np.testing.assert_allclose(joined, wanted["qkv"], rtol=1e-5)
+
+
+def test_lamb_moves_a_bias_of_a_norm_that_is_not_decayed():
+    """After 1,000 constant gradients at a rate of 1e-3 a bias that starts at 0 is near -1, as with Adam."""
+    params = {"img": {"stem_bn": {"bias": jnp.zeros(4)}}}
+    o = lamb(no_decay=("_bn/",))
+    o.lr = 1e-3
+    tx = optimizers.make_optimizer(o, 1000, params)
+
+    def body(_, carry):
+        params, state = carry
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, _ = jax.lax.fori_loop(0, 1000, body, (params, tx.init(params)))
+    np.testing.assert_allclose(params["img"]["stem_bn"]["bias"], -1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("path", golden_files("optim_lamb_timm_*.npz"))
+def test_lamb_golden_of_timm(path):
+    """timm's rule is ours with every tensor adapted; without a decay it is Adam. Its averaging options are not ours."""
+    g = np.load(path)
+    if g["trust_clip"] or not g["grad_averaging"]:
+        pytest.skip("options that no recipe uses")
+    o = optim(name="lamb" if g["weight_decay"] else "adamw", no_decay=(), lamb_adapt_all=True)
+    for field, name in (
+        ("b1", "beta1"),
+        ("b2", "beta2"),
+        ("eps", "eps"),
+        ("weight_decay", "weight_decay"),
+        ("lr", "lr"),
+    ):
+        o[field] = float(g[name])
+    o.grad_clip_norm = float(g["max_grad_norm"])
+    params = {key.removeprefix("init_"): jnp.asarray(g[key]) for key in g.files if key.startswith("init_")}
+    tx = optimizers.make_optimizer(o, 100, params)
+    state = tx.init(params)
+    for step in range(len(g["grads_kernel"])):
+        updates, state = tx.update({name: g[f"grads_{name}"][step] for name in params}, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, value in params.items():
+            np.testing.assert_allclose(value, g[f"param_{name}"][step], rtol=2e-4, atol=2e-5)
+
+
+def rate_of(steps, **changes):
+    o = optim()
+    o.update(changes)
+    return jax.vmap(make_schedule(o, steps))(np.arange(steps))
+
+
+def test_schedule_of_big_vision():
+    """CLIPPO's: rsqrt with a time scale, warm-up from 0, cool-down."""
+    found = rate_of(
+        1000, schedule="rsqrt", lr=1e-3, warmup_steps=100, warmup_from=0.0, timescale=50, cooldown_steps=200
+    )
+    step = np.arange(1000)
+    wanted = 1e-3 / np.sqrt(1 + np.maximum(step - 100, 0) / 50)
+    wanted *= np.minimum(1, step / 100) * np.minimum(1, (1000 - step) / 200)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_schedule_of_declip():
+    """Its iterations count from 1, its warm-up of 50 reaches the peak in iteration 50, its cosine has one step more."""
+    found = rate_of(1000, schedule="cosine", lr=1e-3, warmup_from=1e-4, warmup_steps=49)
+    iteration = np.arange(1, 1001)
+    warm = 1e-4 + (1e-3 - 1e-4) / 49 * (iteration - 1)
+    cosine = 1e-3 * (1 + np.cos(np.pi * (iteration - 50) / (1001 - 50))) / 2
+    np.testing.assert_allclose(found, np.where(iteration < 50, warm, cosine), rtol=1e-5, atol=1e-9)
+
+
+def test_schedule_of_slip_and_laclip():
+    """`numpy.linspace` to the peak, which two steps have, then a cosine to the last rate."""
+    found = rate_of(1000, schedule="cosine", lr=1e-3, warmup_from=1e-6, warmup_steps=99, lr_end=1e-2)
+    cosine = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + np.cos(np.pi * np.arange(900) / 900))
+    wanted = np.concatenate([np.linspace(1e-6, 1e-3, 100), cosine])
+    np.testing.assert_allclose(found, wanted, atol=2e-3 * 1e-3)
+
+
+def test_schedule_of_otter():
+    """`CosineAnnealingLR` by epochs: the rate stays for the steps of an epoch."""
+    found = rate_of(100, schedule="cosine", lr=3e-3, lr_hold_steps=10)
+    wanted = 3e-3 * 0.5 * (1 + np.cos(np.pi * np.repeat(np.arange(10), 10) / 10))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_schedule_and_momentum_of_alip():
+    """`OneCycleLR(max_lr=1e-3, total_steps=200, pct_start=0.1)`: values of PyTorch's formula."""
+    o = optim()
+    o.update(dict(schedule="onecycle", lr=1e-3, warmup_steps=20, b1_cycle=(0.95, 0.85)))
+    rate, momentum = make_schedule(o, 200), make_momentum_schedule(o, 200)
+
+    def between(start, end, share):
+        return end + (start - end) / 2 * (1 + np.cos(np.pi * share))
+
+    for step in (0, 7, 19, 100, 199):
+        first, share = step <= 19, step / 19 if step <= 19 else (step - 19) / (199 - 19)
+        wanted = between(4e-5, 1e-3, share) if first else between(1e-3, 4e-9, share)
+        np.testing.assert_allclose(rate(step), wanted, rtol=1e-4, atol=1e-9)
+        wanted = between(0.95, 0.85, share) if first else between(0.85, 0.95, share)
+        np.testing.assert_allclose(momentum(step), wanted, rtol=1e-5)
+
+
+def test_adam_with_a_cycle_of_b1_is_its_formula():
+    o = optim(b1_cycle=(0.95, 0.85), b2=0.98, eps=1e-6, weight_decay=0.0)
+    o.warmup_steps = 2
+    momentum = make_momentum_schedule(o, 100)
+    params, _ = after(o)
+    g, w, m, v = np.asarray(GRADS["img"]["proj"]["kernel"]), np.ones((4, 3)), 0, 0
+    rate = make_schedule(o, 100)
+    for t in (1, 2, 3):
+        b1 = float(momentum(t - 1))
+        m, v = b1 * m + (1 - b1) * g, 0.98 * v + 0.02 * g * g
+        w = w - float(rate(t - 1)) * (m / (1 - b1**t) / (np.sqrt(v / (1 - 0.98**t)) + 1e-6))
+    np.testing.assert_allclose(params["img"]["proj"]["kernel"], w, rtol=1e-5)

@@ -12,7 +12,8 @@ from model_helpers import BATCH, run_steps
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
 from clip_jax.runtime import sharding
-from clip_jax.training.step import make_init, make_step
+from clip_jax.training.schedules import make_schedule
+from clip_jax.training.step import make_gradients, make_init, make_step
 
 
 def setup(*overrides):
@@ -113,6 +114,11 @@ def test_a_non_finite_update_is_skipped_and_counted():
     assert metrics["bad_steps"] == 2
     after, metrics = step(after, BATCH)
     assert metrics["bad_steps"] == 0 and np.isfinite(metrics["loss"])
+    # The rate that is logged is applied: the number of steps drives it, and not that of updates.
+    assert metrics["lr"] == make_schedule(c.optim, c.train.steps)(2)
+    grads = make_gradients(method, 1)(state.params, state.extra, BATCH, jax.random.key(0), lambda p: p)[-1]
+    moved, rate = after.params["logit_scale"] - state.params["logit_scale"], float(metrics["lr"])
+    assert float(grads["logit_scale"]) and abs(abs(float(moved)) / rate - 1) < 1e-2, "Adam's first update has size lr"
 
 
 def temporary_bytes(*overrides):

@@ -198,6 +198,11 @@ def _accuracies(positive, negatives):
     }
 
 
+def token_similarities(subscripts, *tokens):
+    """Returns an `einsum` of tokens in float32, at the precision of `similarities`."""
+    return jnp.einsum(subscripts, *tokens, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
 def similarities(a, b):
     """Returns the dot products of all rows of `a[m, E]` and `b[n, E]`, float32 `[m, n]`."""
     # A scale of 100 would make the error of bfloat16 passes visible.
@@ -246,16 +251,13 @@ def _sigmoid_tile(params, rows, cols, i, j):
 def _late_interaction(rows, cols):
     """Returns the similarities of images to texts and of texts to images, each `[t, u]`."""
     (image_tokens, image_keys), (text, text_keys) = rows, cols
-    similarity = _token_similarities(image_tokens, text[0])
-    to_keys = similarity if text_keys is None else _token_similarities(image_tokens, text_keys[0])
+    pairs = "ipd,jld->ijpl"  # images, patches; texts, words
+    similarity = token_similarities(pairs, image_tokens, text[0])
+    to_keys = similarity if text_keys is None else token_similarities(pairs, image_tokens, text_keys[0])
     image_scores = jnp.where((text_keys or text)[1][None, :, None], to_keys, EXCLUDED).max(3).mean(2)
-    to_keys = similarity if image_keys is None else _token_similarities(image_keys, text[0])
+    to_keys = similarity if image_keys is None else token_similarities(pairs, image_keys, text[0])
     text_scores = jnp.sum(to_keys.max(2), axis=2, where=text[1][None]) / text[1].sum(1)
     return image_scores, text_scores
-
-
-def _token_similarities(image_tokens, text_tokens):
-    return jnp.einsum("ipd,jld->ijpl", image_tokens, text_tokens, preferred_element_type=jnp.float32)
 
 
 def _filip_tile(scale, rows, cols, i, j):

@@ -65,12 +65,12 @@ def pairwise(tile_fn, params, rows, cols, entry_size=1):
     Args:
       tile_fn: pure function `(params, rows [t, ...], cols [u, ...], i int32 [t, 1], j int32 [1, u]) -> Tile`; i and j
         are positions in the whole matrix. It must not close over traced arrays.
-      params: pytree of float arrays that every tile needs whole, such as the scale.
+      params: pytree of numbers and arrays that every tile needs whole, such as the scale, read as float32.
       rows, cols: pytrees of arrays `[R, ...]` and `[C, ...]`. Integer arrays have no gradient.
       entry_size: numbers that `tile_fn` stores for each entry. Tiles shrink accordingly.
     """
     plan, rows, cols = _make_plan(tile_fn, rows, cols, entry_size)
-    return _pairwise(plan, params, rows, cols)
+    return _pairwise(plan, _arrays(params), rows, cols)
 
 
 def pairwise_loss(tile_fn, params, rows, cols):
@@ -87,7 +87,11 @@ def pairwise_loss(tile_fn, params, rows, cols):
         empty.
     """
     plan, rows, cols = _make_plan(tile_fn, rows, cols)
-    return _pairwise_loss(plan, params, rows, cols)
+    return _pairwise_loss(plan, _arrays(params), rows, cols)
+
+
+def _arrays(params):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
 
 def tile_side(entry_size=1):

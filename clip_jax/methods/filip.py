@@ -31,7 +31,7 @@ from jax import lax
 
 from clip_jax.errors import UserError
 from clip_jax.losses import pairwise
-from clip_jax.losses.contrastive import filip
+from clip_jax.losses.contrastive import filip, token_similarities
 from clip_jax.methods import clip
 from clip_jax.methods.interface import read_options
 from clip_jax.models.common import l2_normalize
@@ -161,7 +161,7 @@ def late_interaction(queries, candidates):
     side = pairwise.tile_side(queries.shape[1] * candidates.shape[1])
 
     def score(query, candidate):
-        similarity = jnp.einsum("pd,ld->pl", query, candidate, precision=lax.Precision.HIGHEST)
+        similarity = token_similarities("pd,ld->pl", query, candidate)
         best, real = jnp.where(candidate.any(-1), similarity, pairwise.EXCLUDED).max(1), query.any(-1)
         return jnp.sum(best, where=real) / jnp.maximum(real.sum(), 1)
 
@@ -176,9 +176,7 @@ def select_keys(options, image_tokens, text_tokens, real):
     fixed = lax.stop_gradient((image_tokens, text_tokens))
     p, n = image_tokens.shape[1], text_tokens.shape[1]
     if options.token_select == "repo16":
-        similarity = jnp.where(
-            real[:, None], jnp.einsum("bpd,bld->bpl", *fixed, preferred_element_type=jnp.float32), 0.0
-        )
+        similarity = jnp.where(real[:, None], token_similarities("bpd,bld->bpl", *fixed), 0.0)
         of_patches, of_words = similarity.sum(2), similarity.sum(1)
         counts = min(REPO_TOKENS, p), min(REPO_TOKENS, n), REPO_TOKENS
     else:
@@ -198,7 +196,7 @@ def best_in_group(image_tokens, text_tokens, real, size):
     images, texts, real = (x.reshape(-1, size, *x.shape[1:]) for x in (image_tokens, text_tokens, real))
 
     def add(of_words, one_of_each):
-        similarity = jnp.einsum("gpd,gjld->gjpl", one_of_each, texts, preferred_element_type=jnp.float32)
+        similarity = token_similarities("gpd,gjld->gjpl", one_of_each, texts)
         of_patches = jnp.where(real[:, :, None], similarity, pairwise.EXCLUDED).max((1, 3))
         return jnp.maximum(of_words, similarity.max(2)), of_patches
 

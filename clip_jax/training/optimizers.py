@@ -1,8 +1,9 @@
-"""Optimizers and learning-rate schedules.
+"""Optimizers.
 
 Regular expressions on parameter paths choose what is decayed, frozen, or trained at another rate.
 """
 
+import collections
 import re
 
 import jax
@@ -12,21 +13,7 @@ import optax
 from clip_jax.errors import UserError
 from clip_jax.models.transformer import STACKED
 from clip_jax.runtime.sharding import path_name
-
-
-def make_schedule(optim, steps):
-    """Returns `step -> learning rate`: linear warm-up to `optim.lr`, then `optim.schedule` until `steps`."""
-    lr, warmup = optim.lr, optim.warmup_steps
-    rest = max(steps - warmup, 1)
-    after = {
-        "cosine": optax.cosine_decay_schedule(lr, rest),
-        "linear": optax.linear_schedule(lr, 0.0, rest),
-        "constant": optax.constant_schedule(lr),
-        # lr * sqrt(warmup / step) after the warm-up, continuous with it (Vaswani et al. 2017, section 5.3).
-        "rsqrt": lambda step: lr * jnp.sqrt(max(warmup, 1) / (step + max(warmup, 1))),
-    }[optim.schedule]
-    # The warm-up starts at lr / warmup, because a first step with a rate of 0 would be wasted.
-    return optax.join_schedules([lambda step: lr * (step + 1) / warmup, after], [warmup]) if warmup else after
+from clip_jax.training.schedules import make_momentum_schedule, make_schedule
 
 
 def _matches(patterns, params):
@@ -49,13 +36,14 @@ def _factors(optim, params):
     return jax.tree_util.tree_map_with_path(factor, params)
 
 
+def _is_masked(update):
+    """Whether a frozen parameter has this in the place of an update."""
+    return isinstance(update, optax.MaskedNode)
+
+
 def _map_updates(function, updates, *trees):
-    """Maps `function` over the updates. A frozen parameter has a MaskedNode instead of an update and keeps it."""
-
-    def is_masked(update):
-        return isinstance(update, optax.MaskedNode)
-
-    return jax.tree.map(lambda u, *x: u if is_masked(u) else function(u, *x), updates, *trees, is_leaf=is_masked)
+    """Maps `function` over the updates of all parameters that are not frozen."""
+    return jax.tree.map(lambda u, *x: u if _is_masked(u) else function(u, *x), updates, *trees, is_leaf=_is_masked)
 
 
 def _scale_by_factors(factors):
@@ -63,24 +51,89 @@ def _scale_by_factors(factors):
     return optax.stateless(lambda updates, _: _map_updates(lambda update, factor: update * factor, updates, factors))
 
 
-def _scale_by_trust_ratio(params):
-    """LAMB's trust ratio (You et al. 2020, algorithm 2). Each layer of a stack has its own."""
-    ratio, stacked = optax.scale_by_trust_ratio(), _matches((STACKED,), params)
+def _adam(optim, steps):
+    """Adam's direction (Kingma & Ba 2015), with the state of `optax.scale_by_adam`.
 
-    def scale(update, param, is_stacked):
-        def one(update, param):
-            return ratio.update(update, optax.EmptyState(), param)[0]
+    Its bias correction counts the updates that were applied, as the moments hold no others.
+    """
+    if not optim.b1_cycle and optim.lamb_bias_correction:
+        return optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
+    momentum = make_momentum_schedule(optim, steps)
 
-        return (jax.vmap(one) if is_stacked else one)(update, param)
+    def update(updates, state, params=None, *, step=None, **_):
+        count = optax.safe_increment(state.count)
+        b1 = momentum(state.count if step is None else step)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment(updates, state.nu, optim.b2, 2)
+        first, second = mu, nu
+        if optim.name != "lamb" or optim.lamb_bias_correction:
+            first, second = (optax.tree.bias_correction(m, b, count) for m, b in ((mu, b1), (nu, optim.b2)))
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + optim.eps), first, second)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
 
-    return optax.stateless(lambda updates, params: _map_updates(scale, updates, params, stacked))
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
+
+
+def _scale_by_trust_ratio(optim, params):
+    """LAMB's trust ratio, norm of the parameter over norm of its update (You et al. 2020, algorithm 2).
+
+    It is 1 where a norm is 0, and for the parameters that `lamb_adapt_all` leaves out. Each layer of a stack has its
+    own ratio.
+    """
+    stacked, left_out = _matches((STACKED,), params), _matches(() if optim.lamb_adapt_all else optim.no_decay, params)
+
+    def squares(x, is_stacked):
+        x = jnp.square(x.astype(jnp.float32))
+        return x.sum(tuple(range(1, x.ndim)), keepdims=True) if is_stacked else x.sum()
+
+    def group(path):
+        name = path_name(path)
+        return re.sub("/(query|key|value)/", "/qkv/", name) if optim.lamb_fuse_qkv else name
+
+    def update(updates, params):
+        def norms(tree):
+            sums = collections.defaultdict(list)
+            flat = jax.tree_util.tree_leaves_with_path(_map_updates(squares, tree, stacked))
+            for path, value in flat:
+                sums[group(path)].append(value.reshape(-1))
+            return {name: jnp.sqrt(sum(values)) for name, values in sums.items()}
+
+        update_norms = norms(updates)
+        param_norms = norms(_map_updates(lambda _, param: param, updates, params))
+
+        def scale(path, update, is_left_out):
+            if is_left_out or _is_masked(update):
+                return update
+            old, new = param_norms[group(path)], update_norms[group(path)]
+            if optim.lamb_max_norm:
+                old = jnp.minimum(old, optim.lamb_max_norm)
+            ratio = jnp.where((old > 0) & (new > 0), old / jnp.where(new > 0, new, 1.0), 1.0)
+            return update * ratio.reshape((-1, *(1,) * update.ndim)[: update.ndim])  # one, or one a layer
+
+        return jax.tree_util.tree_map_with_path(scale, updates, left_out, is_leaf=_is_masked)
+
+    return optax.stateless(update)
+
+
+def _scale_by_rate(schedule):
+    """Multiplies updates by the negative learning rate of `step`, an argument of `update`.
+
+    The number of steps drives the schedule, and not that of updates, which is smaller when steps were skipped. The
+    state is that of `optax.scale_by_learning_rate`; its count is used without the argument.
+    """
+
+    def update(updates, state, params=None, *, step=None, **_):
+        rate = -schedule(state.count if step is None else step)
+        return jax.tree.map(lambda u: rate * u, updates), optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update)
 
 
 def make_optimizer(optim, steps, params):
     """Returns the gradient transformation of the section `config.optim`.
 
     Its parts, in order: clipping by the global gradient norm, the optimizer's direction, decoupled weight decay, LAMB's
-    trust ratio, the factor of `lr_mult`, the learning rate.
+    trust ratio, the factor of `lr_mult`, the learning rate. `update` takes the number of the step as `step`.
 
     Args:
       optim: the section; see `clip_jax.config.base`.
@@ -103,8 +156,8 @@ def make_optimizer(optim, steps, params):
         else optax.identity()
     )
     direction = {
-        "adamw": lambda: [optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay],
-        "lamb": lambda: [optax.scale_by_adam(optim.b1, optim.b2, optim.eps), decay, _scale_by_trust_ratio(params)],
+        "adamw": lambda: [_adam(optim, steps), decay],
+        "lamb": lambda: [_adam(optim, steps), decay, _scale_by_trust_ratio(optim, params)],
         "adafactor": lambda: [scale_by_adafactor(momentum=optim.b1), decay],
         "sgd": lambda: [optax.trace(optim.b1), decay],
     }[optim.name]()
@@ -112,7 +165,7 @@ def make_optimizer(optim, steps, params):
     chain += direction
     if optim.lr_mult:
         chain.append(_scale_by_factors(_factors(optim, params)))
-    chain.append(optax.scale_by_learning_rate(make_schedule(optim, steps)))
+    chain.append(_scale_by_rate(make_schedule(optim, steps)))
     tx = optax.chain(*chain)
     is_frozen = frozen(optim, params)
     if all(jax.tree.leaves(is_frozen)):

@@ -9,6 +9,7 @@ import optax
 
 from clip_jax.models.common import mark_frozen, shard_batch, unmark_frozen
 from clip_jax.training import optimizers
+from clip_jax.training.schedules import make_schedule
 
 
 @flax.struct.dataclass
@@ -138,7 +139,7 @@ def make_step(config, method, tx):
       method: a `Method`.
       tx: its optimizer.
     """
-    schedule = optimizers.make_schedule(config.optim, config.train.steps)
+    schedule = make_schedule(config.optim, config.train.steps)
     decay = config.optim.ema_decay
     gradients = make_gradients(method, config.micro_batches)
 
@@ -161,7 +162,7 @@ def make_step(config, method, tx):
         loss, metrics, features, extra, grads = gradients(state.params, marked, batch, rng, view)
         extra = unmark_frozen(extra)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
         params = method.constrain(optax.apply_updates(state.params, updates))
 
         def average(e, p, is_frozen):
@@ -182,7 +183,7 @@ def make_step(config, method, tx):
             "loss": loss,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(new.params),
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "lr": schedule(state.step),
             "bad_steps": new.bad_steps,
         }
         return new.replace(step=state.step + 1), metrics

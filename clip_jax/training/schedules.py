@@ -22,7 +22,8 @@ def make_schedule(optim, steps):
       optim: the section; see `clip_jax.config.base`.
       steps: the number of training steps.
     """
-    lr, end, warmup = optim.lr, optim.lr_end * optim.lr, optim.warmup_steps
+    lr, warmup = optim.lr, optim.warmup_steps
+    end = optim.lr_end * lr
     timescale = optim.timescale or max(warmup, 1)
 
     def decayed(step):

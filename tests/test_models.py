@@ -16,10 +16,11 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import make_method
 from clip_jax.models.common import l2_normalize, sincos_2d
+from clip_jax.models.text import TextTransformer
 from clip_jax.models.towers import image_tower, text_tower, use_size
 from clip_jax.models.transformer import stack_layers, unstack_layers
 from clip_jax.models.two_tower import TwoTower
-from clip_jax.models.vit import drop_patches, patches
+from clip_jax.models.vit import VisionTransformer, drop_patches, patches
 from clip_jax.runtime import sharding
 from clip_jax.training.step import make_init, make_step
 
@@ -410,3 +411,78 @@ def test_towers_without_batch_norm_have_no_state():
         jax.random.key(0), {"image": jnp.zeros((1, 16, 16, 3)), "text": jnp.zeros((1, 10), jnp.int32)}
     )
     assert extra == {} and params.keys() == {"img", "txt"}
+
+
+def initial(tower, *args):
+    """The parameters of a tower, `{path: array}`."""
+    from flax import traverse_util
+
+    params = tower.init(jax.random.key(0), *args)["params"]
+    return {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+
+
+@pytest.mark.parametrize(
+    "scheme, bounds, stds",
+    [
+        # Of a fused [3D, D] matrix, sqrt(6 / 4D); of a patch as a matrix, sqrt(6 / (3 P P + D)).
+        (
+            "flip",
+            {
+                "block_0/attn/query/kernel": (6 / 512) ** 0.5,
+                "block_0/attn/out/kernel": (6 / 256) ** 0.5,
+                "block_0/mlp/fc1/kernel": (6 / 640) ** 0.5,
+                "patch/kernel": (6 / (192 + 128)) ** 0.5,
+                "proj/kernel": (6 / 224) ** 0.5,
+                "block_0/mlp/fc1/bias": 0.0,
+            },
+            {"cls": 0.02},
+        ),
+        (
+            "declip",
+            {"block_0/attn/query/bias": 0.0, "block_0/mlp/fc1/bias": 128**-0.5, "patch/kernel": 192**-0.5},
+            {
+                "block_0/attn/query/kernel": 128**-0.5,
+                "block_1/attn/out/kernel": 128**-0.5 * 4**-0.5,
+                "block_0/mlp/fc1/kernel": 256**-0.5,
+                "block_0/mlp/fc2/kernel": 128**-0.5 * 4**-0.5,
+                "pos": 0.01,
+                "cls": 128**-0.5,
+                "proj/kernel": 128**-0.5,
+            },
+        ),
+        (
+            "timm_qk_norm",
+            {f"block_0/{layer}/{x}": n**-0.5 for x in ("kernel", "bias") for layer, n in (
+                ("attn/query", 128), ("attn/out", 128), ("mlp/fc1", 128), ("mlp/fc2", 512))},
+            {"cls": 0.02, "pos": 0.02},
+        ),
+    ],
+)  # fmt: skip
+def test_initialisation_of_released_image_towers(scheme, bounds, stds):
+    posemb = "sincos2d_moco" if scheme == "flip" else "learn"
+    tower = VisionTransformer(64, 8, 128, 2, 4, 512, 96, weight_init=scheme, patch_bias=True, posemb=posemb)
+    params = initial(tower, jnp.zeros((1, 64, 64, 3)))
+    for name, bound in bounds.items():
+        largest = np.abs(params[name]).max()
+        assert bound * 0.93 <= largest <= bound * 1.0001, (name, largest, bound)
+    for name, std in stds.items():
+        np.testing.assert_allclose(params[name].std(), std, rtol=0.25 if name == "cls" else 0.05, err_msg=name)
+
+
+def test_initialisation_of_text_towers():
+    for scheme, pos, bias in (("clip_text", 0.01, 128**-0.5), ("flip", 0.02, 0.0)):
+        tower = TextTransformer(100, 64, 128, 2, 4, 512, 96, 99, weight_init=scheme)
+        params = initial(tower, jnp.zeros((1, 64), jnp.int32))
+        np.testing.assert_allclose(params["embed/embedding"].std(), 0.02, rtol=0.05)
+        np.testing.assert_allclose(params["pos"].std(), pos, rtol=0.05)
+        assert bias * 0.93 <= np.abs(params["block_0/mlp/fc1/bias"]).max() <= bias * 1.0001
+
+
+def test_sine_cosine_positions_of_moco_v3():
+    """MAE's and FLIP's `get_2d_sincos_pos_embed`: columns first, exponents k / (D / 4)."""
+    found = np.asarray(sincos_2d(2, 3, 16, includes_last=False))
+    omega = 1 / 10_000 ** (np.arange(4) / 4)
+    for y in range(2):
+        for x in range(3):
+            wanted = [np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)]
+            np.testing.assert_allclose(found[3 * y + x], np.concatenate(wanted), atol=1e-5)

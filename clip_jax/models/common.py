@@ -64,19 +64,23 @@ def torch_uniform(fan_in):
 torch_conv = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def sincos_2d(height, width, dim, temperature=10_000.0):
+def sincos_2d(height, width, dim, temperature=10_000.0, includes_last=True):
     """Returns the fixed 2-D sine-cosine position embedding of MoCo v3 (Chen et al. 2021).
+
+    Its `dim // 4` frequencies fall geometrically from 1. In MoCo v3, MAE and FLIP the next one would be
+    1 / `temperature`; in big_vision the last one is.
 
     Args:
       height, width: size of the grid of patches.
       dim: width of the embedding, divisible by 4.
-      temperature: the frequencies fall geometrically from 1 to 1 / `temperature`.
+      temperature: see above.
+      includes_last: whether the last frequency is 1 / `temperature`.
 
     Returns:
       float32 `[height * width, dim]`, row after row of the grid.
     """
     y, x = jnp.mgrid[:height, :width]
-    omega = 1.0 / temperature ** (jnp.arange(dim // 4) / (dim // 4 - 1))
+    omega = 1.0 / temperature ** (jnp.arange(dim // 4) / (dim // 4 - includes_last))
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
     return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)
 

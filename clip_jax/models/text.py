@@ -56,7 +56,7 @@ class TextTransformer(nn.Module):
     def __call__(self, ids, train=False, keys=None):
         del train, keys  # these towers have no dropout; every tower takes the same arguments
         b, n = ids.shape
-        stds = (self.width**-0.5,) * 2 if self.weight_init == "xavier" else (0.02, 0.01)
+        stds = {"xavier": (self.width**-0.5,) * 2, "flip": (0.02, 0.02)}.get(self.weight_init, (0.02, 0.01))
         embed_init, pos_init = map(nn.initializers.normal, stds)
         x = Embed(self.vocab_size, self.width, self.dtype, embed_init, name="embed")(ids)
         pos = self.param("pos", pos_init, (1, self.context, self.width))
@@ -78,4 +78,5 @@ class TextTransformer(nn.Module):
             "max_masked": lambda: jnp.max(x, axis=1, where=real[..., None], initial=-jnp.inf),
             "map": lambda: MapHead(self.heads, self.mlp_dim, self.act, self.ln_eps, self.dtype, name="map")(x, mask),
         }.get(self.pool, lambda: (x if only is not None else at(x, position))[:, 0])()
-        return project(pooled, self.embed_dim, self.proj_bias, self.dtype), x if self.tokens else None
+        pooled = project(pooled, self.embed_dim, self.proj_bias, self.dtype, self.weight_init)
+        return pooled, x if self.tokens else None

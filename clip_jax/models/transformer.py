@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from clip_jax.models.common import ACTIVATIONS, shard_batch, torch_uniform
 from clip_jax.models.layers import Dense
 
-WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert")
+WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert", "declip", "flip", "timm_qk_norm")
 
 
 @dataclass(frozen=True)
 class Init:
-    """Initialisers of the kernels and biases of a block, by layer. The biases of the attention start at 0."""
+    """Initialisers of the kernels and biases of a block, by layer."""
 
     qkv: Any
     attn_out: Any
@@ -28,6 +28,8 @@ class Init:
     fc2: Any
     mlp_bias_1: Any = nn.initializers.zeros
     mlp_bias_2: Any = nn.initializers.zeros
+    qkv_bias: Any = nn.initializers.zeros
+    attn_out_bias: Any = nn.initializers.zeros
 
 
 def block_init(scheme, width, mlp_dim, depth):
@@ -37,31 +39,32 @@ def block_init(scheme, width, mlp_dim, depth):
       scheme: one of `WEIGHT_INITS`.
         `clip_image`: OpenAI's vision transformer, which keeps PyTorch's defaults. The fused `[3D, D]` matrix of the
           attention is Xavier-uniform, the other kernels and the MLP biases are U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-        `clip_text`: OpenAI's text transformer, normal; the depth scales the outputs of the residual branches.
+        `clip_text`: OpenAI's text transformer, normal; the depth scales the outputs of the residual branches. The MLP
+          biases are PyTorch's default, as in `clip_image`.
+        `declip`: the image towers of Sense-GVT/DeCLIP, whose blocks start as those of `clip_text`.
         `xavier`: big_vision, Xavier-uniform; the MLP biases are normal with standard deviation 1e-6.
+        `flip`: facebookresearch/flip. The fused `[3D, D]` matrix and the other kernels are Xavier-uniform, biases 0.
+        `timm_qk_norm`: LaCLIP's blocks with `qk_norm`, which PyTorch initialises: all kernels and biases are
+          U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
         `bert`: truncated normal with standard deviation 0.02.
       width, mlp_dim: widths of the block and of the hidden layer of its MLP.
       depth: number of blocks.
     """
+    xavier, normal = nn.initializers.xavier_uniform(), nn.initializers.normal
+    # Xavier's bound for the fused matrix is sqrt(6 / 4D). This gives the same bound on its [D, D] slices.
+    fused_xavier = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+    wide, narrow = torch_uniform(width), torch_uniform(mlp_dim)
     if scheme == "clip_image":
-        # Xavier's bound for the fused matrix is sqrt(6 / 4D). This gives the same bound on its [D, D] slices.
-        fused_xavier = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
-        return Init(
-            fused_xavier,
-            torch_uniform(width),
-            torch_uniform(width),
-            torch_uniform(mlp_dim),
-            torch_uniform(width),
-            torch_uniform(mlp_dim),
-        )
-    if scheme == "clip_text":
-        residual = nn.initializers.normal(width**-0.5 * (2 * max(depth, 1)) ** -0.5)
-        return Init(
-            nn.initializers.normal(width**-0.5), residual, nn.initializers.normal((2 * width) ** -0.5), residual
-        )
+        return Init(fused_xavier, wide, wide, narrow, wide, narrow)
+    if scheme in ("clip_text", "declip"):
+        residual = normal(width**-0.5 * (2 * max(depth, 1)) ** -0.5)
+        return Init(normal(width**-0.5), residual, normal((2 * width) ** -0.5), residual, wide, narrow)
     if scheme == "xavier":
-        xavier, small = nn.initializers.xavier_uniform(), nn.initializers.normal(1e-6)
-        return Init(xavier, xavier, xavier, xavier, small, small)
+        return Init(xavier, xavier, xavier, xavier, normal(1e-6), normal(1e-6))
+    if scheme == "flip":
+        return Init(fused_xavier, xavier, xavier, xavier)
+    if scheme == "timm_qk_norm":
+        return Init(wide, wide, wide, narrow, wide, narrow, wide, wide)
     assert scheme == "bert", scheme
     return Init(*[nn.initializers.truncated_normal(0.02)] * 4)
 
@@ -134,7 +137,8 @@ class Attention(nn.Module):
         width = x_q.shape[-1]
 
         def project(name, x):
-            return Dense((self.heads, width // self.heads), dtype=self.dtype, kernel_init=self.inits.qkv, name=name)(x)
+            inits = dict(kernel_init=self.inits.qkv, bias_init=self.inits.qkv_bias)
+            return Dense((self.heads, width // self.heads), dtype=self.dtype, **inits, name=name)(x)
 
         q = project("query", x_q)
         k = project("key", x_kv)
@@ -145,7 +149,8 @@ class Attention(nn.Module):
                 for n, x in (("query", q), ("key", k))
             )
         x = attend(q, k, v, mask, causal, self.attention)
-        return Dense(width, axes=2, dtype=self.dtype, kernel_init=self.inits.attn_out, name="out")(x)
+        inits = dict(kernel_init=self.inits.attn_out, bias_init=self.inits.attn_out_bias)
+        return Dense(width, axes=2, dtype=self.dtype, **inits, name="out")(x)
 
 
 class Mlp(nn.Module):
@@ -342,12 +347,14 @@ class MapHead(nn.Module):
         return (x + Mlp(self.mlp_dim, self.act, init, self.dtype, name="mlp")(y))[:, 0]
 
 
-def project(pooled, embed_dim, bias, dtype):
+def project(pooled, embed_dim, bias, dtype, weight_init=""):
     """Projects `pooled[b, D]` by the linear layer `proj` of the calling tower, float32 `[b, embed_dim]`.
 
-    With `embed_dim` 0 there is no layer, and the result is `pooled` in float32.
+    With `embed_dim` 0 there is no layer, and the result is `pooled` in float32. The kernel is normal with standard
+    deviation `D ** -0.5`, and Xavier-uniform for `weight_init="flip"`.
     """
     if embed_dim:
-        init = nn.initializers.normal(pooled.shape[-1] ** -0.5)
+        normal = nn.initializers.normal(pooled.shape[-1] ** -0.5)
+        init = nn.initializers.xavier_uniform() if weight_init == "flip" else normal
         pooled = Dense(embed_dim, use_bias=bias, dtype=dtype, kernel_init=init, name="proj")(pooled)
     return pooled.astype(jnp.float32)

@@ -1,6 +1,7 @@
 """Vision transformer whose fields cover the differences between the published CLIP-like image towers."""
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from clip_jax.models.layers import Dense, add, matmul
 from clip_jax.models.transformer import Block, MapHead, apply_blocks, block_init, only_at, project
 
 POOLS = ("cls", "gap", "mean_all", "map")
-POSEMBS = ("learn", "sincos2d")
+POSEMBS = ("learn", "sincos2d", "sincos2d_moco")
 
 
 def patches(x, size, stride):
@@ -108,8 +109,9 @@ class VisionTransformer(nn.Module):
       cls_token: puts a class token before the patches. `pool="cls"` requires it.
       ln_pre: layer norm before the first block.
       patch_bias: bias of the patch embedding.
-      posemb: position embedding, `learn` (learned) or `sincos2d` (fixed, `sincos_2d`).
-      weight_init: see `block_init`. `xavier` also selects the LeCun-normal patch embedding of big_vision.
+      posemb: position embedding, `learn` (learned), or fixed: `sincos2d` (big_vision) or `sincos2d_moco` (MoCo v3, MAE,
+        FLIP), see `sincos_2d`.
+      weight_init: see `block_init` and `token_inits`.
       stem: channels of a `ConvStem`, which replaces the patch embedding.
       patch_drop: share of the patches that training drops (FLIP, patch dropout), drawn per example from `keys[b]`.
       qk_norm: layer norms on the queries and keys of each head (LaCLIP).
@@ -144,25 +146,21 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, images, train=False, keys=None):
-        x = embed_patches(
-            self,
-            images,
-            self.patch_bias,
-            nn.initializers.lecun_normal() if self.weight_init == "xavier" else torch_conv,
-        )
+        patch_init, cls_init, pos_init = token_inits(self.weight_init, self.width)
+        x = embed_patches(self, images, self.patch_bias, patch_init)
         b, rows, cols, width = x.shape
         x = x.reshape(b, rows * cols, width)
-        scale = nn.initializers.normal(width**-0.5)
         extra = int(self.cls_token)
         if self.posemb == "learn":
-            pos = self.param("pos", scale, (1, rows * cols + extra, width))
+            pos = self.param("pos", pos_init, (1, rows * cols + extra, width))
         else:
-            pos = jnp.pad(sincos_2d(rows, cols, width), ((extra, 0), (0, 0)))[None]
+            table = sincos_2d(rows, cols, width, includes_last=self.posemb == "sincos2d")
+            pos = jnp.pad(table, ((extra, 0), (0, 0)))[None]
         x = add(x, pos[:, extra:])
         if train and self.patch_drop:
             x = drop_patches(x, self.patch_drop, keys)
         if self.cls_token:
-            cls = self.param("cls", scale, (1, 1, width)) + pos[:, :1]
+            cls = self.param("cls", cls_init, (1, 1, width)) + pos[:, :1]
             x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, width)), x], axis=1)
         if self.ln_pre:
             x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")(x)
@@ -178,7 +176,24 @@ class VisionTransformer(nn.Module):
             "mean_all": lambda: x.mean(1),
             "map": lambda: MapHead(self.heads, self.mlp_dim, self.act, self.ln_eps, self.dtype, name="map")(x),
         }[self.pool]()
-        return project(pooled, self.embed_dim, self.proj_bias, self.dtype), x if self.tokens else None
+        pooled = project(pooled, self.embed_dim, self.proj_bias, self.dtype, self.weight_init)
+        return pooled, x if self.tokens else None
+
+
+def token_inits(scheme, width):
+    """Returns the initialisers of the patch embedding, the class token and the learned positions, see `block_init`.
+
+    They are PyTorch's default of a convolution and normal with standard deviation `width ** -0.5`, unless the code of
+    `scheme` has others: `xavier` LeCun-normal patches (big_vision); `declip` positions of 0.01; `flip` patches that are
+    Xavier-uniform as a matrix `[P * P * 3, width]`; `flip` and `timm_qk_norm` tokens and positions of 0.02.
+    """
+    std = 0.02 if scheme in ("flip", "timm_qk_norm") else width**-0.5
+    patch = {"xavier": nn.initializers.lecun_normal(), "flip": _patch_xavier}.get(scheme, torch_conv)
+    return patch, nn.initializers.normal(std), nn.initializers.normal(0.01 if scheme == "declip" else std)
+
+
+def _patch_xavier(key, shape, dtype=jnp.float32):
+    return nn.initializers.xavier_uniform()(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
 
 
 def drop_patches(x, drop, keys):

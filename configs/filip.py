@@ -9,12 +9,12 @@ Variants, after a colon; clip_jax/methods/filip.py documents the section filip:
   paper25 repo16
            the default with token_select, among 16 patches and 12 words
   b32_yfcc b32 l14
-           the paper's recipe, 30 epochs. ViT-B/32: 26 M pairs of YFCC100M, batch 8,192. ViT-B/32 and L/14: 340 M pairs,
-           batch 40,960 and 30,720. Each step draws a caption among the texts of a record; back-translations are further
-           texts. Give data: --config.data=/data/pairs/{00000..02599}.tar
-           Expected ImageNet zero-shot top-1: 37.8, 68.8, 77.1 % with FILIP's own prompts. Not run here. The recipe is
-           from secondary sources. Assumptions: crops of 0.2 to 1 of the area before AutoAugment; in token_select the
-           neighbours of a sample
+           the paper's recipe (docs/recipes/filip.md), 30 epochs: B/32 on 26 M pairs of YFCC100M; B/32 and L/14 on 340 M
+           pairs. Each step draws one of a record's texts; back-translations are further texts. Give data:
+           --config.data=/data/pairs/{00000..02599}.tar
+           Expected ImageNet zero-shot top-1: 37.8, 68.8, 77.1 % with FILIP's own prompts. Not run here. From secondary
+           sources. Assumptions: crops of 0.2 to 1 of the area before AutoAugment; pytorch-lamb's rule; in token_select
+           the neighbours of a sample
   b32_repo the recipe of Sense-GVT/DeCLIP on YFCC15M: configs/declip.py:b32 (32 epochs of batch 4096) with half of its
            learning rate. Give data: --config.data=/data/yfcc15m/{00000..01538}.tar
            Expected 39.5 % (CLIP, same recipe: 32.8). Not run here
@@ -42,7 +42,7 @@ def get_config(variant=""):
         c = config.sibling(__file__, "declip.py:b32")
         with c.unlocked():
             del c.declip
-        c.model.embed_dim, c.model.image.proj_bias = 256, True
+        c.model.embed_dim, c.model.image.proj_bias, c.model.image.token_norm = 256, True, False
         c.optim.lr, c.optim.weight_decay = 5e-4, 0.5
         # 15 % of the tokens are chosen: 80 % of them become a mask, 10 % a random token, 10 % stay.
         options = Options(token_select="repo16", text_augment=("tokens(0.135, 0.8888889, 0.1111111)",))
@@ -60,7 +60,8 @@ def published(size, pairs, batch_size, lr, weight_decay):
     c.data.batch_size, c.data.workers = batch_size, 8
     c.train.steps = 30 * pairs // batch_size
     c.optim.update(dict(name="lamb", lr=lr * (batch_size / 512) ** 0.5, warmup_steps=3000))
-    c.optim.update(dict(b2=0.999, eps=1e-4, weight_decay=weight_decay))
+    c.optim.update(dict(b2=0.999, eps=1e-4, weight_decay=weight_decay, lamb_adapt_all=True, lamb_max_norm=10.0))
+    c.optim.update(dict(lamb_bias_correction=False, lamb_fuse_qkv=True))
     c.optim.no_decay += ("/embedding$",)
     if size == "ViT-L/14":
         c.model.remat = "full"

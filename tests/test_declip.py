@@ -17,10 +17,10 @@ from model_helpers import run_steps
 import clip_jax
 from clip_jax import config, train
 from clip_jax.data.tokenizers import make_tokenizer
-from clip_jax.losses.contrastive import filip, infonce
+from clip_jax.losses.contrastive import filip, infonce, paired_keys
 from clip_jax.losses.neighbors import enqueue, nearest, new_queue
 from clip_jax.methods import declip as declip_module
-from clip_jax.methods.declip import TERMS, DeCLIP, nt_xent
+from clip_jax.methods.declip import IMAGES, TERMS, DeCLIP, make, nt_xent
 from clip_jax.methods.interface import make_method, resolve
 from clip_jax.models.common import l2_normalize
 from clip_jax.models.heads import MlpHead
@@ -49,6 +49,7 @@ def weights(**given):
 BATCH = {
     "image": model_helpers.BATCH["image"],
     "image_2": np.random.default_rng(7).integers(0, 256, (16, 16, 16, 3), np.uint8),
+    "image_3": np.random.default_rng(8).integers(0, 256, (16, 16, 16, 3), np.uint8),
     "text": texts(0, (16, 2, 12)),
     "example_id": np.arange(16, dtype=np.int32),
 }
@@ -240,7 +241,7 @@ def test_neighbours_that_several_captions_share():
 
 def test_oracle_8_the_loss_is_linear_in_the_weights():
     z = unit(0, 8, 24)
-    more = dict(projected=(z, z), predicted=(unit(5, 8, 24),) * 2, mlm=jnp.ones((8, 2)))
+    more = dict(projected=(z, z), predicted=(unit(5, 8, 24),) * 2, contrasted=(z, unit(6, 8, 24)), mlm=jnp.ones((8, 2)))
     terms = ("clip", "multi_view", "nn", "simsiam", "mlm", "simclr")
     alone = {term: parts(*weights(**{term: 1}), **more)()[0] for term in terms}
     given = dict(zip(terms, (0.1, 0.3, 0.2, 0.25, 0.5, 0.7), strict=True))
@@ -407,7 +408,7 @@ def passes(monkeypatch, *overrides):
     [
         (dict(clip=1), ((1, 1), set(), set())),
         (dict(clip=1, mlm=1), ((1, 1), {"mlm"}, set())),
-        (dict(clip=1, simclr=1), ((2, 1), {"projector"}, {"batch_stats"})),
+        (dict(clip=1, simclr=1), ((3, 1), {"simclr"}, {"batch_stats"})),
         (dict(clip=1, simsiam=1), ((2, 1), {"projector", "predictor"}, {"batch_stats"})),
         (dict(clip=1, multi_view=1), ((2, 2), set(), set())),
         (dict(clip=1, nn=1), ((2, 2), set(), {"queue"})),
@@ -428,7 +429,9 @@ def test_filip_sees_the_first_views():
     loss = declip.loss(params, extra, features, BATCH, None)[0]
     real = real_tokens(BATCH["text"][:, 0], EOT)
     scale = jnp.exp(params["logit_scale_tokens"])
-    np.testing.assert_allclose(loss, filip(features["tokens_img"], features["tokens_txt"], real, scale)[0], rtol=1e-6)
+    given = features["tokens_img"], features["tokens_txt"], real
+    np.testing.assert_allclose(loss, filip(*given, scale, paired_keys(*given))[0], rtol=1e-6)
+    assert features["tokens_img"].shape[1:] == (4, 128) and "bias" in params["filip"]["img"], "patches only, by Linear"
     np.testing.assert_allclose(jnp.linalg.norm(features["tokens_txt"], axis=-1), 1, rtol=1e-5)
 
 
@@ -491,3 +494,19 @@ def test_weights_of_the_variants():
     assert config.load(f"{CONFIG}:b32_defilip").declip.filip == 0.2
     slip = config.load(f"{CONFIG}:b32_slip").declip
     assert [t for t in TERMS if slip[t]] == ["clip", "simclr"]
+    assert (slip.simclr_width, slip.simclr_dim, slip.temperature) == (4096, 256, 0.1)
+
+
+def test_slip_contrasts_two_further_views_of_the_feature_before_the_projection():
+    more = "declip.simclr_augment=('squash', 'flip')", "declip.simclr_width=24", "declip.simclr_dim=8"
+    declip, params, extra = start(*weights(clip=1, simclr=1), *more)
+    c = tiny(*weights(clip=1, simclr=1), *more)
+    assert [view.augment for view in make(c).views[:3]] == [tuple(c.data.augment), *[("squash", "flip")] * 2]
+    shapes = {name: layer["kernel"].shape for name, layer in params["simclr"].items() if name.startswith("fc")}
+    width = params["img"]["ln_post"]["scale"].shape[0]
+    assert shapes == {"fc1": (width, 24), "fc2": (24, 24), "fc3": (24, 8)} and "bn3" not in params["simclr"]
+    features, _ = declip.encode(params, extra, BATCH, jax.random.key(1), True)
+    assert features["image"].shape[1] == 1 and features["feature"].shape[1:] == (2, width)
+    for k, name in enumerate(IMAGES[1:]):
+        _, tokens, _ = declip.towers.encode_image(params, extra, BATCH[name])
+        np.testing.assert_allclose(features["feature"][:, k], tokens.mean(1), rtol=1e-4, atol=1e-5)

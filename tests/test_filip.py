@@ -22,6 +22,7 @@ from clip_jax.evaluation.classifier import make_classifier
 from clip_jax.evaluation.report import alignment, assembly
 from clip_jax.evaluation.report.page import Page
 from clip_jax.losses import contrastive
+from clip_jax.losses.contrastive import paired_keys
 from clip_jax.methods import filip as method_lib
 from clip_jax.methods.filip import Options, late_interaction, select_keys
 from clip_jax.methods.interface import make_method, resolve
@@ -80,14 +81,13 @@ def test_golden_similarities_of_both_directions(path):
 
 
 @pytest.mark.parametrize("path", golden_files("loss_filip_repo_*.npz"))
-def test_golden_selection_by_the_own_partner(path, monkeypatch):
+def test_golden_selection_by_the_own_partner(path):
     g = np.load(path)
     k, all_real = int(g["top_k"]), jnp.ones(g["text_tokens_raw"].shape[:2], bool)
-    monkeypatch.setattr(method_lib, "REPO_TOKENS", k)
 
     def objective(image, text, log_scale):
         u, v = l2_normalize(image), l2_normalize(text)
-        keys = select_keys(Options(token_select="repo16"), u, v, all_real) if k else None
+        keys = paired_keys(u, v, all_real, k) if k else None
         if k:
             assert keys[0].shape[1] == keys[1][0].shape[1] == k
         return contrastive.filip(u, v, all_real, jnp.exp(log_scale), keys)[0]
@@ -183,9 +183,8 @@ def test_a_quarter_of_the_real_tokens_is_chosen_by_the_best_match_among_neighbou
         np.testing.assert_allclose(text_keys[i][is_key[i]], v[i][best], atol=1e-6)
 
 
-def test_the_choice_follows_the_partner_and_never_takes_padding(monkeypatch):
-    monkeypatch.setattr(method_lib, "REPO_TOKENS", 3)
-    image_keys, (text_keys, is_key) = select_keys(Options(token_select="repo16"), U, V, jnp.asarray(REAL))
+def test_the_choice_follows_the_partner_and_never_takes_padding():
+    image_keys, (text_keys, is_key) = paired_keys(U, V, jnp.asarray(REAL), 3)
     assert is_key.sum(1).tolist() == np.minimum(REAL.sum(1), 3).tolist()
     for i in range(N):
         own = np.asarray(U[i] @ V[i][REAL[i]].T)

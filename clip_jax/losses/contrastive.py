@@ -186,6 +186,28 @@ def filip(image_tokens, text_tokens, text_mask, scale, keys=None):
     return _mean(losses), {name: accuracies[k][name] for k, name in enumerate(accuracies[0])}
 
 
+def paired_keys(image_tokens, text_tokens, real, count=16):
+    """Returns the tokens that are the most similar to those of the paired sample, the argument `keys` of `filip`.
+
+    Sense-GVT/DeCLIP selects them by the sum of their similarities. The selection has no gradient and never contains
+    padding.
+
+    Args:
+      image_tokens, text_tokens, real: as in `filip`.
+      count: the number of tokens of a sample.
+    """
+    fixed = lax.stop_gradient((image_tokens, text_tokens))
+    similarity = jnp.where(real[:, None], token_similarities("bpd,bld->bpl", *fixed), 0.0)
+    image_keys, _ = top_tokens(image_tokens, True, similarity.sum(2), min(count, image_tokens.shape[1]))
+    return image_keys, top_tokens(text_tokens, real, similarity.sum(1), min(count, text_tokens.shape[1]))
+
+
+def top_tokens(tokens, real, score, k):
+    """Returns the `k` tokens with the largest scores, `[b, k, D]`, and a mask of those that are real, bool `[b, k]`."""
+    values, index = lax.top_k(jnp.where(real, score, EXCLUDED), k)
+    return jnp.take_along_axis(tokens, index[..., None], axis=1), values > EXCLUDED
+
+
 def _mean(losses, weights=None):
     return 0.5 * sum(jnp.mean(x if weights is None else weights * x) for x in losses)
 

@@ -13,8 +13,10 @@ and v1, v2:
     mlm         BERT's masked language modelling (Devlin et al. 2019) of the caption, in the pass that embeds it
 
 The default weights are those of the released code, with 0.4 on the mean of all four pairs. configs/declip.py has the
-paper's, taken from secondary descriptions. SLIP (Mu et al. 2022) adds the term simclr, DeFILIP (Cui et al. 2022) the
-term filip.
+paper's, taken from secondary descriptions. SLIP (Mu et al. 2022) is CLIP on one view of the image and the term simclr,
+SimCLR (Chen et al. 2020), on two others: an MLP on the image tower's feature before its projection. DeFILIP (Cui et
+al. 2022) adds the term filip: FILIP's loss on 16 selected tokens of the first view and the masked caption, each mapped
+to `filip_width` numbers.
 
 Deviations from the released code:
   - BatchNorm uses the statistics of the global batch, and in a ResNet those of both views together.
@@ -23,8 +25,7 @@ Deviations from the released code:
   - Without a masked word the loss is 0, not NaN.
 
 The queue spans `queue_size / (2 * batch size)` steps. Each of the 32 devices of the released run had its own 65,536
-captions, which is 256 steps; here 2,097,152 captions span as many. Assumptions: SLIP's term uses the views and heads of
-SimSiam; DeFILIP projects tokens linearly and ignores padding.
+captions, which is 256 steps; here 2,097,152 captions span as many. DeFILIP ignores padding, unlike the released code.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ import optax
 
 from clip_jax.data.views import ImageView, TextVariants
 from clip_jax.errors import UserError
-from clip_jax.losses.contrastive import filip, similarities, views_infonce
+from clip_jax.losses.contrastive import filip, paired_keys, similarities, views_infonce
 from clip_jax.losses.neighbors import enqueue, nearest, new_queue
 from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
 from clip_jax.methods.interface import Method, read_options, text_view
@@ -49,7 +50,7 @@ from clip_jax.models.two_tower import TwoTower
 
 #: Fields of the configuration that get the tokenizer's values (`clip_jax.methods.interface.resolve`).
 TOKENIZER_FIELDS = {"declip": ("mask_id", "special_ids")}
-IMAGES = ("image", "image_2")
+IMAGES = ("image", "image_2", "image_3")
 TERMS = ("clip", "multi_view", "nn", "simsiam", "mlm", "simclr", "filip")
 
 
@@ -62,6 +63,9 @@ class Options:
       head_width: the width of all three layers of SimSiam's projector.
       predictor_width: the width of the predictor's hidden layer.
       temperature: of simclr.
+      simclr_width, simclr_dim: widths of the hidden layers and of the output of its head.
+      simclr_augment: image transforms of its two views; empty: `data.augment`.
+      filip_width: the size of the token vectors of filip.
       queue_size: the number of captions in the queue of nn.
       wait_for_queue: nn counts only after the queue's first, random rows have been replaced.
       skip_same_neighbor: two captions with the same nearest neighbour are not negatives of each other in nn.
@@ -88,6 +92,10 @@ class Options:
     head_width: int = 1024
     predictor_width: int = 512
     temperature: float = 0.1
+    simclr_width: int = 4096
+    simclr_dim: int = 256
+    simclr_augment: tuple[str, ...] = ()
+    filip_width: int = 256
     queue_size: int = 65536
     wait_for_queue: bool = False
     skip_same_neighbor: bool = False
@@ -102,7 +110,7 @@ class Options:
         for term in TERMS:
             if not getattr(self, term) >= 0:
                 raise UserError(f"declip.{term}={getattr(self, term)}: must be at least 0")
-        for name in ("head_width", "predictor_width", "queue_size"):
+        for name in ("head_width", "predictor_width", "queue_size", "simclr_width", "simclr_dim", "filip_width"):
             if not getattr(self, name) >= 1:
                 raise UserError(f"declip.{name}={getattr(self, name)}: must be at least 1")
         if not self.temperature > 0:
@@ -121,7 +129,9 @@ def make(config):
     """Returns the DeCLIP method of a configuration; raises UserError for invalid options or towers."""
     declip = DeCLIP(config)
     model, data = config.model, config.data
-    images = [ImageView(name, model.image.size, data.augment) for name in IMAGES[: declip.image_views]]
+    more = (declip.options.simclr and declip.options.simclr_augment) or data.augment
+    augments = zip(IMAGES[: declip.image_views], (data.augment, more, more), strict=False)
+    images = [ImageView(name, model.image.size, augment) for name, augment in augments]
     variants = ((), ("eda",))[: declip.text_views]
     return Method(
         views=(*images, text_view(config, kind=TextVariants, variants=variants)),
@@ -142,8 +152,9 @@ def make(config):
 class DeCLIP:
     """The functions of the method. `batch["text"]` holds the text views of a caption, int32 `[b, 1 or 2, n]`.
 
-    Parameters besides those of the towers and `logit_scale`: `projector`, `predictor`, `mlm` and `filip`. `extra` holds
-    `queue` and the `batch_stats` of the heads.
+    Parameters besides those of the towers and `logit_scale`: `projector`, `predictor`, `simclr`, `mlm` and `filip`.
+    `extra` holds `queue` and the `batch_stats` of the heads. simclr has the last two views of the image, and the first
+    two belong to the other terms.
     """
 
     def __init__(self, config):
@@ -154,19 +165,22 @@ class DeCLIP:
             model.text.vocab_size = max(self.vocab_size, o.mask_id + 1)
         self.text, self.embed_dim = model.text, model.embed_dim
         self.scale_init, self.scale_max = model.logit_scale_init, math.exp(model.logit_scale_max)
-        self.towers = TwoTower(model, tokens=bool(o.mlm or o.filip))
-        two_images = o.multi_view or o.nn or o.simsiam or o.simclr
-        self.image_views, self.text_views = 1 + bool(two_images), 1 + bool(o.multi_view or o.nn)
+        self.towers = TwoTower(model, tokens=bool(o.mlm or o.filip or o.simclr))
+        self.own_views = 1 + bool(o.multi_view or o.nn or o.simsiam)
+        self.image_views = 3 if o.simclr else self.own_views
+        self.text_views = 1 + bool(o.multi_view or o.nn)
         dtype = jnp.dtype(model.dtype)
-        self.modules, projected = {}, o.simsiam or o.simclr
-        if projected:
-            self.modules["projector"] = MlpHead((o.head_width,) * 3, bias=True, last_norm="affine", dtype=dtype)
+        self.modules = {}
+        if o.simclr:
+            widths = o.simclr_width, o.simclr_width, o.simclr_dim
+            self.modules["simclr"] = MlpHead(widths, bias=True, last_norm="none", dtype=dtype)
         if o.simsiam:
+            self.modules["projector"] = MlpHead((o.head_width,) * 3, bias=True, last_norm="affine", dtype=dtype)
             self.modules["predictor"] = MlpHead(
                 (o.predictor_width, o.head_width), bias=True, last_norm="none", dtype=dtype
             )
         self.mlm = Dense(model.text.vocab_size, dtype=dtype)
-        self.to_token = Dense(model.embed_dim, use_bias=False, dtype=dtype)
+        self.to_token = Dense(o.filip_width, dtype=dtype)
 
     def init(self, rng, batch):
         o = self.options
@@ -175,14 +189,15 @@ class DeCLIP:
         params, extra = self.towers.init(rng, batch)
         params["logit_scale"] = jnp.asarray(self.scale_init, jnp.float32)
         stats = dict(extra.get("batch_stats", {}))
-        for name, width in (("projector", self.embed_dim), ("predictor", o.head_width)):
+        found, tokens, _ = jax.eval_shape(lambda: self.towers.encode_image(params, extra, batch["image"]))
+        feature = jax.eval_shape(self.feature, found, tokens).shape[-1] if o.simclr else 0
+        for name, width in (("projector", self.embed_dim), ("predictor", o.head_width), ("simclr", feature)):
             if name in self.modules:
                 variables = self.modules[name].init(rngs.pop(), jnp.zeros((2, width)))
                 params[name], stats[name] = variables["params"], variables["batch_stats"]
         if o.mlm:
             params["mlm"] = self.mlm.init(rng_mlm, jnp.zeros((1, self.text.width)))["params"]
         if o.filip:
-            tokens = jax.eval_shape(lambda: self.towers.encode_image(params, extra, batch["image"])[1])
             widths = {"img": tokens.shape[-1], "txt": self.text.width}
             params["filip"] = {
                 name: self.to_token.init(rngs.pop(), jnp.zeros((1, width)))["params"] for name, width in widths.items()
@@ -195,10 +210,11 @@ class DeCLIP:
     def encode(self, params, extra, batch, rng, train):
         """Returns `image` (not normalised) and `text` (unit rows), float32 `[b, v, E]`, and the sums of `mlm`.
 
-        DeFILIP adds the unit vectors of the tokens, `tokens_img` and `tokens_txt`, and `real`, bool `[b, n]`.
+        SLIP adds `feature`, `[b, 2, D]`, the two views of simclr before the projection. DeFILIP adds the unit vectors
+        of the tokens, `tokens_img` and `tokens_txt`, and `real`, bool `[b, n]`.
         """
-        o = self.options
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 6))(batch["example_id"])
+        o, of_texts = self.options, 1 + max(2, self.image_views)  # the first key of the texts
+        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), of_texts + 3))(batch["example_id"])
         ids = shard_batch(batch["text"])
         real, texts = real_tokens(ids[:, 0], self.text.eot_id), [*jnp.moveaxis(ids, 1, 0)]
         masked = 0  # the form of the caption whose words are masked
@@ -209,24 +225,37 @@ class DeCLIP:
             masked = 0 if o.contrast_on_masked else len(texts)
             texts[masked : masked + 1] = [masks["ids"]]
         # One pass encodes all views. The views of an example are adjacent, so that every device keeps its own rows.
-        x, image_keys = stack_views([batch[name] for name in IMAGES[: self.image_views]], keys[:, 1:3])
+        x, image_keys = stack_views([batch[name] for name in IMAGES[: self.image_views]], keys[:, 1:of_texts])
         image, tokens, extra = self.towers.encode_image(params, extra, x, train, image_keys, normalize=False)
-        x, text_keys = stack_views(texts, keys[:, 3:])
+        x, text_keys = stack_views(texts, keys[:, of_texts:])
         text, words, extra = self.towers.encode_text(params, extra, x, train, text_keys)
         features = {
-            "image": unstack_views(image, len(ids)),
+            "image": unstack_views(image, len(ids))[:, : self.own_views],
             "text": unstack_views(text, len(ids))[:, : self.text_views],
         }
+        if o.simclr:
+            features["feature"] = unstack_views(self.feature(image, tokens), len(ids))[:, 1:]
         if o.mlm:
             features["mlm"] = self.masked_modelling(params, unstack_views(words, len(ids))[:, masked], masks)
         if o.filip:
-            given = {"img": unstack_views(tokens, len(ids))[:, 0], "txt": unstack_views(words, len(ids))[:, 0]}
+            patches = tokens[:, int(getattr(self.towers.image, "cls_token", False)) :]
+            given = {"img": unstack_views(patches, len(ids))[:, 0], "txt": unstack_views(words, len(ids))[:, 0]}
             features |= {
                 f"tokens_{k}": l2_normalize(self.to_token.apply({"params": params["filip"][k]}, x))
                 for k, x in given.items()
             }
             features["real"] = real
         return features, extra
+
+    def feature(self, embedding, tokens):
+        """Returns the image tower's feature before its projection, `[b, D]`.
+
+        For towers whose pooling is the projection itself, such as ResNets', it is the embedding.
+        """
+        tower = self.towers.image
+        pool, extra = getattr(tower, "pool", ""), int(getattr(tower, "cls_token", False))
+        pools = {"cls": slice(0, 1), "gap": slice(extra, None), "mean_all": slice(None)}
+        return tokens[:, pools[pool]].mean(1) if pool in pools else embedding
 
     def masked_modelling(self, params, words, masks):
         """Returns `sum_and_count` of the losses of the chosen words.
@@ -241,17 +270,17 @@ class DeCLIP:
         return sum_and_count(optax.softmax_cross_entropy_with_integer_labels(logits, masks["targets"]), masks["chosen"])
 
     def heads(self, params, extra, features, batch, rng):
-        """Adds `projected` and `predicted`, float32 `[B, v, head width]`. Each view has its own batch statistics."""
-        stats, x = extra.get("batch_stats", {}), features["image"]
-        for name, result in (("projector", "projected"), ("predictor", "predicted")):
+        """Adds `projected`, `predicted` and `contrasted`, float32 `[B, 2, width]`, by statistics of each view."""
+        stats = extra.get("batch_stats", {})
+        chain = (("projector", "image", "projected"), ("predictor", "projected", "predicted"))
+        for name, given, result in (*chain, ("simclr", "feature", "contrasted")):
             if name in self.modules:
                 views = []
-                for view in jnp.moveaxis(x, 1, 0):
+                for view in jnp.moveaxis(features[given], 1, 0):
                     variables = {"params": params[name], "batch_stats": stats[name]}
                     y, new = self.modules[name].apply(variables, shard_batch(view), train=True, mutable=["batch_stats"])
                     views, stats = [*views, y], stats | {name: new["batch_stats"]}
-                x = jnp.stack(views, axis=1)
-                features = features | {result: x}
+                features = features | {result: jnp.stack(views, axis=1)}
         return features, extra | ({"batch_stats": stats} if stats else {})
 
     def loss(self, params, extra, features, batch, rng):
@@ -274,10 +303,11 @@ class DeCLIP:
         if o.mlm:
             values["mlm"] = mean_of_chosen(features["mlm"])
         if o.simclr:
-            values["simclr"] = nt_xent(features["projected"], o.temperature)
+            values["simclr"] = nt_xent(features["contrasted"], o.temperature)
         if o.filip:
             scale_tokens = self.scale(params, "logit_scale_tokens")
-            values["filip"] = filip(features["tokens_img"], features["tokens_txt"], features["real"], scale_tokens)[0]
+            given = features["tokens_img"], features["tokens_txt"], features["real"]
+            values["filip"] = filip(*given, scale_tokens, paired_keys(*given))[0]
         metrics |= {f"loss_{term}": x for term, x in values.items()} | {"logit_scale": scale}
         return sum(getattr(o, term) * x for term, x in values.items()), metrics
 

@@ -17,8 +17,8 @@ and half of the matrix products. The mean still runs over all tokens:
              Sense-GVT/DeCLIP, which reimplements FILIP
 
 The authors released no code. Assumptions: the tokens are those after the tower's last layer norm; the class token is
-excluded, the start and end tokens of a text are included. Deviations from Sense-GVT/DeCLIP: padding is excluded,
-patches are taken after the last norm, and the scale is clamped.
+excluded, the start and end tokens of a text are included. Sense-GVT/DeCLIP takes patches before that norm
+(`model.image.token_norm=False`). Deviations from it: padding is excluded, and the scale is clamped.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from jax import lax
 
 from clip_jax.errors import UserError
 from clip_jax.losses import pairwise
-from clip_jax.losses.contrastive import filip, token_similarities
+from clip_jax.losses.contrastive import filip, paired_keys, token_similarities, top_tokens
 from clip_jax.methods import clip
 from clip_jax.methods.interface import read_options
 from clip_jax.models.common import l2_normalize
@@ -42,7 +42,7 @@ from clip_jax.models.two_tower import TwoTower
 #: Fields of the configuration that get the tokenizer's values (`clip_jax.methods.interface.resolve`).
 TOKENIZER_FIELDS = {"filip": ("special_ids",)}
 SELECTIONS = ("none", "paper25", "repo16")
-PAPER_SHARE, REPO_TOKENS = 0.25, 16
+PAPER_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,22 +173,15 @@ def late_interaction(queries, candidates):
 
 def select_keys(options, image_tokens, text_tokens, real):
     """Returns the argument `keys` of `contrastive.filip`. The selection has no gradient and never contains padding."""
-    fixed = lax.stop_gradient((image_tokens, text_tokens))
-    p, n = image_tokens.shape[1], text_tokens.shape[1]
     if options.token_select == "repo16":
-        similarity = jnp.where(real[:, None], token_similarities("bpd,bld->bpl", *fixed), 0.0)
-        of_patches, of_words = similarity.sum(2), similarity.sum(1)
-        counts = min(REPO_TOKENS, p), min(REPO_TOKENS, n), REPO_TOKENS
-    else:
-        of_patches, of_words = best_in_group(*fixed, real, options.local_batch)
-        counts = (
-            math.ceil(PAPER_SHARE * p),
-            math.ceil(PAPER_SHARE * n),
-            jnp.ceil(PAPER_SHARE * real.sum(1, keepdims=True)),
-        )
-    image_keys, _ = _top(image_tokens, True, of_patches, counts[0])
-    text_keys, is_real = _top(text_tokens, real, of_words, counts[1])
-    return image_keys, (text_keys, is_real & (jnp.arange(counts[1]) < counts[2]))
+        return paired_keys(image_tokens, text_tokens, real)
+    fixed = lax.stop_gradient((image_tokens, text_tokens))
+    of_patches, of_words = best_in_group(*fixed, real, options.local_batch)
+    patches, words = (math.ceil(PAPER_SHARE * x.shape[1]) for x in (image_tokens, text_tokens))
+    image_keys, _ = top_tokens(image_tokens, True, of_patches, patches)
+    text_keys, is_real = top_tokens(text_tokens, real, of_words, words)
+    kept = jnp.arange(words) < jnp.ceil(PAPER_SHARE * real.sum(1, keepdims=True))
+    return image_keys, (text_keys, is_real & kept)
 
 
 def best_in_group(image_tokens, text_tokens, real, size):
@@ -202,9 +195,3 @@ def best_in_group(image_tokens, text_tokens, real, size):
 
     of_words, of_patches = lax.scan(add, jnp.full(real.shape, pairwise.EXCLUDED), images.swapaxes(0, 1))
     return of_patches.swapaxes(0, 1).reshape(-1, images.shape[2]), of_words.reshape(-1, texts.shape[2])
-
-
-def _top(tokens, real, score, k):
-    """Returns the `k` tokens with the largest scores, `[b, k, D]`, and a mask of those that are real, bool `[b, k]`."""
-    values, index = lax.top_k(jnp.where(real, score, pairwise.EXCLUDED), k)
-    return jnp.take_along_axis(tokens, index[..., None], axis=1), values > pairwise.EXCLUDED

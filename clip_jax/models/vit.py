@@ -115,6 +115,7 @@ class VisionTransformer(nn.Module):
       stem: channels of a `ConvStem`, which replaces the patch embedding.
       patch_drop: share of the patches that training drops (FLIP, patch dropout), drawn per example from `keys[b]`.
       qk_norm: layer norms on the queries and keys of each head (LaCLIP).
+      token_norm: whether the tokens are those after the last layer norm (FILIP) or before it (Sense-GVT/DeCLIP).
       remat, scan, attention: as `config.model`.
       tokens: False returns None instead of the tokens. With `pool="cls"` this saves work in the last block.
     """
@@ -138,6 +139,7 @@ class VisionTransformer(nn.Module):
     stem: tuple[int, ...] = ()
     patch_drop: float = 0.0
     qk_norm: bool = False
+    token_norm: bool = True
     dtype: Any = jnp.float32
     remat: str = "none"
     scan: bool = False
@@ -169,7 +171,9 @@ class VisionTransformer(nn.Module):
         block = functools.partial(Block, *fields, dtype=self.dtype, attention=self.attention, qk_norm=self.qk_norm)
         only = only_at(self, 0 if self.pool == "cls" else None)
         x = apply_blocks(self, lambda name: block(name=name), x, only=only)
+        tokens = x
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_post")(x)
+        tokens = x if self.token_norm else tokens
         pooled = {
             "cls": lambda: x[:, 0],
             "gap": lambda: x[:, extra:].mean(1),
@@ -177,7 +181,7 @@ class VisionTransformer(nn.Module):
             "map": lambda: MapHead(self.heads, self.mlp_dim, self.act, self.ln_eps, self.dtype, name="map")(x),
         }[self.pool]()
         pooled = project(pooled, self.embed_dim, self.proj_bias, self.dtype, self.weight_init)
-        return pooled, x if self.tokens else None
+        return pooled, tokens if self.tokens else None
 
 
 def token_inits(scheme, width):

@@ -10,19 +10,19 @@ Variants, after a colon; clip_jax/methods/alip.py documents the section alip:
   b32      the released recipe on YFCC15M: 32 epochs of batch 4,096. Give data whose field synthetic holds captions
            (docs/texts.md): --config.data="/data/yfcc15m/{00000..01538}.tar?columns=yfcc15m_captions.jsonl"
            Published ImageNet zero-shot top-1: 40.3 % (CLIP: 32.8). Not run here
-           Differences from the released run: the learning rate rises linearly from 0, not along a cosine from 1/25 of
-           the peak, and ends at 0. Beta1 is constant; torch's OneCycleLR with its defaults moves it from 0.95 to 0.85
-           and back
+           docs/recipes/alip.md lists the constants, which are those of the released run
 """
 
 from clip_jax import config
 from clip_jax.methods.alip import Options
 from clip_jax.models.towers import use_size
 
+VARIANTS = ["smoke", "b32"]
+
 
 def get_config(variant=""):
-    if variant not in ("", "smoke", "b32"):
-        raise config.unknown("configs/alip.py has no variant", variant, ["smoke", "b32"])
+    if variant not in ("", *VARIANTS):
+        raise config.unknown("configs/alip.py has no variant", variant, VARIANTS)
     if variant == "b32":
         return config.set_method(published(), "alip", Options())
     c = config.sibling(__file__, f"clip.py:{variant or 'emoji'}")
@@ -39,7 +39,8 @@ def published():
     c.data.batch_size, c.data.workers = 4096, 8
     c.data.augment = ("rrc(0.7, 1.0, ratio=(0.8, 1.25), interpolation='bilinear')", "flip")
     c.train.steps = 117_696
-    c.optim.update(dict(lr=1e-3, warmup_steps=c.train.steps // 10, b1=0.9, b2=0.98))
-    c.optim.update(dict(weight_decay=0.2, no_decay=(), grad_clip_norm=1.0))
+    # OneCycleLR with PyTorch's defaults, which also moves b1.
+    c.optim.update(dict(schedule="onecycle", lr=1e-3, warmup_steps=c.train.steps // 10, b1_cycle=(0.95, 0.85)))
+    c.optim.update(dict(b2=0.98, eps=1e-8, weight_decay=0.2, no_decay=(), grad_clip_norm=1.0))
     c.eval.tasks = ()
     return c

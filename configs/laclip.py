@@ -15,8 +15,7 @@ Variants, after a colon; clip_jax/methods/laclip.py documents the section laclip
            Published ImageNet zero-shot top-1: 21.5, 48.4, 46.2 % (CLIP: 15.8, 40.2, 42.9). Not run here
   laion_b32 laion_b16 laion_l14
            LAION-400M, 32 epochs of batch 32,768. Published: 64.4, 69.3, 74.5 % (CLIP: 62.0, 67.0, 71.8). Not run here
-           Of these recipes, CC12M's learning rate, weight decay and epochs are published; the rest is from memory.
-           Difference: the learning rate ends at 0, not at 1e-5
+           Published are CC12M's learning rate, weight decay and epochs; assumption: they hold for CC3M and RedCaps
 """
 
 from clip_jax import config
@@ -27,13 +26,14 @@ from clip_jax.models.towers import use_size
 PAIRS = {"cc3m": (2_900_000, 40), "cc12m": (11_000_000, 35), "redcaps": (12_000_000, 30), "laion": (400_000_000, 32)}
 LAION = {"b32": "ViT-B/32", "b16": "ViT-B/16", "l14": "ViT-L/14"}
 SMALL, PUBLISHED = ("", "smoke", "mt", "slip"), ("cc3m", "cc12m", "redcaps", *(f"laion_{size}" for size in LAION))
+VARIANTS = [*SMALL[1:], *PUBLISHED]
 
 
 def get_config(variant=""):
     if variant in PUBLISHED:
         c = published(*variant.partition("_")[::2])
     elif variant not in SMALL:
-        raise config.unknown("configs/laclip.py has no variant", variant, [*SMALL[1:], *PUBLISHED])
+        raise config.unknown("configs/laclip.py has no variant", variant, VARIANTS)
     else:
         base = {"smoke": "clip.py:smoke", "slip": "declip.py:small_slip"}.get(variant, "clip.py:emoji")
         c = config.sibling(__file__, base)
@@ -45,17 +45,20 @@ def get_config(variant=""):
 def published(data, size):
     c, (pairs, epochs) = config.base(), PAIRS[data]
     use_size(c.model, LAION[size] if data == "laion" else "ViT-B/16")
-    c.model.image_mean, c.model.image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
-    c.tokenizer, c.data.augment = "clip_bpe", ("rrc(0.5, 1.0)",)
+    c.tokenizer, c.data.augment = "clip_bpe", ("rrc(0.5, 1.0, interpolation='bilinear')",)
     c.optim.update(dict(lr=5e-4, eps=1e-8))
     if data == "laion":
-        c.data.batch_size = 32768
+        c.data.batch_size, c.data.augment = 32768, ("rrc(0.5, 1.0)",)
         c.model.image.act = c.model.text.act = "quick_gelu" if size == "l14" else "gelu"  # open_clip's
     else:
-        c.data.batch_size = 8192
-        c.optim.update(dict(lr=1e-3, weight_decay=0.5))
+        c.data.batch_size, c.eval.transform = 8192, ("resize(interpolation='bilinear')", "center_crop")
+        c.model.image_mean, c.model.image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+        # The code decays all matrices, the class token and the positions among them.
+        no_decay = ("/bias$", "/scale$", "^logit_")
+        c.optim.update(dict(lr=1e-3, weight_decay=0.5, no_decay=no_decay, warmup_from=1e-6, lr_end=0.01))
         c.model.image.update(dict(act="gelu", ln_pre=False, patch_bias=True, ln_eps=1e-6, qk_norm=True))
-        c.model.image.weight_init = "bert"
-    c.train.steps, c.optim.warmup_steps = epochs * pairs // c.data.batch_size, pairs // c.data.batch_size
+        c.model.image.weight_init = "timm_qk_norm"
+    epoch = pairs // c.data.batch_size
+    c.train.steps, c.optim.warmup_steps = epochs * epoch, epoch
     c.data.workers, c.eval.tasks = 8, ()
     return c

@@ -6,12 +6,12 @@
 Variants, after a colon:
   (none)   a new text tower for the image tower of runs/clip; --config.init_from=PATH: of another run of configs/clip.py
   smoke    a few steps, under a minute with compilation, with a random image tower
-  b16 l16  the published models' sizes and text tower (BERT), 4 G examples. Give data, vocabulary and image tower:
+  b16 l16  the published models' sizes and text tower (BERT), 60,000 steps. Give data, vocabulary and towers:
            --config.data=/data/pairs/{00000..12287}.tar --config.tokenizer=wordpiece:/data/vocab.txt?eot=false
            --config.init_from=/data/B_16.npz (a ViT of big_vision on ImageNet-21k, class token, no head)
            Expected ImageNet zero-shot top-1 (CC12M, YFCC100M): B/16 with BERT-base 73.9, L/16 with BERT-large 75.7 %
            The locked tower runs as in evaluation: running statistics, no dropout, no patch dropout
-           Assumptions: batch size, examples and warm-up; the public models' training is not published in full
+           Assumptions: batch size, warm-up, and the steps of L/16
 """
 
 import math
@@ -19,6 +19,7 @@ import math
 from clip_jax import config
 
 # The image tower and the text tower have the same size.
+VARIANTS = ["smoke", "b16", "l16"]
 SIZES = {
     "b16": dict(width=768, depth=12, heads=12, mlp_dim=3072),
     "l16": dict(width=1024, depth=24, heads=16, mlp_dim=4096),
@@ -26,8 +27,8 @@ SIZES = {
 
 
 def get_config(variant=""):
-    if variant not in ("", "smoke", *SIZES):
-        raise config.unknown("configs/lit.py has no variant", variant, ["smoke", *SIZES])
+    if variant not in ("", *VARIANTS):
+        raise config.unknown("configs/lit.py has no variant", variant, VARIANTS)
     c = published(SIZES[variant]) if variant in SIZES else embedded(variant)
     c.optim.freeze = ("^img/",)
     return c.lock()
@@ -42,11 +43,11 @@ def published(tower):
     c.model.text = dict(tower, kind="bert", context=16, act="gelu", pad_id=0, proj_bias=True, vocab_size=0, eot_id=-1)
     c.tokenizer = "wordpiece:vocab.txt?eot=false"
     c.init_from, c.init_from_params = "B_16.npz", ("^img/",)
-    c.data.augment = ("squash",)
-    c.eval.transform, c.eval.tasks = ("resize(256)", "center_crop"), ()
+    c.data.augment = ("squash(256, 'bilinear', antialias=False)", "random_crop")
+    c.eval.transform, c.eval.tasks = ("squash(256, 'bilinear', antialias=False)", "center_crop"), ()
     c.data.batch_size, c.data.workers = 16384, 8
-    c.train.steps = 4_000_000_000 // c.data.batch_size
-    c.optim.update(dict(name="adafactor", lr=1e-3, warmup_steps=10_000, grad_clip_norm=1.0))
+    c.train.steps = 60_000
+    c.optim.update(dict(name="adafactor", lr=1e-3, warmup_steps=10_000, warmup_from=0.0, grad_clip_norm=1.0))
     c.optim.weight_decay = 0.1  # times the learning rate: the paper's 1e-4 a step
     c.optim.no_decay = (r"(?<!/kernel)$",)
     return c

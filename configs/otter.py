@@ -25,11 +25,12 @@ from clip_jax.models.towers import TEXT_TOWERS, all_fields, use_size
 ROWS = {"otter": {}, "infonce": dict(alpha=1.0), "ls": dict(alpha=1.0, label_smoothing=0.1)}
 ROWS |= {"kd": dict(iterations=0, entropy=0.01, remove_diag=False)}
 SMALL = [f"small_{row}" for row in ROWS if row != "otter"]
+VARIANTS = ["smoke", *SMALL, *ROWS]
 
 
 def get_config(variant=""):
-    if variant not in ("", "smoke", *SMALL, *ROWS):
-        raise config.unknown("configs/otter.py has no variant", variant, ["smoke", *SMALL, *ROWS])
+    if variant not in ("", *VARIANTS):
+        raise config.unknown("configs/otter.py has no variant", variant, VARIANTS)
     options = Options(**ROWS.get(variant.removeprefix("small_"), {}))
     if variant in ROWS:
         return config.set_method(published(), "otter", options)
@@ -49,7 +50,8 @@ def published():
     c.tokenizer = "wordpiece:vocab.txt"
     c.data.augment = ("resize(256)", "random_crop")
     c.data.batch_size, c.data.workers = 512, 8
-    c.train.steps = 10 * 2_910_000 // c.data.batch_size
-    c.optim.update(dict(name="sgd", lr=3e-3, b1=0.9, weight_decay=0.0, warmup_steps=0))
-    c.eval.tasks = ()
+    epoch = 2_910_000 // c.data.batch_size
+    c.train.steps = 10 * epoch
+    c.optim.update(dict(name="sgd", lr=3e-3, b1=0.9, weight_decay=0.0, warmup_steps=0, lr_hold_steps=epoch))
+    c.eval.transform, c.eval.tasks = ("resize(256)", "center_crop"), ()
     return c

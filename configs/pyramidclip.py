@@ -25,6 +25,7 @@ from clip_jax.methods.pyramidclip import Options
 from clip_jax.models.pyramid import PyramidViT
 from clip_jax.models.towers import all_fields, use_size
 
+VARIANTS = ["smoke", "b32", "b16", "rn50"]
 PUBLISHED = {"b32": "PyramidCLIP-B/32", "b16": "PyramidCLIP-B/16", "rn50": "PyramidCLIP-RN50"}
 
 
@@ -32,7 +33,7 @@ def get_config(variant=""):
     if variant in PUBLISHED:
         return config.set_method(published(PUBLISHED[variant]), "pyramidclip", Options())
     if variant not in ("", "smoke"):
-        raise config.unknown("configs/pyramidclip.py has no variant", variant, ["smoke", *PUBLISHED])
+        raise config.unknown("configs/pyramidclip.py has no variant", variant, VARIANTS)
     c = config.sibling(__file__, "clip.py:scenes")
     tower = {name: value for name, value in c.model.image.items() if name in PyramidViT.__dataclass_fields__}
     tower |= dict(kind="pyramid_vit", front=1, region_dim=PIXEL_FEATURES + 4)

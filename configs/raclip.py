@@ -21,10 +21,12 @@ Variants, after a colon; clip_jax/methods/raclip.py documents the section raclip
 from clip_jax import config
 from clip_jax.methods.raclip import Options
 
+VARIANTS = ["smoke", "b32"]
+
 
 def get_config(variant=""):
-    if variant not in ("", "smoke", "b32"):
-        raise config.unknown("configs/raclip.py has no variant", variant, ["smoke", "b32"])
+    if variant not in ("", *VARIANTS):
+        raise config.unknown("configs/raclip.py has no variant", variant, VARIANTS)
     c = config.sibling(__file__, f"clip.py:{variant or 'emoji'}")
     if variant == "b32":
         c.data.batch_size, c.optim.lr = 4096, 1e-3

@@ -20,6 +20,7 @@ from clip_jax.models.towers import use_size
 
 PUBLISHED = {"b16_224": "SigLIP-B/16-224", "l16_256": "SigLIP-L/16-256", "so400m_14_224": "SigLIP-So400m/14-224"}
 PUBLISHED |= {"siglip2_b16_256": "SigLIP2-B/16-256"}
+VARIANTS = ["smoke", *PUBLISHED]
 
 
 def get_config(variant=""):
@@ -28,7 +29,7 @@ def get_config(variant=""):
     elif variant in ("", "smoke"):
         c = config.sibling(__file__, f"clip.py:{variant or 'emoji'}")
     else:
-        raise config.unknown("configs/siglip.py has no variant", variant, ["smoke", *PUBLISHED])
+        raise config.unknown("configs/siglip.py has no variant", variant, VARIANTS)
     c.method = "siglip"
     return c
 
@@ -43,7 +44,7 @@ def published(size):
     c.data.augment = c.eval.transform = ("squash(interpolation='bilinear', antialias=False)",)
     c.data.batch_size, c.data.workers = 32768, 8
     c.train.steps = 40_000_000_000 // c.data.batch_size
-    c.optim.update(dict(lr=1e-3, b2=0.95, eps=1e-8, warmup_steps=20_000, grad_clip_norm=1.0))
+    c.optim.update(dict(lr=1e-3, b2=0.95, eps=1e-8, warmup_steps=20_000, warmup_from=0.0, grad_clip_norm=1.0))
     # Kernels only. big_vision's 1e-4 is not multiplied by the learning rate, this 0.1 is.
     c.optim.weight_decay, c.optim.no_decay = 0.1, (r"(?<!/kernel)$",)
     if c.model.embed_dim > 768:

@@ -209,7 +209,7 @@ def test_policies_have_their_tables():
         (("__import__('os').system('true')",), "cannot read"),
         (("rrc(min_area=open('x'))",), "cannot read"),
         (("[1]",), "cannot read"),
-        (("rrc(0.9, 1.0, (0.5, 2), 32, 'bicubic', 7)",), "does not fit rrc"),
+        (("rrc(0.9, 1.0, (0.5, 2), 32, 'bicubic', 7, True)",), "does not fit rrc"),
         (("rrc(0.9, min_area=0.5)",), "does not fit"),
         (("rrc(area=0.5)",), "does not fit"),
         (("rrc(0.9, 0.5)",), "0 < min <= max <= 1"),
@@ -235,3 +235,25 @@ def test_pipelines_can_be_sent_to_workers():
     again = pickle.loads(pickle.dumps(pipeline))
     expected, got = (np.asarray(p(make_image(), np.random.default_rng(1))) for p in (pipeline, again))
     np.testing.assert_array_equal(expected, got)
+
+
+def test_bicubic_without_antialiasing():
+    """By a fine grid: a cubic through equal pixels, the weights of Keys' kernel, and taps outside of the image."""
+    flat = np.full((9, 5, 3), 77, np.uint8)
+    assert (np.asarray(augment.squash(Image.fromarray(flat), 4, "bicubic", antialias=False)) == 77).all()
+    row = np.array([0, 100, 200, 100, 0, 40, 80, 20], np.float64)
+    image = Image.fromarray(np.tile(row.astype(np.uint8)[None, :, None], (8, 1, 3)))
+    found = np.asarray(augment.squash(image, 4, "bicubic", antialias=False))[0, :, 0]
+    inner = [-1 / 16, 9 / 16, 9 / 16, -1 / 16]  # halfway between two pixels
+    wanted = [row[0:3] @ (np.array(inner[1:]) / sum(inner[1:])), row[1:5] @ inner, row[3:7] @ inner]
+    wanted.append(row[5:8] @ (np.array(inner[:3]) / sum(inner[:3])))
+    np.testing.assert_allclose(found, np.clip(np.round(wanted), 0, 255), atol=1)
+
+
+def test_a_random_crop_without_antialiasing_is_the_crop_resized():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+    options = dict(size=16, interpolation="bilinear", antialias=False)
+    found = augment.rrc(image, np.random.default_rng(3), 0.3, 0.9, **options)
+    box = augment._random_box(image.size, np.random.default_rng(3), 0.3, 0.9, (3 / 4, 4 / 3))
+    wanted = augment.squash(image.crop(box), 16, "bilinear", antialias=False)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))

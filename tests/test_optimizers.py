@@ -341,3 +341,20 @@ def test_adam_with_a_cycle_of_b1_is_its_formula():
         m, v = b1 * m + (1 - b1) * g, 0.98 * v + 0.02 * g * g
         w = w - float(rate(t - 1)) * (m / (1 - b1**t) / (np.sqrt(v / (1 - 0.98**t)) + 1e-6))
     np.testing.assert_allclose(params["img"]["proj"]["kernel"], w, rtol=1e-5)
+
+
+def test_schedule_of_unicl():
+    """timm's `CosineLRScheduler` without a prefix: its cosine counts the steps of the warm-up."""
+    fields = dict(warmup_from=4e-6, warmup_steps=50, lr_end=0.01, decay_from_start=True)
+    found = rate_of(320, schedule="cosine", lr=4e-3, **fields)
+    step = np.arange(320)
+    warm, cosine = 4e-6 + step * (4e-3 - 4e-6) / 50, 4e-5 + (4e-3 - 4e-5) / 2 * (1 + np.cos(np.pi * step / 320))
+    np.testing.assert_allclose(found, np.where(step < 50, warm, cosine), rtol=1e-5)
+
+
+def test_schedule_of_zerovl():
+    """Linear from 0, then a cosine that ends at a tenth."""
+    found = rate_of(400, schedule="cosine", lr=1e-4, warmup_from=0.0, warmup_steps=10, lr_end=0.1)
+    step = np.arange(400)
+    cosine = 1e-5 + 9e-5 * 0.5 * (1 + np.cos(np.pi * (step - 10) / 390))
+    np.testing.assert_allclose(found, np.where(step < 10, 1e-4 * step / 10, cosine), rtol=1e-5)

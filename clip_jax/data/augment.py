@@ -141,13 +141,17 @@ def _filter(name):
 
 
 @_operation
-def rrc(image, rng, min_area=0.08, max_area=1.0, ratio=(3 / 4, 4 / 3), size=None, interpolation="bicubic"):
+def rrc(
+    image, rng, min_area=0.08, max_area=1.0, ratio=(3 / 4, 4 / 3), size=None, interpolation="bicubic", antialias=True
+):
     """Random resized crop with torchvision's distribution.
 
     Draws up to ten boxes with a random share of the image's area and a random aspect ratio; when none fits, takes the
-    centre.
+    centre. `antialias` is that of `squash`.
     """
     box = _random_box(image.size, rng, min_area, max_area, ratio)
+    if not antialias:
+        return _resize_plainly(decode.flatten(image.crop(box)), size, interpolation)
     image, box = decode.shrink_on_load(image, box, size)
     return decode.resize(decode.flatten(image), (size, size), _filter(interpolation), box)
 
@@ -215,13 +219,20 @@ def _resize_centre(image, shape, size, resample):
 def squash(image, size=None, interpolation="bicubic", antialias=True):
     """Resizes to size x size and ignores the aspect ratio.
 
-    antialias=False, for bilinear only, is the resize of big_vision's published models.
+    antialias=False, for bilinear and bicubic, is `tf.image.resize`: big_vision's published models and coyo-align have
+    bilinear, FLIP has bicubic.
     """
     if antialias:
         return decode.resize(image, (size, size), _filter(interpolation))
-    if interpolation != "bilinear":
-        raise ValueError("antialias=False needs interpolation='bilinear'")
-    return Image.fromarray(_bilinear(np.asarray(image), size))
+    return _resize_plainly(image, size, interpolation)
+
+
+def _resize_plainly(image, size, interpolation):
+    """`tf.image.resize` to size x size without antialiasing."""
+    kernels = {"bilinear": _bilinear, "bicubic": _bicubic}
+    if interpolation not in kernels:
+        raise ValueError("antialias=False needs interpolation='bilinear' or 'bicubic'")
+    return Image.fromarray(kernels[interpolation](np.asarray(image), size))
 
 
 def _bilinear(image_HWC, size):
@@ -243,6 +254,25 @@ def _bilinear(image_HWC, size):
     top = pixels(y0, x0) + (pixels(y0, x1) - pixels(y0, x0)) * fx
     bottom = pixels(y1, x0) + (pixels(y1, x1) - pixels(y1, x0)) * fx
     return (top + (bottom - top) * fy[:, None, None]).astype(np.uint8)
+
+
+def _bicubic(image_HWC, size):
+    """Bicubic resize (Keys 1981, a = -1/2) with half-pixel centres and no antialiasing, uint8 `[size, size, channels]`.
+
+    Taps outside of the image have no weight, as in TensorFlow. The result is rounded and clipped, which FLIP's is not.
+    """
+
+    def taps(length):
+        centre = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(length / size) - np.float32(0.5)
+        places = np.floor(centre).astype(np.int64)[:, None] + np.arange(-1, 3)
+        d = np.abs(centre[:, None] - places)
+        weights = np.where(d <= 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2)
+        weights *= (places >= 0) & (places < length)
+        return np.clip(places, 0, length - 1), (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+    (y, wy), (x, wx) = taps(image_HWC.shape[0]), taps(image_HWC.shape[1])
+    pixels = image_HWC[y.reshape(-1, 1), x.reshape(1, -1)].astype(np.float32).reshape(size, 4, size, 4, -1)
+    return np.clip(np.einsum("iajbc,ia,jb->ijc", pixels, wy, wx).round(), 0, 255).astype(np.uint8)
 
 
 @_operation

@@ -15,6 +15,8 @@ def make_schedule(optim, steps):
       (big_vision; with `timescale = warmup_steps` that of Vaswani et al. 2017, section 5.3).
     - onecycle (`OneCycleLR` of PyTorch): from `lr / 25` along half a cosine to the peak at the last step of the
       warm-up, and along another one to `lr / 250,000` at the last step.
+    - `decay_from_start`: p is the share of all steps, so that the rate jumps at the end of the warm-up (timm's
+      `CosineLRScheduler`, UniCL).
     - `lr_hold_steps`: the decay sees the last step that is divisible by it, such as the first step of an epoch.
     - Cool-down: a factor `(steps - step) / cooldown_steps` in the last `cooldown_steps` steps (big_vision).
 
@@ -28,7 +30,8 @@ def make_schedule(optim, steps):
 
     def decayed(step):
         after = jnp.maximum(step // optim.lr_hold_steps * optim.lr_hold_steps if optim.lr_hold_steps else step, warmup)
-        share = jnp.minimum((after - warmup) / max(steps - warmup, 1), 1.0)
+        start = 0 if optim.decay_from_start else warmup
+        share = jnp.minimum((after - start) / max(steps - start, 1), 1.0)
         return {
             "cosine": lambda: end + (lr - end) * 0.5 * (1 + jnp.cos(jnp.pi * share)),
             "linear": lambda: end + (lr - end) * (1 - share),

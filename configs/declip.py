@@ -31,7 +31,7 @@ NONE = dict.fromkeys(TERMS, 0.0)
 OPTIONS = {
     "paper": dict(clip=0.4, multi_view=0.2, nn=0.2, simsiam=0.2, mlm=0.2),
     "clip": NONE | dict(clip=1.0),
-    "slip": NONE | dict(clip=1.0, simclr=1.0),
+    "slip": NONE | dict(clip=1.0, simclr=1.0, simclr_augment=MOCO_V2),
     "defilip": dict(filip=0.2),  # in addition to the released weights
     "long_queue": dict(queue_size=256 * 2 * 4096),
 }
@@ -52,6 +52,7 @@ def get_config(variant=""):
         config.set_method(c, "declip", options)
         c.declip.update(dict(head_width=256, predictor_width=64, simclr_width=256, filip_width=128))
         c.declip.update(dict(wait_for_queue=True, queue_size=64 * c.data.batch_size))  # 32 steps of two views
+        c.declip.simclr_augment = ()  # the embedded images' own
         if variant != "smoke":
             c.train.steps //= 2  # not much more than CLIP's FLOPs
     if name == "defilip":

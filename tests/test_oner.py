@@ -419,7 +419,7 @@ def loss_at_start(*overrides):
     [
         (("oner.mim_target=teacher",), ()),
         (("oner.mim_loss=l2",), ()),
-        (("oner.joint_cls=one",), ()),
+        (("oner.joint_cls=mean",), ()),
         (("oner.mix=norm_mean",), ()),
         (("oner.joint_bn=false",), ()),
         (("oner.cic=1", "model.image.depth=2", "oner.cic_kv=self"), ("oner.cic=1", "model.image.depth=2")),

@@ -62,8 +62,8 @@ class Options:
         hides the gap between them.
       temperature: of the softmax. The loss is multiplied by twice this.
       mix: the `mean` of the projector's outputs, or `norm_mean`, the mean of their unit vectors.
-      joint_cls: F(I,T|I,T) is the `mean` of the embeddings of the two CLS tokens, or the embedding of a single CLS
-        token (`one`).
+      joint_cls: F(I,T|I,T) is the embedding of a single CLS token (`one`), as in the paper's figure, or the `mean` of
+        the embeddings of two.
       cic_kv: F(I|T) attends to the states of the text under F(T|I) (`cross`) or under F(T|T) (`self`).
       type_embedding: a learned vector of the modality is added to all its tokens.
       image_mask, text_mask: shares of the patches and words that are masked in the student's inputs.
@@ -94,7 +94,7 @@ class Options:
     joint_bn: bool = True
     temperature: float = 0.2
     mix: str = "mean"
-    joint_cls: str = "mean"
+    joint_cls: str = "one"
     cic_kv: str = "cross"
     type_embedding: bool = True
     image_mask: float = 0.4

@@ -13,6 +13,7 @@ from clip_jax.data.sources.arrayrecord import ArrayRecordSource
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.spec import Spec, parse
 from clip_jax.errors import UserError
+from clip_jax.evaluation.class_names import names_of
 
 
 def jpeg(value=0, size=8):
@@ -503,3 +504,45 @@ def test_mixture(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such file"):
         make_source(f"{tmp_path}/a + nowhere")
     assert isinstance(source, MixtureSource)
+
+
+def test_classes_of_a_mixture_are_told_apart_by_name(folder_of_tables):
+    """Two tables of integer labels: the names of a column class_name decide, whatever the numbers."""
+    animals, cars = (make_source(str(path)) for path in folder_of_tables("named"))
+    assert animals.class_names == ["cat", "dog"] and cars.class_names == ["car", "cat"]
+    both = MixtureSource([animals, cars], [1, 1])
+    assert both.class_names == ["cat", "dog", "car"]
+    assert [(r["label"], r["class_name"]) for r in map(both.__getitem__, range(4))] == [
+        (0, "cat"), (1, "dog"), (2, "car"), (0, "cat"),
+    ]  # fmt: skip
+    both.check_labels()
+
+
+def test_numbers_without_names_in_several_sources_are_an_error_where_labels_count(folder_of_tables):
+    tables = [make_source(str(path)) for path in folder_of_tables("numbers")]
+    both = MixtureSource(tables, [1, 1])
+    with pytest.raises(UserError, match="the labels of .* are numbers without class names"):
+        both.check_labels()
+    with pytest.raises(UserError, match="numbers without class names"):
+        names_of(both, None, "task")
+    MixtureSource([tables[0]], [1]).check_labels()
+    halves = make_source(f"{folder_of_tables('numbers')[0]}?by=vendor")
+    halves.check_labels()  # selections of one table share its numbers
+
+
+@pytest.fixture
+def folder_of_tables(tmp_path):
+    def make(kind):
+        paths = []
+        rows = {"animals": [(3, "cat"), (7, "dog")], "cars": [(3, "car"), (9, "cat")]}
+        for table, labels in rows.items():
+            Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+            lines = []
+            for number, name in labels:
+                row = {"image": "x.png", "text": name, "label": number, "vendor": name}
+                lines.append(json.dumps(row | ({"class_name": name} if kind == "named" else {})))
+            paths.append(tmp_path / f"{table}_{kind}.jsonl")
+            paths[-1].write_text("\n".join(lines))
+        return paths
+
+    return make

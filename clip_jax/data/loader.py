@@ -18,7 +18,7 @@ from absl import flags
 
 from clip_jax.data import decode
 from clip_jax.data.order import make_order, randomness
-from clip_jax.data.records import BadRecord, listed
+from clip_jax.data.records import BadRecord, check_labels, listed
 from clip_jax.data.views import ImageView, RenderView, TextView, make_example
 from clip_jax.errors import UserError, did_you_mean
 
@@ -179,6 +179,8 @@ def iterate_once(source, views, tokenizer, batch_size, host=0, hosts=1, *, threa
 
 def check_source(source, views, tokenizer, batch_size=1, one_source=False):
     """Raises the UserError that a `Loader` would raise for a source and views that do not fit, without starting one."""
+    if any(getattr(view, "class_templates", ()) for view in views):
+        check_labels(source)
     _EvaluationBatches(source, views, tokenizer, 0, 1, 0, 1)
     if one_source:
         _check_one_source(source, batch_size)

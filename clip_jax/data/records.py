@@ -195,6 +195,11 @@ def _first(candidates, names):
     return next((lower[c] for c in candidates if c in lower), None)
 
 
+def check_labels(source):
+    """Raises UserError when equal labels of a source may mean different classes, which only a mixture's can."""
+    getattr(source, "check_labels", lambda: None)()
+
+
 def listed(names):
     """Returns the names of fields as one line for a message; a damaged header has line ends and bytes in its names."""
     text = ", ".join(" ".join(name.split()) for name in names)

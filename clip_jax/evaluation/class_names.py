@@ -14,6 +14,7 @@ from collections import Counter
 
 from etils import epath
 
+from clip_jax.data.records import check_labels
 from clip_jax.errors import UserError
 from clip_jax.evaluation.prompts import load_class_names
 
@@ -40,6 +41,7 @@ def names_of(source, given, task):
     source's classes one to one.
     """
     classes = source.class_names
+    check_labels(source)
     if given is None:
         if classes is None:
             raise UserError(f"{task}: {source.name} does not name its classes; give class_names")

@@ -11,6 +11,7 @@ Classes are those of the training source. Where the sources name their classes, 
 
 import numpy as np
 
+from clip_jax.data.records import check_labels
 from clip_jax.data.sources.splits import evaluation_split
 from clip_jax.errors import UserError
 from clip_jax.evaluation.class_names import listed, match_classes
@@ -79,6 +80,8 @@ def probe_task(model, train, test, *, val=None, name="probe", limit=None, batch_
 
 def _training_labels(labels, source, train_labels, train, task):
     """Returns the labels of a source as labels of the training source, int32 `[n]`; classes are matched by name."""
+    check_labels(source)
+    check_labels(train)
     if (source.class_names is None) != (train.class_names is None):
         named, other = (source, train) if train.class_names is None else (train, source)
         raise UserError(

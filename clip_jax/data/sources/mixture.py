@@ -4,7 +4,7 @@ import bisect
 import itertools
 from collections import Counter
 
-from clip_jax.data.records import BaseSource
+from clip_jax.data.records import BadRecord, BaseSource, listed
 from clip_jax.errors import UserError
 
 
@@ -44,6 +44,19 @@ class MixtureSource(BaseSource):
             names = itertools.chain.from_iterable(s.class_names or () for s in self.sources)
             self._set_classes(list(dict.fromkeys(names)))
 
+    def check_labels(self):
+        """Raises UserError when the labels of several sources are numbers without class names.
+
+        It reads the first usable record of each source. Selections of one source share its numbers.
+        """
+        parts = [s for s in self.sources if s.class_names is None and _has_labels(s)]
+        unnamed = {id(getattr(s, "root", s)): s.name for s in parts}
+        if len(unnamed) > 1 or (unnamed and self.class_names is not None):
+            raise UserError(
+                f"{self.name}: the labels of {listed(unnamed.values())} are numbers without class names, and equal"
+                " numbers of different sources may mean different classes; add a column class_name"
+            )
+
     def __len__(self):
         return self._ends[-1]
 
@@ -59,3 +72,12 @@ class MixtureSource(BaseSource):
                 f"{source.name}: its labels have no class names, and other sources of the mixture have class names"
             )
         return record | {"label": self._class_index[source.class_names[record["label"]]]}
+
+
+def _has_labels(source):
+    for index in range(min(len(source), 20)):
+        try:
+            return source[index].get("label", -1) >= 0
+        except BadRecord:
+            continue
+    return False

@@ -57,10 +57,14 @@ class SelectedSource(BaseSource):
       name: str, for messages.
       labels: int32 `[n]`, -1 for a record without a class; None keeps the source's labels.
       classes: list of str, the class names of `labels`.
+
+    Attributes:
+      root: the source of which it is a selection, whose labels all its selections share.
     """
 
     def __init__(self, source, indices, name, labels=None, classes=()):
         super().__init__(name)
+        self.root = getattr(source, "root", source)
         self.broken = source.broken
         self._source, self._indices = source, indices
         self._labels = labels

@@ -64,9 +64,14 @@ class TableSource(BaseSource):
             raise UserError(f"{path}: no rows")
         if names := labels.class_names():
             self._set_classes(names)
+        self._numbers = labels.numbers()  # label -> index of its class name
 
     def __len__(self):
         return len(self._spans)
+
+    def _label(self, value):
+        number = read_label(value) if self._numbers else None
+        return super()._label(self._numbers.get(number, value))
 
     def __getitem__(self, index):
         start, end = self._spans[index].tolist()
@@ -165,10 +170,22 @@ class _Labels:
             )
 
     def class_names(self):
-        """Returns the sorted class names, empty for a column of integers; raises UserError for a mixture of both."""
+        """Returns the class names, empty for integers of which one has no name; raises UserError for a mixture.
+
+        Names that are labels are sorted. Names of integers have the order of the integers.
+        """
         if self._numbers and self._texts:
             raise UserError(
                 f"{self._where} mixes integers, such as {min(self._numbers)}, and class names, such as "
                 f"{min(self._texts)!r}; write all as integers or all as names"
             )
-        return sorted(self._texts)
+        return sorted(self._texts) or list(self.numbers() and dict.fromkeys(self._in_order()))
+
+    def numbers(self):
+        """Returns `{integer label: index of its class name}`, empty unless every label is an integer with a name."""
+        index = {name: i for i, name in enumerate(dict.fromkeys(self._in_order()))}
+        return {label: index[name] for label, name in self._names.items()} if index else {}
+
+    def _in_order(self):
+        complete = self._numbers - {-1} == self._names.keys() and not self._texts
+        return [name for _, name in sorted(self._names.items())] if complete else []

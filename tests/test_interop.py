@@ -574,3 +574,21 @@ def test_siglip_tokenizer_as_json(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(UserError, match="not a tokenizer.json"):
         tokenizer_files.find(tmp_path, "siglip", 9)
+
+
+def test_the_first_block_of_a_stage_has_no_residual_in_hugging_face():
+    """Stride 1 and equal channels at `width_coefficient=0.5`; without its residual the block's input has no way around."""
+    from clip_jax.models.efficientnet import EfficientNet, has_first_residual
+
+    stages = ((16, 1, 3, 1, 1), (16, 2, 3, 2, 1))
+    assert has_first_residual(stages, 0.5) and not has_first_residual(((24, *stages[0][1:]), stages[1]), 1.0)
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    for first_residual in (True, False):
+        tower = EfficientNet(16, 8, 0.5, 1.0, ((32, 1, 3, 1, 1),), first_residual=first_residual)
+        variables = tower.init(jax.random.key(0), images)
+        bn = variables["params"]["mbconv_0"]["project_bn"]
+        bn["scale"], bn["bias"] = jnp.zeros_like(bn["scale"]), jnp.zeros_like(bn["bias"])
+        _, tokens = tower.apply(variables, images)
+        assert bool(jnp.any(tokens != 0)) == first_residual
+    config = configs.hf.align({}, None)
+    assert config.model.image.first_residual is False

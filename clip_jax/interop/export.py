@@ -20,6 +20,7 @@ from clip_jax.errors import UserError, unknown
 from clip_jax.interop import configs, export_tokenizer, layouts, load
 from clip_jax.interop.layouts import hf, open_clip
 from clip_jax.methods.interface import Method
+from clip_jax.models.efficientnet import has_first_residual
 from clip_jax.plugins import parse_call
 
 WEIGHTS = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors"}
@@ -127,7 +128,8 @@ def _open_clip(config, arrays):
         )
         vision |= dict(timm_model_pretrained=False, timm_proj_bias=image["proj_bias"])
     elif image["kind"] == "resnet":
-        vision = dict(image_size=size, layers=list(image["layers"]), width=image["width"])
+        fields = {name: image[name] for name in ("width", "head_width")}
+        vision = dict(fields, image_size=size, layers=list(image["layers"]))
     else:
         vision = dict(
             _open_clip_transformer(image),
@@ -270,7 +272,9 @@ def _same_model(config, files, theirs, to):
         again = make(cfg, files["preprocessor_config.json"])
     load.shapes(again)
     ignored = set(TRAINING)
-    text = config.model.text
+    text, image = config.model.text, config.model.image
+    if image.kind == "efficientnet" and not has_first_residual(image.stages, image.get("width_coefficient", 1.0)):
+        ignored.add("first_residual")
     if text.get("causal") and text.get("pool") == "eot":
         ignored.add("mask_padding")  # causal attention never reaches the tokens after EOT
     if text.get("pool") in ("last", "first") and not text.mask_padding or text.get("pad_id", -1) >= 0:

@@ -39,6 +39,12 @@ def scaled(channels, coefficient):
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
+def has_first_residual(stages, width_coefficient):
+    """Whether the shapes of the first block of some stage allow a residual connection."""
+    outputs = [scaled(channels, width_coefficient) for channels in (STEM, *(stage[0] for stage in stages))]
+    return any(stage[3] == 1 and outputs[i] == outputs[i + 1] for i, stage in enumerate(stages))
+
+
 def conv(x, features, size, stride, padding, dtype, name, depthwise=False):
     """Applies a convolution without bias and with the padding of TensorFlow's SAME.
 
@@ -52,7 +58,7 @@ class MBConv(nn.Module):
     """Inverted bottleneck: 1x1 expansion, depthwise convolution, squeeze and excitation, 1x1 projection.
 
     `[b, h, w, c] -> [b, h/stride, w/stride, features]`. Where input and output have the same shape there is a residual
-    connection.
+    connection, unless `residual` is False.
 
     Attributes:
       features: channels of the output.
@@ -72,6 +78,7 @@ class MBConv(nn.Module):
     padding: str = "same"
     bn_group: int = 0
     dtype: Any = jnp.float32
+    residual: bool = True
     squeeze, act = True, staticmethod(nn.silu)  # without annotation, so that they are no fields of a configuration
 
     @nn.compact
@@ -94,7 +101,7 @@ class MBConv(nn.Module):
             excited = Dense(y.shape[-1], dtype=self.dtype, kernel_init=INIT, name="se_expand")(self.act(squeezed))
             y = multiply(y, nn.sigmoid(excited)[:, None, None])
         y = norm(conv(y, self.features, 1, 1, self.padding, self.dtype, "project_conv"), "project_bn")
-        if self.stride == 1 and width == self.features:
+        if self.residual and self.stride == 1 and width == self.features:
             y = x + drop(y, drop_rate, keys if train and self.drop_rate else None, index, whole=True)
         return y
 
@@ -111,6 +118,8 @@ class EfficientNet(nn.Module):
       stochastic_depth: block i of N is dropped with the chance `stochastic_depth * i / N`, drawn per example.
       padding: `same` (TensorFlow, the published training code) or `even` (Hugging Face's AlignModel). They differ where
         a stride of 2 meets an odd size.
+      first_residual: whether the first block of a stage has a residual connection where its shapes allow one. In
+        Hugging Face's AlignModel it has none.
       bn_group: `group` of `BatchNorm`.
       remat: as `config.model`.
       scan: runs the blocks of a stage after its first one in a loop, with stacked parameters.
@@ -123,6 +132,7 @@ class EfficientNet(nn.Module):
     stages: tuple[tuple[int, ...], ...] = STAGES
     stochastic_depth: float = 0.2
     padding: str = "same"
+    first_residual: bool = True
     bn_group: int = 0
     proj_bias: bool = True
     dtype: Any = jnp.float32
@@ -152,7 +162,8 @@ class EfficientNet(nn.Module):
             rates = [self.stochastic_depth * k / sum(repeats) for k in range(i, i + blocks)]
             shared = dict(expansion=expansion, padding=self.padding, bn_group=self.bn_group, dtype=self.dtype)
             make = functools.partial(block, features, size, **shared)
-            x = make(stride=stride, index=i, drop_rate=rates[0], name=f"mbconv_{i}")(x, train, keys)
+            first = dict(stride=stride, residual=self.first_residual)
+            x = make(**first, index=i, drop_rate=rates[0], name=f"mbconv_{i}")(x, train, keys)
             if self.scan and blocks > 1:
                 layers = nn.scan(
                     lambda block, x, keys, place: (block(x, train, keys, place), None),

@@ -166,7 +166,7 @@ class PyramidResNet(ModifiedResNet):
             width, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(width**-0.5), name="regions"
         )
         ln = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")
-        pool = AttentionPool(self.embed_dim, self.dtype, name="pool")
+        pool = AttentionPool(self.embed_dim, self.dtype, self.head_width, name="pool")
         if self.is_initializing():
             ln(to_token(jnp.zeros((1, 1, self.region_dim))))
         if regions is None:

@@ -10,8 +10,6 @@ from clip_jax.models.conv import Conv
 from clip_jax.models.layers import Dense, add
 from clip_jax.models.transformer import attend, rematerialized
 
-HEAD_WIDTH = 64
-
 
 def conv(features, size, dtype, name, stride=1):
     """Returns a convolution module without bias, padded as in PyTorch by `size // 2` pixels on each side."""
@@ -68,7 +66,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention pooling by heads of width 64, `[b, n, D] -> [b, embed_dim]`: the first token attends to all.
+    """Attention pooling, `[b, n, D] -> [b, embed_dim]`: the first token attends to all.
 
     By default the tower puts the mean of the tokens first and adds a learned position embedding. Without `positions`
     the caller supplies the first token, and there is no position embedding. Where `mask`, bool `[b, n]`, is False, a
@@ -77,6 +75,7 @@ class AttentionPool(nn.Module):
 
     embed_dim: int
     dtype: Any = jnp.float32
+    head_width: int = 64
 
     @nn.compact
     def __call__(self, x, positions=True, mask=None):
@@ -88,7 +87,7 @@ class AttentionPool(nn.Module):
         mask = None if mask is None else mask[:, None, None]
 
         def heads(name, x):
-            shape = (width // HEAD_WIDTH, HEAD_WIDTH)
+            shape = (width // self.head_width, self.head_width)
             return Dense(shape, dtype=self.dtype, kernel_init=normal, bias_init=bias, name=name)(x)
 
         q = heads("query", x[:, :1])
@@ -109,6 +108,7 @@ class ModifiedResNet(nn.Module):
       size: height and width of the images in pixels, a multiple of 32.
       layers: number of bottlenecks in each of the four stages.
       width: channels of the stem.
+      head_width: width of a head of the attention pooling.
       bn_group: `group` of `BatchNorm`.
       remat: as `config.model`.
     """
@@ -117,6 +117,7 @@ class ModifiedResNet(nn.Module):
     embed_dim: int
     layers: tuple[int, ...] = (3, 4, 6, 3)
     width: int = 64
+    head_width: int = 64
     bn_group: int = 0
     dtype: Any = jnp.float32
     remat: str = "none"
@@ -125,7 +126,7 @@ class ModifiedResNet(nn.Module):
     def __call__(self, images, train=False, keys=None):
         del keys  # this tower has no dropout
         x = self.feature_map(images, train)
-        embedding = AttentionPool(self.embed_dim, self.dtype, name="pool")(x)
+        embedding = AttentionPool(self.embed_dim, self.dtype, self.head_width, name="pool")(x)
         return embedding.astype(jnp.float32), x
 
     def feature_map(self, images, train):

@@ -118,8 +118,9 @@ def align(cfg, preprocessor):
     coefficients = {name: vision[name] for name in ("width_coefficient", "depth_coefficient")}
     stages = tuple(zip(*(vision[name] for name in columns), strict=True))
     c.model.image = dict(
-        coefficients, kind="efficientnet", size=vision["image_size"], stages=stages, padding="even", proj=False
-    )
+        coefficients, kind="efficientnet", size=vision["image_size"], stages=stages, padding="even", proj=False,
+        first_residual=False,
+    )  # fmt: skip
     fields = dict(
         _text(text),
         kind="bert",

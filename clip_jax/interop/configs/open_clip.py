@@ -49,13 +49,11 @@ def from_config(cfg, preprocess, shapes):
     if "timm_model_name" in vision:
         c.model.image = _timm(vision, shapes)
     elif isinstance(vision.get("layers", 12), list | tuple):
-        if vision.get("head_width", 64) != 64:
-            raise UserError(
-                f"vision_cfg.head_width={vision['head_width']}: must be 64 for the attention pooling of a ResNet"
-            )
-        c.model.image = dict(
-            kind="resnet", size=_square(vision), layers=tuple(vision["layers"]), width=vision.get("width", 64)
-        )
+        width, head_width = vision.get("width", 64), vision.get("head_width", 64)
+        if 32 * width % head_width:
+            raise UserError(f"vision_cfg.head_width={head_width} does not divide 32 * vision_cfg.width={32 * width}")
+        fields = dict(layers=tuple(vision["layers"]), width=width, head_width=head_width)
+        c.model.image = dict(fields, kind="resnet", size=_square(vision))
     else:
         c.model.image = _vit(vision, act)
     pools = {"argmax": "eot", "eos": "eot", "last": "last", "first": "first"}

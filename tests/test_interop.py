@@ -577,11 +577,11 @@ def test_siglip_tokenizer_as_json(tmp_path):
 
 
 def test_the_first_block_of_a_stage_has_no_residual_in_hugging_face():
-    """Stride 1 and equal channels at `width_coefficient=0.5`; without its residual the block's input has no way around."""
+    """Where its stride is 1 and its channels are equal; without the residual the input has no way around the block."""
     from clip_jax.models.efficientnet import EfficientNet, has_first_residual
 
     stages = ((16, 1, 3, 1, 1), (16, 2, 3, 2, 1))
-    assert has_first_residual(stages, 0.5) and not has_first_residual(((24, *stages[0][1:]), stages[1]), 1.0)
+    assert has_first_residual(stages, 0.25) and not has_first_residual(stages, 1.0)
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     for first_residual in (True, False):
         tower = EfficientNet(16, 8, 0.5, 1.0, ((32, 1, 3, 1, 1),), first_residual=first_residual)

@@ -31,9 +31,11 @@ def base():
     c.seed = 0  # all randomness follows from it: initialisation, order of the data, augmentation
     # sentencepiece[:FILE] | clip_bpe[:FILE] | wordpiece:FILE | unifont[:FILE] | the folder of a saved tokenizer
     c.tokenizer = "sentencepiece"
-    c.init_from = ""  # checkpoint or third-party weights to start from (docs/checkpoints.md); a resumed run ignores it
+    # Checkpoint or third-party weights to start from, or "img=PATH, txt=PATH" (docs/checkpoints.md). A resumed run
+    # ignores it.
+    c.init_from = ""
     c.init_from_params = ()  # only parameters whose path matches one of these regular expressions, e.g. ("^img/",)
-    c.init_from_resize = False  # resizes the image tower's position embeddings when their shape differs
+    c.init_from_resize = False  # resizes position embeddings when their shape differs
     c.data, c.model = _data(), _model()
     c.optim, c.train = _optim(), _train()
     c.checkpoint, c.eval = _checkpoint(), _eval()

@@ -17,7 +17,7 @@ from clip_jax.errors import UserError
 
 #: Fields that change what a tower computes but not the shapes of its weights.
 SILENT = ("act", "ln_eps", "heads", "posemb", "padding", "causal", "mask_padding")
-POS = "img/pos"
+POS, TEXT_POS = "img/pos", "txt/pos"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,32 @@ def check_path(config, workdir):
 
     if not config.init_from or any((workdir / "checkpoints").glob("[0-9]*")):  # a resumed run does not need it
         return
-    if recognize.is_foreign(config.init_from):
-        _recognize(config.init_from)
-    else:
+    for path in sources(config.init_from).values():
+        if recognize.is_foreign(path):
+            _recognize(path)
+            continue
         try:
-            checkpoint.find(config.init_from)
+            checkpoint.find(path)
         except UserError as error:
-            command = f"python -m clip_jax.train --config=configs/clip.py --workdir={config.init_from}"
+            command = f"python -m clip_jax.train --config=configs/clip.py --workdir={path}"
             raise UserError(f"init_from: {error}; train it first, for instance: {command}") from None
+
+
+def sources(text):
+    """Returns `{prefix of parameter paths: path}` of the field `init_from`.
+
+    Args:
+      text: a path, which has the prefix "", or one for each tower, "img=PATH, txt=PATH".
+
+    Raises UserError for another name of a tower, or one that is given twice.
+    """
+    parts = [part.strip().partition("=") for part in text.split(",")]
+    if not all(name.isidentifier() and equals and path for name, equals, path in parts):
+        return {"": text}
+    names = [name for name, _, _ in parts]
+    if len(set(names)) < len(names) or not set(names) <= {"img", "txt"}:
+        raise UserError(f"init_from={text!r}: give one path, or one for each tower: img=PATH, txt=PATH")
+    return {f"{name}/": path for name, _, path in parts}
 
 
 def start(config, state, tokenizer):
@@ -74,19 +92,23 @@ def start(config, state, tokenizer):
 
     from clip_jax.interop import recognize
 
-    source = _foreign(config.init_from) if recognize.is_foreign(config.init_from) else _own(config.init_from)
     current = _flat(state.params, state.extra)
-    chosen = _choose(config, current, source)
-    _check_meaning(config, source, chosen, tokenizer)
-    targets = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in chosen.items()}
-    resized = _check_shapes(config, source, targets)
-    found = source.load(targets | {path: _whole(source.shapes[path], targets[path]) for path in resized})
-    for path in resized:
-        found[path] = _resize(found[path], targets[path], config.model.image, source.bicubic)
-    params, stats = _nested(current | {path: found[path] for path in targets}, state.params, state.extra)
+    found, resized = {}, False
+    for prefix, path in sources(config.init_from).items():
+        source = _foreign(path) if recognize.is_foreign(path) else _own(path)
+        chosen = _choose(config, current, source, prefix)
+        _check_meaning(config, source, chosen, tokenizer)
+        targets = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in chosen.items()}
+        resizes = _check_shapes(config, source, targets)
+        loaded = source.load(targets | {name: _whole(source.shapes[name], targets[name]) for name in resizes})
+        for name in resizes:
+            loaded[name] = _resize(name, loaded[name], targets[name], config.model, source.bicubic)
+        found |= {name: loaded[name] for name in targets}
+        resized = resized or bool(resizes)
+    params, stats = _nested(current | found, state.params, state.extra)
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
     extra = state.extra | ({"batch_stats": stats} if stats else {})
-    count = sum(x.size for path, x in targets.items() if not path.startswith("batch_stats/"))
+    count = sum(x.size for path, x in found.items() if not path.startswith("batch_stats/"))
     line = f"started from {config.init_from}: {count:,} parameters"
     line += "; position embeddings resized" if resized else ""
     ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
@@ -118,8 +140,11 @@ def _with_stats(params, extra):
     return params | ({"batch_stats": extra["batch_stats"]} if "batch_stats" in extra else {})
 
 
-def _choose(config, current, source):
-    """Returns the run's arrays that `init_from_params` matches. Raises UserError when the source lacks one."""
+def _choose(config, current, source, prefix):
+    """Returns the run's arrays below `prefix` that `init_from_params` matches.
+
+    Raises UserError when a pattern matches nothing, and when the source lacks an array.
+    """
     from clip_jax.interop.layouts import list_names
 
     params = [path for path in current if not path.startswith("batch_stats/")]
@@ -129,9 +154,14 @@ def _choose(config, current, source):
                 f"init_from_params: {pattern!r} matches no parameter; paths look like {params[0]!r}, {params[-1]!r}"
             )
     patterns = config.init_from_params or ("",)
+    names = {path: path.removeprefix("batch_stats/") for path in current}
     chosen = {
-        path: x for path, x in current.items() if any(re.search(p, path.removeprefix("batch_stats/")) for p in patterns)
+        path: x
+        for path, x in current.items()
+        if names[path].startswith(prefix) and any(re.search(p, names[path]) for p in patterns)
     }
+    if not chosen:
+        raise UserError(f"init_from_params={config.init_from_params}: no pattern matches a parameter below {prefix!r}")
     if missing := chosen.keys() - source.shapes.keys():
         raise UserError(
             f"init_from: {source.path} has no {list_names(missing)}; init_from_params chooses the parameters to take"
@@ -155,7 +185,7 @@ def _check_meaning(config, source, chosen, tokenizer):
             problems += [
                 f"model.{f}={tuple(theirs[f])} there, {tuple(ours[f])} here"
                 for f in fields
-                if not _close(ours[f], theirs[f])
+                if theirs[f] is not None and not _close(ours[f], theirs[f])
             ]
     if "txt/embed/embedding" in chosen and source.fingerprint not in (None, tokenizer.fingerprint()):
         problems.append(f"the tokenizer {source.config.tokenizer!r} there differs from {config.tokenizer!r} here")
@@ -172,14 +202,11 @@ def _check_shapes(config, source, targets):
     from clip_jax.interop.layouts import list_names, shape_text
 
     differ = {path: source.shapes[path].shape for path, x in targets.items() if source.shapes[path].shape != x.shape}
-    resized = [path for path in differ if path == POS and config.init_from_resize and config.model.image.kind == "vit"]
+    resizable = [path for path in differ if path == TEXT_POS or (path == POS and config.model.image.kind == "vit")]
+    resized = resizable if config.init_from_resize else []
     if rest := differ.keys() - set(resized):
         notes = {path: f"{shape_text(differ[path])} there, {shape_text(targets[path].shape)} here" for path in rest}
-        hint = (
-            "; init_from_resize=True resizes the position embeddings of images"
-            if rest == {POS} and config.model.image.kind == "vit"
-            else ""
-        )
+        hint = "; init_from_resize=True resizes the position embeddings" if rest <= set(resizable) else ""
         raise UserError(f"init_from: {source.path}: other shapes: {list_names(notes)}{hint}")
     return resized
 
@@ -192,15 +219,17 @@ def _whole(shape, target):
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(target.sharding.mesh, PartitionSpec()))
 
 
-def _resize(pos, target, image, bicubic):
+def _resize(path, pos, target, model, bicubic):
     import jax
     import numpy as np
 
-    from clip_jax.interop.load import resize_positions
+    from clip_jax.interop.load import resize_positions, resize_text_positions
 
-    first = int(image.cls_token)
-    grid = round((target.shape[1] - first) ** 0.5)
-    new = resize_positions(np.asarray(pos), grid, first, bicubic)
+    if path == TEXT_POS:
+        new = resize_text_positions(np.asarray(pos), target.shape[1])
+    else:
+        first = int(model.image.cls_token)
+        new = resize_positions(np.asarray(pos), round((target.shape[1] - first) ** 0.5), first, bicubic)
     return jax.make_array_from_callback(target.shape, target.sharding, new.astype(target.dtype).__getitem__)
 
 

@@ -8,7 +8,8 @@ Variants, after a colon:
   smoke    a few steps, under a minute with compilation, with a random image tower
   b16 l16  the published models' sizes and text tower (BERT), 60,000 steps. Give data, vocabulary and towers:
            --config.data=/data/pairs/{00000..12287}.tar --config.tokenizer=wordpiece:/data/vocab.txt?eot=false
-           --config.init_from=/data/B_16.npz (a ViT of big_vision on ImageNet-21k, class token, no head)
+           --config.init_from="img=/data/B_16.npz, txt=/data/bert-base-uncased" (a ViT of big_vision on ImageNet-21k,
+           class token, no head; Hugging Face's BertModel)
            Expected ImageNet zero-shot top-1 (CC12M, YFCC100M): B/16 with BERT-base 73.9, L/16 with BERT-large 75.7 %
            The locked tower runs as in evaluation: running statistics, no dropout, no patch dropout
            Assumptions: batch size, warm-up, and the steps of L/16
@@ -42,7 +43,7 @@ def published(tower):
     c.model.image.update(dict(tower, patch=16, ln_pre=False, patch_bias=True, act="gelu_tanh", ln_eps=1e-6, proj=False))
     c.model.text = dict(tower, kind="bert", context=16, act="gelu", pad_id=0, proj_bias=True, vocab_size=0, eot_id=-1)
     c.tokenizer = "wordpiece:vocab.txt?eot=false"
-    c.init_from, c.init_from_params = "B_16.npz", ("^img/",)
+    c.init_from, c.init_from_params = "img=B_16.npz, txt=bert-base-uncased", ("^img/", "^txt/(?!proj)")
     c.data.augment = ("squash(256, 'bilinear', antialias=False)", "random_crop")
     c.eval.transform, c.eval.tasks = ("squash(256, 'bilinear', antialias=False)", "center_crop"), ()
     c.data.batch_size, c.data.workers = 16384, 8

@@ -10,12 +10,12 @@ Variants, after a colon; clip_jax/methods/otter.py documents the section otter:
   small_infonce small_ls small_kd
            the other rows of the paper's table on the embedded images; small_kd has the same warm-up
   otter infonce ls kd
-           the published runs on CC3M: 10 epochs. Give data, SciBERT's vocabulary and weights:
+           the published runs on CC3M: 10 epochs. Give data, and vocabulary and weights of DeCLUTR-sci-base, a BERT:
            --config.data=/data/cc3m/{00000..00331}.tar --config.tokenizer=wordpiece:/data/vocab.txt
-           --config.init_from=PATH
+           --config.init_from="txt=/data/declutr-sci-base"
            Expected flat-hit F@1 on Google Open Images and ImageNet-10K: OTTER 29.1, 12.0; InfoNCE 26.8, 10.9; LS 26.3,
            10.1; KD 26.7, 10.0 %. They need the pretrained towers (ResNet-50 on ImageNet, DeCLUTR on papers). Not run
-           Differences: the ResNet-50 is CLIP's; BERT embeds a text by [CLS], not by the mean. Assumption: LS's 0.1
+           Difference: the ResNet-50 is CLIP's, from random weights. Assumption: LS's 0.1
 """
 
 from clip_jax import config
@@ -44,8 +44,9 @@ def get_config(variant=""):
 def published():
     c = config.base()
     use_size(c.model, "RN50")
-    bert = dict(kind="bert", context=60, width=768, depth=12, heads=12, mlp_dim=3072, dropout=0.1)
-    c.model.text = all_fields(TEXT_TOWERS, dict(bert, vocab_size=0, eot_id=-1))
+    bert = dict(kind="bert", context=60, width=768, depth=12, heads=12, mlp_dim=3072, dropout=0.1, pool="mean")
+    c.model.text = all_fields(TEXT_TOWERS, dict(bert, proj=False, vocab_size=0, eot_id=-1))
+    c.init_from, c.init_from_params = "txt=declutr-sci-base", ("^txt/",)
     c.model.embed_dim, c.model.logit_scale_init = 768, 3.9
     c.tokenizer = "wordpiece:vocab.txt"
     c.data.augment = ("resize(256)", "random_crop")

@@ -8,8 +8,10 @@ Variants, after a colon; clip_jax/methods/zerovl.py documents the section zerovl
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b16 b16_1024
            the paper's recipe: ViT-B/16 and BERT, 20 epochs of 14.2 M pairs, batch 16,384 or 1,024, encoded in parts of
-           1,024. Give the image tower (big_vision's ViT on ImageNet-21k), BERT's vocabulary and the data, with sources
-           weighted by size or otherwise: --config.init_from=/data/B_16.npz --config.tokenizer=wordpiece:/data/vocab.txt
+           1,024. Give the towers (big_vision's ViT on ImageNet-21k, BERT), the vocabulary and the data, with sources
+           weighted by size or otherwise:
+           --config.init_from="img=/data/B_16.npz, txt=/data/bert-base-uncased"
+           --config.tokenizer=wordpiece:/data/bert-base-uncased/vocab.txt
            --config.data="/data/cc3m/*.tar*size + /data/cc12m/*.tar*size + /data/sbu/*.tar*size + /data/vg/*.tar*size"
            Published RSUM of COCO and Flickr30k: 425.0, 536.2; a plain baseline's: 363.5, 476.8. Not run here
            Difference from the paper: images are normalised for that ViT
@@ -44,7 +46,8 @@ def published(batch_size):
     c.model.text = all_fields(TEXT_TOWERS, tower | text)
     c.model.image_mean = c.model.image_std = (0.5, 0.5, 0.5)  # the image tower's own
     c.tokenizer = "wordpiece:vocab.txt"
-    c.init_from, c.init_from_params = "B_16.npz", ("^img/(?!proj)",)
+    c.init_from = "img=B_16.npz, txt=bert-base-uncased"
+    c.init_from_params = ("^img/(?!proj)", "^txt/(?!proj)")
     c.data.augment = ("rrc(0.6, 1.0, interpolation='bilinear')", "autoaugment")
     c.eval.transform = ("squash(256, 'bilinear')", "center_crop")
     c.data.batch_size, c.data.workers = batch_size, 8

@@ -57,6 +57,8 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
     Raises UserError, in one line and before anything is loaded, when the model cannot be loaded.
     """
     foreign = recognize.recognize(path, act, heads, size)
+    if "image" not in foreign.config.model:
+        raise UserError(f"{path} holds a text tower alone: use it in init_from")
     config, tensors = foreign.config, foreign.tensors
     tokenizer = _tokenizer(foreign, tokenizer)
     ours = shapes(config)
@@ -77,7 +79,7 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
 
 
 def is_image_tower(config):
-    """Returns whether a configuration has only an image tower, and hence no method."""
+    """Returns whether a configuration has only one tower, mostly an image tower, and hence no method."""
     return not config.method
 
 
@@ -96,11 +98,16 @@ def shapes(config):
         if which in config.model:
             config.model[which] = towers.all_fields(kinds, config.model[which].to_dict())
     if is_image_tower(config):
-        size = config.model.image.size
-        image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-        tree = {
-            "params": {"img": jax.eval_shape(towers.image_tower(config.model).init, jax.random.key(0), image)["params"]}
-        }
+        tree = {"params": {}}
+        if "image" in config.model:
+            size = config.model.image.size
+            image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+            found = jax.eval_shape(towers.image_tower(config.model).init, jax.random.key(0), image)
+            tree["params"]["img"] = found["params"]
+        if "text" in config.model:
+            ids = jax.ShapeDtypeStruct((1, config.model.text.context), np.int32)
+            found = jax.eval_shape(towers.text_tower(config.model).init, jax.random.key(0), ids)
+            tree["params"]["txt"] = found["params"]
     else:
         method = make_method(config)
         tree = dict(
@@ -167,6 +174,21 @@ def resize_positions(pos, grid, first=0, bicubic=True):
         weights = np.maximum(0, 1 - np.abs(at - np.arange(old))).astype(np.float32)
         x = np.einsum("ai,bj,ijd->abd", weights, weights, x)
     return np.concatenate([pos[:, :first], x.reshape(1, grid * grid, width)], axis=1)
+
+
+def resize_text_positions(pos, length):
+    """Returns the position embeddings of a text tower for another length, float32 `[1, length, D]`.
+
+    They are interpolated linearly, and the first and the last keep their values.
+
+    Args:
+      pos: the embeddings, float32 `[1, n, D]`.
+      length: the new number of positions.
+    """
+    at = np.linspace(0, pos.shape[1] - 1, length)
+    low = np.minimum(at.astype(int), max(pos.shape[1] - 2, 0))
+    share = (at - low)[None, :, None].astype(np.float32)
+    return pos[:, low] * (1 - share) + pos[:, np.minimum(low + 1, pos.shape[1] - 1)] * share
 
 
 def _tokenizer(foreign, spec):

@@ -11,7 +11,7 @@ from typing import Any
 from clip_jax import weight_files
 from clip_jax.errors import UserError
 from clip_jax.interop import configs
-from clip_jax.interop.layouts import big_vision, hf, open_clip
+from clip_jax.interop.layouts import big_vision, hf, open_clip, single
 
 # Names of weight files; the first that exists is read, so open_clip's in a folder that also suits transformers.
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -66,6 +66,11 @@ def recognize(path, act=None, heads=None, size=None):
     names = {name.removeprefix("params/") for name in tensors}
     if {"embedding/kernel", "img/embedding/kernel"} & names:
         foreign = _big_vision(file, tensors, _json(config), size)
+    elif {"embeddings.word_embeddings.weight", "bert.embeddings.word_embeddings.weight"} & names:
+        foreign = _bert(file, tensors, _json(config))
+    elif {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= names:
+        cfg = configs.single.timm_vit(tensors, _json(config) or {})
+        foreign = Foreign("timm", file, tensors, cfg, single.timm_vit_entries, single.TIMM_IGNORED)
     elif "transformer.resblocks1.0.ln_1.weight" in names:
         foreign = _pyramidclip(file, tensors, _json(config), heads)
     elif any(name.startswith(("visual.", "text.")) for name in names):
@@ -73,7 +78,10 @@ def recognize(path, act=None, heads=None, size=None):
     elif any(name.startswith(("vision_model.", "text_model.")) for name in names):
         foreign = _hf(file, tensors, _json(config))
     else:
-        known = "open_clip, OpenAI or PyramidCLIP (visual.*), Hugging Face (vision_model.*) or big_vision (img/*)"
+        known = (
+            "open_clip, OpenAI or PyramidCLIP (visual.*), Hugging Face (vision_model.*, BertModel), big_vision (img/*)"
+            " or timm (patch_embed.*)"
+        )
         raise UserError(
             f"{file}: not a model of {known}; the names of its tensors are {', '.join(sorted(names)[:3])}, ..."
         )
@@ -172,6 +180,17 @@ def _hf(file, tensors, cfg):
     return Foreign(kind, file, tensors, config, entries, hf.IGNORED, notes)
 
 
+def _bert(file, tensors, cfg):
+    # The first files have TensorFlow's names of the norms. The heads of its training stand beside "bert.".
+    renamed = {"gamma": "weight", "beta": "bias"}
+    tensors = {
+        re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda m: renamed[m[1]], name.removeprefix("bert.")): t
+        for name, t in tensors.items()
+    }
+    config = configs.single.bert(tensors, cfg or {})
+    return Foreign("Hugging Face BertModel", file, tensors, config, single.bert_entries, single.BERT_IGNORED)
+
+
 def _big_vision(file, tensors, cfg, size):
     tensors = {name.removeprefix("params/"): t for name, t in tensors.items() if not name.startswith("opt/")}
     tensors, notes = _modernize(tensors), []
@@ -200,6 +219,10 @@ def _modernize(tensors):
     """Returns the arrays of big_vision under the names that its present code uses."""
     found = {}
     for name, tensor in tensors.items():
+        # Before flax.linen the layers of a block were numbered together.
+        for old, new in (("LayerNorm_2", "LayerNorm_1"), ("MlpBlock_3", "MlpBlock_0")):
+            name = re.sub(rf"(Transformer/encoderblock_\d+)/{old}/", rf"\1/{new}/", name)
+        name = re.sub(r"(encoderblock_\d+/MultiHeadDotProductAttention)_1/", r"\1_0/", name)
         # Formerly the position embedding belonged to the encoder, and the pooling head had no name of its own.
         name = re.sub(r"Transformer/posembed_input/pos_embedding$", "pos_embedding", name)
         name = re.sub(

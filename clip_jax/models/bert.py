@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019) as a text tower: a post-LN transformer whose [CLS] state is the embedding."""
+"""BERT (Devlin et al. 2019) as a text tower: a post-LN transformer."""
 
 import dataclasses
 import functools
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from clip_jax.models.common import drop, shard_batch
 from clip_jax.models.layers import Embed, add
 from clip_jax.models.transformer import Attention, Init, Mlp, apply_blocks, block_init, project
+
+POOLS = ("first", "mean")
 
 
 class PostNormBlock(nn.Module):
@@ -87,10 +89,11 @@ class Bert(nn.Module, kw_only=True):
 class BertTower(Bert, kw_only=True):
     """Text tower: int32 ids `[b, n]` -> `(embedding float32 [b, embed_dim], tokens [b, n, D])`.
 
-    The embedding is the final state of the first token, [CLS], projected unless `embed_dim` is 0. It does not have unit
-    length. No token attends to padding.
+    The embedding is the pooled final state, projected unless `embed_dim` is 0. It does not have unit length. No token
+    attends to padding.
 
     Attributes:
+      pool: `first` (the first token, [CLS]) or `mean` (over all tokens that are no padding; OTTER).
       context: number of tokens of a text.
       eot_id: id of [SEP]; without `pad_id`, padding is what follows the first [SEP].
       pad_id: id of padding, or -1.
@@ -100,6 +103,7 @@ class BertTower(Bert, kw_only=True):
     embed_dim: int
     eot_id: int
     pad_id: int = -1
+    pool: str = "first"
     proj_bias: bool = True
 
     @nn.compact
@@ -110,4 +114,6 @@ class BertTower(Bert, kw_only=True):
             real = jnp.arange(ids.shape[1]) <= jnp.argmax(ids == self.eot_id, axis=1)[:, None]
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Bert) if f.name not in ("parent", "name")}
         x = Bert(**fields, name="bert")(ids, real, keys if train else None)
-        return project(x[:, 0], self.embed_dim, self.proj_bias, self.dtype), x
+        weights = real.astype(x.dtype)[..., None]
+        pooled = x[:, 0] if self.pool == "first" else (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+        return project(pooled, self.embed_dim, self.proj_bias, self.dtype), x

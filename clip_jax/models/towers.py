@@ -146,7 +146,8 @@ def text_tower(model, tokens=True):
         raise UserError(
             f"model.text.context={model.text.context} is more than model.text.positions={model.text.positions}"
         )
-    return _make(TEXT_TOWERS, model, "text", CHOICES | {"pool": text.POOLS}, tokens)
+    pools = bert.POOLS if model.text.kind == "bert" else text.POOLS
+    return _make(TEXT_TOWERS, model, "text", CHOICES | {"pool": pools}, tokens)
 
 
 def _make(kinds, model, which, choices, tokens):

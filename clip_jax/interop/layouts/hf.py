@@ -63,7 +63,7 @@ def align_entries(ours):
     return present(
         [
             *_efficientnet(ours),
-            *_bert(ours),
+            *bert_encoder(ours, "text_model."),
             *linear("text_projection", "params/txt/proj"),
             entry("temperature", "params/temperature"),
         ],
@@ -88,14 +88,15 @@ def _efficientnet(ours):
             yield from linear(f"{t}.squeeze_excite.{name}", f"params/{o}/se_{name}", DENSE_AS_CONV)
 
 
-def _bert(ours):
-    bert, embeddings = "params/txt/bert", "text_model.embeddings"
+def bert_encoder(ours, prefix):
+    """Yields the entries of BERT's encoder, whose names begin with `prefix`."""
+    bert, embeddings = "params/txt/bert", f"{prefix}embeddings"
     for name, path in (("word", "embed/embedding"), ("token_type", "type")):
         yield entry(f"{embeddings}.{name}_embeddings.weight", f"{bert}/{path}")
     yield entry(f"{embeddings}.position_embeddings.weight", f"{bert}/pos", TABLE)
     yield from norm(f"{embeddings}.LayerNorm", f"{bert}/ln_embed")
     for i in range(depth(ours, bert)):
-        t, o = f"text_model.encoder.layer.{i}", f"{bert}/block_{i}"
+        t, o = f"{prefix}encoder.layer.{i}", f"{bert}/block_{i}"
         for name in ("query", "key", "value"):
             yield from linear(f"{t}.attention.self.{name}", f"{o}/attn/{name}")
         yield from linear(f"{t}.attention.output.dense", f"{o}/attn/out", LINEAR_OUT)

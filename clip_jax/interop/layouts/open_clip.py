@@ -19,6 +19,7 @@ from clip_jax.interop.layouts import (
     norm,
     present,
 )
+from clip_jax.interop.layouts.single import timm_vit_entries
 
 #: Further values of OpenAI's archives, and counters of PyTorch's batch norms.
 IGNORED = ("input_resolution", "context_length", "vocab_size", r"(.*\.)?attn_mask", r".*\.num_batches_tracked")
@@ -123,18 +124,7 @@ def _resnet(ours):
 
 def _timm(ours):
     trunk, img = "visual.trunk", "params/img"
-    yield entry(f"{trunk}.patch_embed.proj.weight", f"{img}/patch/kernel", CONV)
-    yield entry(f"{trunk}.patch_embed.proj.bias", f"{img}/patch/bias")
-    yield entry(f"{trunk}.pos_embed", f"{img}/pos")
-    for i in range(depth(ours, img)):
-        t, o = f"{trunk}.blocks.{i}", f"{img}/block_{i}"
-        yield from norm(f"{t}.norm1", f"{o}/ln1")
-        yield from fused(f"{t}.attn.qkv.weight", f"{t}.attn.qkv.bias", f"{o}/attn")
-        yield from linear(f"{t}.attn.proj", f"{o}/attn/out", LINEAR_OUT)
-        yield from norm(f"{t}.norm2", f"{o}/ln2")
-        yield from linear(f"{t}.mlp.fc1", f"{o}/mlp/fc1")
-        yield from linear(f"{t}.mlp.fc2", f"{o}/mlp/fc2")
-    yield from norm(f"{trunk}.norm", f"{img}/ln_post")
+    yield from timm_vit_entries(ours, f"{trunk}.", img)
     pool, map_ = f"{trunk}.attn_pool", f"{img}/map"
     yield entry(f"{pool}.latent", f"{map_}/probe")
     yield from linear(f"{pool}.q", f"{map_}/attn/query")

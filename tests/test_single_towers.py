@@ -1,0 +1,230 @@
+"""Single towers that a run starts from: BERT, timm's ViT, the old names of big_vision's; one source for each tower."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden_files
+from helpers import tiny_config
+from safetensors.numpy import load_file, save_file
+
+from clip_jax import init_from
+from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.errors import UserError
+from clip_jax.interop import load, recognize
+from clip_jax.interop.load import resize_text_positions
+from clip_jax.methods.interface import make_method, resolve
+from clip_jax.models.bert import BertTower
+from clip_jax.training.step import make_init
+
+RNG = np.random.default_rng(0)
+
+
+def random(*shape):
+    return RNG.normal(0, 0.1, shape).astype(np.float32)
+
+
+def bert_tensors(width=32, depth=2, mlp=48, vocab=41, positions=20):
+    """Returns a state dict with the names of Hugging Face's BertForPreTraining and TensorFlow's names of norms."""
+    found = {"cls.predictions.bias": random(vocab), "bert.pooler.dense.weight": random(width, width)}
+    sizes = {"word": vocab, "position": positions, "token_type": 2}
+    for name, size in sizes.items():
+        found[f"bert.embeddings.{name}_embeddings.weight"] = random(size, width)
+    norms = ["embeddings.LayerNorm"]
+    for i in range(depth):
+        layer = f"encoder.layer.{i}"
+        shapes = {f"attention.self.{name}": (width, width) for name in ("query", "key", "value")}
+        shapes |= {"attention.output.dense": (width, width), "intermediate.dense": (mlp, width)}
+        for name, shape in (shapes | {"output.dense": (width, mlp)}).items():
+            found[f"bert.{layer}.{name}.weight"], found[f"bert.{layer}.{name}.bias"] = random(*shape), random(shape[0])
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+    for name in norms:
+        found[f"bert.{name}.gamma"], found[f"bert.{name}.beta"] = 1 + random(width), random(width)
+    return found
+
+
+def bert_by_hand(t, ids, heads):
+    """The last hidden state of BERT in NumPy, float64 (Devlin et al. 2019)."""
+    from math import erf
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+        return x * t[f"bert.{name}.gamma"] + t[f"bert.{name}.beta"]
+
+    def linear(x, name):
+        return x @ t[f"bert.{name}.weight"].T + t[f"bert.{name}.bias"]
+
+    t = {name: x.astype(np.float64) for name, x in t.items()}
+    word, position, kind = (t[f"bert.embeddings.{n}_embeddings.weight"] for n in ("word", "position", "token_type"))
+    x = norm(word[ids] + position[: ids.shape[1]] + kind[0], "embeddings.LayerNorm")
+    for i in range(2):
+        layer = f"encoder.layer.{i}"
+        q, k, v = (
+            linear(x, f"{layer}.attention.self.{n}").reshape(*x.shape[:2], heads, -1) for n in ("query", "key", "value")
+        )
+        scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+        scores = np.where((ids != 0)[:, None, None], scores, -1e30)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        y = np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+        x = norm(x + linear(y, f"{layer}.attention.output.dense"), f"{layer}.attention.output.LayerNorm")
+        y = linear(x, f"{layer}.intermediate.dense")
+        y = y * 0.5 * (1 + np.vectorize(erf)(y / np.sqrt(2)))
+        x = norm(x + linear(y, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
+    return x
+
+
+@pytest.fixture
+def bert(tmp_path):
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    tensors = bert_tensors()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "num_attention_heads": 4}))
+    return folder, tensors
+
+
+def timm_tensors(width=64, depth=2, patch=8, grid=2):
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid**2, width), "head.weight": (10, width)}
+    shapes |= {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+    layers = {
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        "mlp.fc1": (96, width),
+        "mlp.fc2": (width, 96),
+    }
+    for i in range(depth):
+        for name, shape in layers.items():
+            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+        for name in ("norm1", "norm2"):
+            shapes |= {f"blocks.{i}.{name}.weight": (width,), f"blocks.{i}.{name}.bias": (width,)}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,), "head.bias": (10,)}
+    return {name: random(*shape) for name, shape in shapes.items()}
+
+
+def test_bert_is_its_formula(bert):
+    folder, tensors = bert
+    foreign = recognize.recognize(folder)
+    assert foreign.kind == "Hugging Face BertModel" and foreign.config.model.text.heads == 4
+    source = init_from._foreign(str(folder))
+    ids = np.array([[2, 5, 9, 3, 0, 0], [2, 7, 3, 0, 0, 0]], np.int32)
+    wanted = bert_by_hand(tensors, ids, 4)
+    params = read(source)
+    for pool in ("first", "mean"):
+        fields = dict(vocab_size=41, width=32, depth=2, heads=4, mlp_dim=48, positions=20, context=6, embed_dim=0)
+        tower = BertTower(**fields, eot_id=3, pad_id=0, pool=pool)
+        pooled, states = tower.apply({"params": params["txt"]}, jnp.asarray(ids))
+        real = (ids != 0)[..., None]
+        np.testing.assert_allclose(np.asarray(states) * real, wanted * real, rtol=2e-4, atol=2e-5)
+        mean = (wanted * real).sum(1) / real.sum(1)
+        np.testing.assert_allclose(pooled, wanted[:, 0] if pool == "first" else mean, rtol=2e-4, atol=2e-5)
+
+
+def read(source):
+    from flax import traverse_util
+
+    one = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), jax.P())
+    targets = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for p, x in source.shapes.items()}
+    return traverse_util.unflatten_dict(source.load(targets), sep="/")
+
+
+@pytest.mark.parametrize("path", golden_files("hf_align/model.safetensors"))
+def test_bert_is_the_text_tower_of_the_golden_align(path, tmp_path):
+    theirs = load_file(path)
+    bert = {k.removeprefix("text_model."): v for k, v in theirs.items() if k.startswith("text_model.")}
+    (tmp_path / "bert").mkdir()
+    save_file(bert, tmp_path / "bert" / "model.safetensors")
+    cfg = json.loads((pathlib.Path(path).parent / "config.json").read_text())["text_config"]
+    heads = {"num_attention_heads": cfg["num_attention_heads"]}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(heads))
+    found = read(init_from._foreign(str(tmp_path / "bert")))["txt"]["bert"]
+    align = load.load(pathlib.Path(path).parent, tokenizer=None).params["txt"]["bert"]
+    jax.tree.map(np.testing.assert_array_equal, found, align)
+
+
+def test_timm_and_bert_start_the_towers_of_one_run(bert, tmp_path):
+    folder, tensors = bert
+    timm = timm_tensors()
+    save_file(timm, tmp_path / "timm.safetensors")
+    image = dict(width=64, depth=2, heads=1, mlp_dim=96, size=16, patch=8, act="gelu", ln_eps=1e-6, pool="cls")
+    image |= dict(cls_token=True, ln_pre=False, patch_bias=True, stem=())
+    c = tiny_config(*(f"model.image.{k}={v}" for k, v in image.items()))
+    text = dict(kind="bert", context=12, positions=20, vocab_size=0, eot_id=-1, pad_id=0, width=32, depth=2, heads=4)
+    with c.unlocked():
+        c.model.text = dict(text, mlp_dim=48)
+        c.tokenizer = vocabulary(tmp_path)
+        c.init_from = f"img={tmp_path / 'timm.safetensors'}, txt={folder}"
+        c.init_from_params = ("^img/(?!proj)", "^txt/(?!proj)")
+    tokenizer = make_tokenizer(c.tokenizer)
+    c = resolve(c, tokenizer, None)
+    method = make_method(c)
+    init, _ = make_init(c, method, method.batch_spec(2))
+    one = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), jax.P())
+    state = jax.device_put(init(jax.random.key(0)), one)
+    before = jax.tree.map(np.asarray, state.params)
+    state, line = init_from.start(c, state, tokenizer)
+    assert line.startswith("started from img=")
+    block = state.params["img"]["block_1"]
+    qkv = timm["blocks.1.attn.qkv.weight"].reshape(3, 64, 64)
+    np.testing.assert_array_equal(np.asarray(block["attn"]["key"]["kernel"]).reshape(64, 64), qkv[1].T)
+    np.testing.assert_array_equal(state.params["img"]["cls"], timm["cls_token"])
+    words = tensors["bert.embeddings.word_embeddings.weight"]
+    np.testing.assert_array_equal(state.params["txt"]["bert"]["embed"]["embedding"], words)
+    for tower in ("img", "txt"):
+        np.testing.assert_array_equal(state.params[tower]["proj"]["kernel"], before[tower]["proj"]["kernel"])
+
+
+def vocabulary(folder):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(37))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return f"wordpiece:{folder / 'vocab.txt'}"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("img=a, img=b", "give one path, or one for each tower"), ("image=a, txt=b", "img=PATH, txt=PATH")],
+)
+def test_wrong_sources(text, message):
+    with pytest.raises(UserError, match=message):
+        init_from.sources(text)
+
+
+def test_one_path_is_the_source_of_both_towers():
+    assert init_from.sources("runs/a=b, c") == {"": "runs/a=b, c"}
+    assert init_from.sources("img=/a/b.npz") == {"img/": "/a/b.npz"}
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    tensors = timm_tensors() | {"blocks.0.ls1.gamma": random(64)}
+    save_file(tensors, tmp_path / "dinov2.safetensors")
+    with pytest.raises(UserError, match=r"blocks\.0\.ls1\.gamma"):
+        init_from._foreign(str(tmp_path / "dinov2.safetensors"))
+    (tmp_path / "bert").mkdir()
+    save_file(bert_tensors(), tmp_path / "bert" / "model.safetensors")
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "roberta"}))
+    with pytest.raises(UserError, match="model_type='roberta' is not supported"):
+        init_from._foreign(str(tmp_path / "bert"))
+
+
+def test_names_of_big_vision_before_linen():
+    old = {
+        "Transformer/encoderblock_0/LayerNorm_2/scale": 1,
+        "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel": 2,
+        "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel": 3,
+        "Transformer/posembed_input/pos_embedding": 4,
+    }
+    assert recognize._modernize(old) == {
+        "Transformer/encoderblock_0/LayerNorm_1/scale": 1,
+        "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel": 2,
+        "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel": 3,
+        "pos_embedding": 4,
+    }
+
+
+def test_text_positions_are_interpolated():
+    pos = np.arange(5, dtype=np.float32).reshape(1, 5, 1) ** 2
+    np.testing.assert_allclose(resize_text_positions(pos, 9)[0, :, 0], [0, 0.5, 1, 2.5, 4, 6.5, 9, 12.5, 16])
+    np.testing.assert_allclose(resize_text_positions(pos, 3)[0, :, 0], [0, 4, 16])

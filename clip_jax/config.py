@@ -306,8 +306,37 @@ def to_json(config):
 
 
 def from_json(text):
-    """Returns the configuration that `to_json` stored."""
-    return ConfigDict(_tuples(json.loads(text))).lock()
+    """Returns the configuration that `to_json` stored; fields that were added later have their defaults.
+
+    Raises UserError, in one line, for a missing section and for a value of another type than its default's.
+    """
+    stored = _tuples(json.loads(text))
+    for key in ("method", "tokenizer", "model"):
+        if key not in stored:
+            raise UserError(f"the stored configuration is damaged: it has no {key!r}")
+    _fill(stored, base(), "")
+    for which in ("image", "text"):
+        tower = stored["model"].get(which, {})
+        if not isinstance(tower, dict) or (tower or which == "image") and not isinstance(tower.get("kind"), str):
+            raise UserError(f"the stored configuration is damaged: model.{which}={tower!r}")
+    return ConfigDict(stored).lock()
+
+
+def _fill(stored, defaults, prefix):
+    """Adds the defaults of missing fields and checks the types of the others, but for the sections of the towers."""
+    for name, default in defaults.items():
+        if isinstance(default, ConfigDict):
+            section = stored.setdefault(name, {}) if not prefix else {}
+            if not isinstance(section, dict):
+                raise UserError(f"the stored configuration is damaged: {name}={section!r} is not a section")
+            if not prefix:
+                _fill(section, default, f"{name}.")
+            continue
+        value = stored.setdefault(name, default)
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            wanted = type(default).__name__
+            raise UserError(f"the stored configuration is damaged: {prefix}{name}={value!r} must be of type {wanted}")
 
 
 def resolve(config, tokenizer):

@@ -1,6 +1,7 @@
 """Configurations: every shipped variant, overrides from the command line, the one-line errors, and storage."""
 
 import dataclasses
+import json
 import pathlib
 
 import pytest
@@ -153,3 +154,42 @@ def test_a_method_and_its_options_are_set_together():
 
     c = config.set_method(config.base(), "mine", Options(weight=2.0))
     assert c.method == "mine" and c.mine.to_dict() == dict(weight=2.0, names=("a",)) and c.mine.is_locked
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.pop("method"), "it has no 'method'"),
+        (lambda c: c.update(model=None), "model=None is not a section"),
+        (lambda c: c["model"].update(embed_dim="64"), "model.embed_dim='64' must be of type int"),
+        (lambda c: c["model"].update(image=[1]), r"model.image=\(1,\)"),
+        (lambda c: c["model"]["image"].pop("kind"), "model.image="),
+        (lambda c: c["data"].update(batch_size=True), "data.batch_size=True must be of type int"),
+        (lambda c: c["data"].update(augment="rrc"), "data.augment='rrc' must be of type tuple"),
+        (lambda c: c.update(optim=7), "optim=7 is not a section"),
+    ],
+)
+def test_a_damaged_stored_configuration_is_one_line(change, message):
+    stored = json.loads(config.to_json(config.base()))
+    change(stored)
+    with pytest.raises(UserError, match=message) as error:
+        config.from_json(json.dumps(stored))
+    assert "\n" not in str(error.value)
+
+
+def test_fields_that_were_added_later_have_their_defaults():
+    stored = json.loads(config.to_json(config.base()))
+    del stored["optim"]["grad_dtype"], stored["data"]["rewrites"], stored["log"]
+    assert config.differences(config.from_json(json.dumps(stored)), config.base()) == []
+
+
+@pytest.mark.parametrize(
+    "field, value", [("width", "768"), ("depth", 2.5), ("ln_eps", "x"), ("cls_token", 1), ("act", 3), ("heads", True)]
+)
+def test_a_tower_field_of_a_wrong_type_is_one_line(field, value):
+    from clip_jax.models.towers import image_tower
+
+    stored = json.loads(config.to_json(config.base()))
+    stored["model"]["image"][field] = value
+    with pytest.raises(UserError, match=f"model.image.{field}={value!r}: must be of type"):
+        image_tower(config.from_json(json.dumps(stored)).model)

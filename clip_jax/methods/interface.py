@@ -11,6 +11,7 @@ from clip_jax import config as config_lib
 from clip_jax import plugins
 from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
+from clip_jax.models.towers import check_types
 from clip_jax.models.two_tower import TwoTower
 
 
@@ -87,6 +88,7 @@ def read_options(config, name, kind):
     given = dict(config.get(name, {}))
     for field in sorted(given.keys() - {f.name for f in dataclasses.fields(kind)}):
         raise UserError(f"{name}.{field} is no field of method={name!r}")
+    check_types(kind, given, name)
     return kind(**given)
 
 

@@ -150,6 +150,16 @@ def text_tower(model, tokens=True):
     return _make(TEXT_TOWERS, model, "text", CHOICES | {"pool": pools}, tokens)
 
 
+def check_types(kind, given, section):
+    """Raises UserError for a value of `given` whose type is not that of the field of the dataclass `kind`."""
+    allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+    for field in dataclasses.fields(kind):
+        value, wanted = given.get(field.name), allowed.get(field.type)
+        wrong = wanted and (not isinstance(value, wanted) or isinstance(value, bool) != (wanted == (bool,)))
+        if field.name in given and wrong:
+            raise UserError(f"{section}.{field.name}={value!r}: must be of type {wanted[-1].__name__}")
+
+
 def _make(kinds, model, which, choices, tokens):
     """Builds the tower of the section `model[which]`. Its fields except `kind` and `proj` are arguments of the module.
 
@@ -173,6 +183,7 @@ def _make(kinds, model, which, choices, tokens):
     known = known - {*SHARED, "tokens"} | ({"proj"} if "proj_bias" in known else set())
     for name in sorted(set(fields) - known):
         raise UserError(f"model.{which}.{name} is no field of a {kind!r} tower{did_you_mean(name, known)}")
+    check_types(kinds[kind], fields, f"model.{which}")
     for name in fields.keys() & choices.keys():
         if fields[name] not in choices[name]:
             raise UserError(f"model.{which}.{name}={fields[name]!r}: allowed are {', '.join(choices[name])}")

@@ -226,11 +226,28 @@ def right_meta():
     return json.dumps({"config": stored, "tokenizer": {"fingerprint": "x", "files": {}}, "metrics": {}}).encode()
 
 
+def alter_config(rng, text):
+    """Returns a `meta` item whose configuration lacks a field, or has another value in one."""
+    meta = json.loads(text)
+    parent, keys = meta["config"], []
+    while not keys or isinstance(parent.get(keys[-1]), dict) and rng.random() < 0.9:
+        parent = parent[keys[-1]] if keys else parent
+        keys.append(rng.choice(sorted(parent)))
+    if rng.random() < 0.3:
+        del parent[keys[-1]]
+    else:
+        parent[keys[-1]] = rng.choice((None, "x", "", -1, 0, 2.5, True, [], [1, "x"], {}, {"x": 1}, "vit", math.nan))
+    return json.dumps(meta).encode()
+
+
 def fuzz_meta(rng, folder, counts):
+    from clip_jax import config
     from clip_jax.errors import UserError
+    from clip_jax.methods.interface import make_method
     from clip_jax.training import checkpoint
 
-    for content, is_right in ((right_meta(), True), (damage(rng, right_meta()), False)):
+    altered = alter_config(rng, right_meta())
+    for content, is_right in ((right_meta(), True), (damage(rng, right_meta()), False), (altered, False)):
         (folder / "meta").mkdir(exist_ok=True)
         (folder / "meta" / "metadata").write_bytes(content)
         counts["records"] += 1
@@ -238,6 +255,7 @@ def fuzz_meta(rng, folder, counts):
             meta = checkpoint.read_meta(folder)
             if is_right:
                 expect(meta, json.loads(content), "meta")
+            make_method(config.from_json(json.dumps(meta["config"])))
         except UserError as error:
             if is_right or "\n" in str(error).strip():
                 raise Wrong(f"rejected: {error}") from None

@@ -20,6 +20,18 @@ SCHEDULES = ("cosine", "linear", "rsqrt", "constant", "onecycle")
 DTYPES = ("float32", "bfloat16", "float16")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "plain")
+#: Fields that hold tuples of str.
+_TEXTS = (
+    "augment",
+    "templates",
+    "rewrites",
+    "transform",
+    "tasks",
+    "train_tasks",
+    "init_from_params",
+    "freeze",
+    "no_decay",
+)
 SAMPLINGS = ("mixed", "one_source")
 
 
@@ -319,7 +331,12 @@ def from_json(text):
         tower = stored["model"].get(which, {})
         if not isinstance(tower, dict) or (tower or which == "image") and not isinstance(tower.get("kind"), str):
             raise UserError(f"the stored configuration is damaged: model.{which}={tower!r}")
-    return ConfigDict(stored).lock()
+    if stored["model"]["dtype"] not in DTYPES:
+        raise UserError(f"the stored configuration is damaged: model.dtype={stored['model']['dtype']!r}")
+    try:
+        return ConfigDict(stored).lock()
+    except ValueError as error:  # a name with a dot
+        raise UserError(f"the stored configuration is damaged: {error}") from None
 
 
 def _fill(stored, defaults, prefix):
@@ -337,6 +354,8 @@ def _fill(stored, defaults, prefix):
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
             wanted = type(default).__name__
             raise UserError(f"the stored configuration is damaged: {prefix}{name}={value!r} must be of type {wanted}")
+        if name in _TEXTS and not all(isinstance(x, str) for x in value):
+            raise UserError(f"the stored configuration is damaged: {prefix}{name}={value!r} must hold texts")
 
 
 def resolve(config, tokenizer):

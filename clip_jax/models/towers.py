@@ -119,6 +119,7 @@ def image_tower(model, tokens=True):
     and for the same reasons as `_make`.
     """
     image = model.image
+    _check_complete(IMAGE_TOWERS, model, "image")
     stride, divisor = 1, ""
     if image.kind in ("vit", "pyramid_vit"):
         stem = image.get("stem")
@@ -142,12 +143,24 @@ def text_tower(model, tokens=True):
 
     Raises UserError for a context longer than the position embedding, and for the same reasons as `_make`.
     """
+    _check_complete(TEXT_TOWERS, model, "text")
     if model.text.context > model.text.get("positions", model.text.context):
         raise UserError(
             f"model.text.context={model.text.context} is more than model.text.positions={model.text.positions}"
         )
     pools = bert.POOLS if model.text.kind == "bert" else text.POOLS
     return _make(TEXT_TOWERS, model, "text", CHOICES | {"pool": pools}, tokens)
+
+
+def _check_complete(kinds, model, which):
+    """Raises UserError for an unknown kind and for a missing field that has no default."""
+    given = model[which]
+    if given.get("kind") not in kinds:
+        raise UserError(f"model.{which}.kind={given.get('kind')!r}: allowed are {', '.join(kinds)}")
+    for field in dataclasses.fields(kinds[given.kind]):
+        if field.default is dataclasses.MISSING and field.name not in (*SHARED, *given):
+            raise UserError(f"model.{which}.{field.name} is missing")
+    check_types(kinds[given.kind], given, f"model.{which}")
 
 
 def check_types(kind, given, section):
@@ -157,7 +170,8 @@ def check_types(kind, given, section):
         value, wanted = given.get(field.name), allowed.get(field.type)
         wrong = wanted and (not isinstance(value, wanted) or isinstance(value, bool) != (wanted == (bool,)))
         if field.name in given and wrong:
-            raise UserError(f"{section}.{field.name}={value!r}: must be of type {wanted[-1].__name__}")
+            shown = " ".join(repr(value).split())  # a section's text has several lines
+            raise UserError(f"{section}.{field.name}={shown}: must be of type {wanted[-1].__name__}")
 
 
 def _make(kinds, model, which, choices, tokens):
@@ -175,15 +189,12 @@ def _make(kinds, model, which, choices, tokens):
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in model[which].items()}
     kind = fields.pop("kind")
-    if kind not in kinds:
-        raise UserError(f"model.{which}.kind={kind!r}: allowed are {', '.join(kinds)}")
     known = {f.name for f in dataclasses.fields(kinds[kind])} - {"parent", "name"}
     shared = {name: model[name] for name in SHARED if name in known} | {"dtype": jnp.dtype(model.dtype)}
     shared |= {"tokens": tokens} if "tokens" in known else {}
     known = known - {*SHARED, "tokens"} | ({"proj"} if "proj_bias" in known else set())
     for name in sorted(set(fields) - known):
         raise UserError(f"model.{which}.{name} is no field of a {kind!r} tower{did_you_mean(name, known)}")
-    check_types(kinds[kind], fields, f"model.{which}")
     for name in fields.keys() & choices.keys():
         if fields[name] not in choices[name]:
             raise UserError(f"model.{which}.{name}={fields[name]!r}: allowed are {', '.join(choices[name])}")

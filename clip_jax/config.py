@@ -20,18 +20,9 @@ SCHEDULES = ("cosine", "linear", "rsqrt", "constant", "onecycle")
 DTYPES = ("float32", "bfloat16", "float16")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "plain")
+_COLOURS = ("image_mean", "image_std")
 #: Fields that hold tuples of str.
-_TEXTS = (
-    "augment",
-    "templates",
-    "rewrites",
-    "transform",
-    "tasks",
-    "train_tasks",
-    "init_from_params",
-    "freeze",
-    "no_decay",
-)
+_TEXTS = set("augment templates rewrites transform tasks train_tasks init_from_params freeze no_decay".split())
 SAMPLINGS = ("mixed", "one_source")
 
 
@@ -43,9 +34,7 @@ def base():
     c.seed = 0  # all randomness follows from it: initialisation, order of the data, augmentation
     # sentencepiece[:FILE] | clip_bpe[:FILE] | wordpiece:FILE | unifont[:FILE] | the folder of a saved tokenizer
     c.tokenizer = "sentencepiece"
-    # Checkpoint or third-party weights to start from, or "img=PATH, txt=PATH" (docs/checkpoints.md). A resumed run
-    # ignores it.
-    c.init_from = ""
+    c.init_from = ""  # weights to start from, or "img=PATH, txt=PATH" (docs/checkpoints.md); a resumed run ignores it
     c.init_from_params = ()  # only parameters whose path matches one of these regular expressions, e.g. ("^img/",)
     c.init_from_resize = False  # resizes position embeddings when their shape differs
     c.data, c.model = _data(), _model()
@@ -69,9 +58,8 @@ def _data():
     c.rewrite_prob = -1.0  # probability of a rewrite; -1: a caption and each of its rewrites are equally likely
     c.augment = ("rrc(0.9, 1.0)",)  # image transforms (docs/data.md); the default is CLIP's random square crop
     c.batch_size = 256  # global batch size
-    c.sampling = (
-        "mixed"  # mixed: each batch draws from all sources | one_source: each batch from one (debiased sampling)
-    )
+    # mixed: each batch draws from all sources | one_source: each batch from one (debiased sampling)
+    c.sampling = "mixed"
     c.workers = 0  # processes per host that prepare examples; 0: threads of the main process
     c.threads = 2  # threads in each of these processes
     c.prefetch = 2  # batches ready ahead
@@ -125,8 +113,7 @@ def _optim():
     c.no_decay = ("/bias$", "/scale$", "^logit_", "/cls$", "/pos$")
     c.lr_mult = ()  # ((regular expression, factor), ...): the first match of a parameter's path counts; 0 freezes
     c.freeze = ()  # regular expressions; matching parameters are not trained and cost no optimizer state
-    # LAMB's trust ratio. False: parameters that are not decayed keep the ratio 1, as in TensorFlow Addons.
-    c.lamb_adapt_all = False
+    c.lamb_adapt_all = False  # False: parameters that are not decayed have the trust ratio 1 (TensorFlow Addons)
     c.lamb_max_norm = 0.0  # upper limit of a parameter's norm in the ratio, 10 in pytorch-lamb; 0: none
     c.lamb_bias_correction = True  # of the moments; pytorch-lamb has none
     c.lamb_fuse_qkv = False  # one ratio for query, key and value together, as PyTorch's fused parameter has
@@ -323,39 +310,42 @@ def from_json(text):
     Raises UserError, in one line, for a missing section and for a value of another type than its default's.
     """
     stored = _tuples(json.loads(text))
-    for key in ("method", "tokenizer", "model"):
-        if key not in stored:
-            raise UserError(f"the stored configuration is damaged: it has no {key!r}")
-    _fill(stored, base(), "")
-    for which in ("image", "text"):
+    problem = next((f"it has no {key!r}" for key in ("method", "tokenizer", "model") if key not in stored), None)
+    problem = problem or _fill(stored, base(), "")
+    for which in () if problem else ("image", "text"):
         tower = stored["model"].get(which, {})
         if not isinstance(tower, dict) or (tower or which == "image") and not isinstance(tower.get("kind"), str):
-            raise UserError(f"the stored configuration is damaged: model.{which}={tower!r}")
-    if stored["model"]["dtype"] not in DTYPES:
-        raise UserError(f"the stored configuration is damaged: model.dtype={stored['model']['dtype']!r}")
+            problem = f"model.{which}={tower!r}"
+    if not problem and stored["model"]["dtype"] not in DTYPES:
+        problem = f"model.dtype={stored['model']['dtype']!r}"
     try:
-        return ConfigDict(stored).lock()
+        if not problem:
+            return ConfigDict(stored).lock()
     except ValueError as error:  # a name with a dot
-        raise UserError(f"the stored configuration is damaged: {error}") from None
+        problem = error
+    raise UserError(f"the stored configuration is damaged: {problem}")
 
 
 def _fill(stored, defaults, prefix):
-    """Adds the defaults of missing fields and checks the types of the others, but for the sections of the towers."""
+    """Adds the defaults of missing fields, but not to towers; returns the first wrong value as text, or None."""
     for name, default in defaults.items():
-        if isinstance(default, ConfigDict):
-            section = stored.setdefault(name, {}) if not prefix else {}
-            if not isinstance(section, dict):
-                raise UserError(f"the stored configuration is damaged: {name}={section!r} is not a section")
-            if not prefix:
-                _fill(section, default, f"{name}.")
+        if isinstance(default, ConfigDict) and prefix:
             continue
-        value = stored.setdefault(name, default)
+        value = stored.setdefault(name, {} if isinstance(default, ConfigDict) else default)
+        problem = f"{prefix}{name}={value!r} "
+        if isinstance(default, ConfigDict):
+            problem = _fill(value, default, f"{name}.") if isinstance(value, dict) else problem + "is not a section"
+            if problem:
+                return problem
+            continue
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-            wanted = type(default).__name__
-            raise UserError(f"the stored configuration is damaged: {prefix}{name}={value!r} must be of type {wanted}")
+            return problem + f"must be of type {type(default).__name__}"
         if name in _TEXTS and not all(isinstance(x, str) for x in value):
-            raise UserError(f"the stored configuration is damaged: {prefix}{name}={value!r} must hold texts")
+            return problem + "must hold texts"
+        if name in _COLOURS and not (len(value) == 3 and all(isinstance(x, int | float) for x in value)):
+            return problem + "must hold three numbers"
+    return None
 
 
 def resolve(config, tokenizer):

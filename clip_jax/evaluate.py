@@ -91,8 +91,6 @@ def main(argv=None):
     parser.add_argument("--json", metavar="PATH", help="write all metrics as JSON")
     hosts.add_arguments(parser)
     args, args.overrides = parser.parse_known_args(argv)
-    for option in ("checkpoint", "json", "report"):
-        setattr(args, option, command.expand_home(getattr(args, option)))
     return command.run(lambda: evaluate(args))
 
 

@@ -48,7 +48,7 @@ def prepare_workdir(workdir):
         raise UserError(
             f"--workdir={workdir}: must be a folder; mount the bucket, for instance with gcsfuse, and give its path"
         )
-    workdir = pathlib.Path(command.expand_home(workdir))
+    workdir = pathlib.Path(workdir).expanduser()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()

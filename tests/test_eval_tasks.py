@@ -1,7 +1,9 @@
+import json
 import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import MemorySource
@@ -376,3 +378,37 @@ def test_emoji_task_skips_and_refuses():
     assert m["emoji/unseen_concept_seen_vendor/images"] == 19
     with pytest.raises(UserError, match="allowed: all, val, test"):
         run_emoji(OracleModel(), splits, "train")
+
+
+def test_data_of_tasks_is_opened_before_training(tmp_path):
+    """A wrong column, missing labels and class names that do not fit end in one line before the first step."""
+    from clip_jax import config
+    from clip_jax.evaluation import tasks
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    rows = [{"image": "x.png", "text": "a cat", "animal": "cat"}, {"image": "x.png", "text": "a dog", "animal": "dog"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    c = config.base()
+    for task, message in (
+        ("zeroshot('{a}', label='animl')", "no field 'animl'"),
+        ("zeroshot('{a}')", "has no labels"),
+        ("zeroshot('{a}', label='animal', classes=['cat', 'horse'])", "horse"),
+        ("retrieval('{a}', text='caption')", "no field 'caption'"),
+    ):
+        c.eval.tasks = (task.format(a=tmp_path / "a.jsonl"),)
+        with pytest.raises(UserError, match=message):
+            tasks.check(c)
+    c.eval.tasks = (f"zeroshot('{tmp_path / 'a.jsonl'}', label='animal', classes=['dog', 'cat'])",)
+    tasks.check(c)
+
+
+def test_a_parser_replaces_the_tilde(monkeypatch):
+    from clip_jax.runtime import command
+
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = command.make_parser("x", "doc")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("path")
+    args, rest = parser.parse_known_args(["--checkpoint=~/run", "~/x", "--config.data=~/a.tar", "--config.x=a~/b"])
+    assert (args.checkpoint, args.path) == ("/home/me/run", "/home/me/x")
+    assert rest == ["--config.data=/home/me/a.tar", "--config.x=a~/b"]

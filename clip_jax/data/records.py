@@ -195,6 +195,16 @@ def _first(candidates, names):
     return next((lower[c] for c in candidates if c in lower), None)
 
 
+def read_any(source, tries=20):
+    """Returns the first usable record of a source, or None when the first `tries` are unusable."""
+    for index in range(min(len(source), tries)):
+        try:
+            return source[index]
+        except BadRecord:
+            continue
+    return None
+
+
 def check_labels(source):
     """Raises UserError when equal labels of a source may mean different classes, which only a mixture's can."""
     getattr(source, "check_labels", lambda: None)()

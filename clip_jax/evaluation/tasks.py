@@ -12,6 +12,8 @@ a dot, the import path of any module: `"my_package.my_task(source='/data/pets')"
 
   sources(options): optional; returns each `(source string, split)` that `run` opens, with an empty split for the
     default. Training checks before its first step that they exist. `options` holds the values of all parameters.
+  check_source(source, options): optional; raises UserError when an opened source does not suit the options, such as
+    other class names. Training calls it before its first step.
   metric_names(options): optional; returns the names of the metrics that `run` computes, where "*" stands for any text.
     Training checks `checkpoint.best` with them, and that no two tasks compute metrics of one name.
 
@@ -63,6 +65,25 @@ class Task:
         for source, split in self.module.sources(self.options) if hasattr(self.module, "sources") else ():
             check_split(source, split or evaluation_split(source))
 
+    def open_sources(self):
+        """Opens the data that it reads and reads a record of each part.
+
+        Raises UserError for data that cannot be opened, for a field that it lacks, and for what `check_source` of the
+        module refuses.
+        """
+        from clip_jax.data.records import read_any
+        from clip_jax.data.sources import make_source
+        from clip_jax.data.sources.splits import evaluation_split
+
+        fields = {name: self.options[name] or None for name in ("image", "text", "label") if name in self.options}
+        for spec, split in self.module.sources(self.options) if hasattr(self.module, "sources") else ():
+            source = make_source(spec, split or evaluation_split(spec), **fields)
+            record = read_any(source)
+            if "label" in fields and record is not None and "label" not in record:
+                raise UserError(f"{self.text}: {source.name} has no labels")
+            if hasattr(self.module, "check_source"):
+                self.module.check_source(source, self.options)
+
 
 def parse_tasks(texts, key):
     """Returns the `Task`s of task strings.
@@ -89,12 +110,13 @@ def parse_tasks(texts, key):
 def check(config):
     """Checks the tasks of a configuration and its `checkpoint.best` without a model, before a run starts.
 
-    Raises UserError for a wrong task string, two tasks with metrics of one name, data that does not exist, and a metric
-    that no task computes.
+    Raises UserError for a wrong task string, two tasks with metrics of one name, data that does not exist or does not
+    suit its task, and a metric that no task computes.
     """
     lists = {key: parse_tasks(config.eval[key], f"eval.{key}") for key in ("tasks", "train_tasks")}
     for task in itertools.chain.from_iterable(lists.values()):
         task.check_sources()
+        task.open_sources()
     if best := config.checkpoint.best.removeprefix("-"):
         running = lists["tasks"] + (lists["train_tasks"] if config.eval.steps else [])
         names = [task.metric_names() for task in running]

@@ -138,6 +138,11 @@ def sources(options):
     return [(options["source"], options["split"])]
 
 
+def check_source(source, options):
+    """Raises UserError when the class names that are given do not fit an opened source."""
+    names_of(source, options["classes"], options["name"])
+
+
 def metric_names(options):
     """Returns the names of the metrics that a run with these options computes."""
     keys = (*_COLUMNS, "images", "classes", "skipped")

@@ -154,6 +154,8 @@ def text_tower(model, tokens=True):
 
 def _check_complete(kinds, model, which):
     """Raises UserError for an unknown kind and for a missing field that has no default."""
+    if which not in model:
+        raise UserError(f"the configuration has no section model.{which}")
     given = model[which]
     if given.get("kind") not in kinds:
         raise UserError(f"model.{which}.kind={given.get('kind')!r}: allowed are {', '.join(kinds)}")

@@ -24,19 +24,29 @@ QUIET_LIBTPU = {
 
 
 def make_parser(module, doc):
-    """Returns an `argparse.ArgumentParser` for `python -m MODULE`.
+    """Returns the parser of `python -m MODULE`.
 
     Args:
       module: the import path of the command's module.
       doc: its docstring, which becomes the help text.
     """
     raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=f"python -m {module}", description=doc, formatter_class=raw, allow_abbrev=False)
+    return Parser(prog=f"python -m {module}", description=doc, formatter_class=raw, allow_abbrev=False)
 
 
-def expand_home(path):
-    """Returns a path with "~" replaced, because shells leave the one in `--workdir=~/run`; None and "" as they are."""
-    return path and os.path.expanduser(path)
+class Parser(argparse.ArgumentParser):
+    """A parser that replaces "~" at the beginning of values, because shells leave the one in `--workdir=~/run`."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_expand_home(argument) for argument in args], namespace)
+
+
+def _expand_home(argument):
+    if "/" not in argument:
+        return argument
+    option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    return option + equals + os.path.expanduser(value)
 
 
 def quiet_libtpu():

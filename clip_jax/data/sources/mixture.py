@@ -4,7 +4,7 @@ import bisect
 import itertools
 from collections import Counter
 
-from clip_jax.data.records import BadRecord, BaseSource, listed
+from clip_jax.data.records import BaseSource, listed, read_any
 from clip_jax.errors import UserError
 
 
@@ -49,7 +49,7 @@ class MixtureSource(BaseSource):
 
         It reads the first usable record of each source. Selections of one source share its numbers.
         """
-        parts = [s for s in self.sources if s.class_names is None and _has_labels(s)]
+        parts = [s for s in self.sources if s.class_names is None and (read_any(s) or {}).get("label", -1) >= 0]
         unnamed = {id(getattr(s, "root", s)): s.name for s in parts}
         if len(unnamed) > 1 or (unnamed and self.class_names is not None):
             raise UserError(
@@ -72,12 +72,3 @@ class MixtureSource(BaseSource):
                 f"{source.name}: its labels have no class names, and other sources of the mixture have class names"
             )
         return record | {"label": self._class_index[source.class_names[record["label"]]]}
-
-
-def _has_labels(source):
-    for index in range(min(len(source), 20)):
-        try:
-            return source[index].get("label", -1) >= 0
-        except BadRecord:
-            continue
-    return False

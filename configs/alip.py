@@ -42,5 +42,5 @@ def published():
     # OneCycleLR with PyTorch's defaults, which also moves b1.
     c.optim.update(dict(schedule="onecycle", lr=1e-3, warmup_steps=c.train.steps // 10, b1_cycle=(0.95, 0.85)))
     c.optim.update(dict(b2=0.98, eps=1e-8, weight_decay=0.2, no_decay=(), grad_clip_norm=1.0))
-    c.eval.tasks = ()
+    c.eval.tasks, c.eval.transform = (), ("resize(256, interpolation='bilinear')", "center_crop")
     return c

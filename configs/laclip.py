@@ -15,7 +15,7 @@ Variants, after a colon; clip_jax/methods/laclip.py documents the section laclip
            Published ImageNet zero-shot top-1: 21.5, 48.4, 46.2 % (CLIP: 15.8, 40.2, 42.9). Not run here
   laion_b32 laion_b16 laion_l14
            LAION-400M, 32 epochs of batch 32,768. Published: 64.4, 69.3, 74.5 % (CLIP: 62.0, 67.0, 71.8). Not run here
-           Published are CC12M's learning rate, weight decay and epochs; assumption: they hold for CC3M and RedCaps
+           Assumption: CC12M's learning rate and weight decay hold for CC3M and RedCaps. Table: docs/recipes/laclip.md
 """
 
 from clip_jax import config

@@ -17,6 +17,7 @@ Variants, after a colon; clip_jax/methods/pyramidclip.py documents the section p
            --config.data='/data/yfcc15m/{00000..01538}.tar?columns=yfcc15m_regions?columns=yfcc15m_summaries.jsonl'
            Published ImageNet zero-shot top-1: B/32 46.0, B/16 50.7, RN50 47.8 % (CLIP: 32.8, 40.7, 37.2). Not run here
            Assumptions: batch size, optimizer and schedule, from secondary notes; crops are the only augmentation
+           Table: docs/recipes/pyramidclip.md
 """
 
 from clip_jax import config

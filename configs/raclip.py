@@ -16,6 +16,7 @@ Variants, after a colon; clip_jax/methods/raclip.py documents the section raclip
            --config.raclip.reference='/data/yfcc/{0000..1506}.tar?part=record:1/10' --config.raclip.encoder=runs/slip
            The paper's ImageNet zero-shot top-1: 53.5 % (from a survey's table); CLIP's on the same data: 32.8 %
            Assumption: batch size and optimizer are ALIP's and CLIP's; the paper's are not known
+           Table: docs/recipes/raclip.md
 """
 
 from clip_jax import config

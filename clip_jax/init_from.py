@@ -56,8 +56,8 @@ def check_path(config, workdir):
         try:
             checkpoint.find(path)
         except UserError as error:
-            command = f"python -m clip_jax.train --config=configs/clip.py --workdir={path}"
-            raise UserError(f"init_from: {error}; train it first, for instance: {command}") from None
+            hint = f"train it first with --workdir={path}, or name another one: --config.init_from=PATH"
+            raise UserError(f"init_from: {error}; {hint}") from None
 
 
 def sources(text):

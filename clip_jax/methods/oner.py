@@ -31,7 +31,7 @@ from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
 from clip_jax.losses import contrastive
 from clip_jax.methods.interface import Method, read_options, text_view
-from clip_jax.models.common import l2_normalize, shard_batch
+from clip_jax.models.common import l2_normalize, moving_average, shard_batch
 from clip_jax.models.heads import MlpHead
 from clip_jax.models.layers import matmul
 from clip_jax.models.masking import mask_patches, mask_words, mean_of_chosen, sum_and_count
@@ -293,7 +293,7 @@ class OneR:
         start, end = self.options.momentum, self.options.momentum_end
         m = end - (end - start) * (1 + jnp.cos(math.pi * (step + 1) / self.steps)) / 2
         student = {name: params[name] for name in extra["teacher"]}
-        return extra | {"teacher": jax.tree.map(lambda t, p: m * t + (1 - m) * p, extra["teacher"], student)}
+        return extra | {"teacher": moving_average(extra["teacher"], student, m)}
 
     def embed_image(self, params, extra, images):
         return self._embed(params, extra, 0, self._states(params, self._pixels(images))["image"])

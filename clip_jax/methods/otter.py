@@ -30,6 +30,7 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import contrast
 from clip_jax.losses.transport import divergence, sinkhorn
 from clip_jax.methods.interface import read_options, two_tower_method
+from clip_jax.models.common import moving_average
 from clip_jax.models.two_tower import TwoTower
 
 SCALES = ("logit_scale", "logit_scale_distill")
@@ -124,7 +125,8 @@ def with_teacher(base, towers, decay):
         n = extra["updates"] + 1
         d = jnp.where(n == 1, 0.0, decay_of(n, decay))
         student = jax.lax.stop_gradient({name: params[name] for name in extra["teacher"]})
-        return jax.tree.map(lambda t, p: jnp.where(n == 1, p, d * t + (1 - d) * p), extra["teacher"], student)
+        average = moving_average(extra["teacher"], student, d)
+        return jax.tree.map(lambda t, p: jnp.where(n == 1, p, t), average, student)
 
     def encode(params, extra, batch, rng, train):
         features, new_extra = base.encode(params, extra, batch, rng, train)

@@ -85,6 +85,11 @@ def sincos_2d(height, width, dim, temperature=10_000.0, includes_last=True):
     return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)
 
 
+def moving_average(average, new, decay):
+    """Returns the exponential moving average of pytrees; where `average` and `new` are equal it does not change."""
+    return jax.tree.map(lambda a, b: a + (1 - decay) * (b - a), average, new)
+
+
 def drop(x, rate, keys, index, whole=False):
     """Returns `x` after dropout, drawn per example; what is kept is divided by `1 - rate`.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clip_jax.models.common import mark_frozen, shard_batch, unmark_frozen
+from clip_jax.models.common import mark_frozen, moving_average, shard_batch, unmark_frozen
 from clip_jax.training import optimizers
 from clip_jax.training.schedules import make_schedule
 
@@ -164,16 +164,14 @@ def make_step(config, method, tx):
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
         params = method.constrain(optax.apply_updates(state.params, updates))
-
-        def average(e, p, is_frozen):
-            return p if is_frozen else decay * e + (1 - decay) * p  # rounding would move the average of a constant
-
+        # A constraint may move a frozen parameter, such as a scale above its bound.
+        params = jax.tree.map(lambda old, new, f: old if f else new, state.params, params, is_frozen)
         new = TrainState(
             step=state.step,
             params=params,
             extra=method.update(params, extra, features, state.step),
             opt_state=opt_state,
-            ema=jax.tree.map(average, state.ema, params, is_frozen) if decay else None,
+            ema=moving_average(state.ema, params, decay) if decay else None,
             bad_steps=jnp.zeros_like(state.bad_steps),
         )
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

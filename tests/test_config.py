@@ -184,7 +184,8 @@ def test_fields_that_were_added_later_have_their_defaults():
 
 
 @pytest.mark.parametrize(
-    "field, value", [("width", "768"), ("depth", 2.5), ("ln_eps", "x"), ("cls_token", 1), ("act", 3), ("heads", True)]
+    "field, value",
+    [("width", "768"), ("depth", 2.5), ("ln_eps", "x"), ("cls_token", 1), ("act", 3), ("heads", True), ("stem", 1.5)],
 )
 def test_a_tower_field_of_a_wrong_type_is_one_line(field, value):
     from clip_jax.models.towers import image_tower

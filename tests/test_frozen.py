@@ -13,7 +13,7 @@ from clip_jax import config as config_lib
 from clip_jax import train
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.methods.interface import make_method, resolve
-from clip_jax.models.common import FROZEN, mark_frozen, unmark_frozen
+from clip_jax.models.common import FROZEN, mark_frozen, moving_average, unmark_frozen
 from clip_jax.training import optimizers
 from clip_jax.training.step import make_init
 
@@ -24,6 +24,7 @@ PYRAMID_VIT = PYRAMID | dict(kind="pyramid_vit", patch=16, width=16, depth=2, he
 PYRAMID_RESNET = PYRAMID | dict(kind="pyramid_resnet", layers=(1, 1), width=8)
 CLIPPO = [o for o in TINY if not o.startswith("model.text")] + ["model.image.size=32", "model.image.patch_drop=0.5"]
 FREEZE = dict(freeze=("^img/",))
+FREEZE_SCALE = dict(freeze=("^img/", "^logit_scale$"))
 BATCH = BATCH | {"image": np.random.default_rng(2).integers(0, 256, (16, 32, 32, 3), np.uint8)}
 ONE_DEVICE, MESH = None, dict(data=2, fsdp=2, tensor=2)
 
@@ -57,7 +58,7 @@ def same(a, b):
     "image, optim, sizes, overrides",
     [
         (RESNET, dict(lr_mult=(("^img/", 0),)), MESH, ["micro_batches=2"]),
-        (PYRAMID_VIT, FREEZE, ONE_DEVICE, ["micro_batches=2", "optim.ema_decay=0.7"]),
+        (PYRAMID_VIT, FREEZE_SCALE, ONE_DEVICE, ["micro_batches=2", "optim.ema_decay=0.7", "model.logit_scale_max=2"]),
     ],
 )
 def test_a_frozen_tower_stays(image, optim, sizes, overrides):
@@ -67,6 +68,7 @@ def test_a_frozen_tower_stays(image, optim, sizes, overrides):
     assert jax.tree.leaves(end.extra["batch_stats"]["img"])
     assert not same(start.params["txt"], end.params["txt"])
     if end.ema:
+        assert start.params["logit_scale"] == end.params["logit_scale"] > c.model.logit_scale_max
         assert same(end.ema["img"], end.params["img"]) and not same(end.ema["txt"], end.params["txt"])
 
 
@@ -160,6 +162,13 @@ def test_a_resumed_run_keeps_the_frozen_tower(tmp_path):
 
     (start, stats), (end, stats_after) = run(1), run(2)
     assert same(start["img"], end["img"]) and same(stats, stats_after) and not same(start["txt"], end["txt"])
+
+
+def test_the_average_of_a_constant_is_the_constant():
+    x = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    for decay in (0.0, 0.7, 0.996, 0.9999):
+        assert same(x, moving_average(x, x, decay))
+    np.testing.assert_allclose(moving_average(x, 2 * x, 0.75), 1.25 * x, rtol=1e-6)
 
 
 def test_marks():

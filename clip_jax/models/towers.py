@@ -1,6 +1,7 @@
 """Builds towers from a configuration: the registry of their kinds and the published sizes."""
 
 import dataclasses
+import typing
 
 import jax.numpy as jnp
 
@@ -167,13 +168,23 @@ def _check_complete(kinds, model, which):
 
 def check_types(kind, given, section):
     """Raises UserError for a value of `given` whose type is not that of the field of the dataclass `kind`."""
-    allowed = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
     for field in dataclasses.fields(kind):
-        value, wanted = given.get(field.name), allowed.get(field.type)
-        wrong = wanted and (not isinstance(value, wanted) or isinstance(value, bool) != (wanted == (bool,)))
-        if field.name in given and wrong:
-            shown = " ".join(repr(value).split())  # a section's text has several lines
-            raise UserError(f"{section}.{field.name}={shown}: must be of type {wanted[-1].__name__}")
+        if field.name in given and not _has_type(given[field.name], field.type):
+            shown = " ".join(repr(given[field.name]).split())  # a section's text has several lines
+            wanted = field.type.__name__ if isinstance(field.type, type) else field.type
+            raise UserError(f"{section}.{field.name}={shown}: must be of type {wanted}")
+
+
+def _has_type(value, wanted):
+    """Says whether `value` is of the scalar type or the tuple type `wanted`; any other type is not checked."""
+    if typing.get_origin(wanted) is tuple:
+        item = typing.get_args(wanted)[0]
+        return isinstance(value, tuple | list) and all(_has_type(x, item) for x in value)
+    if wanted not in (int, float, bool, str):
+        return True
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
 
 
 def _make(kinds, model, which, choices, tokens):

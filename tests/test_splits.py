@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip_jax import config, evaluate
+from clip_jax.data.sources.make import make_source
 from clip_jax.data.sources.splits import check_split, evaluation_split, list_splits
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import open_source
@@ -30,8 +31,14 @@ def test_splits_of_a_folder(tmp_path):
     assert evaluation_split(folder(tmp_path / "c", "cat", "dog")) == "train"  # classes
     assert evaluation_split(folder(tmp_path / "d", "val")) == "val"
     assert list_splits(folder(tmp_path / "e", "train2017", "val2017")) == ["train2017", "val2017"]
-    with pytest.raises(UserError, match="is the sub-folder 'train' a split or a class like bus, car"):
-        open_source(folder(tmp_path / "f", "bus", "car", "train"))
+    ambiguous = folder(tmp_path / "f", "bus", "car", "train")
+    for function in (open_source, make_source):
+        with pytest.raises(UserError, match="is the sub-folder 'train' a split or a class like bus, car"):
+            function(ambiguous)
+    assert len(make_source(ambiguous + "/train")) == 1
+    with pytest.raises(UserError, match="no split 'train' .did you mean 'train2017'"):
+        make_source(str(tmp_path / "e"))
+    assert len(make_source(folder(tmp_path / "g" / "train", "bus", "train")[: -len("train")] + "{split}")) == 2
 
 
 def test_splits_of_a_pattern(tmp_path):
@@ -126,11 +133,12 @@ def test_tasks_of_one_name_are_refused():
         ("scenes/relations_combination", "relations"),
         ("scenes/images_attributes_seen", "relations"),
         ("x/image_to_text_R@5", "retrieval('scenes', name='x')"),
-        ("x/top5", "zeroshot('scenes', name='x')"),
-        ("x/val_accuracy", "probe('scenes', 'scenes', name='x')"),
+        ("x/top5", "zeroshot('PETS', name='x')"),
+        ("x/val_accuracy", "probe('PETS', 'PETS', name='x')"),
     ],
 )
-def test_the_best_metric_is_one_that_a_task_computes(best, task):
+def test_the_best_metric_is_one_that_a_task_computes(best, task, tmp_path):
+    task = task.replace("PETS", folder(tmp_path, "cat", "dog"))
     checked(best, train_tasks=[task])
     checked(best, 0, tasks=[task])
     with pytest.raises(UserError, match="checkpoint.best.*no task of eval.tasks.*did you mean"):

@@ -11,6 +11,9 @@ from clip_jax.data.files import IMAGE_EXTENSIONS, PLUGIN_EXTENSIONS, is_hidden, 
 from clip_jax.data.records import BaseSource, plain
 from clip_jax.errors import UserError
 
+_SPLIT_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(\d{4})?", re.IGNORECASE)
+_DATA_ENDINGS = (*IMAGE_EXTENSIONS, *PLUGIN_EXTENSIONS, ".tar", ".csv", ".tsv", ".jsonl")
+
 
 class FolderSource(BaseSource):
     """A folder of images.
@@ -96,3 +99,26 @@ def _files_below(folder, start):
         folders[:] = [name for name in folders if not is_hidden(name)]
         found += [os.path.relpath(os.path.join(root, file), start) for file in files if not is_hidden(file)]
     return sorted(found)
+
+
+def folder_splits(folder):
+    """Returns the splits of a folder: its sub-folders with usual names of splits that hold data, else "train" alone.
+
+    Raises UserError when one sub-folder has the name of a split and others have not, so that it may be a class.
+    """
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    names = [e.name for e in entries if e.is_dir() and not is_hidden(e.name) and holds_data(e.path)]
+    splits = [name for name in names if _SPLIT_FOLDER.fullmatch(name)]
+    if len(splits) == 1 and len(names) > 1:
+        others = ", ".join(name for name in names if name not in splits)
+        raise UserError(
+            f"{folder}: is the sub-folder {splits[0]!r} a split or a class like {others}? For the split give the "
+            f"source {os.path.join(folder, splits[0])}; for classes rename the sub-folder"
+        )
+    return splits or ["train"]
+
+
+def holds_data(folder):
+    """Returns whether any file below a folder has the ending of data."""
+    files = (file.lower() for _, _, files in os.walk(folder) for file in files)
+    return any(file.endswith(_DATA_ENDINGS) or ".array_record" in file for file in files)

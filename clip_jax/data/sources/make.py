@@ -145,10 +145,16 @@ def _make_user_source(module, split, options, name):
 
 def _source_at(spec, split, fields, lines=False):
     """Returns the source at a path or pattern, by its ending; raises UserError."""
+    from clip_jax.data.sources.folder import FolderSource, folder_splits
+
     path = spec.replace("{split}", split)
-    if os.path.isdir(os.path.join(path, split)):
-        path = os.path.join(path, split)
-    elif path == spec and split != "train":
+    if path == spec and os.path.isdir(path):
+        # The default "train" is no choice of the user between a split and a class of this name.
+        if split == "train" and split not in (splits := folder_splits(path)):
+            raise unknown(f"{path}: no split", split, splits)
+        if os.path.isdir(os.path.join(path, split)):
+            path = os.path.join(path, split)
+    if path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     if os.path.isdir(path):
         patterns = (os.path.join(glob.escape(path), end) for end in ("*.tar", "*.array_record*"))
@@ -170,8 +176,6 @@ def _source_at(spec, split, fields, lines=False):
 
         return TableSource(path, **fields)
     if os.path.isdir(path):
-        from clip_jax.data.sources.folder import FolderSource
-
         if any(fields.values()):
             raise UserError(f"{spec}: a folder of images has no fields to choose from")
         return FolderSource(path)

@@ -4,14 +4,13 @@ import glob
 import os
 import re
 
-from clip_jax.data.files import IMAGE_EXTENSIONS, PLUGIN_EXTENSIONS, expand, is_hidden
+from clip_jax.data.files import expand
 from clip_jax.data.sources import scenes, tfds
+from clip_jax.data.sources.folder import folder_splits, holds_data
 from clip_jax.data.sources.make import missing_data, user_module
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, unknown
 
-_SPLIT_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(\d{4})?", re.IGNORECASE)
-_DATA_ENDINGS = (*IMAGE_EXTENSIONS, *PLUGIN_EXTENSIONS, ".tar", ".csv", ".tsv", ".jsonl")
 # The parts of a pattern that are no literal text.
 _WILD = re.compile(r"\{split\}|\{\d+\.\.\d+\}|\*+|\?|\[[^\]]+\]")
 
@@ -81,7 +80,7 @@ def _splits_of(base):
     if folder := tfds.embedded_folder(path) or tfds.newest_version(path):
         return _tfds_splits(folder)
     if os.path.isdir(path):
-        return _folder_splits(path)
+        return folder_splits(path)
     if not os.path.exists(path):
         if not _WILD.search(path) and path == base:
             raise missing_data(path)
@@ -100,7 +99,7 @@ def _pattern_splits(pattern):
     shell = re.sub(r"\{split\}|\{\d+\.\.\d+\}", "*", pattern)
     paths = sorted(glob.glob(shell))
     if any(os.path.isdir(path) for path in paths):
-        paths = [path for path in paths if os.path.isdir(path) and _holds_data(path)]
+        paths = [path for path in paths if os.path.isdir(path) and holds_data(path)]
     matches = (re.fullmatch(_pattern_regex(pattern), path) for path in paths)
     splits = list(dict.fromkeys(match["split"] for match in matches if match))
     if not splits:
@@ -119,22 +118,3 @@ def _pattern_regex(pattern):
         else:
             regex += {"{": r"\d+", "*": r"[^/]*", "?": r"[^/]", "[": r"[^/]"}[wild[0][0]]
     return regex + re.escape(pattern[end:])
-
-
-def _folder_splits(folder):
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    names = [e.name for e in entries if e.is_dir() and not is_hidden(e.name) and _holds_data(e.path)]
-    splits = [name for name in names if _SPLIT_FOLDER.fullmatch(name)]
-    if len(splits) == 1 and len(names) > 1 and splits != ["test"]:
-        others = ", ".join(name for name in names if name not in splits)
-        raise UserError(
-            f"{folder}: is the sub-folder {splits[0]!r} a split or a class like {others}? For a split write "
-            f"split={splits[0]!r}"
-        )
-    return splits or ["train"]
-
-
-def _holds_data(folder):
-    """Returns whether any file below a folder has the ending of data."""
-    files = (file.lower() for _, _, files in os.walk(folder) for file in files)
-    return any(file.endswith(_DATA_ENDINGS) or ".array_record" in file for file in files)

@@ -31,7 +31,7 @@ EPOCH = 2 * 14_000_000  # as many captions as classes
 
 def get_config(variant=""):
     if variant == "b16":
-        c, templates = published(), [t.replace("{}", "{class_name}") for t in load_templates("clip_80")]
+        c, templates = published(), [t.replace("{}", "{class_name}") for t in ("{}.", *load_templates("clip_80"))]
     elif variant in SOURCES:
         c = config.sibling(__file__, "clip.py:smoke" if variant == "smoke" else "clip.py:emoji")
         c.data.source, templates = SOURCES[variant], ["{class_name}"]
@@ -53,5 +53,5 @@ def published():
     c.optim.update(dict(lr=5e-4 * scale, warmup_from=5e-7 * scale, lr_end=0.01, decay_from_start=True))
     c.optim.update(dict(b2=0.999, eps=1e-8, weight_decay=0.1, no_decay=("/bias$", "/scale$", "^logit_")))
     c.optim.grad_clip_norm = 5.0
-    c.eval.tasks = ()
+    c.eval.transform, c.eval.tasks = ("resize(256)", "center_crop"), ()
     return c

@@ -314,7 +314,7 @@ def from_json(text):
     problem = problem or _fill(stored, base(), "")
     for which in () if problem else ("image", "text"):
         tower = stored["model"].get(which, {})
-        if not isinstance(tower, dict) or (tower or which == "image") and not isinstance(tower.get("kind"), str):
+        if not isinstance(tower, dict) or not isinstance(tower.get("kind", ""), str):  # OneR's tower has no kind
             problem = f"model.{which}={tower!r}"
     if not problem and stored["model"]["dtype"] not in DTYPES:
         problem = f"model.dtype={stored['model']['dtype']!r}"

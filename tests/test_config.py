@@ -163,7 +163,7 @@ def test_a_method_and_its_options_are_set_together():
         (lambda c: c.update(model=None), "model=None is not a section"),
         (lambda c: c["model"].update(embed_dim="64"), "model.embed_dim='64' must be of type int"),
         (lambda c: c["model"].update(image=[1]), r"model.image=\(1,\)"),
-        (lambda c: c["model"]["image"].pop("kind"), "model.image="),
+        (lambda c: c["model"]["image"].update(kind=3), "model.image="),
         (lambda c: c["data"].update(batch_size=True), "data.batch_size=True must be of type int"),
         (lambda c: c["data"].update(augment="rrc"), "data.augment='rrc' must be of type tuple"),
         (lambda c: c.update(optim=7), "optim=7 is not a section"),

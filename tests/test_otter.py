@@ -431,4 +431,5 @@ def test_a_run_resumes_bit_by_bit(tmp_path):
 
 def test_published_recipe():
     c = config.load(f"{CONFIG}:otter")
-    assert c.train.steps == 56835 and c.optim.name == "sgd" and c.otter.to_dict() == dataclasses.asdict(Options())
+    assert c.train.steps == 10 * c.optim.lr_hold_steps == 56830
+    assert c.optim.name == "sgd" and c.otter.to_dict() == dataclasses.asdict(Options())

@@ -277,7 +277,7 @@ def _same_model(config, files, theirs, to):
         ignored.add("first_residual")
     if text.get("causal") and text.get("pool") == "eot":
         ignored.add("mask_padding")  # causal attention never reaches the tokens after EOT
-    if text.get("pool") in ("last", "first") and not text.mask_padding or text.get("pad_id", -1) >= 0:
+    if text.get("pool") in ("last", "first") and not text.get("mask_padding") or text.get("pad_id", -1) >= 0:
         ignored.add("eot_id")
     for key, ours, found in config_lib.differences(config, again, ["model.image", "model.text", "model.embed_dim"]):
         section, name = key.rsplit(".", 1)

@@ -119,8 +119,8 @@ def image_tower(model, tokens=True):
     Raises UserError for a size that the patch or the stride does not divide, for `pool="cls"` without a class token,
     and for the same reasons as `_make`.
     """
-    image = model.image
     _check_complete(IMAGE_TOWERS, model, "image")
+    image = model.image
     stride, divisor = 1, ""
     if image.kind in ("vit", "pyramid_vit"):
         stem = image.get("stem")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -324,9 +325,14 @@ def test_groups_of_a_collective(groups, size):
     )
 
 
+def sums(result):
+    """Returns the shapes of all arrays that a compiled step sums over chips, as one text."""
+    return " ".join(c["shape"] for c in result["collectives"] if c["kind"] in ("all-reduce", "reduce-scatter"))
+
+
 @needs_libtpu
 def test_a_tiny_model_on_four_chips(tmp_path, capsys):
-    result = figures(tmp_path, "--topology=v5e:2x2")
+    result = figures(tmp_path, "--topology=v5e:2x2", "--config.model.dtype=bfloat16")
     memory = result["memory"]
     assert result["fits"] and result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1} and result["unknown_loops"] == 0
     assert memory["alias"] >= 0.9 * memory["state"], "the step reuses the memory of the state"
@@ -337,6 +343,7 @@ def test_a_tiny_model_on_four_chips(tmp_path, capsys):
     assert summed == pytest.approx(2 * 3 / 4 * memory["state"] / 3, rel=0.5) and {
         c["group"] for c in result["collectives"]
     } == {4}
+    assert "f32[" in sums(result) and "bf16[" not in sums(result), "every sum over examples is in float32"
     assert 0 < result["estimate"]["at_best"]["seconds"] < result["estimate"]["one_by_one"]["seconds"]
     assert "it fits" in capsys.readouterr().out
 
@@ -356,7 +363,9 @@ def test_two_slices_sum_their_gradients_over_the_network_between_them(tmp_path, 
 def test_every_loop_of_a_step_is_counted(tmp_path):
     """Two micro-batches of scanned blocks add one forward pass, a third of the model's own work."""
     flags = "micro_batches=2 model.scan=true model.image.depth=4 model.text.depth=3 mesh.fsdp=2".split()
+    flags += ["model.dtype=bfloat16", "optim.grad_dtype=bfloat16"]
     result = figures(tmp_path, "--topology=v5e:2x2", *(f"--config.{f}" for f in flags))
+    assert "bf16[32,64]" in sums(result) and not re.search(r"bf16\[[34],32\]", sums(result)), "kernels, not biases"
     assert (
         result["flops"] * 4 == pytest.approx(result["model_flops"] * 4 / 3, rel=0.02) and result["unknown_loops"] == 0
     )

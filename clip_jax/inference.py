@@ -52,6 +52,7 @@ class Model:
         self.process_shard = sharding.process_shard(self.mesh)
         whole = NamedSharding(self.mesh, PartitionSpec())
         self._image = jax.jit(method.embed_image, out_shardings=whole)
+        self._features = jax.jit(method.image_features, out_shardings=whole) if method.image_features else None
         self._text = jax.jit(method.embed_text, out_shardings=whole)
         self._similarity = jax.jit(method.similarity)
         self._text_similarity = jax.jit(method.text_similarity or functools.partial(transposed, method.similarity))
@@ -67,14 +68,17 @@ class Model:
 
         Raises BadRecord for an image that does not decode, and TypeError for anything that is not an image.
         """
-        images, size = _images(images), self.image_view.size
-        if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (size, size, 3)):
-            images = (
-                np.stack([self.image_view({"image": image}, None) for image in images])
-                if len(images)
-                else np.zeros((0, size, size, 3), np.uint8)
-            )
-        return self._embed(self._image, images, batch_size)
+        return self._embed(self._image, self._prepared(images), batch_size)
+
+    def image_features(self, images, batch_size=None):
+        """Returns the features before the joint projection, float32 `[n, D]`, not normalised (`Method.image_features`).
+
+        Args:
+          images, batch_size: as for `embed_image`.
+
+        Raises UserError for a method that has none, else as `embed_image` does.
+        """
+        return self._embed(self._image_features(), self._prepared(images), batch_size)
 
     def embed_image_share(self, images):
         """Returns unit rows, float32 `[count * n, E]`, of the images of all processes, in the order of their shards.
@@ -82,13 +86,32 @@ class Model:
         Args:
           images: uint8 `[n, size, size, 3]`, the images of this process. n is the same on every process.
         """
+        return self._share(self._image, images)
+
+    def image_features_share(self, images):
+        """Returns the `image_features` `[count * n, D]` of the images of all processes, as `embed_image_share` does."""
+        return self._share(self._image_features(), images)
+
+    def _image_features(self):
+        if self._features is None:
+            raise UserError(f"method={self.config.method!r} has no image_features; features='embedding' needs none")
+        return self._features
+
+    def _prepared(self, images):
+        """Returns images as the model reads them, uint8 `[n, size, size, 3]`."""
+        images, size = _images(images), self.image_view.size
+        if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
+            return images
+        if not len(images):
+            return np.zeros((0, size, size, 3), np.uint8)
+        return np.stack([self.image_view({"image": image}, None) for image in images])
+
+    def _share(self, function, images):
         count = self.process_shard[1]
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // count
         padded = _padded(images, -(-len(images) // parts) * parts)
         with jax.set_mesh(self.mesh), faults.stage("evaluation"):
-            z = np.asarray(
-                self._image(self.params, self.extra, sharding.to_global({"image": padded}, self.mesh)["image"])
-            )
+            z = np.asarray(function(self.params, self.extra, sharding.to_global({"image": padded}, self.mesh)["image"]))
         return z.reshape(count, len(padded), *z.shape[1:])[:, : len(images)].reshape(-1, *z.shape[1:])
 
     def embed_text(self, texts, batch_size=None):

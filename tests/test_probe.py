@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation import baselines
-from clip_jax.evaluation.linear_probe import linear_probe
+from clip_jax.evaluation import baselines, linear_probe
 
 
 def blobs(n, seed, classes=4, size=6, noise=0.3):
@@ -16,27 +15,68 @@ def blobs(n, seed, classes=4, size=6, noise=0.3):
 def test_probe_solves_what_is_linearly_separable_whatever_the_scale():
     for scale, shift in ((1.0, 0.0), (1e-3, 5e-3), (100.0, -300.0)):
         (x, y), (x_test, y_test) = blobs(200, 0), blobs(100, 1)
-        result = linear_probe(x * scale + shift, y, x_test * scale + shift, y_test)
+        result = linear_probe.linear_probe(x * scale + shift, y, x_test * scale + shift, y_test, l2=1e-6 * scale**2)
         assert result.accuracy >= 0.97
         assert result.accuracy == pytest.approx((result.predictions == y_test).mean())
 
 
-def test_fit_is_the_minimum_of_the_documented_objective():
-    from jax import tree
+def logistic_regression(x, y, l2, classes):
+    """Weights and bias that minimise the cross-entropies plus l2/2 |weights|^2, by Newton's method in float64."""
+    x = np.concatenate([x, np.ones((len(x), 1))], 1).astype(np.float64)
+    n, d = x.shape
+    params, penalty = np.zeros((d, classes)), np.full((d, classes), float(l2))
+    penalty[-1] = 0  # the bias
+    for _ in range(40):
+        p = np.exp(x @ params - (x @ params).max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        gradient = x.T @ (p - np.eye(classes)[y]) + penalty * params
+        curvature = p[:, :, None] * (np.eye(classes) - p[:, None])
+        hessian = np.einsum("ni,njk,nl->ijlk", x, curvature, x).reshape(d * classes, -1) + np.diag(penalty.ravel())
+        # The biases are free up to a constant, so the Hessian is singular.
+        params -= np.linalg.lstsq(hessian, gradient.ravel(), rcond=1e-12)[0].reshape(params.shape)
+    assert np.abs(gradient).max() < 1e-8
+    return params[:-1], params[-1]
 
-    from clip_jax.evaluation.linear_probe import _fit
 
+@pytest.mark.parametrize("l2", [1e4, 30.0, 0.1])
+def test_fit_is_the_minimum_of_the_documented_objective(l2):
     x, y = blobs(60, 2, noise=1.0)
-    weights = np.full(60, 1 / 60, np.float32)
-    zeros = {"weights": np.zeros((6, 4), np.float32), "bias": np.zeros(4, np.float32)}
-    params = tree.map(np.asarray, _fit(zeros, x, y, weights, 0.1, 500))
-    logits = x @ params["weights"] + params["bias"]
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    error = (p - np.eye(4)[y]) / 60
-    np.testing.assert_allclose(x.T @ error + 0.1 * params["weights"], 0, atol=1e-4)
-    np.testing.assert_allclose(error.sum(0), 0, atol=1e-4)
-    assert np.abs(params["weights"]).max() > 0.05
+    x = x * np.asarray([20, 1, 1, 1, 1, 0.1], np.float32) + 3  # the penalty is that of the features as they are
+    subset = np.arange(60) >= 10
+    fitter = linear_probe.Fitter(x, y, 4)
+    params = fitter.fit(l2, subset)
+    weights, bias = logistic_regression(x[subset], y[subset], l2, 4)
+    np.testing.assert_allclose(params["weights"], weights, atol=1e-3 * np.abs(weights).max())
+    centred = np.asarray(params["bias"]) - fitter.mean @ weights
+    np.testing.assert_allclose(centred - centred.mean(), bias - bias.mean(), atol=5e-3)
+    np.testing.assert_array_equal(fitter.predict(params, x), (x @ weights + bias).argmax(1))
+    again = fitter.fit(l2, subset, start=fitter.fit(l2 / 100, subset))
+    np.testing.assert_allclose(again["weights"], weights, atol=1e-3 * np.abs(weights).max())
+
+
+def visited(accuracy):
+    """Returns the logarithms of the values of lambda that the search tries, in order, and that of its choice."""
+    tried = []
+
+    def counted(value):
+        tried.append(round(np.log10(value), 3))
+        return accuracy(tried[-1])
+
+    chosen, best = linear_probe.search(counted)
+    assert best == max(accuracy(x) for x in tried)
+    return tried, round(np.log10(chosen), 3)
+
+
+def test_search_halves_the_interval_around_the_best_strength():
+    assert len(linear_probe.LAMBDAS) == 97  # 96 steps
+    coarse = [6, 4, 2, 0, -2, -4, -6]
+    tried, chosen = visited(lambda x: -abs(x + 2.6))
+    assert tried == [*coarse, -1, -3, -2.5, -3.5, -2.25, -2.75, -2.375, -2.625]
+    assert chosen == -2.625
+    tried, chosen = visited(lambda x: x)  # nothing lies beyond the ends
+    assert tried == [*coarse, 5, 5.5, 5.75, 5.875] and chosen == 6
+    tried, chosen = visited(lambda x: float(x <= 1.3))  # the strongest among equals
+    assert chosen == 1.25 and len(tried) == len(set(tried)) == 15
 
 
 def test_strength_is_chosen_on_the_validation_set():
@@ -45,17 +85,30 @@ def test_strength_is_chosen_on_the_validation_set():
     (x, y), (x_val, y_val), (x_test, y_test) = (
         blobs(n, seed, size=8, noise=0.8) for n, seed in ((60, 4), (400, 5), (400, 6))
     )
-    x, x_val, x_test = (np.concatenate([part, 2 * rng.normal(size=(len(part), 200))], 1) for part in (x, x_val, x_test))
-    chosen = linear_probe(x, y, x_test, y_test, z_val=x_val, labels_val=y_val)
-    weak = linear_probe(x, y, x_test, y_test, z_val=x_val, labels_val=y_val, l2_grid=[1e-6])
-    assert chosen.l2 > 1e-4
-    assert chosen.val_accuracy > weak.val_accuracy
+    x, x_val, x_test = (
+        np.concatenate([part, 0.5 * rng.normal(size=(len(part), 200))], 1) for part in (x, x_val, x_test)
+    )
+    chosen = linear_probe.linear_probe(x, y, x_test, y_test, x_val=x_val, labels_val=y_val)
+    weak = linear_probe.linear_probe(x, y, x_test, y_test, x_val=x_val, labels_val=y_val, l2=1e-6)
+    assert chosen.l2 > 1 and chosen.l2 in linear_probe.LAMBDAS
+    assert chosen.val_accuracy > weak.val_accuracy and chosen.accuracy > weak.accuracy
     assert weak.l2 == 1e-6
+
+
+def test_the_last_fit_is_on_training_and_validation_examples():
+    (x, y), (x_val, y_val), (x_test, y_test) = (blobs(n, n, noise=1.5) for n in (40, 60, 100))
+    result = linear_probe.linear_probe(x, y, x_test, y_test, x_val=x_val, labels_val=y_val, l2=5.0)
+    for fitted, tested, accuracy in (
+        ((np.concatenate([x, x_val]), np.concatenate([y, y_val])), (x_test, y_test), result.accuracy),
+        ((x, y), (x_val, y_val), result.val_accuracy),
+    ):
+        weights, bias = logistic_regression(*fitted, 5.0, 4)
+        assert accuracy == pytest.approx(((tested[0] @ weights + bias).argmax(1) == tested[1]).mean())
 
 
 def test_probe_is_deterministic():
     (x, y), (x_test, y_test) = blobs(100, 7, noise=1.5), blobs(50, 8, noise=1.5)
-    a, b = linear_probe(x, y, x_test, y_test), linear_probe(x, y, x_test, y_test)
+    a, b = (linear_probe.linear_probe(x, y, x_test, y_test) for _ in range(2))
     assert (a.accuracy, a.val_accuracy, a.l2) == (b.accuracy, b.val_accuracy, b.l2)
     np.testing.assert_array_equal(a.predictions, b.predictions)
 
@@ -63,11 +116,11 @@ def test_probe_is_deterministic():
 def test_probe_refuses():
     x, y = blobs(20, 9)
     with pytest.raises(UserError, match="two classes"):
-        linear_probe(x, np.zeros(20, int), x, y)
+        linear_probe.linear_probe(x, np.zeros(20, int), x, y)
     with pytest.raises(UserError, match="test set is empty"):
-        linear_probe(x, y, x[:0], y[:0])
+        linear_probe.linear_probe(x, y, x[:0], y[:0])
     with pytest.raises(UserError, match="validation"):
-        linear_probe(x[:4], np.arange(4), x, y)
+        linear_probe.linear_probe(x[:4], np.arange(4), x, y)
 
 
 # --- baselines ---

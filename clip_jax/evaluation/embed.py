@@ -9,9 +9,11 @@ A model is any object with
 
 `clip_jax.inference.Model` is one. A model may also have
 
+  image_features(images): uint8 `[n, size, size, 3]` -> float32 `[n, D]`, before the joint projection, not normalised.
   text_similarity(z_text, z_image): `[m, ...]`, `[n, ...]` -> `[m, n]`, where it is not the transpose of `similarity`.
   token_ids(texts): a list of n strings -> an array `[n, ...]`, equal for texts that the model cannot tell apart.
-  process_shard: `(index, count)`, which of `count` shards of the images this process reads; with `embed_image_share`.
+  process_shard: `(index, count)`, which of `count` shards of the images this process reads; with `embed_image_share`
+    and `image_features_share`.
 """
 
 import os
@@ -63,18 +65,19 @@ def open_source(source, split="", **fields):
     return make_source(source, split or evaluation_split(source), **fields)
 
 
-def embed(model, sources, batch_size=256, limit=None):
+def embed(model, sources, batch_size=256, limit=None, function="embed_image"):
     """Returns the `Embedded` images of sources, in order.
 
     Args:
       limit: at most this many images, evenly spaced.
+      function: the name of the model's function that embeds: `embed_image` or `image_features`.
 
     Raises UserError when no image is usable.
     """
     where = all_images(sources).where
     images = Images(sources, where[evenly(len(where), limit)])
     sharded = len(images) and getattr(model, "process_shard", (0, 1))[1] > 1
-    z, rows, records = (_embed_shard if sharded else _embed_all)(model, images, batch_size)
+    z, rows, records = (_embed_shard if sharded else _embed_all)(model, images, batch_size, function)
     if not rows:
         names = " + ".join(source.name for source in sources)
         raise UserError(f"{names}: no usable image among {len(images)} records")
@@ -152,19 +155,19 @@ def unit_vectors(z):
     return normalize(z.reshape(len(z), -1, z.shape[-1]).mean(1))
 
 
-def _embed_all(model, images, batch_size):
+def _embed_all(model, images, batch_size, function):
     """Returns the embeddings (a list of batches), rows and records of the usable images."""
     z = []
     rows, records = [], []
     for batch_rows, batch_records, batch in read(images, lambda record: model.image_view(record, None), batch_size):
         if batch:
-            z.append(np.asarray(model.embed_image(np.stack(batch)), np.float32))
+            z.append(np.asarray(getattr(model, function)(np.stack(batch)), np.float32))
         rows += batch_rows
         records += batch_records
     return z, rows, records
 
 
-def _embed_shard(model, images, batch_size):
+def _embed_shard(model, images, batch_size, function):
     """Like `_embed_all`; each process reads its shard. All take part in equally many batches and exchange records."""
     index, count = model.process_shard
     length, size = -(-len(images) // count), -(-batch_size // count)
@@ -175,7 +178,8 @@ def _embed_shard(model, images, batch_size):
     for _ in range(0, length, size):
         batch_rows, batch_records, batch = next(batches, ([], [], []))
         blank = np.zeros((size - len(batch), model.image_view.size, model.image_view.size, 3), np.uint8)
-        z_batch = model.embed_image_share(np.concatenate([np.stack(batch), blank]) if batch else blank)
+        own = np.concatenate([np.stack(batch), blank]) if batch else blank
+        z_batch = getattr(model, function + "_share")(own)
         z.append(z_batch.reshape(count, size, *z_batch.shape[1:]))
         rows.append(batch_rows + [-1] * len(blank))
         records += batch_records

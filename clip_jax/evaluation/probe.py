@@ -1,31 +1,42 @@
-"""Linear probe on the image embeddings of labelled sources.
+"""Linear probe on the image features of labelled sources, by CLIP's protocol (`clip_jax.evaluation.linear_probe`).
 
 Metrics; `<name>` is the option `name`:
 
   <name>/accuracy, val_accuracy: shares of test images and of validation images that the probe classifies correctly.
-  <name>/l2: strength of the regularisation, chosen by `val_accuracy`.
+  <name>/l2: lambda, the strength of the regularisation, chosen by `val_accuracy`.
   <name>/images, classes, skipped: numbers of test images, classes and unusable records.
 
 Classes are those of the training source. Where the sources name their classes, labels are matched by name.
+
+The features are those before the joint projection, not normalised (`Method.image_features`), as CLIP probes its ViTs
+(Radford et al. 2021, appendix A.3). The example in CLIP's repository probes the output of the projection, not
+normalised. `features="embedding"` are the unit vectors that the model compares with texts; CLIP probes no such.
 """
 
-import numpy as np
-
-from clip_jax.data.records import check_labels
-from clip_jax.data.sources.splits import evaluation_split
-from clip_jax.errors import UserError
-from clip_jax.evaluation.class_names import listed, match_classes
-from clip_jax.evaluation.embed import embed, labels_of, open_source, unit_vectors
+from clip_jax.evaluation import train_test
+from clip_jax.evaluation.embed import open_source
 from clip_jax.evaluation.report.headline import accuracy_table
 from clip_jax.evaluation.results import EvalResult, by_name, named
 
-_COLUMNS = {"accuracy": "accuracy", "val_accuracy": "validation accuracy", "l2": "L2 strength"}
+_COLUMNS = {"accuracy": "accuracy", "val_accuracy": "validation accuracy", "l2": "L2 strength λ"}
 _MEANING = """<p class="notes"><b>Accuracy</b>: the share of test images that a linear classifier, trained on the frozen
-image embeddings, gets right. The strength of its regularisation was chosen by <b>validation accuracy</b>. <b>±</b>: the
+image features, gets right. The strength λ of its regularisation was chosen by <b>validation accuracy</b>. <b>±</b>: the
 95 % sampling error for this number of images.</p>"""
 
 
-def run(model, train, test, train_split="train", test_split="", name="probe", image="", label="", limit=None):
+def run(
+    model,
+    train,
+    test,
+    train_split="train",
+    test_split="",
+    val_split="",
+    features="before_projection",
+    name="probe",
+    image="",
+    label="",
+    limit=None,
+):
     """Runs the task on source strings.
 
     Args:
@@ -33,6 +44,8 @@ def run(model, train, test, train_split="train", test_split="", name="probe", im
       test: labelled source of the test images.
       train_split: split of `train`.
       test_split: split of `test`; by default "test", or the only one.
+      val_split: split of `train` with the validation images; by default they are a fifth of the training images.
+      features: "before_projection" or "embedding".
       name: prefix of the metrics.
       image: record field of the image.
       label: record field of the label.
@@ -40,32 +53,28 @@ def run(model, train, test, train_split="train", test_split="", name="probe", im
 
     Raises UserError when `test` is the training set because no split is named and there is only one.
     """
-    if test == train and not test_split and evaluation_split(test) == train_split:
-        raise UserError(f"{name}: {test} has the split {train_split!r} alone, so the test set is the training set")
     fields = dict(image=image, label=label)
-    sources = open_source(train, train_split, **fields), open_source(test, test_split, **fields)
-    return probe_task(model, *sources, name=name, limit=limit)
+    opened = train_test.open_sources(train, test, train_split, test_split, name, **fields)
+    val = open_source(train, val_split, **fields) if val_split else None
+    return probe_task(model, *opened, val=val, features=features, name=name, limit=limit)
 
 
-def probe_task(model, train, test, *, val=None, name="probe", limit=None, batch_size=256):
+def probe_task(model, train, test, *, val=None, features="before_projection", name="probe", limit=None, batch_size=256):
     """Runs the task on opened sources.
 
     Args:
       val: source of the validation images; by default a fifth of the training images.
+      batch_size: images per batch.
 
-    For the other arguments see `run`. Raises UserError for records without a label, sources without a usable image, and
-    classes of the test or validation images that the training images lack.
+    For the other arguments see `run`. Raises UserError as `train_test.embed_labelled` does.
     """
     from clip_jax.evaluation.linear_probe import linear_probe
 
     sources = {"train": train, "val": val, "test": test}
-    parts = {part: embed(model, [source], batch_size, limit) for part, source in sources.items() if source is not None}
-    z = {part: unit_vectors(embedded.z) for part, embedded in parts.items()}
-    labels = {part: labels_of(embedded, sources[part], name) for part, embedded in parts.items()}
-    for part in list(parts)[1:]:
-        labels[part] = _training_labels(labels[part], sources[part], labels["train"], train, name)
+    sources = {part: source for part, source in sources.items() if source is not None}
+    x, labels, skipped = train_test.embed_labelled(model, sources, features, name, limit, batch_size)
     probe = linear_probe(
-        z["train"], labels["train"], z["test"], labels["test"], z_val=z.get("val"), labels_val=labels.get("val")
+        x["train"], labels["train"], x["test"], labels["test"], x_val=x.get("val"), labels_val=labels.get("val")
     )
     metrics = {
         "accuracy": probe.accuracy,
@@ -73,37 +82,16 @@ def probe_task(model, train, test, *, val=None, name="probe", limit=None, batch_
         "l2": probe.l2,
         "images": len(labels["test"]),
         "classes": max(int(part.max()) for part in labels.values()) + 1,
-        "skipped": sum(embedded.skipped for embedded in parts.values()),
+        "skipped": skipped,
     }
     return EvalResult(named(name, metrics)).credit(__name__)
 
 
-def _training_labels(labels, source, train_labels, train, task):
-    """Returns the labels of a source as labels of the training source, int32 `[n]`; classes are matched by name."""
-    check_labels(source)
-    check_labels(train)
-    if (source.class_names is None) != (train.class_names is None):
-        named, other = (source, train) if train.class_names is None else (train, source)
-        raise UserError(
-            f"{task}: {named.name} names its classes ({listed(named.class_names)}) and {other.name} numbers them; "
-            "both must do the same"
-        )
-    names = train.class_names
-    if names is not None:
-        known = match_classes(source.class_names, names)
-        number = {name: i for i, name in enumerate(names)}
-        table = np.asarray([number.get(known.get(name), -1) for name in source.class_names], np.int32)
-    else:
-        table = np.arange(labels.max() + 1, dtype=np.int32)
-    if missing := [i for i in np.unique(labels).tolist() if table[i] not in train_labels]:
-        classes = [source.class_names[i] for i in missing] if names is not None else missing
-        raise UserError(f"{task}: {train.name} has no image of {source.name}'s classes {listed(classes)}")
-    return table[labels]
-
-
 def sources(options):
-    """Returns each `(source, split)` that a run with these options opens."""
-    return [(options["train"], options["train_split"]), (options["test"], options["test_split"])]
+    """Returns each `(source, split)` that a run with these options opens; raises UserError for other `features`."""
+    train_test.check_features(options["features"], options["name"])
+    val = [(options["train"], options["val_split"])] if options["val_split"] else []
+    return [(options["train"], options["train_split"]), *val, (options["test"], options["test_split"])]
 
 
 def metric_names(options):

@@ -21,7 +21,7 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import Method, exp_logit_scale, text_view
 from clip_jax.models.common import FROZEN, l2_normalize, shard_batch
-from clip_jax.models.towers import image_tower
+from clip_jax.models.towers import image_tower, unprojected
 
 
 def make(config):
@@ -41,9 +41,12 @@ def make(config):
     tower = image_tower(model)
     mean, std = (np.asarray(x, np.float32) * 255 for x in (model.image_mean, model.image_std))
 
-    def apply(params, images, **kwargs):
+    def pooled(tower, params, images, **kwargs):
         images = (shard_batch(images).astype(jnp.float32) - mean) / std  # broadcasts the single channel of a drawn text
-        return l2_normalize(tower.apply({"params": params["img"]}, images, **kwargs)[0])
+        return tower.apply({"params": params["img"]}, images, **kwargs)[0]
+
+    def apply(params, images, **kwargs):
+        return l2_normalize(pooled(tower, params, images, **kwargs))
 
     def init(rng, batch):
         params = {
@@ -77,6 +80,7 @@ def make(config):
         loss=loss,
         embed_image=lambda params, extra, images: apply(params, images),
         embed_text=lambda params, extra, texts: apply(params, texts),
+        image_features=lambda params, extra, images: pooled(unprojected(tower), params, images),
         scale=exp_logit_scale,
         constrain=lambda params: {**params, "logit_scale": jnp.minimum(params["logit_scale"], model.logit_scale_max)},
     )

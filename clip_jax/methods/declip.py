@@ -144,6 +144,7 @@ def make(config):
         constrain=declip.constrain,
         embed_image=declip.towers.embed_image,
         embed_text=declip.towers.embed_text,
+        image_features=declip.towers.image_features,
         scale=declip.scale,
         sharding_rules=((r"/queue/rows$", (BATCH_AXES, None)),),
     )

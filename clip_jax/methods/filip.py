@@ -105,6 +105,7 @@ def make(config):
         loss=loss,
         embed_image=towers.embed_image,
         embed_text=towers.embed_text,
+        image_features=towers.image_features,
         similarity=late_interaction,
         text_similarity=late_interaction,
     )
@@ -136,6 +137,11 @@ class TokenTowers(TwoTower):
     def encode_image(self, params, extra, images, train=False, keys=None):
         _, tokens, extra = super().encode_image(params, extra, images, train, keys)
         return self._project(params, "img", tokens[:, self.skip :]), None, extra
+
+    def image_features(self, params, extra, images):
+        """Returns the mean of the image tokens that take part, before their projection, float32 `[b, D]`."""
+        tokens = super().encode_image(params, extra, images)[1]
+        return tokens[:, self.skip :].astype(jnp.float32).mean(1)
 
     def encode_text(self, params, extra, ids, train=False, keys=None):
         _, tokens, extra = super().encode_text(params, extra, ids, train, keys)

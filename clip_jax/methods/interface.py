@@ -36,6 +36,9 @@ class Method:
         tokens returns `[b, P, E]`.
       embed_text: `(params, extra, ids int32 [b, n]) -> float32 [b, E]`, unit rows. A method that compares tokens
         returns `[b, n, E]`, with zeros for padding.
+      image_features: `(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, D]`, not normalised: the features
+        before the joint projection, which linear probes read. None: the method has none. `two_tower_method` sets
+        `TwoTower.image_features`.
       scale: `params -> float32 scalar`, the factor of the similarities in the softmax of the loss. Classification uses
         the same factor.
       heads: `(params, extra, features, batch, rng) -> (features, extra)` between `encode` and `loss`, on the global
@@ -63,6 +66,7 @@ class Method:
     embed_image: Callable
     embed_text: Callable
     scale: Callable
+    image_features: Callable | None = None
     heads: Callable = lambda params, extra, features, batch, rng: (features, extra)
     prepare: Callable = lambda batch, rng: batch
     update: Callable = lambda params, extra, features, step: extra
@@ -139,6 +143,7 @@ def two_tower_method(config, scalars, loss, **fields):
         loss=loss,
         embed_image=towers.embed_image,
         embed_text=towers.embed_text,
+        image_features=towers.image_features,
         **fields,
     )
 

@@ -160,6 +160,7 @@ def make(config):
         update=oner.update,
         embed_image=oner.embed_image,
         embed_text=oner.embed_text,
+        image_features=oner.image_features,
         scale=oner.scale,
     )
 
@@ -297,6 +298,10 @@ class OneR:
 
     def embed_image(self, params, extra, images):
         return self._embed(params, extra, 0, self._states(params, self._pixels(images))["image"])
+
+    def image_features(self, params, extra, images):
+        """Returns the states of the CLS of images before the projector, float32 `[b, D]`, whatever `embed` is."""
+        return self._states(params, self._pixels(images))["image"][:, 0].astype(jnp.float32)
 
     def embed_text(self, params, extra, ids):
         ids = shard_batch(ids)

@@ -135,6 +135,14 @@ def image_tower(model, tokens=True):
     return _make(IMAGE_TOWERS, model, "image", CHOICES | {"pool": vit.POOLS}, tokens)
 
 
+def unprojected(tower):
+    """Returns a copy of an image tower whose embedding is the pooled feature before its projection.
+
+    A ResNet stays as it is, because the output layer of its attention pooling is its projection.
+    """
+    return tower.clone(embed_dim=0) if hasattr(tower, "proj_bias") else tower
+
+
 def text_tower(model, tokens=True):
     """Returns the text tower of a configuration, a flax module.
 

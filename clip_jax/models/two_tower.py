@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.models.common import FROZEN, l2_normalize, shard_batch
-from clip_jax.models.towers import image_tower, text_tower
+from clip_jax.models.towers import image_tower, text_tower, unprojected
 
 
 class TwoTower:
@@ -54,8 +54,7 @@ class TwoTower:
         Returns:
           `(embeddings float32 [b, E], tokens [b, n, D], extra)`. The embeddings have unit length.
         """
-        images = (shard_batch(images).astype(jnp.float32) - self.mean) / self.std
-        return self._encode(self.image, "img", params, extra, images, train, keys, normalize)
+        return self._encode(self.image, "img", params, extra, self._pixels(images), train, keys, normalize)
 
     def encode_text(self, params, extra, ids, train=False, keys=None):
         """Embeds texts.
@@ -90,9 +89,20 @@ class TwoTower:
         """Returns the embeddings of images `[b, h, w, 3]` in evaluation, unit vectors float32 `[b, E]`."""
         return self.encode_image(params, extra, images)[0]
 
+    def image_features(self, params, extra, images):
+        """Returns the features of images `[b, h, w, 3]` before the projection, float32 `[b, D]`, in evaluation.
+
+        They are not normalised. A tower without a projection (`proj=False`) and a ResNet, whose attention pooling
+        projects, return their embeddings (`towers.unprojected`).
+        """
+        return self._encode(unprojected(self.image), "img", params, extra, self._pixels(images), False, None, False)[0]
+
     def embed_text(self, params, extra, ids):
         """Returns the embeddings of int32 ids `[b, n]` in evaluation, unit vectors float32 `[b, E]`."""
         return self.encode_text(params, extra, ids)[0]
+
+    def _pixels(self, images):
+        return (shard_batch(images).astype(jnp.float32) - self.mean) / self.std
 
     def _encode(self, tower, name, params, extra, x, train, keys, normalize=True):
         train = train and name not in extra.get(FROZEN, {})

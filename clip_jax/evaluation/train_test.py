@@ -1,0 +1,86 @@
+"""What the tasks share that learn from labelled training images and are tested on others."""
+
+import numpy as np
+
+from clip_jax.data.records import check_labels
+from clip_jax.data.sources.splits import evaluation_split
+from clip_jax.errors import UserError
+from clip_jax.evaluation.class_names import listed, match_classes
+from clip_jax.evaluation.embed import embed, labels_of, open_source, unit_vectors
+
+#: The option `features` of a task: the function of a model that computes them.
+FEATURES = {"before_projection": "image_features", "embedding": "embed_image"}
+
+
+def check_features(features, task):
+    """Raises UserError, which names the task, unless `features` is a key of `FEATURES`."""
+    if features not in FEATURES:
+        raise UserError(f"{task}: features={features!r}: allowed are {', '.join(FEATURES)}")
+
+
+def open_sources(train, test, train_split, test_split, name, **fields):
+    """Returns the opened sources `(train, test)`.
+
+    Args:
+      train, test: source strings.
+      train_split, test_split: their splits; an empty `test_split` is "test", or the only one.
+      name: the task, for messages.
+      fields: names of record fields (`embed.open_source`).
+
+    Raises UserError when `test` is the training set because no split is named and there is only one.
+    """
+    if test == train and not test_split and evaluation_split(test) == train_split:
+        raise UserError(f"{name}: {test} has the split {train_split!r} alone, so the test set is the training set")
+    return open_source(train, train_split, **fields), open_source(test, test_split, **fields)
+
+
+def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
+    """Returns `(features, labels, skipped)` of labelled sources.
+
+    Args:
+      model: as `clip_jax.evaluation.embed` describes it.
+      sources: `{part: opened source}`. The first part is the training set, whose classes count.
+      features: a key of `FEATURES`. An embedding of several vectors counts as their normalised mean.
+      task: the task, for messages.
+      limit: at most this many images of each source, evenly spaced.
+      batch_size: images per batch.
+
+    Returns: float32 `[n, D]` and int32 `[n]` of each part, and the number of unusable records. Embeddings are unit
+    rows; features before the projection are not normalised.
+
+    Raises UserError for another `features`, a model without them, records without a label, sources without a usable
+    image, and classes that the training images lack.
+    """
+    check_features(features, task)
+    if not hasattr(model, FEATURES[features]):
+        raise UserError(f"{task}: the model has no {FEATURES[features]}; features='embedding' needs none")
+    parts = {part: embed(model, [source], batch_size, limit, FEATURES[features]) for part, source in sources.items()}
+    x = {part: unit_vectors(e.z) if features == "embedding" else e.z for part, e in parts.items()}
+    labels = {part: labels_of(embedded, sources[part], task) for part, embedded in parts.items()}
+    train, *others = sources
+    for part in others:
+        labels[part] = _training_labels(labels[part], sources[part], labels[train], sources[train], task)
+    return x, labels, sum(embedded.skipped for embedded in parts.values())
+
+
+def _training_labels(labels, source, train_labels, train, task):
+    """Returns the labels of a source as labels of the training source, int32 `[n]`; classes are matched by name."""
+    check_labels(source)
+    check_labels(train)
+    if (source.class_names is None) != (train.class_names is None):
+        named, other = (source, train) if train.class_names is None else (train, source)
+        raise UserError(
+            f"{task}: {named.name} names its classes ({listed(named.class_names)}) and {other.name} numbers them; "
+            "both must do the same"
+        )
+    names = train.class_names
+    if names is not None:
+        known = match_classes(source.class_names, names)
+        number = {name: i for i, name in enumerate(names)}
+        table = np.asarray([number.get(known.get(name), -1) for name in source.class_names], np.int32)
+    else:
+        table = np.arange(labels.max() + 1, dtype=np.int32)
+    if missing := [i for i in np.unique(labels).tolist() if table[i] not in train_labels]:
+        classes = [source.class_names[i] for i in missing] if names is not None else missing
+        raise UserError(f"{task}: {train.name} has no image of {source.name}'s classes {listed(classes)}")
+    return table[labels]

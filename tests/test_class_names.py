@@ -1,4 +1,4 @@
-"""Class names and labels are matched by name, in zero-shot classification and in the linear probe."""
+"""Class names and labels are matched by name, in zero-shot classification, linear probes and nearest neighbours."""
 
 import io
 
@@ -12,6 +12,7 @@ from clip_jax.data.sources import MemorySource
 from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
 from clip_jax.evaluation.class_names import imagenet_names, match_classes, names_of
+from clip_jax.evaluation.knn import knn_task
 from clip_jax.evaluation.probe import probe_task
 from clip_jax.evaluation.tasks import parse_task
 from clip_jax.evaluation.zeroshot import zeroshot_task
@@ -173,11 +174,11 @@ def test_duplicates_are_what_the_model_cannot_tell_apart():
     assert (merged["z/top1"], merged["z/classes"]) == (1.0, 2)
 
 
-# --- the linear probe ---
+# --- the linear probe and nearest neighbours ---
 
 
 def probe(train, test, **options):
-    return probe_task(ColorModel(), train, test, name="p", **options).metrics
+    return probe_task(ColorModel(), train, test, name="p", features="embedding", **options).metrics
 
 
 @quick
@@ -212,15 +213,25 @@ def test_probe_on_some_of_the_classes_and_on_others():
         probe(numbered, source(["lime", "navy", "dark_red"], name="three", numbered=True))
 
 
-def test_probe_does_not_test_on_the_training_images(tmp_path):
+def test_nearest_neighbours_have_their_labels_by_name():
+    data = source(["navy", "lime"], name="test")
+    metrics = knn_task(ColorModel(), source(["dark_red", "lime", "navy"]), data, name="k").metrics
+    assert metrics == {"k/top1": 1.0, "k/top5": 1.0, "k/images": 6.0, "k/classes": 3.0, "k/skipped": 0.0}
+    with pytest.raises(UserError, match="k: colors has no image of more's classes 'sky-blue'"):
+        knn_task(ColorModel(), source(["lime"]), source(["lime", "sky-blue"], name="more"), name="k")
+
+
+@pytest.mark.parametrize("task", ["probe", "knn"])
+def test_no_task_tests_on_the_training_images(tmp_path, task):
     for name in ("lime", "navy"):
         (tmp_path / name).mkdir()
         for i in range(10):
             Image.open(io.BytesIO(png(name, i))).save(tmp_path / name / f"{i}.png")
     with pytest.raises(UserError, match="has the split 'train' alone, so the test set is the training set"):
-        parse_task(f"probe(train='{tmp_path}', test='{tmp_path}')")(ColorModel())
-    asked = parse_task(f"probe(train='{tmp_path}', test='{tmp_path}', test_split='train')")(ColorModel())
-    assert asked.metrics["probe/accuracy"] == 1.0
+        parse_task(f"{task}(train='{tmp_path}', test='{tmp_path}', name='x')")(ColorModel())
+    options = "test_split='train', features='embedding', name='x'"
+    asked = parse_task(f"{task}(train='{tmp_path}', test='{tmp_path}', {options})")(ColorModel())
+    assert asked.metrics["x/accuracy" if task == "probe" else "x/top1"] == 1.0
 
 
 def png(color, seed):

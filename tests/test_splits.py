@@ -135,6 +135,7 @@ def test_tasks_of_one_name_are_refused():
         ("x/image_to_text_R@5", "retrieval('scenes', name='x')"),
         ("x/top5", "zeroshot('PETS', name='x')"),
         ("x/val_accuracy", "probe('PETS', 'PETS', name='x')"),
+        ("x/top1", "knn('PETS', 'PETS', name='x')"),
     ],
 )
 def test_the_best_metric_is_one_that_a_task_computes(best, task, tmp_path):
@@ -152,6 +153,9 @@ def test_the_command_checks_its_tasks_before_it_loads_the_checkpoint(tmp_path, c
         (["relations(limit=1)", "relations(limit=2)"], "--task: the metrics of 'relations(limit=1)'"),
         ([f"zeroshot(source='{tmp_path}/pets')"], "pets: no such file or folder"),
         ([f"probe(train='scenes', test='{tmp_path}/no_{{split}}.csv')"], "whatever {split} stands for"),
+        (["probe('scenes', 'scenes', features='pixels')"], "features='pixels': allowed are before_projection"),
+        (["knn('scenes', 'scenes', k=0)"], "knn: k=0: must be a whole number of at least 1"),
+        (["knn('scenes', 'scenes', temperature=-1)"], "knn: temperature=-1: must be a number of at least 0"),
     ):
         assert evaluate.main([f"--checkpoint={tmp_path}/none", *(f"--task={task}" for task in tasks)]) == 2
         error = capsys.readouterr().err

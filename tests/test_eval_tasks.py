@@ -198,17 +198,19 @@ def test_probe_task():
         def image_features(self, images):
             return images.reshape(len(images), -1).astype(np.float32) / 255
 
+        def embed_image(self, images):
+            return np.random.default_rng(0).normal(size=(len(images), 3 * SIZE**2))
+
     result = probe_task(PixelModel(), source(60), source(30), val=source(30), name="p")
     assert result.metrics["p/accuracy"] == result.metrics["p/val_accuracy"] == 1.0
     assert result.metrics["p/l2"] in LAMBDAS
-    # The embeddings of an OracleModel tell nothing about the class.
-    assert probe_task(PixelModel(), source(60), source(30), features="embedding").metrics["probe/accuracy"] < 0.8
+    assert probe_task(PixelModel(), source(90), source(30), features="embedding").metrics["probe/accuracy"] < 0.8
     with pytest.raises(UserError, match="p: features='image': allowed are before_projection, embedding"):
         probe_task(PixelModel(), source(60), source(30), features="image", name="p")
     with pytest.raises(UserError, match="the model has no image_features; features='embedding' needs none"):
         probe_task(OracleModel(), source(60), source(30))
     assert (result.metrics["p/images"], result.metrics["p/classes"]) == (30, 3)
-    random = MemorySource([{"image": make_image(f"r{i}"), "label": i % 3} for i in range(60)])
+    random = MemorySource([{"image": make_image(f"r{i}"), "label": i % 3} for i in range(90)])
     assert probe_task(PixelModel(), random, source(30)).metrics["probe/accuracy"] < 0.9
 
 

@@ -9,7 +9,7 @@ from model_helpers import BERT, EFFICIENTNET
 
 from clip_jax import config
 from clip_jax.methods import align
-from clip_jax.models.towers import use_size
+from clip_jax.models.towers import image_tower, use_size
 
 
 def tiny_align(**image):
@@ -77,4 +77,6 @@ def test_pooled_features_are_the_embedding_where_the_paper_has_no_projection():
         params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
         assert ("proj" in params["img"]) == projected
         shape = jax.eval_shape(method.embed_image, params, extra, batch["image"]).shape
+        features = jax.eval_shape(method.image_features, params, extra, batch["image"])
+        assert features.shape == (2, image_tower(c.model).width)
         assert shape == jax.eval_shape(method.embed_text, params, extra, batch["text"]).shape == (2, c.model.embed_dim)

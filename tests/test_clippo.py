@@ -93,6 +93,9 @@ def test_both_inputs_go_through_the_same_parameters():
     features, _ = method.encode(params, {}, BATCH, jax.random.key(0), train=True)
     np.testing.assert_allclose(features["image"], method.embed_image(params, {}, BATCH["image"]), atol=1e-6)
     np.testing.assert_allclose(features["text"], method.embed_text(params, {}, BATCH["text"]), atol=1e-6)
+    before, proj = method.image_features(params, {}, BATCH["image"]), params["img"]["proj"]
+    z = before @ proj["kernel"] + proj.get("bias", 0)
+    np.testing.assert_allclose(l2_normalize(z), features["image"], atol=1e-5)
     np.testing.assert_allclose(
         features["text"], method.embed_image(params, {}, np.repeat(BATCH["text"], 3, axis=3)), atol=1e-6
     )

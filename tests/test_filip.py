@@ -27,6 +27,7 @@ from clip_jax.methods import filip as method_lib
 from clip_jax.methods.filip import Options, late_interaction, select_keys
 from clip_jax.methods.interface import make_method, resolve
 from clip_jax.models.common import l2_normalize
+from clip_jax.models.towers import image_tower
 from clip_jax.runtime.sharding import batch_sharding, make_mesh
 
 CONFIG = str(REPO / "configs" / "filip.py")
@@ -248,6 +249,12 @@ def test_padding_and_class_tokens():
     _, with_cls = setup("model.image.cls_token=true", "filip.use_cls=true", "filip.use_bos_eos=false")
     z = jax.jit(with_cls.embed_image)(params, extra, PAIRS["image"])
     assert z.shape == (16, 5, 16)
+    tower = image_tower(c.model).clone(embed_dim=0)
+    pixels = (PAIRS["image"] / np.float32(255) - np.asarray(c.model.image_mean)) / np.asarray(c.model.image_std)
+    tokens = tower.apply({"params": params["img"]}, pixels.astype(np.float32))[1]
+    for features, start in ((method, 1), (with_cls, 0)):
+        found = features.image_features(params, extra, PAIRS["image"])
+        np.testing.assert_allclose(found, tokens[:, start:].mean(1), atol=1e-4)
     np.testing.assert_allclose(z[:, 1:], z_image, atol=1e-6)
     empty = np.zeros((1, 12), np.int32)
     empty[0, 0] = EOT

@@ -1,5 +1,6 @@
 """A checkpoint in use: clip_jax.load, embeddings, classification; and the command clip_jax.evaluate."""
 
+import dataclasses
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
 from clip_jax.evaluation.classifier import make_classifier
 from clip_jax.evaluation.prompts import class_prompts
+from clip_jax.inference import Model
 from clip_jax.tools import caption, export
 
 
@@ -52,6 +54,20 @@ def test_embeddings_are_unit_rows_whatever_the_batch(model):
     np.testing.assert_allclose(model.embed_text(texts[2:]), t[2:], atol=1e-5)
     assert model.embed_text([]).shape == (0, 16) and model.embed_image([]).shape == (0, 16)
     np.testing.assert_allclose(model.similarity(z, t), z @ t.T, atol=1e-5)
+
+
+def test_image_features_are_what_the_projection_maps_to_the_embedding(model):
+    images = np.stack([model.image_view({"image": image}, None) for image in pictures(3)])
+    features = model.image_features(images)
+    assert features.shape == (3, 32) and features.dtype == np.float32
+    z = features @ np.asarray(model.params["img"]["proj"]["kernel"], np.float32)
+    np.testing.assert_allclose(z / np.linalg.norm(z, axis=1, keepdims=True), model.embed_image(images), atol=1e-2)
+    np.testing.assert_array_equal(model.image_features_share(images), features)
+    without = Model(
+        model.config, dataclasses.replace(model.method, image_features=None), model.params, {}, None, model.mesh
+    )
+    with pytest.raises(UserError, match="method='clip' has no image_features; features='embedding' needs none"):
+        without.image_features(images)
 
 
 def test_pictures_may_be_pil_arrays_or_bytes(model, tmp_path):

@@ -404,6 +404,16 @@ def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
     )
 
 
+def test_a_resnet_has_no_features_before_its_projection():
+    c = config.base()
+    c.model = tiny()
+    c.model.image = dict(kind="resnet", size=32, layers=(1, 1, 1, 1), width=4, head_width=32)
+    towers, images = TwoTower(c.model), np.zeros((2, 32, 32, 3), np.uint8)
+    batch = {"image": images, "text": np.zeros((2, 10), np.int32)}
+    params, extra = jax.eval_shape(towers.init, jax.random.key(0), batch)
+    assert jax.eval_shape(towers.image_features, params, extra, images).shape == (2, 16)
+
+
 def test_towers_without_batch_norm_have_no_state():
     c = config.base()
     c.model = tiny()

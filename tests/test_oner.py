@@ -531,6 +531,12 @@ def test_what_evaluation_compares(embed):
     oner, params, extra = start(f"oner.embed={embed}")
     z = jax.eval_shape(oner.embed_image, params, extra, PAIRS["image"])
     assert z.shape == (16, 32 if embed == "cls" else 16)
+    if embed == "cls":
+        features, z = (f(params, extra, PAIRS["image"][:2]) for f in (oner.image_features, oner.embed_image))
+        assert np.abs(np.linalg.norm(features, axis=1) - 1).min() > 0.1
+        np.testing.assert_allclose(l2_normalize(features), z, atol=1e-6)
+    else:
+        assert jax.eval_shape(oner.image_features, params, extra, PAIRS["image"]).shape == (16, 32)
 
 
 def test_query_key_compares_as_training_does():

@@ -145,7 +145,7 @@ def _checkpoint():
 def _eval():
     c = ConfigDict()
     c.steps = 0  # steps between two evaluations; 0: only at the end
-    # At the end: emoji | zeroshot(...) | retrieval(...) | relations(...) | probe(...), see docs/evaluation.md
+    # At the end: emoji | zeroshot(...) | retrieval(...) | relations(...) | probe(...) | knn(...), docs/evaluation.md
     c.tasks = ("emoji",)
     c.train_tasks = ()  # tasks that run every eval.steps steps
     c.transform = ("resize", "center_crop")  # image transforms of evaluation, CLIP's

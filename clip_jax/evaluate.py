@@ -11,6 +11,7 @@ Only the checkpoint is needed. Without `--task` the tasks of the run's configura
     retrieval(source='flickr.jsonl', split='test', name='flickr')
     relations(source='scenes')
     probe(train='/data/cifar/train', test='/data/cifar/test', name='cifar')
+    knn(train='/data/cifar/train', test='/data/cifar/test', k=20)
 """
 
 import argparse

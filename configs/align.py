@@ -10,7 +10,7 @@ Variants, after a colon:
            These three need BERT's uncased vocabulary and data with the index of the pairs that pass the noise filters
            (docs/filtering.md):
            --config.tokenizer=wordpiece:/data/vocab.txt --config.data='/data/pairs/{00000..41407}.tar?index=/data/kept'
-           Published on ImageNet: L2 76.4 % zero-shot top-1; coyo-align by nearest neighbours: B3 46.2, B7 68.6 %
+           Published on ImageNet: L2 76.4 % zero-shot top-1; coyo-align by the task knn(..., k=1): B3 46.2, B7 68.6 %
 """
 
 from clip_jax import config

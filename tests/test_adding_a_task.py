@@ -34,7 +34,7 @@ def test_task_strings_are_checked_before_jax_loads():
         import sys
         from clip_jax import evaluate
         from clip_jax.errors import UserError
-        for name in ("emoji()", "zeroshot('x')", "retrieval('x')", "relations()", "probe('x', 'y')"):
+        for name in ("emoji()", "zeroshot('x')", "retrieval('x')", "relations()", "probe('x', 'y')", "knn('x', 'y')"):
             evaluate.parse_task(name)
         try:
             evaluate.parse_task("zeroshot(sorce='x')")

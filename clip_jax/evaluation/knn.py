@@ -12,8 +12,9 @@ equal cosines the training image with the lower number.
 
   k=20, temperature=0.07   the defaults, those of DINO (Caron et al. 2021; facebookresearch/dino, eval_knn.py), which
                            follows Wu et al. 2018
-  k=1                      coyo-align (kakaobrain/coyo-align, evaluate/eval_knn.py): the label of the nearest image. Its
-                           table reports ALIGN on ImageNet so, on the validation images by all training images
+  k=1                      coyo-align (kakaobrain/coyo-align, evaluate/eval_knn.py): the label of the nearest image. The
+                           column ImageNet of its table, ALIGN's B3 and B7 among others, is this accuracy of the
+                           validation images
 
 DINO compares the features of its backbone, coyo-align the embeddings: `features`, as in `clip_jax.evaluation.probe`.
 """

@@ -44,8 +44,9 @@ def get_config(variant=""):
 def published():
     c = config.base()
     use_size(c.model, "RN50")
-    bert = dict(kind="bert", context=60, width=768, depth=12, heads=12, mlp_dim=3072, dropout=0.1, pool="mean")
-    c.model.text = all_fields(TEXT_TOWERS, dict(bert, proj=False, vocab_size=0, eot_id=-1))
+    bert = dict(kind="bert", context=60, width=768, depth=12, heads=12, mlp_dim=3072, pool="mean", proj=False)
+    dropout = dict(dropout=0.1, attention_dropout=0.1)
+    c.model.text = all_fields(TEXT_TOWERS, dict(bert, **dropout, vocab_size=0, eot_id=-1))
     c.init_from, c.init_from_params = "txt=declutr-sci-base", ("^txt/",)
     c.model.embed_dim, c.model.logit_scale_init = 768, 3.9
     c.tokenizer = "wordpiece:vocab.txt"

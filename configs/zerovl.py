@@ -42,8 +42,8 @@ def published(batch_size):
     tower = dict(width=768, depth=12, heads=12, mlp_dim=3072)
     image = dict(kind="vit", size=224, patch=16, ln_pre=False, patch_bias=True, act="gelu_tanh", ln_eps=1e-6)
     c.model.image = all_fields(IMAGE_TOWERS, tower | image)
-    text = dict(kind="bert", context=25, act="gelu", pad_id=0, dropout=0.1, proj_bias=False, vocab_size=0, eot_id=-1)
-    c.model.text = all_fields(TEXT_TOWERS, tower | text)
+    text = dict(kind="bert", context=25, act="gelu", pad_id=0, proj_bias=False, vocab_size=0, eot_id=-1)
+    c.model.text = all_fields(TEXT_TOWERS, tower | text | dict(dropout=0.1, attention_dropout=0.1))
     c.model.image_mean = c.model.image_std = (0.5, 0.5, 0.5)  # the image tower's own
     c.tokenizer = "wordpiece:vocab.txt"
     c.init_from = "img=B_16.npz, txt=bert-base-uncased"

@@ -79,7 +79,7 @@ def test_dropout_keeps_the_mean_and_follows_the_keys():
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_dropout_acts_in_training_and_depends_only_on_the_keys_of_an_example(scan):
-    model = tiny_bert(dropout=0.5)
+    model = tiny_bert(dropout=0.5, attention_dropout=0.5)
     model.scan, model.remat = scan, "full" if scan else "none"
     tower, keys = text_tower(model), jax.random.split(jax.random.key(1), 3)
     params = tower.init(jax.random.key(0), IDS)
@@ -92,7 +92,7 @@ def test_dropout_acts_in_training_and_depends_only_on_the_keys_of_an_example(sca
 
 
 def test_scanned_layers_drop_the_same_as_single_layers():
-    model, keys = tiny_bert(dropout=0.5), jax.random.split(jax.random.key(1), 3)
+    model, keys = tiny_bert(dropout=0.5, attention_dropout=0.5), jax.random.split(jax.random.key(1), 3)
     params = text_tower(model).init(jax.random.key(0), IDS)["params"]
     expected = text_tower(model).apply({"params": params}, IDS, train=True, keys=keys)[0]
     model.scan = True
@@ -105,3 +105,41 @@ def test_scanned_layers_drop_the_same_as_single_layers():
 def test_more_tokens_than_positions():
     with pytest.raises(UserError, match="model.text.context=11 is more than model.text.positions=10"):
         text_tower(tiny_bert(context=11))
+
+
+def test_attention_weights_are_dropped_in_training_by_the_keys_of_an_example():
+    """One block by hand, without dropout of hidden states."""
+    model, keys = tiny_bert(attention_dropout=0.3, depth=1, heads=1), jax.random.split(jax.random.key(1), 3)
+    model.attention = "auto"
+    tower = text_tower(model)
+    variables = tower.init(jax.random.key(0), IDS)
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["bert"])
+
+    def norm(x, p):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12) * p["scale"] + p["bias"]
+
+    def linear(name, x):
+        layer = p["block_0"]["attn"][name]
+        return np.tensordot(x, layer["kernel"], ([-1], [0])).reshape(*x.shape[:-1], -1) + layer["bias"].reshape(-1)
+
+    x = norm(p["embed"]["embedding"][IDS] + p["pos"][:, :6] + p["type"][0], p["ln_embed"])
+    q, k, v = (linear(name, x) for name in ("query", "key", "value"))
+    real = np.arange(6) <= np.argmax(IDS == 63, axis=1)[:, None]
+    weights = np.where(real[:, None], np.exp(q @ k.swapaxes(1, 2) / np.sqrt(32)), 0)
+    weights /= weights.sum(-1, keepdims=True)
+    kept = np.stack([jax.random.bernoulli(jax.random.fold_in(key, 1), 0.7, (1, 6, 6))[0] for key in keys])
+    out = p["block_0"]["attn"]["out"]
+    y = (weights * kept / 0.7) @ v @ out["kernel"].reshape(32, 32) + out["bias"]
+    x, mlp = norm(x + y, p["block_0"]["ln1"]), p["block_0"]["mlp"]
+    hidden = jax.nn.gelu(x @ mlp["fc1"]["kernel"] + mlp["fc1"]["bias"], approximate=False)
+    expected = norm(x + hidden @ mlp["fc2"]["kernel"] + mlp["fc2"]["bias"], p["block_0"]["ln2"])
+    np.testing.assert_allclose(tower.apply(variables, IDS, train=True, keys=keys)[1], expected, rtol=1e-4, atol=1e-4)
+    plain = text_tower(tiny_bert(depth=1, heads=1)).apply(variables, IDS, train=True, keys=keys)
+    for found in (tower.apply(variables, IDS), tower.apply(variables, IDS, keys=keys)):
+        np.testing.assert_array_equal(found[0], plain[0])
+
+
+def test_probabilities_are_checked():
+    for name, value in (("dropout", 1.0), ("attention_dropout", -0.1), ("dropout", float("nan"))):
+        with pytest.raises(UserError, match=rf"model.text.{name}={value}: must be at least 0 and below 1"):
+            text_tower(tiny_bert(**{name: value}))

@@ -31,7 +31,7 @@ LAST = dict(TEXT, pool="last", causal=False, proj_bias=True, act="gelu_tanh", ln
 RESNET = dict(kind="resnet", size=32, layers=(1, 2, 1, 1), width=16)
 STAGES = ((8, 1, 3, 1, 1), (16, 2, 5, 2, 4))
 EFFICIENT = dict(kind="efficientnet", size=32, stages=STAGES, padding="even", proj=False)
-BERT = dict(TRANSFORMER, kind="bert", context=10, positions=10, pad_id=0)
+BERT = dict(TRANSFORMER, kind="bert", context=10, positions=10, pad_id=0, dropout=0.1, attention_dropout=0.1)
 SIGLIP_TOKENIZER = "sentencepiece?lower=true&pad_with_eot=true"
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "cat", "##s", ",", "!", "pizza"]
 TEXTS = [

@@ -15,7 +15,7 @@ POOLS = ("first", "mean")
 
 
 class PostNormBlock(nn.Module):
-    """One post-LN block, `x = LN(x + MHA(x)); x = LN(x + MLP(x))`, with dropout of both branches.
+    """One post-LN block, `x = LN(x + MHA(x)); x = LN(x + MLP(x))`, with dropout of both branches and of the attention.
 
     Takes `(x[b, n, D], index of the block)` and `(attention mask, PRNG keys [b] or None)`. Returns `(x, index + 1)`.
     """
@@ -28,18 +28,25 @@ class PostNormBlock(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     attention: str = "plain"
+    attention_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, carry, context):
         (x, index), (mask, keys) = carry, context
         x = shard_batch(x)
-        y = Attention(self.heads, self.inits, self.dtype, self.attention, name="attn")(x, x, mask)
+
+        def drop_weights(weights):
+            return drop(weights, self.attention_dropout, keys, 3 * index + 1)
+
+        weights_drop = drop_weights if self.attention_dropout and keys is not None else None
+        attention = Attention(self.heads, self.inits, self.dtype, self.attention, name="attn")
+        y = attention(x, x, mask, drop_weights=weights_drop)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln1")(
-            x + drop(y, self.dropout, keys, 2 * index + 1)
+            x + drop(y, self.dropout, keys, 3 * index + 2)
         )
         y = Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(x)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln2")(
-            x + drop(y, self.dropout, keys, 2 * index + 2)
+            x + drop(y, self.dropout, keys, 3 * index + 3)
         )
         return x, index + 1
 
@@ -52,7 +59,8 @@ class Bert(nn.Module, kw_only=True):
     Attributes:
       positions: length of the position embedding, the largest n.
       types: number of token types.
-      dropout: chance of dropping hidden states. Attention weights have no dropout.
+      dropout: chance of dropping hidden states in training.
+      attention_dropout: chance of dropping attention weights in training. Above 0 it excludes fused attention there.
       remat, scan, attention: as `config.model`.
     """
 
@@ -66,6 +74,7 @@ class Bert(nn.Module, kw_only=True):
     act: str = "gelu"
     ln_eps: float = 1e-12
     dropout: float = 0.0
+    attention_dropout: float = 0.0
     dtype: Any = jnp.float32
     remat: str = "none"
     scan: bool = False
@@ -81,7 +90,7 @@ class Bert(nn.Module, kw_only=True):
         x = drop(nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_embed")(x), self.dropout, keys, 0)
         init = block_init("bert", self.width, self.mlp_dim, self.depth)
         fields = self.heads, self.mlp_dim, self.act, self.ln_eps, init, self.dropout, self.dtype, self.attention
-        block = functools.partial(PostNormBlock, *fields)
+        block = functools.partial(PostNormBlock, *fields, self.attention_dropout)
         carry = x, jnp.zeros((), jnp.int32)
         return apply_blocks(self, lambda name: block(name=name), carry, (real[:, None, None, :], keys))[0]
 

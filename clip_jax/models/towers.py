@@ -15,6 +15,8 @@ IMAGE_TOWERS = {
     "pyramid_vit": pyramid.PyramidViT, "pyramid_resnet": pyramid.PyramidResNet,
 }  # fmt: skip
 TEXT_TOWERS = {"transformer": text.TextTransformer, "bert": bert.BertTower}
+#: Fields of towers that hold a probability: at least 0 and below 1.
+PROBABILITIES = ("dropout", "attention_dropout", "patch_drop", "stochastic_depth")
 CHOICES = {"act": ACTIVATIONS, "weight_init": WEIGHT_INITS, "posemb": vit.POSEMBS, "padding": efficientnet.PADDINGS}
 #: Fields of `config.model` that are passed to every tower whose module declares them.
 SHARED = ("embed_dim", "dtype", "remat", "scan", "attention")
@@ -40,10 +42,11 @@ def _siglip(tower, patch, size, context=64):
 
 
 def _align(width_coefficient, depth_coefficient, proj, text_width, text_depth, embed_dim):
-    """ALIGN (Jia et al. 2021, section 5); the dropout is BERT's."""
+    """ALIGN (Jia et al. 2021, section 5); both dropouts are BERT's."""
     coefficients = dict(width_coefficient=width_coefficient, depth_coefficient=depth_coefficient)
     image = dict(coefficients, kind="efficientnet", size=289, proj=proj)
-    return image, dict(_text(text_width, text_depth), kind="bert", context=64, dropout=0.1), embed_dim
+    text = dict(_text(text_width, text_depth), kind="bert", context=64, dropout=0.1, attention_dropout=0.1)
+    return image, text, embed_dim
 
 
 #: Published sizes: name -> (image tower, text tower, embedding dimension). Other fields have the module's defaults.
@@ -205,8 +208,8 @@ def _make(kinds, model, which, choices, tokens):
       choices: `{field: allowed values}`.
       tokens: the argument `tokens` of a module that has one.
 
-    Raises UserError for an unknown kind or field, for a value outside the `choices` of its field, for a width that
-    `heads` does not divide, and for `proj=False` (no projection) where the width of the tower is not `model.embed_dim`.
+    Raises UserError for an unknown kind or field, for a value outside the `choices` of its field, for a probability
+    that is none, for a width that `heads` does not divide, and for `proj=False` (no projection) where the width of the tower is not `model.embed_dim`.
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in model[which].items()}
     kind = fields.pop("kind")
@@ -219,6 +222,9 @@ def _make(kinds, model, which, choices, tokens):
     for name in fields.keys() & choices.keys():
         if fields[name] not in choices[name]:
             raise UserError(f"model.{which}.{name}={fields[name]!r}: allowed are {', '.join(choices[name])}")
+    for name in PROBABILITIES:
+        if not 0 <= fields.get(name, 0) < 1:
+            raise UserError(f"model.{which}.{name}={fields[name]}: must be at least 0 and below 1")
     if "heads" in fields and fields["width"] % fields["heads"]:
         raise UserError(
             f"model.{which}.width={fields['width']} is not divisible by model.{which}.heads={fields['heads']}"

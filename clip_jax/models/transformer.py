@@ -69,7 +69,7 @@ def block_init(scheme, width, mlp_dim, depth):
     return Init(*[nn.initializers.truncated_normal(0.02)] * 4)
 
 
-def attend(q, k, v, mask=None, causal=False, attention="plain"):
+def attend(q, k, v, mask=None, causal=False, attention="plain", drop_weights=None):
     """Returns softmax attention of the queries to the keys, `[b, t, H, d]`.
 
     Args:
@@ -79,8 +79,16 @@ def attend(q, k, v, mask=None, causal=False, attention="plain"):
       causal: allows attention to the same and earlier positions only.
       attention: `model.attention`. `plain` uses XLA. `auto` uses cuDNN's fused attention on a GPU for bfloat16 or
         float16 and d a multiple of 8, at most 128. It falls back to XLA for a `mask`, which cuDNN would treat as a
-        bias, and for a single query.
+        bias, for a single query, and for `drop_weights`.
+      drop_weights: None, or the dropout of the attention weights, a function `[b, H, t, s] -> [b, H, t, s]`. It needs
+        `causal=False`.
     """
+    if drop_weights is not None:
+        assert not causal, "dropout of attention weights has no causal mask"
+        logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min / 2)
+        weights = drop_weights(jax.nn.softmax(logits).astype(v.dtype))
+        return jnp.einsum("bhts,bshd->bthd", weights, v)
     fits = (
         jax.default_backend() == "gpu"
         and q.dtype in (jnp.bfloat16, jnp.float16)
@@ -115,7 +123,7 @@ def attend_even(q, k, v, causal, implementation):
 class Attention(nn.Module):
     """Multi-head attention from `x_q[b, q, D]` to `x_kv[b, k, D]`, `[b, q, D]`.
 
-    The bool `mask`, broadcast to `[b, H, q, k]`, is True where attention is allowed.
+    The bool `mask`, broadcast to `[b, H, q, k]`, is True where attention is allowed. `drop_weights` is that of `attend`.
 
     Attributes:
       heads: number of heads H.
@@ -133,7 +141,7 @@ class Attention(nn.Module):
     qk_norm_eps: float | None = None
 
     @nn.compact
-    def __call__(self, x_q, x_kv, mask=None, causal=False):
+    def __call__(self, x_q, x_kv, mask=None, causal=False, drop_weights=None):
         width = x_q.shape[-1]
 
         def project(name, x):
@@ -148,7 +156,7 @@ class Attention(nn.Module):
                 nn.LayerNorm(epsilon=self.qk_norm_eps, dtype=self.dtype, name=f"{n}_norm")(x)
                 for n, x in (("query", q), ("key", k))
             )
-        x = attend(q, k, v, mask, causal, self.attention)
+        x = attend(q, k, v, mask, causal, self.attention, drop_weights)
         inits = dict(kernel_init=self.inits.attn_out, bias_init=self.inits.attn_out_bias)
         return Dense(width, axes=2, dtype=self.dtype, **inits, name="out")(x)
 

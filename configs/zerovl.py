@@ -8,13 +8,14 @@ Variants, after a colon; clip_jax/methods/zerovl.py documents the section zerovl
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b16 b16_1024
            the paper's recipe: ViT-B/16 and BERT, 20 epochs of 14.2 M pairs, batch 16,384 or 1,024, encoded in parts of
-           1,024. Give the towers (big_vision's ViT on ImageNet-21k, BERT), the vocabulary and the data, with sources
+           1,024. Give the towers (timm's vit_base_patch16_224_in21k, BERT), the vocabulary and the data, with sources
            weighted by size or otherwise:
-           --config.init_from="img=/data/B_16.npz, txt=/data/bert-base-uncased"
+           --config.init_from="img=/data/vit_base_patch16_224_in21k.safetensors, txt=/data/bert-base-uncased"
            --config.tokenizer=wordpiece:/data/bert-base-uncased/vocab.txt
            --config.data="/data/cc3m/*.tar*size + /data/cc12m/*.tar*size + /data/sbu/*.tar*size + /data/vg/*.tar*size"
            Published RSUM of COCO and Flickr30k: 425.0, 536.2; a plain baseline's: 363.5, 476.8. Not run here
-           Difference from the paper: images are normalised for that ViT
+           As in the released code, images are normalised by ImageNet's mean and deviation. That ViT was trained with
+           others: leave out the config.json that names them
 """
 
 from clip_jax import config
@@ -40,13 +41,13 @@ def get_config(variant=""):
 def published(batch_size):
     c = config.base()
     tower = dict(width=768, depth=12, heads=12, mlp_dim=3072)
-    image = dict(kind="vit", size=224, patch=16, ln_pre=False, patch_bias=True, act="gelu_tanh", ln_eps=1e-6)
+    image = dict(kind="vit", size=224, patch=16, ln_pre=False, patch_bias=True, act="gelu", ln_eps=1e-6)
     c.model.image = all_fields(IMAGE_TOWERS, tower | image)
     text = dict(kind="bert", context=25, act="gelu", pad_id=0, proj_bias=False, vocab_size=0, eot_id=-1)
     c.model.text = all_fields(TEXT_TOWERS, tower | text | dict(dropout=0.1, attention_dropout=0.1))
-    c.model.image_mean = c.model.image_std = (0.5, 0.5, 0.5)  # the image tower's own
+    c.model.image_mean, c.model.image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
     c.tokenizer = "wordpiece:vocab.txt"
-    c.init_from = "img=B_16.npz, txt=bert-base-uncased"
+    c.init_from = "img=vit_base_patch16_224_in21k.safetensors, txt=bert-base-uncased"
     c.init_from_params = ("^img/(?!proj)", "^txt/(?!proj)")
     c.data.augment = ("rrc(0.6, 1.0, interpolation='bilinear')", "autoaugment")
     c.eval.transform = ("squash(256, 'bilinear')", "center_crop")

@@ -278,6 +278,7 @@ def test_variants_are_complete(variant):
         assert c.data.batch_size == 1024 * c.micro_batches
         assert c.train.steps * c.data.batch_size == pytest.approx(20 * 14.2e6, rel=1e-3)
         assert c.zerovl.temperature == 0.02 and c.optim.no_decay == ()
+        assert c.model.image_mean == (0.485, 0.456, 0.406) and c.model.image.act == "gelu"
         method = make_method(c)
         batch = method.batch_spec(2)
         params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)

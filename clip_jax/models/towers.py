@@ -209,7 +209,8 @@ def _make(kinds, model, which, choices, tokens):
       tokens: the argument `tokens` of a module that has one.
 
     Raises UserError for an unknown kind or field, for a value outside the `choices` of its field, for a probability
-    that is none, for a width that `heads` does not divide, and for `proj=False` (no projection) where the width of the tower is not `model.embed_dim`.
+    that is none, for a width that `heads` does not divide, and for `proj=False` (no projection) where the width of the
+    tower is not `model.embed_dim`.
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in model[which].items()}
     kind = fields.pop("kind")

@@ -45,7 +45,7 @@ def published():
     use_size(c.model, "ViT-B/16")
     c.model.logit_scale_init, c.model.logit_scale_max = 1.0, math.inf  # the scale starts at e and has no bound
     c.model.image_mean, c.model.image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
-    c.model.text.ln_eps = 1e-12
+    c.model.text.ln_eps, c.model.text.weight_init = 1e-12, "unicl"
     c.tokenizer, c.data.augment = "clip_bpe", ("rrc(0.08, 1.0)",)
     c.data.batch_size, c.data.workers = 4096, 8
     c.train.steps, c.optim.warmup_steps = 32 * EPOCH // c.data.batch_size, 5 * EPOCH // c.data.batch_size

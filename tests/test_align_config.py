@@ -43,6 +43,7 @@ def test_published_recipes(variant, batch, steps, warmup, lr, width, embed_dim, 
         embed_dim,
     )
     text = c.model.text
+    assert text.dropout == text.attention_dropout == 0.1 and text.proj_init == c.model.image.proj_init == "glorot"
     assert (text.width, text.depth, text.heads, text.mlp_dim, text.context) == (
         text_width,
         text_depth,

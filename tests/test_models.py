@@ -16,6 +16,7 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import make_method
 from clip_jax.models.common import l2_normalize, sincos_2d
+from clip_jax.models.efficientnet import EfficientNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.towers import image_tower, text_tower, use_size
 from clip_jax.models.transformer import stack_layers, unstack_layers
@@ -480,12 +481,28 @@ def test_initialisation_of_released_image_towers(scheme, bounds, stds):
 
 
 def test_initialisation_of_text_towers():
-    for scheme, pos, bias in (("clip_text", 0.01, 128**-0.5), ("flip", 0.02, 0.0)):
+    for scheme, pos, bias in (("clip_text", 0.01, 128**-0.5), ("flip", 0.02, 0.0), ("unicl", 0.02, 0.0)):
         tower = TextTransformer(100, 64, 128, 2, 4, 512, 96, 99, weight_init=scheme)
         params = initial(tower, jnp.zeros((1, 64), jnp.int32))
         np.testing.assert_allclose(params["embed/embedding"].std(), 0.02, rtol=0.05)
         np.testing.assert_allclose(params["pos"].std(), pos, rtol=0.05)
         assert bias * 0.93 <= np.abs(params["block_0/mlp/fc1/bias"]).max() <= bias * 1.0001
+    for name in ("block_1/attn/out/kernel", "block_0/mlp/fc1/kernel", "block_0/mlp/fc2/kernel", "proj/kernel"):
+        np.testing.assert_allclose(params[name].std(), 0.02, rtol=0.05, err_msg=f"unicl {name}")
+    assert (6 / 512) ** 0.5 * 0.93 <= np.abs(params["block_0/attn/query/kernel"]).max() <= (6 / 512) ** 0.5
+
+
+def test_projections_of_align_start_as_dense_layers_of_tensorflow():
+    """Glorot and Bengio 2010: uniform, the bound sqrt(6 / (fan in + fan out))."""
+    model = tiny()
+    model.embed_dim = 96
+    model.text = BERT | dict(proj_init="glorot")
+    params = initial(text_tower(model), jnp.zeros((1, 8), jnp.int32))
+    image = EfficientNet(32, 96, stages=((8, 1, 3, 2, 1), (40, 1, 3, 2, 1)), proj_init="glorot")
+    for tower, width in ((params, 32), (initial(image, jnp.zeros((1, 32, 32, 3))), 40)):
+        bound = (6 / (width + 96)) ** 0.5
+        assert bound * 0.98 <= np.abs(tower["proj/kernel"]).max() <= bound, width
+        np.testing.assert_allclose(tower["proj/kernel"].std(), bound / 3**0.5, rtol=0.05)
 
 
 def test_sine_cosine_positions_of_moco_v3():

@@ -37,7 +37,7 @@ TIMM_SIGLIP = {
     (16, 1536, 40, 6144): ("vit_giantopt_patch16_siglip", (256, 384)),
 }
 #: Fields of the towers that affect training only.
-TRAINING = {"weight_init", "patch_drop", "dropout", "attention_dropout", "bn_group"}
+TRAINING = {"weight_init", "proj_init", "patch_drop", "dropout", "attention_dropout", "bn_group"}
 
 
 def export(model, to, out, tokenizer=True):

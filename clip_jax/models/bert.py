@@ -106,6 +106,8 @@ class BertTower(Bert, kw_only=True):
       context: number of tokens of a text.
       eot_id: id of [SEP]; without `pad_id`, padding is what follows the first [SEP].
       pad_id: id of padding, or -1.
+      proj_init: the projection's kernel, see `clip_jax.models.transformer.project`: `clip` or `glorot` (TensorFlow's
+        default).
     """
 
     context: int
@@ -114,6 +116,7 @@ class BertTower(Bert, kw_only=True):
     pad_id: int = -1
     pool: str = "first"
     proj_bias: bool = True
+    proj_init: str = "clip"
 
     @nn.compact
     def __call__(self, ids, train=False, keys=None):
@@ -125,4 +128,4 @@ class BertTower(Bert, kw_only=True):
         x = Bert(**fields, name="bert")(ids, real, keys if train else None)
         weights = real.astype(x.dtype)[..., None]
         pooled = x[:, 0] if self.pool == "first" else (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
-        return project(pooled, self.embed_dim, self.proj_bias, self.dtype), x
+        return project(pooled, self.embed_dim, self.proj_bias, self.dtype, self.proj_init), x

@@ -121,6 +121,7 @@ class EfficientNet(nn.Module):
       first_residual: whether the first block of a stage has a residual connection where its shapes allow one. In
         Hugging Face's AlignModel it has none.
       bn_group: `group` of `BatchNorm`.
+      proj_init: as in `clip_jax.models.bert.BertTower`.
       remat: as `config.model`.
       scan: runs the blocks of a stage after its first one in a loop, with stacked parameters.
     """
@@ -135,6 +136,7 @@ class EfficientNet(nn.Module):
     first_residual: bool = True
     bn_group: int = 0
     proj_bias: bool = True
+    proj_init: str = "clip"
     dtype: Any = jnp.float32
     remat: str = "none"
     scan: bool = False
@@ -182,7 +184,7 @@ class EfficientNet(nn.Module):
             x = conv(x, self.top, 1, 1, self.padding, self.dtype, "top_conv")
             x = self.act(BatchNorm(0.99, 1e-3, self.bn_group, self.dtype, name="top_bn")(x, train))
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        return project(x.mean(1), self.embed_dim, self.proj_bias, self.dtype), x
+        return project(x.mean(1), self.embed_dim, self.proj_bias, self.dtype, self.proj_init), x
 
 
 class LiteMBConv(MBConv):

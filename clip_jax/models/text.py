@@ -56,7 +56,8 @@ class TextTransformer(nn.Module):
     def __call__(self, ids, train=False, keys=None):
         del train, keys  # these towers have no dropout; every tower takes the same arguments
         b, n = ids.shape
-        stds = {"xavier": (self.width**-0.5,) * 2, "flip": (0.02, 0.02)}.get(self.weight_init, (0.02, 0.01))
+        stds = {"xavier": (self.width**-0.5,) * 2} | dict.fromkeys(("flip", "unicl"), (0.02, 0.02))
+        stds = stds.get(self.weight_init, (0.02, 0.01))
         embed_init, pos_init = map(nn.initializers.normal, stds)
         x = Embed(self.vocab_size, self.width, self.dtype, embed_init, name="embed")(ids)
         pos = self.param("pos", pos_init, (1, self.context, self.width))

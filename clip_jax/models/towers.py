@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.models import bert, efficientnet, pyramid, resnet, text, vit
 from clip_jax.models.common import ACTIVATIONS
-from clip_jax.models.transformer import WEIGHT_INITS
+from clip_jax.models.transformer import PROJ_INITS, WEIGHT_INITS
 
 IMAGE_TOWERS = {
     "vit": vit.VisionTransformer, "resnet": resnet.ModifiedResNet, "efficientnet": efficientnet.EfficientNet,
@@ -17,7 +17,13 @@ IMAGE_TOWERS = {
 TEXT_TOWERS = {"transformer": text.TextTransformer, "bert": bert.BertTower}
 #: Fields of towers that hold a probability: at least 0 and below 1.
 PROBABILITIES = ("dropout", "attention_dropout", "patch_drop", "stochastic_depth")
-CHOICES = {"act": ACTIVATIONS, "weight_init": WEIGHT_INITS, "posemb": vit.POSEMBS, "padding": efficientnet.PADDINGS}
+CHOICES = {
+    "act": ACTIVATIONS,
+    "weight_init": WEIGHT_INITS,
+    "proj_init": PROJ_INITS,
+    "posemb": vit.POSEMBS,
+    "padding": efficientnet.PADDINGS,
+}
 #: Fields of `config.model` that are passed to every tower whose module declares them.
 SHARED = ("embed_dim", "dtype", "remat", "scan", "attention")
 
@@ -42,10 +48,11 @@ def _siglip(tower, patch, size, context=64):
 
 
 def _align(width_coefficient, depth_coefficient, proj, text_width, text_depth, embed_dim):
-    """ALIGN (Jia et al. 2021, section 5); both dropouts are BERT's."""
-    coefficients = dict(width_coefficient=width_coefficient, depth_coefficient=depth_coefficient)
+    """ALIGN (Jia et al. 2021, section 5); both dropouts are BERT's, the projections start as in coyo-align."""
+    coefficients = dict(width_coefficient=width_coefficient, depth_coefficient=depth_coefficient, proj_init="glorot")
     image = dict(coefficients, kind="efficientnet", size=289, proj=proj)
-    text = dict(_text(text_width, text_depth), kind="bert", context=64, dropout=0.1, attention_dropout=0.1)
+    text = dict(_text(text_width, text_depth), kind="bert", context=64, dropout=0.1)
+    text |= dict(attention_dropout=0.1, proj_init="glorot")
     return image, text, embed_dim
 
 

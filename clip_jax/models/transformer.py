@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from clip_jax.models.common import ACTIVATIONS, shard_batch, torch_uniform
 from clip_jax.models.layers import Dense
 
-WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert", "declip", "flip", "timm_qk_norm")
+WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert", "declip", "flip", "timm_qk_norm", "unicl")
+
+PROJ_INITS = ("clip", "glorot")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ def block_init(scheme, width, mlp_dim, depth):
         `declip`: the image towers of Sense-GVT/DeCLIP, whose blocks start as those of `clip_text`.
         `xavier`: big_vision, Xavier-uniform; the MLP biases are normal with standard deviation 1e-6.
         `flip`: facebookresearch/flip. The fused `[3D, D]` matrix and the other kernels are Xavier-uniform, biases 0.
+        `unicl`: the text tower of microsoft/UniCL. The fused `[3D, D]` matrix is Xavier-uniform, the other kernels are
+          normal with standard deviation 0.02, biases 0. Its truncation at +-2 changes nothing.
         `timm_qk_norm`: LaCLIP's blocks with `qk_norm`, which PyTorch initialises: all kernels and biases are
           U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
         `bert`: truncated normal with standard deviation 0.02.
@@ -63,6 +67,8 @@ def block_init(scheme, width, mlp_dim, depth):
         return Init(xavier, xavier, xavier, xavier, normal(1e-6), normal(1e-6))
     if scheme == "flip":
         return Init(fused_xavier, xavier, xavier, xavier)
+    if scheme == "unicl":
+        return Init(fused_xavier, *[normal(0.02)] * 3)
     if scheme == "timm_qk_norm":
         return Init(wide, wide, wide, narrow, wide, narrow, wide, wide)
     assert scheme == "bert", scheme
@@ -356,14 +362,15 @@ class MapHead(nn.Module):
         return (x + Mlp(self.mlp_dim, self.act, init, self.dtype, name="mlp")(y))[:, 0]
 
 
-def project(pooled, embed_dim, bias, dtype, weight_init=""):
+def project(pooled, embed_dim, bias, dtype, scheme=""):
     """Projects `pooled[b, D]` by the linear layer `proj` of the calling tower, float32 `[b, embed_dim]`.
 
-    With `embed_dim` 0 there is no layer, and the result is `pooled` in float32. The kernel is normal with standard
-    deviation `D ** -0.5`, and Xavier-uniform for `weight_init="flip"`.
+    With `embed_dim` 0 there is no layer, and the result is `pooled` in float32. `scheme` is a tower's `weight_init` or
+    `proj_init`. The kernel is Xavier-uniform for `flip` and `glorot`, normal with standard deviation 0.02 for `unicl`,
+    and otherwise normal with `D ** -0.5`.
     """
     if embed_dim:
-        normal = nn.initializers.normal(pooled.shape[-1] ** -0.5)
-        init = nn.initializers.xavier_uniform() if weight_init == "flip" else normal
+        normal = nn.initializers.normal(0.02 if scheme == "unicl" else pooled.shape[-1] ** -0.5)
+        init = nn.initializers.xavier_uniform() if scheme in ("flip", "glorot") else normal
         pooled = Dense(embed_dim, use_bias=bias, dtype=dtype, kernel_init=init, name="proj")(pooled)
     return pooled.astype(jnp.float32)

@@ -73,6 +73,7 @@ def published(size, name):
     c.optim.no_decay = ("/bias$", "/scale$", "^logit_")
     if name == "slip":
         c.optim.update(dict(lr=5e-4, weight_decay=0.5))
+        c.model.logit_scale_max = 6.0  # the bound of the parameter; the loss has none of its own
     if size.startswith("ViT"):
         c.optim.freeze = ("^img/patch/",)  # stays at its random values, as in MoCo v3
         c.model.image.weight_init = "declip"

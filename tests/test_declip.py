@@ -497,6 +497,14 @@ def test_weights_of_the_variants():
     assert (slip.simclr_width, slip.simclr_dim, slip.temperature) == (4096, 256, 0.1)
 
 
+def test_the_scale_of_slip_has_the_bound_of_its_parameter_alone():
+    bounds = {name: config.load(f"{CONFIG}:{name}").model.logit_scale_max for name in ("b32_slip", "b32_clip")}
+    assert bounds == {"b32_slip": 6.0, "b32_clip": 4.6052}
+    declip = DeCLIP(tiny(f"model.logit_scale_max={bounds['b32_slip']}"))
+    np.testing.assert_allclose(declip.scale({"logit_scale": jnp.float32(5.5)}), np.exp(5.5), rtol=1e-6)
+    assert declip.constrain({"logit_scale": jnp.float32(7.0)}) == {"logit_scale": 6.0}
+
+
 def test_slip_contrasts_two_further_views_of_the_feature_before_the_projection():
     more = "declip.simclr_augment=('squash', 'flip')", "declip.simclr_width=24", "declip.simclr_dim=8"
     declip, params, extra = start(*weights(clip=1, simclr=1), *more)

@@ -20,6 +20,8 @@ Variants, after a colon; clip_jax/methods/filip.py documents the section filip:
            Expected 39.5 % (CLIP, same recipe: 32.8). Not run here
 """
 
+import math
+
 from clip_jax import config
 from clip_jax.methods.filip import Options
 from clip_jax.models.towers import use_size
@@ -43,7 +45,7 @@ def get_config(variant=""):
         with c.unlocked():
             del c.declip
         c.model.embed_dim, c.model.image.proj_bias, c.model.image.token_norm = 256, True, False
-        c.optim.lr, c.optim.weight_decay = 5e-4, 0.5
+        c.optim.lr, c.optim.weight_decay, c.model.logit_scale_max = 5e-4, 0.5, math.inf
         # 15 % of the tokens are chosen: 80 % of them become a mask, 10 % a random token, 10 % stay.
         options = Options(token_select="repo16", text_augment=("tokens(0.135, 0.8888889, 0.1111111)",))
     else:

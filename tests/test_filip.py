@@ -268,6 +268,9 @@ def test_padding_and_class_tokens():
 def test_the_scale_is_clamped():
     _, method = setup()
     assert method.constrain({"logit_scale": jnp.float32(9)})["logit_scale"] == np.float32(4.6052)
+    bound = config.load(f"{CONFIG}:b32_repo").model.logit_scale_max
+    _, method = setup(f"model.logit_scale_max={bound}")
+    assert method.constrain({"logit_scale": jnp.float32(9)})["logit_scale"] == 9
 
 
 def test_oracle_g1_a_mesh_and_micro_batches_give_the_result_of_one_device():

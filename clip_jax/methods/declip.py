@@ -16,7 +16,7 @@ The default weights are those of the released code, with 0.4 on the mean of all 
 paper's, taken from secondary descriptions. SLIP (Mu et al. 2022) is CLIP on one view of the image and the term simclr,
 SimCLR (Chen et al. 2020), on two others: an MLP on the image tower's feature before its projection. DeFILIP (Cui et
 al. 2022) adds the term filip: FILIP's loss on 16 selected tokens of the first view and the masked caption, each mapped
-to `filip_width` numbers.
+to `filip_width` numbers. Its scale has no bound.
 
 Deviations from the released code:
   - BatchNorm uses the statistics of the global batch, and in a ResNet those of both views together.
@@ -306,18 +306,17 @@ class DeCLIP:
         if o.simclr:
             values["simclr"] = nt_xent(features["contrasted"], o.temperature)
         if o.filip:
-            scale_tokens = self.scale(params, "logit_scale_tokens")
             given = features["tokens_img"], features["tokens_txt"], features["real"]
-            values["filip"] = filip(*given, scale_tokens, paired_keys(*given))[0]
+            values["filip"] = filip(*given, jnp.exp(params["logit_scale_tokens"]), paired_keys(*given))[0]
         metrics |= {f"loss_{term}": x for term, x in values.items()} | {"logit_scale": scale}
         return sum(getattr(o, term) * x for term, x in values.items()), metrics
 
-    def scale(self, params, name="logit_scale"):
-        """Returns the factor of the similarities, `exp(params[name])`, at most `exp(model.logit_scale_max)`.
+    def scale(self, params):
+        """Returns the factor of the similarities, `exp(logit_scale)`, at most `exp(model.logit_scale_max)`.
 
         The gradient passes through the bound, as in the released code, which changes the parameter itself.
         """
-        scale = jnp.exp(params[name])
+        scale = jnp.exp(params["logit_scale"])
         return scale + jax.lax.stop_gradient(jnp.minimum(scale, self.scale_max) - scale)
 
     def update(self, params, extra, features, step):

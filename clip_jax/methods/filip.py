@@ -18,7 +18,8 @@ and half of the matrix products. The mean still runs over all tokens:
 
 The authors released no code. Assumptions: the tokens are those after the tower's last layer norm; the class token is
 excluded, the start and end tokens of a text are included. Sense-GVT/DeCLIP takes patches before that norm
-(`model.image.token_norm=False`). Deviations from it: padding is excluded, and the scale is clamped.
+(`model.image.token_norm=False`), and its scale has no bound (`model.logit_scale_max=inf`). Deviation from it: padding
+is excluded.
 """
 
 import dataclasses

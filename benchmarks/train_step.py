@@ -262,7 +262,9 @@ def sides_of(args, variant):
     from clip_jax.program import make_program, model_flops
 
     path = f"{args.config}:{variant}" if variant else args.config
-    overrides = [f"model.dtype={args.dtype}", f"data.batch_size={args.batch}", "optim.name=adamw", *args.overrides]
+    optim = ["optim.name=adamw", "optim.lamb_adapt_all=false", "optim.lamb_max_norm=0"]
+    optim += ["optim.lamb_bias_correction=true", "optim.lamb_fuse_qkv=false"]
+    overrides = [f"model.dtype={args.dtype}", f"data.batch_size={args.batch}", *optim, *args.overrides]
     program = make_program(config_lib.load(path, overrides))
     config, optim = program.config, program.config.optim
     flops = model_flops(config) / config.data.batch_size

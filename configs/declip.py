@@ -72,8 +72,7 @@ def published(size, name):
     c.optim.update(dict(lr=1e-3, warmup_from=1e-4, warmup_steps=2499, eps=1e-8, weight_decay=0.1))
     c.optim.no_decay = ("/bias$", "/scale$", "^logit_")
     if name == "slip":
-        c.optim.update(dict(lr=5e-4, weight_decay=0.5))
-        c.model.logit_scale_max = 6.0  # the bound of the parameter; the loss has none of its own
+        c.optim.lr, c.optim.weight_decay, c.model.logit_scale_max = 5e-4, 0.5, 6.0  # the loss bounds no scale
     if size.startswith("ViT"):
         c.optim.freeze = ("^img/patch/",)  # stays at its random values, as in MoCo v3
         c.model.image.weight_init = "declip"

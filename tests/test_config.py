@@ -109,11 +109,49 @@ def test_a_config_file_without_get_config(tmp_path):
         ("eval.ema=true", "needs optim.ema_decay"),
         ("optim.freeze=('(',)", "not a regular expression"),
         ("optim.lr_mult=('img',)", "pairs"),
+        ("optim.lr_mult=(('^img', -1),)", "a factor must be a finite number, at least 0"),
+        ("optim.lr=inf", "optim.lr=inf: must be a finite number, at least 0"),
+        ("optim.eps=-1e-6", "optim.eps=-1e-06: must be"),
+        ("optim.weight_decay=nan", "optim.weight_decay=nan: must be"),
+        ("optim.lr_end=1.5", "optim.lr_end=1.5: must be between 0 and 1"),
+        ("optim.lr_end=nan", "optim.lr_end=nan: must be"),
+        ("optim.warmup_from=-0.5", "optim.warmup_from=-0.5: must be a finite rate, at least 0, or -1"),
+        ("optim.warmup_from=nan", "optim.warmup_from=nan: must be"),
     ],
 )
 def test_wrong_values(override, message):
     with pytest.raises(UserError, match=message) as error:
         config.validate(config.load(CLIP, [override]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("schedule=onecycle cooldown_steps=10", "optim.cooldown_steps=10 has no effect with optim.schedule='onecycle'"),
+        (
+            "schedule=onecycle lr_end=0.1",
+            "optim.lr_end=0.1 has no effect .*, only with cosine, linear: set it to 0.0",
+        ),
+        ("schedule=onecycle warmup_from=0", "optim.warmup_from=0.0 has no effect .*: set it to -1.0"),
+        ("schedule=rsqrt lr_end=0.1", "optim.lr_end=0.1 has no effect with optim.schedule='rsqrt'"),
+        ("schedule=constant decay_from_start=true", "optim.decay_from_start=True has no effect"),
+        ("schedule=constant lr_hold_steps=7", "optim.lr_hold_steps=7 has no effect"),
+        ("timescale=100", "optim.timescale=100 has no effect with optim.schedule='cosine', only with rsqrt"),
+        (
+            "name=sgd b1_cycle=(0.95,0.85)",
+            "optim.b1_cycle=.* has no effect .*, only with adamw, lamb",
+        ),
+        ("name=adafactor b1_cycle=(0.95,0.85)", "optim.b1_cycle=.* has no effect with optim.name='adafactor'"),
+        ("lamb_adapt_all=true", "optim.lamb_adapt_all=True has no effect with optim.name='adamw', only with lamb"),
+        ("lamb_max_norm=10", "optim.lamb_max_norm=10.0 has no effect"),
+        ("lamb_bias_correction=false", "optim.lamb_bias_correction=False has no effect .*: set it to True"),
+        ("name=sgd lamb_fuse_qkv=true", "optim.lamb_fuse_qkv=True has no effect"),
+    ],
+)
+def test_options_without_effect(overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        config.validate(config.load(CLIP, [f"optim.{o}" for o in overrides.split()]))
     assert "\n" not in str(error.value)
 
 

@@ -50,6 +50,7 @@ WRONG = {
         (["declip.text_mask=1.5"], "declip.text_mask=1.5: must be between 0 and 1"),
         (["declip.word_masks=(0.8, 0.3)"], r"declip.word_masks=\(0.8, 0.3\): two shares are needed"),
         (["declip.logit_scale_clamp=(3,)"], r"declip.logit_scale_clamp=\(3,\): "),
+        (["declip.simclr=1", "model.image.token_norm=false"], "declip.simclr needs model.image.token_norm=True"),
         (["model.image.pool=mapp"], "model.image.pool.*'mapp'.*(allowed|did you mean 'map')"),
     ],
     "filip": [

@@ -161,6 +161,10 @@ class DeCLIP:
     def __init__(self, config):
         self.options = o = read_options(config, "declip", Options)
         model = config.model.copy_and_resolve_references()
+        if o.simclr and not model.image.get("token_norm", True):
+            raise UserError(
+                "declip.simclr needs model.image.token_norm=True: its head takes the feature after the last layer norm"
+            )
         self.vocab_size = model.text.vocab_size  # the tokenizer's
         if o.mlm:
             model.text.vocab_size = max(self.vocab_size, o.mask_id + 1)

@@ -218,20 +218,24 @@ def test_golden_contrast(file):
 @pytest.mark.parametrize("file", golden_files("oner_moco_heads.npz"))
 def test_golden_heads(file):
     g = np.load(file)
-    heads = {"projector": MlpHead((20, 20, 8)), "predictor": MlpHead((20, 8))}
+    layers = {
+        head: [g[key] for key in g.files if key.startswith(f"{head}.") and key.endswith("weight") and g[key].ndim == 2]
+        for head in ("projector", "predictor")
+    }
+    heads = {head: MlpHead(tuple(len(kernel) for kernel in kernels)) for head, kernels in layers.items()}
 
-    def variables(head, layers, prefix=""):
+    def variables(head, prefix=""):
         """Returns a head's parameters from PyTorch's sequence of linear layer, batch norm and ReLU."""
-        params, stats = {}, {}
-        for i in range(1, layers + 1):
+        params, stats, last = {}, {}, len(layers[head])
+        for i in range(1, last + 1):
             fc, bn = f"{head}.{3 * (i - 1)}", f"{head}.{3 * (i - 1) + 1}"
             params[f"fc{i}"] = {"kernel": g[f"{fc}.weight"].T}
-            if i < layers:
+            if i < last:
                 params[f"bn{i}"] = {"scale": g[f"{bn}.weight"], "bias": g[f"{bn}.bias"]}
             stats[f"bn{i}"] = {"mean": g[f"{prefix}{bn}.running_mean"], "var": g[f"{prefix}{bn}.running_var"]}
         return {"params": params, "batch_stats": stats}
 
-    given = {head: variables(head, layers) for head, layers in (("projector", 3), ("predictor", 2))}
+    given = {head: variables(head) for head in heads}
 
     def forward(x):
         z, after_z = heads["projector"].apply(given["projector"], x, train=True, mutable=["batch_stats"])
@@ -242,8 +246,8 @@ def test_golden_heads(file):
     np.testing.assert_allclose(z, g["z"], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(p, g["p"], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(grad, g["grad_x"], rtol=1e-3, atol=1e-3)
-    for head, layers, after in (("projector", 3, after_z), ("predictor", 2, after_p)):
-        expected = {"batch_stats": variables(head, layers, "after.")["batch_stats"]}
+    for head, after in (("projector", after_z), ("predictor", after_p)):
+        expected = {"batch_stats": variables(head, "after.")["batch_stats"]}
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), after, expected)
 
 

@@ -59,7 +59,9 @@ def in_probabilities(s, reg, iterations):
 def test_golden_sinkhorn(file, kind, diagonal):
     g = np.load(file)
     reg = float(g["sinkhorn_lambda"])
-    for n in (0, 1, 5, 20):
+    rounds = [int(key.removeprefix(f"{kind}_plan_iters")) for key in g.files if key.startswith(f"{kind}_plan_iters")]
+    assert rounds
+    for n in rounds:
         plan, s = solve(g["similarity"], reg, n, diagonal)
         np.testing.assert_allclose(matrix(s, plan, reg), g[f"{kind}_plan_iters{n}"], rtol=1e-3, atol=1e-6)
 

@@ -198,7 +198,8 @@ def test_golden_towers_in_training_with_their_statistics(folder):
 @pytest.mark.parametrize("folder", golden_files("pyramidclip_vit"))
 def test_golden_leff(folder):
     model, g = load_foreign(folder), np.load(folder / "leff_block0.npz")
-    leff = LeFF(256, "quick_gelu", block_init("clip_image", 64, 256, 11))
+    image = model.config.model.image
+    leff = LeFF(image.mlp_dim, image.act, block_init("clip_image", image.width, image.mlp_dim, image.depth))
     variables = {
         "params": model.params["img"]["block_0"]["mlp"],
         "batch_stats": model.extra["batch_stats"]["img"]["block_0"]["mlp"],

@@ -41,7 +41,7 @@ def test_golden_open_clip_resnet(folder):
     expected = {
         name.removeprefix("bn_after.visual."): after[name] for name in after.files if name.startswith("bn_after.")
     }
-    assert len(expected) == 2 * 19 == len(jax.tree.leaves(new["batch_stats"]))
+    assert 0 < len(expected) == len(jax.tree.leaves(new["batch_stats"]))
     for name, x in expected.items():
         *block, norm, statistic = name.replace("downsample.1", "downsample_bn").replace("layer", "layer_").split(".")
         found = new["batch_stats"]["_".join(block) or "stem"][norm][statistic.removeprefix("running_")]

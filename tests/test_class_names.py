@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clip_jax.data.class_names import canonical_name, join_classes
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
@@ -92,6 +93,48 @@ def test_a_name_that_matches_two_classes_matches_none():
     assert match_classes(["tench", "Tinca tinca"], ["tench, Tinca tinca"]) == {}
     assert match_classes(["a_b", "a b"], ["a b", "a_b"]) == {"a_b": "a_b", "a b": "a b"}
     assert match_classes(["Ab", "aB", "c"], ["AB", "ab", "C"]) == {"c": "C"}
+
+
+@pytest.mark.parametrize(
+    ("names", "form"),
+    [
+        (("Fire_Truck", "fire-truck", " FIRE  truck"), "fire truck"),
+        (("St. Bernard", "st bernard"), "st bernard"),
+        (("Carpenter’s kit", "carpenter's_kit"), "carpenters kit"),
+        (("GRADE 2.5", "grade_2.5."), "grade 2.5"),
+        (("C++",), "c++"),
+        (("...",), "..."),
+    ],
+)
+def test_canonical_names(names, form):
+    assert {canonical_name(name) for name in names} == {form}
+
+
+@quick
+@given(
+    st.lists(st.lists(st.sampled_from(["cat", "Cat", "c_at", "c at", "c.at", "owl", "OWL"]), unique=True), max_size=4)
+)
+def test_sources_that_tell_no_spellings_apart_are_joined_by_canonical_name(lists):
+    classes, labels, ambiguous = join_classes(lists)
+    assert len(set(classes)) == len(classes)
+    pairs = [
+        (name, label) for names, of in zip(lists, labels, strict=True) for name, label in zip(names, of, strict=True)
+    ]
+    assert all(canonical_name(classes[label]) == canonical_name(name) for name, label in pairs)
+    assert all(len(set(of)) == len(of) for of in labels)  # the classes of one source are never joined
+    if all(len(set(map(canonical_name, names))) == len(names) for names in lists):
+        assert len(classes) == len({canonical_name(name) for name in classes}) and not ambiguous
+    told = {
+        form
+        for names in lists
+        for form in map(canonical_name, names)
+        if sum(canonical_name(name) == form for name in names) > 1
+    }
+    for name, label in pairs:
+        if canonical_name(name) in told:
+            assert classes[label] == name
+    for number, name, others in ambiguous:
+        assert name in lists[number] and name not in others and canonical_name(name) in told
 
 
 @quick

@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from clip_jax.data import decode
-from clip_jax.data.records import BadRecord
+from clip_jax.data.records import BadRecord, check_labels
 from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.data.sources.arrayrecord import ArrayRecordSource
 from clip_jax.data.sources.mixture import MixtureSource
+from clip_jax.data.sources.selection import SelectedSource
 from clip_jax.data.sources.spec import Spec, parse
 from clip_jax.errors import UserError
 from clip_jax.evaluation.class_names import names_of
@@ -245,6 +246,17 @@ def test_tfds_text_under_a_label_name_is_no_label(tmp_path):
     assert "label" not in record and record["category"] == "animals"
 
 
+def test_tfds_several_labels_of_one_image(tmp_path):
+    import tensorflow_datasets as tfds
+
+    label = tfds.features.Sequence(tfds.features.ClassLabel(names=["cat", "red_dog"]))
+    features = {"image": tfds.features.Image(), "label": label, "title": tfds.features.Text()}
+    records = [{"image": jpeg(), "label": labels, "title": "x"} for labels in ([1, 0], [])]
+    source = make_source(str(write_tfds(tmp_path / "t", records, features)))
+    assert [source[i]["label"] for i in range(2)] == [(1, 0), ()]
+    assert source[0]["class_name"] == ["red dog", "cat"] and "class_name" not in source[1]
+
+
 def test_embedded_emoji():
     source = make_source("emoji", "val_seen_vendor")
     record = source[0]
@@ -303,18 +315,22 @@ def test_array_record_with_a_malformed_record(tmp_path):
         source[1]
 
 
-def test_array_record_with_several_labels_of_one_image(tmp_path, caplog):
-    rows = [{"image": jpeg(), "text": "a", "label": label} for label in ([1, 2], 3)]
+@pytest.mark.parametrize("labels", [([1, 2], 3), (3, [2, 1, 2])])
+def test_array_record_with_several_labels_of_one_image(tmp_path, labels):
+    """A feature with one value is read as a scalar: the list in any of the first records decides for all."""
+    rows = [{"image": jpeg(), "text": "a", "label": label} for label in labels]
     write_array_record(tmp_path / "x.array_record", rows)
-    assert "label" not in make_source(str(tmp_path / "x.array_record"))[1]
-    assert "field 'label' holds several labels of one image; they are not read" in caplog.text
-    with pytest.raises(UserError, match="label field 'label' holds lists; several labels of one image are not support"):
-        make_source(str(tmp_path / "x.array_record"), label="label")
-    write_array_record(tmp_path / "y.array_record", rows[::-1])
-    source = make_source(str(tmp_path / "y.array_record"))
-    assert source[0]["label"] == 3
-    with pytest.raises(BadRecord, match="several labels of one image"):
-        source[1]
+    source = make_source(str(tmp_path / "x.array_record"))
+    assert source.multi_label
+    assert [source[i]["label"] for i in range(2)] == [tuple(dict.fromkeys(np.atleast_1d(label))) for label in labels]
+
+
+def test_array_record_with_names_in_the_label_field(tmp_path):
+    write_array_record(tmp_path / "x.array_record", [{"image": jpeg(), "text": "a", "label": ["dog", "cat"]}])
+    path = str(tmp_path / "x.array_record")
+    assert "label" not in make_source(path)[0]
+    with pytest.raises(UserError, match=r"'label' holds text; .*, or write .*x.array_record\?label=label, which makes"):
+        make_source(path, label="label")
 
 
 @pytest.mark.parametrize("content", [b"", b"not an array record" * 100])
@@ -518,16 +534,77 @@ def test_classes_of_a_mixture_are_told_apart_by_name(folder_of_tables):
     both.check_labels()
 
 
+def pets(*names, label=0, name="pets"):
+    """A source of one image of each class."""
+    image = np.zeros((4, 4, 3), np.uint8)
+    return MemorySource([{"image": image, "label": label + i} for i in range(len(names))], name, class_names=names)
+
+
+def test_classes_of_a_mixture_are_compared_by_their_canonical_names():
+    """A class has the name of the first source; synonyms of a record stay."""
+    a, b = pets("Cat", "fire_truck", "St. Bernard"), pets("fire truck", "cat", "st bernard", "owl", "Owl's")
+    synonyms = MemorySource([{"label": 0, "class_name": ["CAT", "tom cat"]}], class_names=["CAT"])
+    both = MixtureSource([a, b, synonyms], [1, 1, 1])
+    assert both.class_names == ["Cat", "fire_truck", "St. Bernard", "owl", "Owl's"]
+    assert [both[i]["label"] for i in range(9)] == [0, 1, 2, 1, 0, 2, 3, 4, 0]
+    assert [both[i]["class_name"] for i in (1, 3, 4, 8)] == ["fire truck", "fire truck", "Cat", ["Cat", "tom cat"]]
+    both.check_labels()
+    with pytest.raises(UserError, match="a record has label 9"):
+        MixtureSource([a, pets("cat", label=9)], [1, 1])[3]
+
+
+def test_classes_that_one_source_tells_apart_stay_apart():
+    """Then the spelling counts, and a name that fits several of them is an error where labels count."""
+    apart = pets("Cat", "cat", name="apart")
+    both = MixtureSource([pets("cat"), apart], [1, 1])
+    both.check_labels()
+    assert both.class_names == ["cat", "Cat"] and [both[i]["label"] for i in range(3)] == [0, 1, 0]
+    either = MixtureSource([apart, pets("CAT", name="loud")], [1, 1])
+    with pytest.raises(UserError, match=r"the class 'CAT' of loud may be each of the classes \['Cat', 'cat'\]"):
+        check_labels(either)
+
+
 def test_numbers_without_names_in_several_sources_are_an_error_where_labels_count(folder_of_tables):
-    tables = [make_source(str(path)) for path in folder_of_tables("numbers")]
+    paths = folder_of_tables("numbers")
+    tables = [make_source(str(path)) for path in paths]
     both = MixtureSource(tables, [1, 1])
-    with pytest.raises(UserError, match="the labels of .* are numbers without class names"):
+    with pytest.raises(UserError, match="the labels of .* are numbers without class names.*; add a column class_name"):
         both.check_labels()
     with pytest.raises(UserError, match="numbers without class names"):
         names_of(both, None, "task")
-    MixtureSource([tables[0]], [1]).check_labels()
-    halves = make_source(f"{folder_of_tables('numbers')[0]}?by=vendor")
-    halves.check_labels()  # selections of one table share its numbers
+    with pytest.raises(UserError, match="numbers without class names"):
+        check_labels(SelectedSource(both, np.arange(2), "some"))
+    check_labels(SelectedSource(both, np.arange(2), "some", np.zeros(2, np.int32), ["pet"]))
+
+
+def test_the_same_table_has_the_same_numbers(folder_of_tables, tmp_path):
+    """Whatever the weight, the way to the file and the selection; another label column has other numbers."""
+    path = folder_of_tables("numbers")[0]
+    (tmp_path / "link.jsonl").symlink_to(path)
+    (tmp_path / "words.txt").write_text("a\nb\n")
+    parts = [f"{path}*2", f"{tmp_path}/../{tmp_path.name}/{path.name}?where=vendor:cat", f"{tmp_path}/link.jsonl"]
+    parts += [f"{path}?columns={tmp_path}/words.txt?part=record:1/2"]
+    same = make_source(" + ".join(parts))
+    same.check_labels()
+    assert [same[i]["label"] for i in range(len(same) - 1)] == [3, 7, 3, 3, 7]
+    make_source(f"{path}?by=vendor").check_labels()
+    other = MixtureSource([make_source(str(path)), make_source(str(path), label="size")], [1, 1])
+    with pytest.raises(UserError, match="numbers without class names"):
+        other.check_labels()
+
+
+def test_numbers_without_names_say_how_to_name_them(folder_of_tables, tmp_path):
+    numbers, named = folder_of_tables("numbers")[0], folder_of_tables("named")[1]
+    with numbers.open("a") as file:
+        file.write('\n{"image": "x.png", "label": 8, "class_name": "cow"}')
+    for mixture in (f"{numbers} + {named}", f"{numbers}?part=record:1/2 + {named}"):
+        with pytest.raises(UserError, match="write the class_name of label 3, 7 in a row of .*animals_numbers.jsonl"):
+            make_source(mixture).check_labels()
+    with pytest.raises(UserError, match="have class names; write the class_name of label 3, 7"):
+        make_source(f"{numbers} + {named}")[0]
+    memory = MemorySource([{"label": 0}], "mine")
+    with pytest.raises(UserError, match="; give the class_names of mine"):
+        check_labels(MixtureSource([memory, pets("cat")], [1, 1]))
 
 
 @pytest.fixture
@@ -539,7 +616,7 @@ def folder_of_tables(tmp_path):
             Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
             lines = []
             for number, name in labels:
-                row = {"image": "x.png", "text": name, "label": number, "vendor": name}
+                row = {"image": "x.png", "text": name, "label": number, "vendor": name, "size": number % 2}
                 lines.append(json.dumps(row | ({"class_name": name} if kind == "named" else {})))
             paths.append(tmp_path / f"{table}_{kind}.jsonl")
             paths[-1].write_text("\n".join(lines))

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_jax.data.loader import Loader, iterate_once
+from clip_jax.data.loader import Loader, check_source, iterate_once
 from clip_jax.data.records import BadRecord, read_label, read_texts
 from clip_jax.data.sources import MemorySource, make_source
+from clip_jax.data.sources.mixture import MixtureSource
+from clip_jax.data.sources.selection import SelectedSource
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.views import ImageView, RewritesView, TextView, make_example
 from clip_jax.errors import UserError
@@ -74,19 +76,56 @@ def test_a_mixture_of_numbers_and_text_names_examples_of_both(folder, labels):
         make_source(label_table(folder, labels))
 
 
-@pytest.mark.parametrize("value", [[1, 2], ["cat"], {"id": 1}])
-def test_lists_of_labels_are_one_line(folder, value):
-    with pytest.raises(UserError, match="several labels of one image are not supported") as error:
+@quick
+@given(st.data())
+def test_lists_of_labels_are_tuples(folder, data):
+    """Of numbers or names; one label of an image is then a tuple of one, and none an empty one."""
+    kind = data.draw(st.sampled_from([st.integers(0, 9), st.sampled_from(_NAMES[:3])]))
+    lists = data.draw(st.lists(st.lists(kind, max_size=4), min_size=1, max_size=5))
+    single = [data.draw(kind), None, ""]
+    written = [[data.draw(spellings(v)) if isinstance(v, int) else v for v in values] + [None] for values in lists]
+    source = make_source(label_table(folder, written + single))
+    expected = [tuple(dict.fromkeys(values)) for values in lists] + [(single[0],), (), ()]
+    found = labels_of(source)
+    assert source.multi_label and all(isinstance(label, tuple) for label in found)
+    if isinstance(single[0], str):
+        assert source.class_names == sorted({name for names in expected for name in names})
+        found = [tuple(source.class_names[i] for i in label) for label in found]
+        assert [source[i].get("class_name", []) for i in range(len(source))] == [list(names) for names in expected]
+    assert found == expected
+
+
+@pytest.mark.parametrize("value", [{"id": 1}, [{"id": 1}], [[1], 2]])
+def test_objects_are_no_labels(folder, value):
+    with pytest.raises(UserError, match="a label is an integer, a class name, or a list of them") as error:
         make_source(label_table(folder, ["cat", value]))
     assert "\n" not in str(error.value)
 
 
-def test_a_selection_makes_no_classes_of_lists_and_nan(folder):
+def test_several_labels_stay_out_of_batches_and_are_one_line_where_one_is_needed(folder):
+    source = make_source(label_table(folder, [["cat", "dog"], "dog", None]))
+    joined = MixtureSource([source, MemorySource([source[0] | {"label": 0}], class_names=["Dog"])], [1, 1])
+    (batch,) = iterate_once(joined, PLAIN, Bytes(), 4)
+    np.testing.assert_array_equal(batch["label"], [-1, -1, -1, 1])
+    assert [joined[i]["label"] for i in range(4)] == [(0, 1), (1,), (), 1]
+    views = (PLAIN[0], TextView("text", 16, class_templates=("a {class_name}",)))
+    for data in (source, joined, SelectedSource(source, np.arange(2), "some")):
+        with pytest.raises(UserError, match="several labels of one image, but class_templates needs one label"):
+            check_source(data, views, Bytes())
+    check_source(source, PLAIN, Bytes())
+
+
+def test_a_selection_makes_classes_of_lists_and_none_of_nan_and_objects(folder):
     path = write_table(folder, [{"caption": "x", "kind": kind} for kind in ("a", math.nan, "b")])
     source = make_source(f"{path}?label=kind")
     assert source.class_names == ["a", "b"] and [source[i].get("label") for i in range(3)] == [0, None, 1]
-    with pytest.raises(UserError, match="record 0 has .'a'. in 'kind'; several labels of one image"):
-        make_source(f"{write_table(folder, [{'caption': 'x', 'kind': ['a']}])}?label=kind")
+    kinds = [["b", "a", "b"], "a", math.nan, ["c", None], ["z"]]
+    path = write_table(folder, [{"caption": "x", "kind": kind, "keep": i < 4} for i, kind in enumerate(kinds)])
+    source = make_source(f"{path}?where=keep:True&label=kind")
+    assert source.class_names == ["a", "b", "c"] and labels_of(source) == [(1, 0), (0,), (), (2,)]
+    assert source[0]["class_name"] == ["b", "a"]
+    with pytest.raises(UserError, match="record 0 has .'en': 'a'. in 'kind'; a class is one name, or several names"):
+        make_source(f"{write_table(folder, [{'caption': 'x', 'kind': {'en': 'a'}}])}?label=kind")
 
 
 @pytest.mark.parametrize("label", [-2, 2**31, 10**30])
@@ -117,7 +156,8 @@ def test_labels_in_memory():
         [{"label": value} for value in (1.0, "1", None, math.nan, np.int64(0), "b")], class_names="ab"
     )
     assert labels_of(source) == [1, 1, -1, -1, 0, 1]
-    for value in (0.5, "x", [1]):
+    assert labels_of(MemorySource([{"label": 1}, {"label": ["b", None, 0]}], class_names="ab")) == [(1,), (1, 0)]
+    for value in (0.5, "x", {"id": 1}):
         with pytest.raises(BadRecord, match="unknown label|several labels"):
             MemorySource([{"label": value}])[0]
     assert read_label(()) is None

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 import tracemalloc
 
@@ -279,6 +280,38 @@ def test_each_record_chooses_between_txt_and_json(tmp_path):
     write_tar(tmp_path / "2.tar", [*pair("a", 40), ("a.json", b'{"caption": "json"}'), ("a.cls", b"3")])
     source = make_source(str(tmp_path))
     assert source[40]["texts"] == ["c40"] and [source[i]["label"] for i in (0, 40)] == [-1, 3]
+
+
+def test_several_labels_in_the_json(tmp_path):
+    members = [(f"{i}.{e}", v) for i, labels in enumerate(([1, 3], 2, [])) for e, v in pair_with_json(i, tags=labels)]
+    write_tar(tmp_path / "a.tar", members)
+    source = make_source(str(tmp_path / "a.tar"), label="tags")
+    assert [source[i]["label"] for i in range(3)] == [(1, 3), (2,), ()]
+    assert "label" not in make_source(str(tmp_path / "a.tar"))[0]
+
+
+def test_numbered_classes_get_the_names_of_the_json(tmp_path):
+    """The error of a mixture gives the source string that joins the classes by name."""
+    for shard, names in (("a", ("cat", "dog")), ("b", ("dog", "cow"))):
+        lines = [
+            (f"{i}.{ending}", value)
+            for i, name in enumerate(names)
+            for ending, value in (*pair_with_json(i, class_name=name), ("cls", str(i).encode()))
+        ]
+        write_tar(tmp_path / f"{shard}.tar", lines)
+    a, b = f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"
+    with pytest.raises(UserError, match=r"class_name, which takes the classes from this field; write ") as error:
+        make_source(f"{a} + {b}").check_labels()
+    named = make_source(" + ".join(re.findall(r"write (\S+),", str(error.value))))
+    assert named.class_names == ["cat", "dog", "cow"] and [named[i]["label"] for i in range(4)] == [0, 1, 1, 2]
+    make_source(f"{a}*2 + {a}").check_labels()
+    with pytest.raises(UserError, match=r"'class_name' holds text; .*write \S+a.tar\?label=class_name, which"):
+        make_source(a, label="class_name")
+
+
+def pair_with_json(number, **meta):
+    """The image and the JSON of a sample, `(ending, bytes)`."""
+    return ("jpg", png(number)), ("json", json.dumps(meta).encode())
 
 
 @pytest.mark.parametrize(("cls", "label"), [(b"7.0\n", 7), (b"", -1), (b" nan ", -1)])

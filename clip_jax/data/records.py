@@ -4,8 +4,9 @@ A record is a dict that describes one example:
 
     image        encoded bytes, or a uint8 array `[h, w]`, `[h, w, 1]`, `[h, w, 3]` or `[h, w, 4]`
     texts        list of str, the captions of the image
-    label        int, the index of its class; absent when the data set has no labels, -1 when the class is unknown
-    class_name   str, the name of that class
+    label        int, the index of its class; absent when the data set has no labels, -1 when the class is unknown.
+                 Of a source with several labels an image a tuple of int, empty when no class is known
+    class_name   str, the name of that class; of several classes a list
     caption_error   str, why a record whose caption field is filled has no caption; else absent
 
 All other fields of a data set keep their own names. Text that is not UTF-8 carries surrogate escapes, which the text
@@ -23,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from absl import logging
 
 from clip_jax.errors import UserError, did_you_mean
 
@@ -46,6 +46,12 @@ class Source(Protocol):
       name: str, for messages.
       class_names: list of str, indexed by label, or None when the data set does not name its classes.
       broken: `{reason: count}` of what was unreadable while the source was indexed.
+
+    Optional attributes:
+      multi_label: bool, whether labels are tuples; False by default.
+      numbering: hashable. Sources with equal ones give the same numbers to the same classes. By default a source of its
+        own.
+      naming(record): str, how numbered classes get names, for messages; `record` is a record of the source.
     """
 
     name: str
@@ -78,7 +84,7 @@ _NO_TEXT = "caption is not text"
 # Set by this package; a data set's own fields are dropped.
 _CANONICAL = {"image", "texts", "label", "source_id", "caption_error"}
 MAX_LABEL = 2**31  # labels of a batch are int32
-_PEEKED = 16  # records whose fields are looked at when a source is made
+PEEKED = 16  # records whose fields are looked at when a source is made
 
 
 class BaseSource:
@@ -92,23 +98,38 @@ class BaseSource:
     """
 
     class_names: Sequence[str] | None = None
+    multi_label: bool = False
 
     def __init__(self, name, image=None, text=None, label=None):
         self.name = name
         self.broken = Counter()
+        self._files_of_labels = ()  # paths of the files that hold the labels
         self._fields = Fields(image, (text,) if isinstance(text, str) else tuple(text or ()), label)
+
+    @property
+    def numbering(self):
+        """Equal for sources that number classes in the same way: of the same files and the same label field."""
+        files = map(os.path.realpath, self._files_of_labels)
+        return (type(self), *files, self._fields.label) if self._files_of_labels else id(self)
+
+    def naming(self, record):
+        """Returns how numbered classes get names, for messages."""
+        if isinstance(record.get("class_name"), str):
+            return f"write {self.name}?label=class_name, which takes the classes from this field"
+        return f"write {self.name}?label=FIELD with a field that names the class"
 
     def _peek(self, read, more=()):
         """Returns the first value of each field of some readable records; `read(index)` returns a raw record.
 
-        The records are the first ones and those at the indices `more`.
+        The records are the first ones and those at the indices `more`. A list is preferred to a single value.
         """
         fields = {}
-        for index in (*range(min(len(self), _PEEKED)), *more):
+        for index in (*range(min(len(self), PEEKED)), *more):
             try:
-                fields = read(index) | fields
+                found = read(index)
             except BadRecord:
                 continue
+            fields |= {k: v for k, v in found.items() if k not in fields or is_list(v) and not is_list(fields[k])}
         return fields
 
     def _choose_fields(self, names):
@@ -138,32 +159,43 @@ class BaseSource:
             record["image"] = raw[image]
         if label is not None:
             record["label"] = self._label(values.get(label))
-        if self.class_names is not None and record.get("label", -1) >= 0:  # TFDS has -1 for an unknown class
-            record["class_name"] = self._class_name(record["label"])
+        self._add_class_name(record, replace=True)
         if texts:
             return with_texts(record, [values.get(text) for text in texts])
-        return record | {"texts": [record["class_name"]] if "class_name" in record else []}
+        return record | {"texts": [record["class_name"]] if isinstance(record.get("class_name"), str) else []}
 
-    def _drop_text_label(self, raw, asked):
-        """Drops a label field that holds text or a list, unless it was `asked` for: then raises UserError."""
+    def _check_label_field(self, raw, asked):
+        """Sets `multi_label` by a value of the label field; drops a field of text that no class names explain.
+
+        Args:
+          raw: a raw record.
+          asked: whether the user named the field. Then text is a UserError.
+        """
         label = self._fields.label
-        value = raw.get(label)
-        is_list = isinstance(value, list | np.ndarray) and len(value) > 0
-        if label is not None and (is_list or self.class_names is None and isinstance(value, str | bytes)):
-            if asked:
-                held = "lists; several labels of one image are not supported" if is_list else "text"
-                raise UserError(
-                    f"{self.name}: label field {label!r} holds {held}; must hold integers or a TFDS ClassLabel"
-                )
-            if is_list:
-                logging.warning("%s: field %r holds several labels of one image; they are not read", self.name, label)
-            self._fields = self._fields._replace(label=None)
+        value = plain(raw.get(label))
+        self.multi_label = label is not None and is_list(value)
+        is_text = any(isinstance(read, str) for read in map(_read_or_none, as_list(value)))
+        if label is None or self.class_names is not None or not is_text:
+            return
+        if asked:
+            raise UserError(
+                f"{self.name}: label field {label!r} holds text; must hold integers or a TFDS ClassLabel, or write "
+                f"{self.name}?label={label}, which makes classes of the text"
+            )
+        self._fields, self.multi_label = self._fields._replace(label=None), False
 
     def _label(self, value):
-        """Returns the class index of a label or class name, -1 for none.
+        """Returns the class index of a label or class name, -1 for none; with `multi_label` a tuple of all.
 
         Raises BadRecord for an unknown one, and UserError for a number that has no class name.
         """
+        if not self.multi_label:
+            return self._one_label(value)
+        labels = dict.fromkeys(map(self._one_label, as_list(value)))
+        return tuple(label for label in labels if label >= 0)
+
+    def _one_label(self, value):
+        """Returns the class index of a label or class name, -1 for none; raises as `_label` does."""
         if self.class_names is not None and isinstance(value, str) and value in self._class_index:
             return self._class_index[value]
         label = read_label(value)
@@ -181,6 +213,15 @@ class BaseSource:
         if not -1 <= label < MAX_LABEL:
             raise BadRecord("label out of range")
         return label
+
+    def _add_class_name(self, record, replace=False):
+        """Sets `class_name` of a record with a label, if the classes have names; `replace` says whether it may be set.
+
+        TFDS has the label -1 for an unknown class.
+        """
+        if self.class_names is not None and (replace or "class_name" not in record) and label_tuple(record):
+            names = [self._class_name(label) for label in label_tuple(record)]
+            record["class_name"] = names if self.multi_label else names[0]
 
     def _set_classes(self, names):
         self.class_names = list(names)
@@ -205,9 +246,49 @@ def read_any(source, tries=20):
     return None
 
 
-def check_labels(source):
-    """Raises UserError when equal labels of a source may mean different classes, which only a mixture's can."""
+class DerivedSource(BaseSource):
+    """A source whose records are those of another one, selected or with more fields; its labels are the same.
+
+    Args:
+      source: the other source.
+      name: str, for messages.
+    """
+
+    def __init__(self, source, name):
+        super().__init__(name)
+        self._source = source
+        self.class_names, self.broken = source.class_names, source.broken
+        self.multi_label = getattr(source, "multi_label", False)
+
+    @property
+    def numbering(self):
+        return getattr(self._source, "numbering", id(self._source))
+
+    def naming(self, record):
+        return BaseSource.naming(self, record) if not hasattr(self._source, "naming") else self._source.naming(record)
+
+    def check_labels(self):
+        check_labels(self._source)
+
+
+def check_labels(source, task=""):
+    """Raises UserError when equal labels of a source may mean different classes, which only a mixture's can.
+
+    Args:
+      source: the source.
+      task: what needs one label of each image, for the message; several are then an error. Empty: they are allowed.
+    """
+    if task and getattr(source, "multi_label", False):
+        raise UserError(f"{source.name} has several labels of one image, but {task} needs one label")
     getattr(source, "check_labels", lambda: None)()
+
+
+def label_tuple(record):
+    """Returns the class indices of a record, a tuple; empty where it has no label."""
+    label = record.get("label")
+    if isinstance(label, tuple):
+        return label
+    return () if label is None or label < 0 else (label,)
 
 
 def listed(names):
@@ -230,6 +311,25 @@ def plain(value):
     if isinstance(value, list | tuple | np.ndarray):
         return [plain(v) for v in value]
     return value
+
+
+def as_list(value):
+    """Returns the items of a list, tuple or array as plain Python values; any other value as a list of one."""
+    value = plain(value)
+    return list(value) if is_list(value) else [value]
+
+
+def is_list(value):
+    """Returns whether a value is a list, a tuple, or an array of at least one dimension."""
+    return isinstance(value, list | tuple) or isinstance(value, np.ndarray) and value.ndim > 0
+
+
+def _read_or_none(value):
+    """Returns `read_label(value)`, None for what is no label."""
+    try:
+        return read_label(value)
+    except BadRecord:
+        return None
 
 
 def read_label(value):

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from clip_jax.data import augment, decode, text_augment, token_augment
-from clip_jax.data.records import BadRecord
+from clip_jax.data.records import BadRecord, label_tuple
 from clip_jax.data.templates import (
     class_name,
     fields_of,
@@ -146,7 +146,7 @@ class TextView:
         return usable_rewrite(pick(rewrites, rng)) if rewrites and rng.random() < prob else ""
 
     def _is_class(self, record):
-        return bool(self.class_templates) and record.get("label", -1) >= 0
+        return bool(self.class_templates) and bool(label_tuple(record))
 
     def _own_caption(self, record, rng):
         if self._is_class(record):
@@ -410,7 +410,7 @@ def make_example(record, example_id, views, tokenizer, rng=None):
 
     Returns:
       `{view.name: array}`, with int32 scalars `example_id` and, where the record has them, `label`, `source_id` and
-      `text_pair`.
+      `text_pair`. Several labels of one image are left out.
 
     Raises BadRecord when a view cannot use the record.
     """
@@ -419,6 +419,6 @@ def make_example(record, example_id, views, tokenizer, rng=None):
     example = {view.name: view(record, rng, tokenizer) for view in views}
     example["example_id"] = np.int32(example_id)
     for key in ("label", "source_id", "text_pair"):
-        if record.get(key) is not None:
+        if record.get(key) is not None and not isinstance(record[key], tuple):
             example[key] = np.int32(record[key])
     return example

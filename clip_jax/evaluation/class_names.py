@@ -1,19 +1,19 @@
 """Class names given by a user, matched with the classes that a source names.
 
 If the source names its classes, given names are matched by name, never by position. A name matches a class when both
-are equal, else when they differ in case, "_", "-" and spaces only, else in punctuation only, else when one of them is
-among the other's comma-separated synonyms ("tench, Tinca tinca"). Each match must be the only one of its kind. WordNet
-ids of ImageNet's 1,000 classes match the names of `class_names.json`.
+are equal, else when their canonical names are (`clip_jax.data.class_names`), else when they differ in punctuation only,
+else when one of them is among the other's comma-separated synonyms ("tench, Tinca tinca"). Each match must be the only
+one of its kind. WordNet ids of ImageNet's 1,000 classes match the names of `class_names.json`.
 """
 
 import functools
 import json
 import re
-import unicodedata
 from collections import Counter
 
 from etils import epath
 
+from clip_jax.data.class_names import canonical_name
 from clip_jax.data.records import check_labels
 from clip_jax.errors import UserError
 from clip_jax.evaluation.prompts import load_class_names
@@ -62,7 +62,7 @@ def match_classes(names, among):
     if list(names) == list(among):
         return dict(zip(names, among, strict=True))
     found = {}
-    for forms in (_exact, _space_form, _bare_form, _synonyms):
+    for forms in (_exact, _canonical, _bare_form, _synonyms):
         taken = set(found.values())
         ours = _by_form([name for name in names if name not in found], forms)
         theirs = _by_form([name for name in among if name not in taken], forms)
@@ -162,20 +162,16 @@ def _by_form(names, forms):
     return found
 
 
-def _spaced(name):
-    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
-
-
 def _bare(name):
-    return re.sub(r"\W", "", _spaced(name)) or _spaced(name)
+    return re.sub(r"\W", "", canonical_name(name)) or canonical_name(name)
 
 
 def _exact(name):
     return {name}
 
 
-def _space_form(name):
-    return {_spaced(name)}
+def _canonical(name):
+    return {canonical_name(name)}
 
 
 def _bare_form(name):
@@ -183,4 +179,4 @@ def _bare_form(name):
 
 
 def _synonyms(name):
-    return {_spaced(part) for part in (name, *name.split(",")) if part.strip()}
+    return {canonical_name(part) for part in (name, *name.split(",")) if part.strip()}

@@ -37,7 +37,8 @@ class ArrayRecordSource(BaseSource):
         if image is None and images:
             self._fields = self._fields._replace(image=images[0])
         self._choose_fields(fields)
-        self._drop_text_label(fields, asked=label is not None)
+        self._check_label_field(fields, asked=label is not None)
+        self._files_of_labels = list(files)
 
     def __len__(self):
         return len(self._data)

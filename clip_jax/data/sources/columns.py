@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data.files import FileReader
-from clip_jax.data.records import BaseSource, fingerprint
+from clip_jax.data.records import DerivedSource, fingerprint
 from clip_jax.data.sources.tfds import EMBEDDED
 from clip_jax.errors import UserError
 
@@ -128,7 +128,7 @@ def array_writer(folder, source, fields, about):
     (folder / "header.json").write_text(json.dumps(_header(source, about) | {"fields": sorted(arrays)}, indent=1))
 
 
-class ColumnsSource(BaseSource):
+class ColumnsSource(DerivedSource):
     """The records of a source with the fields of columns added.
 
     Args:
@@ -139,9 +139,7 @@ class ColumnsSource(BaseSource):
     """
 
     def __init__(self, source, path):
-        super().__init__(f"{source.name}?columns={path}")
-        self.class_names, self.broken = source.class_names, source.broken
-        self._source = source
+        super().__init__(source, f"{source.name}?columns={path}")
         shipped = EMBEDDED / "columns" / f"{path}.jsonl.xz"
         self._path = os.fspath(shipped) if shipped.is_file() else path
         kinds = {".jsonl": _Lines, ".xz": _Lines, ".txt": _PlainLines}

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.data.records import fingerprint
+from clip_jax.data.records import DerivedSource, fingerprint
 from clip_jax.errors import UserError
 
 TEXTS = 64  # captions of a record that an index covers, one bit each; later ones are dropped
 
 
-class IndexedSource:
+class IndexedSource(DerivedSource):
     """The records of a source that an index keeps, each with the captions that it keeps.
 
     The index takes 16 bytes a record and is mapped into memory.
@@ -39,9 +39,8 @@ class IndexedSource:
                 f"index={folder} was made of another data set: {report['source']}, {length:,} records, not "
                 f"{source.name}, {len(source):,}"
             )
-        self._source, self._index = source, None
-        self.name = f"{source.name}?index={folder}"
-        self.class_names, self.broken = source.class_names, source.broken
+        super().__init__(source, f"{source.name}?index={folder}")
+        self._index = None
 
     def __getstate__(self):
         return self.__dict__ | {"_index": None}

@@ -1,6 +1,6 @@
 """Records in memory."""
 
-from clip_jax.data.records import BaseSource, with_texts
+from clip_jax.data.records import PEEKED, BaseSource, is_list, with_texts
 from clip_jax.errors import UserError
 
 
@@ -12,6 +12,9 @@ class MemorySource(BaseSource):
       name: str, for messages.
       class_names: list of str, indexed by label, or None. A label may then also be a class name.
 
+    A list in `label` holds several labels of one image; the labels of all records are then tuples. A sequence other
+    than a list or tuple is searched for one in its first records only.
+
     Raises UserError for an empty sequence.
     """
 
@@ -20,6 +23,9 @@ class MemorySource(BaseSource):
         if not len(records):
             raise UserError(f"{name}: the source is empty")
         self._records = records
+        is_held = isinstance(records, list | tuple)
+        peeked = records if is_held else (records[i] for i in range(min(len(records), PEEKED)))
+        self.multi_label = any(is_list(record.get("label")) for record in peeked)
         if class_names is not None:
             self._set_classes(class_names)
 
@@ -30,7 +36,9 @@ class MemorySource(BaseSource):
         record = dict(self._records[index])
         record = with_texts(record, [record.get("texts")])
         if "label" in record:
-            record["label"] = label = self._label(record["label"])
-            if self.class_names is not None and label >= 0:
-                record.setdefault("class_name", self._class_name(label))
+            record["label"] = self._label(record["label"])
+            self._add_class_name(record)
         return record
+
+    def naming(self, record):
+        return f"give the class_names of {self.name}"

@@ -4,15 +4,17 @@ import bisect
 import itertools
 from collections import Counter
 
-from clip_jax.data.records import BaseSource, listed, read_any
+from clip_jax.data.class_names import join_classes
+from clip_jax.data.records import BaseSource, check_labels, label_tuple, listed, read_any
 from clip_jax.errors import UserError
 
 
 class MixtureSource(BaseSource):
     """Several sources one after the other; the loader draws from them in proportion to their weights.
 
-    Records gain `source_id`, the index of their source. The classes are the union of the sources' classes: classes of
-    the same name are one class. Nested mixtures are flattened; each weight is split in proportion.
+    Records gain `source_id`, the index of their source. The classes are the union of the sources' classes: classes with
+    the same canonical name are one class and have the name of the first source (`clip_jax.data.class_names`). Nested
+    mixtures are flattened; each weight is split in proportion.
 
     Args:
       sources: list of sources.
@@ -40,21 +42,32 @@ class MixtureSource(BaseSource):
                 self.weights.append(weight)
         self.broken = sum((Counter(s.broken) for s in self.sources), Counter())
         self._ends = list(itertools.accumulate(len(s) for s in self.sources))
+        self.multi_label = any(getattr(s, "multi_label", False) for s in self.sources)
+        self._labels, self._ambiguous = [], []  # of each source its classes as classes of the mixture
         if any(s.class_names is not None for s in self.sources):
-            names = itertools.chain.from_iterable(s.class_names or () for s in self.sources)
-            self._set_classes(list(dict.fromkeys(names)))
+            classes, self._labels, self._ambiguous = join_classes([s.class_names or () for s in self.sources])
+            self._set_classes(classes)
 
     def check_labels(self):
-        """Raises UserError when the labels of several sources are numbers without class names.
+        """Raises UserError when equal labels may mean different classes, or one class has several labels.
 
-        It reads the first usable record of each source. Selections of one source share its numbers.
+        The first is so when the labels of several sources are numbers without class names. Selections of one source,
+        and sources of the same files and label field, share their numbers. It reads a usable record of each source.
         """
-        parts = [s for s in self.sources if s.class_names is None and (read_any(s) or {}).get("label", -1) >= 0]
-        unnamed = {id(getattr(s, "root", s)): s.name for s in parts}
-        if len(unnamed) > 1 or (unnamed and self.class_names is not None):
+        for source in self.sources:
+            check_labels(source)
+        records = [(s, read_any(s) or {}) for s in self.sources if s.class_names is None]
+        unnamed = [(s, record) for s, record in records if label_tuple(record)]
+        if len({getattr(s, "numbering", id(s)) for s, _ in unnamed}) > 1 or (unnamed and self.class_names is not None):
             raise UserError(
-                f"{self.name}: the labels of {listed(unnamed.values())} are numbers without class names, and equal"
-                " numbers of different sources may mean different classes; add a column class_name"
+                f"{self.name}: the labels of {listed(dict.fromkeys(s.name for s, _ in unnamed))} are numbers without "
+                "class names, and equal numbers of different sources may mean different classes; "
+                + "; ".join(dict.fromkeys(_naming(s, record) for s, record in unnamed))
+            )
+        for number, name, classes in self._ambiguous[:1]:
+            raise UserError(
+                f"{self.name}: the class {name!r} of {self.sources[number].name} may be each of the classes {classes} "
+                "of another source, which differ in spelling alone; rename it"
             )
 
     def __len__(self):
@@ -65,10 +78,24 @@ class MixtureSource(BaseSource):
         start = self._ends[source_id - 1] if source_id else 0
         source = self.sources[source_id]
         record = source[index - start] | {"source_id": source_id}
-        if self.class_names is None or record.get("label", -1) < 0:
+        if self.class_names is None or not label_tuple(record):
             return record
         if source.class_names is None:
             raise UserError(
-                f"{source.name}: its labels have no class names, and other sources of the mixture have class names"
+                f"{source.name}: its labels have no class names, and other sources of the mixture have class names; "
+                + _naming(source, record)
             )
-        return record | {"label": self._class_index[source.class_names[record["label"]]]}
+        of_source = self._labels[source_id]
+        labels = {label: of_source[label] for label in label_tuple(record)}
+        names = {source.class_names[old].replace("_", " "): self._class_name(new) for old, new in labels.items()}
+        labels = tuple(dict.fromkeys(labels.values()))
+        record["label"] = labels if isinstance(record["label"], tuple) else labels[0]
+        if isinstance(name := record.get("class_name"), str):
+            record["class_name"] = names.get(name, name)
+        elif name is not None:
+            record["class_name"] = [names.get(item, item) for item in name]
+        return record
+
+
+def _naming(source, record):
+    return source.naming(record) if hasattr(source, "naming") else f"give {source.name} class_names"

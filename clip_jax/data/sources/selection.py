@@ -23,7 +23,7 @@ import re
 
 import numpy as np
 
-from clip_jax.data.records import BadRecord, BaseSource, listed
+from clip_jax.data.records import BadRecord, DerivedSource, as_list, listed
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.tfds import embedded
 from clip_jax.errors import UserError, did_you_mean
@@ -46,29 +46,26 @@ _EXAMPLES = {
 }
 _INDEX_FIELD = "record"  # stands for the index of a record
 _ALL_TEXT = "strings"  # stands for all text of a record
+_CLASSES = "classes"  # stands for the field of label=, where a list is several classes
 
 
-class SelectedSource(BaseSource):
+class SelectedSource(DerivedSource):
     """The records of a source at some indices, with other labels if given.
 
     Args:
       source: the source.
       indices: int array `[n]`.
       name: str, for messages.
-      labels: int32 `[n]`, -1 for a record without a class; None keeps the source's labels.
+      labels: int32 `[n]`, -1 for a record without a class; or an object array `[n]` of tuples of int, for several
+        classes of a record. None keeps the source's labels.
       classes: list of str, the class names of `labels`.
-
-    Attributes:
-      root: the source of which it is a selection, whose labels all its selections share.
     """
 
     def __init__(self, source, indices, name, labels=None, classes=()):
-        super().__init__(name)
-        self.root = getattr(source, "root", source)
-        self.broken = source.broken
-        self._source, self._indices = source, indices
-        self._labels = labels
-        self.class_names = source.class_names if labels is None else list(classes)
+        super().__init__(source, name)
+        self._indices, self._labels = indices, labels
+        if labels is not None:
+            self.class_names, self.multi_label = list(classes), labels.dtype == object
 
     def __len__(self):
         return len(self._indices)
@@ -78,8 +75,15 @@ class SelectedSource(BaseSource):
         if self._labels is None:
             return record
         record = {key: value for key, value in record.items() if key not in ("label", "class_name")}
+        if self.multi_label:
+            names = [self._class_name(label) for label in self._labels[index]]
+            return record | {"label": self._labels[index], "class_name": names}
         label = int(self._labels[index])
         return record | ({"label": label, "class_name": self._class_name(label)} if label >= 0 else {})
+
+    def check_labels(self):
+        if self._labels is None:
+            super().check_labels()
 
 
 def select(source, options, name):
@@ -112,10 +116,7 @@ def select(source, options, name):
         raise UserError(f"{name}: no record is left")
     labels, classes = None, ()
     if "label" in wanted:
-        column = columns[wanted["label"][0]]
-        classes = sorted(set(column[kept]) - {None})
-        index = {name: label for label, name in enumerate(classes)}
-        labels = np.array([index.get(value, -1) for value in column], np.int32)
+        labels, classes = _classes_of(columns[_CLASSES], kept)
 
     def selected(kept, name):
         return SelectedSource(source, np.flatnonzero(kept), name, labels if labels is None else labels[kept], classes)
@@ -125,6 +126,24 @@ def select(source, options, name):
     column = columns[wanted["by"][0]]
     sources = [selected(kept & (column == value), f"{name}:{value}") for value in sorted(set(column[kept]))]
     return MixtureSource(sources, [len(source) for source in sources], name)
+
+
+def _classes_of(column, kept):
+    """Returns the argument `labels` of `SelectedSource` for all records, and the class names of those that are kept.
+
+    Args:
+      column: object array `[records]` of a class name, a list of them, or None.
+      kept: bool `[records]`.
+    """
+    of_record = [value if isinstance(value, list) else [] if value is None else [value] for value in column]
+    classes = sorted({value for values, keep in zip(of_record, kept, strict=True) if keep for value in values})
+    index = {name: label for label, name in enumerate(classes)}
+    if not any(isinstance(value, list) for value in column):
+        return np.array([index.get(value, -1) for value in column], np.int32), classes
+    labels = np.empty(len(column), object)
+    for i, values in enumerate(of_record):
+        labels[i] = tuple(dict.fromkeys(index[value] for value in values if value in index))
+    return labels, classes
 
 
 def _parse(option, text, name):
@@ -140,7 +159,8 @@ def _parse(option, text, name):
 def _read_fields(source, fields, name, label):
     """Returns `{field: object array [records]}` of str, None where a record has no such field or an empty one.
 
-    Raises UserError for a field that no record has, and for a list in the field `label`.
+    The column `_CLASSES` is that of the field `label`, with a list of str for a list. Raises UserError for a field that
+    no record has, and for an object in the field `label`.
     """
     columns = {field: np.full(len(source), None, object) for field in fields - {_INDEX_FIELD}}
     if _INDEX_FIELD in fields:
@@ -149,7 +169,7 @@ def _read_fields(source, fields, name, label):
         numbers = {}
     if not columns:
         return numbers
-    known = set()
+    known, classes = set(), np.full(len(source), None, object)
     for i in range(len(source)):
         try:
             record = source[i]
@@ -161,18 +181,27 @@ def _read_fields(source, fields, name, label):
         known |= record.keys()
         for field, column in columns.items():
             value = record.get(field)
-            if value is None or isinstance(value, str | list) and not value:
+            if value is None or isinstance(value, str | list | tuple) and not value:
                 continue
             if isinstance(value, float) and math.isnan(value):
                 continue
-            if field == label and isinstance(value, list | dict):
-                held = f"record {i} has {str(value)[:60]} in {field!r}"
-                raise UserError(f"{name}: {held}; several labels of one image are not supported")
             column[i] = str(value)
+            if field == label:
+                classes[i] = _class_values(value, f"{name}: record {i} has {str(value)[:60]} in {field!r}")
     for field in sorted(columns.keys() - known):
         hint = did_you_mean(field, known)
         raise UserError(f"{name}: no record has the field {field!r}{hint}; fields: {listed(sorted(known))}")
-    return columns | numbers
+    return columns | numbers | {_CLASSES: classes}
+
+
+def _class_values(value, where):
+    """Returns a value as a class name, a list as a list of them; raises UserError for an object."""
+    items = as_list(value)
+    if any(isinstance(item, dict | list | tuple) for item in items):
+        raise UserError(f"{where}; a class is one name, or several names in a list")
+    is_single = not isinstance(value, list | tuple)
+    names = [str(item) for item in items if item not in (None, "") and not (isinstance(item, float) and item != item)]
+    return names[0] if is_single else names
 
 
 def _is_in_part(column, part, name):

@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from clip_jax.data.files import FileReader, read_file, read_json
-from clip_jax.data.records import MAX_LABEL, BadRecord, BaseSource, listed, read_label
+from clip_jax.data.records import MAX_LABEL, BadRecord, BaseSource, as_list, listed, read_label
 from clip_jax.errors import UserError
 
 _JSON_ROWS_PEEKED = 100  # rows of JSON lines that are searched for field names
@@ -23,7 +23,7 @@ class TableSource(BaseSource):
     in memory, 16 bytes each.
 
     The label column holds integers ("10.0" is 10) or class names, which are sorted. An empty cell, NaN and null are no
-    label.
+    label. In JSON lines it may hold lists, several labels of one image; the labels of all records are then tuples.
 
     Args:
       path: the file.
@@ -32,7 +32,7 @@ class TableSource(BaseSource):
       label: name of the label column, or None.
 
     Raises UserError for an unknown column, a table without image paths, a table without rows, a column that mixes
-    integers and class names, lists of labels, and a quote that is never closed.
+    integers and class names, labels that are objects, and a quote that is never closed.
     """
 
     def __init__(self, path, *, image=None, text=None, label=None):
@@ -65,13 +65,20 @@ class TableSource(BaseSource):
         if names := labels.class_names():
             self._set_classes(names)
         self._numbers = labels.numbers()  # label -> index of its class name
+        self._nameless = labels.nameless()
+        self.multi_label, self._files_of_labels = labels.has_lists, (self._path,)
 
     def __len__(self):
         return len(self._spans)
 
-    def _label(self, value):
+    def naming(self, record):
+        if not self._nameless:
+            return f"add a column {_CLASS_NAMES} to {self._path}"
+        return f"write the {_CLASS_NAMES} of label {listed(map(str, self._nameless))} in a row of {self._path}"
+
+    def _one_label(self, value):
         number = read_label(value) if self._numbers else None
-        return super()._label(self._numbers.get(number, value))
+        return super()._one_label(self._numbers.get(number, value))
 
     def __getitem__(self, index):
         start, end = self._spans[index].tolist()
@@ -142,22 +149,26 @@ class _Labels:
         self._where, self._field = f"{path}: label column {field!r}", field
         self._numbers, self._texts = set(), set()
         self._names = {}  # of the numbers, from the column of class names
+        self.has_lists = False
 
     def add(self, row, start):
         """Adds the label of a row, a dict; `start` is the row's first byte in the table."""
+        value = row.get(self._field)
+        self.has_lists |= isinstance(value, list)
         try:
-            label = read_label(row.get(self._field))
+            labels = [read_label(item) for item in as_list(value)]
         except BadRecord:
-            value = repr(row[self._field])[:60]
             raise UserError(
-                f"{self._where} holds {value} in the row that starts at byte {start}; several labels of one image are "
-                "not supported, a label is one integer or one class name"
+                f"{self._where} holds {repr(value)[:60]} in the row that starts at byte {start}; a label is an "
+                "integer, a class name, or a list of them"
             ) from None
-        if isinstance(label, str):
-            self._texts.add(label)
-        elif label is not None:
-            self._check_number(label, row.get(_CLASS_NAMES) if self._field != _CLASS_NAMES else None)
-            self._numbers.add(label)
+        name = row.get(_CLASS_NAMES) if self._field != _CLASS_NAMES and len(labels) == 1 else None
+        for label in labels:
+            if isinstance(label, str):
+                self._texts.add(label)
+            elif label is not None:
+                self._check_number(label, name)
+                self._numbers.add(label)
 
     def _check_number(self, label, name):
         """Raises UserError for a number that is no label or that has two class names."""
@@ -185,6 +196,10 @@ class _Labels:
         """Returns `{integer label: index of its class name}`, empty unless every label is an integer with a name."""
         index = {name: i for i, name in enumerate(dict.fromkeys(self._in_order()))}
         return {label: index[name] for label, name in self._names.items()} if index else {}
+
+    def nameless(self):
+        """Returns the labels, sorted, that have no class name in a table that names others."""
+        return sorted(self._numbers - {-1} - self._names.keys()) if self._names else []
 
     def _in_order(self):
         complete = self._numbers - {-1} == self._names.keys() and not self._texts

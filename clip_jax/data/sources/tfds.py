@@ -43,6 +43,7 @@ class TfdsSource(BaseSource):
         inner = {key: list(getattr(getattr(features[key], "feature", None), "keys", list)()) for key in features}
         self._choose_fields([name for key in features for name in ([f"{key}/{sub}" for sub in inner[key]] or [key])])
         labels = dict(features.items()).get(self._fields.label)
+        labels = getattr(labels, "feature", labels)  # a sequence holds several labels
         if isinstance(labels, tfds.features.ClassLabel) and labels.names:
             self._set_classes(labels.names)
         try:
@@ -55,7 +56,8 @@ class TfdsSource(BaseSource):
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.name}: split {split!r} is empty or not a split: {reason}") from None
-        self._drop_text_label(self._data[0], asked=label is not None)
+        self._check_label_field(self._data[0], asked=label is not None)
+        self._files_of_labels = (os.fspath(folder),)
         self._names = _names_by_concept(os.fspath(folder))
 
     def __len__(self):

@@ -71,7 +71,7 @@ class WebDatasetSource(BaseSource):
       name: str, for messages.
       image: name of the image field, or None for the image member.
       text: name or names of the caption fields, or None.
-      label: name of the label field, or None for the .cls member.
+      label: name of the label field, or None for the .cls member. A field of the JSON may hold a list of labels.
       lines: bool, whether each line of a .txt member is a caption.
 
     Raises UserError when no shard has a usable sample.
@@ -99,6 +99,9 @@ class WebDatasetSource(BaseSource):
         self._prefers_txt = text is None
         if label is None:
             self._fields = self._fields._replace(label="cls" if any(index.labelled for index in indexed) else None)
+        else:
+            self._check_label_field(names, asked=True)
+        self._files_of_labels = self._shards
 
     def __len__(self):
         return self._ends[-1]

@@ -13,8 +13,9 @@ Variants, after a colon; clip_jax/methods/otter.py documents the section otter:
            the published runs on CC3M: 10 epochs. Give data, and vocabulary and weights of DeCLUTR-sci-base, a BERT:
            --config.data=/data/cc3m/{00000..00331}.tar --config.tokenizer=wordpiece:/data/vocab.txt
            --config.init_from="txt=/data/declutr-sci-base"
-           Expected flat-hit F@1 on Google Open Images and ImageNet-10K: OTTER 29.1, 12.0; InfoNCE 26.8, 10.9; LS 26.3,
-           10.1; KD 26.7, 10.0 %. They need the pretrained towers (ResNet-50 on ImageNet, DeCLUTR on papers). Not run
+           Expected flat-hit F@1 (zeroshot(..., flat_hit=1), docs/evaluation.md) on Google Open Images and ImageNet-10K:
+           OTTER 29.1, 12.0; InfoNCE 26.8, 10.9; LS 26.3, 10.1; KD 26.7, 10.0 %. They need the pretrained towers
+           (ResNet-50 on ImageNet, DeCLUTR on papers). Not run
            Difference: the ResNet-50 is CLIP's, from random weights. Assumption: LS's 0.1
 """
 

@@ -3,6 +3,7 @@ import zlib
 
 import numpy as np
 import pytest
+from helpers import render
 from PIL import Image
 
 from clip_jax.data.records import BadRecord
@@ -12,8 +13,10 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.emoji import emoji_task
 from clip_jax.evaluation.linear_probe import LAMBDAS
 from clip_jax.evaluation.probe import probe_task
+from clip_jax.evaluation.report.page import Page
 from clip_jax.evaluation.results import EvalResult, Images, merge_results
 from clip_jax.evaluation.retrieval import retrieval_task
+from clip_jax.evaluation.tasks import parse_task
 from clip_jax.evaluation.zeroshot import zeroshot_task
 
 SIZE = 8
@@ -104,6 +107,88 @@ def test_zeroshot_task():
     points = result.artefacts["map"]["pets"]
     assert points.z_image.shape == (21, 16) and points.z_text.shape == (7, 16)
     assert [points.texts[i] for i in points.text_of_image] == [NAMES[i % 7].replace("_", " ") for i in range(21)]
+
+
+def several_labels(n=40, classes=9):
+    """Records with up to four of the classes "class 0", ..., and what a model of random vectors should score."""
+    rng = np.random.default_rng(1)
+    sets = [rng.choice(classes, rng.integers(1, 5), replace=False).tolist() for _ in range(n)]
+    records = [{"image": make_image(i), "label": labels} for i, labels in enumerate(sets)]
+    names = [f"class {i}" for i in range(classes)]
+    z = OracleModel().embed_image(np.stack([record["image"] for record in records])).astype(np.float64)
+    order = np.argsort(-z @ OracleModel().embed_text(names).T.astype(np.float64), axis=1)
+    return records, names, sets, order
+
+
+def test_flat_hits_of_images_with_several_labels():
+    """F@K counts an image when one of its labels is among the K best classes; each figure against NumPy's ranking."""
+    records, names, sets, order = several_labels()
+    source = MemorySource(records, class_names=names)
+    result = zeroshot_task(OracleModel(), source, name="oi", flat_hit=(1, 2, 7, 20))
+    m = result.metrics
+    for k in (1, 2, 7):
+        hits = [bool(set(row[:k]) & set(labels)) for row, labels in zip(order.tolist(), sets, strict=True)]
+        assert 0 < m[f"oi/F@{k}"] == pytest.approx(np.mean(hits))
+    assert m["oi/F@20"] == m["oi/chance_F@20"] == 1  # there are 9 classes
+    assert m["oi/chance_F@1"] == pytest.approx(np.mean([len(labels) / 9 for labels in sets]))
+    task = parse_task("zeroshot('x', name='oi', flat_hit=(1, 2, 7, 20))")
+    assert sorted(task.metric_names()) == sorted(m) and "oi/top1" not in m
+    gallery = result.artefacts["classification"]["oi"].draw(Page())
+    right = sum(bool({row[0]} & set(labels)) for row, labels in zip(order.tolist(), sets, strict=True))
+    assert f"Right: {right} of 40 images" in gallery and f"<b>{', '.join(f'class {i}' for i in sets[0])}</b>" in gallery
+    page = render(result)
+    assert "F@20" in page.text and "chance F@7" in page.text and "top-5" not in page.text.split("F@K:")[0]
+
+
+def test_flat_hits_of_images_with_one_label_are_top_k_accuracies():
+    records, names, sets, _ = several_labels()
+    records = [record | {"label": labels[0]} for record, labels in zip(records, sets, strict=True)]
+    source = MemorySource(records, class_names=names)
+    plain = zeroshot_task(OracleModel(), source).metrics
+    flat = zeroshot_task(OracleModel(), source, flat_hit=[1, 5]).metrics
+    assert (flat["zeroshot/F@1"], flat["zeroshot/F@5"]) == (plain["zeroshot/top1"], plain["zeroshot/top5"])
+    assert flat["zeroshot/chance_F@5"] == plain["zeroshot/chance_top5"]
+
+
+def test_several_labels_are_refused_where_one_is_needed(tmp_path):
+    """Before anything is embedded, and by the check before training."""
+    records, names, _, _ = several_labels()
+    source, model = MemorySource(records, "many", class_names=names), OracleModel()
+    with pytest.raises(UserError, match="zeroshot: many has several labels of one image.*set flat_hit=.1, 5, 10."):
+        zeroshot_task(model, source)
+    one = MemorySource([record | {"label": 0} for record in records], "one", class_names=names)
+    for train, test in ((source, one), (one, source)):
+        with pytest.raises(UserError, match="many has several labels of one image, but probe needs one label"):
+            probe_task(model, train, test)
+    assert not model.image_calls
+    Image.fromarray(make_image(0)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "labels": ["cat", "dog"]}, {"image": "a.png", "labels": "dog"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "t.jsonl"
+    for task in (
+        f"probe('{path}', '{path}', test_split='train', label='labels')",
+        f"zeroshot('{path}', label='labels')",
+    ):
+        with pytest.raises(UserError, match="t.jsonl has several labels of one image, but"):
+            parse_task(task).open_sources()
+    task = parse_task(f"zeroshot('{path}', label='labels', flat_hit=1)")
+    task.open_sources()
+    assert task(model).metrics["zeroshot/F@1"] in (0.5, 1.0)  # one of two classes is best, and one image has both
+    for value in (0, (1, 0), True, 1.5, "1"):
+        with pytest.raises(UserError, match="flat_hit=.*; allowed: integers from 1 on"):
+            parse_task(f"zeroshot('{path}', flat_hit={value!r})").metric_names()
+
+
+def test_labels_of_one_class_under_two_names_are_merged():
+    records, _, sets, _ = several_labels(classes=6)
+    names = ["a", "b", "c", "a", "b", "d"]
+    source = MemorySource(records, class_names=[f"{i}" for i in range(6)])
+    m = zeroshot_task(
+        OracleModel(), source, dict(zip("012345", names, strict=True)), name="z", duplicates="merge", flat_hit=3
+    ).metrics
+    single = np.mean([len({names[i] for i in labels}) == 1 for labels in sets])
+    assert m["z/classes"] == 4 and 0 < single < 1
+    assert m["z/chance_F@3"] == pytest.approx(1 - single / 4)
 
 
 def test_zeroshot_task_with_templates_duplicates_and_a_limit():

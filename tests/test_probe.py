@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -160,3 +162,7 @@ def test_pixel_features_average_over_areas():
 def test_chance():
     assert baselines.chance(4) == 0.25
     assert baselines.chance(4, 5) == 1.0
+    for classes, k, labels in ((5, 2, 2), (6, 3, 1), (4, 3, 3), (3, 1, 3)):
+        draws = list(itertools.combinations(range(classes), k))
+        share = np.mean([min(draw) < labels for draw in draws])
+        assert baselines.chance(classes, k, labels) == pytest.approx(share, rel=1e-12)

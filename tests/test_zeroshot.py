@@ -3,7 +3,13 @@ import pytest
 from conftest import golden_files
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation.classifier import accuracy, class_scores, make_classifier, per_class_accuracy
+from clip_jax.evaluation.classifier import (
+    accuracy,
+    class_scores,
+    flat_hit_at,
+    make_classifier,
+    per_class_accuracy,
+)
 from clip_jax.evaluation.embed import normalize
 from clip_jax.evaluation.prompts import (
     canonicalize,
@@ -164,3 +170,15 @@ def test_ties_and_nan_predict_the_lowest_label():
 def test_per_class_accuracy():
     top, labels = np.array([[0], [1], [1], [0]]), np.array([0, 1, 0, 0])
     np.testing.assert_allclose(per_class_accuracy(top, labels, 3), [2 / 3, 1.0, np.nan])
+
+
+def test_flat_hits_are_rows_with_a_label_among_the_first_k():
+    rng = np.random.default_rng(0)
+    top = np.argsort(rng.random((200, 12)), axis=1)[:, :8].astype(np.int32)
+    sets = [rng.choice(12, rng.integers(1, 5), replace=False).tolist() for _ in top]
+    padded = np.asarray([labels + [-1] * (4 - len(labels)) for labels in sets], np.int32)
+    for k in (1, 3, 8, 20):
+        expected = np.mean([bool(set(row[:k]) & set(labels)) for row, labels in zip(top.tolist(), sets, strict=True)])
+        assert flat_hit_at(top, padded, k) == pytest.approx(expected, abs=1e-12)
+        assert flat_hit_at(top, padded[:, :1], k) == accuracy(top, padded[:, 0], k)
+    assert flat_hit_at(top[:0], padded[:0], 1) == 0

@@ -9,9 +9,10 @@ import numpy as np
 _QUERIES = 512
 
 
-def chance(classes, k=1):
-    """Returns the expected top-k accuracy of a random ranking of the classes."""
-    return min(k / classes, 1.0)
+def chance(classes, k=1, labels=1):
+    """Returns the probability that a random ranking of the classes has one of an image's labels among the first k."""
+    ranks = np.arange(min(k, classes))
+    return float(1 - np.prod(np.maximum(classes - labels - ranks, 0) / (classes - ranks)))
 
 
 def pixel_features(images, size=16):

@@ -104,6 +104,20 @@ def accuracy(top, labels, k=1):
     return float((top[:, :k] == np.asarray(labels)[:, None]).any(1).mean()) if len(top) else 0.0
 
 
+def flat_hit_at(top, labels, k):
+    """Returns the share of rows of which at least one label is among the first k of `top`; 0 without rows.
+
+    The flat hit at K of OTTER (Wu et al. 2022). With one label a row it is the top-k accuracy.
+
+    Args:
+      top: int `[n, K]`, classes, best first; no class twice.
+      labels: int `[n, L]`, -1 for padding.
+      k: at most K counts.
+    """
+    hits = [(top[:, [rank]] == labels).any(1) for rank in range(min(k, top.shape[1]))]
+    return float(np.any(hits, axis=0).mean()) if len(top) else 0.0
+
+
 def per_class_accuracy(top, labels, classes):
     """Returns the top-1 accuracy of every class, float64 `[classes]`; NaN for a class without images."""
     labels = np.asarray(labels)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clip_jax.data.records import BadRecord, Record
+from clip_jax.data.records import BadRecord, Record, label_tuple
 from clip_jax.data.sources import make_source
 from clip_jax.data.sources.splits import evaluation_split
 from clip_jax.errors import UserError
@@ -131,15 +131,25 @@ def read(images, render, batch_size, share=None):
 
 
 def labels_of(embedded, source, task, classes=None):
-    """Returns the labels of images, int32 `[n]`.
+    """Returns the labels of images that have one label each, int32 `[n]`; raises UserError as `label_sets` does."""
+    if any(isinstance(record.get("label"), tuple) for record in embedded.records):
+        raise UserError(f"{source.name} has several labels of one image, but {task} needs one label")
+    return label_sets(embedded, source, task, classes)[:, 0]
+
+
+def label_sets(embedded, source, task, classes=None):
+    """Returns the labels of images, int32 `[n, L]`: each row holds the labels of one image, then -1.
 
     Raises UserError, which names the task, for records without a label and for labels that are not below `classes`.
     """
-    labels = np.asarray([record.get("label", -1) for record in embedded.records], np.int32)
-    if unlabelled := int((labels < 0).sum()):
+    sets = [label_tuple(record) for record in embedded.records]
+    labels = np.full((len(sets), max(map(len, sets))), -1, np.int32)
+    for row, of_image in zip(labels, sets, strict=True):
+        row[: len(of_image)] = of_image
+    if unlabelled := sum(not of_image for of_image in sets):
         raise UserError(f"{task}: {source.name} has records without a label: {unlabelled} of {len(labels)}")
     if classes is not None and labels.max() >= classes:
-        given = f"{source.name} has labels {labels.min()}..{labels.max()}"
+        given = f"{source.name} has labels {labels[labels >= 0].min()}..{labels.max()}"
         raise UserError(f"{task}: {given}, but there are names for 0..{classes - 1}")
     return labels
 

@@ -141,6 +141,9 @@ def sources(options):
     return [(options["train"], options["train_split"]), (options["test"], options["test_split"])]
 
 
+check_source = train_test.check_source
+
+
 def metric_names(options):
     """Returns the names of the metrics that a run with these options computes."""
     return [f"{options['name']}/{key}" for key in (*_COLUMNS, "images", "classes", "skipped")]

@@ -18,6 +18,11 @@ def check_features(features, task):
         raise UserError(f"{task}: features={features!r}: allowed are {', '.join(FEATURES)}")
 
 
+def check_source(source, options):
+    """Raises UserError when an opened source has no labels, or several of one image, by the options of a task."""
+    check_labels(source, options["name"])
+
+
 def open_sources(train, test, train_split, test_split, name, **fields):
     """Returns the opened sources `(train, test)`.
 
@@ -48,10 +53,12 @@ def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
     Returns: float32 `[n, D]` and int32 `[n]` of each part, and the number of unusable records. Embeddings are unit
     rows; features before the projection are not normalised.
 
-    Raises UserError for another `features`, a model without them, records without a label, sources without a usable
-    image, and classes that the training images lack.
+    Raises UserError for another `features`, a model without them, records without a label or with several, sources
+    without a usable image, and classes that the training images lack.
     """
     check_features(features, task)
+    for source in sources.values():
+        check_labels(source, task)
     if not hasattr(model, FEATURES[features]):
         raise UserError(f"{task}: the model has no {FEATURES[features]}; features='embedding' needs none")
     parts = {part: embed(model, [source], batch_size, limit, FEATURES[features]) for part, source in sources.items()}
@@ -65,8 +72,6 @@ def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
 
 def _training_labels(labels, source, train_labels, train, task):
     """Returns the labels of a source as labels of the training source, int32 `[n]`; classes are matched by name."""
-    check_labels(source)
-    check_labels(train)
     if (source.class_names is None) != (train.class_names is None):
         named, other = (source, train) if train.class_names is None else (train, source)
         raise UserError(

@@ -5,6 +5,9 @@ Metrics, shares in [0, 1]; `<name>` is the option `name`:
   <name>/top1, top5: the right class is the most similar one, or among the five most similar ones.
   <name>/mean_per_class: top-1 averaged over the classes that have images.
   <name>/chance_top1, chance_top5: what a random choice reaches.
+  <name>/F@K, chance_F@K: with the option `flat_hit`, for each of its K, in place of all metrics above: the flat hit at
+    K, the share of images of which at least one label is among the K most similar classes (OTTER, Wu et al. 2022). Of
+    images with one label it is the top-K accuracy.
   <name>/images, classes, skipped: numbers of images, classes and unusable records.
 
 Artefacts: "classification", "similarity", "alignment" (methods with one vector per token) and "map", named `<name>`.
@@ -13,8 +16,9 @@ Artefacts: "classification", "similarity", "alignment" (methods with one vector 
 import numpy as np
 
 from clip_jax.data.records import hash64
+from clip_jax.errors import UserError
 from clip_jax.evaluation.class_names import names_of
-from clip_jax.evaluation.embed import embed, labels_of, open_source
+from clip_jax.evaluation.embed import embed, label_sets, open_source
 from clip_jax.evaluation.prompts import class_prompts, load_templates, resolve_duplicates
 from clip_jax.evaluation.report.embedding_map import make_map
 from clip_jax.evaluation.report.figures import add_similarity
@@ -31,7 +35,8 @@ _COLUMNS = {
 }
 _MEANING = """<p class="notes"><b>Top-1</b>: the share of images whose right class name is the most similar of all.
 <b>Top-5</b>: it is among the five most similar. <b>Mean per class</b>: top-1 of each class, averaged, so that every
-class counts alike. <b>Chance</b>: a random choice. <b>±</b>: the 95 % sampling error for this number of images.</p>"""
+class counts alike. <b>F@K</b>: the share of images of which at least one label is among the K most similar.
+<b>Chance</b>: a random choice. <b>±</b>: the 95 % sampling error for this number of images.</p>"""
 
 
 def run(
@@ -46,6 +51,7 @@ def run(
     label="",
     image="",
     limit=None,
+    flat_hit=(),
 ):
     """Runs the task on a source string.
 
@@ -62,11 +68,12 @@ def run(
       label: record field of the label.
       image: record field of the image.
       limit: at most this many images, evenly spaced.
+      flat_hit: the K of F@K, an integer or several, such as (1, 5, 10). Empty: the accuracies, for which every image
+        has one label.
     """
     data = open_source(source, split, image=image, label=label)
-    return zeroshot_task(
-        model, data, classes, templates, name=name, duplicates=duplicates, canonical=canonical, limit=limit
-    )
+    options = dict(name=name, duplicates=duplicates, canonical=canonical, limit=limit, flat_hit=flat_hit)
+    return zeroshot_task(model, data, classes, templates, **options)
 
 
 def zeroshot_task(
@@ -80,6 +87,7 @@ def zeroshot_task(
     canonical=False,
     average=None,
     limit=None,
+    flat_hit=(),
     batch_size=256,
 ):
     """Runs the task on an opened source.
@@ -92,36 +100,74 @@ def zeroshot_task(
     For the other arguments see `run`.
 
     Raises UserError for class names that are missing, duplicate or differ from the source's classes, records without a
-    label, labels without a name, and when no image is usable.
+    label, several labels of one image without `flat_hit`, labels without a name, and when no image is usable.
     """
-    from clip_jax.evaluation import baselines
-    from clip_jax.evaluation.classifier import accuracy, make_classifier, per_class_accuracy
+    from clip_jax.evaluation.classifier import make_classifier
 
+    flat_hit = _check_labels(source, flat_hit, name)
     class_names = names_of(source, class_names, name)
     forms = _forms(model, class_names, templates, canonical) if duplicates != "keep" else None
     class_names, class_of_label = resolve_duplicates(class_names, duplicates, forms)
     classifier = make_classifier(model, class_names, templates, canonical=canonical, average=average)
     embedded = embed(model, [source], batch_size, limit)
-    labels = np.asarray(class_of_label, np.int32)[labels_of(embedded, source, name, len(class_of_label))]
-    top, scores = classifier.top(embedded.z)
-    metrics = {
-        "top1": accuracy(top, labels, 1),
-        "top5": accuracy(top, labels, 5),
-        "mean_per_class": np.nanmean(per_class_accuracy(top, labels, len(class_names))),
-        "chance_top1": baselines.chance(len(class_names), 1),
-        "chance_top5": baselines.chance(len(class_names), 5),
-        "images": len(labels),
-        "classes": len(class_names),
-        "skipped": embedded.skipped,
-    }
+    sets = label_sets(embedded, source, name, len(class_of_label))
+    sets = np.where(sets >= 0, np.asarray(class_of_label, np.int32)[sets], -1)
+    labels = sets[:, 0]  # the only ones, or the first ones, by which the figures are sorted
+    top, scores = classifier.top(embedded.z, max((5, *flat_hit)))
+    metrics = _flat_hits(top, sets, len(class_names), flat_hit) or _accuracies(top, labels, len(class_names))
+    metrics |= {"images": len(labels), "classes": len(class_names), "skipped": embedded.skipped}
     result = EvalResult(named(name, metrics)).credit(__name__)
     groups = [class_names[i] for i in labels]
-    result.artefacts["classification"][name] = Classification(class_names, labels, top, scores, embedded.images, groups)
+    shown = (labels if sets.shape[1] == 1 else sets), top[:, :5], scores[:, :5]
+    result.artefacts["classification"][name] = Classification(class_names, *shown, embedded.images, groups)
     prompts = class_prompts(class_names, load_templates(templates)[:1], canonical)
     z_text = np.asarray(model.embed_text(prompts))
     add_similarity(result, name, model, embedded, labels, class_names, z_text, prompts)
     result.artefacts["map"][name] = make_map(embedded, labels, class_names, z_text, groups)
     return result
+
+
+def _check_values(flat_hit, task):
+    """Returns the values of `flat_hit` as a tuple; raises UserError for a value that is no positive integer."""
+    values = flat_hit if isinstance(flat_hit, list | tuple) else (flat_hit,)
+    if not all(type(k) is int and k >= 1 for k in values):
+        raise UserError(f"{task}: flat_hit={flat_hit!r}; allowed: integers from 1 on, such as (1, 5, 10)")
+    return tuple(dict.fromkeys(values))
+
+
+def _check_labels(source, flat_hit, task):
+    """Returns the values of `flat_hit` as a tuple; raises UserError where they or the source's labels do not fit."""
+    values = _check_values(flat_hit, task)
+    if not values and getattr(source, "multi_label", False):
+        raise UserError(
+            f"{task}: {source.name} has several labels of one image, but top-1 accuracy needs one label; for the flat "
+            "hit at K, which takes several, set flat_hit=(1, 5, 10)"
+        )
+    return values
+
+
+def _accuracies(top, labels, classes):
+    """Returns the metrics of images with one label each; `top` int `[n, K]`, `labels` int `[n]`."""
+    from clip_jax.evaluation.baselines import chance
+    from clip_jax.evaluation.classifier import accuracy, per_class_accuracy
+
+    return {
+        "top1": accuracy(top, labels, 1),
+        "top5": accuracy(top, labels, 5),
+        "mean_per_class": np.nanmean(per_class_accuracy(top, labels, classes)),
+        "chance_top1": chance(classes, 1),
+        "chance_top5": chance(classes, 5),
+    }
+
+
+def _flat_hits(top, sets, classes, flat_hit):
+    """Returns the metrics of images with sets of labels; `top` int `[n, K]`, `sets` int `[n, L]`, -1 for padding."""
+    from clip_jax.evaluation.baselines import chance
+    from clip_jax.evaluation.classifier import flat_hit_at
+
+    found = {f"F@{k}": flat_hit_at(top, sets, k) for k in flat_hit}
+    sizes = [len(set(labels) - {-1}) for labels in sets.tolist()]
+    return found | {f"chance_F@{k}": np.mean([chance(classes, k, size) for size in sizes]) for k in flat_hit}
 
 
 def _forms(model, class_names, templates, canonical):
@@ -140,15 +186,22 @@ def sources(options):
 
 def check_source(source, options):
     """Raises UserError when the class names that are given do not fit an opened source."""
+    _check_labels(source, options["flat_hit"], options["name"])
     names_of(source, options["classes"], options["name"])
 
 
 def metric_names(options):
     """Returns the names of the metrics that a run with these options computes."""
-    keys = (*_COLUMNS, "images", "classes", "skipped")
-    return [f"{options['name']}/{key}" for key in keys]
+    values = _check_values(options["flat_hit"], options["name"])
+    keys = [f"{prefix}F@{k}" for k in values for prefix in ("", "chance_")] or _COLUMNS
+    return [f"{options['name']}/{key}" for key in (*keys, "images", "classes", "skipped")]
 
 
 def headline(metrics):
     """Returns the numbers for the top of the report as HTML."""
-    return f"<h3>Zero-shot classification</h3>{accuracy_table(by_name(metrics), _COLUMNS)}{_MEANING}"
+    with_columns = {}
+    for name, m in by_name(metrics).items():
+        columns = {k: k.replace("chance_", "chance ") for k in m if "F@" in k} or _COLUMNS
+        with_columns.setdefault(tuple(columns.items()), {})[name] = m
+    tables = "".join(accuracy_table(results, dict(columns)) for columns, results in with_columns.items())
+    return f"<h3>Zero-shot classification</h3>{tables}{_MEANING}"

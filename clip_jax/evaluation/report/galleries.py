@@ -17,7 +17,7 @@ class Classification:
 
     Attributes:
       class_names: C strings.
-      labels: int32 `[N]`, index into `class_names`.
+      labels: int32 `[N]`, index into `class_names`; or `[N, L]`, all labels of an image, then -1.
       top: int32 `[N, min(5, C)]`, the predicted classes, best first.
       scores: float32 like `top`, similarity without the logit scale.
       images: the N images.
@@ -44,8 +44,9 @@ first name over the second. A name repeats only when there are no other names le
         scores = scores.astype(np.float32)
         with np.errstate(invalid="ignore"):  # of infinite scores
             lead = scores[:, 0] - scores[:, 1] if scores.shape[1] > 1 else scores[:, 0]
-        is_right = top[:, 0] == labels
-        chosen = choose(is_right, np.nan_to_num(lead, nan=-np.inf), labels)
+        labels = labels.reshape(len(labels), -1)
+        is_right = (top[:, :1] == labels).any(1)
+        chosen = choose(is_right, np.nan_to_num(lead, nan=-np.inf), labels[:, 0])
         rows = np.concatenate(list(chosen.values()))
         _, thumbnail = page.thumbnails(self.images, rows)
         best = float(np.abs(scores[rows][np.isfinite(scores[rows])]).max(initial=1e-9))
@@ -55,12 +56,13 @@ first name over the second. A name repeats only when there are no other names le
         def guess(row, label, score):
             is_finite = math.isfinite(score)
             width = round(100 * max(float(score), 0) / best) if is_finite else 0
-            start = f'<li{" class=hit" if label == labels[row] else ""} style="--w:{width}%">'
+            start = f'<li{" class=hit" if label in labels[row] else ""} style="--w:{width}%">'
             value = f"{score:.{digits}f}" if is_finite else "–"
             return f"{start}<span>{escaped(self.class_names[label])}</span><b>{value}</b></li>"
 
         def card(row):
-            name, group = self.class_names[labels[row]], str(self.group[row])
+            name = ", ".join(str(self.class_names[label]) for label in labels[row] if label >= 0)
+            group = str(self.group[row])
             guesses = "".join(guess(row, *pair) for pair in zip(top[row], scores[row], strict=True))
             note = f'<span class="small">{escaped(group)}</span>' if len(groups) > 1 and group != str(name) else ""
             return (

@@ -54,6 +54,7 @@ class Model:
         self._image = jax.jit(method.embed_image, out_shardings=whole)
         self._features = jax.jit(method.image_features, out_shardings=whole) if method.image_features else None
         self._text = jax.jit(method.embed_text, out_shardings=whole)
+        self._patches = method.patch_similarity and jax.jit(method.patch_similarity, out_shardings=whole)
         self._similarity = jax.jit(method.similarity)
         self._text_similarity = jax.jit(method.text_similarity or functools.partial(transposed, method.similarity))
 
@@ -149,6 +150,30 @@ class Model:
         """
         return np.asarray(self._text_similarity(z_text, z_image))
 
+    @property
+    def patch_similarity(self):
+        """The function `(images, texts, batch_size=None)` below; None where the method has no `patch_similarity`.
+
+        It returns how similar each patch of an image is to each token of its own text, float32 `[n, P, L]`, -inf for
+        padding.
+
+        Args:
+          images: uint8 `[n, size, size, 3]` in the model's size.
+          texts: a list of n strings.
+          batch_size: the pairs of a batch, at most; None: `eval.batch_size`.
+
+        Raises UserError when the model has no tokenizer.
+        """
+        return self._patch_similarity if self._patches else None
+
+    def _patch_similarity(self, images, texts, batch_size=None):
+        pairs = list(zip(images, texts, strict=True))
+
+        def arrays(part):
+            return np.stack([image for image, _ in part]), self.token_ids([text for _, text in part])
+
+        return self._embed(self._patches, pairs, batch_size, arrays)
+
     def classify(self, images, class_names, templates=("{}",)):
         """Returns zero-shot class probabilities, float32 `[n, classes]`: softmax of `Method.scale` times similarities.
 
@@ -173,9 +198,9 @@ class Model:
         layout, rows = sharding.batch_sharding(self.mesh), []
         with jax.set_mesh(self.mesh), faults.stage("evaluation"):
             for start in range(0, max(len(inputs), 1), batch):
-                padded = _padded(prepare(inputs[start : start + batch]), batch)
-                on_devices = jax.make_array_from_callback(padded.shape, layout, padded.__getitem__)
-                rows.append(function(self.params, self.extra, on_devices))
+                arrays = [_padded(x, batch) for x in jax.tree.leaves(prepare(inputs[start : start + batch]))]
+                on_devices = [jax.make_array_from_callback(x.shape, layout, x.__getitem__) for x in arrays]
+                rows.append(function(self.params, self.extra, *on_devices))
             return np.concatenate([np.asarray(r) for r in rows])[: len(inputs)]
 
 

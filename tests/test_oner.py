@@ -1,7 +1,10 @@
 """OneR: the oracles of its specification, MoCo v3's contrast and heads, masks, the published rows, meshes, a run."""
 
+import base64
 import functools
+import io
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +15,17 @@ from conftest import REPO, golden_files
 from data_helpers import EOT, texts
 from helpers import TINY, losses
 from model_helpers import BATCH, run_steps
+from PIL import Image
 
 import clip_jax
 from clip_jax import config, train
+from clip_jax.data.sources import MemorySource
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
+from clip_jax.evaluation import tasks
+from clip_jax.evaluation.report import alignment
+from clip_jax.evaluation.report.page import Page
+from clip_jax.inference import Model
 from clip_jax.methods.interface import make_method
 from clip_jax.methods.oner import OneR, contrast, mix
 from clip_jax.models.common import l2_normalize
@@ -554,6 +563,74 @@ def test_query_key_compares_as_training_does():
         oner.embed_text(params, extra, texts), by["projector"].embed_text(params, extra, texts)
     )
     assert np.abs(oner.embed_text(params, extra, texts) - by["predictor"].embed_text(params, extra, texts)).max() > 1e-3
+
+
+# Zero-shot localisation
+
+
+@pytest.mark.parametrize(("joint", "mode"), [("one", "full_one_cls"), ("mean", "full")])
+def test_patches_and_words_are_compared_in_the_pass_of_both_together(joint, mode):
+    oner, params, extra = start(f"oner.joint_cls={joint}")
+    images, ids = PAIRS["image"][:3], PAIRS["text"][:3]
+    real = np.asarray(real_tokens(ids, oner.eot_id))
+    assert not real.all()
+    found = np.asarray(jax.jit(oner.patch_similarity)(params, extra, images, ids))
+    assert found.shape == (3, 4, 12)
+    pixels = (images - oner.mean) / oner.std
+
+    def expected(mode):
+        states = jax.jit(functools.partial(oner.tower.apply, mode=mode))({"params": params["tower"]}, pixels, ids, real)
+        patches, words = (np.asarray(states[name][:, 1:], np.float64) for name in ("image", "text"))
+        patches, words = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (patches, words))
+        return np.where(real[:, None], patches @ words.transpose(0, 2, 1), -np.inf)
+
+    np.testing.assert_allclose(found, expected(mode), atol=2e-6)
+    words = np.broadcast_to(real[:, None], found.shape)
+    assert np.abs(found[words] - expected("block_diagonal")[words]).max() > 1e-3
+    assert make_method(tiny(row="itc")).patch_similarity is None
+
+
+def plant(params, ids):
+    """Parameters of a tower without attention, in which white patches and the words `ids` have the same state."""
+    tower = jax.tree.map(jnp.zeros_like, params["tower"])
+    width = tower["cls"].shape[-1]
+    one, other = np.tile([1.0, -1.0], width // 2), np.tile([1.0, 1.0, -1.0, -1.0], width // 4)  # orthogonal, mean 0
+    words = np.tile(other, (len(tower["txt"]["embed"]["embedding"]), 1))
+    words[ids] = one
+    tower["txt"]["embed"]["embedding"] = jnp.asarray(words, jnp.float32)
+    tower["img"]["patch"]["kernel"] = jnp.broadcast_to(one, tower["img"]["patch"]["kernel"].shape) / 192
+    tower["ln_post"]["scale"] = jnp.ones(width)
+    return {**params, "tower": tower}
+
+
+def test_the_planted_patch_is_the_warmest_of_the_heat_map():
+    """A white patch among black ones has the state of the word "cat"; the report shows it, for each place."""
+    c = tiny()
+    tokenizer, method = make_tokenizer(c.tokenizer), make_method(c)
+    params, extra = jax.jit(method.init)(jax.random.key(0), PAIRS)
+    model = Model(c, method, plant(params, tokenizer.encode("cat")), extra, tokenizer)
+    images = np.zeros((3, 16, 16, 3), np.uint8)
+    places = [(0, 1), (1, 0), (1, 1)]
+    for image, (row, column) in zip(images, places, strict=True):
+        image[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 255
+    source = MemorySource([{"image": image, "texts": [f"cat {i}"]} for i, image in enumerate(images)])
+    result = tasks.retrieval_task(model, source, name="r")
+    found = result.artefacts["alignment"]["r"]
+    assert found.words == [["cat", str(i)] for i in range(3)]
+    for similarity, place in zip(found.similarity, places, strict=True):
+        assert similarity.shape == (2, 2, 3)
+        expected = np.full((2, 2), -1.0)
+        expected[place] = 1
+        np.testing.assert_allclose(similarity[..., 0], expected, atol=1e-5)
+        np.testing.assert_allclose(alignment.heat(similarity), expected / 2, atol=1e-5)
+    page = found.draw(Page())
+    pictures = re.findall(r'class="over" alt="heat map" src="data:image/png;base64,([^"]+)"', page)
+    for picture, place in zip(pictures, places, strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture)))).astype(int)
+        red = pixels[..., 0] - pixels[..., 2]
+        assert pixels.shape == (2, 2, 4) and np.unravel_index(red.argmax(), (2, 2)) == place
+        assert (red < 0).sum() == 3 and (pixels[..., 3] == 153).all()
+    assert page.count("<span>all words</span><b>-0.50 – 0.50</b>") == 3
 
 
 def test_a_run_and_its_checkpoint(tmp_path):

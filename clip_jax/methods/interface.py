@@ -54,6 +54,9 @@ class Method:
       text_similarity: `(text embeddings [m, ...], image embeddings [n, ...]) -> float32 [m, n]`; texts are the queries.
         None: the transpose of `similarity`. Where embeddings are not single vectors, search also compares images with
         images and texts with texts by these two functions.
+      patch_similarity: `(params, extra, images uint8 [b, h, w, 3], ids int32 [b, n]) -> float32 [b, P, n]`: how similar
+        each patch of an image is to each token of its own text, -inf for padding. The P patches are a square grid, row
+        by row. The report draws them. None: the report compares the embeddings where these are tokens.
       sharding_rules: how the arrays of `extra` are sharded: pairs `(regular expression, mesh axis of each dimension)`,
         matched before the general rules of `clip_jax.runtime.sharding`.
     """
@@ -74,6 +77,7 @@ class Method:
     init_from_data: Callable = lambda extra, source, mesh: extra
     similarity: Callable = lambda z_image, z_text: jnp.matmul(z_image, z_text.T)
     text_similarity: Callable | None = None
+    patch_similarity: Callable | None = None
     sharding_rules: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
     def batch_spec(self, size, sharding=None):

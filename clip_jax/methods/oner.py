@@ -162,6 +162,7 @@ def make(config):
         embed_text=oner.embed_text,
         image_features=oner.image_features,
         scale=oner.scale,
+        patch_similarity=oner.patch_similarity if oner.has_joint else None,
     )
 
 
@@ -178,6 +179,7 @@ class OneR:
         model = config.model
         self.steps, self.eot_id = config.train.steps, model.text.eot_id
         self.has_joint = bool(o.cmc or o.joint_mim or o.joint_mlm)  # is there a pass of both together?
+        self.joint_mode = "full" if o.joint_cls == "mean" else "full_one_cls"
         self.tower = one_tower(model, type_embedding=o.type_embedding)
         dtype = jnp.dtype(model.dtype)
         self.head_modules = {"projector": MlpHead((o.head_width, o.head_width, model.embed_dim), dtype=dtype)}
@@ -237,7 +239,7 @@ class OneR:
             features["cic"] = _cls(student("off_diagonal" if o.cic_kv == "cross" else "off_diagonal_self", masks))
         if self.has_joint:
             masks = self._masks(keys[1], ids, real, o.joint_image_mask * train, o.joint_text_mask * train)
-            joint = student("full" if o.joint_cls == "mean" else "full_one_cls", masks)
+            joint = student(self.joint_mode, masks)
             features["cmc"] = _cls(joint) if o.joint_cls == "mean" else _cls(joint)[:1] * 2
             found = self._masked_modelling(params, joint, masks, target, {"mim": o.joint_mim, "mlm": o.joint_mlm})
             features |= {f"joint_{name}": x for name, x in found.items()}
@@ -306,6 +308,19 @@ class OneR:
     def embed_text(self, params, extra, ids):
         ids = shard_batch(ids)
         return self._embed(params, extra, 1, self._states(params, None, ids, real_tokens(ids, self.eot_id))["text"])
+
+    def patch_similarity(self, params, extra, images, ids):
+        """Returns the cosine of the last states of patches and words in F(I,T|I,T), `[b, P, n]`, -inf for padding.
+
+        The picture of zero-shot localisation. Assumption: it compares the states of single words without the projector,
+        which training applies to CLS tokens alone.
+        """
+        ids = shard_batch(ids)
+        real = real_tokens(ids, self.eot_id)
+        states = self._states(params, self._pixels(images), ids, real, self.joint_mode)
+        patches, words = (l2_normalize(states[name][:, 1:].astype(jnp.float32)) for name in ("image", "text"))
+        similarity = jnp.einsum("bpd,bnd->bpn", patches, words, precision=jax.lax.Precision.HIGHEST)
+        return jnp.where(real[:, None], similarity, -jnp.inf)
 
     def _embed(self, params, extra, modality, states):
         x, both = states[:, 0], ("projector", "predictor")

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import glob
 import hashlib
 import json
 import os
@@ -13,8 +12,9 @@ import tempfile
 
 import numpy as np
 
-from clip_jax.data.files import cache_folder
+from clip_jax.data.files import cache_folder, expand
 from clip_jax.data.records import BadRecord, fingerprint, records
+from clip_jax.data.sources.folder import files_below
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError
 
@@ -166,11 +166,18 @@ def data_key(source, spec, split):
     listing = []
     for part in parse(spec):
         path = part.base.replace("{split}", split)
-        inside = [os.path.join(root, name) for root, _, names in os.walk(path) if _FOLDER not in root for name in names]
-        for file in sorted(inside or glob.glob(path)):
-            status = os.stat(file)
+        for file in sorted(_files_of(path)):
+            status = os.stat(file) if os.path.exists(file) else os.lstat(file)  # a link may lead nowhere
             listing.append((os.path.relpath(file, path), status.st_size, status.st_mtime_ns))
     return hashlib.blake2b(json.dumps([fingerprint(source), split, listing]).encode(), digest_size=16).hexdigest()
+
+
+def _files_of(path):
+    """Returns the files of a folder or pattern; none for the name of a data set."""
+    try:
+        return files_below(path) if os.path.isdir(path) else expand(path)
+    except UserError:
+        return []
 
 
 def make_index(model, source, kind, spec, split="train", folder=None, log=print):

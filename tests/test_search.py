@@ -16,7 +16,7 @@ from helpers import tiny_config
 
 import clip_jax
 from clip_jax import search, search_index, train
-from clip_jax.data.sources import make_source
+from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.errors import UserError
 from clip_jax.runtime import sharding
 
@@ -137,6 +137,19 @@ def test_embeddings_are_kept_next_to_the_data_until_data_or_weights_change(model
     (place / "meta.json").write_text("{")
     assert make_index(model, photos)[1]
     assert len(list((photos / ".clip_jax_search").iterdir())) == 2  # one of each checkpoint, nothing left over
+
+
+def test_a_changed_file_of_a_range_or_behind_a_link_is_noticed(photos, tmp_path):
+    """More records than the fingerprint reads, so the files' sizes and times tell."""
+    records = [{"image": np.zeros((4, 4, 3), np.uint8), "texts": ["same"]}] * 2
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "photos").symlink_to(photos)
+    for i in range(2):
+        (tmp_path / f"{i}.tar").write_bytes(b"old")
+    for spec, file in ((f"{tmp_path}/{{0..1}}.tar", tmp_path / "1.tar"), (str(tmp_path / "linked"), photos / "9.txt")):
+        before = search_index.data_key(MemorySource(records), spec, "train")
+        file.write_bytes(b"newer")
+        assert search_index.data_key(MemorySource(records), spec, "train") != before
 
 
 def test_an_index_of_another_checkpoint_or_other_data_is_refused(model, workdir, photos, tmp_path):

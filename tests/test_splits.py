@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip_jax import config, evaluate
+from clip_jax.data.records import BadRecord
 from clip_jax.data.sources.make import make_source
 from clip_jax.data.sources.splits import check_split, evaluation_split, list_splits
 from clip_jax.errors import UserError
@@ -39,6 +40,26 @@ def test_splits_of_a_folder(tmp_path):
     with pytest.raises(UserError, match="no split 'train' .did you mean 'train2017'"):
         make_source(str(tmp_path / "e"))
     assert len(make_source(folder(tmp_path / "g" / "train", "bus", "train")[: -len("train")] + "{split}")) == 2
+
+
+def test_folders_that_are_links(tmp_path):
+    """A subset of a benchmark is often a folder of links to its class folders."""
+    classes = folder(tmp_path / "all", "cat", "dog/deep")
+    for split in ("train", "val"):
+        (tmp_path / "subset" / split).mkdir(parents=True)
+        for name in ("cat", "dog"):
+            (tmp_path / "subset" / split / name).symlink_to(f"{classes}/{name}")
+    (tmp_path / "subset" / "val" / "dog" / "deep" / "again").symlink_to(classes)
+    assert list_splits(f"{tmp_path}/subset") == ["train", "val"]
+    with pytest.raises(UserError, match="name one of its splits: train, val"):
+        open_source(f"{tmp_path}/subset")
+    source = make_source(f"{tmp_path}/subset", "val")
+    assert source.class_names == ["cat", "dog"]
+    assert [record["class_name"] for record in map(source.__getitem__, range(len(source)))] == ["cat", "dog", "dog"]
+    (tmp_path / "all" / "top.png").symlink_to("nowhere")
+    source = make_source(classes)
+    with pytest.raises(BadRecord, match="missing file"):
+        source[len(source) - 1]
 
 
 def test_splits_of_a_pattern(tmp_path):

@@ -19,9 +19,9 @@ class FolderSource(BaseSource):
     """A folder of images.
 
     Each sub-folder is a class (`label`, `class_name` and the caption) with its images at any depth. Images in the
-    folder itself have no label. A .txt file of the same name as an image replaces its caption. Hidden files and folders
-    and the resource forks of macOS are left out. An image in a format that Pillow reads only with a plugin is counted
-    in `broken` when the plugin is missing.
+    folder itself have no label. A .txt file of the same name as an image replaces its caption. Links to folders are
+    followed. Hidden files and folders and the resource forks of macOS are left out. An image in a format that Pillow
+    reads only with a plugin is counted in `broken` when the plugin is missing.
 
     If every sub-folder is a shard of `img2dataset --output_format files`, the images have no label. A shard has a name
     of at least five digits and holds .txt or .json files next to its images, or images whose names start with its
@@ -37,11 +37,13 @@ class FolderSource(BaseSource):
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if is_hidden(entry.name):
                 continue
-            files = [entry.name] if entry.is_file() else _files_below(entry.path, folder)
+            is_class = entry.is_dir()
+            files = files_below(entry.path, (os.path.realpath(folder),)) if is_class else [entry.path]
+            files = sorted(os.path.relpath(path, folder) for path in files)
             paths = [path for path in files if self._is_image(path)]
             self._paths += paths
-            self._labels.extend([-1 if entry.is_file() else len(classes)] * len(paths))
-            if paths and not entry.is_file():
+            self._labels.extend([len(classes) if is_class else -1] * len(paths))
+            if paths and is_class:
                 classes[entry.name] = _is_shard(entry.name, files, paths)
         if not self._paths:
             kinds = ", ".join(IMAGE_EXTENSIONS)
@@ -88,17 +90,24 @@ def _is_shard(name, files, images):
     return all(re.fullmatch(f"{name}[0-9]+", os.path.basename(stem)) for stem in stems)
 
 
-def _files_below(folder, start):
-    """Returns the files at any depth below a folder, sorted, relative to `start`, without hidden ones."""
+def files_below(folder, above=()):
+    """Yields the paths of the files at any depth below a folder, without hidden ones.
 
-    def fail(error):
-        raise UserError(f"{error.filename}: {error.strerror}")
-
-    found = []
-    for root, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        found += [os.path.relpath(os.path.join(root, file), start) for file in files if not is_hidden(file)]
-    return sorted(found)
+    Links to folders are followed, except to one of the folders `above`, which would never end. Raises UserError for a
+    folder that cannot be read.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        entries = [entry for entry in os.scandir(folder) if not is_hidden(entry.name)]
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from None
+    for entry in entries:
+        if entry.is_dir():
+            yield from files_below(entry.path, (*above, real))
+        else:
+            yield entry.path
 
 
 def folder_splits(folder):
@@ -120,5 +129,5 @@ def folder_splits(folder):
 
 def holds_data(folder):
     """Returns whether any file below a folder has the ending of data."""
-    files = (file.lower() for _, _, files in os.walk(folder) for file in files)
-    return any(file.endswith(_DATA_ENDINGS) or ".array_record" in file for file in files)
+    names = (os.path.basename(path).lower() for path in files_below(folder))
+    return any(name.endswith(_DATA_ENDINGS) or ".array_record" in name for name in names)

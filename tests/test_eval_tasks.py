@@ -13,6 +13,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.emoji import emoji_task
 from clip_jax.evaluation.linear_probe import LAMBDAS
 from clip_jax.evaluation.probe import probe_task
+from clip_jax.evaluation.relations import relations_task
 from clip_jax.evaluation.report.page import Page
 from clip_jax.evaluation.results import EvalResult, Images, merge_results
 from clip_jax.evaluation.retrieval import retrieval_task
@@ -260,6 +261,22 @@ def test_retrieval_task():
     assert matrix.images[7]["texts"][0] == "first 8"
     with pytest.raises(UserError, match="no captions"):
         retrieval_task(model, MemorySource([{"image": make_image(0)}]))
+
+
+def test_images_whose_captions_are_unusable_are_counted():
+    texts = ["one", {"en": "two"}, "caf\udce9", ["three", None, True, "caf\udce9"], None, "six"]
+    records = [{"image": make_image(i), "texts": text} for i, text in enumerate(texts)]
+    model = OracleModel([(records[0]["image"], "one"), (records[3]["image"], "three"), (records[5]["image"], "six")])
+    m = retrieval_task(model, MemorySource(records), name="r").metrics
+    assert (m["r/images"], m["r/texts"], m["r/skipped"]) == (4, 3, 2)
+    assert m["r/image_to_text_R@1"] == m["r/text_to_image_R@1"] == 1.0
+    assert model.text_calls == [["one", "three", "six"]]
+    for record, wrong in zip(records, ["1", "2", "3", {"a": "4"}, "5", [None, "6"]], strict=True):
+        record["wrong_objects"] = wrong
+    model.text_calls.clear()
+    m = relations_task(model, MemorySource(records), name="r").metrics
+    assert (m["r/images"], m["r/skipped"]) == (2, 4)
+    assert model.text_calls[:2] == [["one", "six"], ["1", "6"]]
 
 
 def test_probe_task():

@@ -22,6 +22,7 @@ import numpy as np
 
 from clip_jax.data.sources.scenes import HELD_OUT
 from clip_jax.data.sources.spec import parse
+from clip_jax.data.templates import usable_texts
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import embed, open_source
 from clip_jax.evaluation.report.figures import add_similarity
@@ -214,9 +215,8 @@ def _comparable(embedded, source, name):
 
 
 def _first_text(record, field):
-    """Returns the text of a field, or the first text of a list; empty where there is none."""
-    value = record.get(field) or ""
-    return str(value if isinstance(value, str) else next(iter(value), "")).strip()
+    """Returns the first usable text of a field; empty where there is none."""
+    return next(iter(usable_texts(record.get(field), strict=False)), "").strip()
 
 
 def _paired_similarity(model, z_image, z_text):

@@ -9,8 +9,11 @@ Metrics; `<name>` is the option `name`:
 Artefacts: "retrieval", "similarity", "alignment" (methods with one vector per token) and "map", named `<name>`.
 """
 
+import dataclasses
+
 import numpy as np
 
+from clip_jax.data.templates import usable_texts
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import embed, open_source
 from clip_jax.evaluation.report.embedding_map import make_map
@@ -36,14 +39,14 @@ def run(model, source, split="", name="retrieval", image="", text="", limit=None
 def retrieval_task(model, source, *, name="retrieval", limit=None, batch_size=256):
     """Runs the task on an opened source; for the arguments see `run`.
 
-    Raises UserError when no image is usable or there is no caption.
+    An image without a caption is a candidate for the captions of others. An image is skipped when it has captions and
+    none of them is usable.
+
+    Raises UserError when no image is usable or there is no usable caption.
     """
     from clip_jax.evaluation.recall import model_recall
 
-    embedded = embed(model, [source], batch_size, limit)
-    captions = [
-        (image, text) for image, record in enumerate(embedded.records) for text in record["texts"] if text.strip()
-    ]
+    embedded, captions = _with_captions(embed(model, [source], batch_size, limit))
     if not captions:
         raise UserError(f"{name}: {source.name} has no captions")
     text_ids, texts = np.asarray([image for image, _ in captions], np.int32), [text for _, text in captions]
@@ -61,6 +64,23 @@ def retrieval_task(model, source, *, name="retrieval", limit=None, batch_size=25
     add_similarity(result, name, model, pairs, rows, pair_texts, z_first, pair_texts)
     result.artefacts["map"][name] = make_map(pairs, rows, pair_texts, z_first, [""] * len(first))
     return result
+
+
+def _with_captions(embedded):
+    """Returns the images without those that have captions of which none is usable, and pairs (image, caption).
+
+    The images that are left out are counted in `skipped`.
+    """
+    texts = [usable_texts(record["texts"], strict=False) for record in embedded.records]
+    kept = np.flatnonzero([bool(own) or not _has_text(r) for own, r in zip(texts, embedded.records, strict=True)])
+    captions = [(image, text) for image, row in enumerate(kept.tolist()) for text in texts[row]]
+    left = embedded.select(kept)
+    return dataclasses.replace(left, skipped=left.skipped + len(texts) - len(kept)), captions
+
+
+def _has_text(record):
+    """Returns whether a caption field is filled."""
+    return "caption_error" in record or any(text.strip() for text in record["texts"])
 
 
 def sources(options):

@@ -1,6 +1,7 @@
 """Class names and labels are matched by name, in zero-shot classification, linear probes and nearest neighbours."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.class_names import imagenet_names, match_classes, names_of
 from clip_jax.evaluation.knn import knn_task
 from clip_jax.evaluation.probe import probe_task
+from clip_jax.evaluation.prompts import load_templates
 from clip_jax.evaluation.tasks import parse_task
 from clip_jax.evaluation.zeroshot import zeroshot_task
 
@@ -241,6 +243,44 @@ def test_probe_labels_are_matched_by_name(train, test, spaced):
         patch.setattr(linear_probe, "linear_probe", fit)
         probe(source(train, n=2), data)
     assert [train[i] for i in labels["test"]] == [name for name in test for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [5, b"ab", {"a", "b"}, ["a", None], [["a", "b"], "b"], [True, "b"], {"a": None, "b": "b"}, {"a": ["a"], "b": "b"}],
+)
+def test_class_names_that_are_not_text_are_refused(names):
+    named, numbered = MemorySource([{}], class_names=["a", "b"]), MemorySource([{}])
+    for data in (named, numbered):
+        with pytest.raises(UserError, match="class_names"):
+            names_of(data, names, "z")
+    assert names_of(numbered, [8, "9"], "z") == ["8", "9"]
+    assert names_of(named, {"a": 8, "b": "9"}, "z") == ["8", "9"]
+    with pytest.raises(UserError, match="several names for one class"):
+        names_of(MemorySource([{}], class_names=["0", "1"]), {0: "zero", "0": "nought", 1: "one"}, "z")
+
+
+def test_class_names_that_are_not_utf8_are_refused():
+    with pytest.raises(UserError, match="colors are not UTF-8: 'caf.udce9'"):
+        names_of(MemorySource([{}], "colors", class_names=["caf\udce9", "b"]), None, "z")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["limit='2'", "limit=2.5", "limit=0", "limit=True", "canonical='no'", "source=5", "split=3", "name=''", "label=1"],
+)
+def test_options_of_a_wrong_type_are_refused(option):
+    name, value = option.split("=")
+    task = f"zeroshot({option})" if name == "source" else f"zeroshot('data', {option})"
+    with pytest.raises(UserError, match=re.escape(f"{name}={value}: ")):
+        parse_task(task)
+    assert parse_task("zeroshot('data', limit=2, canonical=True, split='val')").options["limit"] == 2
+
+
+@pytest.mark.parametrize("templates", [5, None, [1], {"{}": 1}, [None]])
+def test_templates_that_are_not_text_are_refused(templates):
+    with pytest.raises(UserError, match="templates"):
+        load_templates(templates)
 
 
 def test_probe_on_some_of_the_classes_and_on_others():

@@ -37,11 +37,18 @@ def names_of(source, given, task):
         "class<TAB>name" included; or None for the source's own names, with "_" read as a space.
       task: the task's name, for messages.
 
-    Raises UserError when the source names no classes and none are given, and when the given names do not match the
-    source's classes one to one.
+    Raises UserError when the source names no classes and none are given, when the given names do not match the
+    source's classes one to one, and for names that are not UTF-8.
     """
-    classes = source.class_names
     check_labels(source)
+    names = _names_of(source, given, task)
+    if unreadable := [name for name in names if name.encode("utf-8", "replace").decode() != name]:
+        raise UserError(f"{task}: class names of {source.name} are not UTF-8: {listed(unreadable)}")
+    return names
+
+
+def _names_of(source, given, task):
+    classes = source.class_names
     if given is None:
         if classes is None:
             raise UserError(f"{task}: {source.name} does not name its classes; give class_names")
@@ -94,7 +101,10 @@ def _own_names(source, task):
 def _pairs(given):
     """Returns `{class: name}` of a dict or of a file with lines "class<TAB>name"; None for any other form of names."""
     if isinstance(given, dict):
-        return {str(key): load_class_names([name])[0] for key, name in given.items()}
+        pairs = {str(key): load_class_names([name])[0] for key, name in given.items()}
+        if len(pairs) < len(given):
+            raise UserError(f"class_names={given!r}: several names for one class")
+        return pairs
     if not isinstance(given, str) or given == "imagenet":
         return None
     lines = load_class_names(given)

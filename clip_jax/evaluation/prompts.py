@@ -7,6 +7,8 @@ ensembles for ImageNet), "simple", "emoji", and CLIP's sets for other data sets 
 
 import functools
 import json
+from collections.abc import Iterable
+from numbers import Integral
 
 from etils import epath
 
@@ -33,7 +35,7 @@ def load_templates(spec):
     Args:
       spec: the name of a set, the path of a text file with one template per line, or a list of templates.
 
-    Raises UserError for an unknown name, an empty file or list, and a template without exactly one `{}`.
+    Raises UserError for an unknown name, an empty file or list, and a template that is not text with exactly one `{}`.
     """
     if isinstance(spec, str):
         data = _data("templates.json")
@@ -44,7 +46,7 @@ def load_templates(spec):
             spec, f"templates={spec!r} is neither a set ({', '.join(template_sets())}) nor a readable text file"
         )
     else:
-        templates = list(spec)
+        templates = _listed(spec, "templates", str)
     if not templates:
         raise UserError(f"templates={spec!r}: at least one is needed")
     for template in templates:
@@ -57,10 +59,10 @@ def load_class_names(spec):
     """Returns class names by label, a list of strings.
 
     Args:
-      spec: "imagenet", the path of a text file with one name per line, or a list of names. A file may also hold pairs
-        "class<TAB>name", which `clip_jax.evaluation.class_names` reads.
+      spec: "imagenet", the path of a text file with one name per line, or a list of names; an integer is its digits. A
+        file may also hold pairs "class<TAB>name", which `clip_jax.evaluation.class_names` reads.
 
-    Raises UserError for an unknown name, an unreadable file, an empty list or an empty name.
+    Raises UserError for an unknown name, an unreadable file, an empty list, an empty name and names that are no text.
     """
     if isinstance(spec, str):
         known = _data("class_names.json")
@@ -70,12 +72,23 @@ def load_class_names(spec):
             spec, f"class_names={spec!r} is neither a list ({', '.join(known)}) nor a readable text file", blank=True
         )
     else:
-        names = [str(name) for name in spec]
+        names = [str(name) for name in _listed(spec, "class_names", str | Integral)]
     if not names:
         raise UserError("class_names: at least one is needed")
     if any(not name.strip() for name in names):
         raise UserError(f"class_names: the name of class {[not name.strip() for name in names].index(True)} is empty")
     return names
+
+
+def _listed(values, what, kinds):
+    """Returns values of some types as a list; raises UserError for another value, and for a set, which has no order."""
+    if isinstance(values, bytes | dict | set | frozenset) or not isinstance(values, Iterable):
+        raise UserError(f"{what}={values!r}: a list is needed, or a string that names a set or a file")
+    values = list(values)
+    for value in values:
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise UserError(f"{what}: {value!r} in the list is {type(value).__name__}, not text")
+    return values
 
 
 def _lines(path, error, blank=False):

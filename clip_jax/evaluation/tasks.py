@@ -32,6 +32,8 @@ from clip_jax import plugins
 from clip_jax.errors import UserError, did_you_mean, unknown
 
 _PACKAGE = "clip_jax.evaluation"
+_STRINGS = ("source", "train", "test", "train_split", "name", "language")
+_FIELDS = ("split", "test_split", "image", "label")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,7 @@ def find(name):
 
 
 def parse_task(text):
-    """Returns the `Task` of a task string; raises UserError for a wrong name or argument."""
+    """Returns the `Task` of a task string; raises UserError for a wrong name or argument, and one of a wrong type."""
     name, args, kwargs = plugins.parse_call(text, "task")
     module = find(name)
     signature = inspect.signature(module.run)
@@ -151,7 +153,28 @@ def parse_task(text):
         parameters = ", ".join(str(p) for p in list(signature.parameters.values())[1:])
         raise UserError(f"task {text!r}: {error}; it is {name}({parameters})") from None
     bound.apply_defaults()
-    return Task(text, module, tuple(args), kwargs, dict(list(bound.arguments.items())[1:]))
+    options = dict(list(bound.arguments.items())[1:])
+    if module.__name__.startswith(f"{_PACKAGE}."):
+        _check_types(text, options)
+    return Task(text, module, tuple(args), kwargs, options)
+
+
+def _check_types(text, options):
+    """Raises UserError when an option of a task of this package has the wrong type."""
+    for name, value in options.items():
+        needed = ""
+        if name in _STRINGS and not (isinstance(value, str) and value):
+            needed = "a string that is not empty"
+        elif name in _FIELDS and not isinstance(value, str | None):
+            needed = "a string"
+        elif name == "text" and not all(isinstance(v, str) for v in (value if isinstance(value, list) else [value])):
+            needed = "a string or a list of strings"
+        elif name == "canonical" and not isinstance(value, bool):
+            needed = "True or False"
+        elif name == "limit" and value is not None and (type(value) is not int or value < 1):
+            needed = "a whole number from 1 on, or None"
+        if needed:
+            raise UserError(f"task {text!r}: {name}={value!r}: {needed} is needed")
 
 
 def by_task(result):

@@ -304,14 +304,31 @@ def test_nearest_neighbours_have_their_labels_by_name():
         knn_task(ColorModel(), source(["lime"]), source(["lime", "sky-blue"], name="more"), name="k")
 
 
+def test_probe_of_classes_with_one_name_and_of_large_numbers():
+    """Two classes of one name are two classes, where both sources have the same classes."""
+
+    def data(n, names=("crane", "dog", "crane"), numbers=(0, 1, 2), **options):
+        records = [{"image": image(c, i), "label": y} for y, c in zip(numbers, COLORS, strict=False) for i in range(n)]
+        return MemorySource(records, class_names=names, **options)
+
+    assert probe(data(10), data(3))["p/accuracy"] == 1.0
+    with pytest.raises(UserError, match="no image of few's classes 'crane'"):
+        probe(data(10), data(3, names=("dog", "crane", "eel"), numbers=(1,), name="few"))
+    large = (2_000_000_000, 7, 0)
+    result = probe(data(10, None, large), data(3, None, large[:2]))
+    assert result["p/accuracy"] == 1.0 and result["p/classes"] == 3
+    assert names_of(data(1), ["crane", "dog", "crane"], "z") == ["crane", "dog", "crane"]
+
+
 @pytest.mark.parametrize("task", ["probe", "knn"])
 def test_no_task_tests_on_the_training_images(tmp_path, task):
     for name in ("lime", "navy"):
         (tmp_path / name).mkdir()
         for i in range(10):
             Image.open(io.BytesIO(png(name, i))).save(tmp_path / name / f"{i}.png")
-    with pytest.raises(UserError, match="has the split 'train' alone, so the test set is the training set"):
-        parse_task(f"{task}(train='{tmp_path}', test='{tmp_path}', name='x')")(ColorModel())
+    for same in (tmp_path, f"{tmp_path}/", f"{tmp_path.parent}/./{tmp_path.name}"):
+        with pytest.raises(UserError, match="has the split 'train' alone, so the test set is the training set"):
+            parse_task(f"{task}(train='{tmp_path}', test='{same}', name='x')")(ColorModel())
     options = "test_split='train', features='embedding', name='x'"
     asked = parse_task(f"{task}(train='{tmp_path}', test='{tmp_path}', {options})")(ColorModel())
     assert asked.metrics["x/accuracy" if task == "probe" else "x/top1"] == 1.0

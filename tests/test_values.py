@@ -141,6 +141,11 @@ def test_numbers_and_class_names_of_a_table_agree(folder):
     (folder / "n.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert labels_of(make_source(f"{folder}/n.jsonl")) == [0, 1, 0]
     (folder / "n.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"class_name": "cow"}])))
+    (folder / "t.csv").write_text(
+        "image,label,class_name\na.png,9,crane\na.png,2,dog\na.png,4,crane \na.png,9, crane\n"
+    )
+    source = make_source(f"{folder}/t.csv")  # ImageNet has a bird and a machine of this name
+    assert source.class_names == ["dog", "crane", "crane"] and labels_of(source) == [2, 0, 1, 2]
     with pytest.raises(UserError, match="label 0 has the class names 'cat' and 'cow' in column 'class_name'"):
         make_source(f"{folder}/n.jsonl")
 

@@ -56,6 +56,8 @@ def _names_of(source, given, task):
     given = _pairs(given) or load_class_names(given)
     if classes is None:
         return _by_number(source, given, task) if isinstance(given, dict) else given
+    if given == list(classes):
+        return given
     pairs = given if isinstance(given, dict) else _matches(classes, given)
     left_out = [name for name in classes if name not in pairs]
     unused = sorted(set(pairs) - set(classes)) if pairs is given else _unused(given, pairs)
@@ -66,7 +68,7 @@ def _names_of(source, given, task):
 
 def match_classes(names, among):
     """Returns `{name: the class in `among` of that name}` for the names that match exactly one class."""
-    if list(names) == list(among):
+    if list(names) == list(among) and len(set(names)) == len(names):
         return dict(zip(names, among, strict=True))
     found = {}
     for forms in (_exact, _canonical, _bare_form, _synonyms):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from clip_jax.data.records import check_labels
+from clip_jax.data.records import check_labels, fingerprint
 from clip_jax.data.sources.splits import evaluation_split
 from clip_jax.errors import UserError
 from clip_jax.evaluation.class_names import listed, match_classes
@@ -34,9 +34,11 @@ def open_sources(train, test, train_split, test_split, name, **fields):
 
     Raises UserError when `test` is the training set because no split is named and there is only one.
     """
-    if test == train and not test_split and evaluation_split(test) == train_split:
-        raise UserError(f"{name}: {test} has the split {train_split!r} alone, so the test set is the training set")
-    return open_source(train, train_split, **fields), open_source(test, test_split, **fields)
+    opened = open_source(train, train_split, **fields), open_source(test, test_split, **fields)
+    if not test_split and fingerprint(opened[0]) == fingerprint(opened[1]):
+        split = evaluation_split(test)
+        raise UserError(f"{name}: {test} has the split {split!r} alone, so the test set is the training set")
+    return opened
 
 
 def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
@@ -50,8 +52,9 @@ def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
       limit: at most this many images of each source, evenly spaced.
       batch_size: images per batch.
 
-    Returns: float32 `[n, D]` and int32 `[n]` of each part, and the number of unusable records. Embeddings are unit
-    rows; features before the projection are not normalised.
+    Returns: float32 `[n, D]` and int32 `[n]` of each part, and the number of unusable records. Classes are counted from
+    0, in the order of the training set's, those alone that have training images. Embeddings are unit rows; features
+    before the projection are not normalised.
 
     Raises UserError for another `features`, a model without them, records without a label or with several, sources
     without a usable image, and classes that the training images lack.
@@ -67,6 +70,8 @@ def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
     train, *others = sources
     for part in others:
         labels[part] = _training_labels(labels[part], sources[part], labels[train], sources[train], task)
+    classes = np.unique(labels[train])  # the numbers of a source may leave out any
+    labels = {part: np.searchsorted(classes, numbers).astype(np.int32) for part, numbers in labels.items()}
     return x, labels, sum(embedded.skipped for embedded in parts.values())
 
 
@@ -79,13 +84,12 @@ def _training_labels(labels, source, train_labels, train, task):
             "both must do the same"
         )
     names = train.class_names
-    if names is not None:
+    found = labels
+    if names is not None and list(names) != list(source.class_names):
         known = match_classes(source.class_names, names)
         number = {name: i for i, name in enumerate(names)}
-        table = np.asarray([number.get(known.get(name), -1) for name in source.class_names], np.int32)
-    else:
-        table = np.arange(labels.max() + 1, dtype=np.int32)
-    if missing := [i for i in np.unique(labels).tolist() if table[i] not in train_labels]:
+        found = np.asarray([number.get(known.get(name), -1) for name in source.class_names], np.int32)[labels]
+    if missing := np.unique(labels[~np.isin(found, train_labels)]).tolist():
         classes = [source.class_names[i] for i in missing] if names is not None else missing
         raise UserError(f"{task}: {train.name} has no image of {source.name}'s classes {listed(classes)}")
-    return table[labels]
+    return found

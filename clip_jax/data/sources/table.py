@@ -174,7 +174,8 @@ class _Labels:
         """Raises UserError for a number that is no label or that has two class names."""
         if not -1 <= label < MAX_LABEL:
             raise UserError(f"{self._where} holds {label}; labels go from 0 to 2**31 - 1, and -1 is no label")
-        if label >= 0 and isinstance(name, str) and name and self._names.setdefault(label, name) != name:
+        name = name.strip() if isinstance(name, str) else ""
+        if label >= 0 and name and self._names.setdefault(label, name) != name:
             raise UserError(
                 f"{self._where}: label {label} has the class names {self._names[label]!r} and {name!r} in column "
                 f"{_CLASS_NAMES!r}"
@@ -190,17 +191,16 @@ class _Labels:
                 f"{self._where} mixes integers, such as {min(self._numbers)}, and class names, such as "
                 f"{min(self._texts)!r}; write all as integers or all as names"
             )
-        return sorted(self._texts) or list(self.numbers() and dict.fromkeys(self._in_order()))
+        return sorted(self._texts) or [self._names[label] for label in self.numbers()]
 
     def numbers(self):
-        """Returns `{integer label: index of its class name}`, empty unless every label is an integer with a name."""
-        index = {name: i for i, name in enumerate(dict.fromkeys(self._in_order()))}
-        return {label: index[name] for label, name in self._names.items()} if index else {}
+        """Returns `{integer label: index of its class name}`, in order.
+
+        It is empty unless every label is an integer with a name. Two labels of one name are two classes.
+        """
+        is_complete = self._numbers - {-1} == self._names.keys() and not self._texts
+        return {label: index for index, label in enumerate(sorted(self._names))} if is_complete else {}
 
     def nameless(self):
         """Returns the labels, sorted, that have no class name in a table that names others."""
         return sorted(self._numbers - {-1} - self._names.keys()) if self._names else []
-
-    def _in_order(self):
-        complete = self._numbers - {-1} == self._names.keys() and not self._texts
-        return [name for _, name in sorted(self._names.items())] if complete else []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import numpy as np
@@ -18,6 +19,7 @@ from clip_jax.evaluation.classifier import make_classifier
 from clip_jax.evaluation.prompts import class_prompts
 from clip_jax.inference import Model
 from clip_jax.tools import caption, export
+from clip_jax.training import checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -177,6 +179,25 @@ def test_damaged_arrays_end_every_command_with_one_line(trained, tmp_path, progr
     assert main(arguments) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert "the checkpoint" in line and "/4' is damaged: " in line and len(line) < 500
+
+
+@pytest.mark.parametrize("damage", ["manifest", "data"])
+def test_a_damaged_list_of_arrays_is_one_line(trained, tmp_path, damage, capfd):
+    shutil.copytree(trained, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / "4" / "state"
+    (state / "manifest.ocdbt").write_bytes(b"x") if damage == "manifest" else shutil.rmtree(state / "d")
+    with pytest.raises(UserError, match="/4' is damaged: "):
+        clip_jax.load(tmp_path / "run")
+    assert capfd.readouterr().err == ""
+
+
+def test_the_best_checkpoint_has_a_number(trained, tmp_path):
+    for step, values in {2: {"loss": math.nan}, 4: {"loss": 3.0}}.items():
+        target = shutil.copytree(trained / "checkpoints" / str(step), tmp_path / "checkpoints" / str(step))
+        meta = json.loads((target / "meta" / "metadata").read_text())
+        meta["config"]["checkpoint"]["best"], meta["metrics"] = "-loss", values
+        (target / "meta" / "metadata").write_text(json.dumps(meta))
+    assert checkpoint.find(tmp_path, "best").name == "4"
 
 
 def test_overrides_that_change_shapes_are_not_called_damage(trained):

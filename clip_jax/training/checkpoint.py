@@ -6,14 +6,17 @@ of its own devices into one shared folder.
 """
 
 import base64
+import functools
 import json
 import logging
+import math
 import os
 import pathlib
 import tempfile
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers
 
 from clip_jax import config as config_lib
@@ -55,11 +58,7 @@ class Checkpointer:
         self.config, self.tokenizer = config, _pack(tokenizer)
         policies = [checkpoint_managers.LatestN(config.checkpoint.keep)]
         if best := config.checkpoint.best:
-            sign, name = (-1, best[1:]) if best.startswith("-") else (1, best)
-
-            def score(metrics):
-                return sign * metrics[name] if metrics and name in metrics else float("-inf")
-
+            score = functools.partial(_score, best=best)
             policies.append(checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
@@ -169,6 +168,14 @@ class Checkpointer:
             logger.warning("the run resumes with another %s: it was %r, is now %r", key, a, b)
 
 
+def _score(metrics, best):
+    """Returns a metric by which the largest is best, `-NAME` negated; -inf where it is missing or NaN."""
+    value = (metrics or {}).get(best.removeprefix("-"))
+    if value is None or math.isnan(value):
+        return -math.inf
+    return -value if best.startswith("-") else value
+
+
 class _SaveFailure:
     """Turns a failed write (a full disk, a deleted folder) into one line that names the last good checkpoint."""
 
@@ -206,9 +213,13 @@ def restore_arrays(folder, target):
     args = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
+    state = pathlib.Path(folder).absolute() / "state"
     try:
+        if (state / "manifest.ocdbt").exists():
+            # Without its list of arrays Orbax would fail for each array and print a traceback for most of them.
+            ts.KvStore.open({"driver": "ocdbt", "base": state.as_uri() + "/"}).result().list().result()
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
-            return checkpointer.restore(pathlib.Path(folder).absolute() / "state", args=args)
+            return checkpointer.restore(state, args=args)
     except (MemoryError, jax.errors.JaxRuntimeError):  # too little memory, or another process is lost
         raise
     except Exception as error:  # Orbax raises a bare Exception for a damaged array
@@ -259,10 +270,9 @@ def find(path, which="latest"):
     scores = {}
     for step in steps:
         meta = read_meta(folder / str(step))
-        name = meta["config"]["checkpoint"]["best"]
-        value = (meta["metrics"] or {}).get(name.lstrip("-"))
-        if value is not None:
-            scores[step] = -value if name.startswith("-") else value
+        name = config_lib.from_json(json.dumps(meta["config"])).checkpoint.best
+        if (score := _score(meta.get("metrics"), name)) > -math.inf:
+            scores[step] = score
     if not scores:
         raise UserError(
             f"no checkpoint in {str(folder)!r} has the metric that decides which is best, checkpoint.best={name!r}"

@@ -260,6 +260,26 @@ def test_members_apart_are_named_when_nothing_else_is_there(tmp_path):
         make_source(str(tmp_path / "a.tar"))
 
 
+def test_samples_of_links_are_counted(tmp_path):
+    """`tar` writes the second of two hard-linked files as a link, without its data."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data, kind in (
+            ("1.png", png(1), tarfile.REGTYPE),
+            ("1.txt", b"c1", tarfile.REGTYPE),
+            ("2.png", b"", tarfile.LNKTYPE),
+            ("2.txt", b"", tarfile.LNKTYPE),
+            ("3.png", b"", tarfile.SYMTYPE),
+            ("3.txt", b"c3", tarfile.REGTYPE),
+            ("4.png", png(4), tarfile.REGTYPE),
+            ("4.txt", b"", tarfile.LNKTYPE),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.size, member.linkname = kind, len(data), "" if data else "1" + name[1:]
+            tar.addfile(member, io.BytesIO(data))
+    for _ in range(2):  # scanned, then from the index
+        assert read(tmp_path / "a.tar") == ([(1, ["c1"])], {"link to another member or file": 3})
+
+
 def test_joined_archives(tmp_path):
     for i in range(3):
         write_tar(tmp_path / f"{i}.tar", pair("same", i))
@@ -321,10 +341,13 @@ def test_spellings_of_labels(tmp_path, cls, label):
 
 
 def test_lines_of_a_txt_are_captions_on_request(tmp_path):
-    write_tar(tmp_path / "a.tar", [("1.png", png(1)), ("1.txt", b"a red square\r\n\nred\n"), *pair("2", 2)])
+    write_tar(
+        tmp_path / "a.tar",
+        [("1.png", png(1)), ("1.txt", "a red\u2028square\r\n\nred\x85 \x0c!\n".encode()), *pair("2", 2)],
+    )
     source = make_source(f"{tmp_path}/a.tar?captions=lines")
-    assert [source[i]["texts"] for i in range(2)] == [["a red square", "red"], ["c2"]]
-    assert make_source(str(tmp_path / "a.tar"))[0]["texts"] == ["a red square\r\n\nred\n"]
+    assert [source[i]["texts"] for i in range(2)] == [["a red\u2028square", "red\x85 \x0c!"], ["c2"]]
+    assert make_source(str(tmp_path / "a.tar"))[0]["texts"] == ["a red\u2028square\r\n\nred\x85 \x0c!\n"]
     with pytest.raises(UserError, match="captions=words: allowed is captions=lines"):
         make_source(f"{tmp_path}/a.tar?captions=words")
     with pytest.raises(UserError, match="emoji: captions=lines is an option of tar shards"):

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ _SLOTS = (
 _IMAGE, _TXT, _JSON, _CLS = range(len(_SLOTS))
 _ROW = 2 * len(_SLOTS) * 8  # bytes of an index row
 _HEAD_ROWS = 2  # rows of the index file before the first sample
-_VERSION = 2  # of the index format
+_VERSION = 3  # of the index format
 _CUT = "truncated shard"
 _UNREADABLE = "unreadable shard"
 _TAIL = "unreadable data after the end of an archive"
@@ -40,7 +41,10 @@ _NO_IMAGE = "sample without image"
 _APART = "members of a sample are apart"
 _DOUBLE = "two members of one kind in a sample"
 _DOTS = "sample name that continues another one after a dot"
-_REASONS = (_CUT, _UNREADABLE, _TAIL, _NO_IMAGE, _APART, _DOUBLE, _DOTS)
+_LINK = "link to another member or file"
+_REASONS = (_CUT, _UNREADABLE, _TAIL, _NO_IMAGE, _APART, _DOUBLE, _DOTS, _LINK)
+_NO_DATA = -1  # size of a member that is a link
+_LINE_END = re.compile(r"\r\n?|\n")  # alone: str.splitlines also splits at U+2028, U+0085 and others
 _SHARDS_PEEKED = 16  # shards, evenly spaced, whose first sample is looked at for its fields
 
 
@@ -127,7 +131,7 @@ class WebDatasetSource(BaseSource):
             raise BadRecord("malformed json") from None
         record["image"] = image
         if txt is not None:
-            record["txt"] = [line for line in plain(txt).splitlines() if line.strip()] if self._lines else txt
+            record["txt"] = [line for line in _LINE_END.split(plain(txt)) if line.strip()] if self._lines else txt
         if cls is not None:
             record["cls"] = cls.strip()
         return record
@@ -219,13 +223,15 @@ def _read_archive(file, size, archive, members):
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             tar.members = []  # else tarfile keeps every header in memory
-            if not member.isfile():
+            is_link = member.islnk() or member.issym()
+            if not (member.isfile() or is_link):
                 continue
-            if member.offset_data + member.size > size:
+            length = _NO_DATA if is_link else member.size
+            if member.offset_data + length > size:
                 return False
             folder, _, name = member.name.rpartition("/")
             if not is_hidden(member.name) and _slot(name) is not None:
-                members.append((archive, folder, name, member.offset_data, member.size))
+                members.append((archive, folder, name, member.offset_data, length))
         file.seek(tar.offset)
     return file.read(512) == bytes(512)
 
@@ -299,6 +305,8 @@ def _whole_samples(samples, broken):
             broken[_NO_IMAGE] += 1
         elif any(len(spans) > 1 for spans in sample.values()):
             broken[_DOUBLE] += 1
+        elif any(size == _NO_DATA for spans in sample.values() for _, size in spans):
+            broken[_LINK] += 1
         else:
             whole.append(sample)
     return whole

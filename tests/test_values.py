@@ -210,6 +210,7 @@ def test_captions_are_text_or_counted(folder, pairs):
         (np.zeros((2, 2)), None),
         ([["a"]], None),
         (True, None),
+        (math.inf, None),
     ],
 )
 def test_values_of_a_caption_field(value, texts):

@@ -367,7 +367,8 @@ def read_texts(value):
             item = next((plain(item[key]) for key in _CAPTION_KEYS if isinstance(item.get(key), str | bytes)), item)
         if item is None or isinstance(item, float) and math.isnan(item):
             continue
-        if isinstance(item, str) or isinstance(item, int | float) and not isinstance(item, bool):
+        is_number = isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
+        if isinstance(item, str) or is_number:
             texts.append(str(item))
         else:
             is_text = False

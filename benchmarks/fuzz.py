@@ -12,6 +12,7 @@ of the seed and its number. The exit status is 1 after a failure.
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -107,6 +108,7 @@ def fuzz_table(rng, folder, counts):
     from clip_jax.data.sources import make_source
 
     end, is_named = rng.choice(("csv", "tsv", "jsonl")), rng.random() < 0.5
+    has_lists = end == "jsonl" and rng.random() < 0.4
     rows, right = [], []
     for _ in range(rng.randint(1, 12)):
         text = "".join(rng.choice("ab ,'ü\"") for _ in range(rng.randint(1, 9))).strip() or "x"
@@ -114,6 +116,9 @@ def fuzz_table(rng, folder, counts):
         written = rng.choice(MISSING) if label is None else label
         if label is not None and not is_named:
             written = rng.choice((label, str(label), float(label), f"{label}.0"))
+        if has_lists:
+            several = [rng.choice(NAMES) if is_named else rng.randint(0, 99) for _ in range(rng.randint(0, 3))]
+            label, written = tuple(dict.fromkeys(several)), rng.choice((several, [None, *several, *several]))
         rows.append({"image": "a.png", "caption": text, "label": written})
         right.append([[text], label])
     if end == "jsonl":
@@ -132,9 +137,14 @@ def fuzz_table(rng, folder, counts):
     (folder / "a.png").write_bytes(b"x")
     path = folder / f"t.{end}"
     path.write_text(data, encoding="utf-8", newline="")
-    classes = sorted({label for _, label in right if label is not None}) if is_named else None
+    known = itertools.chain.from_iterable(label if has_lists else [label] for _, label in right)
+    classes = sorted(set(known) - {None}) if is_named else None
+
+    def number(label):
+        return -1 if label is None else classes.index(label) if is_named else label
+
     found = counts.read(lambda: make_source(str(path)))
-    labels = [-1 if label is None else classes.index(label) if is_named else label for _, label in right]
+    labels = [tuple(map(number, label)) if has_lists else number(label) for _, label in right]
     expect(
         found and [(r["texts"], r["label"]) for r in found], [*zip([t for t, _ in right], labels, strict=True)], path
     )
@@ -143,9 +153,11 @@ def fuzz_table(rng, folder, counts):
 
 
 def check_records(records):
-    """Raises Wrong for records whose captions are not text or whose labels are not integers."""
+    """Raises Wrong for records whose captions are not text or whose labels are not integers or tuples of them."""
     for record in filter(None, records or ()):
-        if not all(isinstance(text, str) for text in record["texts"]) or not isinstance(record.get("label", -1), int):
+        label = record.get("label", -1)
+        is_right = all(isinstance(number, int) for number in (label if isinstance(label, tuple) else [label]))
+        if not all(isinstance(text, str) for text in record["texts"]) or not is_right:
             raise Wrong(f"captions or label of {str(record)[:300]}")
 
 

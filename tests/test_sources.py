@@ -572,6 +572,10 @@ def test_numbers_without_names_in_several_sources_are_an_error_where_labels_coun
         both.check_labels()
     with pytest.raises(UserError, match="numbers without class names"):
         names_of(both, None, "task")
+    late = MemorySource([{"label": label} for label in (None, -1, 3)], "late")
+    with pytest.raises(UserError, match="the labels of .*animals_numbers.jsonl, late are numbers"):
+        MixtureSource([tables[0], late], [1, 1]).check_labels()
+    MixtureSource([tables[0], MemorySource([{"label": None}])], [1, 1]).check_labels()
     with pytest.raises(UserError, match="numbers without class names"):
         check_labels(SelectedSource(both, np.arange(2), "some"))
     check_labels(SelectedSource(both, np.arange(2), "some", np.zeros(2, np.int32), ["pet"]))

@@ -236,13 +236,15 @@ def _first(candidates, names):
     return next((lower[c] for c in candidates if c in lower), None)
 
 
-def read_any(source, tries=20):
-    """Returns the first usable record of a source, or None when the first `tries` are unusable."""
+def read_any(source, tries=20, wanted=lambda record: True):
+    """Returns the first usable and wanted record among the first `tries` of a source; None when there is none."""
     for index in range(min(len(source), tries)):
         try:
-            return source[index]
+            record = source[index]
         except BadRecord:
             continue
+        if wanted(record):
+            return record
     return None
 
 

@@ -52,12 +52,12 @@ class MixtureSource(BaseSource):
         """Raises UserError when equal labels may mean different classes, or one class has several labels.
 
         The first is so when the labels of several sources are numbers without class names. Selections of one source,
-        and sources of the same files and label field, share their numbers. It reads a usable record of each source.
+        and sources of the same files and label field, share their numbers. It reads some records of each source.
         """
         for source in self.sources:
             check_labels(source)
-        records = [(s, read_any(s) or {}) for s in self.sources if s.class_names is None]
-        unnamed = [(s, record) for s, record in records if label_tuple(record)]
+        records = [(s, read_any(s, wanted=label_tuple)) for s in self.sources if s.class_names is None]
+        unnamed = [(s, record) for s, record in records if record is not None]
         if len({getattr(s, "numbering", id(s)) for s, _ in unnamed}) > 1 or (unnamed and self.class_names is not None):
             raise UserError(
                 f"{self.name}: the labels of {listed(dict.fromkeys(s.name for s, _ in unnamed))} are numbers without "

@@ -110,7 +110,7 @@ def test_several_labels_stay_out_of_batches_and_are_one_line_where_one_is_needed
     assert [joined[i]["label"] for i in range(4)] == [(0, 1), (1,), (), 1]
     views = (PLAIN[0], TextView("text", 16, class_templates=("a {class_name}",)))
     for data in (source, joined, SelectedSource(source, np.arange(2), "some")):
-        with pytest.raises(UserError, match="several labels of one image, but class_templates needs one label"):
+        with pytest.raises(UserError, match="several labels of one image, but a text of the class"):
             check_source(data, views, Bytes())
     check_source(source, PLAIN, Bytes())
 

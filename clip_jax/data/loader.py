@@ -180,7 +180,7 @@ def iterate_once(source, views, tokenizer, batch_size, host=0, hosts=1, *, threa
 def check_source(source, views, tokenizer, batch_size=1, one_source=False):
     """Raises the UserError that a `Loader` would raise for a source and views that do not fit, without starting one."""
     if any(getattr(view, "class_templates", ()) for view in views):
-        check_labels(source, "class_templates")
+        check_labels(source, "a text of the class (class_templates)")
     _EvaluationBatches(source, views, tokenizer, 0, 1, 0, 1)
     if one_source:
         _check_one_source(source, batch_size)

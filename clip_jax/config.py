@@ -128,6 +128,7 @@ def _train():
     c.steps = 1000  # steps of the whole run
     c.log_steps = 50  # steps between two progress lines; the first and the last step always have one
     c.max_bad_steps = 20  # the run stops after this many consecutive steps with a non-finite loss or gradient
+    c.xla_flags = True  # compiles the step with the chip's options in clip_jax/runtime/xla_flags.py
     c.stall_minutes = 20.0  # the run stops when data, a step, an evaluation or a checkpoint takes longer; 0: never
     return c
 

@@ -1,6 +1,8 @@
 """The program of a training step: its shapes, its compilation and its FLOPs."""
 
+import logging
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +10,7 @@ import jax
 from clip_jax import config as config_lib
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.methods import interface
-from clip_jax.runtime import sharding
+from clip_jax.runtime import sharding, xla_flags
 from clip_jax.training.step import make_init, make_step
 
 
@@ -64,13 +66,29 @@ def shard_bytes(tree):
 def compile_step(program):
     """Returns the compiled step `(state, batch) -> (state, metrics)`, which donates the state, a `jax.stages.Compiled`.
 
+    With `config.train.xla_flags`, the compiler gets the options of `clip_jax.runtime.xla_flags` for these devices.
+
     Args:
       program: a `Program` whose state and batch have shardings; the step returns the state in the same ones.
     """
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
     step = make_step(program.config, program.method, program.tx)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return step.lower(program.state, program.batch).compile()
+    (device, *_) = jax.tree.leaves(shardings)[0].device_set
+    options = xla_flags.options(device.device_kind) if program.config.train.xla_flags else {}
+    return _compile(step.lower(program.state, program.batch), options)
+
+
+def _compile(lowered, options):
+    """Compiles with options; leaves out, with a warning, those that this version of the compiler does not have."""
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+        if not unknown or unknown[1] not in options:
+            raise
+    logging.getLogger(__name__).warning("this compiler has no option %s: the step is compiled without it", unknown[1])
+    return _compile(lowered, {name: value for name, value in options.items() if name != unknown[1]})
 
 
 def device_bytes(compiled):

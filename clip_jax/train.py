@@ -7,7 +7,6 @@ On several hosts, each runs the same command. Exit status: 0 done, 2 wrong input
 and 130 interrupted (Ctrl-C), both with the state saved, 43 another host is lost or nothing progresses.
 """
 
-import logging
 import pathlib
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 from clip_jax import config as config_lib
 from clip_jax import init_from
 from clip_jax.errors import UserError
-from clip_jax.runtime import command, faults, hosts
+from clip_jax.runtime import command, faults, host_log, hosts
 from clip_jax.version import __version__
 
 # Importing JAX takes seconds and wrong input is refused before, so functions import what needs JAX.
@@ -155,11 +154,13 @@ def train(config, workdir, log=print, cluster=None):
 
     Raises UserError on wrong input or when nothing can be saved, and `clip_jax.runtime.faults.Stopped` after a signal.
     """
-    workdir = prepare_workdir(workdir)
+    workdir, limit = prepare_workdir(workdir), 60 * config.train.stall_minutes
+    # The hosts join before data is opened, because they may take very different times for that.
+    hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
     config, source, tokenizer, method = make_parts(config)
     init_from.check_path(config, workdir)
-    limit = 60 * config.train.stall_minutes
-    hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
+    with faults.stage("waiting until all hosts have opened their data"):
+        hosts.wait("opened")
     hosts.check_shared(workdir)
 
     import jax
@@ -168,8 +169,6 @@ def train(config, workdir, log=print, cluster=None):
     from clip_jax.runtime import sharding
     from clip_jax.training import checkpoint, metrics
 
-    if not hosts.is_first():
-        logging.getLogger().setLevel(logging.ERROR)
     log = hosts.on_first(log)
     log(f"clip_jax {__version__}: {config.method} on {config.data.source}, work folder {workdir}")
     mesh = sharding.make_mesh(config.mesh)
@@ -327,6 +326,7 @@ def main(argv=None):
 
     def work():
         config, workdir, cluster = parse_args(argv)
+        host_log.start(prepare_workdir(workdir), host_log.process_name(cluster))
         train(config, workdir, lambda line: print(line, flush=True), cluster)
 
     return command.run(work)

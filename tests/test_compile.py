@@ -13,10 +13,11 @@ from helpers import TINY
 
 from clip_jax import compile as compile_lib
 from clip_jax import config, estimates
+from clip_jax import program as program_lib
 from clip_jax.errors import UserError
 from clip_jax.hlo_cost import _HloModule, hlo_cost
 from clip_jax.program import jaxpr_flops, make_program
-from clip_jax.runtime import hardware
+from clip_jax.runtime import hardware, xla_flags
 
 CLIP = str(REPO / "configs" / "clip.py")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -250,6 +251,42 @@ def test_chips_by_their_name_in_jax():
         kind: hardware.TPUS[name] for kind, name in kinds.items()
     }
     assert hardware.chip_of("NVIDIA H100 80GB HBM3") is hardware.GPUS["h100"] and hardware.chip_of("cpu") is None
+
+
+@needs_libtpu
+@pytest.mark.parametrize("slice", ["v3:2x2", "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_compiler_knows_the_options_of_every_chip(slice, caplog):
+    """Its own names, so a misspelt or dropped option would be reported."""
+    devices = compile_lib.tpu_devices(compile_lib.parse_topology(slice))
+    options = xla_flags.options(devices[0].device_kind)
+    assert options["xla_tpu_enable_latency_hiding_scheduler"] == "true"
+    everywhere = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, "x"), jax.sharding.PartitionSpec())
+    lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=everywhere))
+    program_lib._compile(lowered, options)
+    assert not caplog.records
+    program_lib._compile(lowered, {"xla_tpu_no_such": "true"} | options)
+    assert [record.getMessage() for record in caplog.records] == [
+        "this compiler has no option xla_tpu_no_such: the step is compiled without it"
+    ]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_tpu_scoped_vmem_limit_kib"):
+        program_lib._compile(lowered, {"xla_tpu_scoped_vmem_limit_kib": "much"})
+
+
+def test_the_options_of_gpus_are_those_of_xla():
+    (name,) = options = xla_flags.options("NVIDIA H100 80GB HBM3")
+    assert options == {name: True} and not xla_flags.options("cpu")
+    program_lib._compile(jax.jit(lambda x: x + 1).lower(jnp.ones(3)), options)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_step_is_compiled_with_the_options_of_its_devices(monkeypatch, on, mesh8):
+    """Both commands compile it by this function."""
+    seen = []
+    monkeypatch.setattr(program_lib, "_compile", lambda lowered, options: seen.append(options))
+    monkeypatch.setattr(xla_flags, "options", lambda kind: {"for": kind})
+    sharded, _, _ = program_lib.shard(make_program(config.load(CLIP, [*TINY, f"train.xla_flags={on}"])), mesh8)
+    program_lib.compile_step(sharded)
+    assert seen == [{"for": "cpu"} if on else {}]
 
 
 def test_without_the_compiler(monkeypatch, capsys):

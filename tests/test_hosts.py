@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -13,10 +14,11 @@ import numpy as np
 import PIL.Image
 import pytest
 from conftest import REPO
-from helpers import losses, run, train_command
+from helpers import losses, run, tiny_config, train_command
 
+from clip_jax import train
 from clip_jax.errors import UserError
-from clip_jax.runtime import hosts, sharding
+from clip_jax.runtime import command, host_log, hosts, sharding
 
 
 def parse(*flags):
@@ -123,6 +125,81 @@ def test_where_jax_detects_the_cluster(monkeypatch):
     arguments = calls.pop()
     assert arguments.pop("cluster_detection_method") == "deactivate"
     assert arguments == dict(coordinator_address="a:1", num_processes=2, process_id=1, heartbeat_timeout_seconds=100)
+
+
+def test_hosts_join_before_they_open_their_data(monkeypatch, tmp_path):
+    """They may take very different times for it, and those that wait to be joined give up after minutes."""
+    order = []
+
+    def make_parts(config):
+        order.append("open")
+        raise UserError("enough")
+
+    monkeypatch.setattr(train.hosts, "start", lambda cluster, timeout: order.append("join"))
+    monkeypatch.setattr(train, "make_parts", make_parts)
+    with pytest.raises(UserError, match="enough"):
+        train.train(tiny_config(), tmp_path)
+    assert order == ["join", "open"]
+
+
+@pytest.mark.parametrize(
+    "platforms, outcome, message",
+    [
+        ("cpu", None, None),
+        ("", None, None),
+        ("cuda,cpu", None, "JAX_PLATFORMS=cuda,cpu, but JAX finds no cuda on this host: it sees only the CPU"),
+        ("cuda", AssertionError(), "JAX finds no cuda on this host: it sees no device"),
+        ("tpu,cpu", RuntimeError("No jellyfish\ndevice"), "finds no tpu on this host: No jellyfish device"),
+    ],
+)
+def test_a_host_without_the_wanted_chips_does_not_train_on_its_cpu(monkeypatch, platforms, outcome, message):
+    found = jax.devices()
+
+    def devices():
+        if outcome:
+            raise outcome
+        return found
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    if message is None:
+        assert hosts.devices() == found and sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}).size == len(found)
+        return
+    with pytest.raises(RuntimeError, match=message):
+        sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+
+
+def test_the_name_of_a_log():
+    assert host_log.process_name(hosts.Cluster("a:1", 4, 3)) == "process-3"
+    assert host_log.process_name(None, {"SLURM_PROCID": "7"}) == "process-7"
+    assert host_log.process_name(None, {}) == socket.gethostname()
+
+
+@pytest.mark.parametrize("error", [UserError("a wrong field"), KeyError("a defect")], ids=["refused", "defect"])
+def test_a_log_ends_with_what_ended_the_process(tmp_path, capsys, error):
+    def work():
+        host_log.start(tmp_path, "process-3")
+        print("step 1")
+        host_log.write("only here")
+        logging.getLogger("clip_jax").warning("a record is damaged")
+        raise error
+
+    before = (sys.stdout, sys.stderr, list(logging.getLogger().handlers))
+    for _ in range(2):  # a restart appends
+        if isinstance(error, UserError):
+            assert command.run(work) == 2
+        else:
+            with pytest.raises(KeyError):
+                command.run(work)
+    assert (sys.stdout, sys.stderr, list(logging.getLogger().handlers)) == before
+    captured = capsys.readouterr()
+    assert captured.out == "step 1\nstep 1\n" and "only here" not in captured.err
+    lines = (tmp_path / "logs" / "process-3.log").read_text().splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("--- ")]
+    assert len(starts) == 2 and f"pid {os.getpid()}" in lines[0]
+    first = lines[1 : starts[1]]
+    assert first[:2] == ["step 1", "only here"] and first[2].endswith("WARNING clip_jax: a record is damaged")
+    assert first[-1] == ("error: a wrong field" if isinstance(error, UserError) else "KeyError: 'a defect'")
 
 
 def test_one_host_starts_without_jax():
@@ -241,6 +318,9 @@ def test_two_processes_have_the_losses_of_one_and_one_of_them_prints(alone, pair
     assert any("devices: 2 x cpu" in line and "2 host(s)" in line for line in lines)
     rows = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 4, 5]
+    for index in range(2):
+        log = (workdir / "logs" / f"process-{index}.log").read_text()
+        assert f"\nprocess {index} of 2\n" in log and log.count("\nstep ") == 5 + 1, "with the line of compilation"
 
 
 def test_one_process_resumes_the_run_of_two(alone, pair, tmp_path):
@@ -282,9 +362,9 @@ def test_evaluation_is_shared_and_its_results_are_the_same(pair, tmp_path):
     ]
     arguments = [f"--checkpoint={pair[0]}", *(f"--task={task}" for task in tasks)]
     results = []
-    for name, command in (("one", [sys.executable, "-m", "clip_jax.evaluate"]), ("two", None)):
+    for name, alone in (("one", [sys.executable, "-m", "clip_jax.evaluate"]), ("two", None)):
         rest = [*arguments, f"--json={tmp_path}/{name}.json"]
-        process = run([*command, *rest]) if command else together("clip_jax.evaluate", *rest)
+        process = run([*alone, *rest]) if alone else together("clip_jax.evaluate", *rest)
         assert process.returncode == 0, process.stderr
         results.append(json.loads((tmp_path / f"{name}.json").read_text()))
         assert process.stdout.count("zeroshot/top1") == 1

@@ -9,7 +9,7 @@ import sys
 import traceback
 
 from clip_jax.errors import UserError
-from clip_jax.runtime import faults, hosts
+from clip_jax.runtime import faults, host_log, hosts
 
 #: With these variables libtpu neither asks a metadata server whether this machine has a TPU nor prints anything.
 QUIET_LIBTPU = {
@@ -69,10 +69,20 @@ def run(work):
     processes, every exception ends this process. A single process raises all other exceptions. Characters that the
     terminal's encoding lacks are printed as "?", such as the bytes of a file name that are not UTF-8.
     """
+    try:
+        return _run(work)
+    except Exception:
+        host_log.write(traceback.format_exc().rstrip())
+        raise
+    finally:
+        host_log.stop()
+
+
+def _run(work):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     quiet_libtpu()
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format=host_log.FORMAT, level=logging.WARNING)
     try:
         work()
         return 0

@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 
+from clip_jax.runtime import host_log
+
 PREEMPTED = 42
 LOST = 43
 INTERRUPTED = 130
@@ -141,8 +143,8 @@ def one_line(error):
 def end(status, line, stacks=False):
     """Prints a line and ends this process and its workers at once, as other processes may never answer."""
     print(line, file=sys.stderr, flush=True)
-    if stacks:
-        faulthandler.dump_traceback(sys.stderr)
+    for stream in filter(None, (sys.stderr, host_log.file())) if stacks else ():
+        faulthandler.dump_traceback(stream)
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()

@@ -8,6 +8,7 @@ runs a command in two processes on this machine, joined over loopback. `launch/l
 import functools
 import glob
 import importlib.util
+import logging
 import os
 import pathlib
 import pickle
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clip_jax.errors import UserError
+from clip_jax.runtime import host_log
 
 #: Seconds that the other processes of this machine have to end on their own after one has failed.
 GRACE_SECONDS = 20
@@ -132,8 +134,34 @@ def start(cluster=None, timeout=100):
             jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=timeout)
     except ValueError as error:
         raise UserError(f"the cluster {where} cannot be joined: {faults.one_line(error)}") from None
+    # The runtimes of GPUs and TPUs join here, while all hosts are at the same point.
+    devices()
     if jax.process_count() == 1:
         faults.answer_abort(False)
+    host_log.write(f"process {jax.process_index()} of {jax.process_count()}")
+
+
+def devices():
+    """Returns the devices of all hosts.
+
+    Raises RuntimeError when `JAX_PLATFORMS` begins with an accelerator that this host lacks: JAX itself would compute
+    on the CPU. One of several processes ends with status 1 instead.
+    """
+    import jax
+
+    from clip_jax.runtime import faults
+
+    wanted = (os.environ.get("JAX_PLATFORMS") or "cpu").split(",")[0]
+    try:
+        found, reason = jax.devices(), "it sees only the CPU"
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that there is a device
+        found, reason = [], faults.one_line(error) or "it sees no device"
+    if found and (wanted == "cpu" or found[0].platform != "cpu"):
+        return found
+    line = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}, but JAX finds no {wanted} on this host: {reason}"
+    if jax.distributed.is_initialized():
+        faults.end(1, f"error: {line}")
+    raise RuntimeError(line)
 
 
 def _check_port(coordinator):
@@ -169,8 +197,13 @@ def is_first():
 
 
 def on_first(log):
-    """Returns `log` on the first host; on the others, a function that ignores its line."""
-    return log if is_first() else lambda line: None
+    """Returns `log` on the first host. The others only write to their log files, also their warnings."""
+    if is_first():
+        return log
+    for handler in logging.getLogger().handlers:
+        if getattr(handler, "stream", None) is not host_log.file():
+            handler.setLevel(logging.ERROR)
+    return host_log.write
 
 
 def log(line):

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from clip_jax.errors import UserError
 from clip_jax.models.common import BATCH_AXES
 from clip_jax.models.transformer import STACKED
+from clip_jax.runtime import hosts
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -59,17 +60,17 @@ def make_mesh(sizes, devices=None):
 
     Raises UserError when the mesh does not fit the devices, the hosts or the slices.
     """
-    devices = devices or jax.devices()
+    devices = devices or hosts.devices()
     shape, axis_types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(AXES)
     mesh = Mesh(arrange(shape, devices), AXES, axis_types=axis_types)
-    hosts = len({device.process_index for device in devices})
-    if hosts > 1 and not _in_order(mesh):
+    processes = len({device.process_index for device in devices})
+    if processes > 1 and not _in_order(mesh):
         # In the order that suits the network best, a host's rows would not be contiguous in the batch.
         devices = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
         mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=axis_types)
         if not _in_order(mesh):
             raise UserError(
-                f"mesh {_given(shape)} does not fit {len(devices) // hosts} device(s) on each of {hosts} hosts"
+                f"mesh {_given(shape)} does not fit {len(devices) // processes} device(s) on each of {processes} hosts"
             )
     return mesh
 

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by tpu.sh, gke.sh and slurm.sh, from the repository's root.
-MAX_RESTARTS=${MAX_RESTARTS:-3} PAUSE=${PAUSE:-10} DRY_RUN=${DRY_RUN:-} stopping=
+# Sourced by the launchers, from the repository's root.
+MAX_RESTARTS=${MAX_RESTARTS:-3} PAUSE=${PAUSE:-10} DRY_RUN=${DRY_RUN:-} BUCKET=${BUCKET:-} stopping=
 
 fail() {
   echo "error: $*" >&2
@@ -10,12 +10,13 @@ fail() {
 # Prints the comment at the head of the script.
 show_help() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; }
 
-# parse_flags "name max-restarts" "dry-run" ARGUMENT...: --name=VALUE sets NAME, --dry-run sets DRY_RUN. Other options are left in the array
-# EXTRA, what follows -- in the array TRAIN.
+# parse_flags "name max-restarts" "dry-run" ARGUMENT...: --name=VALUE sets NAME, --dry-run sets DRY_RUN. --env=VARIABLE=VALUE, if it is
+# among the names, may be repeated and is collected in the array VARIABLES. Other options are left in the array EXTRA, what follows -- in the
+# array TRAIN.
 parse_flags() {
   local values=" $1 " switches=" $2 " key variable
   shift 2
-  EXTRA=() TRAIN=()
+  EXTRA=() TRAIN=() VARIABLES=()
   while [[ $# -gt 0 ]]; do
     key=${1%%=*} key=${key#--}
     variable=$(tr 'a-z-' 'A-Z_' <<<"$key")
@@ -23,6 +24,11 @@ parse_flags() {
       --) TRAIN=("${@:2}"); return ;;
       -h | --help) show_help; exit 0 ;;
       --config | --config.* | --config=* | --workdir | --workdir=*) fail "$key is an argument of the trainer: write it after --" ;;
+      --env=*)
+        [[ $values == *" env "* ]] || fail "unknown option --env; see --help"
+        [[ ${1#--env=} =~ ^[a-zA-Z_][a-zA-Z0-9_]*= ]] || fail "$1: write --env=VARIABLE=VALUE"
+        VARIABLES+=("${1#--env=}")
+        ;;
       --*=*) if [[ $values == *" $key "* ]]; then printf -v "$variable" %s "${1#*=}"; else EXTRA+=("$1"); fi ;;
       --*)
         [[ $values != *" $key "* ]] || fail "--$key has no value: write --$key=VALUE"
@@ -49,6 +55,10 @@ need_number() {
   for variable in "$@"; do
     [[ ${!variable} =~ ^[0-9]+$ ]] || fail "--$(tr 'A-Z_' 'a-z-' <<<"$variable")=${!variable} is not a whole number"
   done
+}
+
+check_bucket() {
+  [[ -z $BUCKET || $BUCKET =~ ^[a-z0-9][a-z0-9._-]*$ ]] || fail "--bucket=$BUCKET is no name of a bucket; gs://... goes into --workdir"
 }
 
 need_train() { [[ ${#TRAIN[@]} -gt 0 ]] || fail "no arguments for the trainer: -- --config=configs/clip.py:b16 --workdir=..."; }

@@ -3,10 +3,16 @@
 #   bash launch/local.sh [--processes N] [configs/clip.py[:variant]] [--workdir=runs/NAME] [--config.FIELD=VALUE ...]
 # Uses a virtual environment in .venv (made if it is not there; CLIP_JAX_VENV names another) and a GPU if there is one. With --processes
 # several processes share the work as hosts do, over loopback, each with one GPU or the CPU. clip_jax/train.py lists the exit statuses.
+# With --dry-run as its first argument it prints the command and runs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source launch/common.sh
 source launch/venv.sh
 
+case ${1:-} in
+  -h | --help) show_help && exit ;;
+  --dry-run) DRY_RUN=1 && shift ;;
+esac
 module=(clip_jax.train)
 case ${1:-} in
   --processes=*) module=(clip_jax.runtime.hosts "$1" clip_jax.train); shift ;;
@@ -22,7 +28,14 @@ for argument in "$@"; do
 done
 
 gpu=
-if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then gpu=gpu; fi
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+  gpu=gpu
+  export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # JAX fails when it cannot use the GPU, instead of training on the CPU
+fi
+if [[ -n $DRY_RUN ]]; then
+  run ${gpu:+env "JAX_PLATFORMS=$JAX_PLATFORMS"} "$venv/bin/python" -m "${module[@]}" --config="$config" --workdir="$workdir" "$@"
+  exit
+fi
 make_venv "$gpu"
 (trap - INT; exec "$venv/bin/python" -m "${module[@]}" --config="$config" --workdir="$workdir" "$@") &
 trap 'kill -TERM $!' TERM

@@ -17,7 +17,7 @@ import time
 
 import pytest
 import yaml
-from conftest import REPO
+from conftest import FIXTURES, REPO
 
 SCRIPTS = ("common.sh", "tpu.sh", "gke.sh", "slurm.sh")
 TRAIN = [
@@ -28,6 +28,7 @@ TRAIN = [
     "two\nlines",
     "",
 ]
+LOCK = "jax==0.10.2\nlibtpu==0.0.42.1\n"
 QUEUE = ["--name=clip", "--zone=us-central2-b"]
 
 RECORD = f"""#!{sys.executable}
@@ -50,19 +51,22 @@ verb = arguments[3]
 if verb == "list":
     state = take("states", "ACTIVE")
     sys.exit("no network") if state == "unreachable" else print(state)
+elif verb in ("scp", "ssh") and (root / "dead").exists():
+    sys.exit(1)
 elif verb in ("scp", "ssh") and not (root / "no_workers").exists():
     status = 0
     for worker in range(2) if options["worker"] == "all" else [int(options["worker"])]:
         home = root / f"worker{worker}"
         home.mkdir(exist_ok=True)
         if verb == "scp":
-            subprocess.run(["cp", arguments[4], home], check=True)
+            subprocess.run(["cp", *arguments[4 : arguments.index("clip:")], home], check=True)
         else:  # gcloud splits the command at blanks, ssh joins it again, and the shell of the user reads it
             command = " ".join(options["command"].split(" "))
             env = dict(os.environ, HOME=str(home), WORKER_NUMBER=str(worker))
             status = subprocess.run(["bash", "-c", command], cwd=home, env=env, timeout=60).returncode or status
     sys.exit(status)
 elif verb == "delete":
+    (root / "dead").unlink(missing_ok=True)
     for home in root.glob("worker*"):
         for pid in home.glob("clip_jax_run/pid"):
             os.killpg(int(pid.read_text()), signal.SIGKILL)
@@ -83,13 +87,17 @@ elif arguments[1] == "clip_jax.train":
         sys.exit(42)
     status = take(f"exits{worker}", "0")
     signal.signal(signal.SIGTERM, signal.SIG_IGN if status == "deaf" else save)
-    record(worker=worker, pid=os.getpid(), cwd=os.getcwd(), local_devices=os.environ.get("JAX_LOCAL_DEVICE_IDS"))
+    record(worker=worker, pid=os.getpid(), cwd=os.getcwd(), local_devices=os.environ.get("JAX_LOCAL_DEVICE_IDS"),
+           platforms=os.environ.get("JAX_PLATFORMS"), token=os.environ.get("TOKEN"))
     print(f"training on {worker}", flush=True)
     if status in ("wait", "deaf"):
         time.sleep(60)
     sys.exit(int(status))
+elif arguments[1:3] == ["pip", "freeze"]:
+    print("jax==0.10.2\\nlibtpu==0.0.42.1")
 else:
-    record()
+    constraints = os.environ.get("PIP_CONSTRAINT")
+    record(constraints=constraints and pathlib.Path(constraints).read_text())
     if arguments[1:4] == ["uv", "python", "find"]:
         print(shutil.which("python3"))
 """
@@ -98,12 +106,20 @@ SRUN = """
 record()
 while arguments[0].startswith("--"):
     arguments.pop(0)
-os.execv(arguments[0], arguments)
+if arguments[0] == "apptainer":
+    arguments = arguments[arguments.index("python") :]
+os.execvp(arguments[0], arguments)
+"""
+
+GCSFUSE = """
+record()
+(root / "mounted").touch()
 """
 
 STAND_INS = dict(
-    gcloud=GCLOUD, python3=PYTHON, srun=SRUN, sbatch="record()", scontrol="record()",
-    kubectl="record(stdin=sys.stdin.read())", curl="print(os.environ['WORKER_NUMBER'], end='')",
+    gcloud=GCLOUD, python3=PYTHON, srun=SRUN, sbatch="record()", scontrol="record()", gcsfuse=GCSFUSE, sudo="record()",
+    kubectl="record(stdin=sys.stdin.read())", mountpoint="sys.exit(not (root / 'mounted').exists())",
+    curl="print(os.environ.get('TPU_ENV', '') if 'tpu-env' in arguments[-1] else os.environ['WORKER_NUMBER'], end='')",
 )  # fmt: skip
 
 
@@ -152,9 +168,9 @@ class Stand:
             assert time.monotonic() < deadline, self.calls(".*")
             time.sleep(0.05)
 
-    def run(self, *options, until="ended"):
+    def run(self, *options, until="ended", setup=()):
         """setup and run on a slice of two workers; waits until training has begun or ended there."""
-        self.launch("tpu", "setup", *QUEUE)
+        self.launch("tpu", "setup", *QUEUE, *setup)
         self.launch("tpu", "run", *QUEUE, "--pause=0", *options, "--", *TRAIN)
         if until == "ended":
             self.wait_for(lambda: all(self.run_file(worker, "status").exists() for worker in range(2)))
@@ -175,7 +191,7 @@ def stand(tmp_path, monkeypatch):
         (stand.checkout / name).write_text("")
     for command in (["init", "-q"], ["add", "launch", "setup.py"]):
         subprocess.run(["git", *command], cwd=stand.checkout, check=True, timeout=60)
-    for variable in ("NAME", "ZONE", "PROJECT", "TYPE", "VERSION", "PYTHON", "CLIP_JAX_VENV"):
+    for variable in ("NAME", "ZONE", "PROJECT", "TYPE", "VERSION", "PYTHON", "CLIP_JAX_VENV", "JAX_PLATFORMS"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("STAND_INS", str(tmp_path))
@@ -196,42 +212,46 @@ def test_shellcheck_finds_nothing(script):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", ["tpu", "gke", "slurm"])
+@pytest.mark.parametrize("script", ["tpu", "gke", "slurm", "local"])
 def test_help_is_the_head_of_the_script(stand, script):
     text = stand.launch(script, "--help")
     assert f"bash launch/{script}.sh" in text and "--dry-run" in text and "set -euo" not in text
-    assert stand.launch(script) == text
+    assert script == "local" or stand.launch(script) == text
 
 
 GKE = ["--name=clip", "--image=registry/clip_jax:1", "--accelerator=tpu-v5-lite-podslice", "--topology=4x8"]
+H200 = ["--name=clip", "--image=i", "--accelerator=nvidia-h200-141gb", "--nodes=2"]
 
 
 @pytest.mark.parametrize(
     "script, arguments",
     [
         ("tpu", ["create", *QUEUE, "--type=v4-32", "--project=p", "--network=a b"]),
-        ("tpu", ["setup", *QUEUE]),
-        ("tpu", ["run", *QUEUE, "--", *TRAIN[:4]]),
-        ("tpu", ["status", *QUEUE]),
-        ("tpu", ["logs", *QUEUE, "--follow"]),
+        ("tpu", ["setup", *QUEUE, "--bucket=data", "--setup=setup.py", "--ssh-key-file=a b"]),
+        ("tpu", ["run", *QUEUE, "--internal-ip", "--env=TOKEN=it's me", "--", *TRAIN[:4]]),
+        ("tpu", ["status", *QUEUE, "--node=1"]),
+        ("tpu", ["logs", *QUEUE, "--follow", "--worker=1"]),
         ("tpu", ["stop", *QUEUE]),
         ("tpu", ["delete", *QUEUE]),
         ("gke", ["status", "--name=clip", "--namespace=n"]),
         ("gke", ["logs", "--name=clip"]),
         ("gke", ["delete", "--name=clip"]),
-        ("slurm", ["--gpus-per-node=8", "--", *TRAIN[:4]]),
+        ("slurm", ["--gpus-per-node=8", "--container=a.sif", "--container-mounts=/a,/b", "--", *TRAIN[:4]]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_a_dry_run_prints_what_a_real_one_runs(stand, script, arguments):
     (stand.root / "no_workers").touch()
+    lock = stand.checkout / "runs" / "tpu" / "clip.lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text("jax==0.10.2\n")
     printed = stand.launch(script, arguments[0], "--dry-run", *arguments[1:])
     assert not stand.calls(".*")
     program = {"tpu": "gcloud", "gke": "kubectl", "slurm": "sbatch"}[script]
     stand.launch(script, *arguments)
     ran = [[program, *call] for call in stand.arguments(program)]
     read_back = [shlex.split(line) for line in printed.splitlines() if line.startswith(program)]
-    folder = re.compile(r"/[^ ']*/(?=clip_jax.tar.gz)")  # a new one each time
+    folder = re.compile(r"/[^ ']*/(?=clip_jax.tar.gz|clip_jax.lock|setup.sh)")  # a new one each time
     assert ran and folder.sub("", str(read_back)) == folder.sub("", str(ran))
 
 
@@ -247,6 +267,16 @@ def test_a_dry_run_prints_what_a_real_one_runs(stand, script, arguments):
             "--version=... is missing (or VERSION in the environment): no runtime version is known for",
         ),
         ("tpu", ["create", *QUEUE, "--type=v4-8", "--spot", "--reserved"], "--spot and --reserved exclude each other"),
+        ("tpu", ["create", *QUEUE, "--type=tpu7x-8"], "Google's Cloud TPU API serves no TPU7x; launch/gke.sh does"),
+        (
+            "tpu",
+            ["setup", *QUEUE, "--bucket=gs://b"],
+            "--bucket=gs://b is no name of a bucket; gs://... goes into --workdir",
+        ),
+        ("tpu", ["setup", *QUEUE, "--setup=none.sh"], "--setup=none.sh: there is no such file"),
+        ("tpu", ["run", *QUEUE, "--bucket=b", "--", *TRAIN], "unknown option --bucket=b; see --help"),
+        ("tpu", ["run", *QUEUE, "--env=TOKEN", "--", *TRAIN], "--env=TOKEN: write --env=VARIABLE=VALUE"),
+        ("tpu", ["run", *QUEUE, "--env=a-b=c", "--", *TRAIN], "--env=a-b=c: write --env=VARIABLE=VALUE"),
         ("tpu", ["create", *QUEUE, "--type"], "--type has no value: write --type=VALUE"),
         ("tpu", ["run", *QUEUE], "no arguments for the trainer: -- --config="),
         ("tpu", ["run", *QUEUE, "--config=configs/clip.py"], "config is an argument of the trainer: write it after --"),
@@ -263,6 +293,9 @@ def test_a_dry_run_prints_what_a_real_one_runs(stand, script, arguments):
             "--topology=4x8 has 32 chips, no multiple of --chips-per-node=5",
         ),
         ("gke", ["run", *GKE[:2], "--accelerator=nvidia-l4", "--slices=2", "--", *TRAIN], "--slices is for TPUs"),
+        ("gke", ["run", *GKE, "--gpu-network=rdma", "--", *TRAIN], "--gpu-network is for GPUs"),
+        ("gke", ["run", *H200, "--gpu-network=tcp", "--", *TRAIN], "--gpu-network=tcp is not known; allowed: rdma"),
+        ("gke", ["run", *H200, "--gpu-network=rdma", "--host-network", "--", *TRAIN], "leave out --host-network"),
         ("gke", ["status", "--name=Clip_1"], "--name=Clip_1: lower-case letters, digits and - are allowed"),
         ("slurm", ["--nodes=2", "--", *TRAIN], "--gpus-per-node=... is missing"),
         ("slurm", ["--gpus-per-node=8"], "no arguments for the trainer"),
@@ -298,6 +331,10 @@ def test_a_missing_program_is_named(stand):
             ["--accelerator-type=v6e-64", "--runtime-version=v2-alpha-tpuv6e", "--reserved"],
         ),
         (
+            ["--type=v5p-8", "--slices=2", "--internal-ip"],
+            ["--node-count=2", "--node-prefix=clip", "--accelerator-type=v5p-8", "--runtime-version=v2-alpha-tpuv5"],
+        ),
+        (
             ["--type=v4-32", "--version=mine", "--labels=a=b"],
             ["--accelerator-type=v4-32", "--runtime-version=mine", "--labels=a=b"],
         ),
@@ -312,7 +349,7 @@ def test_create_queues_a_slice(stand, options, tail):
         "queued-resources",
         "create",
         "clip",
-        "--node-id=clip",
+        *([] if "--node-count=2" in tail else ["--node-id=clip"]),
         *tail,
         "--zone=z",
         "--project=p",
@@ -349,12 +386,55 @@ def test_setup_of_a_slice_that_will_not_come_is_an_error(stand, state):
     assert output.startswith("error: ") and output.count("\n") == 1 and "clip" in output and state in output
 
 
+def test_a_slice_that_is_made_again_gets_the_same_versions(stand):
+    (stand.checkout / "prepare.sh").write_text('echo "prepared in ${PWD##*/}"')
+    output = stand.launch("tpu", "setup", *QUEUE, "--setup=prepare.sh")
+    assert output.count("prepared in clip_jax") == 2
+    lock = stand.checkout / "runs" / "tpu" / "clip.lock"
+    assert lock.read_text() == LOCK
+    assert [call["constraints"] for call in stand.calls("python")] == [None] * 2
+    stand.launch("tpu", "delete", *QUEUE)
+    lock.write_text("jax==0.9\n")
+    stand.launch("tpu", "setup", *QUEUE)
+    assert [call["constraints"] for call in stand.calls("python")][2:] == ["jax==0.9\n"] * 2
+    assert lock.read_text() == "jax==0.9\n"
+
+
+def test_a_bucket_is_mounted_on_every_worker_and_again_after_a_restart(stand):
+    stand.run("--env=TOKEN=a b", setup=["--bucket=my-data"])
+    mounts = [["--implicit-dirs", "my-data", "/mnt/my-data"]]
+    assert stand.arguments("gcsfuse") == mounts, "the stand-ins of both workers share the mount"
+    assert ["mkdir", "-p", "/mnt/my-data"] in stand.arguments("sudo")
+    (stand.root / "mounted").unlink()
+    stand.launch("tpu", "run", *QUEUE, "--", *TRAIN)
+    assert stand.arguments("gcsfuse") == mounts * 2
+    assert [call["token"] for call in stand.trained(0)][:1] == ["a b"]
+
+
+def test_workers_of_several_slices_have_names_of_their_own(stand):
+    assert stand.launch("tpu", "worker-status") == "worker 0: not started\n"
+    tpu_env = "ACCELERATOR_TYPE: 'v5p-16'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+    assert stand.launch("tpu", "worker-status", TPU_ENV=tpu_env) == "worker 1.0: not started\n"
+
+
+def test_gcloud_gets_the_flags_of_ssh_and_batches_of_workers(stand):
+    flags = ["--internal-ip", "--ssh-key-file=/a key", "--ssh-flag=-4"]
+    stand.launch("tpu", "setup", *QUEUE, *flags, SSH_FLAGS="--strict-host-key-checking=no")
+    calls = [call for call in stand.arguments("gcloud") if call[3] in ("scp", "ssh")]
+    assert len(calls) == 3
+    for call in calls:
+        assert call[2] == "queued-resources" and {*flags, "--batch-size=64", "--strict-host-key-checking=no"} <= {*call}
+    assert ["--node=all" in call for call in calls] == [True, True, False]
+    assert "--node=0" in calls[2] and "--worker=0" in calls[2]
+
+
 def test_arguments_reach_the_trainer_of_every_worker_unharmed(stand):
     stand.run()
     for worker in range(2):
         (call,) = stand.trained(worker)
         assert call["arguments"] == ["-m", "clip_jax.train", *TRAIN]
         assert call["cwd"] == str(stand.root / f"worker{worker}" / "clip_jax")
+        assert call["platforms"] == "tpu,cpu", "without its chips it must not train on its CPU"
         assert stand.run_file(worker, "status").read_text() == "0\n" and not stand.run_file(worker, "pid").exists()
     assert not list(stand.root.glob("**/oops"))
 
@@ -362,7 +442,7 @@ def test_arguments_reach_the_trainer_of_every_worker_unharmed(stand):
 @pytest.mark.parametrize(
     "exits, last, times",
     [
-        (["42", "43", "42", "1", "0"], 0, 5),
+        (["42", "43", "42", "44", "0"], 0, 5),
         (["2"], 2, 1),
         (["1", "-9", "43", "1", "0"], 1, 4),
         (["42"] * 6 + ["0"], 0, 7),
@@ -422,7 +502,7 @@ def test_status_and_logs_name_the_worker(stand):
 
 def verbs(stand):
     """What gcloud was asked to do, without the questions."""
-    calls = [(call[3], call[-2]) for call in stand.arguments("gcloud")]
+    calls = [(call[3], " ".join(call)) for call in stand.arguments("gcloud")]
     return [verb if verb != "ssh" else re.search(r"worker-\w+", command)[0] for verb, command in calls]
 
 
@@ -434,10 +514,34 @@ def test_keep_makes_a_slice_that_was_taken_away_again(stand):
     output, _ = keeper.communicate(timeout=60)
     assert keeper.returncode == 0
     asked = [verb for verb in verbs(stand) if verb not in ("list", "worker-status")]
-    once = ["create", "scp", "worker-setup", "worker-start"]
-    assert asked == [*once, "delete", *once]
+    first = ["create", "scp", "worker-setup", "worker-versions", "worker-start"]
+    assert asked == [*first, "delete", "create", "scp", "worker-setup", "worker-start"]
+    assert [call["constraints"] for call in stand.calls("python") if "-e" in call["arguments"]][2:] == [LOCK] * 2
     assert output.endswith("worker 0: ended with status 0\nworker 1: ended with status 0\n")
     assert [call["arguments"][2:] for call in stand.trained(0)] == [TRAIN, TRAIN]
+
+
+@pytest.mark.parametrize("limit", ["0", "9"])
+def test_keep_makes_a_slice_with_a_dead_worker_again(stand, limit):
+    stand.prepare(exits0=["wait", "0"], exits1=["wait", "0"])
+    stand.run(until="begun")
+    before = len(verbs(stand))
+    arguments = [*QUEUE, "--keep", "--poll=0", f"--dead-after={limit}", "--type=v4-16", "--", *TRAIN]
+    keeper = stand.start("tpu", "run", *arguments)
+    stand.wait_for(lambda: len(verbs(stand)) > before + 3)
+    (stand.root / "dead").touch()
+    if limit == "9":  # minutes, in which nothing happens
+        asked = len(verbs(stand))
+        stand.wait_for(lambda: len(verbs(stand)) > asked + 8)
+        (stand.root / "dead").unlink()
+        stand.launch("tpu", "stop", *QUEUE)
+        keeper.communicate(timeout=60)
+        assert keeper.returncode == 42 and "delete" not in verbs(stand)
+        return
+    output, _ = keeper.communicate(timeout=60)
+    assert keeper.returncode == 0 and "clip: not for 0 minutes: the slice is made again\n" in output
+    asked = [verb for verb in verbs(stand)[before:] if verb not in ("list", "worker-status")]
+    assert asked == ["delete", "scp", "worker-setup", "worker-start"], "the stand-in's slice is there at once"
 
 
 def test_keep_takes_over_a_run_and_starts_a_lost_worker_again(stand):
@@ -460,7 +564,8 @@ def test_keep_gives_up_when_requests_fail(stand):
     output = stand.launch(
         "tpu", "run", *QUEUE, "--keep", "--poll=0", "--max-restarts=1", "--type=v4-16", "--", *TRAIN, status=1
     )
-    assert output.endswith("error: given up after 2 failures in a row\n")
+    (line,) = [line for line in output.splitlines() if line.startswith("error: given up after 2 failures in a row")]
+    assert "billed until you delete it" in line
     assert [verb for verb in verbs(stand) if verb != "list"] == ["delete", "create", "delete"]
 
 
@@ -471,27 +576,82 @@ def test_keep_prints_the_whole_course_in_a_dry_run(stand):
     assert not stand.calls(".*")
 
 
-def container(manifest):
+def problems(value, schema, path="JobSet"):
+    """The places where a value breaks an OpenAPI schema; a field that the schema does not name is one, as for kubectl."""
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
+    allowed = tuple(kinds[option["type"]] for option in schema.get("anyOf", [schema]))
+    if not isinstance(value, allowed) or isinstance(value, bool) and bool not in allowed:
+        return [f"{path}: {value!r}"]
+    found = []
+    if value not in schema.get("enum", [value]) or not re.match(schema.get("pattern", ""), str(value)):
+        found.append(f"{path}: {value!r}")
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            found += problems(item, schema["items"], f"{path}[{index}]")
+    elif isinstance(value, dict):
+        found += [f"{path}.{name} is missing" for name in schema.get("required", ()) if name not in value]
+        for name, item in value.items():
+            fields = schema.get("properties", {})
+            if name in fields or "additionalProperties" in schema:
+                found += problems(item, fields.get(name) or schema["additionalProperties"], f"{path}.{name}")
+            else:
+                found.append(f"{path}.{name} is unknown")
+    return found
+
+
+def jobset(stand, *arguments):
+    """Returns `(manifest, job, pod, container)` that a dry run prints, checked against JobSet's schema."""
+    manifest = yaml.safe_load(stand.launch("gke", "run", *arguments, "--dry-run", "--", *TRAIN))
+    assert not stand.calls(".*")
+    schema = yaml.safe_load((FIXTURES / "jobset_schema.yaml").read_text())
+    assert not problems(manifest, schema)
     (job,) = manifest["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]["template"]["spec"]
-    return job, pod, pod["containers"][0]
+    return manifest, job, pod, pod["containers"][0]
+
+
+def variables(container):
+    return {variable["name"]: variable["value"] for variable in container["env"]}
+
+
+def test_the_schema_finds_errors():
+    schema = yaml.safe_load((FIXTURES / "jobset_schema.yaml").read_text())
+    job = {"name": "train", "replicas": "2", "template": {"spec": {"template": {"spec": {}}}}, "slices": 2}
+    rule = {"action": "Restart", "name": "1"}
+    manifest = dict(apiVersion="jobset.x-k8s.io/v1alpha2", kind="JobSet", metadata={"annotations": {"a": True}})
+    manifest["spec"] = {"failurePolicy": {"maxRestarts": True, "rules": [rule]}, "replicatedJobs": [job]}
+    places = [line.removeprefix("JobSet.").split(": ")[0] for line in problems(manifest, schema)]
+    assert places == [
+        "metadata.name is missing",
+        "metadata.annotations.a",
+        "spec.failurePolicy.maxRestarts",
+        "spec.failurePolicy.rules[0].action",
+        "spec.failurePolicy.rules[0].name",
+        "spec.replicatedJobs[0].replicas",
+        "spec.replicatedJobs[0].template.spec.template.spec.containers is missing",
+        "spec.replicatedJobs[0].slices is unknown",
+    ]
 
 
 def test_a_jobset_for_tpus(stand):
-    arguments = [*GKE, "--slices=2", "--spot", "--max-restarts=7"]
-    manifest = yaml.safe_load(stand.launch("gke", "run", *arguments, "--dry-run", "--", *TRAIN))
-    assert not stand.calls(".*")
-    job, pod, train = container(manifest)
-    assert (
-        manifest["kind"] == "JobSet"
-        and manifest["metadata"]["name"] == "clip"
-        and manifest["spec"]["failurePolicy"]["maxRestarts"] == 7
-    )
+    options = ["--slices=2", "--spot", "--max-restarts=7", "--max-lost=9", "--bucket=data", "--host-network"]
+    manifest, job, pod, train = jobset(stand, *GKE, *options, "--env=TOKEN=a b", "--env=LINE=$(x)=\n")
+    assert manifest["metadata"]["name"] == "clip" and manifest["spec"]["failurePolicy"]["maxRestarts"] == 7
     assert "alpha.jobset.sigs.k8s.io/exclusive-topology" in manifest["metadata"]["annotations"]
     spec = job["template"]["spec"]
     assert (job["replicas"], spec["completions"], spec["parallelism"]) == (2, 8, 8)
-    rules = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in spec["podFailurePolicy"]["rules"]]
-    assert rules == [("FailJob", [2]), ("Ignore", [42, 43]), ("Ignore", None)]
+    assert (spec["backoffLimitPerIndex"], spec["maxFailedIndexes"]) == (9, 0)
+    rules = [
+        (rule["action"], rule.get("onExitCodes", {}).get("operator"), rule.get("onExitCodes", {}).get("values"))
+        for rule in spec["podFailurePolicy"]["rules"]
+    ]
+    assert rules == [
+        ("FailJob", "In", [2]),
+        ("Ignore", "In", [42]),
+        ("Ignore", None, None),
+        ("Count", "In", [43, 44]),
+        ("FailIndex", "NotIn", [2, 42, 43, 44]),
+    ]
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "4x8",
@@ -505,18 +665,44 @@ def test_a_jobset_for_tpus(stand):
         "clip_jax.train",
         *[argument.replace("$(", "$$(") for argument in TRAIN],
     ]
+    assert variables(train) == {"JAX_PLATFORMS": "tpu,cpu", "TOKEN": "a b", "LINE": "$$(x)=\n"}
+    assert pod["hostNetwork"] and pod["dnsPolicy"] == "ClusterFirstWithHostNet"
+    assert spec["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert {"name": "bucket", "mountPath": "/mnt/data"} in train["volumeMounts"]
+    (bucket,) = [volume["csi"] for volume in pod["volumes"] if volume["name"] == "bucket"]
+    assert bucket["driver"] == "gcsfuse.csi.storage.gke.io"
+    attributes = dict(bucketName="data", mountOptions="implicit-dirs", hostNetworkPodKSA="true")
+    assert bucket["volumeAttributes"] == attributes
 
 
 def test_a_jobset_for_gpus_is_applied(stand):
     arguments = ["--name=clip", "--namespace=team", "--image=i", "--accelerator=nvidia-h100-80gb", "--nodes=4"]
-    stand.launch("gke", "run", *arguments, "--", "--config=c")
+    manifest, job, pod, train = jobset(stand, *arguments, "--service-account=trainer")
+    stand.launch("gke", "run", *arguments, "--service-account=trainer", "--", *TRAIN)
     (call,) = stand.calls("kubectl")
-    assert call["arguments"] == ["--namespace=team", "apply", "-f", "-"]
-    job, pod, train = container(yaml.safe_load(call["stdin"]))
+    assert call["arguments"] == ["--namespace=team", "apply", "-f", "-"] and yaml.safe_load(call["stdin"]) == manifest
     assert job["template"]["spec"]["completions"] == 4 and train["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     where = ["--coordinator=clip-train-0-0.clip:8476", "--processes=4", "--process=$(JOB_COMPLETION_INDEX)"]
-    assert train["command"] == ["python", "-m", "clip_jax.train", "--config=c", *where]
+    assert train["command"][:3] == ["python", "-m", "clip_jax.train"] and train["command"][-3:] == where
+    assert variables(train) == {"JAX_PLATFORMS": "cuda,cpu", "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64"}
+    assert pod["serviceAccountName"] == "trainer" and "hostNetwork" not in pod and len(pod["volumes"]) == 1
+
+
+def test_a_jobset_with_rdma(stand):
+    _, job, pod, train = jobset(stand, *H200, "--gpu-network=rdma")
+    annotations = job["template"]["spec"]["template"]["metadata"]["annotations"]
+    networks = [interface["network"] for interface in json.loads(annotations["networking.gke.io/interfaces"])]
+    assert networks == ["default", *(f"rdma-{index}" for index in range(8))]
+    mounted = {mount["name"]: mount["mountPath"] for mount in train["volumeMounts"]}
+    assert mounted.keys() == {volume["name"] for volume in pod["volumes"]} == {"shared-memory", "nvidia", "gib"}
+    # Its script sets NCCL's variables; the trainer's arguments pass the shell unharmed.
+    *shell, script, name = train["command"][:4]
+    assert shell == ["bash", "-c"] and script.startswith("source /usr/local/gib/scripts/set_nccl_env.sh && ")
+    script = script.replace("/usr/local/gib/scripts/set_nccl_env.sh", "/dev/null")
+    arguments = [argument.replace("$$(", "$(") for argument in train["command"][4:]]
+    command = ["bash", "-c", script, name, sys.executable, "-c", "import sys; print(sys.argv[1:])", *arguments]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == f"{arguments}\n"
 
 
 def submit(stand, *options):
@@ -545,6 +731,46 @@ def test_slurm_job_of_one_process_per_gpu(stand):
     (trained,) = stand.trained(0)
     assert trained["arguments"] == ["-m", "clip_jax.train", *TRAIN] and trained["cwd"] == str(stand.checkout)
     assert trained["local_devices"] is None and not stand.calls("scontrol")
+    assert trained["platforms"] == "cuda,cpu", "without its GPU it must not train on its CPU"
+
+
+def test_slurm_job_in_a_container(stand):
+    (stand.root / "bin" / "python").symlink_to("python3")  # of the container
+    for image in ("registry#clip:1", "/images/clip.sif"):
+        options, script, env = submit(stand, f"--container={image}", "--container-mounts=/data,/scratch")
+        stand.launch("slurm", *script, **env)
+        (stand.root / "calls.jsonl").rename(stand.root / f"{image[-1]}.jsonl")
+    here = str(stand.checkout)
+    trainer = ["python", "-m", "clip_jax.train", *TRAIN]
+    installed, calls = [], []
+    for letter in "1f":
+        lines = [json.loads(line) for line in (stand.root / f"{letter}.jsonl").read_text().splitlines()]
+        installed += [line for line in lines if "pip" in line["arguments"]]
+        calls += [line["arguments"] for line in lines if line["name"] == "srun"]
+        assert any("platforms" in line and line["platforms"] == "cuda,cpu" for line in lines)
+    assert not installed
+    pyxis, apptainer = calls
+    assert pyxis[-len(trainer) - 4 :] == [
+        "--container-image=registry#clip:1",
+        f"--container-workdir={here}",
+        "--no-container-mount-home",
+        f"--container-mounts={here}:{here},/data:/data,/scratch:/scratch",
+        *trainer,
+    ]
+    wanted = ["apptainer", "exec", "--nv", f"--bind={here},/data,/scratch", f"--pwd={here}", "/images/clip.sif"]
+    assert apptainer[-len(trainer) - 6 :] == [*wanted, *trainer]
+
+
+def test_a_dry_run_on_one_machine(stand):
+    arguments = ["--dry-run", "--processes=2", "configs/clip.py:smoke", "--config.seed=1 2"]
+    (stand.root / "bin" / "nvidia-smi").write_text("#!/bin/sh\n")
+    (stand.root / "bin" / "nvidia-smi").chmod(0o755)
+    command = shlex.split(stand.launch("local", *arguments))
+    assert command == [
+        "env", "JAX_PLATFORMS=cuda,cpu", ".venv/bin/python", "-m", "clip_jax.runtime.hosts", "--processes=2",
+        "clip_jax.train", "--config=configs/clip.py:smoke", "--workdir=runs/clip_smoke", "--config.seed=1 2",
+    ]  # fmt: skip
+    assert not stand.calls(".*")
 
 
 def test_slurm_job_of_one_process_per_node_uses_all_gpus(stand):

@@ -43,6 +43,9 @@ def base():
     c.log = ConfigDict()
     c.log.tensorboard = True  # writes TensorBoard files to the work folder
     c.log.wandb = ""  # project name on Weights & Biases; empty: off
+    c.profile = ConfigDict()
+    c.profile.steps = ""  # steps of which a trace for xprof is written to the work folder, such as "100-110"
+    c.profile.port = 0  # port on which xprof may ask a running process for a trace; 0: none
     return c.lock()
 
 
@@ -393,7 +396,7 @@ def _check_ranges(config):
     lowest = {
         1: "micro_batches data.batch_size data.threads data.prefetch train.steps train.log_steps train.max_bad_steps"
         " checkpoint.keep eval.batch_size",
-        0: "train.stall_minutes checkpoint.steps checkpoint.minutes eval.steps data.workers data.cache_mb",
+        0: "train.stall_minutes checkpoint.steps checkpoint.minutes eval.steps data.workers data.cache_mb profile.port",
     }
     for low, key in ((low, key) for low, keys in lowest.items() for key in keys.split()):
         value = _get(config, key)

@@ -18,7 +18,7 @@ from typing import Any
 from clip_jax import config as config_lib
 from clip_jax import init_from
 from clip_jax.errors import UserError
-from clip_jax.runtime import command, faults, host_log, hosts
+from clip_jax.runtime import command, faults, goodput, host_log, hosts, profile
 from clip_jax.version import __version__
 
 # Importing JAX takes seconds and wrong input is refused before, so functions import what needs JAX.
@@ -65,6 +65,7 @@ def make_parts(config):
     from clip_jax.methods import interface
 
     config_lib.validate(config)
+    profile.parse_steps(config.profile.steps, config.train.steps)
     evaluate.check_tasks(config)
     tokenizer = make_tokenizer(config.tokenizer)
     data, source = config.data, configured_source(config.data)
@@ -122,6 +123,8 @@ class Run:
     checkpointer: Any
     writer: Any  # of metrics
     signals: faults.Signals
+    goodput: goodput.Goodput
+    workdir: pathlib.Path
     log: Any  # takes a line of text
 
     def evaluate(self, state, tasks):
@@ -136,6 +139,10 @@ class Run:
         if result.metrics:
             self.writer.write(int(state.step), result.metrics)
         return result
+
+    def save(self, step, state, metrics):
+        """Starts to save a state, unless that step is saved already."""
+        self.checkpointer.save(step, state, metrics, self.goodput.seconds())
 
     def stop(self, status, step):
         """Ends the run with the exit status that a signal asked for, once the state of `step` is on disk."""
@@ -154,7 +161,8 @@ def train(config, workdir, log=print, cluster=None):
 
     Raises UserError on wrong input or when nothing can be saved, and `clip_jax.runtime.faults.Stopped` after a signal.
     """
-    workdir, limit = prepare_workdir(workdir), 60 * config.train.stall_minutes
+    started, limit = time.time(), 60 * config.train.stall_minutes
+    workdir = prepare_workdir(workdir)
     # The hosts join before data is opened, because they may take very different times for that.
     hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
     config, source, tokenizer, method = make_parts(config)
@@ -184,14 +192,18 @@ def train(config, workdir, log=print, cluster=None):
         if hosts.is_first():
             (workdir / "config.json").write_text(config_lib.to_json(config))
         with closing(metrics.Writer(workdir, config)) as writer:
-            run = Run(config, method, tokenizer, mesh, checkpointer, writer, signals, log)
+            clock = goodput.Goodput(started, checkpointer.seconds)
+            run = Run(config, method, tokenizer, mesh, checkpointer, writer, signals, clock, workdir, log)
             if int(state.step) < config.train.steps:
                 state = loop(run, source, tx, state)
             else:
                 log(f"the run in {workdir} is complete: {int(state.step)} of {config.train.steps} steps")
             result = run.evaluate(state, config.eval.tasks)
-        checkpointer.save(int(state.step), state, result.metrics)
-        checkpointer.wait()
+            run.save(int(state.step), state, result.metrics)
+            checkpointer.wait()
+            seconds = clock.seconds()
+            writer.write(int(state.step), {f"seconds/{part}": seconds[part] for part in goodput.PARTS})
+            log(f"time: {goodput.describe(seconds)}")
     if hosts.is_first() and config.eval.report:
         log(f"report: {evaluate.write_report(workdir, config, result)}")
     log(f"done: checkpoints, metrics.jsonl, config.json are in {workdir}")
@@ -221,6 +233,7 @@ def compile_on_all_hosts(run, source, tx, state, batch):
     # A host with a cached step waits here, outside of the stage "step", whose time is limited.
     hosts.wait("compiled")
     seconds = time.perf_counter() - start
+    run.goodput.begin_steps(seconds)
     for line in metrics.describe_run(run.config, len(source), run.mesh, state, flops, size, seconds):
         run.log(line)
     return step_fn, flops
@@ -240,14 +253,14 @@ class Recorder:
         self.progress = metrics.Progress(run.config.data.batch_size, run.config.train.steps, flops)
         self.saved = time.monotonic()
 
-    def exchange(self):
-        """Shares this host's request and skipped records; returns `(request, skipped)` over all hosts."""
+    def exchange(self, waited):
+        """Shares this host's request, skipped records and seconds of waiting; returns those of `hosts.exchange`."""
         request, minutes = self.run.signals.status, self.run.config.checkpoint.minutes
         if not request and minutes and time.monotonic() - self.saved > 60 * minutes:
             request, self.saved = SAVE, time.monotonic()
-        return hosts.exchange(self.run.mesh, request, self.loader.skipped.total() - self.skipped)
+        return hosts.exchange(self.run.mesh, request, self.loader.skipped.total() - self.skipped, waited)
 
-    def record_step(self, step, values, agreed, waited):
+    def record_step(self, step, values, agreed):
         """Waits for the metrics of a step, checks and logs them; returns the request that the hosts agreed on."""
         import jax
 
@@ -255,8 +268,8 @@ class Recorder:
 
         run, options = self.run, self.run.config.train
         with faults.stage("step"):
-            values, (request, skipped) = jax.device_get((values, agreed))
-        self.progress.add(values, waited)
+            values, (request, skipped, *waited) = jax.device_get((values, agreed))
+        self.progress.add(values, *waited)
         if values["bad_steps"] >= options.max_bad_steps:
             run.checkpointer.wait()
             since = step - int(values["bad_steps"]) + 1
@@ -267,7 +280,7 @@ class Recorder:
             # Hosts with the same rows skip the same records: each of the shares counts once.
             shares = sharding.process_shard(run.mesh)[1]
             values, line = self.progress.report(step, self.skipped + int(skipped) * shares // hosts.count())
-            run.writer.write(step, values)
+            run.writer.write(step, values | {"goodput": run.goodput.share()})
             run.log(line)
         return int(request)
 
@@ -289,19 +302,19 @@ def loop(run, source, tx, state):
     loader = make_loader(config, source, run.tokenizer, run.method, run.mesh, first - 1)
     skipped = loader.skipped.total()
     run.log("reading the first batch and compiling the step ...")
-    batch, _ = next_batch(loader, run.mesh)
+    batch, waited = next_batch(loader, run.mesh)[0], 0.0  # nothing trains yet
     step_fn, flops = compile_on_all_hosts(run, source, tx, state, batch)
     recorder, pending = Recorder(run, loader, skipped, first, flops), None
-    with closing(loader), run.signals.deferred():
+    profiler = profile.Profiler(run.workdir / "profile", config, step_fn, run.log)
+    with closing(loader), run.signals.deferred(), profiler:
         for step in range(first, steps + 1):
-            with faults.stage("step"):
+            with faults.stage("step"), profiler.step(step, state):
                 state, values = step_fn(state, batch)
-                agreed = recorder.exchange()
+                agreed = recorder.exchange(waited)
             stop_request = recorder.record_step(*pending) if pending else 0
-            waited = 0.0
+            pending = (step, values, agreed)
             if step < steps:
                 batch, waited = next_batch(loader, run.mesh)
-            pending = (step, values, agreed, waited)
             by_steps = config.checkpoint.steps and step % config.checkpoint.steps == 0
             evaluates = config.eval.steps and step % config.eval.steps == 0
             if step < steps and (by_steps or evaluates or stop_request):
@@ -309,13 +322,13 @@ def loop(run, source, tx, state):
                 stop_request, pending = max(stop_request, recorder.record_step(*pending)), None
                 result = recorder.evaluate(state) if evaluates else {}
                 if by_steps or stop_request or config.checkpoint.best:
-                    run.checkpointer.save(step, state, result)
+                    run.save(step, state, result)
                     recorder.saved = time.monotonic()
                 if stop_request > SAVE:
                     run.stop(stop_request, step)
         stop_request = max(stop_request, recorder.record_step(*pending))
         if stop_request > SAVE or not config.checkpoint.best:  # a failing evaluation must not cost the training
-            run.checkpointer.save(steps, state, {})
+            run.save(steps, state, {})
         if stop_request > SAVE:
             run.stop(stop_request, steps)
     return state

@@ -18,6 +18,7 @@ from helpers import losses, run, tiny_config, train_command
 
 from clip_jax import train
 from clip_jax.errors import UserError
+from clip_jax.runtime import goodput
 from clip_jax.training import checkpoint
 
 
@@ -45,8 +46,9 @@ def test_what_a_run_prints_and_writes(finished):
     line = next(line for line in process.stdout.splitlines() if line.startswith("step 8/8"))
     for text in ("loss", "acc", "scale", "grad", "params", "lr", "img/s", "data wait", "ETA"):
         assert text in line
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 9))
+    *rows, seconds = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9)) and seconds["seconds/compiling"] > 0
+    assert f"time: {goodput.describe({part: seconds[f'seconds/{part}'] for part in goodput.PARTS})}" in process.stdout
     assert {
         "loss",
         "logit_scale",

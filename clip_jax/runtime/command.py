@@ -67,7 +67,8 @@ def run(work):
 
     A `UserError`, an `OSError` (a full disk, a missing folder) or `faults.Stopped` prints one line. With several
     processes, every exception ends this process. A single process raises all other exceptions. Characters that the
-    terminal's encoding lacks are printed as "?", such as the bytes of a file name that are not UTF-8.
+    terminal's encoding lacks are printed as "?", such as the bytes of a file name that are not UTF-8. At SIGUSR1 the
+    command prints the stacks of all threads and continues.
     """
     try:
         return _run(work)
@@ -79,6 +80,7 @@ def run(work):
 
 
 def _run(work):
+    host_log.show_stacks(sys.__stderr__)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     quiet_libtpu()

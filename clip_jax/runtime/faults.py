@@ -6,6 +6,7 @@
 After 42, 43 and 130, the same command resumes the run.
 """
 
+import collections
 import contextlib
 import ctypes
 import faulthandler
@@ -28,6 +29,7 @@ _OUTSIDE = "outside of the training steps: the newest checkpoint is unchanged"
 
 _asked = 0  # the exit status that a signal asked this process for
 _stage = None  # (name of the stage that the main thread is in, its start time)
+_spent = collections.Counter()  # {name of a stage: seconds}, without those of inner stages
 _leaving = None  # the exit status of a process that is about to end
 _handlers = []  # signal handlers; the C library keeps no reference to them
 
@@ -88,21 +90,36 @@ class Signals:
 
 @contextlib.contextmanager
 def stage(name):
-    """A context that names the main thread's work for `watch`. Each stage has its own time.
+    """A context that names the main thread's work for `watch` and `spent`. Each stage has its own time.
 
     After an inner stage, the time of the outer stage starts again.
     """
-    global _stage
-    outer, _stage = _stage, (name, time.monotonic())
+    outer = _stage
+    _enter((name, time.monotonic()))
     yield  # after an error the stage stays set, for the message
-    _stage = outer and (outer[0], time.monotonic())
+    _enter(outer and (outer[0], time.monotonic()))
+
+
+def _enter(entered):
+    global _stage
+    if _stage:
+        _spent[_stage[0]] += time.monotonic() - _stage[1]
+    _stage = entered
+
+
+def spent():
+    """Returns the seconds that this process has spent in each `stage`, as a Counter, the running one included."""
+    found, current = collections.Counter(_spent), _stage
+    if current:
+        found[current[0]] += time.monotonic() - current[1]
+    return found
 
 
 @contextlib.contextmanager
 def watch(minutes):
     """A context that ends the process with status 43 when a `stage` takes longer than `minutes`; 0 turns it off.
 
-    The process prints the name of the stage and the stacks of all threads.
+    The process prints the name of the stage, the stages of the other processes, and the stacks of all its threads.
     """
     global _stage
     _stage, done = None, threading.Event()
@@ -111,12 +128,13 @@ def watch(minutes):
         limit = 60 * minutes
         while not done.wait(min(limit / 4, 5)):
             current = _stage
+            _publish(_where())
             if current and time.monotonic() - current[1] > limit:
                 taken = (
                     f"the stage {current[0]!r} has taken {_waited(current)}, more than train.stall_minutes={minutes:g}"
                 )
                 reason = "another process is lost or hangs, or the limit is too low"
-                end(LOST, f"error: {taken}: {reason}; stacks:", stacks=True)
+                end(LOST, f"error: {taken}: {reason}\n{_all_stages()}stacks:", stacks=True)
 
     if minutes:
         threading.Thread(target=look, daemon=True, name="watchdog").start()
@@ -133,6 +151,35 @@ def _waited(current):
 def _where():
     current = _stage
     return f"in the stage {current[0]!r} for {_waited(current)}" if current else "between the stages"
+
+
+_STAGES_KEY = "clip_jax_stages"  # in the store of JAX's coordination service
+
+
+def _publish(text):
+    """Tells the other processes what this one does, as far as they can be reached."""
+    if not several_processes():
+        return
+    from jax._src import distributed
+
+    client, index = distributed.global_state.client, distributed.global_state.process_id
+    with contextlib.suppress(Exception):  # the process that keeps the store may be the lost one
+        client.key_value_set(f"{_STAGES_KEY}/{index}", f"{time.time():.0f} {text}", allow_overwrite=True)
+
+
+def _all_stages():
+    """Returns a line for each process with its last published stage; empty for a single process."""
+    if not several_processes():
+        return ""
+    import jax
+    from jax._src import distributed
+
+    found = {}
+    with contextlib.suppress(Exception):
+        for key, value in distributed.global_state.client.key_value_dir_get(_STAGES_KEY):
+            since, _, text = value.partition(" ")
+            found[int(key.rpartition("/")[2])] = f"{text}, {max(0, int(time.time() - float(since)))} s ago"
+    return "".join(f"  process {i}: {found.get(i, 'unknown')}\n" for i in range(jax.process_count()))
 
 
 def one_line(error):

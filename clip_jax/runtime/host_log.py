@@ -4,9 +4,11 @@ Each process appends to a file of its own, so that a pod's hosts can be read sid
 network prints in C++ is not in it; that is in the launcher's output.
 """
 
+import faulthandler
 import io
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -46,6 +48,13 @@ def start(workdir, name):
     handler = logging.StreamHandler(_file)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {FORMAT}"))
     logging.getLogger().addHandler(handler)
+    show_stacks(_file)
+
+
+def show_stacks(stream):
+    """From now on, SIGUSR1 writes the stacks of all threads to a file, and the process continues."""
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1, file=stream)
 
 
 def stop():
@@ -56,6 +65,7 @@ def stop():
     sys.stdout, sys.stderr = _streams
     root = logging.getLogger()
     root.handlers = [handler for handler in root.handlers if getattr(handler, "stream", None) is not _file]
+    show_stacks(sys.__stderr__)
     _file.close()
     _file = None
 

@@ -224,24 +224,26 @@ def gather(value):
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def exchange(mesh, request, skipped):
-    """Returns `(greatest request, sum of skipped)` over all processes.
+def exchange(mesh, request, skipped, waited):
+    """Returns `(greatest request, sum of skipped, longest wait, process that waited so long)` over all processes.
 
-    With several processes both are int32 on the devices, so that nothing waits until they are read. This is a separate
+    With several processes they are on the devices, so that nothing waits until they are read. This is a separate
     program: inside the step, XLA would not order its collective with the step's own, and the two could deadlock.
 
     Args:
       mesh: the mesh of all devices.
       request: this host's request, an int.
       skipped: this host's count of unusable records.
+      waited: seconds that this host waited for the rows of a batch.
     """
     if count() == 1:
-        return request, skipped
+        return request, skipped, waited, 0
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
     local = len(mesh.local_devices)
-    rows = np.array([[request, skipped]] + [[0, 0]] * (local - 1), np.int32)
+    rows = np.zeros((local, 4), np.int32)
+    rows[0] = request, skipped, min(round(1e6 * waited), 2**31 - 1), jax.process_index()
     rows = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(mesh.axis_names)), rows)
     return _reducer(mesh)(rows)
 
@@ -251,9 +253,11 @@ def _reducer(mesh):
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    return jax.jit(
-        lambda rows: (rows[:, 0].max(), rows[:, 1].sum()), out_shardings=NamedSharding(mesh, PartitionSpec())
-    )
+    def reduce(rows):
+        slowest = rows[:, 2].argmax()
+        return rows[:, 0].max(), rows[:, 1].sum(), rows[slowest, 2] / 1e6, rows[slowest, 3]
+
+    return jax.jit(reduce, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def wait(name, minutes=60):

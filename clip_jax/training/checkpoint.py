@@ -64,14 +64,16 @@ class Checkpointer:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
+        self.seconds = {}  # of the restored checkpoint, see `save`
 
-    def save(self, step, state, metrics):
+    def save(self, step, state, metrics, seconds=None):
         """Starts to save a state, unless that step is saved already.
 
         Args:
           step: the number of steps done.
           state: a `TrainState`.
           metrics: `{name: number}`, which `checkpoint.best` chooses by.
+          seconds: `{part: number}`, where the time of the run went (`clip_jax.runtime.goodput`).
 
         Raises UserError when the previous save failed or this one cannot start.
         """
@@ -85,6 +87,7 @@ class Checkpointer:
             "config": json.loads(config_lib.to_json(self.config)),
             "tokenizer": self.tokenizer,
             "metrics": metrics,
+            "seconds": seconds or {},
         }
         with faults.stage("checkpoint"), _SaveFailure(self, step):
             self.manager.save(
@@ -128,7 +131,8 @@ class Checkpointer:
             for step in steps:
                 found, problem = None, ""
                 try:
-                    self._check(read_meta(self.folder / str(step)))
+                    meta = read_meta(self.folder / str(step))
+                    self._check(meta)
                     found = restore_arrays(self.folder / str(step), state)
                 except Damaged as error:
                     problem = error.reason
@@ -138,6 +142,7 @@ class Checkpointer:
                     problem = faults.one_line(error)
                 # A checkpoint that one host cannot read counts as damaged on all hosts.
                 if not any(problems := hosts.gather(problem)):
+                    self.seconds = meta.get("seconds", {})
                     return found
                 problem = next(filter(None, problems))
                 logger.warning("checkpoint %s/%d is damaged (%s); trying the one before", self.folder, step, problem)
@@ -162,7 +167,7 @@ class Checkpointer:
         changed = [
             c
             for c in config_lib.differences(old, self.config)
-            if c[0].split(".")[0] not in ("log", "eval", "checkpoint", "mesh")
+            if c[0].split(".")[0] not in ("log", "eval", "checkpoint", "mesh", "profile")
         ]
         for key, a, b in changed:
             logger.warning("the run resumes with another %s: it was %r, is now %r", key, a, b)

@@ -11,6 +11,11 @@ import numpy as np
 
 from clip_jax.errors import UserError
 from clip_jax.runtime import hardware, hosts
+from clip_jax.runtime.goodput import duration
+
+#: The progress line names the host that waits for its data when the waits are more than this share of the time, and
+#: when it was the slowest one for more than this share of them.
+_NAMED_SHARE, _FAR_BEHIND = 0.05, 0.8
 
 
 def peak_flops():
@@ -88,15 +93,15 @@ class Progress:
         self._restart()
 
     def _restart(self):
-        self.done, self.waited = 0, 0.0
+        self.done, self.waited = 0, collections.Counter()
         self.start = time.perf_counter()
 
-    def add(self, metrics, waited):
-        """Adds the metrics of one step and the seconds that it waited for data."""
+    def add(self, metrics, waited, host=0):
+        """Adds the metrics of one step, the seconds that the slowest host waited for its data, and that host."""
         for name, value in metrics.items():
             self.sums[name] += float(value)
         self.done += 1
-        self.waited += waited
+        self.waited[int(host)] += float(waited)
 
     def pause(self, seconds):
         """Excludes time that was not spent on training, such as an evaluation."""
@@ -112,7 +117,11 @@ class Progress:
         seconds = max(time.perf_counter() - self.start, 1e-9)
         values = {name: total / self.done for name, total in self.sums.items()}
         values["images_per_s"] = self.done * self.batch_size / seconds
-        values["data_wait_share"] = self.waited / seconds
+        waited = self.waited.total()
+        values["data_wait_share"] = waited / seconds
+        host, longest = self.waited.most_common(1)[0]
+        if hosts.count() > 1 and values["data_wait_share"] > _NAMED_SHARE and longest > _FAR_BEHIND * waited:
+            values["data_wait_host"] = host
         values["skipped"] = skipped
         if self.peak and self.flops:
             values["mfu"] = self.flops * self.done / seconds / (self.peak * jax.device_count())
@@ -132,20 +141,13 @@ class Progress:
         if "logit_scale" in values:
             parts.append(f"scale {values['logit_scale']:.1f}")
         parts += [f"grad {values['grad_norm']:.2f}", f"params {values['param_norm']:.1f}", f"lr {values['lr']:.1e}"]
-        parts += [f"{values['images_per_s']:.0f} img/s", f"data wait {values['data_wait_share']:.0%}"]
+        slowest = f" (host {values['data_wait_host']})" if "data_wait_host" in values else ""
+        parts += [f"{values['images_per_s']:.0f} img/s", f"data wait {values['data_wait_share']:.0%}{slowest}"]
         if "mfu" in values:
             parts.append(f"MFU {values['mfu']:.1%}")
         if values["skipped"]:
             parts.append(f"skipped {values['skipped']:.0f}")
         return " | ".join([*parts, f"ETA {duration(values['eta_s'])}"])
-
-
-def duration(seconds):
-    """Returns a duration in seconds as `"1h02m"`, `"3m05s"` or `"12s"`."""
-    seconds = int(round(seconds))
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
 def describe_run(config, records, mesh, state, flops, size, seconds):

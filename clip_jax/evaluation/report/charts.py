@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.evaluation.report.page import COLOURS, escaped, shortened
+from clip_jax.runtime import goodput
 
 _POINTS = 400  # of a curve; longer ones are averaged
 _CURVES = {
@@ -17,6 +18,7 @@ _CURVES = {
     "Learning rate": r"lr",
     "Gradient norm": r"grad_norm",
     "Images per second": r"images_per_s",
+    "Share of the time that was spent on training": r"goodput",
 }
 _EVALUATION_CURVES = [
     "top1",
@@ -87,7 +89,8 @@ def training_curves(page, path, title_of=str):
     training, evaluation = read_metrics(path)
     if not training and not evaluation:
         return "<p>There are no metrics of a training run with this checkpoint, hence no curves.</p>"
-    blocks, rest = [], dict(training)
+    spent = {part: evaluation.pop(f"seconds/{part}", [(0, 0.0)])[-1][1] for part in goodput.PARTS}
+    blocks, rest = [f"<p>{escaped(goodput.describe(spent))}.</p>" if any(spent.values()) else ""], dict(training)
     main = []
     for title, pattern in _CURVES.items():
         chosen = {name: rest.pop(name) for name in sorted(rest) if re.fullmatch(pattern, name)}

@@ -9,8 +9,9 @@ Radford et al. 2021, appendix A.3. As there:
   - The classifier is then fitted again on training and validation examples together.
 
 Not as there: scikit-learn computes in float64 and starts each fit at zero. Here a fit is in float32 and starts at that
-of the nearest lambda. It has centred features and scaled weights as its variables, which leaves the minimum where it
-is and brings a fit closer to it within the limit. CLIP reports accuracies averaged over classes on some data sets; here the accuracy is that over all images.
+of the nearest lambda. It has centred features and scaled weights as its variables. That leaves the minimum where it is
+and brings a fit closer to it within the limit. CLIP reports accuracies averaged over classes on some data sets; here
+the accuracy is that over all images.
 
 Assumptions, as the paper does not say: the strongest lambda among equals, a fifth of each class as the validation set
 where a data set has none, and the point at which a fit ends.

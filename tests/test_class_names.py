@@ -13,6 +13,7 @@ from clip_jax.data.class_names import canonical_name, join_classes
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
+from clip_jax.evaluation import linear_probe
 from clip_jax.evaluation.class_names import imagenet_names, match_classes, names_of
 from clip_jax.evaluation.knn import knn_task
 from clip_jax.evaluation.probe import probe_task
@@ -237,8 +238,6 @@ def test_probe_labels_are_matched_by_name(train, test, spaced):
         labels.update(train=labels_train, test=labels_test)
         raise InterruptedError
 
-    from clip_jax.evaluation import linear_probe
-
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(linear_probe, "linear_probe", fit)
         probe(source(train, n=2), data)
@@ -294,6 +293,26 @@ def test_probe_on_some_of_the_classes_and_on_others():
     assert probe(numbered, source(["lime"], numbered=True))["p/accuracy"] == 1.0
     with pytest.raises(UserError, match="plain has no image of three's classes 2"):
         probe(numbered, source(["lime", "navy", "dark_red"], name="three", numbered=True))
+
+
+def test_the_validation_images_of_the_probe_may_be_a_split(tmp_path, monkeypatch):
+    for split, names in (("train", ("lime", "navy")), ("val", ("navy",)), ("test", ("lime", "navy"))):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").write_bytes(png(name, 0))
+    labels = {}
+
+    def fit(x_train, labels_train, x_test, labels_test, x_val, labels_val):
+        labels.update(train=labels_train.tolist(), val=labels_val.tolist(), test=labels_test.tolist())
+        return linear_probe.ProbeResult(1.0, 1.0, 1.0, labels_test)
+
+    monkeypatch.setattr(linear_probe, "linear_probe", fit)
+    task = parse_task(f"probe('{tmp_path}', '{tmp_path}', val_split='val', features='embedding')")
+    task.check_sources()
+    task(ColorModel())
+    assert labels == {"train": [0, 1], "val": [1], "test": [0, 1]}  # the only class of val is number 0 there
+    with pytest.raises(UserError, match="vall"):
+        parse_task(f"probe('{tmp_path}', '{tmp_path}', val_split='vall')").check_sources()
 
 
 def test_nearest_neighbours_have_their_labels_by_name():

@@ -29,7 +29,10 @@ def base():
     """Returns the configuration with every field at its default, which is CLIP's. Every field has a comment."""
     c = ConfigDict()
     c.method = "clip"  # a module of clip_jax.methods, or the import path of your own module
-    c.micro_batches = 1  # encodes the batch in this many parts: less memory, the same result, a third more compute
+    # Encodes the batch in this many parts: less memory, the same result, a third more compute. In a tower with batch
+    # norm (resnet, efficientnet, pyramid_vit, pyramid_resnet) each part has its own statistics, so that the result
+    # differs, unless model.image.bn_group is set: parts hold whole groups.
+    c.micro_batches = 1
     c.seed = 0  # all randomness follows from it: initialisation, order of the data, augmentation
     # sentencepiece[:FILE] | clip_bpe[:FILE] | wordpiece:FILE | unifont[:FILE] | the folder of a saved tokenizer
     c.tokenizer = "sentencepiece"

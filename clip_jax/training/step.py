@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from clip_jax.errors import UserError
 from clip_jax.models.common import mark_frozen, moving_average, shard_batch, unmark_frozen
 from clip_jax.training import optimizers
 from clip_jax.training.schedules import make_schedule
@@ -56,7 +57,7 @@ def make_init(config, method, batch):
     return init, tx
 
 
-def make_gradients(method, micro_batches):
+def make_gradients(method, micro_batches, group=1):
     """Returns `gradients(params, extra, batch, rng, view) -> (loss, metrics, features, extra, grads)`.
 
     It differentiates `loss(heads(encode(view(params))))`.
@@ -64,12 +65,15 @@ def make_gradients(method, micro_batches):
     With several micro-batches the loss is still that of the whole batch, with all its negatives (gradient caching, Gao
     et al. 2021). All parts are encoded without a gradient, the loss gives the gradient of the features, and each part
     is encoded again to carry this gradient to the parameters. Memory holds one part and all features. The extra work is
-    one forward pass. The result is the same up to rounding, unless `encode` computes statistics over the batch
-    (BatchNorm).
+    one forward pass. The result is the same up to rounding, unless `encode` computes statistics over the batch, as
+    `BatchNorm` without `group` does. Running statistics move once, towards their mean over the parts.
 
     Args:
       method: a `Method`.
       micro_batches: the number of parts of a batch.
+      group: the number of successive examples that stay together in a part, the `group` of `BatchNorm`.
+
+    `gradients` raises UserError when parts of whole groups do not divide the batch.
     """
 
     def finish(params, extra, features, batch, rng):
@@ -87,19 +91,33 @@ def make_gradients(method, micro_batches):
         return loss, *aux, grads
 
     def in_parts(params, extra, batch, rng, view):
+        rows = len(batch["example_id"])
+        if rows % (micro_batches * group):
+            raise UserError(
+                f"model.image.bn_group={group} times micro_batches={micro_batches} does not divide the {rows} examples"
+                " of a batch"
+            )
+
         def part(x):
-            # A part takes every k-th row, so that each device works on its own rows in each micro-batch.
-            return shard_batch(jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), axis=1)
+            # A part takes every k-th group, so that each device works on its own rows in each micro-batch.
+            groups = jnp.moveaxis(x.reshape(-1, micro_batches, group, *x.shape[1:]), 1, 0)
+            return shard_batch(groups.reshape(micro_batches, -1, *x.shape[1:]), axis=1)
 
         def join(x):
-            return shard_batch(jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]))
-
-        def encode(extra, part):
-            features, extra = method.encode(view(params), extra, part, rng, train=True)
-            return extra, features
+            groups = x.reshape(micro_batches, -1, group, *x.shape[2:])
+            return shard_batch(jnp.moveaxis(groups, 0, 1).reshape(-1, *x.shape[2:]))
 
         parts = jax.tree.map(part, batch)
-        new_extra, features = jax.lax.scan(encode, extra, parts)
+        old, structure = jax.tree.flatten(extra)
+
+        def encode(_, part):
+            features, new = method.encode(view(params), extra, part, rng, train=True)
+            # What `encode` passes on unchanged, such as a teacher's parameters, is not stacked over the parts.
+            return None, (features, {i: x for i, x in enumerate(structure.flatten_up_to(new)) if x is not old[i]})
+
+        _, (features, moved) = jax.lax.scan(encode, None, parts)
+        new = [x + (moved[i] - x).mean(0).astype(x.dtype) if i in moved else x for i, x in enumerate(old)]
+        new_extra = structure.unflatten(new)
         leaves, treedef = jax.tree.flatten(jax.tree.map(join, features))
         floats = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]  # masks and indices carry no gradient
 
@@ -141,7 +159,7 @@ def make_step(config, method, tx):
     """
     schedule = make_schedule(config.optim, config.train.steps)
     decay = config.optim.ema_decay
-    gradients = make_gradients(method, config.micro_batches)
+    gradients = make_gradients(method, config.micro_batches, config.model.get("image", {}).get("bn_group") or 1)
 
     def cast_kernel(path, x):
         # The gradient of a kernel has the dtype that the kernel has here, in the sum over devices as well.

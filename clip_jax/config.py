@@ -21,7 +21,9 @@ REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "plain")
 _COLOURS = ("image_mean", "image_std")
 #: Fields that hold tuples of str.
-_TEXTS = set("augment templates rewrites transform tasks train_tasks init_from_params freeze no_decay".split())
+_TEXTS = set(
+    "augment templates rewrites transform tasks train_tasks init_from_params init_from_allow freeze no_decay".split()
+)
 SAMPLINGS = ("mixed", "one_source")
 
 
@@ -38,6 +40,7 @@ def base():
     c.tokenizer = "sentencepiece"
     c.init_from = ""  # weights to start from, or "img=PATH, txt=PATH" (docs/checkpoints.md); a resumed run ignores it
     c.init_from_params = ()  # only parameters whose path matches one of these regular expressions, e.g. ("^img/",)
+    c.init_from_allow = ()  # fields that may contradict these weights, e.g. ("model.image_mean", "model.image_std")
     c.init_from_resize = False  # resizes position embeddings when their shape differs
     c.data, c.model = _data(), _model()
     c.optim, c.train = _optim(), _train()
@@ -382,8 +385,8 @@ def validate(config):
     for key, allowed in choices.items():
         if _get(config, key) not in allowed:
             raise unknown(key, _get(config, key), allowed)
-    if (config.init_from_params or config.init_from_resize) and not config.init_from:
-        raise UserError("init_from_params and init_from_resize need init_from")
+    if not config.init_from and (config.init_from_params or config.init_from_resize or config.init_from_allow):
+        raise UserError("init_from_params, init_from_resize and init_from_allow need init_from")
     if config.eval.ema and not config.optim.ema_decay:
         raise UserError("eval.ema=True needs optim.ema_decay above 0")
     patterns = {key: _get(config, key) for key in ("optim.freeze", "optim.no_decay", "init_from_params")}

@@ -13,10 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 from clip_jax import config as config_lib
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, unknown
 
 #: Fields that change what a tower computes but not the shapes of its weights.
 SILENT = ("act", "ln_eps", "heads", "posemb", "padding", "causal", "mask_padding")
+COLOURS = ("image_mean", "image_std")
+#: What `config.init_from_allow` may hold.
+ALLOWED = (
+    *(f"model.{which}.{field}" for which in ("image", "text") for field in SILENT),
+    *(f"model.{f}" for f in COLOURS),
+)
 POS, TEXT_POS = "img/pos", "txt/pos"
 
 
@@ -47,6 +53,9 @@ def check_path(config, workdir):
     from clip_jax.interop import recognize
     from clip_jax.training import checkpoint
 
+    for field in config.init_from_allow:
+        if field not in ALLOWED:
+            raise unknown("init_from_allow", field, ALLOWED)
     if not config.init_from or any((workdir / "checkpoints").glob("[0-9]*")):  # a resumed run does not need it
         return
     for path in sources(config.init_from).values():
@@ -172,25 +181,25 @@ def _choose(config, current, source, prefix):
 def _check_meaning(config, source, chosen, tokenizer):
     """Raises UserError when the run would use the weights differently than the source does."""
     ours, theirs = config.model, source.config.model
-    problems = []
+    problems = {}
     for which, prefix in (("image", "img/"), ("text", "txt/")):
         if which not in ours or which not in theirs or not any(path.startswith(prefix) for path in chosen):
             continue
         for field in SILENT:
             a, b = ours[which].get(field), theirs[which].get(field)
             if a is not None and b is not None and a != b:
-                problems.append(f"model.{which}.{field}={b!r} there, {a!r} here")
+                problems[f"model.{which}.{field}"] = f"{b!r} there, {a!r} here"
         if which == "image":
-            fields = ("image_mean", "image_std")
-            problems += [
-                f"model.{f}={tuple(theirs[f])} there, {tuple(ours[f])} here"
-                for f in fields
+            problems |= {
+                f"model.{f}": f"{tuple(theirs[f])} there, {tuple(ours[f])} here"
+                for f in COLOURS
                 if theirs[f] is not None and not _close(ours[f], theirs[f])
-            ]
+            }
+    lines = [f"{field}={text}" for field, text in problems.items() if field not in config.init_from_allow]
     if "txt/embed/embedding" in chosen and source.fingerprint not in (None, tokenizer.fingerprint()):
-        problems.append(f"the tokenizer {source.config.tokenizer!r} there differs from {config.tokenizer!r} here")
-    if problems:
-        raise UserError(f"init_from: {source.path} contradicts the configuration: {'; '.join(problems)}")
+        lines.append(f"the tokenizer {source.config.tokenizer!r} there differs from {config.tokenizer!r} here")
+    if lines:
+        raise UserError(f"init_from: {source.path} contradicts the configuration: {'; '.join(lines)}")
 
 
 def _close(a, b):

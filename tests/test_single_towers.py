@@ -10,6 +10,7 @@ import pytest
 from conftest import golden_files
 from helpers import tiny_config
 from safetensors.numpy import load_file, save_file
+from tower_helpers import bert_tensors, random, read_params, timm_tensors
 
 from clip_jax import init_from
 from clip_jax.data.tokenizers import make_tokenizer
@@ -19,31 +20,6 @@ from clip_jax.interop.load import resize_text_positions
 from clip_jax.methods.interface import make_method, resolve
 from clip_jax.models.bert import BertTower
 from clip_jax.training.step import make_init
-
-RNG = np.random.default_rng(0)
-
-
-def random(*shape):
-    return RNG.normal(0, 0.1, shape).astype(np.float32)
-
-
-def bert_tensors(width=32, depth=2, mlp=48, vocab=41, positions=20):
-    """Returns a state dict with the names of Hugging Face's BertForPreTraining and TensorFlow's names of norms."""
-    found = {"cls.predictions.bias": random(vocab), "bert.pooler.dense.weight": random(width, width)}
-    sizes = {"word": vocab, "position": positions, "token_type": 2}
-    for name, size in sizes.items():
-        found[f"bert.embeddings.{name}_embeddings.weight"] = random(size, width)
-    norms = ["embeddings.LayerNorm"]
-    for i in range(depth):
-        layer = f"encoder.layer.{i}"
-        shapes = {f"attention.self.{name}": (width, width) for name in ("query", "key", "value")}
-        shapes |= {"attention.output.dense": (width, width), "intermediate.dense": (mlp, width)}
-        for name, shape in (shapes | {"output.dense": (width, mlp)}).items():
-            found[f"bert.{layer}.{name}.weight"], found[f"bert.{layer}.{name}.bias"] = random(*shape), random(shape[0])
-        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
-    for name in norms:
-        found[f"bert.{name}.gamma"], found[f"bert.{name}.beta"] = 1 + random(width), random(width)
-    return found
 
 
 def bert_by_hand(t, ids, heads):
@@ -87,24 +63,6 @@ def bert(tmp_path):
     return folder, tensors
 
 
-def timm_tensors(width=64, depth=2, patch=8, grid=2):
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid**2, width), "head.weight": (10, width)}
-    shapes |= {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
-    layers = {
-        "attn.qkv": (3 * width, width),
-        "attn.proj": (width, width),
-        "mlp.fc1": (96, width),
-        "mlp.fc2": (width, 96),
-    }
-    for i in range(depth):
-        for name, shape in layers.items():
-            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
-        for name in ("norm1", "norm2"):
-            shapes |= {f"blocks.{i}.{name}.weight": (width,), f"blocks.{i}.{name}.bias": (width,)}
-    shapes |= {"norm.weight": (width,), "norm.bias": (width,), "head.bias": (10,)}
-    return {name: random(*shape) for name, shape in shapes.items()}
-
-
 def test_bert_is_its_formula(bert):
     folder, tensors = bert
     foreign = recognize.recognize(folder)
@@ -112,7 +70,7 @@ def test_bert_is_its_formula(bert):
     source = init_from._foreign(str(folder))
     ids = np.array([[2, 5, 9, 3, 0, 0], [2, 7, 3, 0, 0, 0]], np.int32)
     wanted = bert_by_hand(tensors, ids, 4)
-    params = read(source)
+    params = read_params(source)
     for pool in ("first", "mean"):
         fields = dict(vocab_size=41, width=32, depth=2, heads=4, mlp_dim=48, positions=20, context=6, embed_dim=0)
         tower = BertTower(**fields, eot_id=3, pad_id=0, pool=pool)
@@ -121,14 +79,6 @@ def test_bert_is_its_formula(bert):
         np.testing.assert_allclose(np.asarray(states) * real, wanted * real, rtol=2e-4, atol=2e-5)
         mean = (wanted * real).sum(1) / real.sum(1)
         np.testing.assert_allclose(pooled, wanted[:, 0] if pool == "first" else mean, rtol=2e-4, atol=2e-5)
-
-
-def read(source):
-    from flax import traverse_util
-
-    one = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), jax.P())
-    targets = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for p, x in source.shapes.items()}
-    return traverse_util.unflatten_dict(source.load(targets), sep="/")
 
 
 @pytest.mark.parametrize("path", golden_files("hf_align/model.safetensors"))
@@ -140,7 +90,7 @@ def test_bert_is_the_text_tower_of_the_golden_align(path, tmp_path):
     cfg = json.loads((pathlib.Path(path).parent / "config.json").read_text())["text_config"]
     heads = {"num_attention_heads": cfg["num_attention_heads"]}
     (tmp_path / "bert" / "config.json").write_text(json.dumps(heads))
-    found = read(init_from._foreign(str(tmp_path / "bert")))["txt"]["bert"]
+    found = read_params(init_from._foreign(str(tmp_path / "bert")))["txt"]["bert"]
     align = load.load(pathlib.Path(path).parent, tokenizer=None).params["txt"]["bert"]
     jax.tree.map(np.testing.assert_array_equal, found, align)
 

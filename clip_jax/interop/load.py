@@ -98,16 +98,16 @@ def shapes(config):
         if which in config.model:
             config.model[which] = towers.all_fields(kinds, config.model[which].to_dict())
     if is_image_tower(config):
-        tree = {"params": {}}
+        found = {}
         if "image" in config.model:
             size = config.model.image.size
             image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-            found = jax.eval_shape(towers.image_tower(config.model).init, jax.random.key(0), image)
-            tree["params"]["img"] = found["params"]
+            found["img"] = jax.eval_shape(towers.image_tower(config.model).init, jax.random.key(0), image)
         if "text" in config.model:
             ids = jax.ShapeDtypeStruct((1, config.model.text.context), np.int32)
-            found = jax.eval_shape(towers.text_tower(config.model).init, jax.random.key(0), ids)
-            tree["params"]["txt"] = found["params"]
+            found["txt"] = jax.eval_shape(towers.text_tower(config.model).init, jax.random.key(0), ids)
+        statistics = {name: x["batch_stats"] for name, x in found.items() if "batch_stats" in x}
+        tree = {"params": {name: x["params"] for name, x in found.items()}, "extra": {"batch_stats": statistics}}
     else:
         method = make_method(config)
         tree = dict(
@@ -237,8 +237,11 @@ def _describe(foreign, config, ours, tokenizer):
         lines.append(f"text tower: {text.kind} {sizes}")
     acts = {name: tower["act"] for name, tower in (("image", image), ("text", text)) if "act" in tower}
     lines.append(f"activation: {', '.join(f'{name} {act}' for name, act in acts.items()) or 'fixed'}")
-    mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (config.model.image_mean, config.model.image_std))
-    lines.append(f"preprocessing: {', '.join(config.eval.transform)}; mean ({mean}), std ({std})")
+    colours = [
+        "unknown" if values is None else f"({', '.join(f'{x:.4g}' for x in values)})"
+        for values in (config.model.image_mean, config.model.image_std)
+    ]
+    lines.append(f"preprocessing: {', '.join(config.eval.transform)}; mean {colours[0]}, std {colours[1]}")
     lines.append(
         f"tokenizer: {config.tokenizer or 'none'}"
         + (f", {tokenizer.vocab_size:,} ids" if tokenizer and tokenizer.vocab_size else "")

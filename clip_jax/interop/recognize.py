@@ -71,6 +71,9 @@ def recognize(path, act=None, heads=None, size=None):
     elif {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= names:
         cfg = configs.single.timm_vit(tensors, _json(config) or {})
         foreign = Foreign("timm", file, tensors, cfg, single.timm_vit_entries, single.TIMM_IGNORED)
+    elif {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight"} <= names:
+        cfg = configs.single.resnet(tensors, _json(config) or {})
+        foreign = Foreign("ResNet", file, tensors, cfg, single.resnet_entries, single.RESNET_IGNORED)
     elif "transformer.resblocks1.0.ln_1.weight" in names:
         foreign = _pyramidclip(file, tensors, _json(config), heads)
     elif any(name.startswith(("visual.", "text.")) for name in names):
@@ -80,7 +83,7 @@ def recognize(path, act=None, heads=None, size=None):
     else:
         known = (
             "open_clip, OpenAI or PyramidCLIP (visual.*), Hugging Face (vision_model.*, BertModel), big_vision (img/*)"
-            " or timm (patch_embed.*)"
+            ", timm (patch_embed.*) or torchvision (layer1.*)"
         )
         raise UserError(
             f"{file}: not a model of {known}; the names of its tensors are {', '.join(sorted(names)[:3])}, ..."

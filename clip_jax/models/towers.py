@@ -12,7 +12,7 @@ from clip_jax.models.transformer import PROJ_INITS, WEIGHT_INITS
 
 IMAGE_TOWERS = {
     "vit": vit.VisionTransformer, "resnet": resnet.ModifiedResNet, "efficientnet": efficientnet.EfficientNet,
-    "pyramid_vit": pyramid.PyramidViT, "pyramid_resnet": pyramid.PyramidResNet,
+    "pyramid_vit": pyramid.PyramidViT, "pyramid_resnet": pyramid.PyramidResNet, "plain_resnet": resnet.PlainResNet,
 }  # fmt: skip
 TEXT_TOWERS = {"transformer": text.TextTransformer, "bert": bert.BertTower}
 #: Fields of towers that hold a probability: at least 0 and below 1.
@@ -239,9 +239,9 @@ def _make(kinds, model, which, choices, tokens):
         )
     projected = fields.pop("proj", True)
     tower = kinds[kind](**fields, **shared | ({} if projected else {"embed_dim": 0}))
-    if not projected and tower.width != model.embed_dim:
+    width = 0 if projected else tower.width * (32 if kind == "plain_resnet" else 1)
+    if not projected and width != model.embed_dim:
         raise UserError(
-            f"model.{which}.proj=False needs model.embed_dim={tower.width}, the width of the tower,"
-            f" not {model.embed_dim}"
+            f"model.{which}.proj=False needs model.embed_dim={width}, the width of the tower, not {model.embed_dim}"
         )
     return tower

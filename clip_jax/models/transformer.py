@@ -367,10 +367,16 @@ def project(pooled, embed_dim, bias, dtype, scheme=""):
 
     With `embed_dim` 0 there is no layer, and the result is `pooled` in float32. `scheme` is a tower's `weight_init` or
     `proj_init`. The kernel is Xavier-uniform for `flip` and `glorot`, normal with standard deviation 0.02 for `unicl`,
-    and otherwise normal with `D ** -0.5`.
+    and otherwise normal with `D ** -0.5`. For `torch`, kernel and bias are U(-1/sqrt(D), 1/sqrt(D)); otherwise the bias
+    is 0.
     """
     if embed_dim:
-        normal = nn.initializers.normal(0.02 if scheme == "unicl" else pooled.shape[-1] ** -0.5)
-        init = nn.initializers.xavier_uniform() if scheme in ("flip", "glorot") else normal
-        pooled = Dense(embed_dim, use_bias=bias, dtype=dtype, kernel_init=init, name="proj")(pooled)
+        width = pooled.shape[-1]
+        init, bias_init = nn.initializers.normal(0.02 if scheme == "unicl" else width**-0.5), nn.initializers.zeros
+        if scheme in ("flip", "glorot"):
+            init = nn.initializers.xavier_uniform()
+        elif scheme == "torch":
+            init = bias_init = torch_uniform(width)
+        layer = Dense(embed_dim, use_bias=bias, dtype=dtype, kernel_init=init, bias_init=bias_init, name="proj")
+        pooled = layer(pooled)
     return pooled.astype(jnp.float32)

@@ -1,9 +1,10 @@
-"""Configurations of single towers: Hugging Face's BertModel, and the vision transformers of timm and DINO.
+"""Configurations of single towers: Hugging Face's BertModel, ViTs of timm and DINO, ResNets of torchvision and timm.
 
 Their method is empty and the section of the other tower is missing.
 """
 
 import math
+import re
 
 from clip_jax.errors import UserError
 from clip_jax.interop.configs.common import count, start
@@ -54,8 +55,38 @@ def timm_vit(shapes, cfg):
         pool="cls" if has_cls else "gap", cls_token=has_cls, ln_pre=False,
         patch_bias="patch_embed.proj.bias" in shapes, posemb="learn",
     )  # fmt: skip
+    _set_colours(c, cfg)
+    return c
+
+
+def resnet(shapes, cfg):
+    """Returns the configuration of a ResNet with the names of torchvision, which timm's has too.
+
+    Args:
+      shapes: `{name: object with a shape}`.
+      cfg: as for `timm_vit`.
+
+    Raises UserError for a ResNet of another kind.
+    """
+    name = cfg.get("architecture", "")
+    if name and not re.fullmatch(r"(tv_)?resnet\d+", name.partition(".")[0]):
+        raise UserError(
+            f"config.json: architecture={name!r} is not supported: of these names only resnet50 and its like"
+        )
+    if "layer1.0.conv3.weight" not in shapes:
+        raise UserError("a ResNet of basic blocks is not supported: only bottlenecks are, as in ResNet-50")
+    width = shapes["conv1.weight"].shape[0]
+    c = start("", 32 * width)
+    del c.model.text
+    layers = tuple(count(shapes, rf"layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
+    c.model.image = dict(kind="plain_resnet", size=224, layers=layers, width=width, proj=False)
+    _set_colours(c, cfg)
+    return c
+
+
+def _set_colours(c, cfg):
+    """Sets mean and deviation to those of timm's `pretrained_cfg`; without it they are unknown, None."""
     pretrained = cfg.get("pretrained_cfg", cfg)
     c.model.image_mean, c.model.image_std = (
         tuple(pretrained[name]) if name in pretrained else None for name in ("mean", "std")
     )
-    return c

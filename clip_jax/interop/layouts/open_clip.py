@@ -4,8 +4,6 @@ PyramidCLIP's released state dicts differ little: the blocks have two parts, and
 other MLPs.
 """
 
-import re
-
 from clip_jax.interop.layouts import (
     CONV,
     LINEAR_OUT,
@@ -19,7 +17,7 @@ from clip_jax.interop.layouts import (
     norm,
     present,
 )
-from clip_jax.interop.layouts.single import timm_vit_entries
+from clip_jax.interop.layouts.single import bottlenecks, conv_norm, timm_vit_entries
 
 #: Further values of OpenAI's archives, and counters of PyTorch's batch norms.
 IGNORED = ("input_resolution", "context_length", "vocab_size", r"(.*\.)?attn_mask", r".*\.num_batches_tracked")
@@ -97,22 +95,9 @@ def _text(ours, prefix, parts):
 
 
 def _resnet(ours):
-    def conv_norm(theirs, ours, i):
-        return [
-            entry(f"{theirs}conv{i}.weight", f"params/{ours}/conv{i}/kernel", CONV),
-            *batch_norm(f"{theirs}bn{i}", f"{ours}/bn{i}"),
-        ]
-
     for i in (1, 2, 3):
-        yield from conv_norm("visual.", "img/stem", i)
-    for layer, j in sorted(
-        {(int(m[1]), int(m[2])) for path in ours if (m := re.match(r"params/img/layer_(\d+)_(\d+)/", path))}
-    ):
-        t, o = f"visual.layer{layer}.{j}", f"img/layer_{layer}_{j}"
-        for i in (1, 2, 3):
-            yield from conv_norm(f"{t}.", o, i)
-        yield entry(f"{t}.downsample.0.weight", f"params/{o}/downsample_conv/kernel", CONV)
-        yield from batch_norm(f"{t}.downsample.1", f"{o}/downsample_bn")
+        yield from conv_norm(f"visual.conv{i}", f"visual.bn{i}", f"img/stem/conv{i}", f"img/stem/bn{i}")
+    yield from bottlenecks(ours, "visual.")
     pool = "params/img/pool"
     yield entry("visual.attnpool.positional_embedding", f"{pool}/pos", TABLE)
     for name, path in (("q", "query"), ("k", "key"), ("v", "value")):

@@ -93,6 +93,7 @@ def _model():
     c.image = ConfigDict(dict(kind="vit", size=224, patch=32, width=768, depth=12, heads=12, mlp_dim=3072, pool="cls"))
     c.image.update(dict(cls_token=True, ln_pre=True, patch_bias=False, posemb="learn", act="quick_gelu", ln_eps=1e-5))
     c.image.update(dict(weight_init="clip_image", stem=(), patch_drop=0.0, qk_norm=False, token_norm=True))
+    c.image.update(dict(registers=0, layer_scale=0.0))
     c.image.update(dict(proj=True, proj_bias=False))
     c.text = ConfigDict(dict(kind="transformer", context=77, width=512, depth=12, heads=8, mlp_dim=2048, pool="eot"))
     c.text.update(dict(causal=True, mask_padding=False, act="quick_gelu", ln_eps=1e-5, weight_init="clip_text"))

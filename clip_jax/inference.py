@@ -259,7 +259,7 @@ def load(path, which="latest", ema=None, mesh=None, overrides=(), **options):
     Raises UserError when the checkpoint or file is missing or cannot be read.
     """
     from clip_jax.interop import load as interop
-    from clip_jax.interop.recognize import is_foreign
+    from clip_jax.interop.towers.files import is_foreign
 
     if is_foreign(path):
         if overrides:

@@ -37,7 +37,7 @@ class Source:
       load: `{path: jax.ShapeDtypeStruct with sharding} -> {path: array}`. It reads only these arrays and those that are
         stored with them.
       fingerprint: the fingerprint of their tokenizer, or None.
-      bicubic: whether position embeddings are resized bicubically, see `clip_jax.interop.load.resize_positions`.
+      resize: how position embeddings are resized, see `clip_jax.interop.towers.load.resize_positions`.
     """
 
     path: str
@@ -45,12 +45,12 @@ class Source:
     shapes: dict
     load: Callable
     fingerprint: str | None = None
-    bicubic: bool = True
+    resize: str = "antialias"
 
 
 def check_path(config, workdir):
     """Checks, before a device is touched, that a new run in `workdir` finds its weights. Raises UserError."""
-    from clip_jax.interop import recognize
+    from clip_jax.interop.towers.files import is_foreign
     from clip_jax.training import checkpoint
 
     for field in config.init_from_allow:
@@ -59,7 +59,7 @@ def check_path(config, workdir):
     if not config.init_from or any((workdir / "checkpoints").glob("[0-9]*")):  # a resumed run does not need it
         return
     for path in sources(config.init_from).values():
-        if recognize.is_foreign(path):
+        if is_foreign(path):
             _recognize(path)
             continue
         try:
@@ -99,19 +99,19 @@ def start(config, state, tokenizer):
     """
     import jax
 
-    from clip_jax.interop import recognize
+    from clip_jax.interop.towers.files import is_foreign
 
     current = _flat(state.params, state.extra)
     found, resized = {}, False
     for prefix, path in sources(config.init_from).items():
-        source = _foreign(path) if recognize.is_foreign(path) else _own(path)
+        source = _foreign(path) if is_foreign(path) else _own(path)
         chosen = _choose(config, current, source, prefix)
         _check_meaning(config, source, chosen, tokenizer)
         targets = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in chosen.items()}
         resizes = _check_shapes(config, source, targets)
         loaded = source.load(targets | {name: _whole(source.shapes[name], targets[name]) for name in resizes})
         for name in resizes:
-            loaded[name] = _resize(name, loaded[name], targets[name], config.model, source.bicubic)
+            loaded[name] = _resize(name, loaded[name], targets[name], config.model, source.resize)
         found |= {name: loaded[name] for name in targets}
         resized = resized or bool(resizes)
     params, stats = _nested(current | found, state.params, state.extra)
@@ -228,17 +228,17 @@ def _whole(shape, target):
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(target.sharding.mesh, PartitionSpec()))
 
 
-def _resize(path, pos, target, model, bicubic):
+def _resize(path, pos, target, model, how):
     import jax
     import numpy as np
 
-    from clip_jax.interop.load import resize_positions, resize_text_positions
+    from clip_jax.interop.towers.load import resize_positions, resize_text_positions
 
     if path == TEXT_POS:
         new = resize_text_positions(np.asarray(pos), target.shape[1])
     else:
         first = int(model.image.cls_token)
-        new = resize_positions(np.asarray(pos), round((target.shape[1] - first) ** 0.5), first, bicubic)
+        new = resize_positions(np.asarray(pos), round((target.shape[1] - first) ** 0.5), first, how)
     return jax.make_array_from_callback(target.shape, target.sharding, new.astype(target.dtype).__getitem__)
 
 
@@ -274,7 +274,7 @@ def _foreign(path):
         return {path: found[full[path]] for path in targets}
 
     shapes = {path: ours[p] for path, p in full.items()}
-    return Source(str(path), foreign.config, shapes, load, bicubic=foreign.kind != "big_vision")
+    return Source(str(path), foreign.config, shapes, load, resize=foreign.resize)
 
 
 def _own(path):

@@ -21,6 +21,7 @@ from clip_jax.errors import UserError
 from clip_jax.interop import configs, layouts, load, recognize
 from clip_jax.interop import tokenizer as tokenizer_files
 from clip_jax.interop.layouts import big_vision, hf, open_clip
+from clip_jax.interop.towers.files import is_foreign
 from clip_jax.methods.interface import make_method
 from clip_jax.models.towers import image_tower
 from clip_jax.runtime import sharding
@@ -96,7 +97,7 @@ def test_golden_positions_of_big_vision(path):
     a = np.load(path)
     for name in ("upsampled", "downsampled"):
         grid = math.isqrt(a[name].shape[1])
-        np.testing.assert_allclose(load.resize_positions(a["old"], grid, bicubic=False), a[name], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(load.resize_positions(a["old"], grid, how="corners"), a[name], rtol=1e-4, atol=1e-5)
 
 
 OPEN_CLIP = {
@@ -416,7 +417,7 @@ def test_paths_that_hold_no_model(tmp_path):
         load.load(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         load.load(tmp_path / "none.npz")
-    assert not recognize.is_foreign(tmp_path)
+    assert not is_foreign(tmp_path)
     save_file({"conv1.weight": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(
         UserError, match="not a model of open_clip, OpenAI or PyramidCLIP .* the names of its tensors are conv1.weight"

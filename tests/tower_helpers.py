@@ -28,22 +28,51 @@ def bert_tensors(width=32, depth=2, mlp=48, vocab=41, positions=20):
     return found
 
 
-def timm_tensors(width=64, depth=2, patch=8, grid=2):
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid**2, width), "head.weight": (10, width)}
+def timm_tensors(width=64, depth=2, patch=8, grid=2, mlp=96, scale=False, registers=0, cls_position=True):
+    """Returns a state dict with timm's names of a vision transformer, with a head of 10 classes."""
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, cls_position + grid**2, width), "head.weight": (10, width)}
     shapes |= {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
     layers = {
         "attn.qkv": (3 * width, width),
         "attn.proj": (width, width),
-        "mlp.fc1": (96, width),
-        "mlp.fc2": (width, 96),
+        "mlp.fc1": (mlp, width),
+        "mlp.fc2": (width, mlp),
     }
+    shapes |= {"reg_token": (1, registers, width)} if registers else {}
     for i in range(depth):
         for name, shape in layers.items():
             shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
         for name in ("norm1", "norm2"):
             shapes |= {f"blocks.{i}.{name}.weight": (width,), f"blocks.{i}.{name}.bias": (width,)}
+        shapes |= {f"blocks.{i}.ls{n}.gamma": (width,) for n in (1, 2) if scale}
     shapes |= {"norm.weight": (width,), "norm.bias": (width,), "head.bias": (10,)}
     return {name: random(*shape) for name, shape in shapes.items()}
+
+
+def hf_vit_tensors(timm, dino):
+    """Returns the tensors of a timm vision transformer under the names of Hugging Face's ViTModel or Dinov2Model."""
+    names = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "cls_token": "embeddings.cls_token"}
+    names |= {"reg_token": "embeddings.register_tokens", "pos_embed": "embeddings.position_embeddings"}
+    names |= {"attn.proj": "attention.output.dense", "ls1.gamma": "layer_scale1.lambda1"}
+    names |= {"ls2.gamma": "layer_scale2.lambda1", "blocks.": "encoder.layer."}
+    if not dino:
+        names |= {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+        names |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    found = (
+        {"embeddings.mask_token": random(1, timm["cls_token"].shape[2])} if dino else {"pooler.dense.bias": random(4)}
+    )
+    for name, x in timm.items():
+        if name.startswith("head."):
+            continue
+        name = name if not name.startswith("norm.") else f"layernorm.{name[5:]}"
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if "attn.qkv" in name:
+            for part, y in zip(("query", "key", "value"), np.split(x, 3), strict=True):
+                found[name.replace("attn.qkv", f"attention.attention.{part}")] = np.ascontiguousarray(y)
+        else:
+            found[name] = x
+    return found
 
 
 def resnet_tensors(width=8, layers=(1, 1, 1, 1)):

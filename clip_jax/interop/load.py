@@ -20,6 +20,7 @@ import numpy as np
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError
 from clip_jax.interop import layouts, recognize
+from clip_jax.interop.towers.load import resize_positions, tower_shapes
 
 POS = "params/img/pos"
 
@@ -71,7 +72,7 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
                 f"--size={size}: must be {config.model.image.size}; only learned positions of a ViT can be resized"
             )
         summary.append(f"position embeddings resized from {config.model.image.size} to {size} pixels")
-        tensors = _resize(config, entries, tensors, ours, size, foreign.kind)
+        tensors = _resize(config, entries, tensors, ours, size, foreign.resize)
         ours = shapes(config)
     found = layouts.load(entries, tensors, _placed(config, ours, mesh))
     tree = _nested(found)
@@ -94,25 +95,13 @@ def shapes(config):
     from clip_jax.models import towers
     from clip_jax.runtime.sharding import path_name
 
-    for which, kinds in (("image", towers.IMAGE_TOWERS), ("text", towers.TEXT_TOWERS)):
-        if which in config.model:
-            config.model[which] = towers.all_fields(kinds, config.model[which].to_dict())
     if is_image_tower(config):
-        found = {}
-        if "image" in config.model:
-            size = config.model.image.size
-            image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-            found["img"] = jax.eval_shape(towers.image_tower(config.model).init, jax.random.key(0), image)
-        if "text" in config.model:
-            ids = jax.ShapeDtypeStruct((1, config.model.text.context), np.int32)
-            found["txt"] = jax.eval_shape(towers.text_tower(config.model).init, jax.random.key(0), ids)
-        statistics = {name: x["batch_stats"] for name, x in found.items() if "batch_stats" in x}
-        tree = {"params": {name: x["params"] for name, x in found.items()}, "extra": {"batch_stats": statistics}}
-    else:
-        method = make_method(config)
-        tree = dict(
-            zip(("params", "extra"), jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2)), strict=True)
-        )
+        return tower_shapes(config)
+    towers.fill(config.model)
+    method = make_method(config)
+    tree = dict(
+        zip(("params", "extra"), jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2)), strict=True)
+    )
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -135,7 +124,7 @@ def _nested(flat):
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _resize(config, entries, tensors, ours, size, kind):
+def _resize(config, entries, tensors, ours, size, how):
     """Returns the tensors with position embeddings for images of `size` pixels; sets the size in the configuration."""
     from clip_jax.models.towers import image_tower
     from clip_jax.weight_files import Tensor
@@ -148,47 +137,10 @@ def _resize(config, entries, tensors, ours, size, kind):
 
     def read():
         ((_, pos),) = entry.load(tensors[entry.theirs].read(), {POS: old})
-        return entry.save({POS: resize_positions(pos.astype(np.float32), grid, first, bicubic=kind != "big_vision")})
+        return entry.save({POS: resize_positions(pos.astype(np.float32), grid, first, how)})
 
     shape = entry.shape({POS: (1, first + grid**2, old[2])})
     return tensors | {entry.theirs: Tensor(shape, np.dtype(np.float32), read)}
-
-
-def resize_positions(pos, grid, first=0, bicubic=True):
-    """Returns position embeddings for another grid, float32 `[1, first + grid * grid, D]`.
-
-    Args:
-      pos: the embeddings, float32 `[1, first + old * old, D]`, the grid row by row.
-      grid: patches on a side.
-      first: rows before the grid (the class token), which are kept.
-      bicubic: True: bicubic with antialiasing, as in open_clip. False: linear with aligned corners, as in big_vision.
-    """
-    old, width = math.isqrt(pos.shape[1] - first), pos.shape[2]
-    x = np.asarray(pos[0, first:], np.float32).reshape(old, old, width)
-    if bicubic:
-        import jax
-
-        x = np.asarray(jax.image.resize(x, (grid, grid, width), "cubic", antialias=True))
-    else:
-        at = np.arange(grid)[:, None] * ((old - 1) / max(grid - 1, 1))
-        weights = np.maximum(0, 1 - np.abs(at - np.arange(old))).astype(np.float32)
-        x = np.einsum("ai,bj,ijd->abd", weights, weights, x)
-    return np.concatenate([pos[:, :first], x.reshape(1, grid * grid, width)], axis=1)
-
-
-def resize_text_positions(pos, length):
-    """Returns the position embeddings of a text tower for another length, float32 `[1, length, D]`.
-
-    They are interpolated linearly, and the first and the last keep their values.
-
-    Args:
-      pos: the embeddings, float32 `[1, n, D]`.
-      length: the new number of positions.
-    """
-    at = np.linspace(0, pos.shape[1] - 1, length)
-    low = np.minimum(at.astype(int), max(pos.shape[1] - 2, 0))
-    share = (at - low)[None, :, None].astype(np.float32)
-    return pos[:, low] * (1 - share) + pos[:, np.minimum(low + 1, pos.shape[1] - 1)] * share
 
 
 def _tokenizer(foreign, spec):

@@ -1,50 +1,22 @@
 """Recognizes the format of third-party weights and finds the files that belong to them."""
 
 import functools
-import json
 import math
-import pathlib
 import re
-from dataclasses import dataclass, field
-from typing import Any
 
 from clip_jax import weight_files
 from clip_jax.errors import UserError
 from clip_jax.interop import configs
-from clip_jax.interop.layouts import big_vision, hf, open_clip, single
+from clip_jax.interop.layouts import big_vision, hf, open_clip
+from clip_jax.interop.towers import recognize as towers
+from clip_jax.interop.towers.files import Foreign, read_json, weights
 
-# Names of weight files; the first that exists is read, so open_clip's in a folder that also suits transformers.
-OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 HF_KINDS = {
     "clip": (configs.hf.clip, hf.clip_entries, "Hugging Face CLIPModel"),
     "siglip": (configs.hf.siglip, hf.siglip_entries, "Hugging Face SiglipModel"),
     "align": (configs.hf.align, hf.align_entries, "Hugging Face AlignModel"),
 }
 ACTS = ("quick_gelu", "gelu", "gelu_tanh")
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """A third-party model whose weights are not read yet.
-
-    Attributes:
-      kind: the name of its format.
-      file: the weight file, or the index of several.
-      tensors: `{name: Tensor}`.
-      config: its configuration in this package, without tokenizer.
-      entries: function of this package's paths that returns the layout, see `clip_jax.interop.layouts`.
-      ignored: regular expressions of the names that are no parameters.
-      notes: lines for the user on the origin of the configuration.
-    """
-
-    kind: str
-    file: pathlib.Path
-    tensors: dict
-    config: Any
-    entries: Any
-    ignored: tuple[str, ...]
-    notes: list[str] = field(default_factory=list)
 
 
 def recognize(path, act=None, heads=None, size=None):
@@ -61,77 +33,35 @@ def recognize(path, act=None, heads=None, size=None):
     """
     if act not in (None, *ACTS):
         raise UserError(f"--act={act}: allowed are {', '.join(ACTS)}")
-    file = _weights(pathlib.Path(path))
+    file = weights(path)
     tensors, config = weight_files.read(file), file.parent / "config.json"
     names = {name.removeprefix("params/") for name in tensors}
-    if {"embedding/kernel", "img/embedding/kernel"} & names:
-        foreign = _big_vision(file, tensors, _json(config), size)
-    elif {"embeddings.word_embeddings.weight", "bert.embeddings.word_embeddings.weight"} & names:
-        foreign = _bert(file, tensors, _json(config))
-    elif {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= names:
-        cfg = configs.single.timm_vit(tensors, _json(config) or {})
-        foreign = Foreign("timm", file, tensors, cfg, single.timm_vit_entries, single.TIMM_IGNORED)
-    elif {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight"} <= names:
-        cfg = configs.single.resnet(tensors, _json(config) or {})
-        foreign = Foreign("ResNet", file, tensors, cfg, single.resnet_entries, single.RESNET_IGNORED)
+    if tower := towers.of_tensors(file, tensors, heads and heads[0]):
+        foreign = tower
+    elif {"embedding/kernel", "img/embedding/kernel"} & names:
+        foreign = _big_vision(file, tensors, read_json(config), size)
     elif "transformer.resblocks1.0.ln_1.weight" in names:
-        foreign = _pyramidclip(file, tensors, _json(config), heads)
+        foreign = _pyramidclip(file, tensors, read_json(config), heads)
     elif any(name.startswith(("visual.", "text.")) for name in names):
-        foreign = _open_clip(file, tensors, _json(file.parent / "open_clip_config.json") or _json(config), act, heads)
-    elif any(name.startswith(("vision_model.", "text_model.")) for name in names):
-        foreign = _hf(file, tensors, _json(config))
-    else:
-        known = (
-            "open_clip, OpenAI or PyramidCLIP (visual.*), Hugging Face (vision_model.*, BertModel), big_vision (img/*)"
-            ", timm (patch_embed.*) or torchvision (layer1.*)"
+        foreign = _open_clip(
+            file, tensors, read_json(file.parent / "open_clip_config.json") or read_json(config), act, heads
         )
+    elif any(name.startswith(("vision_model.", "text_model.")) for name in names):
+        foreign = _hf(file, tensors, read_json(config))
+    else:
+        known = "open_clip, OpenAI or PyramidCLIP (visual.*), CLIPModel (vision_model.*), big_vision (img/*), "
+        known += towers.KNOWN
         raise UserError(
             f"{file}: not a model of {known}; the names of its tensors are {', '.join(sorted(names)[:3])}, ..."
         )
-    towers = [foreign.config.model[which] for which in ("image", "text") if which in foreign.config.model]
-    acts = {tower["act"] for tower in towers if "act" in tower}
+    sections = [foreign.config.model[which] for which in ("image", "text") if which in foreign.config.model]
+    acts = {tower["act"] for tower in sections if "act" in tower}
     if act and acts != {act}:
         raise UserError(f"--act={act} contradicts {file} or its configuration, which has {' and '.join(sorted(acts))}")
-    found = [tower.get("heads") for tower in towers]
+    found = [tower.get("heads") for tower in sections]
     if heads and any(a not in (None, b) for a, b in zip(found, heads, strict=False)):
         raise UserError(f"--heads={heads[0]},{heads[1]} contradicts {file} or its configuration, which has {found}")
     return foreign
-
-
-def is_foreign(path):
-    """Returns whether a path holds third-party weights, and not a work folder of this package."""
-    path = pathlib.Path(path)
-    return path.is_file() or path.is_dir() and bool(_candidates(path))
-
-
-def _candidates(folder):
-    files = [folder / name for name in (*OPEN_CLIP_FILES, *HF_FILES, "checkpoint.npz")]
-    npz = sorted(folder.glob("*.npz"))
-    return [file for file in files if file.is_file()] + (npz if len(npz) == 1 else [])
-
-
-def _weights(path):
-    if path.is_dir():
-        found = _candidates(path)
-        if not found:
-            names = ", ".join((*OPEN_CLIP_FILES, *HF_FILES, "checkpoint.npz"))
-            raise UserError(f"{path}: no weights in this folder; allowed are {names} or a single .npz")
-        return found[0]
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder")
-    return path
-
-
-def _json(path):
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-        return found
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
 
 
 def _open_clip(file, tensors, cfg, act, heads):
@@ -177,21 +107,10 @@ def _hf(file, tensors, cfg):
             f"{file.parent / 'config.json'}: model_type={cfg.get('model_type')!r}: allowed are {', '.join(HF_KINDS)}"
         )
     make, entries, kind = HF_KINDS[cfg["model_type"]]
-    preprocessor = _json(file.parent / "preprocessor_config.json")
+    preprocessor = read_json(file.parent / "preprocessor_config.json")
     config = make(cfg, preprocessor)
     notes = [] if preprocessor else ["no preprocessor_config.json: the published preprocessing is used"]
     return Foreign(kind, file, tensors, config, entries, hf.IGNORED, notes)
-
-
-def _bert(file, tensors, cfg):
-    # The first files have TensorFlow's names of the norms. The heads of its training stand beside "bert.".
-    renamed = {"gamma": "weight", "beta": "bias"}
-    tensors = {
-        re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda m: renamed[m[1]], name.removeprefix("bert.")): t
-        for name, t in tensors.items()
-    }
-    config = configs.single.bert(tensors, cfg or {})
-    return Foreign("Hugging Face BertModel", file, tensors, config, single.bert_entries, single.BERT_IGNORED)
 
 
 def _big_vision(file, tensors, cfg, size):
@@ -203,6 +122,9 @@ def _big_vision(file, tensors, cfg, size):
             "the image tower alone is loaded"
         )
         tensors = {name: t for name, t in tensors.items() if name.startswith("img/")}
+    if "pre_logits/kernel" in tensors:
+        notes.append("the classification head with its hidden layer (pre_logits) is left out")
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(("pre_logits/", "head/"))}
     bare = "embedding/kernel" in tensors
     image = "" if bare else "img/"
     positions, cls_position = tensors.get(f"{image}pos_embedding"), False
@@ -215,7 +137,7 @@ def _big_vision(file, tensors, cfg, size):
         bare=bare, stacked=f"{image}Transformer/encoderblock/LayerNorm_0/scale" in tensors, cls_position=cls_position
     )
     entries = functools.partial(big_vision.entries, **options)
-    return Foreign("big_vision", file, tensors, config, entries, big_vision.IGNORED, notes)
+    return Foreign("big_vision", file, tensors, config, entries, (), notes, "corners")
 
 
 def _modernize(tensors):

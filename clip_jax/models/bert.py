@@ -1,11 +1,13 @@
-"""BERT (Devlin et al. 2019) as a text tower: a post-LN transformer."""
+"""BERT (Devlin et al. 2019) as a text tower: a post-LN transformer, with options for MPNet's (Song et al. 2020)."""
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from clip_jax.models.common import drop, shard_batch
 from clip_jax.models.layers import Embed, add
@@ -17,7 +19,8 @@ POOLS = ("first", "mean")
 class PostNormBlock(nn.Module):
     """One post-LN block, `x = LN(x + MHA(x)); x = LN(x + MLP(x))`, with dropout of both branches and of the attention.
 
-    Takes `(x[b, n, D], index of the block)` and `(attention mask, PRNG keys [b] or None)`. Returns `(x, index + 1)`.
+    Takes `(x[b, n, D], index of the block)` and `(attention mask, PRNG keys [b] or None, bias of the attention or
+    None)`. Returns `(x, index + 1)`.
     """
 
     heads: int
@@ -32,7 +35,7 @@ class PostNormBlock(nn.Module):
 
     @nn.compact
     def __call__(self, carry, context):
-        (x, index), (mask, keys) = carry, context
+        (x, index), (mask, keys, bias) = carry, context
         x = shard_batch(x)
 
         def drop_weights(weights):
@@ -40,7 +43,7 @@ class PostNormBlock(nn.Module):
 
         weights_drop = drop_weights if self.attention_dropout and keys is not None else None
         attention = Attention(self.heads, self.inits, self.dtype, self.attention, name="attn")
-        y = attention(x, x, mask, drop_weights=weights_drop)
+        y = attention(x, x, mask, bias=bias, drop_weights=weights_drop)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln1")(
             x + drop(y, self.dropout, keys, 3 * index + 2)
         )
@@ -51,6 +54,20 @@ class PostNormBlock(nn.Module):
         return x, index + 1
 
 
+def position_buckets(n, buckets, farthest=128):
+    """Returns the bucket of each pair of a query and a key by their distance, int `[n, n]`, as in T5 and MPNet.
+
+    The first half of the buckets is for keys at or before the query, the second half for keys behind it. Half of each
+    half has one distance a bucket, the others grow logarithmically up to the distance `farthest`.
+    """
+    distance = np.arange(n)[:, None] - np.arange(n)  # of the query from the key
+    half = buckets // 2
+    exact, far = half // 2, np.maximum(np.abs(distance), 1).astype(np.float32)
+    steps = np.log(far / np.float32(exact)) / np.float32(math.log(farthest / exact)) * np.float32(half - exact)
+    grown = np.minimum(exact + steps.astype(int), half - 1)
+    return half * (distance < 0) + np.where(np.abs(distance) < exact, np.abs(distance), grown)
+
+
 class Bert(nn.Module, kw_only=True):
     """The encoder: int32 ids `[b, n]` and bool `real[b, n]`, False at padding -> states `[b, n, D]`.
 
@@ -58,7 +75,10 @@ class Bert(nn.Module, kw_only=True):
 
     Attributes:
       positions: length of the position embedding, the largest n.
-      types: number of token types.
+      first_position: row of the position embedding that the first token has. MPNet: 2, one more than the id of padding.
+      types: number of token types. 0: none (MPNet).
+      buckets: above 0, the number of buckets of distances, see `position_buckets`. Each has a learned bias for every
+        head, which all blocks add to the scaled products of the attention (MPNet: 32).
       dropout: chance of dropping hidden states in training.
       attention_dropout: chance of dropping attention weights in training. Above 0 it excludes fused attention there.
       remat, scan, attention: as `config.model`.
@@ -70,7 +90,9 @@ class Bert(nn.Module, kw_only=True):
     heads: int
     mlp_dim: int
     positions: int = 512
+    first_position: int = 0
     types: int = 2
+    buckets: int = 0
     act: str = "gelu"
     ln_eps: float = 1e-12
     dropout: float = 0.0
@@ -85,14 +107,19 @@ class Bert(nn.Module, kw_only=True):
         normal = nn.initializers.truncated_normal(0.02)
         x = Embed(self.vocab_size, self.width, self.dtype, normal, name="embed")(ids)
         pos = self.param("pos", normal, (1, self.positions, self.width))
-        kind = self.param("type", normal, (self.types, self.width))
-        x = add(x, pos[:, : ids.shape[1]] + kind[0])
+        pos = pos[:, self.first_position : self.first_position + ids.shape[1]]
+        if self.types:
+            pos = pos + self.param("type", normal, (self.types, self.width))[0]
+        x = add(x, pos)
         x = drop(nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_embed")(x), self.dropout, keys, 0)
         init = block_init("bert", self.width, self.mlp_dim, self.depth)
         fields = self.heads, self.mlp_dim, self.act, self.ln_eps, init, self.dropout, self.dtype, self.attention
         block = functools.partial(PostNormBlock, *fields, self.attention_dropout)
-        carry = x, jnp.zeros((), jnp.int32)
-        return apply_blocks(self, lambda name: block(name=name), carry, (real[:, None, None, :], keys))[0]
+        carry, bias = (x, jnp.zeros((), jnp.int32)), None
+        if self.buckets:
+            table = self.param("relative", normal, (self.buckets, self.heads))
+            bias = table[position_buckets(ids.shape[1], self.buckets)].transpose(2, 0, 1)[None]
+        return apply_blocks(self, lambda name: block(name=name), carry, (real[:, None, None, :], keys, bias))[0]
 
 
 class BertTower(Bert, kw_only=True):

@@ -106,6 +106,13 @@ def use_size(model, name):
         section.lock()
 
 
+def fill(model):
+    """Gives the towers in the section `config.model` all their fields, in place."""
+    for which, kinds in (("image", IMAGE_TOWERS), ("text", TEXT_TOWERS)):
+        if which in model:
+            model[which] = all_fields(kinds, model[which].to_dict())
+
+
 def all_fields(kinds, given):
     """Returns all fields of a tower: those in `given`, and the defaults of its module for the others.
 
@@ -163,9 +170,11 @@ def text_tower(model, tokens=True):
     Raises UserError for a context longer than the position embedding, and for the same reasons as `_make`.
     """
     _check_complete(TEXT_TOWERS, model, "text")
-    if model.text.context > model.text.get("positions", model.text.context):
+    first = model.text.get("first_position", 0)
+    if model.text.context > model.text.get("positions", model.text.context) - first:
+        rest = f" less model.text.first_position={first}" if first else ""
         raise UserError(
-            f"model.text.context={model.text.context} is more than model.text.positions={model.text.positions}"
+            f"model.text.context={model.text.context} is more than model.text.positions={model.text.positions}{rest}"
         )
     pools = bert.POOLS if model.text.kind == "bert" else text.POOLS
     return _make(TEXT_TOWERS, model, "text", CHOICES | {"pool": pools}, tokens)

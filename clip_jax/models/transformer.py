@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.models.common import ACTIVATIONS, shard_batch, torch_uniform
-from clip_jax.models.layers import Dense
+from clip_jax.models.layers import Dense, multiply
 
 WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert", "declip", "flip", "timm_qk_norm", "unicl")
 
@@ -75,7 +75,7 @@ def block_init(scheme, width, mlp_dim, depth):
     return Init(*[nn.initializers.truncated_normal(0.02)] * 4)
 
 
-def attend(q, k, v, mask=None, causal=False, attention="plain", drop_weights=None):
+def attend(q, k, v, mask=None, causal=False, attention="plain", bias=None, drop_weights=None):
     """Returns softmax attention of the queries to the keys, `[b, t, H, d]`.
 
     Args:
@@ -83,15 +83,17 @@ def attend(q, k, v, mask=None, causal=False, attention="plain", drop_weights=Non
       k, v: keys and values `[b, s, H, d]`.
       mask: bool, broadcast to `[b, H, t, s]`, True where attention is allowed. None allows all.
       causal: allows attention to the same and earlier positions only.
+      bias: float32, broadcast to `[b, H, t, s]`, added to the scaled products. None adds nothing.
       attention: `model.attention`. `plain` uses XLA. `auto` uses cuDNN's fused attention on a GPU for bfloat16 or
         float16 and d a multiple of 8, at most 128. It falls back to XLA for a `mask`, which cuDNN would treat as a
-        bias, for a single query, and for `drop_weights`.
+        bias, for a `bias`, for a single query, and for `drop_weights`.
       drop_weights: None, or the dropout of the attention weights, a function `[b, H, t, s] -> [b, H, t, s]`. It needs
         `causal=False`.
     """
     if drop_weights is not None:
         assert not causal, "dropout of attention weights has no causal mask"
         logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        logits = logits if bias is None else logits + bias
         logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min / 2)
         weights = drop_weights(jax.nn.softmax(logits).astype(v.dtype))
         return jnp.einsum("bhts,bshd->bthd", weights, v)
@@ -101,12 +103,12 @@ def attend(q, k, v, mask=None, causal=False, attention="plain", drop_weights=Non
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
     )
-    if attention == "auto" and fits and mask is None and q.shape[1] > 1:
+    if attention == "auto" and fits and mask is None and bias is None and q.shape[1] > 1:
         return attend_even(q, k, v, causal, "cudnn")
     if q.dtype == jnp.float16 and jax.default_backend() != "gpu":  # JAX's float16 attention runs on GPUs only
         wide = (x.astype(jnp.float32) for x in (q, k, v))
-        return jax.nn.dot_product_attention(*wide, mask=mask, is_causal=causal, implementation="xla").astype(q.dtype)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+        return jax.nn.dot_product_attention(*wide, bias, mask, is_causal=causal, implementation="xla").astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, bias, mask, is_causal=causal, implementation="xla")
 
 
 def attend_even(q, k, v, causal, implementation):
@@ -129,8 +131,8 @@ def attend_even(q, k, v, causal, implementation):
 class Attention(nn.Module):
     """Multi-head attention from `x_q[b, q, D]` to `x_kv[b, k, D]`, `[b, q, D]`.
 
-    The bool `mask`, broadcast to `[b, H, q, k]`, is True where attention is allowed. `drop_weights` is
-    that of `attend`.
+    The bool `mask`, broadcast to `[b, H, q, k]`, is True where attention is allowed. `bias` and `drop_weights` are those
+    of `attend`.
 
     Attributes:
       heads: number of heads H.
@@ -148,7 +150,7 @@ class Attention(nn.Module):
     qk_norm_eps: float | None = None
 
     @nn.compact
-    def __call__(self, x_q, x_kv, mask=None, causal=False, drop_weights=None):
+    def __call__(self, x_q, x_kv, mask=None, causal=False, bias=None, drop_weights=None):
         width = x_q.shape[-1]
 
         def project(name, x):
@@ -163,7 +165,7 @@ class Attention(nn.Module):
                 nn.LayerNorm(epsilon=self.qk_norm_eps, dtype=self.dtype, name=f"{n}_norm")(x)
                 for n, x in (("query", q), ("key", k))
             )
-        x = attend(q, k, v, mask, causal, self.attention, drop_weights)
+        x = attend(q, k, v, mask, causal, self.attention, bias, drop_weights)
         inits = dict(kernel_init=self.inits.attn_out, bias_init=self.inits.attn_out_bias)
         return Dense(width, axes=2, dtype=self.dtype, **inits, name="out")(x)
 
@@ -188,11 +190,21 @@ class Mlp(nn.Module):
         )
 
 
+class LayerScale(nn.Module):
+    """Multiplies each channel by a learned factor (Touvron et al. 2021, "Going Deeper with Image Transformers")."""
+
+    start: float
+
+    @nn.compact
+    def __call__(self, x):
+        return multiply(x, self.param("scale", nn.initializers.constant(self.start), x.shape[-1:]))
+
+
 class Block(nn.Module):
     """One pre-LN block, `[b, n, D] -> [b, n, D]`.
 
     `mask` is that of `Attention`. With a position `only`, see `at`, the output is that of this position alone, `[b, 1,
-    D]`.
+    D]`. A `layer_scale` above 0 is the first value of a `LayerScale` of both branches.
     """
 
     heads: int
@@ -204,9 +216,13 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
     attention: str = "plain"
     qk_norm: bool = False
+    layer_scale: float = 0.0
 
     @nn.compact
     def __call__(self, x, mask=None, only=None):
+        def scaled(x, name):
+            return LayerScale(self.layer_scale, name=name)(x) if self.layer_scale else x
+
         x = shard_batch(x)
         y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln1")(x)
         queries, causal = y, self.causal
@@ -216,11 +232,10 @@ class Block(nn.Module):
                 before = (jnp.arange(y.shape[1]) <= jnp.reshape(only, (-1, 1)))[:, None, None, :]
                 mask, causal = before if mask is None else before & mask, False
         qk_norm_eps = self.ln_eps if self.qk_norm else None
-        x = x + Attention(self.heads, self.inits, self.dtype, self.attention, qk_norm_eps, name="attn")(
-            queries, y, mask, causal
-        )
+        attention = Attention(self.heads, self.inits, self.dtype, self.attention, qk_norm_eps, name="attn")
+        x = x + scaled(attention(queries, y, mask, causal), "ls1")
         y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln2")(x)
-        return x + Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(y)
+        return x + scaled(Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(y), "ls2")
 
 
 #: Policies by the value of `model.remat`: what a block stores for the backward pass. The rest is recomputed.

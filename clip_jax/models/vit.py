@@ -115,6 +115,9 @@ class VisionTransformer(nn.Module):
       stem: channels of a `ConvStem`, which replaces the patch embedding.
       patch_drop: share of the patches that training drops (FLIP, patch dropout), drawn per example from `keys[b]`.
       qk_norm: layer norms on the queries and keys of each head (LaCLIP).
+      registers: number of learned tokens between the class token and the patches, which have no position and are no
+        part of the result (Darcet et al. 2024, "Vision Transformers Need Registers").
+      layer_scale: above 0, the first value of the factors of each block's branches, see `Block` (DINOv2: 1e-5).
       token_norm: whether the tokens are those after the last layer norm (FILIP) or before it (Sense-GVT/DeCLIP).
       remat, scan, attention: as `config.model`.
       tokens: False returns None instead of the tokens. With `pool="cls"` this saves work in the last block.
@@ -139,6 +142,8 @@ class VisionTransformer(nn.Module):
     stem: tuple[int, ...] = ()
     patch_drop: float = 0.0
     qk_norm: bool = False
+    registers: int = 0
+    layer_scale: float = 0.0
     token_norm: bool = True
     dtype: Any = jnp.float32
     remat: str = "none"
@@ -161,16 +166,19 @@ class VisionTransformer(nn.Module):
         x = add(x, pos[:, extra:])
         if train and self.patch_drop:
             x = drop_patches(x, self.patch_drop, keys)
-        if self.cls_token:
-            cls = self.param("cls", cls_init, (1, 1, width)) + pos[:, :1]
-            x = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, width)), x], axis=1)
+        first = [self.param("cls", cls_init, (1, 1, width)) + pos[:, :1]] if self.cls_token else []
+        first += [self.param("registers", cls_init, (1, self.registers, width))] if self.registers else []
+        x = jnp.concatenate([*(jnp.broadcast_to(t, (b, *t.shape[1:])) for t in first), x], axis=1)
         if self.ln_pre:
             x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_pre")(x)
         init = block_init(self.weight_init, width, self.mlp_dim, self.depth)
         fields = self.heads, self.mlp_dim, self.act, self.ln_eps, init
-        block = functools.partial(Block, *fields, dtype=self.dtype, attention=self.attention, qk_norm=self.qk_norm)
+        options = dict(attention=self.attention, qk_norm=self.qk_norm, layer_scale=self.layer_scale)
+        block = functools.partial(Block, *fields, dtype=self.dtype, **options)
         only = only_at(self, 0 if self.pool == "cls" else None)
         x = apply_blocks(self, lambda name: block(name=name), x, only=only)
+        if self.registers and only is None:
+            x = jnp.concatenate([x[:, :extra], x[:, extra + self.registers :]], axis=1)
         tokens = x
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_post")(x)
         tokens = x if self.token_norm else tokens

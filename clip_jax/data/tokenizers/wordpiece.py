@@ -1,4 +1,4 @@
-"""The WordPiece tokenizer of BERT."""
+"""The WordPiece tokenizer of BERT and MPNet."""
 
 from clip_jax.data.tokenizers.base import Tokenizer
 from clip_jax.errors import UserError
@@ -6,6 +6,9 @@ from clip_jax.errors import UserError
 
 class WordPieceTokenizer(Tokenizer):
     """The WordPiece of BERT: SOT is [CLS], EOT is [SEP], PAD is [PAD], and the mask token is [MASK].
+
+    A vocabulary that begins with <s>, <pad> and </s> is MPNet's: these are SOT, PAD and EOT, and the mask token is
+    <mask>.
 
     Args:
       data: bytes, the content of vocab.txt, one piece per line.
@@ -31,16 +34,17 @@ class WordPieceTokenizer(Tokenizer):
                 "the file is not a WordPiece vocabulary: UTF-8 text with one piece per line is expected"
             ) from e
         vocab = {piece.strip(): i for i, piece in enumerate(pieces)}
-        if missing := [piece for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if piece not in vocab]:
+        mpnet = [piece.strip() for piece in pieces[:3]] == ["<s>", "<pad>", "</s>"]
+        names = ("<pad>", "<s>", "</s>", "<mask>") if mpnet else ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+        if missing := [piece for piece in (*names[:3], "[UNK]") if piece not in vocab]:
             raise UserError(
                 f"the file is not a BERT vocabulary: {', '.join(missing)} missing among its {len(vocab)} pieces"
             )
         self.vocab_size = len(pieces)
-        self.pad_id = vocab["[PAD]"]
-        self.sot_id = vocab["[CLS]"] if sot else None
-        self.eot_id = vocab["[SEP]"]
-        self.mask_id = vocab.get("[MASK]")
-        self.special_ids = frozenset(vocab[p] for p in ("[PAD]", "[CLS]", "[SEP]", "[MASK]") if p in vocab)
+        self.pad_id, self.eot_id = vocab[names[0]], vocab[names[2]]
+        self.sot_id = vocab[names[1]] if sot else None
+        self.mask_id = vocab.get(names[3])
+        self.special_ids = frozenset(vocab[name] for name in names if name in vocab)
         self._model = HfTokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
         self._model.normalizer = normalizers.BertNormalizer(lowercase=lower)
         self._model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -5,8 +5,6 @@ big_vision uses Flax too, so the arrays are the same.
 
 from clip_jax.interop.layouts import KEEP, VECTOR, WithoutFirst, depth, entry, present
 
-IGNORED = ()
-
 
 def entries(ours, bare=False, stacked=False, cls_position=False):
     """Returns the layout.

@@ -17,7 +17,7 @@ from clip_jax.interop.layouts import (
     norm,
     present,
 )
-from clip_jax.interop.layouts.single import bottlenecks, conv_norm, timm_vit_entries
+from clip_jax.interop.layouts.towers import bottlenecks, conv_norm, timm_vit
 
 #: Further values of OpenAI's archives, and counters of PyTorch's batch norms.
 IGNORED = ("input_resolution", "context_length", "vocab_size", r"(.*\.)?attn_mask", r".*\.num_batches_tracked")
@@ -109,7 +109,7 @@ def _resnet(ours):
 
 def _timm(ours):
     trunk, img = "visual.trunk", "params/img"
-    yield from timm_vit_entries(ours, f"{trunk}.", img)
+    yield from timm_vit(ours, f"{trunk}.", img)
     pool, map_ = f"{trunk}.attn_pool", f"{img}/map"
     yield entry(f"{pool}.latent", f"{map_}/probe")
     yield from linear(f"{pool}.q", f"{map_}/attn/query")

@@ -1,0 +1,187 @@
+"""Vision transformers of timm, DINO, DINOv2 and Hugging Face: their formula in float64, names, heads, positions."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tower_helpers import hf_vit_tensors, random, read_params, timm_tensors
+
+from clip_jax import init_from
+from clip_jax.errors import UserError
+from clip_jax.interop import recognize
+from clip_jax.interop.towers import configs
+from clip_jax.interop.towers.load import resize_positions, tower_variables
+from clip_jax.models.towers import image_tower
+
+SMALL = {"model_args": {"num_heads": 4}}
+
+
+def vit_by_hand(t, images, heads):
+    """The class token after the last norm in NumPy, float64, with timm's names; layer scale and registers optional."""
+    t = {name: x.astype(np.float64) for name, x in t.items()}
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * t[f"{name}.weight"] + t[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+
+    kernel = t["patch_embed.proj.weight"]
+    patch = kernel.shape[2]
+    b, size = len(images), images.shape[1]
+    x = images.reshape(b, size // patch, patch, size // patch, patch, 3)
+    x = np.einsum("byixjc,ocij->byxo", x, kernel).reshape(b, -1, len(kernel)) + t["patch_embed.proj.bias"]
+    pos, cls = t["pos_embed"], np.broadcast_to(t["cls_token"], (b, 1, len(kernel)))
+    first = pos.shape[1] - x.shape[1]
+    parts = [cls + pos[:, :first] if first else cls, x + pos[:, first:]]
+    if "reg_token" in t:
+        parts.insert(1, np.broadcast_to(t["reg_token"], (b, *t["reg_token"].shape[1:])))
+    x = np.concatenate(parts, axis=1)
+    for i in range(2):
+        o = f"blocks.{i}"
+        q, k, v = np.moveaxis(linear(norm(x, f"{o}.norm1"), f"{o}.attn.qkv").reshape(b, -1, 3, heads, 16), 2, 0)
+        scores = np.einsum("bqhd,bkhd->bhqk", q, k) / 4
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        y = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v).reshape(x.shape)
+        x = x + linear(y, f"{o}.attn.proj") * t.get(f"{o}.ls1.gamma", 1.0)
+        y = linear(norm(x, f"{o}.norm2"), f"{o}.mlp.fc1")
+        y = y * 0.5 * (1 + np.vectorize(math.erf)(y / np.sqrt(2)))
+        x = x + linear(y, f"{o}.mlp.fc2") * t.get(f"{o}.ls2.gamma", 1.0)
+    return norm(x, "norm")[:, 0]
+
+
+def folder_of(path, tensors, cfg=SMALL):
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(cfg))
+    return path
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, dict(scale=True), dict(scale=True, registers=3), dict(registers=2, cls_position=False)]
+)
+def test_a_vision_transformer_is_its_formula(tmp_path, kind):
+    tensors, images = timm_tensors(**kind), random(2, 16, 16, 3)
+    foreign = recognize.recognize(folder_of(tmp_path / "timm", tensors))
+    image = foreign.config.model.image
+    assert (image.heads, image.registers) == (4, kind.get("registers", 0))
+    variables, tower = tower_variables(foreign), image_tower(foreign.config.model)
+    embedding, tokens = jax.jit(tower.apply)(variables, jnp.asarray(images))
+    wanted = vit_by_hand(tensors, images.astype(np.float64), 4)
+    assert np.ptp(wanted) > 0.5 and tokens.shape == (2, 5, 64)
+    np.testing.assert_allclose(embedding, wanted, rtol=1e-4, atol=1e-5)
+    only, none = image_tower(foreign.config.model, tokens=False).apply(variables, jnp.asarray(images))
+    assert none is None
+    np.testing.assert_allclose(only, embedding, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_dinov2_has_one_set_of_weights_under_three_names(tmp_path, registers):
+    tensors = timm_tensors(scale=True, registers=registers)
+    timm = tower_variables(recognize.recognize(folder_of(tmp_path / "timm", tensors)))
+    released = {name.replace("reg_token", "register_tokens"): x for name, x in tensors.items() if "head" not in name}
+    released["mask_token"] = random(1, 64)
+    foreign = recognize.recognize(folder_of(tmp_path / "released", released))
+    assert (foreign.kind, foreign.resize) == ("DINOv2", "antialias" if registers else "dinov2")
+    same(tower_variables(foreign), timm)
+    cfg = dict(model_type="dinov2", hidden_act="gelu", num_attention_heads=4, layer_norm_eps=1e-6, qkv_bias=True)
+    hf = {f"dinov2.{name}": x for name, x in hf_vit_tensors(tensors, dino=True).items()}
+    foreign = recognize.recognize(folder_of(tmp_path / "hf", hf, cfg))
+    assert (foreign.kind, foreign.resize) == ("Hugging Face Dinov2Model", "antialias" if registers else "torch")
+    same(tower_variables(foreign), timm)
+    assert foreign.config.model.image.layer_scale == 1e-5
+
+
+def test_vit_model_of_hugging_face_is_the_vit_of_timm(tmp_path):
+    tensors = timm_tensors()
+    timm = tower_variables(recognize.recognize(folder_of(tmp_path / "timm", tensors)))
+    cfg = dict(model_type="vit", hidden_act="gelu", num_attention_heads=4, layer_norm_eps=1e-12)
+    foreign = recognize.recognize(folder_of(tmp_path / "hf", hf_vit_tensors(tensors, dino=False), cfg))
+    same(tower_variables(foreign), timm)
+    assert foreign.config.model.image.ln_eps == 1e-12
+    wrong = folder_of(tmp_path / "wrong", hf_vit_tensors(tensors, dino=False), cfg | {"qkv_bias": False})
+    with pytest.raises(UserError, match="qkv_bias=False is not supported"):
+        recognize.recognize(wrong)
+
+
+def test_heads_come_from_the_configuration_or_the_published_sizes(tmp_path):
+    def shapes(width, mlp):
+        return {name: np.zeros(x.shape) for name, x in timm_tensors(width, mlp=mlp, depth=1, grid=1).items()}
+
+    for width, mlp, heads in ((192, 768, 3), (384, 1536, 6), (1280, 5120, 16)):
+        assert configs.timm_vit(shapes(width, mlp), {}).model.image.heads == heads
+    assert configs.timm_vit(shapes(192, 768), {"model_args": {"num_heads": 2}}).model.image.heads == 2
+    with pytest.raises(
+        UserError, match="heads of a vision transformer of width 64 with an MLP of 96 is unknown: .*model_args"
+    ):
+        configs.timm_vit(shapes(64, 96), {})
+    assert configs.timm_vit(shapes(64, 96), {}, heads=2).model.image.heads == 2
+    with pytest.raises(UserError, match="--heads=2 contradicts config.json"):
+        configs.timm_vit(shapes(64, 96), SMALL, heads=2)
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path):
+    tensors = timm_tensors()
+    for name, x in (("blocks.1.attn.q_norm.weight", random(16)), ("dist_token", random(1, 1, 64))):
+        path = folder_of(tmp_path / name, tensors | {name: x})
+        with pytest.raises(UserError, match=f"1 unexpected: {name}"):
+            init_from._foreign(str(path))
+    gated = {name.replace("mlp.fc", "mlp.w"): x for name, x in tensors.items()}
+    with pytest.raises(UserError, match="without blocks.0.mlp.fc1 is not supported"):
+        recognize.recognize(folder_of(tmp_path / "gated", gated))
+
+
+def test_the_hidden_layer_of_an_old_classification_head_is_left_out(tmp_path):
+    width = 16
+    shapes = {"embedding/kernel": (4, 4, 3, width), "embedding/bias": (width,), "cls": (1, 1, width)}
+    shapes |= {
+        "Transformer/posembed_input/pos_embedding": (1, 5, width),
+        "head/kernel": (width, 10),
+        "head/bias": (10,),
+    }
+    block = "Transformer/encoderblock_0"
+    for name in ("query", "key", "value"):
+        shapes |= {f"{block}/MultiHeadDotProductAttention_1/{name}/kernel": (width, 2, 8)}
+        shapes |= {f"{block}/MultiHeadDotProductAttention_1/{name}/bias": (2, 8)}
+    shapes |= {f"{block}/MultiHeadDotProductAttention_1/out/kernel": (2, 8, width)}
+    shapes |= {f"{block}/MultiHeadDotProductAttention_1/out/bias": (width,)}
+    for name, size in (("Dense_0", (width, 32)), ("Dense_1", (32, width))):
+        shapes |= {f"{block}/MlpBlock_3/{name}/kernel": size, f"{block}/MlpBlock_3/{name}/bias": size[1:]}
+    for name in (f"{block}/LayerNorm_0", f"{block}/LayerNorm_2", "Transformer/encoder_norm"):
+        shapes |= {f"{name}/scale": (width,), f"{name}/bias": (width,)}
+    arrays = {name: random(*shape) for name, shape in shapes.items()}
+    np.savez(tmp_path / "plain.npz", **arrays)
+    assert "proj" in read_params(init_from._foreign(str(tmp_path / "plain.npz")))["img"]
+    hidden = {"pre_logits/kernel": random(width, width), "pre_logits/bias": random(width)}
+    np.savez(tmp_path / "hidden.npz", **arrays, **hidden)
+    foreign = recognize.recognize(tmp_path / "hidden.npz")
+    assert foreign.notes == ["the classification head with its hidden layer (pre_logits) is left out"]
+    found = read_params(init_from._foreign(str(tmp_path / "hidden.npz")))["img"]
+    assert "proj" not in found
+    np.testing.assert_array_equal(found["cls"], arrays["cls"])
+
+
+def test_positions_are_resized_as_by_pytorch():
+    # Columns 0 and rows 1 of torch.nn.functional.interpolate(mode="bicubic") of PyTorch 2.13.0, to size=3 (torch) and
+    # with scale_factor=(n + 0.1) / 5 (dinov2), for i^2 + 10 j^2 on a grid of 5 x 5.
+    line = np.arange(5.0) ** 2
+    pos = (line[:, None] + 10 * line).reshape(1, 25, 1).astype(np.float32)
+    wanted = {
+        ("torch", 3): [1.6296393871, 5.4814910889, 15.555562019, 5.4814910889, 44.0, 144.740707397],
+        ("dinov2", 3): [1.5326710939, 4.9469132423, 14.5839366913, 4.9469132423, 39.0893363953, 135.459579468],
+        ("dinov2", 7): [-0.8858894706, -0.5510303378, 0.8257299662, 2.9906861782, 6.0204424858, 11.2533588409],
+    }
+    for (how, n), values in wanted.items():
+        found = resize_positions(np.concatenate([pos[:, :1] - 5, pos], 1), n, first=1, how=how)
+        assert found[0, 0, 0] == -5.0
+        grid = found[0, 1:, 0].reshape(n, n)
+        np.testing.assert_allclose([*grid[:, 0], *grid[1]][: len(values)], values, rtol=1e-5, atol=1e-5)

@@ -50,7 +50,7 @@ class Source:
 
 def check_path(config, workdir):
     """Checks, before a device is touched, that a new run in `workdir` finds its weights. Raises UserError."""
-    from clip_jax.interop.towers.files import is_foreign
+    from clip_jax.interop.towers.files import is_foreign, sources
     from clip_jax.training import checkpoint
 
     for field in config.init_from_allow:
@@ -69,23 +69,6 @@ def check_path(config, workdir):
             raise UserError(f"init_from: {error}; {hint}") from None
 
 
-def sources(text):
-    """Returns `{prefix of parameter paths: path}` of the field `init_from`.
-
-    Args:
-      text: a path, which has the prefix "", or one for each tower, "img=PATH, txt=PATH".
-
-    Raises UserError for another name of a tower, or one that is given twice.
-    """
-    parts = [part.strip().partition("=") for part in text.split(",")]
-    if not all(name.isidentifier() and equals and path for name, equals, path in parts):
-        return {"": text}
-    names = [name for name, _, _ in parts]
-    if len(set(names)) < len(names) or not set(names) <= {"img", "txt"}:
-        raise UserError(f"init_from={text!r}: give one path, or one for each tower: img=PATH, txt=PATH")
-    return {f"{name}/": path for name, _, path in parts}
-
-
 def start(config, state, tokenizer):
     """Returns `(state, line)`: the state with the weights of `config.init_from`, and a line that reports them.
 
@@ -99,7 +82,7 @@ def start(config, state, tokenizer):
     """
     import jax
 
-    from clip_jax.interop.towers.files import is_foreign
+    from clip_jax.interop.towers.files import is_foreign, sources
 
     current = _flat(state.params, state.extra)
     found, resized = {}, False

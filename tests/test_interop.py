@@ -18,7 +18,7 @@ from clip_jax import config as config_lib
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.tokenizers.base import VOCAB_FOLDER
 from clip_jax.errors import UserError
-from clip_jax.interop import configs, layouts, load, recognize
+from clip_jax.interop import configs, layouts, load
 from clip_jax.interop import tokenizer as tokenizer_files
 from clip_jax.interop.layouts import big_vision, hf, open_clip
 from clip_jax.interop.towers.files import is_foreign

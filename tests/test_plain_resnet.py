@@ -64,7 +64,7 @@ def test_a_resnet_is_its_formula(tmp_path):
     tower, images = image_tower(source.config.model), random(2, 64, 64, 3)
     embedding, tokens = jax.jit(tower.apply)(variables, jnp.asarray(images))
     wanted = resnet_by_hand(tensors, images.transpose(0, 3, 1, 2).astype(np.float64))
-    assert np.ptp(wanted) > 1 and tokens.shape == (2, 4, 256)
+    assert 0.5 < np.ptp(wanted) < 100 and tokens.shape == (2, 4, 256)
     np.testing.assert_allclose(embedding, wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -10,47 +10,17 @@ import pytest
 from conftest import golden_files
 from helpers import tiny_config
 from safetensors.numpy import load_file, save_file
-from tower_helpers import bert_tensors, read_params, timm_tensors
+from tower_helpers import bert_by_hand, bert_tensors, read_params, timm_tensors, vocabulary
 
 from clip_jax import init_from
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
 from clip_jax.interop import load, recognize
+from clip_jax.interop.towers.files import sources
 from clip_jax.interop.towers.load import resize_text_positions
 from clip_jax.methods.interface import make_method, resolve
 from clip_jax.models.bert import BertTower
 from clip_jax.training.step import make_init
-
-
-def bert_by_hand(t, ids, heads):
-    """The last hidden state of BERT in NumPy, float64 (Devlin et al. 2019)."""
-    from math import erf
-
-    def norm(x, name):
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
-        return x * t[f"bert.{name}.gamma"] + t[f"bert.{name}.beta"]
-
-    def linear(x, name):
-        return x @ t[f"bert.{name}.weight"].T + t[f"bert.{name}.bias"]
-
-    t = {name: x.astype(np.float64) for name, x in t.items()}
-    word, position, kind = (t[f"bert.embeddings.{n}_embeddings.weight"] for n in ("word", "position", "token_type"))
-    x = norm(word[ids] + position[: ids.shape[1]] + kind[0], "embeddings.LayerNorm")
-    for i in range(2):
-        layer = f"encoder.layer.{i}"
-        q, k, v = (
-            linear(x, f"{layer}.attention.self.{n}").reshape(*x.shape[:2], heads, -1) for n in ("query", "key", "value")
-        )
-        scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
-        scores = np.where((ids != 0)[:, None, None], scores, -1e30)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        y = np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
-        x = norm(x + linear(y, f"{layer}.attention.output.dense"), f"{layer}.attention.output.LayerNorm")
-        y = linear(x, f"{layer}.intermediate.dense")
-        y = y * 0.5 * (1 + np.vectorize(erf)(y / np.sqrt(2)))
-        x = norm(x + linear(y, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
-    return x
 
 
 @pytest.fixture
@@ -107,7 +77,7 @@ def test_timm_and_bert_start_the_towers_of_one_run(bert, tmp_path):
     text = dict(kind="bert", context=12, positions=20, vocab_size=0, eot_id=-1, pad_id=0, width=32, depth=2, heads=4)
     with c.unlocked():
         c.model.text = dict(text, mlp_dim=48)
-        c.tokenizer = vocabulary(tmp_path)
+        c.tokenizer = f"wordpiece:{vocabulary(tmp_path)}"
         c.init_from = f"img={tmp_path / 'timm'}, txt={folder}"
         c.init_from_params = ("^img/(?!proj)", "^txt/(?!proj)")
     tokenizer = make_tokenizer(c.tokenizer)
@@ -129,24 +99,18 @@ def test_timm_and_bert_start_the_towers_of_one_run(bert, tmp_path):
         np.testing.assert_array_equal(state.params[tower]["proj"]["kernel"], before[tower]["proj"]["kernel"])
 
 
-def vocabulary(folder):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(37))]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    return f"wordpiece:{folder / 'vocab.txt'}"
-
-
 @pytest.mark.parametrize(
     "text, message",
     [("img=a, img=b", "give one path, or one for each tower"), ("image=a, txt=b", "img=PATH, txt=PATH")],
 )
 def test_wrong_sources(text, message):
     with pytest.raises(UserError, match=message):
-        init_from.sources(text)
+        sources(text)
 
 
 def test_one_path_is_the_source_of_both_towers():
-    assert init_from.sources("runs/a=b, c") == {"": "runs/a=b, c"}
-    assert init_from.sources("img=/a/b.npz") == {"img/": "/a/b.npz"}
+    assert sources("runs/a=b, c") == {"": "runs/a=b, c"}
+    assert sources("img=/a/b.npz") == {"img/": "/a/b.npz"}
 
 
 def test_what_does_not_fit_is_named(tmp_path):

@@ -1,14 +1,10 @@
 """Vision transformers of timm, DINO, DINOv2 and Hugging Face: their formula in float64, names, heads, positions."""
 
-import json
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from tower_helpers import hf_vit_tensors, random, read_params, timm_tensors
+from tower_helpers import SMALL, hf_vit_tensors, random, read_params, timm_tensors, vit_by_hand, write_tower
 
 from clip_jax import init_from
 from clip_jax.errors import UserError
@@ -16,50 +12,6 @@ from clip_jax.interop import recognize
 from clip_jax.interop.towers import configs
 from clip_jax.interop.towers.load import resize_positions, tower_variables
 from clip_jax.models.towers import image_tower
-
-SMALL = {"model_args": {"num_heads": 4}}
-
-
-def vit_by_hand(t, images, heads):
-    """The class token after the last norm in NumPy, float64, with timm's names; layer scale and registers optional."""
-    t = {name: x.astype(np.float64) for name, x in t.items()}
-
-    def norm(x, name):
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-        return x * t[f"{name}.weight"] + t[f"{name}.bias"]
-
-    def linear(x, name):
-        return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
-
-    kernel = t["patch_embed.proj.weight"]
-    patch = kernel.shape[2]
-    b, size = len(images), images.shape[1]
-    x = images.reshape(b, size // patch, patch, size // patch, patch, 3)
-    x = np.einsum("byixjc,ocij->byxo", x, kernel).reshape(b, -1, len(kernel)) + t["patch_embed.proj.bias"]
-    pos, cls = t["pos_embed"], np.broadcast_to(t["cls_token"], (b, 1, len(kernel)))
-    first = pos.shape[1] - x.shape[1]
-    parts = [cls + pos[:, :first] if first else cls, x + pos[:, first:]]
-    if "reg_token" in t:
-        parts.insert(1, np.broadcast_to(t["reg_token"], (b, *t["reg_token"].shape[1:])))
-    x = np.concatenate(parts, axis=1)
-    for i in range(2):
-        o = f"blocks.{i}"
-        q, k, v = np.moveaxis(linear(norm(x, f"{o}.norm1"), f"{o}.attn.qkv").reshape(b, -1, 3, heads, 16), 2, 0)
-        scores = np.einsum("bqhd,bkhd->bhqk", q, k) / 4
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        y = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v).reshape(x.shape)
-        x = x + linear(y, f"{o}.attn.proj") * t.get(f"{o}.ls1.gamma", 1.0)
-        y = linear(norm(x, f"{o}.norm2"), f"{o}.mlp.fc1")
-        y = y * 0.5 * (1 + np.vectorize(math.erf)(y / np.sqrt(2)))
-        x = x + linear(y, f"{o}.mlp.fc2") * t.get(f"{o}.ls2.gamma", 1.0)
-    return norm(x, "norm")[:, 0]
-
-
-def folder_of(path, tensors, cfg=SMALL):
-    path.mkdir()
-    save_file(tensors, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(cfg))
-    return path
 
 
 def same(a, b):
@@ -71,7 +23,7 @@ def same(a, b):
 )
 def test_a_vision_transformer_is_its_formula(tmp_path, kind):
     tensors, images = timm_tensors(**kind), random(2, 16, 16, 3)
-    foreign = recognize.recognize(folder_of(tmp_path / "timm", tensors))
+    foreign = recognize.recognize(write_tower(tmp_path / "timm", tensors))
     image = foreign.config.model.image
     assert (image.heads, image.registers) == (4, kind.get("registers", 0))
     variables, tower = tower_variables(foreign), image_tower(foreign.config.model)
@@ -87,15 +39,15 @@ def test_a_vision_transformer_is_its_formula(tmp_path, kind):
 @pytest.mark.parametrize("registers", [0, 2])
 def test_dinov2_has_one_set_of_weights_under_three_names(tmp_path, registers):
     tensors = timm_tensors(scale=True, registers=registers)
-    timm = tower_variables(recognize.recognize(folder_of(tmp_path / "timm", tensors)))
+    timm = tower_variables(recognize.recognize(write_tower(tmp_path / "timm", tensors)))
     released = {name.replace("reg_token", "register_tokens"): x for name, x in tensors.items() if "head" not in name}
     released["mask_token"] = random(1, 64)
-    foreign = recognize.recognize(folder_of(tmp_path / "released", released))
+    foreign = recognize.recognize(write_tower(tmp_path / "released", released))
     assert (foreign.kind, foreign.resize) == ("DINOv2", "antialias" if registers else "dinov2")
     same(tower_variables(foreign), timm)
     cfg = dict(model_type="dinov2", hidden_act="gelu", num_attention_heads=4, layer_norm_eps=1e-6, qkv_bias=True)
     hf = {f"dinov2.{name}": x for name, x in hf_vit_tensors(tensors, dino=True).items()}
-    foreign = recognize.recognize(folder_of(tmp_path / "hf", hf, cfg))
+    foreign = recognize.recognize(write_tower(tmp_path / "hf", hf, cfg))
     assert (foreign.kind, foreign.resize) == ("Hugging Face Dinov2Model", "antialias" if registers else "torch")
     same(tower_variables(foreign), timm)
     assert foreign.config.model.image.layer_scale == 1e-5
@@ -103,12 +55,12 @@ def test_dinov2_has_one_set_of_weights_under_three_names(tmp_path, registers):
 
 def test_vit_model_of_hugging_face_is_the_vit_of_timm(tmp_path):
     tensors = timm_tensors()
-    timm = tower_variables(recognize.recognize(folder_of(tmp_path / "timm", tensors)))
+    timm = tower_variables(recognize.recognize(write_tower(tmp_path / "timm", tensors)))
     cfg = dict(model_type="vit", hidden_act="gelu", num_attention_heads=4, layer_norm_eps=1e-12)
-    foreign = recognize.recognize(folder_of(tmp_path / "hf", hf_vit_tensors(tensors, dino=False), cfg))
+    foreign = recognize.recognize(write_tower(tmp_path / "hf", hf_vit_tensors(tensors, dino=False), cfg))
     same(tower_variables(foreign), timm)
     assert foreign.config.model.image.ln_eps == 1e-12
-    wrong = folder_of(tmp_path / "wrong", hf_vit_tensors(tensors, dino=False), cfg | {"qkv_bias": False})
+    wrong = write_tower(tmp_path / "wrong", hf_vit_tensors(tensors, dino=False), cfg | {"qkv_bias": False})
     with pytest.raises(UserError, match="qkv_bias=False is not supported"):
         recognize.recognize(wrong)
 
@@ -132,12 +84,12 @@ def test_heads_come_from_the_configuration_or_the_published_sizes(tmp_path):
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
     tensors = timm_tensors()
     for name, x in (("blocks.1.attn.q_norm.weight", random(16)), ("dist_token", random(1, 1, 64))):
-        path = folder_of(tmp_path / name, tensors | {name: x})
+        path = write_tower(tmp_path / name, tensors | {name: x})
         with pytest.raises(UserError, match=f"1 unexpected: {name}"):
             init_from._foreign(str(path))
     gated = {name.replace("mlp.fc", "mlp.w"): x for name, x in tensors.items()}
     with pytest.raises(UserError, match="without blocks.0.mlp.fc1 is not supported"):
-        recognize.recognize(folder_of(tmp_path / "gated", gated))
+        recognize.recognize(write_tower(tmp_path / "gated", gated))
 
 
 def test_the_hidden_layer_of_an_old_classification_head_is_left_out(tmp_path):

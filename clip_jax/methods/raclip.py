@@ -50,7 +50,8 @@ class Options:
     Attributes:
       reference: the held-out pairs, a data set as in `data.source`. None of them may be in the training set.
       encoder: the frozen encoder: `pixels`, which needs no weights, `efficientnet_lite0` or `efficientnet_lite0:FILE`,
-        which was trained on ImageNet's classes, or the work folder of a run.
+        which was trained on ImageNet's classes, or the work folder of a run; or `img=ENCODER, txt=ENCODER`, of which
+        each is one of these or a tower of others, such as DINO's and a sentence transformer.
       k: the number of neighbours of an image.
       use_bank: False embeds every image as if it had no neighbours, to measure what retrieval adds.
       retrieval: `online` or `cached`.

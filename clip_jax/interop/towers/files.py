@@ -37,6 +37,24 @@ class Foreign:
     resize: str = "antialias"
 
 
+def sources(text, field="init_from"):
+    """Returns `{prefix of parameter paths: path}` of a field that names weights.
+
+    Args:
+      text: a path, which has the prefix "", or one for each tower, "img=PATH, txt=PATH".
+      field: its name, for messages.
+
+    Raises UserError for another name of a tower, or one that is given twice.
+    """
+    parts = [part.strip().partition("=") for part in text.split(",")]
+    if not all(name.isidentifier() and equals and path for name, equals, path in parts):
+        return {"": text}
+    names = [name for name, _, _ in parts]
+    if len(set(names)) < len(names) or not set(names) <= {"img", "txt"}:
+        raise UserError(f"{field}={text!r}: give one path, or one for each tower: img=PATH, txt=PATH")
+    return {f"{name}/": path for name, _, path in parts}
+
+
 def is_foreign(path):
     """Returns whether a path holds third-party weights, and not a work folder of this package."""
     path = pathlib.Path(path)

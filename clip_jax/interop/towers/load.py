@@ -32,6 +32,17 @@ def tower_shapes(config):
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def checked(foreign):
+    """Returns `(tower_shapes, entries of the layout)` of a `Foreign` tower.
+
+    Raises UserError when the tensors contradict the configuration.
+    """
+    ours = tower_shapes(foreign.config)
+    entries = foreign.entries(ours)
+    layouts.check(entries, foreign.tensors, ours, foreign.ignored, str(foreign.file))
+    return ours, entries
+
+
 def tower_variables(foreign, size=0):
     """Returns the variables of a single tower, `{"params": ...}` and `{"batch_stats": ...}` where it has any.
 
@@ -46,9 +57,8 @@ def tower_variables(foreign, size=0):
 
     from clip_jax.models.towers import image_tower
 
-    config, ours = foreign.config, tower_shapes(foreign.config)
-    entries = foreign.entries(ours)
-    layouts.check(entries, foreign.tensors, ours, foreign.ignored, str(foreign.file))
+    config = foreign.config
+    ours, entries = checked(foreign)
     shapes = {path: x.shape for path, x in ours.items()}
     loaded = (pair for e in entries for pair in e.load(foreign.tensors[e.theirs].read(), shapes))
     found = {path: np.array(x, np.float32) for path, x in loaded}

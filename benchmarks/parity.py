@@ -11,6 +11,11 @@ when a difference exceeds --tolerance.
 
 Every parameter is random, biases, gains and running statistics included. SigLIP has our shipped tokenizer with 4,096
 pieces instead of 32,000, and for open_clip the activation `gelu`, which timm's B/16 has there (docs/checkpoints.md).
+
+    python benchmarks/parity.py --towers all --torch-python /path/to/python
+
+compares single towers the other way round (`benchmarks/parity_towers.py`): the library makes one with random weights
+and stores it, and we load it.
 """
 
 import math
@@ -23,8 +28,9 @@ import tempfile
 import time
 
 import common
+import parity_towers
 
-COLUMNS = {"model": "<16", "target": "<10", "parameters": ">13,", "image": ">9.1e", "text": ">9.1e", "apart": ">8.1e"}
+COLUMNS = {"model": "<30", "target": "<21", "parameters": ">13,", "image": ">9.1e", "text": ">9.1e", "apart": ">8.1e"}
 COLUMNS |= {"same ids": ">9", "seconds": ">8.1f"}
 SIZES = "ViT-B/32,ViT-B/16,ViT-L/14,RN50,RN101,RN50x4,SigLIP-B/16-224"
 TEXTS = ["a photo of a cat", "Hello, World!", "zwölf  Boxkämpfer & a <dog>", "an astronaut riding a horse " * 30]
@@ -175,8 +181,13 @@ def measure(size, target, args, report):
 def main():
     if sys.argv[1:2] == ["--theirs"]:
         return theirs(*sys.argv[2:])
+    if sys.argv[1:2] == ["--their-tower"]:
+        return parity_towers.theirs(*sys.argv[2:])
     parser = common.make_parser(__doc__, "parity")
     parser.add_argument("--sizes", default=SIZES, help="separated by commas (default: %(default)s)")
+    parser.add_argument(
+        "--towers", default="", help=f"single towers instead: all, or of {', '.join(parity_towers.TOWERS)}"
+    )
     parser.add_argument("--targets", default="open_clip,hf", help="open_clip, hf (default: %(default)s)")
     parser.add_argument(
         "--torch-python", default=sys.executable, help="the interpreter with the libraries (default: this one)"
@@ -188,6 +199,11 @@ def main():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     report = common.Report(COLUMNS, torch_python=str(pathlib.Path(args.torch_python)), tolerance=args.tolerance)
     report.header()
+    if args.towers:
+        names = parity_towers.TOWERS if args.towers == "all" else args.towers.split(",")
+        within = [parity_towers.measure(name, args, report) for name in names]
+        report.write(args.json)
+        return 0 if all(within) else 1
     pairs = [(size, target) for size in args.sizes.split(",") for target in args.targets.split(",")]
     pairs = [
         pair for pair in pairs if pair[1] == "open_clip" or not pair[0].startswith("RN")

@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tower_helpers import SMALL, hf_vit_tensors, random, read_params, timm_tensors, vit_by_hand, write_tower
+from tower_helpers import (
+    SMALL,
+    google_tensors,
+    hf_vit_tensors,
+    random,
+    read_params,
+    timm_tensors,
+    vit_by_hand,
+    write_tower,
+)
 
 from clip_jax import init_from
 from clip_jax.errors import UserError
@@ -93,27 +102,10 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
 
 
 def test_the_hidden_layer_of_an_old_classification_head_is_left_out(tmp_path):
-    width = 16
-    shapes = {"embedding/kernel": (4, 4, 3, width), "embedding/bias": (width,), "cls": (1, 1, width)}
-    shapes |= {
-        "Transformer/posembed_input/pos_embedding": (1, 5, width),
-        "head/kernel": (width, 10),
-        "head/bias": (10,),
-    }
-    block = "Transformer/encoderblock_0"
-    for name in ("query", "key", "value"):
-        shapes |= {f"{block}/MultiHeadDotProductAttention_1/{name}/kernel": (width, 2, 8)}
-        shapes |= {f"{block}/MultiHeadDotProductAttention_1/{name}/bias": (2, 8)}
-    shapes |= {f"{block}/MultiHeadDotProductAttention_1/out/kernel": (2, 8, width)}
-    shapes |= {f"{block}/MultiHeadDotProductAttention_1/out/bias": (width,)}
-    for name, size in (("Dense_0", (width, 32)), ("Dense_1", (32, width))):
-        shapes |= {f"{block}/MlpBlock_3/{name}/kernel": size, f"{block}/MlpBlock_3/{name}/bias": size[1:]}
-    for name in (f"{block}/LayerNorm_0", f"{block}/LayerNorm_2", "Transformer/encoder_norm"):
-        shapes |= {f"{name}/scale": (width,), f"{name}/bias": (width,)}
-    arrays = {name: random(*shape) for name, shape in shapes.items()}
+    arrays = google_tensors(head=10)
     np.savez(tmp_path / "plain.npz", **arrays)
     assert "proj" in read_params(init_from._foreign(str(tmp_path / "plain.npz")))["img"]
-    hidden = {"pre_logits/kernel": random(width, width), "pre_logits/bias": random(width)}
+    hidden = {"pre_logits/kernel": random(32, 32), "pre_logits/bias": random(32)}
     np.savez(tmp_path / "hidden.npz", **arrays, **hidden)
     foreign = recognize.recognize(tmp_path / "hidden.npz")
     assert foreign.notes == ["the classification head with its hidden layer (pre_logits) is left out"]

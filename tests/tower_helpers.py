@@ -213,6 +213,24 @@ def hf_vit_tensors(timm, dino):
 
 
 @seeded
+def google_tensors(width=32, heads=2, patch=16, grid=2, mlp=64, head=0):
+    """Returns the arrays of a vision transformer of Google with the names from before flax.linen; one block."""
+    block, wide = "Transformer/encoderblock_0", (heads, width // heads)
+    shapes = {"embedding": (patch, patch, 3, width), f"{block}/MlpBlock_3/Dense_0": (width, mlp)}
+    shapes |= {f"{block}/MlpBlock_3/Dense_1": (mlp, width)} | ({"head": (width, head)} if head else {})
+    found = {f"{name}/kernel": random(*shape) for name, shape in shapes.items()}
+    found |= {f"{name}/bias": random(shape[-1]) for name, shape in shapes.items()}
+    attention = f"{block}/MultiHeadDotProductAttention_1"
+    for name in ("query", "key", "value"):
+        found |= {f"{attention}/{name}/kernel": random(width, *wide), f"{attention}/{name}/bias": random(*wide)}
+    found |= {f"{attention}/out/kernel": random(*wide, width), f"{attention}/out/bias": random(width)}
+    for name in (f"{block}/LayerNorm_0", f"{block}/LayerNorm_2", "Transformer/encoder_norm"):
+        found |= {f"{name}/scale": 1 + random(width), f"{name}/bias": random(width)}
+    found["Transformer/posembed_input/pos_embedding"] = random(1, 1 + grid**2, width)
+    return found | {"cls": random(1, 1, width)}
+
+
+@seeded
 def resnet_tensors(width=8, layers=(1, 1, 1, 1)):
     """Returns a state dict with the names of torchvision's ResNet with bottlenecks."""
     found = {"conv1.weight": random(width, 3, 7, 7), "fc.weight": random(10, 32 * width), "fc.bias": random(10)}

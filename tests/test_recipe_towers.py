@@ -1,0 +1,123 @@
+"""The published recipes that start from or look up towers of others, from small random files in the real layouts."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPO
+from helpers import TINY, losses
+from tower_helpers import (
+    SMALL,
+    bert_tensors,
+    google_tensors,
+    mpnet_tensors,
+    resnet_tensors,
+    timm_tensors,
+    vocabulary,
+    write_sentence_transformer,
+    write_tower,
+)
+
+from clip_jax import config, init_from, train
+from clip_jax.errors import UserError
+
+BERT = dict(model_type="bert", num_attention_heads=4)
+#: A published run at the size of the files below: only sizes, data and lengths differ.
+RUN = """
+    data.batch_size=8 data.workers=0 train.steps=1 train.log_steps=1 optim.warmup_steps=0 micro_batches=1
+    checkpoint.steps=1 eval.report=false log.tensorboard=false model.dtype=float32
+""".split()
+TEXT = """
+    model.embed_dim=32 model.text.width=32 model.text.depth=2 model.text.heads=4 model.text.mlp_dim=48
+    model.text.positions=20 model.text.context=12
+""".split()
+VIT = "model.image.size=32 model.image.width=32 model.image.depth=1 model.image.heads=2 model.image.mlp_dim=64".split()
+RESNET = "model.image.size=32 model.image.width=8 model.image.layers=(1,1,1,1) optim.lr_hold_steps=0".split()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Towers by name, and the tokenizer of the BERT."""
+    root = tmp_path_factory.mktemp("towers")
+    colours = {"pretrained_cfg": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}
+    found = {"resnet": write_tower(root / "resnet", resnet_tensors(), {"architecture": "resnet50"} | colours)}
+    found["bert"] = write_tower(root / "bert", bert_tensors(), BERT)
+    np.savez(root / "B_16.npz", **google_tensors())
+    return found | {"vit": root / "B_16.npz", "vocabulary": vocabulary(root / "bert")}
+
+
+def run(recipe, workdir, *overrides):
+    """Runs one step of a recipe; returns `(configuration, its state as stored, lines)`."""
+    from clip_jax.methods import stored
+
+    lines = []
+    c = config.load(str(REPO / "configs" / recipe), [*RUN, *overrides])
+    train.train(c, workdir, lines.append)
+    assert np.isfinite(losses(workdir)[1])
+    return c, stored.load(workdir), "\n".join(map(str, lines))
+
+
+def test_otter_starts_from_a_resnet_and_a_bert(files, tmp_path):
+    c, found, lines = run(
+        "otter.py:otter", tmp_path / "run", *RESNET, *TEXT, "data.augment=resize(40),random_crop", "data.source=emoji",
+        f"tokenizer=wordpiece:{files['vocabulary']}", f"init_from=img={files['resnet']}, txt={files['bert']}",
+        "optim.lr=1e-6",
+    )  # fmt: skip
+    assert "started from img=" in lines
+    conv = resnet_tensors()["conv1.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_allclose(found.params["img"]["conv1"]["kernel"], conv, atol=1e-4)
+    words = bert_tensors()["bert.embeddings.word_embeddings.weight"]
+    np.testing.assert_allclose(found.params["txt"]["bert"]["embed"]["embedding"], words, atol=1e-4)
+    assert found.params["img"]["proj"]["kernel"].shape == (256, 32)
+    with c.unlocked():
+        c.init_from_allow = ()
+    with pytest.raises(UserError, match="model.image_mean=.* there, .* here"):
+        train.train(c, tmp_path / "again", lambda line: None)
+
+
+def test_zerovl_starts_from_googles_vit_and_a_bert(files, tmp_path):
+    _, found, lines = run(
+        "zerovl.py:b16", tmp_path, *VIT, *TEXT, f"tokenizer=wordpiece:{files['vocabulary']}", "optim.lr=1e-6",
+        "data.source=emoji?by=vendor", f"init_from=img={files['vit']}, txt={files['bert']}",
+    )  # fmt: skip
+    assert "started from img=" in lines
+    dense = google_tensors()["Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"]
+    np.testing.assert_allclose(found.params["img"]["block_0"]["mlp"]["fc1"]["kernel"], dense, atol=1e-4)
+
+
+def test_lit_locks_googles_vit_and_tunes_a_bert(files, tmp_path):
+    _, found, lines = run(
+        "lit.py:b16", tmp_path, *VIT, *TEXT, f"tokenizer=wordpiece:{files['vocabulary']}?eot=false",
+        "data.source=emoji", f"init_from=img={files['vit']}, txt={files['bert']}",
+    )  # fmt: skip
+    assert "started from img=" in lines
+    arrays = google_tensors()
+    np.testing.assert_array_equal(found.params["img"]["cls"], arrays["cls"])
+    np.testing.assert_array_equal(found.params["img"]["pos"], arrays["Transformer/posembed_input/pos_embedding"])
+    words = bert_tensors()["bert.embeddings.word_embeddings.weight"]
+    assert (np.asarray(found.params["txt"]["bert"]["embed"]["embedding"]) != words).any()
+
+
+def test_raclip_looks_up_by_a_vit_and_a_sentence_transformer(tmp_path):
+    image = write_tower(tmp_path / "dino", timm_tensors(), SMALL)
+    cfg = dict(model_type="mpnet", num_attention_heads=4, layer_norm_eps=1e-12, pad_token_id=1)
+    text = write_sentence_transformer(
+        tmp_path / "mpnet", mpnet_tensors(bert_tensors()), cfg, ("<s>", "<pad>", "</s>")
+    )  # fmt: skip
+    tiny = [override for override in TINY if override.startswith("model.") and "stem" not in override]
+    _, found, _ = run(
+        "raclip.py:b32", tmp_path / "run", *tiny, "data.source=emoji?part=record:!1/40", "raclip.heads=2",
+        "raclip.k=4", "raclip.reference=emoji?part=record:1/40", f"raclip.encoder=img={image}, txt={text}",
+    )  # fmt: skip
+    bank = found.extra["bank"]
+    assert bank["image"].shape[1:] == (64,) and bank["text"].shape[1:] == (32,)
+    rows = np.asarray(bank["image"])[: int(bank["count"])]
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    weights = found.extra["encoder"]["params"]
+    np.testing.assert_array_equal(weights["cls"], timm_tensors()["cls_token"])
+    assert jax.tree.leaves(weights)
+
+
+def test_what_may_contradict_a_source_is_one_of_the_checked_fields(tmp_path):
+    c = config.load(str(REPO / "configs" / "otter.py:otter"), ["init_from_allow=model.image.size"])
+    with pytest.raises(UserError, match="init_from_allow 'model.image.size'"):
+        init_from.check_path(c, tmp_path)

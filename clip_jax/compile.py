@@ -142,6 +142,7 @@ def compile_for_tpu(program, devices):
     sizes = {field: getattr(memory, f"{field}_size_in_bytes") for field in fields}
     return dict(
         mesh=dict(mesh.shape),
+        options=program_lib.compiler_options(sharded),
         compile_seconds=time.perf_counter() - start,
         memory=dict(sizes, total=sum(sizes.values()) - 2 * sizes["alias"], state=state_bytes, batch=batch_bytes),
         flops=cost.flops,

@@ -162,7 +162,7 @@ def _describe_memory(topology, result):
     total = f"{gib(memory['total'])} of {gib(hbm)}"
     share = f"({memory['total'] / hbm:.1%})"
     if topology.shape:
-        yield f"compiled in {result['compile_seconds']:.0f} s"
+        yield f"compiled in {result['compile_seconds']:.0f} s, with {len(result['options'])} options for this chip"
         yield (
             f"memory: arguments {gib(memory['argument'])} (state {gib(memory['state'])}, batch {gib(memory['batch'])})"
             f" + outputs {gib(memory['output'])} - reused {gib(memory['alias'])} + temporary {gib(memory['temp'])}"

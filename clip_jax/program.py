@@ -66,17 +66,21 @@ def shard_bytes(tree):
 def compile_step(program):
     """Returns the compiled step `(state, batch) -> (state, metrics)`, which donates the state, a `jax.stages.Compiled`.
 
-    With `config.train.xla_flags`, the compiler gets the options of `clip_jax.runtime.xla_flags` for these devices.
-
     Args:
       program: a `Program` whose state and batch have shardings; the step returns the state in the same ones.
     """
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
     step = make_step(program.config, program.method, program.tx)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    (device, *_) = jax.tree.leaves(shardings)[0].device_set
-    options = xla_flags.options(device.device_kind) if program.config.train.xla_flags else {}
-    return _compile(step.lower(program.state, program.batch), options)
+    return _compile(step.lower(program.state, program.batch), compiler_options(program))
+
+
+def compiler_options(program):
+    """Returns the `{option: value}` for the compiler of a `Program`'s step; empty with `train.xla_flags=false`."""
+    if not program.config.train.xla_flags:
+        return {}
+    device = min(jax.tree.leaves(program.state)[0].sharding.device_set, key=lambda device: device.id)
+    return xla_flags.options(device.device_kind)
 
 
 def _compile(lowered, options):

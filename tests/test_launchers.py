@@ -577,7 +577,7 @@ def test_keep_prints_the_whole_course_in_a_dry_run(stand):
 
 
 def problems(value, schema, path="JobSet"):
-    """The places where a value breaks an OpenAPI schema; as for kubectl, an unnamed field is one."""
+    """The places where a value breaks an OpenAPI schema. A field that it does not name is one, as for kubectl."""
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
     allowed = tuple(kinds[option["type"]] for option in schema.get("anyOf", [schema]))
     if not isinstance(value, allowed) or isinstance(value, bool) and bool not in allowed:

@@ -131,8 +131,8 @@ def attend_even(q, k, v, causal, implementation):
 class Attention(nn.Module):
     """Multi-head attention from `x_q[b, q, D]` to `x_kv[b, k, D]`, `[b, q, D]`.
 
-    The bool `mask`, broadcast to `[b, H, q, k]`, is True where attention is allowed. `bias` and `drop_weights` are those
-    of `attend`.
+    The bool `mask`, broadcast to `[b, H, q, k]`, is True where attention is allowed. `bias` and `drop_weights` are
+    those of `attend`.
 
     Attributes:
       heads: number of heads H.

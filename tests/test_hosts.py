@@ -202,6 +202,20 @@ def test_a_log_ends_with_what_ended_the_process(tmp_path, capsys, error):
     assert first[-1] == ("error: a wrong field" if isinstance(error, UserError) else "KeyError: 'a defect'")
 
 
+def test_a_full_disk_costs_only_the_log(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "full.log").symlink_to("/dev/full")  # every write fails, as on a full disk
+
+    def work():
+        host_log.start(tmp_path, "full")
+        print("a step")
+        logging.getLogger("clip_jax").warning("a warning")
+        raise UserError("could not save")
+
+    assert command.run(work) == 2
+    assert capsys.readouterr() == ("a step\n", "error: could not save\n")
+
+
 def test_one_host_starts_without_jax():
     code = "import sys; from clip_jax.runtime import faults, hosts; hosts.start(); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0

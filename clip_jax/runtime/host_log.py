@@ -4,8 +4,8 @@ Each process appends to a file of its own, so that a pod's hosts can be read sid
 network prints in C++ is not in it; that is in the launcher's output.
 """
 
+import contextlib
 import faulthandler
-import io
 import logging
 import os
 import signal
@@ -40,7 +40,7 @@ def start(workdir, name):
     """
     global _file, _streams
     (workdir / FOLDER).mkdir(exist_ok=True)
-    _file = open(workdir / FOLDER / f"{name}.log", "a", buffering=1, errors="replace")
+    _file = _File(open(workdir / FOLDER / f"{name}.log", "a", buffering=1, errors="replace"))
     when = time.strftime("%Y-%m-%d %H:%M:%S")
     write(f"--- {when} on {socket.gethostname()}, pid {os.getpid()}: {' '.join(sys.argv)}")
     _streams = (sys.stdout, sys.stderr)
@@ -81,26 +81,35 @@ def write(line):
         print(line, file=_file)
 
 
-class _Copy(io.TextIOBase):
+class _Copy:
     """A text stream whose text goes to the file as well. Everything else is that of `stream`."""
 
     def __init__(self, stream):
         self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
     def write(self, text):
         if _file:
             _file.write(text)
         return self.stream.write(text)
 
+
+class _File:
+    """The file. A full disk costs lines of the log, and nothing else."""
+
+    def __init__(self, stream):
+        self.stream, self.fileno = stream, stream.fileno
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
     def flush(self):
-        self.stream.flush()
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
-    def fileno(self):
-        return self.stream.fileno()
-
-    def isatty(self):
-        return self.stream.isatty()
-
-    @property
-    def encoding(self):
-        return self.stream.encoding
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.stream.close()

@@ -167,6 +167,7 @@ def train(config, workdir, log=print, cluster=None):
     hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
     config, source, tokenizer, method = make_parts(config)
     init_from.check_path(config, workdir)
+    hosts.devices()
     with faults.stage("waiting until all hosts have opened their data"):
         hosts.wait("opened")
     hosts.check_shared(workdir)

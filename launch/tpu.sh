@@ -218,7 +218,7 @@ worker_setup() {
     export PYTHON
   fi
   if [[ -n $LOCKED ]]; then export PIP_CONSTRAINT=$HOME/clip_jax.lock; fi
-  make_venv tpu
+  make_venv tpu,gcs
   mkdir -p "$RUN"
   echo "$BUCKET" >"$RUN/bucket"
   mount_bucket

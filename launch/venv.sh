@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the other scripts, from the repository's root: make_venv [extra] makes $venv and installs the package with that extra.
+# Sourced by the other scripts, from the repository's root: make_venv [extra,...] makes $venv and installs the package with those extras.
 venv=${CLIP_JAX_VENV:-.venv}
 
 make_venv() {

@@ -364,7 +364,7 @@ def test_setup_waits_for_the_slice_and_installs_what_git_tracks(stand):
         code = stand.root / f"worker{worker}" / "clip_jax"
         assert (code / "launch" / "tpu.sh").exists() and not (code / "untracked").exists()
     assert [call[1:4] + call[-2:] for call in stand.arguments("python")] == [
-        ["pip", "install", "--quiet", "-e", ".[tpu]"]
+        ["pip", "install", "--quiet", "-e", ".[tpu,gcs]"]
     ] * 2
 
 

@@ -155,6 +155,8 @@ def devices():
     try:
         found, reason = jax.devices(), "it sees only the CPU"
     except (RuntimeError, AssertionError) as error:  # JAX asserts that there is a device
+        if jax.distributed.is_initialized() and faults.is_loss(error):
+            faults.end_lost(faults.one_line(error))
         found, reason = [], faults.one_line(error) or "it sees no device"
     if found and (wanted == "cpu" or found[0].platform != "cpu"):
         return found

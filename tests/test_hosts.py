@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -200,6 +201,43 @@ def test_a_log_ends_with_what_ended_the_process(tmp_path, capsys, error):
     first = lines[1 : starts[1]]
     assert first[:2] == ["step 1", "only here"] and first[2].endswith("WARNING clip_jax: a record is damaged")
     assert first[-1] == ("error: a wrong field" if isinstance(error, UserError) else "KeyError: 'a defect'")
+
+
+class Bucket:
+    """A log in a bucket that fails at first."""
+
+    def __init__(self):
+        self.lines, self.safe, self.fails = [], [], 2
+
+    def open(self, path):
+        self.path = path
+        self.fails -= 1
+        if self.fails:
+            raise OSError("503")
+        return self
+
+    def write(self, line):
+        self.lines.append(line)
+
+    def flush(self):
+        self.safe = list(self.lines)
+
+
+def test_the_log_of_a_run_in_a_bucket(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(host_log, "SHIP_SECONDS", 0.01)
+    bucket = Bucket()
+    host_log.start(tmp_path / "run", "process-0", bucket.open)
+    print("step 1")
+    deadline = time.monotonic() + 30
+    while "step 1" not in bucket.safe:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    monkeypatch.setattr(host_log, "SHIP_SECONDS", 3600)
+    print("the end", file=sys.stderr)
+    host_log.stop()
+    assert bucket.path == tmp_path / "run" / "logs" / "process-0.log" and not bucket.path.exists()
+    assert bucket.safe[0].startswith("--- ") and bucket.safe[1:] == ["step 1", "the end"]
+    assert capsys.readouterr() == ("step 1\n", "the end\n")
 
 
 def test_a_full_disk_costs_only_the_log(tmp_path, capsys):

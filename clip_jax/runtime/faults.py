@@ -192,6 +192,7 @@ def end(status, line, stacks=False):
     print(line, file=sys.stderr, flush=True)
     for stream in filter(None, (sys.stderr, host_log.file())) if stacks else ():
         faulthandler.dump_traceback(stream)
+    host_log.stop()
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()
@@ -261,5 +262,6 @@ def leave(status, line):
     timer.start()
     with contextlib.suppress(Exception):
         jax.distributed.shutdown()
+    host_log.stop()
     sys.stdout.flush()
     os._exit(status)

@@ -11,13 +11,19 @@ import os
 import signal
 import socket
 import sys
+import tempfile
+import threading
 import time
 
 FOLDER = "logs"
 FORMAT = "%(levelname)s %(name)s: %(message)s"
 
+#: A log in a bucket gets new lines this often, and its last ones within a limit before the process ends.
+SHIP_SECONDS, END_SECONDS = 15, 10
+
 _file = None
 _streams = ()  # of the process, before `start`
+_shipper = None
 
 
 def process_name(cluster, environ=os.environ):
@@ -31,16 +37,24 @@ def process_name(cluster, environ=os.environ):
     return socket.gethostname() if number is None else f"process-{number}"
 
 
-def start(workdir, name):
+def start(workdir, name, open_remote=None):
     """Copies what this process prints and logs from now on to `<workdir>/logs/<name>.log`, at its end.
 
     Args:
       workdir: an existing folder, a `pathlib.Path`.
       name: the name of the process.
+      open_remote: for a work folder in a bucket, a function from the path of the log to an object with `write(line)`
+        and `flush()`. A thread of its own calls it, so a slow or failing bucket does not hold up the process.
     """
-    global _file, _streams
-    (workdir / FOLDER).mkdir(exist_ok=True)
-    _file = _File(open(workdir / FOLDER / f"{name}.log", "a", buffering=1, errors="replace"))
+    global _file, _streams, _shipper
+    path = workdir / FOLDER / f"{name}.log"
+    if open_remote:
+        _file = _File(tempfile.NamedTemporaryFile("a", buffering=1, errors="replace"))
+        _shipper = _Shipper(_file.stream.name, lambda: open_remote(path))
+        _shipper.start()
+    else:
+        path.parent.mkdir(exist_ok=True)
+        _file = _File(open(path, "a", buffering=1, errors="replace"))
     when = time.strftime("%Y-%m-%d %H:%M:%S")
     write(f"--- {when} on {socket.gethostname()}, pid {os.getpid()}: {' '.join(sys.argv)}")
     _streams = (sys.stdout, sys.stderr)
@@ -59,9 +73,12 @@ def show_stacks(stream):
 
 def stop():
     """Undoes `start`, where it was called."""
-    global _file
+    global _file, _shipper
     if not _file:
         return
+    if _shipper:
+        _shipper.end()
+        _shipper = None
     sys.stdout, sys.stderr = _streams
     root = logging.getLogger()
     root.handlers = [handler for handler in root.handlers if getattr(handler, "stream", None) is not _file]
@@ -113,3 +130,30 @@ class _File:
     def close(self):
         with contextlib.suppress(OSError):
             self.stream.close()
+
+
+class _Shipper(threading.Thread):
+    """Hands the lines of a local file to a log in a bucket."""
+
+    def __init__(self, path, open_remote):
+        super().__init__(daemon=True, name="host log")
+        self.file, self.open_remote = open(path, errors="replace"), open_remote
+        self.remote, self.ended = None, threading.Event()
+
+    def run(self):
+        last = False
+        while not last:
+            last = self.ended.wait(SHIP_SECONDS)
+            try:
+                self.remote = self.remote or self.open_remote()
+                for line in self.file:
+                    self.remote.write(line.rstrip("\n"))
+                self.remote.flush()
+            except Exception:  # the next round tries again: the bucket's state is not that of the run
+                logging.getLogger(__name__).debug("the log cannot be written to the bucket", exc_info=True)
+
+    def end(self):
+        """Hands over the last lines, within END_SECONDS."""
+        self.ended.set()
+        self.join(END_SECONDS)
+        self.file.close()

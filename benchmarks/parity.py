@@ -11,6 +11,7 @@ when a difference exceeds --tolerance.
 
 Every parameter is random, biases, gains and running statistics included. SigLIP has our shipped tokenizer with 4,096
 pieces instead of 32,000, and for open_clip the activation `gelu`, which timm's B/16 has there (docs/checkpoints.md).
+ALIGN-B0 to ALIGN-B7 are an EfficientNet with a BERT of 4 layers and a vocabulary of letters, for transformers alone.
 
     python benchmarks/parity.py --towers all --torch-python /path/to/python
 
@@ -22,6 +23,7 @@ import math
 import os
 import pathlib
 import shutil
+import string
 import subprocess
 import sys
 import tempfile
@@ -32,13 +34,30 @@ import parity_towers
 
 COLUMNS = {"model": "<30", "target": "<21", "parameters": ">13,", "image": ">9.1e", "text": ">9.1e", "apart": ">8.1e"}
 COLUMNS |= {"same ids": ">9", "seconds": ">8.1f"}
-SIZES = "ViT-B/32,ViT-B/16,ViT-L/14,RN50,RN101,RN50x4,SigLIP-B/16-224"
+SIZES = "ViT-B/32,ViT-B/16,ViT-L/14,RN50,RN101,RN50x4,SigLIP-B/16-224,ALIGN-B0"
 TEXTS = ["a photo of a cat", "Hello, World!", "zwölf  Boxkämpfer & a <dog>", "an astronaut riding a horse " * 30]
 IMAGES = 4
 
 
-def make_model(size, target):
-    """Returns our model of a published size with random weights."""
+def use_align(config, name, folder):
+    """Sets the configuration to an ALIGN with the EfficientNet `name`; `folder` gets its vocabulary."""
+    from clip_jax.models.efficientnet import scaled
+    from clip_jax.models.towers import EFFICIENTNETS, IMAGE_TOWERS, TEXT_TOWERS, all_fields
+
+    image = dict(zip(("width_coefficient", "depth_coefficient"), EFFICIENTNETS[name], strict=True))
+    image |= dict(kind="efficientnet", size=224, padding="even", first_residual=False, proj=False)
+    text = dict(kind="bert", context=64, pad_id=0, width=256, depth=4, heads=4, mlp_dim=1024, vocab_size=0, eot_id=-1)
+    config.model.image, config.model.text = all_fields(IMAGE_TOWERS, image), all_fields(TEXT_TOWERS, text)
+    config.model.embed_dim = scaled(320, image["width_coefficient"])
+    letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    pieces = "[PAD] [UNK] [CLS] [SEP] [MASK]".split() + letters + [f"##{x}" for x in letters]
+    pathlib.Path(folder, "vocab.txt").write_text("\n".join(pieces))
+    config.method, config.tokenizer = "align", f"wordpiece:{folder}/vocab.txt"
+    config.model.image_mean = config.model.image_std = (0.5, 0.5, 0.5)
+
+
+def make_model(size, target, folder):
+    """Returns our model of a published size with random weights; `folder` gets the files that it needs."""
     import jax
     import numpy as np
 
@@ -49,8 +68,11 @@ def make_model(size, target):
     from clip_jax.models.towers import use_size
 
     config = config_lib.base()
-    use_size(config.model, size)
     config.model.dtype, config.tokenizer = "float32", "clip_bpe"
+    if size.startswith("ALIGN-"):
+        use_align(config, size.removeprefix("ALIGN-"), folder)
+    else:
+        use_size(config.model, size)
     if size.startswith("SigLIP"):
         config.method, config.tokenizer = "siglip", "sentencepiece?lower=true&pad_with_eot=true"
         config.model.image_mean = config.model.image_std = (0.5, 0.5, 0.5)
@@ -67,14 +89,16 @@ def make_model(size, target):
     def random(path, x):
         if jax.tree_util.keystr(path).endswith(("scale']", "var']")):
             return 0.5 + rng.random(x.shape, np.float32)
-        # Kernels of this scale keep the size of activations.
+        # Kernels of this scale keep the size of activations, in an EfficientNet with a gain for SiLU and excitation.
+        gain = 1.5 if config.method == "align" and x.ndim == 4 else 1.0
         return rng.standard_normal(x.shape, np.float32) * (
-            1 / math.sqrt(math.prod(x.shape[:-1])) if x.ndim > 1 else 0.1
+            gain / math.sqrt(math.prod(x.shape[:-1])) if x.ndim > 1 else 0.1
         )
 
     shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
     params, extra = jax.tree_util.tree_map_with_path(random, shapes)
-    return Model(config, method, params | {"logit_scale": np.float32(2.0)}, extra, tokenizer)
+    scale = {"temperature": np.float32(0.5)} if config.method == "align" else {"logit_scale": np.float32(2.0)}
+    return Model(config, method, params | scale, extra, tokenizer)
 
 
 def theirs(folder, target, inputs, out):
@@ -98,8 +122,10 @@ def theirs(folder, target, inputs, out):
         model = transformers.AutoModel.from_pretrained(folder).eval()
         pixels = transformers.AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
-        embed = [lambda x: pooled(model.get_image_features(x)), lambda x: pooled(model.get_text_features(x))]
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        ids, of_align = tokens["input_ids"], model.config.model_type == "align"
+        mask = {"attention_mask": tokens["attention_mask"]} if of_align else {}
+        embed = [lambda x: pooled(model.get_image_features(x)), lambda x: pooled(model.get_text_features(x, **mask))]
     with torch.no_grad():
         z = [
             torch.nn.functional.normalize(f(x).float(), dim=-1).numpy()
@@ -144,7 +170,7 @@ def measure(size, target, args, report):
 
     start, folder = time.perf_counter(), tempfile.mkdtemp()
     try:
-        model = make_model(size, target)
+        model = make_model(size, target, folder)
         export(model, target, f"{folder}/model")
         pixels = random_images(model.image_view.size)
         np.savez(f"{folder}/in.npz", images=pixels, texts=TEXTS)
@@ -205,9 +231,8 @@ def main():
         report.write(args.json)
         return 0 if all(within) else 1
     pairs = [(size, target) for size in args.sizes.split(",") for target in args.targets.split(",")]
-    pairs = [
-        pair for pair in pairs if pair[1] == "open_clip" or not pair[0].startswith("RN")
-    ]  # transformers has no CLIP ResNet
+    # transformers has no CLIP ResNet, open_clip no ALIGN.
+    pairs = [pair for pair in pairs if not pair[0].startswith({"hf": "RN", "open_clip": "ALIGN"}[pair[1]])]
     within = [measure(size, target, args, report) for size, target in pairs]
     report.write(args.json)
     return 0 if all(within) else 1

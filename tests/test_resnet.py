@@ -13,6 +13,7 @@ import clip_jax
 from clip_jax import config
 from clip_jax.errors import UserError
 from clip_jax.models.common import BatchNorm
+from clip_jax.models.resnet import AttentionPool
 from clip_jax.models.towers import image_tower
 from clip_jax.models.two_tower import TwoTower
 from clip_jax.runtime.sharding import batch_sharding, make_mesh, state_shardings
@@ -56,6 +57,29 @@ def test_initialisation():
     bound = (3 * 3 * 32) ** -0.5
     assert 0.98 * bound < np.abs(block["conv2"]["kernel"]).max() < bound
     np.testing.assert_allclose(params["pool"]["query"]["kernel"].std(), 128**-0.5, rtol=0.02)
+
+
+@pytest.mark.parametrize("head_width", [32, 64, 128])
+def test_heads_of_the_attention_pooling(head_width):
+    """The mean of the tokens asks, in heads of `head_width` of the 128 channels; every number in float64."""
+    x = np.random.default_rng(0).normal(size=(2, 4, 128)).astype(np.float32)
+    pool = AttentionPool(6, head_width=head_width)
+    p = pool.init(jax.random.key(0), x)["params"]
+    assert p["query"]["kernel"].shape == (128, 128 // head_width, head_width)
+    found = pool.apply({"params": p}, x)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), p)
+    tokens = np.concatenate([x.mean(1, keepdims=True), x], axis=1) + p["pos"]
+    q, k, v = (
+        np.einsum("bnd,dhe->bhne", tokens, p[n]["kernel"]) + p[n]["bias"][:, None] for n in ("query", "key", "value")
+    )
+    weights = np.exp(q[:, :, :1] @ k.swapaxes(2, 3) / np.sqrt(head_width))
+    y = (weights / weights.sum(-1, keepdims=True)) @ v
+    expected = np.einsum("bhe,hed->bd", y[:, :, 0], p["out"]["kernel"]) + p["out"]["bias"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    tower = resnet(head_width=head_width)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    kernel = jax.eval_shape(tower.init, jax.random.key(0), image)["params"]["pool"]["query"]["kernel"]
+    assert kernel.shape == (128, 128 // head_width, head_width)
 
 
 def test_rematerialisation_changes_neither_result_nor_statistics():

@@ -1,5 +1,6 @@
 """The training state and the training step, a pure function `(state, batch) -> (state, metrics)`."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -57,6 +58,26 @@ def make_init(config, method, batch):
     return init, tx
 
 
+def _cut(x, parts, group):
+    """Cuts the rows of `x[b, ...]` into `parts`, `[parts, b / parts, ...]`, by groups of successive rows.
+
+    A part takes every k-th group, so that each device works on its own rows in each micro-batch. Raises UserError when
+    parts of whole groups do not divide the rows.
+    """
+    if len(x) % (parts * group):
+        raise UserError(
+            f"model.image.bn_group={group} times micro_batches={parts} does not divide the {len(x)} examples of a batch"
+        )
+    groups = jnp.moveaxis(x.reshape(-1, parts, group, *x.shape[1:]), 1, 0)
+    return shard_batch(groups.reshape(parts, -1, *x.shape[1:]), axis=1)
+
+
+def _join(x, group):
+    """The inverse of `_cut`."""
+    groups = x.reshape(len(x), -1, group, *x.shape[2:])
+    return shard_batch(jnp.moveaxis(groups, 0, 1).reshape(-1, *x.shape[2:]))
+
+
 def make_gradients(method, micro_batches, group=1):
     """Returns `gradients(params, extra, batch, rng, view) -> (loss, metrics, features, extra, grads)`.
 
@@ -91,21 +112,7 @@ def make_gradients(method, micro_batches, group=1):
         return loss, *aux, grads
 
     def in_parts(params, extra, batch, rng, view):
-        rows = len(batch["example_id"])
-        if rows % (micro_batches * group):
-            raise UserError(
-                f"model.image.bn_group={group} times micro_batches={micro_batches} does not divide the {rows} examples"
-                " of a batch"
-            )
-
-        def part(x):
-            # A part takes every k-th group, so that each device works on its own rows in each micro-batch.
-            groups = jnp.moveaxis(x.reshape(-1, micro_batches, group, *x.shape[1:]), 1, 0)
-            return shard_batch(groups.reshape(micro_batches, -1, *x.shape[1:]), axis=1)
-
-        def join(x):
-            groups = x.reshape(micro_batches, -1, group, *x.shape[2:])
-            return shard_batch(jnp.moveaxis(groups, 0, 1).reshape(-1, *x.shape[2:]))
+        part, join = functools.partial(_cut, parts=micro_batches, group=group), functools.partial(_join, group=group)
 
         parts = jax.tree.map(part, batch)
         old, structure = jax.tree.flatten(extra)

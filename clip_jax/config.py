@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 
@@ -407,8 +408,10 @@ def _check_ranges(config):
     }
     for low, key in ((low, key) for low, keys in lowest.items() for key in keys.split()):
         value = _get(config, key)
-        if not value >= low:  # also for NaN
-            raise UserError(f"{key}={value}: must be at least {low}")
+        if not low <= value < math.inf:  # also for NaN
+            raise UserError(f"{key}={value}: must be at least {low}" + " and finite" * (value == math.inf))
+    if not math.isfinite(config.model.logit_scale_init):
+        raise UserError(f"model.logit_scale_init={config.model.logit_scale_init}: must be finite")
     for key in ("data.max_bad_share", "data.word_dropout"):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key}={_get(config, key)}: must be at least 0 and below 1")

@@ -67,7 +67,8 @@ class Model:
             `[h, w, 3]` or `[h, w, 4]`.
           batch_size: the images of a batch, at most; None: `eval.batch_size`.
 
-        Raises BadRecord for an image that does not decode, and TypeError for anything that is not an image.
+        Raises BadRecord for an image that does not decode, TypeError for anything that is not an image, and UserError
+        for weights that give no finite numbers.
         """
         return self._embed(self._image, self._prepared(images), batch_size)
 
@@ -113,7 +114,7 @@ class Model:
         padded = _padded(images, -(-len(images) // parts) * parts)
         with jax.set_mesh(self.mesh), faults.stage("evaluation"):
             z = np.asarray(function(self.params, self.extra, sharding.to_global({"image": padded}, self.mesh)["image"]))
-        return z.reshape(count, len(padded), *z.shape[1:])[:, : len(images)].reshape(-1, *z.shape[1:])
+        return _finite(z.reshape(count, len(padded), *z.shape[1:])[:, : len(images)].reshape(-1, *z.shape[1:]))
 
     def embed_text(self, texts, batch_size=None):
         """Returns unit rows, float32 `[n, E]`; a method that compares tokens returns `[n, L, E]`, zeros for padding.
@@ -122,7 +123,8 @@ class Model:
           texts: a list of n strings. A single string counts as a list of one.
           batch_size: the texts of a batch, at most; None: `eval.batch_size`.
 
-        Raises UserError when the model has no tokenizer, and TypeError for anything but strings.
+        Raises UserError when the model has no tokenizer or its weights give no finite numbers, and TypeError for
+        anything but strings.
         """
         texts = _strings(texts, "texts")
         return self._embed(self._text, texts, batch_size, self.token_ids)
@@ -201,7 +203,7 @@ class Model:
                 arrays = [_padded(x, batch) for x in jax.tree.leaves(prepare(inputs[start : start + batch]))]
                 on_devices = [jax.make_array_from_callback(x.shape, layout, x.__getitem__) for x in arrays]
                 rows.append(function(self.params, self.extra, *on_devices))
-            return np.concatenate([np.asarray(r) for r in rows])[: len(inputs)]
+            return _finite(np.concatenate([np.asarray(r) for r in rows])[: len(inputs)])
 
 
 def _strings(values, what):
@@ -238,6 +240,13 @@ def _images(images):
         if not isinstance(image, _ENCODED | np.ndarray | PIL.Image.Image):
             raise TypeError(f"images: entry {number} is {type(image).__name__}; {_IMAGE_TYPES} are needed")
     return images
+
+
+def _finite(z):
+    """Returns embeddings; raises UserError when they hold NaN, by which every comparison would name the first entry."""
+    if bad := int((~np.isfinite(z)).any(axis=tuple(range(1, z.ndim))).sum()):
+        raise UserError(f"{bad} of {len(z)} embeddings are not finite numbers: the training of these weights diverged")
+    return z
 
 
 def _padded(rows, length):

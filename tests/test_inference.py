@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -198,6 +199,19 @@ def test_the_best_checkpoint_has_a_number(trained, tmp_path):
         meta["config"]["checkpoint"]["best"], meta["metrics"] = "-loss", values
         (target / "meta" / "metadata").write_text(json.dumps(meta))
     assert checkpoint.find(tmp_path, "best").name == "4"
+
+
+def test_weights_that_diverged_are_no_accuracy(model):
+    """Every score would be NaN, and the first class the most similar one of each image."""
+    towers = {"img": model.embed_image, "txt": model.embed_text}
+    for tower, inputs in (("img", pictures(2)), ("txt", ["a", "b"])):
+        params = {**model.params, tower: jax.tree.map(lambda x: x * np.nan, model.params[tower])}
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="2 of 2 embeddings are not finite"):
+            patch.setattr(model, "params", params)
+            towers[tower](inputs)
+    assert all(
+        np.isfinite(embed(inputs)).all() for embed, inputs in zip(towers.values(), (pictures(2), ["a"]), strict=True)
+    )
 
 
 def test_overrides_that_change_shapes_are_not_called_damage(trained):

@@ -169,6 +169,11 @@ def test_the_best_metric_is_one_that_a_task_computes(best, task, tmp_path):
         checked(best, steps=0, train_tasks=[task])
 
 
+def test_a_sign_alone_is_no_metric():
+    with pytest.raises(UserError, match="checkpoint.best='-': no task"):
+        checked(best="-", tasks=["relations"])
+
+
 def test_the_command_checks_its_tasks_before_it_loads_the_checkpoint(tmp_path, capsys):
     for tasks, message in (
         (["relations(limit=1)", "relations(limit=2)"], "--task: the metrics of 'relations(limit=1)'"),

@@ -215,6 +215,8 @@ def test_texts_of_classes_and_captions():
     assert TextView("text", 16).caption(record, None) == "x"
     with pytest.raises(BadRecord, match="no class name"):
         view.caption({"name": "Tom", "label": 0}, None)
+    with pytest.raises(UserError, match="template 3 is int, not text"):
+        TextView(templates=("{name}", 3))
     with pytest.raises(UserError, match="names no field"):
         TextView("text", 16, class_templates=("a {}".replace("{}", ""),))
 

@@ -13,6 +13,8 @@ from clip_jax.errors import UserError
 @functools.lru_cache(maxsize=1024)
 def parse_template(template):
     """Returns a template as pairs (literal text, field after it or None); raises UserError."""
+    if not isinstance(template, str):
+        raise UserError(f"template {template!r} is {type(template).__name__}, not text")
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:

@@ -119,7 +119,8 @@ def check(config):
     for task in itertools.chain.from_iterable(lists.values()):
         task.check_sources()
         task.open_sources()
-    if best := config.checkpoint.best.removeprefix("-"):
+    if config.checkpoint.best:
+        best = config.checkpoint.best.removeprefix("-")
         running = lists["tasks"] + (lists["train_tasks"] if config.eval.steps else [])
         names = [task.metric_names() for task in running]
         if None not in names and not any(_matches(best, name) for name in itertools.chain.from_iterable(names)):

@@ -43,6 +43,9 @@ def test_truncated(form, keep):
     [
         (b"", "empty image"),
         (None, "empty image"),
+        ("http://x/1.jpg", "image is not bytes"),
+        (5, "image is not bytes"),
+        ([1, 2], "image is not bytes"),
         (b"not an image", "corrupt image"),
         (b"\x89PNG\r\n\x1a\n" + bytes(64), "corrupt image"),
         (bytes(1000), "corrupt image"),

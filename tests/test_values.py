@@ -309,7 +309,9 @@ def test_every_ending_of_images_is_read_or_counted(tmp_path):
         write(tmp_path / "cat" / f"1.{ending}", encoded(200, form))
     write(tmp_path / "cat" / "2.HEIC", b"?")
     write(tmp_path / "cat" / "3.jxl", b"?")
+    write(tmp_path / "cat" / "4.PPM", encoded(200, "PPM"))
     source = make_source(str(tmp_path))
+    assert source.broken.pop("image that ends in .ppm") == 1
     known = [end for end in (".heic", ".jxl") if end in Image.registered_extensions()]
     assert len(source) == len(forms) + len(known)
     assert source.broken.total() == 2 - len(known)

@@ -49,6 +49,8 @@ def open_image(data, max_pixels=MAX_PIXELS):
     if not isinstance(image, Image.Image):
         if not data:
             raise BadRecord("empty image")
+        if not isinstance(data, bytes | bytearray | memoryview):  # a field of text or numbers was named as the image
+            raise BadRecord("image is not bytes")
         try:
             image = Image.open(io.BytesIO(data))
         except Image.DecompressionBombError:

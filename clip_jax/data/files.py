@@ -11,6 +11,22 @@ from clip_jax.errors import UserError
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 # Images that Pillow reads with a plugin, by the reason under which they are counted without it.
 PLUGIN_EXTENSIONS = {".heic": "HEIC image", ".heif": "HEIC image", ".jxl": "JPEG XL image"}
+# Images that a folder does not read, but counts.
+OTHER_EXTENSIONS = (
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".jp2",
+    ".j2k",
+    ".tga",
+    ".ico",
+    ".svg",
+    ".psd",
+    ".dng",
+    ".cr2",
+    ".nef",
+)
 
 
 class FileReader:

@@ -7,7 +7,7 @@ import re
 from absl import logging
 from PIL import Image
 
-from clip_jax.data.files import IMAGE_EXTENSIONS, PLUGIN_EXTENSIONS, is_hidden, read_file
+from clip_jax.data.files import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, PLUGIN_EXTENSIONS, is_hidden, read_file
 from clip_jax.data.records import BaseSource, plain
 from clip_jax.errors import UserError
 
@@ -20,8 +20,8 @@ class FolderSource(BaseSource):
 
     Each sub-folder is a class (`label`, `class_name` and the caption) with its images at any depth. Images in the
     folder itself have no label. A .txt file of the same name as an image replaces its caption. Links to folders are
-    followed. Hidden files and folders and the resource forks of macOS are left out. An image in a format that Pillow
-    reads only with a plugin is counted in `broken` when the plugin is missing.
+    followed. Hidden files and folders and the resource forks of macOS are left out. `broken` counts the images of other
+    formats, and those that Pillow reads only with a plugin when the plugin is missing.
 
     If every sub-folder is a shard of `img2dataset --output_format files`, the images have no label. A shard has a name
     of at least five digits and holds .txt or .json files next to its images, or images whose names start with its
@@ -72,12 +72,16 @@ class FolderSource(BaseSource):
         return record
 
     def _is_image(self, path):
-        """Returns whether a file is an image that Pillow reads; counts one that it does not read."""
+        """Returns whether a file is an image that is read; counts one that is not."""
         ending = os.path.splitext(path)[1].lower()
         if ending in PLUGIN_EXTENSIONS and ending not in Image.registered_extensions():
             self.broken[PLUGIN_EXTENSIONS[ending]] += 1
             return False
-        return ending in IMAGE_EXTENSIONS or ending in PLUGIN_EXTENSIONS
+        if ending in IMAGE_EXTENSIONS or ending in PLUGIN_EXTENSIONS:
+            return True
+        if ending in OTHER_EXTENSIONS:
+            self.broken[f"image that ends in {ending}"] += 1
+        return False
 
 
 def _is_shard(name, files, images):

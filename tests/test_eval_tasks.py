@@ -226,6 +226,9 @@ def test_unusable_records_are_skipped_and_counted():
     assert (result.metrics["zeroshot/images"], result.metrics["zeroshot/skipped"]) == (18, 3)
     images = result.artefacts["classification"]["zeroshot"].images
     assert [p["label"] for p in images][:4] == [1, 2, 4, 5]
+    source = MemorySource(records)
+    source.broken.update({"HEIC image": 2, "truncated shard": 1})  # what indexing has left out
+    assert zeroshot_task(model, source, NAMES).metrics["zeroshot/skipped"] == 4
 
 
 def test_zeroshot_task_refuses():

@@ -40,7 +40,7 @@ class Embedded:
       z: float32 `[n, ...]`, their embeddings.
       records: n records without their images.
       images: the n images.
-      skipped: how many records could not be used.
+      skipped: how many records could not be used, those that a source counts in `broken` included.
     """
 
     z: np.ndarray
@@ -83,7 +83,8 @@ def embed(model, sources, batch_size=256, limit=None, function="embed_image"):
     if not rows:
         names = " + ".join(source.name for source in sources)
         raise UserError(f"{names}: no usable image among {len(images)} records")
-    return Embedded(np.concatenate(z), records, images.select(rows), len(images) - len(rows))
+    broken = sum(sum(source.broken.values()) for source in sources)
+    return Embedded(np.concatenate(z), records, images.select(rows), len(images) - len(rows) + broken)
 
 
 def join(a, b):

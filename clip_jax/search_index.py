@@ -255,7 +255,7 @@ def _read_index(folder):
 
 
 def _write_index(folder, key, model, source, kind, log):
-    skipped, shape = collections.Counter(), ()
+    skipped, shape = collections.Counter(source.broken), ()
     count, reported = 0, 0
     parts = _embed_images(model, source, skipped) if kind == "images" else _embed_texts(model, source, skipped)
     with open(folder / "z.f32", "wb") as z_file, open(folder / "where.i64", "wb") as where_file:

@@ -15,6 +15,7 @@ from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
 from clip_jax.evaluation import linear_probe
 from clip_jax.evaluation.class_names import imagenet_names, match_classes, names_of
+from clip_jax.evaluation.classifier import make_classifier
 from clip_jax.evaluation.knn import knn_task
 from clip_jax.evaluation.probe import probe_task
 from clip_jax.evaluation.prompts import load_templates
@@ -257,6 +258,11 @@ def test_class_names_that_are_not_text_are_refused(names):
     assert names_of(named, {"a": 8, "b": "9"}, "z") == ["8", "9"]
     with pytest.raises(UserError, match="several names for one class"):
         names_of(MemorySource([{}], class_names=["0", "1"]), {0: "zero", "0": "nought", 1: "one"}, "z")
+
+
+def test_no_class_names_are_refused():
+    with pytest.raises(UserError, match="class_names: at least one is needed"):
+        make_classifier(ColorModel(), [])
 
 
 def test_class_names_that_are_not_utf8_are_refused():

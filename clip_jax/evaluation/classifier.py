@@ -75,10 +75,12 @@ def make_classifier(model, class_names, templates=("{}",), *, canonical=False, a
       average: "embeddings" or "scores", averaged over the prompts of a class. The default is "embeddings" where an
         example has one vector, else "scores".
 
-    Raises UserError for another `average` and for invalid templates.
+    Raises UserError for another `average`, for invalid templates and without a class name.
     """
     class_names = [class_names] if isinstance(class_names, str) else class_names
     templates = load_templates(templates)
+    if not len(class_names):
+        raise UserError("class_names: at least one is needed")
     if average not in (None, "embeddings", "scores"):
         raise UserError(f"average={average!r}; allowed: embeddings, scores")
     step = max(_PROMPTS_AT_ONCE // len(templates), 1)

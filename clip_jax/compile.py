@@ -9,7 +9,6 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
 import re
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError, unknown
-from clip_jax.runtime import command, hardware
+from clip_jax.runtime import command, hardware, storage
 
 # `main` sets JAX's environment variables before anything imports JAX, so functions import what needs JAX.
 
@@ -259,7 +258,7 @@ def main(argv=None):
         args = parse_args(argv)
         result = run(args, log=lambda line: print(line, flush=True))
         if args.json:
-            pathlib.Path(args.json).write_text(json.dumps(result, indent=1))
+            storage.write(args.json, json.dumps(result, indent=1))
         fits.append(result["fits"])
 
     return command.run(work) or int(not fits[0])

@@ -1,4 +1,4 @@
-"""The error that a user is meant to read: one line, no traceback."""
+"""The errors that a user is meant to read: one line, no traceback."""
 
 import difflib
 
@@ -7,6 +7,13 @@ class UserError(ValueError):
     """Wrong input. A command prints the message as one line and exits with status 2.
 
     The message names the field, the value given and the values allowed.
+    """
+
+
+class StorageError(Exception):
+    """Storage failed, which may pass. A command prints the message as one line and exits with status 44.
+
+    The message names the folder or bucket.
     """
 
 

@@ -16,7 +16,6 @@ Only the checkpoint is needed. Without `--task` the tasks of the run's configura
 
 import argparse
 import json
-import pathlib
 import sys
 
 from clip_jax import config as config_lib
@@ -24,7 +23,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.results import merge_results
 from clip_jax.evaluation.tasks import check, parse_tasks, summary
 from clip_jax.evaluation.tasks import parse_task as parse_task
-from clip_jax.runtime import command, hosts
+from clip_jax.runtime import command, hosts, storage
 
 
 def run(model, tasks, log=print):
@@ -64,8 +63,8 @@ def write_report(workdir, config, result, path=None):
     """
     from clip_jax.evaluation.report import assembly
 
-    workdir = pathlib.Path(workdir)
-    path = pathlib.Path(path) if path else workdir / "report.html"
+    workdir = storage.path(workdir)
+    path = path or workdir / "report.html"
     return assembly.write_report(
         path,
         result,
@@ -109,10 +108,10 @@ def evaluate(args):
         raise UserError("the run was configured without evaluation tasks: name some with --task")
     result = run(model, tasks, hosts.log)
     if hosts.is_first() and args.json:
-        pathlib.Path(args.json).write_text(json.dumps(result.metrics, indent=1, sort_keys=True))
+        storage.write(args.json, json.dumps(result.metrics, indent=1, sort_keys=True))
     if hosts.is_first() and args.report is not None:
-        folder = pathlib.Path(args.checkpoint)
-        folder = next((p for p in (folder, *folder.parents[:2]) if (p / "metrics.jsonl").is_file()), folder)
+        folder = storage.path(args.checkpoint)
+        folder = next((p for p in (folder, *folder.parents[:2]) if (p / "metrics.jsonl").exists()), folder)
         print(f"report: {write_report(folder, model.config, result, args.report)}")
     hosts.wait("reported")  # by the first host
 

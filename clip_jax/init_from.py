@@ -56,7 +56,7 @@ def check_path(config, workdir):
     for field in config.init_from_allow:
         if field not in ALLOWED:
             raise unknown("init_from_allow", field, ALLOWED)
-    if not config.init_from or any((workdir / "checkpoints").glob("[0-9]*")):  # a resumed run does not need it
+    if not config.init_from or checkpoint.committed(workdir / "checkpoints"):  # a resumed run does not need it
         return
     for path in sources(config.init_from).values():
         if is_foreign(path):

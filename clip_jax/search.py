@@ -24,7 +24,7 @@ from clip_jax.data.files import read_file
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import make_source
 from clip_jax.errors import UserError
-from clip_jax.runtime import command
+from clip_jax.runtime import command, storage
 from clip_jax.search_index import Bank, make_index, scores_of
 
 
@@ -184,6 +184,8 @@ def search(args, log=print):
         raise UserError("no query: give --text or --image")
     if args.k < 1:
         raise UserError(f"--k={args.k}: must be at least 1")
+    if args.index and storage.is_remote(args.index):
+        raise UserError(f"--index={args.index}: must be a local folder, because it is read by parts")
     if args.texts and args.find != "texts":
         raise UserError("--texts needs --find=texts")
     source = make_source(args.images, args.split)
@@ -226,7 +228,7 @@ def write_json(path, results):
         for query, hits in results
     ]
     try:
-        pathlib.Path(path).write_text(json.dumps(found, indent=1))
+        storage.write(path, json.dumps(found, indent=1))
     except OSError as error:
         raise UserError(f"--json={path} cannot be written: {error.strerror}") from None
 

@@ -13,17 +13,17 @@ import html
 import itertools
 import json
 import os
-import pathlib
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 from clip_jax import config as config_lib
-from clip_jax.errors import UserError, unknown
-from clip_jax.runtime import command, faults
+from clip_jax.errors import StorageError, UserError, unknown
+from clip_jax.runtime import command, faults, storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Run:
 
     row: Row
     seed: int
-    folder: pathlib.Path
+    folder: Any
     command: tuple[str, ...]
     steps: int
     flops: float
@@ -130,7 +130,7 @@ def plan(study, workdir, seeds, overrides):
         path, colon, variant = row.config.partition(":")
         spec = os.path.relpath(path) + colon + variant
         for seed in range(seeds):
-            folder = pathlib.Path(workdir) / row.name / f"seed_{seed}"
+            folder = storage.path(workdir) / row.name / f"seed_{seed}"
             command = ["-m", "clip_jax.train", f"--config={spec}", f"--workdir={folder}"]
             command += [f"--config.{change}" for change in (*changes, f"seed={seed}")]
             runs.append(Run(row, seed, folder, tuple(command), steps, steps * flops))
@@ -140,26 +140,34 @@ def plan(study, workdir, seeds, overrides):
 def train(run):
     """Runs the training command of a run, with its output in `train.log`.
 
-    Raises Stopped after a signal, and UserError when the command fails.
+    Raises Stopped after a signal, and UserError or StorageError when the command fails.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    log = run.folder / "train.log"
-    with (
-        log.open("a") as out,
-        subprocess.Popen([sys.executable, *run.command], stdout=out, stderr=subprocess.STDOUT) as process,
-    ):
-        before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:  # the terminal sends Ctrl-C to the run as well
-            status = process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    with storage.local_folder(run.folder) as folder:
+        log = folder / "train.log"
+        status = _call(run.command, log)
+        lines = log.read_text(errors="replace").splitlines()
     if status:
         if status in (faults.PREEMPTED, faults.INTERRUPTED):
             raise faults.Stopped(status, f"in {run.row.name}, seed {run.seed}")
-        line = (log.read_text(errors="replace").splitlines() or ["it printed nothing"])[-1]
-        raise UserError(f"{run.row.name}, seed {run.seed} ended with status {status}: {line} ({log})")
+        line = (lines or ["it printed nothing"])[-1]
+        kind = StorageError if status == faults.STORAGE else UserError
+        raise kind(f"{run.row.name}, seed {run.seed} ended with status {status}: {line} ({run.folder / 'train.log'})")
+
+
+def _call(command, log):
+    """Runs the interpreter with its output in a file; returns its exit status. SIGTERM is passed on."""
+    with (
+        log.open("a") as out,
+        subprocess.Popen([sys.executable, *command], stdout=out, stderr=subprocess.STDOUT) as process,
+    ):
+        before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal sends Ctrl-C to the run as well
+            return process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def read_out(study, run, metrics):
@@ -186,7 +194,7 @@ def read_out(study, run, metrics):
         if key not in kept:
             model = inference.load(run.folder, overrides=changes)
             kept[key] = evaluate.run(model, model.config.eval.tasks, log=lambda line: None).metrics
-            file.write_text(json.dumps(kept, indent=1))
+            storage.write(file, json.dumps(kept, indent=1))
         found[name] = kept[key]
     return found
 
@@ -249,7 +257,7 @@ def write(study, runs, found, workdir):
     head, rows = table(study, runs, found)
     verdicts = list(order(study, found))
     figures = {"title": study.title, "runs": found, "table": [head, *rows], "order": verdicts}
-    (workdir / "study.json").write_text(json.dumps(figures, indent=1))
+    storage.write(workdir / "study.json", json.dumps(figures, indent=1))
     page = html_page.Page()
     escaped = [[html.escape(cell) for cell in cells] for cells in (head, *rows)]
     note = "<p>Mean and standard deviation over the seeds, in percent.</p>"
@@ -292,7 +300,7 @@ def run_study(study, workdir, seeds, overrides, dry_run):
         for run in runs:
             print(shlex.join(["python", *run.command]))
         return
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = storage.prepare(workdir)
     found = {readout: {row.name: [] for row in study.rows} for readout in study.readouts}
     for number, run in enumerate(runs, 1):
         start = time.monotonic()
@@ -326,7 +334,7 @@ def main(argv=None):
         "--config", required=True, metavar="FILE[:VARIANT]", help="a study, e.g. configs/oner.py:ablation"
     )
     parser.add_argument(
-        "--workdir", required=True, type=pathlib.Path, help="the folder of the study; each run has a subfolder"
+        "--workdir", required=True, help="folder, gs:// or s3:// address of the study; each run has a subfolder"
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row, with the seeds 0, 1, ... (default 3)")
     parser.add_argument("--dry-run", action="store_true", help="print the training commands and run none")
@@ -336,7 +344,7 @@ def main(argv=None):
         if args.seeds < 1:
             raise UserError(f"--seeds={args.seeds}: must be at least 1")
         overrides = config_lib.parse_overrides(rest)
-        run_study(load(args.config), args.workdir.expanduser(), args.seeds, overrides, args.dry_run)
+        run_study(load(args.config), args.workdir, args.seeds, overrides, args.dry_run)
 
     return command.run(work)
 

@@ -4,12 +4,12 @@ The file reads from top to bottom: configuration -> source, tokenizer, method ->
 -> loop with metrics, evaluation and checkpoints. The same command again resumes from the newest checkpoint.
 
 On several hosts, each runs the same command. Exit status: 0 done, 2 wrong input or a full disk, 42 preempted (SIGTERM)
-and 130 interrupted (Ctrl-C), both with the state saved, 43 another host is lost or nothing progresses.
+and 130 interrupted (Ctrl-C), both with the state saved, 43 another host is lost or nothing progresses, 44 storage
+failed.
 """
 
 import pathlib
 import sys
-import tempfile
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Any
 from clip_jax import config as config_lib
 from clip_jax import init_from
 from clip_jax.errors import UserError
-from clip_jax.runtime import command, faults, goodput, host_log, hosts, profile
+from clip_jax.runtime import command, faults, goodput, host_log, hosts, profile, storage
 from clip_jax.version import __version__
 
 # Importing JAX takes seconds and wrong input is refused before, so functions import what needs JAX.
@@ -34,7 +34,9 @@ def parse_args(argv):
         "--config", required=True, metavar="FILE[:VARIANT]", help="a configuration, e.g. configs/clip.py:smoke"
     )
     parser.add_argument(
-        "--workdir", required=True, help="folder of checkpoints, metrics and the report; a run in it is resumed"
+        "--workdir",
+        required=True,
+        help="folder, gs:// or s3:// address of checkpoints, metrics and the report; a run in it is resumed",
     )
     hosts.add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
@@ -42,18 +44,8 @@ def parse_args(argv):
 
 
 def prepare_workdir(workdir):
-    """Creates the work folder and returns its path. Raises UserError when it cannot be written."""
-    if "://" in str(workdir):
-        raise UserError(
-            f"--workdir={workdir}: must be a folder; mount the bucket, for instance with gcsfuse, and give its path"
-        )
-    workdir = pathlib.Path(workdir).expanduser()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=workdir).close()
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
-    return workdir
+    """Creates the work folder and returns its path. Raises as `clip_jax.runtime.storage.prepare`."""
+    return storage.prepare(workdir)
 
 
 def make_parts(config):
@@ -141,7 +133,8 @@ class Run:
         return result
 
     def save(self, step, state, metrics):
-        """Starts to save a state, unless that step is saved already."""
+        """Starts to save a state, unless that step is saved already; the metrics of its steps are safe before."""
+        self.writer.flush()
         self.checkpointer.save(step, state, metrics, self.goodput.seconds())
 
     def stop(self, status, step):
@@ -191,7 +184,7 @@ def train(config, workdir, log=print, cluster=None):
     ):
         state, tx = init_or_restore(config, source, method, mesh, checkpointer, shapes, tokenizer, log)
         if hosts.is_first():
-            (workdir / "config.json").write_text(config_lib.to_json(config))
+            storage.write(workdir / "config.json", config_lib.to_json(config))
         with closing(metrics.Writer(workdir, config)) as writer:
             clock = goodput.Goodput(started, checkpointer.seconds)
             run = Run(config, method, tokenizer, mesh, checkpointer, writer, signals, clock, workdir, log)

@@ -11,7 +11,6 @@ cannot express is an error and is never left out.
 
 import json
 import math
-import pathlib
 import runpy
 import sys
 
@@ -22,6 +21,7 @@ from clip_jax.interop.layouts import hf, open_clip
 from clip_jax.methods.interface import Method
 from clip_jax.models.efficientnet import has_first_residual
 from clip_jax.plugins import parse_call
+from clip_jax.runtime import storage
 
 WEIGHTS = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors"}
 TARGETS = tuple(WEIGHTS)
@@ -77,19 +77,20 @@ def export(model, to, out, tokenizer=True):
         files |= export_tokenizer.for_open_clip(model.tokenizer, config.model.text.context, text_cfg)
     else:
         files |= export_tokenizer.for_hf(model.tokenizer, config.model.text.context)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (out / name).write_bytes(
-            content if isinstance(content, bytes) else (json.dumps(content, indent=1) + "\n").encode()
-        )
-    save_file(theirs, out / WEIGHTS[to], metadata={"format": "pt"})
+    with storage.local_folder(out) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(
+                content if isinstance(content, bytes) else (json.dumps(content, indent=1) + "\n").encode()
+            )
+        save_file(theirs, folder / WEIGHTS[to], metadata={"format": "pt"})
     count = sum(math.prod(x.shape) for path, x in arrays.items() if path.startswith("params/"))
     return [f"written: {out}: {count:,} parameters; {', '.join(sorted([WEIGHTS[to], *files]))}", *notes]
 
 
 def check_out(out):
     """Returns the path of the folder to write; raises UserError unless it is new or empty."""
-    out = pathlib.Path(out)
+    out = storage.path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} already exists and is not an empty folder: give a new folder")
     return out

@@ -11,7 +11,6 @@ OUT becomes a work folder as training leaves it, for `clip_jax.load`, `clip_jax.
 
 import dataclasses
 import math
-import pathlib
 import sys
 from typing import Any
 
@@ -21,6 +20,7 @@ from clip_jax import config as config_lib
 from clip_jax.errors import UserError
 from clip_jax.interop import layouts, recognize
 from clip_jax.interop.towers.load import resize_positions, tower_shapes
+from clip_jax.runtime import storage
 
 POS = "params/img/pos"
 
@@ -208,7 +208,7 @@ def write(imported, workdir):
     """
     from clip_jax.training import checkpoint
 
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir)
     if is_image_tower(imported.config):
         raise UserError("an image tower alone cannot become a checkpoint: give its file to --config.init_from of a run")
     if (workdir / "checkpoints").exists():
@@ -217,6 +217,7 @@ def write(imported, workdir):
         raise UserError(
             "the model has no tokenizer: give --tokenizer=SPEC, such as clip_bpe or sentencepiece:/path/to.model"
         )
+    storage.prepare(workdir)
     with checkpoint.Checkpointer(workdir, imported.config, imported.tokenizer) as checkpointer:
         checkpointer.save(0, {"params": imported.params, "extra": imported.extra}, {})
         checkpointer.wait()

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 
-from clip_jax.errors import UserError
+from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import faults, host_log, hosts
 
 #: With these variables libtpu neither asks a metadata server whether this machine has a TPU nor prints anything.
@@ -65,10 +65,10 @@ def quiet_libtpu():
 def run(work):
     """Calls `work` and returns the exit status of the command, see `clip_jax.runtime.faults`.
 
-    A `UserError`, an `OSError` (a full disk, a missing folder) or `faults.Stopped` prints one line. With several
-    processes, every exception ends this process. A single process raises all other exceptions. Characters that the
-    terminal's encoding lacks are printed as "?", such as the bytes of a file name that are not UTF-8. At SIGUSR1 the
-    command prints the stacks of all threads and continues.
+    A `UserError`, an `OSError` (a full disk, a missing folder), a `StorageError` or `faults.Stopped` prints one line.
+    With several processes, every exception ends this process. A single process raises all other exceptions. Characters
+    that the terminal's encoding lacks are printed as "?", such as the bytes of a file name that are not UTF-8. At
+    SIGUSR1 the command prints the stacks of all threads and continues.
     """
     try:
         return _run(work)
@@ -90,6 +90,8 @@ def _run(work):
         return 0
     except (UserError, OSError) as error:
         status, line = 2, f"error: {error}"
+    except StorageError as error:
+        status, line = faults.STORAGE, f"error: {error}; the same command resumes the run"
     except faults.Stopped as stopped:
         status, line = stopped.status, str(stopped)
     except Exception as error:

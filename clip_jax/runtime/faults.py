@@ -1,9 +1,9 @@
 """How a run ends early: signals, stalls, the loss of another process, and the exit status of each.
 
     0 done   1 a defect   2 wrong input or a full disk   42 preempted (SIGTERM)
-    43 another process is lost, or nothing progresses   130 interrupted (Ctrl-C)
+    43 another process is lost, or nothing progresses   44 storage failed   130 interrupted (Ctrl-C)
 
-After 42, 43 and 130, the same command resumes the run.
+After 42, 43, 44 and 130, the same command resumes the run.
 """
 
 import collections
@@ -21,6 +21,7 @@ from clip_jax.runtime import host_log
 
 PREEMPTED = 42
 LOST = 43
+STORAGE = 44
 INTERRUPTED = 130
 _WORDS = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 #: Seconds that the other processes have to end as well, before this one ends alone.
@@ -239,7 +240,8 @@ def is_loss(error):
         "NCCL",
         "heartbeat",
     )
-    return isinstance(error, Exception) and any(sign in str(error) for sign in signs)
+    text = str(error)  # tensorstore uses the same words for storage
+    return isinstance(error, Exception) and any(sign in text for sign in signs) and "tensorstore" not in text
 
 
 def several_processes():

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clip_jax.errors import UserError
-from clip_jax.runtime import host_log
+from clip_jax.runtime import host_log, storage
 
 #: Seconds that the other processes of this machine have to end on their own after one has failed.
 GRACE_SECONDS = 20
@@ -275,6 +275,11 @@ def wait(name, minutes=60):
 def check_shared(folder):
     """Raises UserError on all processes unless they all see the same folder."""
     if count() == 1:
+        return
+    if storage.is_remote(folder):
+        names = gather(str(folder))
+        if len(set(names)) > 1:
+            raise UserError(f"the hosts have different work folders: {', '.join(sorted(set(names)))}")
         return
     with tempfile.NamedTemporaryFile(prefix=".shared_", dir=folder) as mark:
         name = gather(pathlib.Path(mark.name).name)[0]

@@ -2,7 +2,8 @@
 
 `<workdir>/checkpoints/<step>/` holds the state and a `meta` item with the configuration, the tokenizer's files, the
 versions and the metrics, so that one such folder is enough to evaluate, resume or export. Each host writes the arrays
-of its own devices into one shared folder.
+of its own devices into one shared folder. A checkpoint counts once its file `commit_success.txt` is there, which is
+written last: buckets, and mounts of buckets, cannot rename folders.
 """
 
 import base64
@@ -20,8 +21,8 @@ import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers
 
 from clip_jax import config as config_lib
-from clip_jax.errors import UserError
-from clip_jax.runtime import faults, hosts
+from clip_jax.errors import StorageError, UserError
+from clip_jax.runtime import faults, hosts, storage
 from clip_jax.version import __version__
 
 #: Fields that determine shape and meaning of the saved arrays. A run cannot resume with other values.
@@ -29,6 +30,11 @@ IDENTITY = ("method", "model", "tokenizer", "optim.name", "optim.freeze", "optim
 
 #: Parts of Orbax's messages about arrays that are readable but are not those asked for.
 _MISFITS = ("not compatible with the stored shape", "Type mismatch at key path")
+
+#: The file that Orbax writes last, and the one that has told so since before, in checkpoints that were renamed.
+COMMIT, _RENAMED = "commit_success.txt", "_CHECKPOINT_METADATA"
+#: Parts of messages about a full disk, which is full at the next start, too.
+_FULL = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +60,24 @@ class Checkpointer:
     """
 
     def __init__(self, workdir, config, tokenizer):
-        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.folder = storage.absolute(workdir) / "checkpoints"
+        storage.prepare_orbax(self.folder)
         self.config, self.tokenizer = config, _pack(tokenizer)
         policies = [checkpoint_managers.LatestN(config.checkpoint.keep)]
         if best := config.checkpoint.best:
             score = functools.partial(_score, best=best)
             policies.append(checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
         self.seconds = {}  # of the restored checkpoint, see `save`
+        with storage.guard(self.folder):
+            if hosts.is_first():
+                _commit_renamed(self.folder)
+            hosts.wait("committed")
+            self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
 
     def save(self, step, state, metrics, seconds=None):
         """Starts to save a state, unless that step is saved already.
@@ -75,7 +88,7 @@ class Checkpointer:
           metrics: `{name: number}`, which `checkpoint.best` chooses by.
           seconds: `{part: number}`, where the time of the run went (`clip_jax.runtime.goodput`).
 
-        Raises UserError when the previous save failed or this one cannot start.
+        Raises StorageError when the previous save failed or this one cannot start, and UserError when the disk is full.
         """
         if step in self.manager.all_steps():
             return
@@ -97,14 +110,14 @@ class Checkpointer:
             )
 
     def wait(self):
-        """Blocks until everything is on disk. Raises UserError when writing failed."""
+        """Blocks until everything is stored. Raises as `save`."""
         with faults.stage("checkpoint"), _SaveFailure(self, "the newest"):
             self.manager.wait_until_finished()
 
     def newest(self):
         """Returns the folder of the newest complete checkpoint, or None."""
-        steps = [int(p.name) for p in self.folder.glob("*") if p.name.isdigit()]
-        return self.folder / str(max(steps)) if steps else None
+        steps = committed(self.folder)
+        return self.folder / str(steps[-1]) if steps else None
 
     def __enter__(self):
         return self
@@ -124,7 +137,7 @@ class Checkpointer:
           state: a `TrainState` of `jax.ShapeDtypeStruct` with shardings.
 
         Raises UserError when every checkpoint is damaged, and when the run in the folder has another configuration or
-        tokenizer; the message names the fields.
+        tokenizer; the message names the fields. Raises StorageError when a bucket cannot be read.
         """
         with faults.stage("checkpoint"):
             steps = hosts.gather(sorted(self.manager.all_steps(), reverse=True))[0]
@@ -136,7 +149,7 @@ class Checkpointer:
                     found = restore_arrays(self.folder / str(step), state)
                 except Damaged as error:
                     problem = error.reason
-                except UserError:
+                except (UserError, StorageError):
                     raise
                 except Exception as error:
                     problem = faults.one_line(error)
@@ -181,6 +194,35 @@ def _score(metrics, best):
     return -value if best.startswith("-") else value
 
 
+def committed(folder):
+    """Returns the sorted steps of the complete checkpoints in a `checkpoints` folder; StorageError as `restore`."""
+    with storage.guard(folder):
+        try:
+            return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and is_committed(p))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def is_committed(folder):
+    """Whether the folder of a step holds a complete checkpoint."""
+    return (folder / COMMIT).exists() or _is_renamed(folder)
+
+
+def _is_renamed(folder):
+    """Whether a checkpoint is of the time before `COMMIT`, when a complete one was renamed."""
+    try:
+        return bool(json.loads((folder / _RENAMED).read_text()).get("commit_timestamp_nsecs"))
+    except (OSError, ValueError):
+        return False
+
+
+def _commit_renamed(folder):
+    """Marks checkpoints of the time before `COMMIT` as complete, as Orbax would delete them."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name.isdigit() and not (path / COMMIT).exists() and _is_renamed(path):
+            (path / COMMIT).write_text("")
+
+
 class _SaveFailure:
     """Turns a failed write (a full disk, a deleted folder) into one line that names the last good checkpoint."""
 
@@ -193,9 +235,14 @@ class _SaveFailure:
     def __exit__(self, kind, error, _):
         if isinstance(error, UserError) or not isinstance(error, Exception) or faults.is_loss(error):
             return
-        good = self.checkpointer.newest()
-        last = f"the last good checkpoint is {good}" if good else "there is no earlier one"
-        raise UserError(f"could not save checkpoint {self.step} ({faults.one_line(error)}); {last}") from error
+        try:
+            good = self.checkpointer.newest()
+            last = f"the last good checkpoint is {good}" if good else "there is no earlier one"
+        except StorageError:
+            last = f"the last good checkpoint in {self.checkpointer.folder} is unchanged"
+        is_full = not storage.is_remote(self.checkpointer.folder) and any(sign in str(error) for sign in _FULL)
+        kind = UserError if is_full else StorageError
+        raise kind(f"could not save checkpoint {self.step} ({faults.one_line(error)}); {last}") from error
 
 
 def _alone():
@@ -213,14 +260,15 @@ def restore_arrays(folder, target):
       folder: the folder of one step.
       target: a pytree of `jax.ShapeDtypeStruct` with shardings. Only its arrays are read, in its dtypes and shardings.
 
-    Raises Damaged when an array is missing, damaged or of another shape.
+    Raises Damaged when an array is missing, damaged or of another shape, and StorageError when a bucket cannot be read.
     """
+    storage.prepare_orbax(folder)
     args = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
-    state = pathlib.Path(folder).absolute() / "state"
+    state = storage.absolute(folder) / "state"
     try:
-        if (state / "manifest.ocdbt").exists():
+        if not storage.is_remote(state) and (state / "manifest.ocdbt").exists():
             # Without its list of arrays Orbax would fail for each array and print a traceback for most of them.
             ts.KvStore.open({"driver": "ocdbt", "base": state.as_uri() + "/"}).result().list().result()
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
@@ -228,17 +276,31 @@ def restore_arrays(folder, target):
     except (MemoryError, jax.errors.JaxRuntimeError):  # too little memory, or another process is lost
         raise
     except Exception as error:  # Orbax raises a bare Exception for a damaged array
+        _raise_failure(folder, error)
         raise Damaged(folder, error) from error
 
 
+def _raise_failure(folder, error):
+    """Raises StorageError when an error comes from the service of a bucket, and not from a damaged checkpoint."""
+    if storage.is_remote(folder) and storage.is_failure(error):
+        raise StorageError(f"{folder} cannot be read: {faults.one_line(error)}") from error
+
+
 def read_meta(folder):
-    """Returns the `meta` item of one checkpoint folder, a dict; raises Damaged when it is missing or damaged."""
+    """Returns the `meta` item of one checkpoint folder, a dict; raises Damaged when it is missing or damaged.
+
+    Raises StorageError when a bucket cannot be read.
+    """
+    storage.prepare_orbax(folder)
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
-            meta = checkpointer.restore(pathlib.Path(folder).absolute() / "meta", args=ocp.args.JsonRestore())
+            meta = checkpointer.restore(storage.absolute(folder) / "meta", args=ocp.args.JsonRestore())
         if not isinstance(meta, dict) or not all(isinstance(meta.get(key), dict) for key in ("config", "tokenizer")):
             raise ValueError("its meta item has no configuration or no tokenizer")
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        _raise_failure(folder, error)
+        if not isinstance(error, OSError | ValueError):
+            raise
         raise Damaged(folder, error) from error
     return meta
 
@@ -250,19 +312,22 @@ def find(path, which="latest"):
       path: a work folder, its `checkpoints` folder, or the folder of one step.
       which: `latest`, `best` (by the run's own `checkpoint.best`), or a step number.
 
-    Raises UserError when no such checkpoint exists.
+    Raises UserError when no such checkpoint exists, and StorageError when a bucket cannot be read.
     """
-    path = pathlib.Path(path)
-    if (path / "meta").is_dir() and (path / "state").is_dir():
-        return path
-    if not path.is_dir():
-        raise UserError(f"there is no checkpoint: {str(path)!r} is no folder")
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
+    path = storage.path(path)
+    with storage.guard(path):
+        if (path / "meta").is_dir() and (path / "state").is_dir():
+            if not is_committed(path):
+                raise UserError(f"the checkpoint {str(path)!r} is incomplete: it has no {COMMIT}")
+            return path
+        if not path.is_dir():
+            raise UserError(f"there is no checkpoint: {str(path)!r} is no folder")
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = committed(folder)
     if not steps:
         raise UserError(
             f"there is no checkpoint in {str(path)!r}: a checkpoint is a folder whose name is a step number, with"
-            " 'state' and 'meta' in it"
+            f" 'state', 'meta' and {COMMIT} in it"
         )
     if which == "latest":
         return folder / str(steps[-1])

@@ -3,14 +3,14 @@
 import collections
 import json
 import math
-import pathlib
+import tempfile
 import time
 
 import jax
 import numpy as np
 
 from clip_jax.errors import UserError
-from clip_jax.runtime import hardware, hosts
+from clip_jax.runtime import hardware, hosts, storage
 from clip_jax.runtime.goodput import duration
 
 #: The progress line names the host that waits for its data when the waits are more than this share of the time, and
@@ -27,22 +27,19 @@ def peak_flops():
 class Writer:
     """Writes scalars to `<workdir>/metrics.jsonl` and, as configured, to TensorBoard and Weights & Biases.
 
-    Only the first host writes.
+    Only the first host writes. In a bucket, metrics.jsonl is a folder of parts (`clip_jax.runtime.storage.Log`), and
+    everything is safe after `flush`.
     """
 
     def __init__(self, workdir, config):
-        self.sinks = []
+        self.sinks, self.flushes = [], []
         if not hosts.is_first():
             return
-        file = open(pathlib.Path(workdir) / "metrics.jsonl", "a")
-        self.sinks.append((lambda step, values: _write_row(file, step, values), file.close))
+        log = storage.Log(workdir / "metrics.jsonl")
+        self.sinks.append((lambda step, values: log.write(_row(step, values)), log.close))
+        self.flushes.append(log.flush)
         if config.log.tensorboard:
-            import tensorboardX
-
-            board = tensorboardX.SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
-            self.sinks.append(
-                (lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()], board.close)
-            )
+            self._add_tensorboard(workdir / "tensorboard")
         if config.log.wandb:
             try:
                 import wandb
@@ -52,12 +49,34 @@ class Writer:
                 ) from None
             run = wandb.init(
                 project=config.log.wandb,
-                dir=str(workdir),
+                dir=tempfile.gettempdir() if storage.is_remote(workdir) else str(workdir),
                 config=config.to_dict(),
                 resume="allow",
-                id=pathlib.Path(workdir).name,
+                id=workdir.name,
             )
             self.sinks.append((lambda step, values: run.log(values, step=step), run.finish))
+
+    def _add_tensorboard(self, folder):
+        import tensorboardX
+
+        mirror = storage.Mirror(folder)
+        board = tensorboardX.SummaryWriter(str(mirror.folder))
+
+        def flush():
+            board.flush()
+            mirror.flush()
+
+        def close():
+            board.close()
+            mirror.close()
+
+        self.sinks.append((lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()], close))
+        self.flushes.append(flush)
+
+    def flush(self):
+        """Makes all values safe. Raises StorageError when a bucket does not take them."""
+        for flush in self.flushes:
+            flush()
 
     def write(self, step, values):
         """Writes `{name: number}` of a step. A non-finite number becomes null in the JSON file."""
@@ -71,9 +90,9 @@ class Writer:
             close()
 
 
-def _write_row(file, step, values):
+def _row(step, values):
     row = {k: v if math.isfinite(v) else None for k, v in values.items()}
-    print(json.dumps({"step": step, "time": round(time.time(), 3), **row}), file=file, flush=True)
+    return json.dumps({"step": step, "time": round(time.time(), 3), **row})
 
 
 class Progress:

@@ -3,12 +3,11 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 
 from clip_jax.evaluation.report.page import COLOURS, escaped, shortened
-from clip_jax.runtime import goodput
+from clip_jax.runtime import goodput, storage
 
 _POINTS = 400  # of a curve; longer ones are averaged
 _CURVES = {
@@ -53,16 +52,12 @@ def read_metrics(path):
     repeats a step. Lines that are no such rows are ignored.
 
     Args:
-      path: the file; a missing one gives no series.
+      path: the file or its parts (`clip_jax.runtime.storage.Log`); a missing one gives no series.
 
     Returns: two dicts name -> `[(step, number or None), ...]` by step, of training and of evaluations.
     """
     training, evaluation = {}, {}
-    try:
-        lines = Path(path).read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return {}, {}
-    for line in lines:
+    for line in storage.read_log(path).splitlines():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):  # a killed run left the line unfinished

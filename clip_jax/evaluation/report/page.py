@@ -20,6 +20,7 @@ import numpy as np
 
 from clip_jax.data.records import BadRecord
 from clip_jax.errors import UserError
+from clip_jax.runtime import storage
 
 COLOURS = 10  # colours of curves and groups in the style
 SHEET_COLUMNS = 32  # thumbnails in a row of a sheet
@@ -94,8 +95,14 @@ class Page:
 
 
 def write_page(path, page):
-    """Writes a page atomically and creates its folder; returns the path. Raises UserError when it cannot be written."""
-    path = Path(path)
+    """Writes a page atomically and creates its folder; returns the path.
+
+    Raises UserError when it cannot be written, and StorageError when a bucket does not take it.
+    """
+    path = storage.path(path)
+    if storage.is_remote(path):  # a new object replaces the old one as a whole
+        storage.write(path, page.encode("utf-8", "replace"))
+        return path
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

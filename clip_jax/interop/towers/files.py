@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clip_jax.errors import UserError
+from clip_jax.runtime import storage
 
 # Names of weight files; the first that exists is read, so open_clip's in a folder that also suits transformers.
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -57,6 +58,8 @@ def sources(text, field="init_from"):
 
 def is_foreign(path):
     """Returns whether a path holds third-party weights, and not a work folder of this package."""
+    if storage.is_remote(path):  # third-party weights are read from local files
+        return False
     path = pathlib.Path(path)
     return path.is_file() or path.is_dir() and bool(_candidates(path))
 

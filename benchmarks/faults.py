@@ -1,15 +1,16 @@
 """Random kill -9 and SIGTERM: no step of a run may be lost or changed.
 
-    python benchmarks/faults.py [--rounds=20] [--processes=1,2] [--seed=0] [--json=faults.json]
+    python benchmarks/faults.py [--rounds=20] [--processes=1,2] [--seed=0] [--workdir=DIR] [--json=faults.json]
 
 For each number of processes, a tiny model runs undisturbed on the embedded data. Then the same run is ended in each
 round by a random signal to one process or to all, during training or while it writes a checkpoint, and the same
 command starts it again. Prints a table. The exit status is 1 unless every process ends with the expected status
 (clip_jax/runtime/faults.py) and every step, in whatever round, has the loss of the undisturbed run. A round takes
-10 to 30 s on 2 CPU cores, nearly all of it start-up.
+10 to 30 s on 2 CPU cores, nearly all of it start-up. DIR is a new folder, gs:// or s3:// address.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import random
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 
-from clip_jax.runtime import faults, hosts
+from clip_jax.runtime import faults, hosts, storage
 
 REPO = pathlib.Path(__file__).parent.parent
 TIMEOUT = 300
@@ -62,15 +63,16 @@ def finish(children, allowed):
 
 def losses(workdir):
     """Returns `{step: [loss of each time it ran]}`."""
-    file, found = workdir / "metrics.jsonl", {}
-    for row in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
+    found = {}
+    for row in map(json.loads, storage.read_log(workdir / "metrics.jsonl").splitlines()):
         found.setdefault(row["step"], []).append(row["loss"])
     return found
 
 
 def is_saving(workdir):
     """Returns whether a checkpoint is being written."""
-    return any(".orbax-checkpoint-tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+    folders = (workdir / "checkpoints").glob("[0-9]*")
+    return any(not (folder / "commit_success.txt").exists() for folder in folders)
 
 
 def disturb(rng, processes, workdir, steps):
@@ -83,8 +85,8 @@ def disturb(rng, processes, workdir, steps):
     while all(child.poll() is None for child in children) and time.monotonic() - waiting < TIMEOUT:
         if sum(map(len, losses(workdir).values())) >= end and (moment == "training" or is_saving(workdir)):
             break
-        time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.03))
+        time.sleep(0.1 if storage.is_remote(workdir) else 0.002)
+    time.sleep(rng.uniform(0, 3 if storage.is_remote(workdir) else 0.03))
     for target in targets:
         children[target].send_signal(number)
     if number == signal.SIGTERM:
@@ -118,6 +120,7 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=20, help="for each number of processes")
     parser.add_argument("--processes", default="1,2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workdir", help="an empty folder, gs:// or s3:// address; default: a temporary folder")
     parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args(argv)
     rng, rows = random.Random(args.seed), []
@@ -125,8 +128,12 @@ def main(argv=None):
     print(f"{'processes':>9} {'round':>5} {'signal':>8} {'to':>6} {'during':>9} {'last step':>9} {'statuses':>10}")
     try:
         for processes in map(int, args.processes.split(",")):
-            with tempfile.TemporaryDirectory() as folder:
-                calm, disturbed = pathlib.Path(folder, "calm"), pathlib.Path(folder, "disturbed")
+            given = args.workdir and contextlib.nullcontext(args.workdir)
+            with given or tempfile.TemporaryDirectory() as folder:
+                folder = storage.path(folder) / str(processes)
+                calm, disturbed = folder / "calm", folder / "disturbed"
+                if losses(calm) or losses(disturbed):
+                    raise Failure(f"{folder} holds a run already")
                 finish(start(processes, calm, steps), [(0,)] * processes)
                 for number in range(1, args.rounds + 1):
                     row = disturb(rng, processes, disturbed, steps)

@@ -2,6 +2,10 @@
 
     python -m clip_jax.evaluate --checkpoint=runs/clip
     python -m clip_jax.evaluate --checkpoint=runs/clip --task="zeroshot(source='/data/pets')" --report
+    python -m clip_jax.evaluate --checkpoint=gs://bucket/clip --follow --best=pets/top1
+
+With `--follow` the command evaluates each new checkpoint of a run, until the run is complete. The metrics are in
+evaluations/STEP.json of the work folder, and the best checkpoint is kept in its folder best.
 
 Only the checkpoint is needed. Without `--task` the tasks of the run's configuration run. A task is a call with literals
 (docs/evaluation.md), of a task of this package or of a module by its import path (docs/adding_a_task.md):
@@ -16,14 +20,19 @@ Only the checkpoint is needed. Without `--task` the tasks of the run's configura
 
 import argparse
 import json
+import math
 import sys
+import time
 
 from clip_jax import config as config_lib
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, unknown
 from clip_jax.evaluation.results import merge_results
 from clip_jax.evaluation.tasks import check, parse_tasks, summary
 from clip_jax.evaluation.tasks import parse_task as parse_task
 from clip_jax.runtime import command, hosts, storage
+
+#: Seconds between two looks for a new checkpoint.
+POLL_SECONDS = 10
 
 
 def run(model, tasks, log=print):
@@ -89,9 +98,99 @@ def main(argv=None):
         "--report", nargs="?", const="", metavar="PATH", help="write an HTML page (report.html in the work folder)"
     )
     parser.add_argument("--json", metavar="PATH", help="write all metrics as JSON")
+    parser.add_argument("--follow", action="store_true", help="evaluate each new checkpoint of a work folder")
+    parser.add_argument(
+        "--best",
+        metavar="[-]METRIC",
+        help="with --follow: the metric by which the best checkpoint is kept; - keeps the lowest (checkpoint.best)",
+    )
     hosts.add_arguments(parser)
     args, args.overrides = parser.parse_known_args(argv)
     return command.run(lambda: evaluate(args))
+
+
+def _evaluate(args, path, which, overrides):
+    """Returns `(model, result)` of the tasks of the command on one checkpoint."""
+    from clip_jax.inference import load
+
+    model = load(path, which, args.ema, overrides=overrides)
+    tasks = args.task or model.config.eval.tasks
+    if not tasks:
+        raise UserError("the run was configured without evaluation tasks: name some with --task")
+    return model, run(model, tasks, hosts.log)
+
+
+def follow(args, overrides):
+    """Evaluates each new checkpoint of a run until its last step, oldest first; evaluated ones are not repeated.
+
+    A checkpoint that the run deletes meanwhile is left out. Raises UserError and StorageError.
+    """
+    from clip_jax.training import checkpoint
+
+    workdir, total = storage.path(args.checkpoint), None
+    done = set()
+    while total not in done:
+        found = checkpoint.committed(workdir / "checkpoints")
+        new = hosts.gather([step for step in found if step not in done])[0]
+        if not new:
+            time.sleep(POLL_SECONDS)
+            continue
+        step, folder = new[0], workdir / "checkpoints" / str(new[0])
+        done.add(step)
+        try:
+            total = checkpoint.read_meta(folder)["config"]["train"]["steps"]
+            if _evaluated(workdir, step).exists():
+                continue
+            hosts.log(f"step {step} of {total}:")
+            model, result = _evaluate(args, folder, "latest", overrides)
+        except UserError:
+            if step in checkpoint.committed(workdir / "checkpoints"):
+                raise
+            hosts.log(f"step {step}: the run has deleted this checkpoint")
+            continue
+        if hosts.is_first():
+            _keep_best(workdir, step, result.metrics, args.best or model.config.checkpoint.best)
+            storage.write(_evaluated(workdir, step), json.dumps(result.metrics, indent=1, sort_keys=True))
+        hosts.wait(f"evaluated {step}")
+    hosts.log(f"the run in {workdir} is complete")
+
+
+def _evaluated(workdir, step):
+    """Returns the file of a checkpoint's metrics."""
+    return workdir / "evaluations" / f"{step}.json"
+
+
+def _keep_best(workdir, step, metrics, name):
+    """Copies a checkpoint to `<workdir>/best/checkpoints` when it is better than the one there.
+
+    Args:
+      workdir: the work folder.
+      step: the step of the checkpoint.
+      metrics: its metrics.
+      name: the metric that decides, "-" before it when the lowest is the best; empty: nothing is kept.
+
+    Raises UserError when there is no such metric.
+    """
+    from clip_jax.training import checkpoint
+
+    sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
+    if not name:
+        return
+    if name not in metrics:
+        raise unknown("--best: no metric", name, sorted(metrics))
+    folder = workdir / "best" / "checkpoints"
+    kept = checkpoint.committed(folder)
+    scores = [sign * json.loads(_evaluated(workdir, other).read_text())[name] for other in kept]
+    if sign * metrics[name] <= max(scores, default=-math.inf):
+        return
+    try:
+        storage.copy(workdir / "checkpoints" / str(step), folder / str(step), last=checkpoint.COMMIT)
+    except FileNotFoundError:  # the run deletes it
+        storage.remove(folder / str(step))
+        return
+    for other in kept:
+        storage.remove(folder / str(other))
+    hosts.log(f"the best so far: {name} {metrics[name]:.4g}, kept in {folder / str(step)}")
 
 
 def evaluate(args):
@@ -99,14 +198,15 @@ def evaluate(args):
     for task in parse_tasks(args.task or (), "--task"):
         task.check_sources()
     overrides = config_lib.parse_overrides(args.overrides)
+    if args.follow and (args.which != "latest" or args.report is not None or args.json):
+        raise UserError("--follow takes no --which, --report and --json")
+    if args.best and not args.follow:
+        raise UserError("--best needs --follow")
     hosts.start(hosts.from_arguments(args))
-    from clip_jax.inference import load
-
-    model = load(args.checkpoint, args.which, args.ema, overrides=overrides)
-    tasks = args.task or model.config.eval.tasks
-    if not tasks:
-        raise UserError("the run was configured without evaluation tasks: name some with --task")
-    result = run(model, tasks, hosts.log)
+    if args.follow:
+        follow(args, overrides)
+        return
+    model, result = _evaluate(args, args.checkpoint, args.which, overrides)
     if hosts.is_first() and args.json:
         storage.write(args.json, json.dumps(result.metrics, indent=1, sort_keys=True))
     if hosts.is_first() and args.report is not None:

@@ -240,8 +240,9 @@ def is_loss(error):
         "NCCL",
         "heartbeat",
     )
-    text = str(error)  # tensorstore uses the same words for storage
-    return isinstance(error, Exception) and any(sign in text for sign in signs) and "tensorstore" not in text
+    text = str(error)
+    is_storage = "http_response_code" in text or "tensorstore" in text  # which fails with the same words
+    return isinstance(error, Exception) and any(sign in text for sign in signs) and not is_storage
 
 
 def several_processes():

@@ -6,8 +6,11 @@ appended to: `Log` writes a numbered object for each part.
 """
 
 import contextlib
+import logging
 import os
 import pathlib
+import re
+import shutil
 import tempfile
 import time
 import urllib.parse
@@ -23,8 +26,8 @@ PART_SECONDS = 10
 PART_CHARACTERS = 1 << 20
 #: Versions of Orbax whose private functions `prepare_orbax` replaces.
 ORBAX = "0.12."
-#: Words of an HTTP status, or of tensorstore, by which a service says that it fails, and not that an object is damaged.
-_SERVICE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "ABORTED")
+#: By these words tensorstore says that a service fails, and by these packages an error of the other clients is known.
+_SERVICE = re.compile("retry attempts failed|http_response_code='(401|403|429|5..)'|UNAUTHENTICATED|PERMISSION_DENIED")
 _CLIENTS = {"aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3"}
 
 
@@ -47,6 +50,7 @@ def path(text):
         raise UserError(f"{text}: {package} is not installed: pip install 'clip-jax-pretraining[{extra}]'") from None
     import fsspec
 
+    logging.getLogger(package).setLevel(logging.CRITICAL)  # it logs stacks of errors that it raises
     os.environ.setdefault("EPATH_USE_TF", "false")  # TensorFlow, where it is installed, has no s3://
     # Another process may have written since the last listing.
     fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
@@ -129,11 +133,9 @@ def _one_line(error):
 
 def is_failure(error):
     """Whether an error, or a cause of it, says that the service of a bucket fails, and nothing about the object."""
-    while error is not None:
-        package = type(error).__module__.partition(".")[0]
-        if package in _CLIENTS or isinstance(error, StorageError | TimeoutError | PermissionError):
-            return True
-        if str(error).startswith(_SERVICE) or ("tensorstore" in str(error) and any(w in str(error) for w in _SERVICE)):
+    while error is not None and not isinstance(error, FileNotFoundError):
+        is_client = type(error).__module__.partition(".")[0] in _CLIENTS
+        if is_client or isinstance(error, StorageError | TimeoutError | PermissionError) or _SERVICE.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -161,11 +163,36 @@ def write(place, content):
         path(place).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def upload(folder, place):
-    """Copies all files below a local folder to a place. Raises OSError, or StorageError for a bucket."""
-    for file in sorted(pathlib.Path(folder).rglob("*")):
-        if file.is_file():
-            write(path(place) / file.relative_to(folder).as_posix(), file.read_bytes())
+def files(folder):
+    """Yields the names of all files below a folder, relative to it."""
+    for item in sorted(folder.iterdir()):
+        if item.is_dir():
+            yield from (f"{item.name}/{name}" for name in files(item))
+        else:
+            yield item.name
+
+
+def copy(folder, place, last=""):
+    """Copies all files below a folder to a place, the file with the name `last` after all others.
+
+    Raises OSError, or StorageError for a bucket.
+    """
+    folder, place = path(folder), path(place)
+    for name in sorted(files(folder), key=last.__eq__):
+        if not is_remote(place):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+        with guard(folder):
+            content = (folder / name).read_bytes()
+        write(place / name, content)
+
+
+def remove(folder):
+    """Deletes a folder with all that is in it, if it exists. Raises OSError, or StorageError for a bucket."""
+    with guard(folder):
+        if is_remote(folder):
+            path(folder).rmtree(missing_ok=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -176,7 +203,7 @@ def local_folder(place):
         return
     with tempfile.TemporaryDirectory() as folder:
         yield pathlib.Path(folder)
-        upload(folder, place)
+        copy(folder, place)
 
 
 class Log:
@@ -262,7 +289,7 @@ class Mirror:
     def flush(self):
         """Copies all files to the bucket, each as a whole."""
         if self._temporary:
-            upload(self.folder, self.path)
+            copy(self.folder, self.path)
 
     def close(self):
         """Copies all files to the bucket and deletes the local ones."""

@@ -36,9 +36,10 @@ class Bucket:
     endpoint: str
     env: dict
 
-    def fail(self, count, status=503):
-        """Lets the next `count` requests fail; -1: all."""
-        urllib.request.urlopen(f"{self.endpoint}/fail?count={count}&status={status}", b"").read()
+    def fail(self, count, status=503, name=""):
+        """Lets the next `count` requests fail whose address contains a name; -1: all."""
+        query = urllib.parse.urlencode({"count": count, "status": status, "name": name})
+        urllib.request.urlopen(f"{self.endpoint}/fail?{query}", b"").read()
 
 
 def variables(kind, endpoint):
@@ -86,15 +87,16 @@ class Failures:
 
     def __init__(self):
         self.count, self.status = 0, 503
-        self.lock = threading.Lock()
+        self.name, self.lock = "", threading.Lock()
 
     def answer(self, path):
         url = urllib.parse.urlsplit(path)
         if url.path == "/fail":
             query = dict(urllib.parse.parse_qsl(url.query))
             self.count, self.status = int(query["count"]), int(query["status"])
+            self.name = query.get("name", "")
             return 200
-        if self.count:
+        if self.count and self.name in urllib.parse.unquote(path):
             self.count -= 1
             return self.status
         return None

@@ -158,9 +158,22 @@ def guard(place):
 
 
 def write(place, content):
-    """Writes text or bytes to a file or object. Raises OSError, or StorageError for a bucket."""
+    """Writes text or bytes to a file, whose folder is created, or to an object; a complete one replaces the old one.
+
+    Raises OSError, or StorageError for a bucket.
+    """
+    place, content = path(place), content.encode() if isinstance(content, str) else content
     with guard(place):
-        path(place).write_bytes(content.encode() if isinstance(content, str) else content)
+        if is_remote(place) or (place.exists() and not place.is_file()):  # such as /dev/stdout
+            place.write_bytes(content)
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, place)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def files(folder):
@@ -179,8 +192,6 @@ def copy(folder, place, last=""):
     """
     folder, place = path(folder), path(place)
     for name in sorted(files(folder), key=last.__eq__):
-        if not is_remote(place):
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
         with guard(folder):
             content = (folder / name).read_bytes()
         write(place / name, content)

@@ -100,17 +100,8 @@ def write_page(path, page):
     Raises UserError when it cannot be written, and StorageError when a bucket does not take it.
     """
     path = storage.path(path)
-    if storage.is_remote(path):  # a new object replaces the old one as a whole
-        storage.write(path, page.encode("utf-8", "replace"))
-        return path
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(page.encode("utf-8", "replace"))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        storage.write(path, page.encode("utf-8", "replace"))
     except OSError as error:
         raise UserError(f"the report {str(path)!r} cannot be written: {error.strerror}") from None
     return path

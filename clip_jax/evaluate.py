@@ -129,6 +129,7 @@ def follow(args, overrides):
 
     workdir, total = storage.path(args.checkpoint), None
     done = set()
+    hosts.log(f"waiting for checkpoints in {workdir / 'checkpoints'}")
     while total not in done:
         found = checkpoint.committed(workdir / "checkpoints")
         new = hosts.gather([step for step in found if step not in done])[0]
@@ -139,7 +140,7 @@ def follow(args, overrides):
         done.add(step)
         try:
             total = checkpoint.read_meta(folder)["config"]["train"]["steps"]
-            if _evaluated(workdir, step).exists():
+            if storage.read(_evaluated(workdir, step)) is not None:
                 continue
             hosts.log(f"step {step} of {total}:")
             model, result = _evaluate(args, folder, "latest", overrides)
@@ -180,15 +181,16 @@ def _keep_best(workdir, step, metrics, name):
         raise unknown("--best: no metric", name, sorted(metrics))
     folder = workdir / "best" / "checkpoints"
     kept = checkpoint.committed(folder)
-    scores = [sign * json.loads(_evaluated(workdir, other).read_text())[name] for other in kept]
-    if sign * metrics[name] <= max(scores, default=-math.inf):
+    scores = [json.loads(storage.read(_evaluated(workdir, other)) or "{}").get(name) for other in kept]
+    best = max((sign * score for score in scores if score is not None), default=-math.inf)
+    if not sign * metrics[name] > best:  # also for NaN
         return
     try:
         storage.copy(workdir / "checkpoints" / str(step), folder / str(step), last=checkpoint.COMMIT)
     except FileNotFoundError:  # the run deletes it
         storage.remove(folder / str(step))
         return
-    for other in kept:
+    for other in set(kept) - {step}:
         storage.remove(folder / str(other))
     hosts.log(f"the best so far: {name} {metrics[name]:.4g}, kept in {folder / str(step)}")
 

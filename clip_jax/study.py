@@ -184,7 +184,7 @@ def read_out(study, run, metrics):
     from clip_jax import evaluate, inference
 
     file = run.folder / "readouts.json"
-    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = json.loads(storage.read(file) or "{}")
     found, config = {}, config_lib.load(run.row.config, config_lib.parse_overrides(run.command[4:]))
     for name, changes in study.readouts.items():
         if config_lib.override(config.copy_and_resolve_references(), changes) == config:

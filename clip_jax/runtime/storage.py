@@ -14,7 +14,6 @@ import shutil
 import tempfile
 import time
 import urllib.parse
-import uuid
 
 from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import faults
@@ -28,7 +27,7 @@ PART_CHARACTERS = 1 << 20
 ORBAX = "0.12."
 #: By these words tensorstore says that a service fails, and by these packages an error of the other clients is known.
 _SERVICE = re.compile("retry attempts failed|http_response_code='(401|403|429|5..)'|UNAUTHENTICATED|PERMISSION_DENIED")
-_CLIENTS = {"aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3"}
+_CLIENTS = {"aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3"}
 
 
 def is_remote(path):
@@ -88,7 +87,7 @@ def prepare(workdir, what="--workdir"):
             _check_region(workdir, what)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{what}={workdir} is an object, not a folder: give another name")
-        probe = folder / f".write_test_{uuid.uuid4().hex}"
+        probe = folder / f".write_test_{os.getpid()}_{time.time_ns()}"
         probe.write_text("")
         probe.unlink()
     except UserError:
@@ -174,6 +173,15 @@ def write(place, content):
             os.replace(temporary, place)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def read(place):
+    """Returns the text of a file or object, None when it is missing. Raises OSError, or StorageError for a bucket."""
+    try:
+        with guard(place):
+            return path(place).read_text()
+    except FileNotFoundError:
+        return None
 
 
 def files(folder):

@@ -31,7 +31,7 @@ IDENTITY = ("method", "model", "tokenizer", "optim.name", "optim.freeze", "optim
 #: Parts of Orbax's messages about arrays that are readable but are not those asked for.
 _MISFITS = ("not compatible with the stored shape", "Type mismatch at key path")
 
-#: The file that Orbax writes last, and the one that has told so since before, in checkpoints that were renamed.
+#: The file that Orbax writes last. Before 0.12.8 it renamed a complete checkpoint, whose metadata have a time instead.
 COMMIT, _RENAMED = "commit_success.txt", "_CHECKPOINT_METADATA"
 #: Parts of messages about a full disk, which is full at the next start, too.
 _FULL = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
@@ -209,7 +209,7 @@ def is_committed(folder):
 
 
 def _is_renamed(folder):
-    """Whether a checkpoint is of the time before `COMMIT`, when a complete one was renamed."""
+    """Whether a checkpoint is complete by the rule of Orbax before 0.12.8."""
     try:
         return bool(json.loads((folder / _RENAMED).read_text()).get("commit_timestamp_nsecs"))
     except (OSError, ValueError):
@@ -217,7 +217,7 @@ def _is_renamed(folder):
 
 
 def _commit_renamed(folder):
-    """Marks checkpoints of the time before `COMMIT` as complete, as Orbax would delete them."""
+    """Marks complete checkpoints of Orbax before 0.12.8, which Orbax would delete now."""
     for path in folder.iterdir() if folder.exists() else ():
         if path.name.isdigit() and not (path / COMMIT).exists() and _is_renamed(path):
             (path / COMMIT).write_text("")

@@ -9,7 +9,7 @@ import sys
 import traceback
 
 from clip_jax.errors import StorageError, UserError
-from clip_jax.runtime import faults, host_log, hosts
+from clip_jax.runtime import faults, host_log, hosts, storage
 
 #: With these variables libtpu neither asks a metadata server whether this machine has a TPU nor prints anything.
 QUIET_LIBTPU = {
@@ -88,10 +88,10 @@ def _run(work):
     try:
         work()
         return 0
-    except (UserError, OSError) as error:
+    except (UserError, OSError, StorageError) as error:
         status, line = 2, f"error: {error}"
-    except StorageError as error:
-        status, line = faults.STORAGE, f"error: {error}; the same command resumes the run"
+        if isinstance(error, StorageError) or getattr(error, "errno", None) in storage.MOUNT_ERRORS:
+            status, line = faults.STORAGE, f"{line}; the same command resumes the run"
     except faults.Stopped as stopped:
         status, line = stopped.status, str(stopped)
     except Exception as error:

@@ -6,6 +6,7 @@ appended to: `Log` writes a numbered object for each part.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import pathlib
@@ -25,6 +26,8 @@ PART_SECONDS = 10
 PART_CHARACTERS = 1 << 20
 #: Versions of Orbax whose private functions `prepare_orbax` replaces.
 ORBAX = "0.12."
+#: Errors of a mount that may pass.
+MOUNT_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 #: By these words tensorstore says that a service fails, and by these packages an error of the other clients is known.
 _SERVICE = re.compile("retry attempts failed|http_response_code='(401|403|429|5..)'|UNAUTHENTICATED|PERMISSION_DENIED")
 _CLIENTS = {"aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3"}
@@ -70,7 +73,7 @@ def prepare(workdir, what="--workdir"):
       workdir: the folder.
       what: the flag that gave it, for messages.
 
-    Raises UserError when the folder cannot be written, and StorageError when the service of its bucket fails.
+    Raises UserError when the folder cannot be written, and StorageError when its mount or bucket fails.
     """
     folder = path(workdir)
     if not is_remote(workdir):
@@ -78,7 +81,8 @@ def prepare(workdir, what="--workdir"):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UserError(f"{what}={workdir} cannot be written: {error.strerror}") from None
+            kind = StorageError if error.errno in MOUNT_ERRORS else UserError
+            raise kind(f"{what}={workdir} cannot be written: {error.strerror}") from None
         return folder
     if not urllib.parse.urlsplit(str(workdir)).netloc:
         raise UserError(f"{what}={workdir} names no bucket")

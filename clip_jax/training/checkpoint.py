@@ -34,7 +34,7 @@ _MISFITS = ("not compatible with the stored shape", "Type mismatch at key path")
 #: The file that Orbax writes last. Before 0.12.8 it renamed a complete checkpoint, whose metadata have a time instead.
 COMMIT, _RENAMED = "commit_success.txt", "_CHECKPOINT_METADATA"
 #: Parts of messages about a full disk, which is full at the next start, too.
-_FULL = ("No space left", "File too large", "quota exceeded", "RESOURCE_EXHAUSTED")
+_FULL = ("No space left", "File too large", "quota exceeded")
 
 logger = logging.getLogger(__name__)
 
@@ -209,9 +209,10 @@ def is_committed(folder):
 
 
 def _is_renamed(folder):
-    """Whether a checkpoint is complete by the rule of Orbax before 0.12.8."""
+    """Whether a checkpoint is complete by the rule of Orbax before 0.12.8, which never wrote `COMMIT`."""
     try:
-        return bool(json.loads((folder / _RENAMED).read_text()).get("commit_timestamp_nsecs"))
+        is_done = bool(json.loads((folder / _RENAMED).read_text()).get("commit_timestamp_nsecs"))
+        return is_done and not (folder / "state" / COMMIT).exists()
     except (OSError, ValueError):
         return False
 

@@ -21,6 +21,7 @@ import clip_jax
 from clip_jax import evaluate, train
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluation.results import EvalResult
+from clip_jax.interop import export
 from clip_jax.runtime import command, hosts, storage
 from clip_jax.training import checkpoint
 
@@ -299,6 +300,17 @@ def test_a_log_in_a_bucket_has_parts(buckets, monkeypatch):
         log.close()
     assert storage.read_log(place) == "1\n2\n333333333\n4\n5\n"
     assert sorted(part.name for part in place.iterdir()) == ["000001", "000002", "000003", "000004"]
+
+
+def test_files_of_a_local_library_arrive_in_a_bucket(buckets):
+    place = f"{buckets('gs').url}/export"
+    assert export.check_out(place) == storage.path(place)
+    with storage.local_folder(place) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.txt").write_text("a")
+    assert list(storage.files(storage.path(place))) == ["sub/a.txt"] and storage.read(f"{place}/sub/a.txt") == "a"
+    with pytest.raises(UserError, match="--out=gs://bucket/export already exists and is not an empty folder"):
+        export.check_out(place)
 
 
 @pytest.mark.parametrize("kind", ["folder", "gs"])

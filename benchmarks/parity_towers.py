@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-TEXTS = ["a photo of a cat", "Hello, World!", "zwoelf  Boxkaempfer & a <dog>", "an astronaut riding a horse " * 12]
+TEXTS = ["a photo of a cat", "Hello, World!", "zwoelf  Boxkaempfer & a <dog>", "an astronaut riding a horse " * 7]
 #: Name: (library, sizes of the images in pixels, or () for a text tower).
 TOWERS = {
     "resnet50/torchvision": ("torchvision", (224,)),

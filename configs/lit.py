@@ -18,6 +18,7 @@ Variants, after a colon:
 import math
 
 from clip_jax import config
+from clip_jax.models.towers import TEXT_TOWERS, all_fields
 
 # The image tower and the text tower have the same size.
 VARIANTS = ["smoke", "b16", "l16"]
@@ -41,7 +42,8 @@ def published(tower):
     c.model.logit_scale_init, c.model.logit_scale_max = math.log(10), math.inf
     c.model.image_mean = c.model.image_std = (0.5, 0.5, 0.5)
     c.model.image.update(dict(tower, patch=16, ln_pre=False, patch_bias=True, act="gelu_tanh", ln_eps=1e-6, proj=False))
-    c.model.text = dict(tower, kind="bert", context=16, act="gelu", pad_id=0, proj_bias=True, vocab_size=0, eot_id=-1)
+    text = dict(tower, kind="bert", context=16, act="gelu", pad_id=0, proj_bias=True, vocab_size=0, eot_id=-1)
+    c.model.text = all_fields(TEXT_TOWERS, text)
     c.tokenizer = "wordpiece:vocab.txt?eot=false"
     c.init_from, c.init_from_params = "img=B_16.npz, txt=bert-base-uncased", ("^img/", "^txt/(?!proj)")
     c.data.augment = ("squash(256, 'bilinear', antialias=False)", "random_crop")

@@ -127,9 +127,9 @@ class TextTower(_Tower):
         rows, context = [np.zeros((0, self.text_dim), np.float32)], self.config.model.text.context
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             block = list(texts[start : start + TEXTS_AT_ONCE])
-            padded = block + [""] * (TEXTS_AT_ONCE - len(block))
+            # Padding changes nothing. Powers of two as sizes need few compilations.
+            padded = block + [""] * ((1 << (len(block) - 1).bit_length()) - len(block))
             ids = self._tokenizer(padded, context)
-            # Padding changes nothing. A power of two as length needs few compilations.
             length = min(context, max(16, 1 << int(self._tokenizer.lengths(ids).max() - 1).bit_length()))
             rows.append(np.asarray(self._embed(self._variables, ids[:, :length]))[: len(block)])
         return np.concatenate(rows)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import REPO
-from helpers import TINY, losses
+from helpers import TINY
 from tower_helpers import (
     SMALL,
     bert_tensors,
@@ -19,12 +19,13 @@ from tower_helpers import (
 
 from clip_jax import config, init_from, train
 from clip_jax.errors import UserError
+from clip_jax.runtime import sharding
+from clip_jax.training.step import make_init, make_step
 
 BERT = dict(model_type="bert", num_attention_heads=4)
 #: A published run at the size of the files below: only sizes, data and lengths differ.
 RUN = """
-    data.batch_size=8 data.workers=0 train.steps=1 train.log_steps=1 optim.warmup_steps=0 micro_batches=1
-    checkpoint.steps=1 eval.report=false log.tensorboard=false model.dtype=float32
+    data.batch_size=8 data.workers=0 train.steps=1 optim.warmup_steps=0 micro_batches=1 model.dtype=float32
 """.split()
 TEXT = """
     model.embed_dim=32 model.text.width=32 model.text.depth=2 model.text.heads=4 model.text.mlp_dim=48
@@ -42,27 +43,47 @@ def files(tmp_path_factory):
     found = {"resnet": write_tower(root / "resnet", resnet_tensors(), {"architecture": "resnet50"} | colours)}
     found["bert"] = write_tower(root / "bert", bert_tensors(), BERT)
     np.savez(root / "B_16.npz", **google_tensors())
-    return found | {"vit": root / "B_16.npz", "vocabulary": vocabulary(root / "bert")}
+    return found | {
+        "vit": root / "B_16.npz",
+        "vocabulary": vocabulary(root / "bert", ("[PAD]", "[CLS]", "[SEP]", "[MASK]")),
+    }
 
 
 def run(recipe, workdir, *overrides):
-    """Runs one step of a recipe; returns `(configuration, its state as stored, lines)`."""
-    from clip_jax.methods import stored
+    """Takes one step of a recipe on one device; returns `(configuration, state, line of init_from)`.
 
-    lines = []
+    Parameters that no file holds start at small random values: compiling the initialisation would take longer than the
+    step.
+    """
     c = config.load(str(REPO / "configs" / recipe), [*RUN, *overrides])
-    train.train(c, workdir, lines.append)
-    assert np.isfinite(losses(workdir)[1])
-    return c, stored.load(workdir), "\n".join(map(str, lines))
+    resolved, source, tokenizer, method = train.make_parts(c)
+    init_from.check_path(resolved, workdir)
+    mesh = sharding.make_mesh(resolved.mesh, jax.devices()[:1])
+    init, tx = make_init(resolved, method, method.batch_spec(8))
+    one, rng = sharding.NamedSharding(mesh, jax.P()), np.random.default_rng(0)
+    shapes, line = jax.eval_shape(init, jax.random.key(0)), ""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes.params)
+    state = zeros.replace(params=params, extra=method.init_from_data(zeros.extra, source, mesh))
+    state = jax.device_put(state, one)
+    with jax.set_mesh(mesh):
+        if resolved.init_from:
+            state, line = init_from.start(resolved, state, tokenizer)
+        loader = train.make_loader(resolved, source, tokenizer, method, mesh, 0)
+        batch = next(iter(loader))
+        loader.close()
+        state, metrics = jax.jit(make_step(resolved, method, tx))(state, jax.device_put(batch, one))
+    assert np.isfinite(metrics["loss"]) and int(state.bad_steps) == 0
+    return c, jax.tree.map(np.asarray, state), line
 
 
 def test_otter_starts_from_a_resnet_and_a_bert(files, tmp_path):
-    c, found, lines = run(
-        "otter.py:otter", tmp_path / "run", *RESNET, *TEXT, "data.augment=resize(40),random_crop", "data.source=emoji",
+    c, found, line = run(
+        "otter.py:otter", tmp_path, *RESNET, *TEXT, "data.augment=resize(40),random_crop", "data.source=emoji",
         f"tokenizer=wordpiece:{files['vocabulary']}", f"init_from=img={files['resnet']}, txt={files['bert']}",
         "optim.lr=1e-6",
     )  # fmt: skip
-    assert "started from img=" in lines
+    assert "started from img=" in line
     conv = resnet_tensors()["conv1.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_allclose(found.params["img"]["conv1"]["kernel"], conv, atol=1e-4)
     words = bert_tensors()["bert.embeddings.word_embeddings.weight"]
@@ -70,26 +91,27 @@ def test_otter_starts_from_a_resnet_and_a_bert(files, tmp_path):
     assert found.params["img"]["proj"]["kernel"].shape == (256, 32)
     with c.unlocked():
         c.init_from_allow = ()
+    source = init_from._foreign(str(files["resnet"]))
     with pytest.raises(UserError, match="model.image_mean=.* there, .* here"):
-        train.train(c, tmp_path / "again", lambda line: None)
+        init_from._check_meaning(c, source, {"img/conv1/kernel"}, None)
 
 
 def test_zerovl_starts_from_googles_vit_and_a_bert(files, tmp_path):
-    _, found, lines = run(
+    _, found, line = run(
         "zerovl.py:b16", tmp_path, *VIT, *TEXT, f"tokenizer=wordpiece:{files['vocabulary']}", "optim.lr=1e-6",
         "data.source=emoji?by=vendor", f"init_from=img={files['vit']}, txt={files['bert']}",
     )  # fmt: skip
-    assert "started from img=" in lines
+    assert "started from img=" in line
     dense = google_tensors()["Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"]
     np.testing.assert_allclose(found.params["img"]["block_0"]["mlp"]["fc1"]["kernel"], dense, atol=1e-4)
 
 
 def test_lit_locks_googles_vit_and_tunes_a_bert(files, tmp_path):
-    _, found, lines = run(
+    _, found, line = run(
         "lit.py:b16", tmp_path, *VIT, *TEXT, f"tokenizer=wordpiece:{files['vocabulary']}?eot=false",
         "data.source=emoji", f"init_from=img={files['vit']}, txt={files['bert']}",
     )  # fmt: skip
-    assert "started from img=" in lines
+    assert "started from img=" in line
     arrays = google_tensors()
     np.testing.assert_array_equal(found.params["img"]["cls"], arrays["cls"])
     np.testing.assert_array_equal(found.params["img"]["pos"], arrays["Transformer/posembed_input/pos_embedding"])
@@ -105,8 +127,8 @@ def test_raclip_looks_up_by_a_vit_and_a_sentence_transformer(tmp_path):
     )  # fmt: skip
     tiny = [override for override in TINY if override.startswith("model.") and "stem" not in override]
     _, found, _ = run(
-        "raclip.py:b32", tmp_path / "run", *tiny, "data.source=emoji?part=record:!1/40", "raclip.heads=2",
-        "raclip.k=4", "raclip.reference=emoji?part=record:1/40", f"raclip.encoder=img={image}, txt={text}",
+        "raclip.py:b32", tmp_path / "run", *tiny, "data.source=emoji?part=record:2/60", "raclip.heads=2",
+        "raclip.k=4", "raclip.reference=emoji?part=record:1/60", f"raclip.encoder=img={image}, txt={text}",
     )  # fmt: skip
     bank = found.extra["bank"]
     assert bank["image"].shape[1:] == (64,) and bank["text"].shape[1:] == (32,)
@@ -114,7 +136,6 @@ def test_raclip_looks_up_by_a_vit_and_a_sentence_transformer(tmp_path):
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
     weights = found.extra["encoder"]["params"]
     np.testing.assert_array_equal(weights["cls"], timm_tensors()["cls_token"])
-    assert jax.tree.leaves(weights)
 
 
 def test_what_may_contradict_a_source_is_one_of_the_checked_fields(tmp_path):

@@ -11,9 +11,11 @@ Evaluation without retrieval augmentation:
 Variants, after a colon; clip_jax/methods/raclip.py documents the section raclip:
   (none)   small, on the embedded emoji, for 2 CPU cores. A tenth of them is the reference set, searched by pixels
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
-  b32      ViT-B/32 on YFCC15M, a tenth held out, 32 epochs. Give both parts and an encoder (the paper's: DINO's ViT):
+  b32      ViT-B/32 on YFCC15M, a tenth held out, 32 epochs. Give both parts and the frozen encoders (the paper's: DINO's
+           ViT and a sentence transformer; which ones is an assumption):
            --config.data='/data/yfcc/{0000..1506}.tar?part=record:!1/10'
-           --config.raclip.reference='/data/yfcc/{0000..1506}.tar?part=record:1/10' --config.raclip.encoder=runs/slip
+           --config.raclip.reference='/data/yfcc/{0000..1506}.tar?part=record:1/10'
+           --config.raclip.encoder="img=/data/dino_vitbase16.pth, txt=/data/all-mpnet-base-v2"
            The paper's ImageNet zero-shot top-1: 53.5 % (from a survey's table); CLIP's on the same data: 32.8 %
            Assumption: batch size and optimizer are ALIP's and CLIP's; the paper's are not known
            Table: docs/recipes/raclip.md

@@ -11,8 +11,8 @@ Evaluation without retrieval augmentation:
 Variants, after a colon; clip_jax/methods/raclip.py documents the section raclip:
   (none)   small, on the embedded emoji, for 2 CPU cores. A tenth of them is the reference set, searched by pixels
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
-  b32      ViT-B/32 on YFCC15M, a tenth held out, 32 epochs. Give both parts and the frozen encoders (the paper's: DINO's
-           ViT and a sentence transformer; which ones is an assumption):
+  b32      ViT-B/32 on YFCC15M, a tenth held out, 32 epochs. Give both parts and the frozen encoders (the paper's:
+           DINO's ViT and a sentence transformer; which ones is an assumption):
            --config.data='/data/yfcc/{0000..1506}.tar?part=record:!1/10'
            --config.raclip.reference='/data/yfcc/{0000..1506}.tar?part=record:1/10'
            --config.raclip.encoder="img=/data/dino_vitbase16.pth, txt=/data/all-mpnet-base-v2"

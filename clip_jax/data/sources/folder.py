@@ -8,7 +8,7 @@ from absl import logging
 from PIL import Image
 
 from clip_jax.data.files import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, PLUGIN_EXTENSIONS, is_hidden, read_file
-from clip_jax.data.records import BaseSource, plain
+from clip_jax.data.records import BaseSource, listed, plain
 from clip_jax.errors import UserError
 
 _SPLIT_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(\d{4})?", re.IGNORECASE)
@@ -56,6 +56,16 @@ class FolderSource(BaseSource):
             self._labels = array.array("q", [-1]) * len(self._labels)
         elif classes:
             self._set_classes(classes)
+
+    def check_labels(self):
+        """Raises UserError when the only class holds its images in several folders, which may be the classes."""
+        below = {path.split(os.sep)[1] for path in self._paths if path.count(os.sep) > 1}
+        if self.class_names and len(self.class_names) == 1 and len(below) > 1:
+            (only,), folders = self.class_names, listed(sorted(below))
+            raise UserError(
+                f"{self.name}: the only class is {only!r}, which holds the folders {folders}; if these are classes or"
+                f" splits, give the source {os.path.join(self._folder, only)}"
+            )
 
     def __len__(self):
         return len(self._paths)

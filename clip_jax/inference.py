@@ -70,7 +70,7 @@ class Model:
         Raises BadRecord for an image that does not decode, TypeError for anything that is not an image, and UserError
         for weights that give no finite numbers.
         """
-        return self._embed(self._image, self._prepared(images), batch_size)
+        return _finite(self._embed(self._image, self._prepared(images), batch_size))
 
     def image_features(self, images, batch_size=None):
         """Returns the features before the joint projection, float32 `[n, D]`, not normalised (`Method.image_features`).
@@ -80,7 +80,7 @@ class Model:
 
         Raises UserError for a method that has none, else as `embed_image` does.
         """
-        return self._embed(self._image_features(), self._prepared(images), batch_size)
+        return _finite(self._embed(self._image_features(), self._prepared(images), batch_size))
 
     def embed_image_share(self, images):
         """Returns unit rows, float32 `[count * n, E]`, of the images of all processes, in the order of their shards.
@@ -127,7 +127,7 @@ class Model:
         anything but strings.
         """
         texts = _strings(texts, "texts")
-        return self._embed(self._text, texts, batch_size, self.token_ids)
+        return _finite(self._embed(self._text, texts, batch_size, self.token_ids))
 
     def token_ids(self, texts):
         """Returns what the text tower reads of n strings, int32 `[n, L]`; for CLIPPO the rendered images.
@@ -164,7 +164,7 @@ class Model:
           texts: a list of n strings.
           batch_size: the pairs of a batch, at most; None: `eval.batch_size`.
 
-        Raises UserError when the model has no tokenizer.
+        Raises UserError when the model has no tokenizer or its weights give no finite numbers.
         """
         return self._patch_similarity if self._patches else None
 
@@ -174,7 +174,9 @@ class Model:
         def arrays(part):
             return np.stack([image for image, _ in part]), self.token_ids([text for _, text in part])
 
-        return self._embed(self._patches, pairs, batch_size, arrays)
+        similarity = self._embed(self._patches, pairs, batch_size, arrays)
+        _finite(np.where(np.isneginf(similarity), 0, similarity))  # padding is no fault of the weights
+        return similarity
 
     def classify(self, images, class_names, templates=("{}",)):
         """Returns zero-shot class probabilities, float32 `[n, classes]`: softmax of `Method.scale` times similarities.
@@ -203,7 +205,7 @@ class Model:
                 arrays = [_padded(x, batch) for x in jax.tree.leaves(prepare(inputs[start : start + batch]))]
                 on_devices = [jax.make_array_from_callback(x.shape, layout, x.__getitem__) for x in arrays]
                 rows.append(function(self.params, self.extra, *on_devices))
-            return _finite(np.concatenate([np.asarray(r) for r in rows])[: len(inputs)])
+            return np.concatenate([np.asarray(r) for r in rows])[: len(inputs)]
 
 
 def _strings(values, what):

@@ -631,6 +631,9 @@ def test_the_planted_patch_is_the_warmest_of_the_heat_map():
         assert pixels.shape == (2, 2, 4) and np.unravel_index(red.argmax(), (2, 2)) == place
         assert (red < 0).sum() == 3 and (pixels[..., 3] == 153).all()
     assert page.count("<span>all words</span><b>-0.50 – 0.50</b>") == 3
+    model.params = jax.tree.map(lambda x: x * np.nan, model.params)
+    with pytest.raises(UserError, match="3 of 3 embeddings are not finite"):
+        model.patch_similarity(images, ["cat 0", "cat 1", "cat 2"])
 
 
 def test_a_run_and_its_checkpoint(tmp_path):

@@ -16,7 +16,7 @@ from clip_jax import config as config_lib
 from clip_jax.errors import UserError, unknown
 
 #: Fields that change what a tower computes but not the shapes of its weights.
-SILENT = ("act", "ln_eps", "heads", "posemb", "padding", "causal", "mask_padding")
+SILENT = ("act", "ln_eps", "heads", "posemb", "padding", "causal", "mask_padding", "first_position", "first_residual")
 COLOURS = ("image_mean", "image_std")
 #: What `config.init_from_allow` may hold.
 ALLOWED = (
@@ -68,6 +68,19 @@ def check_path(config, workdir):
             hint = f"train it first with --workdir={path}, or name another one: --config.init_from=PATH"
             raise UserError(f"init_from: {error}; {hint}") from None
 
+def check(config, shapes, tokenizer):
+    """Checks that the weights of `config.init_from` fit the run, before its state is made; raises as `start` does.
+
+    Args:
+      config: the configuration.
+      shapes: the `TrainState` of the run as shapes.
+      tokenizer: the run's tokenizer.
+    """
+    import jax
+
+    for _ in _matched(config, jax.eval_shape(_flat, shapes.params, shapes.extra), tokenizer):
+        pass
+
 
 def start(config, state, tokenizer):
     """Returns `(state, line)`: the state with the weights of `config.init_from`, and a line that reports them.
@@ -78,20 +91,14 @@ def start(config, state, tokenizer):
       tokenizer: the run's tokenizer.
 
     Raises UserError when a pattern matches nothing, an array is missing or has another shape, or the source was trained
-    with another activation, epsilon, number of heads, attention mask, image normalisation or tokenizer.
+    with another value of a field in `SILENT`, another image normalisation or tokenizer.
     """
     import jax
 
-    from clip_jax.interop.towers.files import is_foreign, sources
-
     current = _flat(state.params, state.extra)
     found, resized = {}, False
-    for prefix, path in sources(config.init_from).items():
-        source = _foreign(path) if is_foreign(path) else _own(path)
-        chosen = _choose(config, current, source, prefix)
-        _check_meaning(config, source, chosen, tokenizer)
+    for source, chosen, resizes in _matched(config, current, tokenizer):
         targets = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in chosen.items()}
-        resizes = _check_shapes(config, source, targets)
         loaded = source.load(targets | {name: _whole(source.shapes[name], targets[name]) for name in resizes})
         for name in resizes:
             loaded[name] = _resize(name, loaded[name], targets[name], config.model, source.resize)
@@ -105,6 +112,17 @@ def start(config, state, tokenizer):
     line += "; position embeddings resized" if resized else ""
     ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
     return state.replace(params=params, extra=extra, ema=ema), line
+
+
+def _matched(config, current, tokenizer):
+    """Yields `(Source, {path: array or shape of the run}, paths to resize)` of each source; raises as `start` does."""
+    from clip_jax.interop.towers.files import is_foreign, sources
+
+    for prefix, path in sources(config.init_from).items():
+        source = _foreign(path) if is_foreign(path) else _own(path)
+        chosen = _choose(config, current, source, prefix)
+        _check_meaning(config, source, chosen, tokenizer)
+        yield source, chosen, _check_shapes(config, source, chosen)
 
 
 def _flat(params, extra):

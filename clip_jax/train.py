@@ -90,6 +90,8 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     shardings = sharding.state_shardings(shapes, mesh, method.sharding_rules)
     state = checkpointer.restore(sharding.with_shardings(shapes, shardings))
     if state is None:
+        if config.init_from:
+            init_from.check(config, shapes, tokenizer)
         state = jax.jit(init, out_shardings=shardings)(rng)
         state = state.replace(extra=sharding.place(method.init_from_data(state.extra, source, mesh), shardings.extra))
         if config.init_from:

@@ -14,8 +14,7 @@ Variants, after a colon; clip_jax/methods/zerovl.py documents the section zerovl
            --config.tokenizer=wordpiece:/data/bert-base-uncased/vocab.txt
            --config.data="/data/cc3m/*.tar*size + /data/cc12m/*.tar*size + /data/sbu/*.tar*size + /data/vg/*.tar*size"
            Published RSUM of COCO and Flickr30k: 425.0, 536.2; a plain baseline's: 363.5, 476.8. Not run here
-           As in the released code, images are normalised by ImageNet's mean and deviation. That ViT was trained with
-           others: leave out the config.json that names them
+           As in the released code, images are normalised by ImageNet's mean and deviation, not by those of that ViT
 """
 
 from clip_jax import config
@@ -49,6 +48,7 @@ def published(batch_size):
     c.tokenizer = "wordpiece:vocab.txt"
     c.init_from = "img=vit_base_patch16_224_in21k.safetensors, txt=bert-base-uncased"
     c.init_from_params = ("^img/(?!proj)", "^txt/(?!proj)")
+    c.init_from_allow = ("model.image_mean", "model.image_std")
     c.data.augment = ("rrc(0.6, 1.0, interpolation='bilinear')", "autoaugment")
     c.eval.transform = ("squash(256, 'bilinear')", "center_crop")
     c.data.batch_size, c.data.workers = batch_size, 8

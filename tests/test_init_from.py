@@ -192,7 +192,9 @@ def test_a_resumed_run_ignores_init_from(tmp_path):
         (["init_from={foreign}", "init_from_params=^img/"], "model.image.act='gelu' there, 'gelu_tanh' here"),
     ],
 )
-def test_wrong_sources_are_refused_in_one_line(source, foreign, tmp_path, overrides, message):
+def test_wrong_sources_are_refused_in_one_line(source, foreign, tmp_path, overrides, message, monkeypatch):
+    """Before the state is made."""
+    monkeypatch.setattr(sharding, "place", lambda *_: pytest.fail("the state was made"))
     overrides = [override.format(source=source[0], foreign=foreign[0]) for override in overrides]
     with pytest.raises(UserError, match=message) as error:
         run(tmp_path, *overrides)

@@ -598,5 +598,6 @@ def test_the_first_block_of_a_stage_has_no_residual_in_hugging_face():
         bn["scale"], bn["bias"] = jnp.zeros_like(bn["scale"]), jnp.zeros_like(bn["bias"])
         _, tokens = tower.apply(variables, images)
         assert bool(jnp.any(tokens != 0)) == first_residual
-    config = configs.hf.align({}, None)
-    assert config.model.image.first_residual is False
+    small = {"vision_config": {"out_channels": [24, 24, 40, 80, 112, 192, 320], "width_coefficient": 0.5}}
+    for cfg, has_effect in (({}, False), (small, True)):  # only where it has an effect, a run must have the same value
+        assert configs.hf.align(cfg, None).model.image.first_residual is not has_effect

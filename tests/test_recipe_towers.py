@@ -94,6 +94,10 @@ def test_otter_starts_from_a_resnet_and_a_bert(files, tmp_path):
     source = init_from._foreign(str(files["resnet"]))
     with pytest.raises(UserError, match="model.image_mean=.* there, .* here"):
         init_from._check_meaning(c, source, {"img/conv1/kernel"}, None)
+    source = init_from._foreign(str(files["bert"]))
+    source.config.model.text.first_position = 2  # as in MPNet, whose array of positions has the same shape
+    with pytest.raises(UserError, match="model.text.first_position=2 there, 0 here"):
+        init_from._check_meaning(c, source, {"txt/bert/pos"}, None)
 
 
 def test_zerovl_starts_from_googles_vit_and_a_bert(files, tmp_path):

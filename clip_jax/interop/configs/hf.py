@@ -93,6 +93,8 @@ def align(cfg, preprocessor):
 
     Raises UserError for a field or value that has no counterpart here.
     """
+    from clip_jax.models.efficientnet import has_first_residual
+
     vision = _ALIGN_VISION | cfg.get("vision_config", {})
     text = {
         **_TRANSFORMER,
@@ -119,7 +121,7 @@ def align(cfg, preprocessor):
     stages = tuple(zip(*(vision[name] for name in columns), strict=True))
     c.model.image = dict(
         coefficients, kind="efficientnet", size=vision["image_size"], stages=stages, padding="even", proj=False,
-        first_residual=False,
+        first_residual=not has_first_residual(stages, vision["width_coefficient"]),  # True where it has no effect
     )  # fmt: skip
     fields = dict(
         _text(text),

@@ -68,6 +68,7 @@ def check_path(config, workdir):
             hint = f"train it first with --workdir={path}, or name another one: --config.init_from=PATH"
             raise UserError(f"init_from: {error}; {hint}") from None
 
+
 def check(config, shapes, tokenizer):
     """Checks that the weights of `config.init_from` fit the run, before its state is made; raises as `start` does.
 

@@ -305,7 +305,7 @@ def test_the_validation_images_of_the_probe_may_be_a_split(tmp_path, monkeypatch
     for split, names in (("train", ("lime", "navy")), ("val", ("navy",)), ("test", ("lime", "navy"))):
         for name in names:
             (tmp_path / split / name).mkdir(parents=True)
-            (tmp_path / split / name / "0.png").write_bytes(png(name, 0))
+            (tmp_path / split / name / "0.png").write_bytes(png(name, split == "test"))
     labels = {}
 
     def fit(x_train, labels_train, x_test, labels_test, x_val, labels_val):
@@ -317,8 +317,15 @@ def test_the_validation_images_of_the_probe_may_be_a_split(tmp_path, monkeypatch
     task.check_sources()
     task(ColorModel())
     assert labels == {"train": [0, 1], "val": [1], "test": [0, 1]}  # the only class of val is number 0 there
-    with pytest.raises(UserError, match="vall"):
-        parse_task(f"probe('{tmp_path}', '{tmp_path}', val_split='vall')").check_sources()
+    for options, message in (
+        ("val_split='vall'", "vall"),
+        ("val_split='train'", "probe: val_split='train': the validation set is the training set"),
+        ("val_split='test'", "probe: val_split='test': the validation set is the test set"),
+        ("val_split='val', test_split='val'", "probe: val_split='val': the validation set is the test set"),
+        ("features=['embedding']", "features=.'embedding'.: allowed are before_projection, embedding"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_task(f"probe('{tmp_path}', '{tmp_path}', {options})").check_sources()
 
 
 def test_nearest_neighbours_have_their_labels_by_name():
@@ -352,8 +359,10 @@ def test_no_task_tests_on_the_training_images(tmp_path, task):
         for i in range(10):
             Image.open(io.BytesIO(png(name, i))).save(tmp_path / name / f"{i}.png")
     for same in (tmp_path, f"{tmp_path}/", f"{tmp_path.parent}/./{tmp_path.name}"):
-        with pytest.raises(UserError, match="has the split 'train' alone, so the test set is the training set"):
+        with pytest.raises(UserError, match="test set, .* with the split 'train', is the training set"):
             parse_task(f"{task}(train='{tmp_path}', test='{same}', name='x')")(ColorModel())
+    with pytest.raises(UserError, match="x: the test set, .* with the split 'train', is the training set"):
+        parse_task(f"{task}(train='{tmp_path}', test='{tmp_path}', name='x')").check_sources()
     options = "test_split='train', features='embedding', name='x'"
     asked = parse_task(f"{task}(train='{tmp_path}', test='{tmp_path}', {options})")(ColorModel())
     assert asked.metrics["x/accuracy" if task == "probe" else "x/top1"] == 1.0

@@ -151,6 +151,21 @@ def test_flat_hits_of_images_with_one_label_are_top_k_accuracies():
     assert flat["zeroshot/chance_F@5"] == plain["zeroshot/chance_top5"]
 
 
+class Unsaid:
+    """The records of a source, without its `multi_label`: as a user may write a source."""
+
+    name, broken = "unsaid", {}
+
+    def __init__(self, source):
+        self.class_names, self._source = source.class_names, source
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        return self._source[index]
+
+
 def test_several_labels_are_refused_where_one_is_needed(tmp_path):
     """Before anything is embedded, and by the check before training."""
     records, names, _, _ = several_labels()
@@ -162,6 +177,8 @@ def test_several_labels_are_refused_where_one_is_needed(tmp_path):
         with pytest.raises(UserError, match="many has several labels of one image, but probe needs one label"):
             probe_task(model, train, test)
     assert not model.image_calls
+    with pytest.raises(UserError, match="unsaid has several labels of one image, but zeroshot needs one label"):
+        zeroshot_task(model, Unsaid(source))
     Image.fromarray(make_image(0)).save(tmp_path / "a.png")
     rows = [{"image": "a.png", "labels": ["cat", "dog"]}, {"image": "a.png", "labels": "dog"}]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -172,6 +189,9 @@ def test_several_labels_are_refused_where_one_is_needed(tmp_path):
     ):
         with pytest.raises(UserError, match="t.jsonl has several labels of one image, but"):
             parse_task(task).open_sources()
+    for option, message in (("templates='{no}'", "templates="), ("duplicates='first'", "duplicates='first'; allowed")):
+        with pytest.raises(UserError, match=message):
+            parse_task(f"zeroshot('{path}', {option})").check_sources()
     task = parse_task(f"zeroshot('{path}', label='labels', flat_hit=1)")
     task.open_sources()
     assert task(model).metrics["zeroshot/F@1"] in (0.5, 1.0)  # one of two classes is best, and one image has both

@@ -5,8 +5,8 @@ A record is a dict that describes one example:
     image        encoded bytes, or a uint8 array `[h, w]`, `[h, w, 1]`, `[h, w, 3]` or `[h, w, 4]`
     texts        list of str, the captions of the image
     label        int, the index of its class; absent when the data set has no labels, -1 when the class is unknown.
-                 Of a source with several labels an image a tuple of int, empty when no class is known
-    class_name   str, the name of that class; of several classes a list
+                 A tuple of int, empty when no class is known, where the source has several labels of one image
+    class_name   str, the name of that class; a list of them where `label` is a tuple
     caption_error   str, why a record whose caption field is filled has no caption; else absent
 
 All other fields of a data set keep their own names. Text that is not UTF-8 carries surrogate escapes, which the text
@@ -337,7 +337,7 @@ def _read_or_none(value):
 def read_label(value):
     """Returns a label: an int for an integral number or its text ("10.0" is 10), a str for a class name, None for none.
 
-    None, NaN and blank text are no label. Raises BadRecord for a list or an object: one record has one label.
+    None, NaN, blank text and an empty list are no label. Raises BadRecord for any other list and for an object.
     """
     value = plain(value)
     if isinstance(value, list | tuple | dict | set | np.ndarray):

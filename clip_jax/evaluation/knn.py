@@ -63,10 +63,11 @@ def run(
       label: record field of the label.
       limit: at most this many images of each source, evenly spaced.
 
-    Raises UserError when `test` is the training set because no split is named and there is only one.
+    Raises UserError as `train_test.parts` and `knn_task` do.
     """
-    opened = train_test.open_sources(train, test, train_split, test_split, name, image=image, label=label)
-    return knn_task(model, *opened, k=k, temperature=temperature, features=features, name=name, limit=limit)
+    sets = dict(train=train, test=test, train_split=train_split, test_split=test_split, name=name)
+    opened = train_test.open_sources(sets, image=image, label=label)
+    return knn_task(model, **opened, k=k, temperature=temperature, features=features, name=name, limit=limit)
 
 
 def knn_task(
@@ -128,7 +129,7 @@ def _by_votes(labels, weights):
 
 
 def _check(k, temperature, task):
-    if not (isinstance(k, int) and k >= 1):
+    if not (type(k) is int and k >= 1):
         raise UserError(f"{task}: k={k!r}: must be a whole number of at least 1")
     if not (isinstance(temperature, int | float) and temperature >= 0):
         raise UserError(f"{task}: temperature={temperature!r}: must be a number of at least 0")
@@ -138,7 +139,7 @@ def sources(options):
     """Returns each `(source, split)` that a run with these options opens; raises UserError for wrong options."""
     _check(options["k"], options["temperature"], options["name"])
     train_test.check_features(options["features"], options["name"])
-    return [(options["train"], options["train_split"]), (options["test"], options["test_split"])]
+    return list(train_test.parts(options).values())
 
 
 check_source = train_test.check_source

@@ -14,7 +14,6 @@ normalised. `features="embedding"` are the unit vectors that the model compares 
 """
 
 from clip_jax.evaluation import train_test
-from clip_jax.evaluation.embed import open_source
 from clip_jax.evaluation.report.headline import accuracy_table
 from clip_jax.evaluation.results import EvalResult, by_name, named
 
@@ -51,12 +50,12 @@ def run(
       label: record field of the label.
       limit: at most this many images of each source, evenly spaced.
 
-    Raises UserError when `test` is the training set because no split is named and there is only one.
+    Raises UserError as `train_test.parts` and `probe_task` do.
     """
-    fields = dict(image=image, label=label)
-    opened = train_test.open_sources(train, test, train_split, test_split, name, **fields)
-    val = open_source(train, val_split, **fields) if val_split else None
-    return probe_task(model, *opened, val=val, features=features, name=name, limit=limit)
+    sets = dict(train=train, test=test, train_split=train_split, test_split=test_split, val_split=val_split, name=name)
+    return probe_task(
+        model, **train_test.open_sources(sets, image=image, label=label), features=features, name=name, limit=limit
+    )
 
 
 def probe_task(model, train, test, *, val=None, features="before_projection", name="probe", limit=None, batch_size=256):
@@ -88,10 +87,9 @@ def probe_task(model, train, test, *, val=None, features="before_projection", na
 
 
 def sources(options):
-    """Returns each `(source, split)` that a run with these options opens; raises UserError for other `features`."""
+    """Returns each `(source, split)` that a run with these options opens; raises UserError for wrong options."""
     train_test.check_features(options["features"], options["name"])
-    val = [(options["train"], options["val_split"])] if options["val_split"] else []
-    return [(options["train"], options["train_split"]), *val, (options["test"], options["test_split"])]
+    return list(train_test.parts(options).values())
 
 
 check_source = train_test.check_source

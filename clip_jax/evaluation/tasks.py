@@ -33,7 +33,7 @@ from clip_jax.errors import UserError, did_you_mean, unknown
 
 _PACKAGE = "clip_jax.evaluation"
 _STRINGS = ("source", "train", "test", "train_split", "name", "language")
-_FIELDS = ("split", "test_split", "image", "label")
+_FIELDS = ("split", "test_split", "val_split", "image", "label")
 
 
 @dataclasses.dataclass(frozen=True)

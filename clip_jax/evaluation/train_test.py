@@ -14,8 +14,39 @@ FEATURES = {"before_projection": "image_features", "embedding": "embed_image"}
 
 def check_features(features, task):
     """Raises UserError, which names the task, unless `features` is a key of `FEATURES`."""
-    if features not in FEATURES:
+    if features not in tuple(FEATURES):
         raise UserError(f"{task}: features={features!r}: allowed are {', '.join(FEATURES)}")
+
+
+def parts(options):
+    """Returns `{part: (source string, split)}`: "train", "val" if the options have a `val_split`, and "test".
+
+    Args:
+      options: `train`, `test`, `train_split`, `test_split` and `name` of a task, with or without `val_split`. An empty
+        `test_split` is "test", or the only one.
+
+    Raises UserError when the test set is the training set and no split of it is named, and when the validation set is
+    the training set or the test set.
+    """
+    train, test, name = options["train"], options["test"], options["name"]
+    found = {"train": (train, options["train_split"])}
+    if options.get("val_split"):
+        found["val"] = (train, options["val_split"])
+    found["test"] = (test, options["test_split"] or evaluation_split(test))
+    if not options["test_split"] and found["test"] == found["train"]:
+        raise _same_data(options)
+    for part, meaning in (("train", "training"), ("test", "test")):
+        if found.get("val") == found[part]:
+            raise UserError(f"{name}: val_split={options['val_split']!r}: the validation set is the {meaning} set")
+    return found
+
+
+def _same_data(options):
+    test, split = options["test"], evaluation_split(options["test"])
+    return UserError(
+        f"{options['name']}: the test set, {test} with the split {split!r}, is the training set; name a split of it, "
+        "test_split=..."
+    )
 
 
 def check_source(source, options):
@@ -23,21 +54,16 @@ def check_source(source, options):
     check_labels(source, options["name"])
 
 
-def open_sources(train, test, train_split, test_split, name, **fields):
-    """Returns the opened sources `(train, test)`.
+def open_sources(options, **fields):
+    """Returns `{part: opened source}` of `parts`; raises UserError as it does, also for equal data under two names.
 
     Args:
-      train, test: source strings.
-      train_split, test_split: their splits; an empty `test_split` is "test", or the only one.
-      name: the task, for messages.
+      options: as for `parts`.
       fields: names of record fields (`embed.open_source`).
-
-    Raises UserError when `test` is the training set because no split is named and there is only one.
     """
-    opened = open_source(train, train_split, **fields), open_source(test, test_split, **fields)
-    if not test_split and fingerprint(opened[0]) == fingerprint(opened[1]):
-        split = evaluation_split(test)
-        raise UserError(f"{name}: {test} has the split {split!r} alone, so the test set is the training set")
+    opened = {part: open_source(*which, **fields) for part, which in parts(options).items()}
+    if not options["test_split"] and fingerprint(opened["train"]) == fingerprint(opened["test"]):
+        raise _same_data(options)
     return opened
 
 

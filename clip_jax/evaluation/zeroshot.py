@@ -6,8 +6,8 @@ Metrics, shares in [0, 1]; `<name>` is the option `name`:
   <name>/mean_per_class: top-1 averaged over the classes that have images.
   <name>/chance_top1, chance_top5: what a random choice reaches.
   <name>/F@K, chance_F@K: with the option `flat_hit`, for each of its K, in place of all metrics above: the flat hit at
-    K, the share of images of which at least one label is among the K most similar classes (OTTER, Wu et al. 2022). Of
-    images with one label it is the top-K accuracy.
+    K, the share of images of which at least one label is among the K most similar classes (OTTER, Wu et al. 2022). It
+    is the top-K accuracy where each image has one label.
   <name>/images, classes, skipped: numbers of images, classes and unusable records.
 
 Artefacts: "classification", "similarity", "alignment" (methods with one vector per token) and "map", named `<name>`.
@@ -18,7 +18,7 @@ import numpy as np
 from clip_jax.data.records import hash64
 from clip_jax.errors import UserError
 from clip_jax.evaluation.class_names import names_of
-from clip_jax.evaluation.embed import embed, label_sets, open_source
+from clip_jax.evaluation.embed import embed, label_sets, labels_of, open_source
 from clip_jax.evaluation.prompts import class_prompts, load_templates, resolve_duplicates
 from clip_jax.evaluation.report.embedding_map import make_map
 from clip_jax.evaluation.report.figures import add_similarity
@@ -110,7 +110,8 @@ def zeroshot_task(
     class_names, class_of_label = resolve_duplicates(class_names, duplicates, forms)
     classifier = make_classifier(model, class_names, templates, canonical=canonical, average=average)
     embedded = embed(model, [source], batch_size, limit)
-    sets = label_sets(embedded, source, name, len(class_of_label))
+    read_labels = label_sets if flat_hit else labels_of
+    sets = read_labels(embedded, source, name, len(class_of_label)).reshape(len(embedded.z), -1)
     sets = np.where(sets >= 0, np.asarray(class_of_label, np.int32)[sets], -1)
     labels = sets[:, 0]  # the only ones, or the first ones, by which the figures are sorted
     top, scores = classifier.top(embedded.z, max((5, *flat_hit)))
@@ -180,12 +181,14 @@ def _forms(model, class_names, templates, canonical):
 
 
 def sources(options):
-    """Returns the `(source, split)` that a run with these options opens."""
+    """Returns the `(source, split)` that a run with these options opens; raises UserError for wrong options."""
+    load_templates(options["templates"])
+    resolve_duplicates([], options["duplicates"])
     return [(options["source"], options["split"])]
 
 
 def check_source(source, options):
-    """Raises UserError when the class names that are given do not fit an opened source."""
+    """Raises UserError when an opened source does not fit the class names, or its labels not `flat_hit`."""
     _check_labels(source, options["flat_hit"], options["name"])
     names_of(source, options["classes"], options["name"])
 

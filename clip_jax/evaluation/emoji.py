@@ -15,8 +15,8 @@ those subsets of the unseen concepts, followed by the language of the names unle
 `<prefix>/skipped` counts unusable records. The model was trained on the images of seen_concept_seen_vendor, so that
 cell measures memory.
 
-Artefacts: "classification", and for unseen concepts "retrieval", "similarity" and "alignment" (methods with one vector
-per token), named `<prefix>/<cell>`; "map" named `<prefix>/unseen_concept`, the images of all vendors together.
+Artefacts: "classification", and for unseen concepts "retrieval", "similarity" and "alignment" (methods that compare
+patches with words), named `<prefix>/<cell>`; "map" named `<prefix>/unseen_concept`, the images of all vendors together.
 """
 
 import functools

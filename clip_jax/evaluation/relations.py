@@ -10,8 +10,8 @@ Metrics, shares in [0, 1]; `<name>` is the option `name`:
   <name>/image_to_text_R@1, R@5, R@10, text_to_image_R@1, R@5, R@10: retrieval among the right captions.
   <name>/skipped: records that are unusable or have nothing to compare.
 
-Artefacts: "relations" named `<name>/relations` and `<name>/attributes`; "similarity" and "alignment" (methods with one
-vector per token) named `<name>`.
+Artefacts: "relations" named `<name>/relations` and `<name>/attributes`; "similarity" and "alignment" (methods that
+compare patches with words) named `<name>`.
 """
 
 import itertools

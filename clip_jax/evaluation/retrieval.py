@@ -6,7 +6,8 @@ Metrics; `<name>` is the option `name`:
   <name>/text_to_image_R@1, R@5, R@10: share of captions with their image among the K most similar images.
   <name>/images, texts, skipped: numbers of images, captions and unusable records.
 
-Artefacts: "retrieval", "similarity", "alignment" (methods with one vector per token) and "map", named `<name>`.
+Artefacts: "retrieval", "similarity", "alignment" (methods that compare patches with words) and "map",
+named `<name>`.
 """
 
 import dataclasses

@@ -10,7 +10,8 @@ Metrics, shares in [0, 1]; `<name>` is the option `name`:
     is the top-K accuracy where each image has one label.
   <name>/images, classes, skipped: numbers of images, classes and unusable records.
 
-Artefacts: "classification", "similarity", "alignment" (methods with one vector per token) and "map", named `<name>`.
+Artefacts: "classification", "similarity", "alignment" (methods that compare patches with words) and "map",
+named `<name>`.
 """
 
 import numpy as np

@@ -124,7 +124,7 @@ model, the more the diagonal stands out.</p>"""
 
 
 def add_similarity(result, name, model, embedded, text_of_image, texts, z_text, prompts):
-    """Adds the "similarity" and, where examples have one vector per token, the "alignment" of at most 48 images.
+    """Adds the "similarity" of at most 48 images and, where `align` makes one of them, the "alignment".
 
     Args:
       result: the `EvalResult`.

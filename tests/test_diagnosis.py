@@ -57,9 +57,12 @@ def test_time_is_counted_by_stage_and_over_restarts(monkeypatch):
 
 def test_the_report_says_where_the_time_went(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "seconds/training": 30, "seconds/data": 90}\n')
+    path.write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 1, "seconds/training": 30, "seconds/data": 90, "seconds/lost": NaN}\n'
+    )
     html = training_curves(Page(), path)
     assert "2m00s in all: training 25.0%, waiting for data 75.0%" in html and "seconds/" not in html
+    assert "lost to restarts 0.0%.</p>" in html
 
 
 def test_steps_to_trace():

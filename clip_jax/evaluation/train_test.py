@@ -44,8 +44,8 @@ def parts(options):
 def _same_data(options):
     test, split = options["test"], evaluation_split(options["test"])
     return UserError(
-        f"{options['name']}: the test set, {test} with the split {split!r}, is the training set; name a split of it, "
-        "test_split=..."
+        f"{options['name']}: the test set, {test} with the split {split!r}, is the training set; give other data, "
+        "or name a split of it, test_split=..."
     )
 
 

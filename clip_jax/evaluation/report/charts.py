@@ -84,8 +84,8 @@ def training_curves(page, path, title_of=str):
     training, evaluation = read_metrics(path)
     if not training and not evaluation:
         return "<p>There are no metrics of a training run with this checkpoint, hence no curves.</p>"
-    spent = {part: evaluation.pop(f"seconds/{part}", [(0, 0.0)])[-1][1] for part in goodput.PARTS}
-    blocks, rest = [f"<p>{escaped(goodput.describe(spent))}.</p>" if any(spent.values()) else ""], dict(training)
+    spent = {part: evaluation.pop(f"seconds/{part}", [(0, 0.0)])[-1][1] or 0.0 for part in goodput.PARTS}
+    blocks, rest = [f"<p>{goodput.describe(spent)}.</p>" if any(spent.values()) else ""], dict(training)
     main = []
     for title, pattern in _CURVES.items():
         chosen = {name: rest.pop(name) for name in sorted(rest) if re.fullmatch(pattern, name)}

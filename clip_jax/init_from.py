@@ -119,7 +119,15 @@ def _matched(config, current, tokenizer):
     """Yields `(Source, {path: array or shape of the run}, paths to resize)` of each source; raises as `start` does."""
     from clip_jax.interop.towers.files import is_foreign, sources
 
-    for prefix, path in sources(config.init_from).items():
+    found = sources(config.init_from)
+    params = [path for path in current if path.startswith(tuple(found)) and not path.startswith("batch_stats/")]
+    for pattern in config.init_from_params:
+        if params and not any(re.search(pattern, path) for path in params):
+            raise UserError(
+                f"init_from_params: {pattern!r} matches no parameter for which init_from={config.init_from!r} names a "
+                f"source; paths look like {params[0]!r}, {params[-1]!r}"
+            )
+    for prefix, path in found.items():
         source = _foreign(path) if is_foreign(path) else _own(path)
         chosen = _choose(config, current, source, prefix)
         _check_meaning(config, source, chosen, tokenizer)
@@ -154,16 +162,10 @@ def _with_stats(params, extra):
 def _choose(config, current, source, prefix):
     """Returns the run's arrays below `prefix` that `init_from_params` matches.
 
-    Raises UserError when a pattern matches nothing, and when the source lacks an array.
+    Raises UserError when there is none, and when the source lacks an array.
     """
     from clip_jax.interop.layouts import list_names
 
-    params = [path for path in current if not path.startswith("batch_stats/")]
-    for pattern in config.init_from_params:
-        if not any(re.search(pattern, path) for path in params):
-            raise UserError(
-                f"init_from_params: {pattern!r} matches no parameter; paths look like {params[0]!r}, {params[-1]!r}"
-            )
     patterns = config.init_from_params or ("",)
     names = {path: path.removeprefix("batch_stats/") for path in current}
     chosen = {

@@ -171,7 +171,11 @@ def test_a_resumed_run_ignores_init_from(tmp_path):
         (["init_from_params=^img/"], "need init_from"),
         (
             ["init_from={source}", "init_from_params=^img/,^nothing/"],
-            r"init_from_params: '\^nothing/' matches no parameter; paths look like",
+            r"init_from_params: '\^nothing/' matches no parameter for which .* names a source; paths look like",
+        ),
+        (
+            ["init_from=img={source}", "init_from_params=^img/,^txt/"],
+            r"'\^txt/' matches no parameter for which .* names",
         ),
         (["init_from={source}", "init_from_params=("], "init_from_params: '\\(' is not a regular expression"),
         (["init_from={source}", "model.image.width=64"], r"other shapes: img/.* \(.*32 there, .*64 here\)"),

@@ -50,6 +50,8 @@ def base():
     c.log = ConfigDict()
     c.log.tensorboard = True  # writes TensorBoard files to the work folder
     c.log.wandb = ""  # project name on Weights & Biases; empty: off
+    # Folder or bucket of compiled steps, which hosts and later starts share; workdir: in the work folder; empty: none.
+    c.compile = ConfigDict(dict(cache="workdir"))
     c.profile = ConfigDict()
     c.profile.steps = ""  # steps of which a trace for xprof is written to the work folder, such as "100-110"
     c.profile.port = 0  # port on which xprof may ask a running process for a trace; 0: none

@@ -17,7 +17,7 @@ from typing import Any
 from clip_jax import config as config_lib
 from clip_jax import init_from
 from clip_jax.errors import UserError
-from clip_jax.runtime import command, faults, goodput, host_log, hosts, profile, storage
+from clip_jax.runtime import command, compile_cache, faults, goodput, host_log, hosts, profile, storage
 from clip_jax.version import __version__
 
 # Importing JAX takes seconds and wrong input is refused before, so functions import what needs JAX.
@@ -113,6 +113,7 @@ class Run:
     signals: faults.Signals
     goodput: goodput.Goodput
     workdir: Any  # a path, see `storage.path`
+    cache: Any  # of the compiled step, see `compile_cache.prepare`
     log: Any  # takes a line of text
 
     def evaluate(self, state, tasks):
@@ -152,6 +153,7 @@ def train(config, workdir, log=print, cluster=None):
     """
     started, limit = time.time(), 60 * config.train.stall_minutes
     workdir = storage.prepare(workdir)
+    cache = compile_cache.prepare(config.compile.cache, workdir)
     # The hosts join before data is opened, because they may take very different times for that.
     hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
     config, source, tokenizer, method = make_parts(config)
@@ -183,7 +185,7 @@ def train(config, workdir, log=print, cluster=None):
             storage.write(workdir / "config.json", config_lib.to_json(config))
         with closing(metrics.Writer(workdir, config)) as writer:
             clock = goodput.Goodput(started, checkpointer.seconds)
-            run = Run(config, method, tokenizer, mesh, checkpointer, writer, signals, clock, workdir, log)
+            run = Run(config, method, tokenizer, mesh, checkpointer, writer, signals, clock, workdir, cache, log)
             if int(state.step) < config.train.steps:
                 state = loop(run, source, tx, state)
             else:
@@ -218,13 +220,14 @@ def compile_on_all_hosts(run, source, tx, state, batch):
     from clip_jax.training import metrics
 
     start = time.perf_counter()
-    step_fn = program.compile_step(program.Program(run.config, run.method, tx, state, batch))
+    parts = program.Program(run.config, run.method, tx, state, batch)
+    step_fn, found = compile_cache.run(lambda: program.compile_step(parts), run.cache)
     flops, size = program.model_flops(run.config), program.device_bytes(step_fn)
     # A host with a cached step waits here, outside of the stage "step", whose time is limited.
     hosts.wait("compiled")
-    seconds = time.perf_counter() - start
+    found, seconds = sum(hosts.gather(found)), time.perf_counter() - start
     run.goodput.begin_steps(seconds)
-    for line in metrics.describe_run(run.config, len(source), run.mesh, state, flops, size, seconds):
+    for line in metrics.describe_run(run.config, len(source), run.mesh, state, flops, size, seconds, found):
         run.log(line)
     return step_fn, flops
 

@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 import time
 import types
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import PIL.Image
@@ -22,7 +24,7 @@ from clip_jax import evaluate, train
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluation.results import EvalResult
 from clip_jax.interop import export
-from clip_jax.runtime import command, hosts, storage
+from clip_jax.runtime import command, compile_cache, hosts, storage
 from clip_jax.training import checkpoint
 
 
@@ -131,6 +133,7 @@ def test_a_run_is_killed_while_it_saves_and_resumes(kind, buckets, task, tmp_pat
     tasks = [f'eval.tasks=("{task}",)', "eval.report=true"]
     again = run(train_command(workdir, "train.steps=6", "log.tensorboard=true", *tasks), env=env)
     assert again.returncode == 0 and "from step 2" in again.stdout, again.stderr
+    assert re.search(r"step compiled in \d+\.\d s, found in the compilation cache: ", again.stdout)
     losses = {}
     for row in rows(workdir):
         losses.setdefault(row["step"], []).append(row.get("loss"))
@@ -311,6 +314,17 @@ def test_files_of_a_local_library_arrive_in_a_bucket(buckets):
     assert list(storage.files(storage.path(place))) == ["sub/a.txt"] and storage.read(f"{place}/sub/a.txt") == "a"
     with pytest.raises(UserError, match="--out=gs://bucket/export already exists and is not an empty folder"):
         export.check_out(place)
+
+
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+def test_compiled_steps_in_a_bucket(buckets, kind):
+    place = compile_cache.prepare("workdir", storage.path(f"{buckets(kind).url}/cached"), {})
+
+    def compile_double():
+        return jax.jit(lambda x: 2 * x).lower(jax.ShapeDtypeStruct((3,), np.float32)).compile()
+
+    assert [compile_cache.run(compile_double, place)[1] for _ in range(2)] == [False, True]
+    assert len(list(storage.files(place))) == 1
 
 
 @pytest.mark.parametrize("kind", ["folder", "gs"])

@@ -180,7 +180,7 @@ class Checkpointer:
         changed = [
             c
             for c in config_lib.differences(old, self.config)
-            if c[0].split(".")[0] not in ("log", "eval", "checkpoint", "mesh", "profile")
+            if c[0].split(".")[0] not in ("log", "eval", "checkpoint", "mesh", "compile", "profile")
         ]
         for key, a, b in changed:
             logger.warning("the run resumes with another %s: it was %r, is now %r", key, a, b)

@@ -169,7 +169,7 @@ class Progress:
         return " | ".join([*parts, f"ETA {duration(values['eta_s'])}"])
 
 
-def describe_run(config, records, mesh, state, flops, size, seconds):
+def describe_run(config, records, mesh, state, flops, size, seconds, found):
     """Yields the lines that a user reads before the first step.
 
     Args:
@@ -180,6 +180,7 @@ def describe_run(config, records, mesh, state, flops, size, seconds):
       flops: FLOPs of a step, over all devices.
       size: bytes of the step on one device, or None.
       seconds: the time that its compilation took.
+      found: the number of hosts that found it in the compilation cache.
     """
     devices = jax.devices()
     steps, batch = config.train.steps, config.data.batch_size
@@ -189,7 +190,9 @@ def describe_run(config, records, mesh, state, flops, size, seconds):
     yield f"data: {config.data.source!r} {config.data.split!r}, {records:,} records"
     yield "parameters:\n" + parameter_table(state.params)
     gflops = flops / batch / 1e9
-    yield f"step compiled in {seconds:.1f} s: {gflops:.2f} GFLOP per example (forward and backward), {memory}"
+    source = ", found in the compilation cache" if found else ""
+    source += f" by {found} of {hosts.count()} hosts" if 0 < found < hosts.count() else ""
+    yield f"step compiled in {seconds:.1f} s{source}: {gflops:.2f} GFLOP per example (forward and backward), {memory}"
     epochs = f"{steps * batch:,} examples, {steps * batch / records:.1f} epochs"
     yield f"{steps:,} steps of {batch:,}: {epochs}; from step {int(state.step)}"
 

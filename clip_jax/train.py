@@ -331,6 +331,7 @@ def main(argv=None):
     """Runs the command and returns its exit status, which the top of this file lists."""
 
     def work():
+        profile.ignore_signal()
         config, workdir, cluster = parse_args(argv)
         open_remote = storage.Log if storage.is_remote(workdir) else None
         host_log.start(storage.prepare(workdir), host_log.process_name(cluster), open_remote)

@@ -93,6 +93,7 @@ def test_traces_of_steps_and_after_a_signal(tmp_path):
     assert "HloModule" in (tmp_path / "steps_2-3" / "step.hlo.txt").read_text()
     assert (tmp_path / "steps_6-15" / "memory_host0.prof").stat().st_size > 0
     (trace,) = (tmp_path / "steps_2-3").glob("plugins/profile/*/*.xplane.pb")
+    assert trace.name == "host0.xplane.pb", "not the name of the machine, on which other processes may run"
     steps = [
         dict(event.stats)["step_num"]
         for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
@@ -101,6 +102,33 @@ def test_traces_of_steps_and_after_a_signal(tmp_path):
         if event.name == "train"
     ]
     assert steps == [2, 3]
+
+
+def test_a_trace_that_fails_and_a_signal_outside_of_the_steps(tmp_path, monkeypatch, caplog):
+    before = signal.getsignal(signal.SIGUSR2)
+    profile.ignore_signal()
+    config, lines = tiny_config("profile.steps=2-3"), []
+    (tmp_path / "steps_2-3").write_text("")  # where the folder would be
+    with profile.Profiler(tmp_path, config, None, lines.append) as profiler:
+        for number in range(1, 5):
+            with profiler.step(number, jnp.ones(1)):
+                pass
+    assert len(lines) == 1 and f"profile: the trace cannot be written to {tmp_path}/steps_2-3: " in caplog.text
+    os.kill(os.getpid(), signal.SIGUSR2)
+    signal.signal(signal.SIGUSR2, before)
+
+
+def test_the_launcher_of_several_processes_survives_their_signals(tmp_path):
+    (tmp_path / "waits.py").write_text("import sys; print('ready', flush=True); sys.stdin.readline()")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clip_jax.runtime.hosts", "--processes=1", "waits"], cwd=REPO, text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        process.send_signal(number)
+    process.communicate("\n", timeout=60)
+    assert process.returncode == 0
 
 
 def test_sigusr1_shows_all_stacks_and_ends_nothing():

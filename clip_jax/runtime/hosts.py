@@ -317,6 +317,9 @@ def launch(processes, command):
             child.send_signal(number)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    # `pkill -USR1 -f clip_jax.train` also finds this process, whose arguments are those of the others.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        previous[number] = signal.signal(number, signal.SIG_IGN)
     status, since = 0, 0.0
     try:
         children += spawn(processes, command)

@@ -8,15 +8,28 @@ Beside each trace lie the memory of the device at its end (for pprof) and the co
 """
 
 import contextlib
+import logging
+import pathlib
 import re
 import signal
+import tempfile
 import threading
 
 from clip_jax.errors import UserError
-from clip_jax.runtime import storage
+from clip_jax.runtime import faults, storage
 
 #: Steps of a trace that a signal asks for.
 SIGNAL_STEPS = 10
+#: Ends of the names of a trace's files; before it stands the name of the machine.
+_FILES = (".xplane.pb", ".trace.json.gz")
+
+logger = logging.getLogger(__name__)
+
+
+def ignore_signal():
+    """From now on SIGUSR2, which would end the process, has no effect outside of a `Profiler`."""
+    if hasattr(signal, "SIGUSR2") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def parse_steps(text, steps):
@@ -38,6 +51,8 @@ def parse_steps(text, steps):
 class Profiler:
     """Starts and stops traces between steps. On the main thread it also answers SIGUSR2.
 
+    A trace that fails is a warning, and the run continues.
+
     Args:
       folder: of the traces, local or in a bucket.
       config: the configuration.
@@ -49,8 +64,8 @@ class Profiler:
         self.folder, self.step_fn = storage.path(folder), step_fn
         self.log = log
         self.wanted, self.asked = parse_steps(config.profile.steps, config.train.steps), False
-        self.trace = None  # local folder of the running trace
-        self.place, self.last = contextlib.ExitStack(), 0  # where it goes at its end, its last step
+        self.trace = None  # temporary folder of the running trace
+        self.place, self.last = None, 0  # where it goes at its end, its last step
         self.port, self._previous = config.profile.port, None
 
     def __enter__(self):
@@ -62,12 +77,11 @@ class Profiler:
             self._previous = signal.signal(signal.SIGUSR2, self._ask)
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, *_):
         if self._previous is not None:
             signal.signal(signal.SIGUSR2, self._previous)
         if self.trace is not None:
-            with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
-                self._stop()
+            self._stop()
 
     def _ask(self, *_):
         self.asked = True
@@ -87,23 +101,41 @@ class Profiler:
         if self.trace is None and (self.asked or self.wanted and step == self.wanted[0]):
             self.last, self.asked = step + SIGNAL_STEPS - 1 if self.asked else self.wanted[1], False
             jax.block_until_ready(state)
-            self.trace = self.place.enter_context(storage.local_folder(self.folder / f"steps_{step}-{self.last}"))
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # calls of Python would fill the trace
-            jax.profiler.start_trace(str(self.trace), profiler_options=options)
-            self.log(f"profile: a trace of steps {step} to {self.last} ...")
+            self._start(step)
         if self.trace is None:
             return contextlib.nullcontext()
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
+    def _start(self, step):
+        import jax
+
+        trace = tempfile.TemporaryDirectory()
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # calls of Python would fill the trace
+        try:
+            jax.profiler.start_trace(trace.name, profiler_options=options)
+        except Exception as error:  # another trace is running, which profile.port was asked for
+            logger.warning("profile: no trace of step %d can be started: %s", step, faults.one_line(error))
+            return
+        self.trace, self.place = trace, self.folder / f"steps_{step}-{self.last}"
+        self.log(f"profile: a trace of steps {step} to {self.last} ...")
+
     def _stop(self):
         import jax
 
-        jax.profiler.stop_trace()
-        host = jax.process_index()
-        jax.profiler.save_device_memory_profile(str(self.trace / f"memory_host{host}.prof"))
-        if host == 0:
-            (self.trace / "step.hlo.txt").write_text(self.step_fn.as_text())
+        host, trace = jax.process_index(), self.trace
         self.trace = None
-        self.place.close()
-        self.log(f"profile: written to {self.folder}; look at it with: xprof --logdir={self.folder}")
+        try:
+            with trace:
+                jax.profiler.stop_trace()
+                # Hosts are one run of xprof, also processes of one machine, whose files have the same name.
+                for file in pathlib.Path(trace.name).glob("plugins/profile/*/*"):
+                    for end in filter(file.name.endswith, _FILES):
+                        storage.write(self.place / "plugins/profile/trace" / f"host{host}{end}", file.read_bytes())
+            storage.write(self.place / f"memory_host{host}.prof", jax.profiler.device_memory_profile())
+            if host == 0:
+                storage.write(self.place / "step.hlo.txt", self.step_fn.as_text())
+        except Exception as error:
+            logger.warning("profile: the trace cannot be written to %s: %s", self.place, faults.one_line(error))
+            return
+        self.log(f"profile: written to {self.place}; look at it with: xprof --logdir={self.folder}")

@@ -109,25 +109,27 @@ def main(argv=None):
     return command.run(lambda: evaluate(args))
 
 
-def _evaluate(args, path, which, overrides):
-    """Returns `(model, result)` of the tasks of the command on one checkpoint."""
+def _load(args, path, which, overrides):
+    """Returns `(model, tasks)` of the command for one checkpoint. Raises UserError and StorageError."""
     from clip_jax.inference import load
 
     model = load(path, which, args.ema, overrides=overrides)
     tasks = args.task or model.config.eval.tasks
     if not tasks:
         raise UserError("the run was configured without evaluation tasks: name some with --task")
-    return model, run(model, tasks, hosts.log)
+    return model, tasks
 
 
 def follow(args, overrides):
     """Evaluates each new checkpoint of a run until its last step, oldest first; evaluated ones are not repeated.
 
-    A checkpoint that the run deletes meanwhile is left out. Raises UserError and StorageError.
+    A checkpoint that the run deletes before it is loaded is left out. Raises UserError and StorageError.
     """
     from clip_jax.training import checkpoint
 
-    workdir, total = storage.path(args.checkpoint), None
+    workdir, total = storage.prepare(args.checkpoint, "--checkpoint"), None
+    if checkpoint.committed(workdir) or (workdir / "state").is_dir():
+        raise UserError(f"--checkpoint={workdir}: --follow takes the work folder, which has the folder 'checkpoints'")
     done = set()
     hosts.log(f"waiting for checkpoints in {workdir / 'checkpoints'}")
     while total not in done:
@@ -138,17 +140,24 @@ def follow(args, overrides):
             continue
         step, folder = new[0], workdir / "checkpoints" / str(new[0])
         done.add(step)
+        is_evaluated = hosts.gather(storage.read(_evaluated(workdir, step)) is not None)[0]
+        model, problem = None, ""
         try:
             total = checkpoint.read_meta(folder)["config"]["train"]["steps"]
-            if storage.read(_evaluated(workdir, step)) is not None:
-                continue
-            hosts.log(f"step {step} of {total}:")
-            model, result = _evaluate(args, folder, "latest", overrides)
-        except UserError:
-            if step in checkpoint.committed(workdir / "checkpoints"):
-                raise
+            if not is_evaluated:
+                model, tasks = _load(args, folder, "latest", overrides)
+        except UserError as error:
+            problem = str(error)
+        # A checkpoint that one host cannot load is left out on all of them.
+        if problem := next(filter(None, hosts.gather(problem)), ""):
+            if step in hosts.gather(checkpoint.committed(workdir / "checkpoints"))[0]:
+                raise UserError(problem)
             hosts.log(f"step {step}: the run has deleted this checkpoint")
             continue
+        if is_evaluated:
+            continue
+        hosts.log(f"step {step} of {total}:")
+        result = run(model, tasks, hosts.log)
         if hosts.is_first():
             _keep_best(workdir, step, result.metrics, args.best or model.config.checkpoint.best)
             storage.write(_evaluated(workdir, step), json.dumps(result.metrics, indent=1, sort_keys=True))
@@ -185,14 +194,18 @@ def _keep_best(workdir, step, metrics, name):
     best = max((sign * score for score in scores if score is not None), default=-math.inf)
     if not sign * metrics[name] > best:  # also for NaN
         return
+    source, copy = workdir / "checkpoints" / str(step), folder / str(step)
     try:
-        storage.copy(workdir / "checkpoints" / str(step), folder / str(step), last=checkpoint.COMMIT)
-    except FileNotFoundError:  # the run deletes it
-        storage.remove(folder / str(step))
+        storage.copy(source, copy, last=checkpoint.COMMIT)
+        is_whole = list(storage.files(source)) == list(storage.files(copy))
+    except FileNotFoundError:
+        is_whole = False
+    if not is_whole:  # the run deletes it
+        storage.remove(copy)
         return
     for other in set(kept) - {step}:
         storage.remove(folder / str(other))
-    hosts.log(f"the best so far: {name} {metrics[name]:.4g}, kept in {folder / str(step)}")
+    hosts.log(f"the best so far: {name} {metrics[name]:.4g}, kept in {copy}")
 
 
 def evaluate(args):
@@ -208,7 +221,8 @@ def evaluate(args):
     if args.follow:
         follow(args, overrides)
         return
-    model, result = _evaluate(args, args.checkpoint, args.which, overrides)
+    model, tasks = _load(args, args.checkpoint, args.which, overrides)
+    result = run(model, tasks, hosts.log)
     if hosts.is_first() and args.json:
         storage.write(args.json, json.dumps(result.metrics, indent=1, sort_keys=True))
     if hosts.is_first() and args.report is not None:

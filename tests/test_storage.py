@@ -20,7 +20,7 @@ from helpers import run, tiny_config, train_command
 from storage_emulators import emulator
 
 import clip_jax
-from clip_jax import evaluate, train
+from clip_jax import evaluate, inference, train
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluation.results import EvalResult
 from clip_jax.interop import export
@@ -266,7 +266,7 @@ def test_a_failing_save_names_the_last_good_checkpoint(monkeypatch, capsys, tmp_
     assert train.main(train_command(tmp_path, "mesh.data=-1")[3:]) == 44
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: could not save checkpoint 4 (ABORTED") and line.endswith(
-        f"the last good checkpoint is {tmp_path}/checkpoints/2; the same command resumes the run"
+        f"the last good checkpoint is {tmp_path}/checkpoints/2; the same command tries again"
     )
     # Checkpoints of Orbax before 0.12.8 have no such file, and still count.
     for file in (tmp_path / "checkpoints").rglob("commit_success.txt"):
@@ -286,8 +286,8 @@ def test_a_mount_that_fails(monkeypatch, tmp_path, capsys):
     assert train.main(["--config=configs/clip.py:emoji", f"--workdir={tmp_path}"]) == 44
     assert command.run(fail) == 44
     assert capsys.readouterr().err == (
-        f"error: --workdir={tmp_path} cannot be written: Input/output error; the same command resumes the run\n"
-        "error: [Errno 5] Input/output error; the same command resumes the run\n"
+        f"error: --workdir={tmp_path} cannot be written: Input/output error; the same command tries again\n"
+        "error: [Errno 5] Input/output error; the same command tries again\n"
     )
 
 
@@ -339,14 +339,18 @@ def test_the_evaluator_follows_a_run(kind, buckets, finished, monkeypatch, tmp_p
         step = coming.pop(0)
         storage.copy(finished / "checkpoints" / str(step), workdir / "checkpoints" / str(step), last=checkpoint.COMMIT)
 
+    load = inference.load
+
+    def load_late(folder, *args, **kwargs):
+        if str(folder).endswith("/2"):
+            storage.remove(folder)
+        return load(folder, *args, **kwargs)
+
     def score(model, tasks, log):
-        step = max(checkpoint.committed(workdir / "checkpoints"))
-        if step == 2:
-            storage.remove(workdir / "checkpoints" / "2")
-            raise UserError("damaged")
-        return EvalResult({"zeroshot/top1": scores[step]})
+        return EvalResult({"zeroshot/top1": scores[max(checkpoint.committed(workdir / "checkpoints"))]})
 
     monkeypatch.setattr(evaluate.time, "sleep", wait)
+    monkeypatch.setattr(inference, "load", load_late)
     monkeypatch.setattr(evaluate, "run", score)
     arguments = [f"--checkpoint={workdir}", "--task=emoji", "--follow", "--best=zeroshot/top1"]
     assert evaluate.main(arguments) == 0, capsys.readouterr().err
@@ -359,6 +363,10 @@ def test_the_evaluator_follows_a_run(kind, buckets, finished, monkeypatch, tmp_p
     assert clip_jax.load(str(workdir / "best")).config.train.steps == 6
     monkeypatch.setattr(evaluate, "run", None)  # nothing is evaluated twice
     assert evaluate.main(arguments) == 0
+    # The run begins to delete a checkpoint that would be the best: the old best stays.
+    monkeypatch.setattr(storage, "copy", lambda source, copy, last: storage.write(copy / last, ""))
+    evaluate._keep_best(workdir, 6, {"zeroshot/top1": 1.0}, "zeroshot/top1")
+    assert checkpoint.committed(workdir / "best" / "checkpoints") == [4]
 
 
 def test_wrong_flags_of_the_evaluator(finished, monkeypatch, capsys):
@@ -367,6 +375,7 @@ def test_wrong_flags_of_the_evaluator(finished, monkeypatch, capsys):
     for flags, message in (
         (["--best=x"], "--best needs --follow"),
         (["--follow", "--json=x"], "--follow takes no --which, --report and --json"),
+        ([f"--checkpoint={finished}/checkpoints", "--follow"], "checkpoints: --follow takes the work folder, which"),
         (["--follow", "--best=zeroshot/top2"], "--best: no metric 'zeroshot/top2' (did you mean 'zeroshot/top1'?)"),
     ):
         assert evaluate.main([*base, *flags]) == 2

@@ -91,7 +91,7 @@ def _run(work):
     except (UserError, OSError, StorageError) as error:
         status, line = 2, f"error: {error}"
         if isinstance(error, StorageError) or getattr(error, "errno", None) in storage.MOUNT_ERRORS:
-            status, line = faults.STORAGE, f"{line}; the same command resumes the run"
+            status, line = faults.STORAGE, f"{line}; the same command tries again"
     except faults.Stopped as stopped:
         status, line = stopped.status, str(stopped)
     except Exception as error:

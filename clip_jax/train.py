@@ -186,16 +186,18 @@ def train(config, workdir, log=print, cluster=None):
         with closing(metrics.Writer(workdir, config)) as writer:
             clock = goodput.Goodput(started, checkpointer.seconds)
             run = Run(config, method, tokenizer, mesh, checkpointer, writer, signals, clock, workdir, cache, log)
-            if int(state.step) < config.train.steps:
+            trains = int(state.step) < config.train.steps
+            if trains:
                 state = loop(run, source, tx, state)
             else:
                 log(f"the run in {workdir} is complete: {int(state.step)} of {config.train.steps} steps")
             result = run.evaluate(state, config.eval.tasks)
             run.save(int(state.step), state, result.metrics)
             checkpointer.wait()
-            seconds = clock.seconds()
-            writer.write(int(state.step), {f"seconds/{part}": seconds[part] for part in goodput.PARTS})
-            log(f"time: {goodput.describe(seconds)}")
+            if trains:  # a run that was complete has lost no time since
+                seconds = clock.seconds()
+                writer.write(int(state.step), {f"seconds/{part}": seconds[part] for part in goodput.PARTS})
+                log(f"time: {goodput.describe(seconds)}")
     if hosts.is_first() and config.eval.report:
         log(f"report: {evaluate.write_report(workdir, config, result)}")
     log(f"done: checkpoints, metrics.jsonl, config.json are in {workdir}")

@@ -74,17 +74,18 @@ def show_stacks(stream):
 def stop():
     """Undoes `start`, where it was called."""
     global _file, _shipper
-    if not _file:
+    stopped, shipper = _file, _shipper
+    if not stopped:
         return
-    if _shipper:
-        _shipper.end()
-        _shipper = None
+    _shipper = None  # another thread may stop too: the first one ends it
+    if shipper:
+        shipper.end()
     sys.stdout, sys.stderr = _streams
     root = logging.getLogger()
-    root.handlers = [handler for handler in root.handlers if getattr(handler, "stream", None) is not _file]
+    root.handlers = [handler for handler in root.handlers if getattr(handler, "stream", None) is not stopped]
     show_stacks(sys.__stderr__)
-    _file.close()
     _file = None
+    stopped.close()
 
 
 def file():
@@ -94,8 +95,8 @@ def file():
 
 def write(line):
     """Writes a line to the file only; without a file it is lost."""
-    if _file:
-        print(line, file=_file)
+    if current := _file:
+        print(line, file=current)
 
 
 class _Copy:
@@ -108,8 +109,8 @@ class _Copy:
         return getattr(self.stream, name)
 
     def write(self, text):
-        if _file:
-            _file.write(text)
+        if current := _file:  # another thread may stop the log
+            current.write(text)
         return self.stream.write(text)
 
 
@@ -120,7 +121,7 @@ class _File:
         self.stream, self.fileno = stream, stream.fileno
 
     def write(self, text):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # the latter when it is closed
             self.stream.write(text)
 
     def flush(self):

@@ -247,7 +247,7 @@ worker_start() {
   local pid
   if pid=$(running_pid); then
     [[ -z $AGAIN ]] || return 0
-    fail "worker $number: a run is going on (pid $pid): stop it first"
+    fail "worker $number: a run is there (pid $pid): stop it first"
   fi
   [[ -x $venv/bin/python ]] || fail "worker $number: the package is not installed: run setup first"
   mkdir -p "$RUN"

@@ -471,7 +471,7 @@ def test_stop_waits_until_the_state_is_saved(stand):
     stand.prepare(exits0=["wait"], exits1=["wait"])
     stand.run(until="begun")
     output = stand.launch("tpu", "run", *QUEUE, "--", *TRAIN, status=2)
-    assert re.search(r"^error: worker 1: a run is going on \(pid \d+\): stop it first$", output, re.MULTILINE)
+    assert re.search(r"^error: worker 1: a run is there \(pid \d+\): stop it first$", output, re.MULTILINE)
     output = stand.launch("tpu", "stop", *QUEUE)
     assert output == "worker 0: ended with status 42\nworker 1: ended with status 42\n"
     for worker in range(2):

@@ -291,6 +291,16 @@ def test_a_mount_that_fails(monkeypatch, tmp_path, capsys):
     )
 
 
+def test_a_log_on_a_mount_is_closed_when_it_is_flushed(tmp_path):
+    log = storage.Log(tmp_path / "log")
+    first = log.file
+    log.write("1")
+    log.flush()
+    log.write("2")
+    log.close()
+    assert first.closed and storage.read_log(tmp_path / "log") == "1\n2\n"
+
+
 def test_a_log_in_a_bucket_has_parts(buckets, monkeypatch):
     place = storage.path(f"{buckets('gs').url}/log")
     monkeypatch.setattr(storage, "PART_CHARACTERS", 8)

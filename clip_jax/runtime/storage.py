@@ -232,7 +232,8 @@ def local_folder(place):
 class Log:
     """Lines of text at a path: a file that is appended to, or a folder of numbered objects in a bucket.
 
-    The newest object is written again as a whole until it is full. Lines of a bucket are safe after `flush`.
+    The newest object is written again as a whole until it is full. Lines of a bucket, also of a mounted one, are safe
+    after `flush`.
     """
 
     def __init__(self, place):
@@ -257,7 +258,11 @@ class Log:
 
     def flush(self):
         """Makes all lines safe."""
-        if self.file or not self.is_new:
+        if self.file:  # gcsfuse uploads a file when it is closed
+            self.file.close()
+            self.file = open(self.path, "a")
+            return
+        if not self.is_new:
             return
         text = "".join(f"{line}\n" for line in self.lines)
         write(self.path / f"{self.number:06d}", text)

@@ -75,7 +75,10 @@ def prepare(workdir, what="--workdir"):
 
     Raises UserError when the folder cannot be written, and StorageError when its mount or bucket fails.
     """
-    folder = path(workdir)
+    try:
+        folder = path(workdir)
+    except UserError as error:
+        raise UserError(f"{what}={error}") from None
     if not is_remote(workdir):
         try:
             folder.mkdir(parents=True, exist_ok=True)

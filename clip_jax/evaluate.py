@@ -84,7 +84,7 @@ def write_report(workdir, config, result, path=None):
 
 
 def main(argv=None):
-    """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
+    """Runs the command; returns the exit status: 0, or after a one-line error 2, or 44 when storage fails."""
     parser = command.make_parser("clip_jax.evaluate", __doc__)
     parser.add_argument(
         "--checkpoint", required=True, help="a work folder, its checkpoints folder, or the folder of one step"

@@ -149,7 +149,8 @@ def train(config, workdir, log=print, cluster=None):
       log: takes the lines that report progress, on the first host.
       cluster: a `clip_jax.runtime.hosts.Cluster`. None detects Cloud TPU and SLURM; elsewhere this is the only host.
 
-    Raises UserError on wrong input or when nothing can be saved, and `clip_jax.runtime.faults.Stopped` after a signal.
+    Raises UserError on wrong input or a full disk, StorageError when storage fails, and
+    `clip_jax.runtime.faults.Stopped` after a signal.
     """
     started, limit = time.time(), 60 * config.train.stall_minutes
     workdir = storage.prepare(workdir)

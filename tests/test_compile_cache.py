@@ -1,11 +1,16 @@
 """The cache of compiled steps: where it is, what it holds, and that a later start finds it."""
 
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from helpers import tiny_config
 
 from clip_jax.errors import UserError
-from clip_jax.runtime import compile_cache, storage
+from clip_jax.runtime import compile_cache, hosts, storage
+from clip_jax.training import metrics
 
 
 def compile_sum():
@@ -57,3 +62,19 @@ def test_where_the_cache_is(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="compile.cache=.*file cannot be written: File exists"):
         compile_cache.prepare(str(tmp_path / "file"), tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    "found, hosts_in_all, words",
+    [
+        (0, 4, ""),
+        (4, 4, ", found in the compilation cache"),
+        (1, 4, ", found in the compilation cache by 1 of 4 hosts"),
+    ],
+)
+def test_the_start_says_that_the_step_was_found(monkeypatch, found, hosts_in_all, words):
+    monkeypatch.setattr(hosts, "count", lambda: hosts_in_all)
+    state = types.SimpleNamespace(params={"img": {"kernel": np.ones((2, 3))}}, step=0)
+    mesh = types.SimpleNamespace(shape={"data": 1})
+    lines = list(metrics.describe_run(tiny_config(), 100, mesh, state, 16e9, 2**20, 1.23, found))
+    assert f"step compiled in 1.2 s{words}: 1.00 GFLOP per example (forward and backward), 1 MiB per device" in lines

@@ -178,7 +178,10 @@ def no_delay(monkeypatch):
         ("gs://bucket/object", "is an object, not a folder"),
         ("s3://bucket/object", "is an object, not a folder"),
         ("gs:///run", "names no bucket"),
-        ("http://bucket/run", "--workdir=http://bucket/run: http:// is unknown; allowed are a folder, gs://BUCKET/NAME and s3://BUCKET/NAME"),
+        (
+            "http://bucket/run",
+            "--workdir=http://bucket/run: http:// is unknown; allowed are a folder, gs://BUCKET/NAME and s3://",
+        ),
     ],
 )
 def test_wrong_work_folders_are_one_line(buckets, workdir, message, capsys):

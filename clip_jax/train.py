@@ -51,7 +51,7 @@ def make_parts(config):
     from clip_jax.methods import interface
 
     config_lib.validate(config)
-    profile.parse_steps(config.profile.steps, config.train.steps)
+    profile.check(config)
     evaluate.check_tasks(config)
     tokenizer = make_tokenizer(config.tokenizer)
     data, source = config.data, configured_source(config.data)

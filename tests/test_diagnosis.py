@@ -73,6 +73,8 @@ def test_steps_to_trace():
             profile.parse_steps(text, 9)
     with pytest.raises(UserError, match="profile.steps='8-10': the run has train.steps=9"):
         train.make_parts(tiny_config("profile.steps=8-10", "train.steps=9"))
+    with pytest.raises(UserError, match="profile.port=70000: a port is at most 65535"):
+        train.make_parts(tiny_config("profile.port=70000"))
 
 
 def test_traces_of_steps_and_after_a_signal(tmp_path):

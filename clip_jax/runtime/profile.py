@@ -48,6 +48,13 @@ def parse_steps(text, steps):
     return first, last
 
 
+def check(config):
+    """Checks the section `profile` of a configuration. Raises UserError."""
+    parse_steps(config.profile.steps, config.train.steps)
+    if config.profile.port > 65535:
+        raise UserError(f"profile.port={config.profile.port}: a port is at most 65535")
+
+
 class Profiler:
     """Starts and stops traces between steps. On the main thread it also answers SIGUSR2.
 

@@ -65,7 +65,8 @@ def losses(workdir):
     """Returns `{step: [loss of each time it ran]}`."""
     found = {}
     for row in map(json.loads, storage.read_log(workdir / "metrics.jsonl").splitlines()):
-        found.setdefault(row["step"], []).append(row["loss"])
+        if "loss" in row:
+            found.setdefault(row["step"], []).append(row["loss"])
     return found
 
 

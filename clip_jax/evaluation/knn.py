@@ -63,7 +63,7 @@ def run(
       label: record field of the label.
       limit: at most this many images of each source, evenly spaced.
 
-    Raises UserError as `train_test.parts` and `knn_task` do.
+    Raises UserError as `train_test.parts_of` and `knn_task` do.
     """
     sets = dict(train=train, test=test, train_split=train_split, test_split=test_split, name=name)
     opened = train_test.open_sources(sets, image=image, label=label)
@@ -139,7 +139,7 @@ def sources(options):
     """Returns each `(source, split)` that a run with these options opens; raises UserError for wrong options."""
     _check(options["k"], options["temperature"], options["name"])
     train_test.check_features(options["features"], options["name"])
-    return list(train_test.parts(options).values())
+    return list(train_test.parts_of(options).values())
 
 
 check_source = train_test.check_source

@@ -50,7 +50,7 @@ def run(
       label: record field of the label.
       limit: at most this many images of each source, evenly spaced.
 
-    Raises UserError as `train_test.parts` and `probe_task` do.
+    Raises UserError as `train_test.parts_of` and `probe_task` do.
     """
     sets = dict(train=train, test=test, train_split=train_split, test_split=test_split, val_split=val_split, name=name)
     return probe_task(
@@ -89,7 +89,7 @@ def probe_task(model, train, test, *, val=None, features="before_projection", na
 def sources(options):
     """Returns each `(source, split)` that a run with these options opens; raises UserError for wrong options."""
     train_test.check_features(options["features"], options["name"])
-    return list(train_test.parts(options).values())
+    return list(train_test.parts_of(options).values())
 
 
 check_source = train_test.check_source

@@ -18,7 +18,7 @@ def check_features(features, task):
         raise UserError(f"{task}: features={features!r}: allowed are {', '.join(FEATURES)}")
 
 
-def parts(options):
+def parts_of(options):
     """Returns `{part: (source string, split)}`: "train", "val" if the options have a `val_split`, and "test".
 
     Args:
@@ -28,16 +28,16 @@ def parts(options):
     Raises UserError when the test set is the training set and no split of it is named, and when the validation set is
     the training set or the test set.
     """
-    train, test, name = options["train"], options["test"], options["name"]
-    found = {"train": (train, options["train_split"])}
+    found = {"train": (options["train"], options["train_split"])}
     if options.get("val_split"):
-        found["val"] = (train, options["val_split"])
-    found["test"] = (test, options["test_split"] or evaluation_split(test))
+        found["val"] = (options["train"], options["val_split"])
+    found["test"] = (options["test"], options["test_split"] or evaluation_split(options["test"]))
     if not options["test_split"] and found["test"] == found["train"]:
         raise _same_data(options)
     for part, meaning in (("train", "training"), ("test", "test")):
         if found.get("val") == found[part]:
-            raise UserError(f"{name}: val_split={options['val_split']!r}: the validation set is the {meaning} set")
+            given = f"{options['name']}: val_split={options['val_split']!r}"
+            raise UserError(f"{given}: the validation set is the {meaning} set")
     return found
 
 
@@ -50,18 +50,21 @@ def _same_data(options):
 
 
 def check_source(source, options):
-    """Raises UserError when an opened source has no labels, or several of one image, by the options of a task."""
+    """Raises UserError when an opened source has several labels of one image, or labels that may mean several classes.
+
+    `options` are those of a task, whose name the message gives.
+    """
     check_labels(source, options["name"])
 
 
 def open_sources(options, **fields):
-    """Returns `{part: opened source}` of `parts`; raises UserError as it does, also for equal data under two names.
+    """Returns `{part: opened source}` of `parts_of`; raises UserError as it does, also for equal data under two names.
 
     Args:
-      options: as for `parts`.
+      options: as for `parts_of`.
       fields: names of record fields (`embed.open_source`).
     """
-    opened = {part: open_source(*which, **fields) for part, which in parts(options).items()}
+    opened = {part: open_source(*which, **fields) for part, which in parts_of(options).items()}
     if not options["test_split"] and fingerprint(opened["train"]) == fingerprint(opened["test"]):
         raise _same_data(options)
     return opened

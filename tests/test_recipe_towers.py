@@ -100,13 +100,17 @@ def test_otter_starts_from_a_resnet_and_a_bert(files, tmp_path):
         init_from._check_meaning(c, source, {"txt/bert/pos"}, None)
 
 
-def test_zerovl_starts_from_googles_vit_and_a_bert(files, tmp_path):
+def test_zerovl_starts_from_timms_vit_and_a_bert(files, tmp_path):
+    """The ViT has other colours, which the recipe allows."""
+    tensors = timm_tensors(width=32, depth=1, patch=16, mlp=64)
+    colours = {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
+    vit = write_tower(tmp_path / "vit", tensors, {"model_args": {"num_heads": 2}} | colours)
     _, found, line = run(
         "zerovl.py:b16", tmp_path, *VIT, *TEXT, f"tokenizer=wordpiece:{files['vocabulary']}", "optim.lr=1e-6",
-        "data.source=emoji?by=vendor", f"init_from=img={files['vit']}, txt={files['bert']}",
+        "data.source=emoji?by=vendor", f"init_from=img={vit}, txt={files['bert']}",
     )  # fmt: skip
     assert "started from img=" in line
-    dense = google_tensors()["Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"]
+    dense = tensors["blocks.0.mlp.fc1.weight"].T
     np.testing.assert_allclose(found.params["img"]["block_0"]["mlp"]["fc1"]["kernel"], dense, atol=1e-4)
 
 

@@ -238,7 +238,7 @@ def class_folder(path, n=6):
 def test_evaluate_command_on_a_folder(trained, tmp_path, capsys):
     data = class_folder(tmp_path / "data")
     task = f"zeroshot(source='{data}', templates='clip_7', name='pets')"
-    probe = f"probe(train='{data}', test='{class_folder(tmp_path / 'more')}')"
+    probe = f"probe(train='{data}', test='{class_folder(tmp_path / 'more')}', test_split='train')"  # equal data
     code = evaluate.main(
         [
             f"--checkpoint={trained}",

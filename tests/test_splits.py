@@ -167,8 +167,8 @@ def test_tasks_of_one_name_are_refused():
         ("scenes/images_attributes_seen", "relations"),
         ("x/image_to_text_R@5", "retrieval('scenes', name='x')"),
         ("x/top5", "zeroshot('PETS', name='x')"),
-        ("x/val_accuracy", "probe('PETS', 'PETS', name='x')"),
-        ("x/top1", "knn('PETS', 'PETS', name='x')"),
+        ("x/val_accuracy", "probe('PETS', 'PETS', test_split='train', name='x')"),
+        ("x/top1", "knn('PETS', 'PETS', test_split='train', name='x')"),
     ],
 )
 def test_the_best_metric_is_one_that_a_task_computes(best, task, tmp_path):

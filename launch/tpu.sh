@@ -271,8 +271,14 @@ worker_loop() {
     echo "launcher: preempted; restart in $PAUSE s"
     sleep "$PAUSE"
   done
-  echo "$status" >"$RUN/status"
+  write_status "$status"
   rm "$RUN/pid"
+}
+
+# In one step, because another command may read it at any time.
+write_status() {
+  echo "$1" >"$RUN/status.new"
+  mv "$RUN/status.new" "$RUN/status"
 }
 
 worker_status() {
@@ -297,7 +303,7 @@ worker_stop() {
     done
     if running_pid >/dev/null; then
       kill -KILL -- "-$pid"
-      echo 137 >"$RUN/status"
+      write_status 137
       rm "$RUN/pid"
     fi
   fi

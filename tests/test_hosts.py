@@ -368,7 +368,7 @@ def test_two_processes_have_the_losses_of_one_and_one_of_them_prints(alone, pair
     lines = [line for line in process.stdout.splitlines() if line and not line.startswith(("  ", "[Gloo]"))]
     assert len(set(lines)) == len(lines), "a line was printed twice"
     assert any("devices: 2 x cpu" in line and "2 host(s)" in line for line in lines)
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5]
     for index in range(2):
         log = (workdir / "logs" / f"process-{index}.log").read_text()

@@ -459,7 +459,8 @@ def test_the_trainer_starts_again_as_its_exit_status_says(stand, exits, last, ti
 
 
 def test_only_failures_in_a_row_count(stand):
-    clock = RECORD + "hours = len(take('hours', '')) + 1\n(root / 'hours').write_text('x' * hours)\nprint(3600 * hours)"
+    clock = "file = 'hours' + os.environ['WORKER_NUMBER']\nhours = len(take(file, '')) + 1\n"
+    clock = f"{RECORD}{clock}(root / file).write_text('x' * hours)\nprint(3600 * hours)"
     (stand.root / "bin" / "date").write_text(clock)
     (stand.root / "bin" / "date").chmod(0o755)
     stand.prepare(exits0=["1"] * 5 + ["0"])

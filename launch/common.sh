@@ -81,10 +81,11 @@ run() {
 }
 
 # supervise COMMAND...: starts it again while its exit status says so. Returns at 0 (done), 2 (wrong input) and 42 (preempted, state saved);
-# after any other status it restarts, MAX_RESTARTS times in a row at most, where a run of ten minutes begins a new row. SIGTERM is passed on
+# after any other status it restarts, MAX_RESTARTS times in a row at most, where a run of ten minutes begins a new row. After 44 (storage
+# failed) it restarts up to 30 times in a row, and the pause doubles up to 32 times PAUSE: a service may fail for an hour. SIGTERM is passed on
 # to the command and ends the restarts.
 supervise() {
-  local status=143 child='' signalled='' restarts=0 start
+  local status=143 child='' signalled='' restarts=0 start limit pause
   trap 'stopping=1 signalled=1; [[ -z ${child:-} ]] || kill -TERM "$child" 2>/dev/null || true' TERM
   while [[ -z $stopping ]]; do
     start=$(date +%s)
@@ -97,13 +98,15 @@ supervise() {
     case $status in 0 | 2 | 42) return "$status" ;; esac
     [[ -z $stopping ]] || break
     if [[ $(($(date +%s) - start)) -ge 600 ]]; then restarts=0; fi
-    if [[ $restarts -ge $MAX_RESTARTS ]]; then
+    limit=$MAX_RESTARTS pause=$PAUSE
+    if [[ $status -eq 44 ]]; then limit=30 pause=$((PAUSE * 2 ** (restarts < 5 ? restarts : 5))); fi
+    if [[ $restarts -ge $limit ]]; then
       echo "launcher: exit status $status; given up after $restarts restarts in a row"
       break
     fi
     restarts=$((restarts + 1))
-    echo "launcher: exit status $status; restart $restarts of $MAX_RESTARTS in $PAUSE s"
-    sleep "$PAUSE"
+    echo "launcher: exit status $status; restart $restarts of $limit in $pause s"
+    sleep "$pause"
   done
   return "$status"
 }

@@ -446,8 +446,9 @@ def test_arguments_reach_the_trainer_of_every_worker_unharmed(stand):
         (["2"], 2, 1),
         (["1", "-9", "43", "1", "0"], 1, 4),
         (["42"] * 6 + ["0"], 0, 7),
+        (["44"] * 8 + ["0"], 0, 9),
     ],
-    ids=["recovers", "wrong input", "given up", "preempted often"],
+    ids=["recovers", "wrong input", "given up", "preempted often", "storage fails for long"],
 )
 def test_the_trainer_starts_again_as_its_exit_status_says(stand, exits, last, times):
     stand.prepare(exits0=exits)

@@ -111,7 +111,7 @@ def _optim():
     c.schedule = "cosine"  # cosine | linear | rsqrt | constant | onecycle (clip_jax/training/schedules.py)
     c.lr_end = 0.0  # share of the peak at which cosine and linear end
     c.decay_from_start = False  # cosine and linear fall from the first step, behind the warm-up, as in timm
-    c.lr_hold_steps = 0  # cosine, linear and rsqrt change only every so many steps, such as an epoch's; 0: every step
+    c.lr_hold_steps = 0  # cosine, linear and rsqrt change only every N steps, such as an epoch's; 0: every step
     c.timescale = 0  # rsqrt: lr / sqrt(1 + steps since the warm-up / timescale); 0: the steps of the warm-up
     c.cooldown_steps = 0  # in the last steps the learning rate falls linearly to 0
     c.warmup_steps = 2000  # steps of linear warm-up

@@ -62,7 +62,7 @@ class OracleModel:
 
 
 class Flaky(MemorySource):
-    """A source with records that cannot be read."""
+    """A source with unreadable records."""
 
     def __init__(self, records, bad):
         super().__init__(records, "flaky")

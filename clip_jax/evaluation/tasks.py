@@ -70,7 +70,7 @@ class Task:
     def open_sources(self):
         """Opens the data that it reads and reads a record of each part.
 
-        Raises UserError for data that cannot be opened, for a field that it lacks, and for what `check_source` of the
+        Raises UserError for data that it cannot open, for a field that it lacks, and for what `check_source` of the
         module refuses.
         """
         from clip_jax.data.records import read_any

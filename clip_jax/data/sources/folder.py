@@ -108,7 +108,7 @@ def files_below(folder, above=()):
     """Yields the paths of the files at any depth below a folder, without hidden ones.
 
     Links to folders are followed, except to one of the folders `above`, which would never end. Raises UserError for a
-    folder that cannot be read.
+    folder that it cannot read.
     """
     real = os.path.realpath(folder)
     if real in above:

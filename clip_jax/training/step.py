@@ -117,12 +117,15 @@ def make_gradients(method, micro_batches, group=1):
         parts = jax.tree.map(part, batch)
         old, structure = jax.tree.flatten(extra)
 
-        def encode(_, part):
-            features, new = method.encode(view(params), extra, part, rng, train=True)
+        # `extra` goes through the loop, or XLA would move collectives that use it before the loop, in no fixed order
+        # among the step's other ones: CPU devices could wait for each other forever.
+        def encode(carried, part):
+            features, new = method.encode(view(params), carried, part, rng, train=True)
+            before, new = jax.tree.leaves(carried), structure.flatten_up_to(new)
             # What `encode` passes on unchanged, such as a teacher's parameters, is not stacked over the parts.
-            return None, (features, {i: x for i, x in enumerate(structure.flatten_up_to(new)) if x is not old[i]})
+            return carried, (features, {i: x for i, x in enumerate(new) if x is not before[i]})
 
-        _, (features, moved) = jax.lax.scan(encode, None, parts)
+        _, (features, moved) = jax.lax.scan(encode, extra, parts)
         new = [x + (moved[i] - x).mean(0).astype(x.dtype) if i in moved else x for i, x in enumerate(old)]
         new_extra = structure.unflatten(new)
         leaves, treedef = jax.tree.flatten(jax.tree.map(join, features))

@@ -183,16 +183,16 @@ def _keep_best(workdir, step, metrics, name):
     """
     from clip_jax.training import checkpoint
 
-    sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
-    if not name:
+    metric = name.removeprefix("-")
+    if not metric:
         return
-    if name not in metrics:
-        raise unknown("--best: no metric", name, sorted(metrics))
+    if metric not in metrics:
+        raise unknown("--best: no metric", metric, sorted(metrics))
     folder = workdir / "best" / "checkpoints"
     kept = checkpoint.committed(folder)
-    scores = [json.loads(storage.read(_evaluated(workdir, other)) or "{}").get(name) for other in kept]
-    best = max((sign * score for score in scores if score is not None), default=-math.inf)
-    if not sign * metrics[name] > best:  # also for NaN
+    stored = (json.loads(storage.read(_evaluated(workdir, other)) or "{}") for other in kept)
+    best = max((checkpoint.score(values, name) for values in stored), default=-math.inf)
+    if checkpoint.score(metrics, name) <= best:
         return
     source, copy = workdir / "checkpoints" / str(step), folder / str(step)
     try:
@@ -205,7 +205,7 @@ def _keep_best(workdir, step, metrics, name):
         return
     for other in set(kept) - {step}:
         storage.remove(folder / str(other))
-    hosts.log(f"the best so far: {name} {metrics[name]:.4g}, kept in {copy}")
+    hosts.log(f"the best so far: {metric} {metrics[metric]:.4g}, kept in {copy}")
 
 
 def evaluate(args):

@@ -65,8 +65,8 @@ class Checkpointer:
         self.config, self.tokenizer = config, _pack(tokenizer)
         policies = [checkpoint_managers.LatestN(config.checkpoint.keep)]
         if best := config.checkpoint.best:
-            score = functools.partial(_score, best=best)
-            policies.append(checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
+            by = functools.partial(score, best=best)
+            policies.append(checkpoint_managers.BestN(get_metric_fn=by, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
@@ -186,7 +186,7 @@ class Checkpointer:
             logger.warning("the run resumes with another %s: it was %r, is now %r", key, a, b)
 
 
-def _score(metrics, best):
+def score(metrics, best):
     """Returns a metric by which the largest is best, `-NAME` negated; -inf where it is missing or NaN."""
     value = (metrics or {}).get(best.removeprefix("-"))
     if value is None or math.isnan(value):
@@ -342,8 +342,8 @@ def find(path, which="latest"):
     for step in steps:
         meta = read_meta(folder / str(step))
         name = config_lib.from_json(json.dumps(meta["config"])).checkpoint.best
-        if (score := _score(meta.get("metrics"), name)) > -math.inf:
-            scores[step] = score
+        if (value := score(meta.get("metrics"), name)) > -math.inf:
+            scores[step] = value
     if not scores:
         raise UserError(
             f"no checkpoint in {str(folder)!r} has the metric that decides which is best, checkpoint.best={name!r}"

@@ -273,6 +273,11 @@ class DerivedSource(BaseSource):
         check_labels(self._source)
 
 
+def several_labels(source, task):
+    """Returns the UserError for a source with several labels of one image, of which `task` needs one."""
+    return UserError(f"{source.name} has several labels of one image, but {task} needs one label")
+
+
 def check_labels(source, task=""):
     """Raises UserError when equal labels of a source may mean different classes, which only a mixture's can.
 
@@ -281,7 +286,7 @@ def check_labels(source, task=""):
       task: what needs one label of each image, for the message; several are then an error. Empty: they are allowed.
     """
     if task and getattr(source, "multi_label", False):
-        raise UserError(f"{source.name} has several labels of one image, but {task} needs one label")
+        raise several_labels(source, task)
     getattr(source, "check_labels", lambda: None)()
 
 

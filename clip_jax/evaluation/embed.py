@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clip_jax.data.records import BadRecord, Record, label_tuple
+from clip_jax.data.records import BadRecord, Record, label_tuple, several_labels
 from clip_jax.data.sources import make_source
 from clip_jax.data.sources.splits import evaluation_split
 from clip_jax.errors import UserError
@@ -136,7 +136,7 @@ def read(images, render, batch_size, share=None):
 def labels_of(embedded, source, task, classes=None):
     """Returns the labels of images that have one label each, int32 `[n]`; raises UserError as `label_sets` does."""
     if any(isinstance(record.get("label"), tuple) for record in embedded.records):
-        raise UserError(f"{source.name} has several labels of one image, but {task} needs one label")
+        raise several_labels(source, task)
     return label_sets(embedded, source, task, classes)[:, 0]
 
 

@@ -3,7 +3,6 @@
 import pickle
 from collections import Counter
 
-import grain
 import numpy as np
 import pytest
 from data_helpers import PLAIN, Bytes, assert_equal, concatenate, loader, records, take
@@ -13,7 +12,6 @@ from clip_jax.data.blocks import Block, BlockSource
 from clip_jax.data.loader import check_source, iterate_once
 from clip_jax.data.order import Order
 from clip_jax.data.records import BadRecord
-from clip_jax.data.shuffle import permute
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.errors import StorageError, UserError
@@ -185,15 +183,3 @@ def test_the_line_says_what_is_read_and_how_much_memory_it_takes():
     lines = by_blocks(Shards((16,) * 40), lanes=4, window=2, host=0, hosts=2).blocks
     assert lines == "order by blocks: 2 of 4 lanes, windows of 32 records, at most 0 MiB on each host"
     assert not by_blocks(MemorySource(records(9))).blocks
-
-
-def test_the_shuffle_by_index_is_grains_and_a_permutation():
-    for length in (65_538, 100_003, 2**20):
-        shuffled = grain.MapDataset.range(length).seed(5).shuffle()
-        seed = int(np.random.SeedSequence((5, 1)).generate_state(1)[0])
-        some = np.arange(0, length, length // 50)
-        assert permute(some, length, seed).tolist() == [shuffled[i] for i in some.tolist()]
-    for length in (2, 3, 1000, 2**16 + 1):
-        assert sorted(permute(np.arange(length), length, 3)) == list(range(length))
-    far = permute(np.arange(2**40, 2**40 + 1000), 2**41, 3)
-    assert len(set(far.tolist())) == 1000 and far.max() < 2**41

@@ -86,7 +86,7 @@ class Batches(abc.ABC):
         self._defaults = {key: np.int32(value) for key, value in _DEFAULTS.items() if key in keys}
         self._check_fields()
         zeros = {key: np.zeros_like(value) for key, value in self._with_defaults(probes[0]).items()}
-        self.padding = zeros | {"example_id": np.int32(-1)}
+        self.padding = zeros | {"example_id": np.int64(-1)}
 
     def __getstate__(self):
         return self.__dict__ | {"_cache": {}, "_bad": {}}

@@ -31,7 +31,7 @@ from clip_jax.errors import UserError
 class Loader:
     """Endless iterator over this host's rows of the training batches.
 
-    A batch is a dict of arrays `[batch_size / hosts, ...]`: one per view under the view's name, int32 `example_id`, and
+    A batch is a dict of arrays `[batch_size / hosts, ...]`: one per view under the view's name, int64 `example_id`, and
     int32 `label`, `source_id` and `text_pair` where the records have them. `label` is -1 and `text_pair` 0 for a record
     without them.
 

@@ -34,11 +34,13 @@ from clip_jax import plugins
 from clip_jax.data.files import expand
 from clip_jax.data.sources import selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
+from clip_jax.data.sources.shards import FORMATS, ShardSource, format_of, scan_shards
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, did_you_mean, unknown
 
 _JOINS = ("index", "columns")  # steps made by the module of this name; each takes one option
 _STEPS = (*_JOINS, *selection.FORMS)
+_SHARDS = ("*.tar", "*.array_record*", "*.parquet", "*.arrow", "*.tfrecord*")  # the shards of a folder, first match
 
 
 def make_source(spec, split="train", *, image=None, text=None, label=None):
@@ -130,7 +132,7 @@ def user_module(base):
     """Returns the module at an import path, or None when the base is a path or has the ending of a file."""
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", base) or os.path.exists(base):
         return None
-    return None if base.endswith((".tar", ".csv", ".tsv", ".jsonl", ".array_record")) else plugins.find(base)
+    return None if base.endswith((".tar", ".csv", ".tsv", ".jsonl", *FORMATS)) else plugins.find(base)
 
 
 def _make_user_source(module, split, options, name):
@@ -157,7 +159,7 @@ def _source_at(spec, split, fields, lines=False):
     if path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     if os.path.isdir(path):
-        patterns = (os.path.join(glob.escape(path), end) for end in ("*.tar", "*.array_record*"))
+        patterns = (os.path.join(glob.escape(path), end) for end in _SHARDS)
         path = next((pattern for pattern in patterns if glob.glob(pattern)), path)
     if re.search(r"\.(tar\.\w+|tgz)$", path):
         raise UserError(f"{path}: a compressed tar cannot be read by offset; decompress it")
@@ -171,6 +173,10 @@ def _source_at(spec, split, fields, lines=False):
         from clip_jax.data.sources.arrayrecord import ArrayRecordSource
 
         return ArrayRecordSource(expand(path), spec, **fields)
+    if kind := format_of(path):
+        shards = expand(path)
+        blocks, broken = scan_shards(kind, shards)
+        return ShardSource(kind, shards, blocks, spec, broken=broken, **fields)
     if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):
         from clip_jax.data.sources.table import TableSource
 

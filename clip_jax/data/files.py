@@ -68,6 +68,8 @@ def read_file(path):
 
 def is_hidden(path):
     """Returns whether some part of a relative path is hidden or a resource fork of macOS, such as `._1.png`."""
+    if not path.startswith(".") and "/." not in path and "__MACOSX" not in path:  # a fast answer for most
+        return False
     return any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in path.split("/"))
 
 

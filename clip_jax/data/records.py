@@ -118,13 +118,13 @@ class BaseSource:
             return f"write {self.name}?label=class_name, which takes the classes from this field"
         return f"write {self.name}?label=FIELD with a field that names the class"
 
-    def _peek(self, read, more=()):
+    def _peek(self, read, more=(), first=PEEKED):
         """Returns the first value of each field of some readable records; `read(index)` returns a raw record.
 
-        The records are the first ones and those at the indices `more`. A list is preferred to a single value.
+        The records are the first `first` ones and those at the indices `more`. A list is preferred to a single value.
         """
         fields = {}
-        for index in (*range(min(len(self), PEEKED)), *more):
+        for index in (*range(min(len(self), first)), *more):
             try:
                 found = read(index)
             except BadRecord:

@@ -21,6 +21,7 @@ from clip_jax.data.sources.arrow_columns import preferred  # noqa: F401 part of 
 from clip_jax.errors import UserError, unknown
 
 BYTES = True  # start and end of a block are offsets in bytes
+COLUMNS = True  # `read` takes `column`
 _FILE_MAGIC = b"ARROW1\0\0"
 _SCHEMA, _DICTIONARY, _RECORDS = 1, 2, 3  # MessageHeader
 _AHEAD = 2**18  # bytes that are read for the description of a message
@@ -90,26 +91,34 @@ def saved_files(folder, split):
 
     Raises UserError for an unknown split, a damaged folder, and a selection of rows that was saved by an old version.
     """
-    try:
-        if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-            with open(os.path.join(folder, "dataset_dict.json")) as file:
-                splits = json.load(file)["splits"]
-            if split not in splits:
-                raise unknown(f"{folder}: no split", split, splits)
-            folder = os.path.join(folder, split)
-        if not os.path.isfile(os.path.join(folder, "state.json")):
-            return None
-        with open(os.path.join(folder, "state.json")) as file:
-            state = json.load(file)
-        files = [os.path.join(folder, part["filename"]) for part in state["_data_files"]]
-        rows = state.get("_indices_data_files")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: damaged data set ({type(error).__name__}: {error})") from None
-    if rows:
+    if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
+        splits = _saved(folder, "dataset_dict.json", "splits")
+        if split not in splits:
+            raise unknown(f"{folder}: no split", split, splits)
+        folder, split = os.path.join(folder, split), "train"
+    if not os.path.isfile(os.path.join(folder, "state.json")):
+        return None
+    if split != "train":
+        raise UserError(f"{folder}: no split {split!r}; this folder is the split 'train' alone")
+    files = [os.path.join(folder, str(part.get("filename"))) for part in _saved(folder, "state.json", "_data_files")]
+    if _saved(folder, "state.json", "_indices_data_files", []):
         raise UserError(f"{folder}: holds a selection of rows; save it again after flatten_indices()")
     if missing := [file for file in files if not os.path.isfile(file)]:
         raise UserError(f"{missing[0]}: no such file, which state.json of its folder names")
     return files
+
+
+def _saved(folder, name, key, default=None):
+    """Returns the value of a key, a list, of a JSON file in a folder that `save_to_disk` wrote; raises UserError."""
+    path = os.path.join(folder, name)
+    try:
+        with open(path) as file:
+            found = json.load(file).get(key, default)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    if not isinstance(found, list):
+        raise UserError(f"{path}: has no list {key!r}; save the data set again with a newer version of `datasets`")
+    return found
 
 
 def _bytes(path, start, end):

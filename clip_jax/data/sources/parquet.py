@@ -21,6 +21,7 @@ from clip_jax.data.sources.arrow_columns import preferred  # noqa: F401 part of 
 from clip_jax.errors import UserError
 
 FOOTER = True  # `scan` reads a footer alone
+COLUMNS = True  # `read` takes `column`
 _LARGE = 4  # times the length of a block: row groups above are named in a warning
 _MAX_BYTES = 2**31  # of a row group, uncompressed
 _TAIL = 2**16  # bytes at the end of a file that the first request asks for

@@ -23,7 +23,8 @@ from clip_jax.errors import UserError, unknown
 BYTES = True  # start and end of a block are offsets in bytes
 COLUMNS = True  # `read` takes `column`
 _FILE_MAGIC = b"ARROW1\0\0"
-_SCHEMA, _DICTIONARY, _RECORDS = 1, 2, 3  # MessageHeader
+_SCHEMA, _DICTIONARY = 1, 2  # MessageHeader
+_RECORDS = 3
 _AHEAD = 2**18  # bytes that are read for the description of a message
 _schemas = Recent(64)
 
@@ -159,7 +160,7 @@ def _messages(path):
     place = len(_FILE_MAGIC) if at(0, 8) == _FILE_MAGIC else 0
     while place < size:
         mark, length = struct.unpack("<ii", at(place, 8))
-        if mark != -1:
+        if mark != -1 or length < 0:
             raise struct.error("no message")
         if not length:  # the end of the stream; in a file its footer follows
             return
@@ -174,20 +175,20 @@ def _messages(path):
 def _description(data):
     """Returns the kind of a message, the bytes of its body, and the rows of a record batch; `data` is a flatbuffer."""
 
-    def unsigned(place):
-        return struct.unpack_from("<I", data, place)[0]
+    def number(form, place):
+        return struct.unpack_from(form, data, place)[0]
 
-    def field(table, number):
-        """Returns the place of a field, or None for one that is not written."""
-        fields = table - struct.unpack_from("<i", data, table)[0]
-        where = 4 + 2 * number
-        offset = struct.unpack_from("<H", data, fields + where)[0] if where < unsigned(fields) & 0xFFFF else 0
-        return table + offset if offset else None
+    def field(table, index):
+        """Returns the place of a field, or 0 for one that is not written."""
+        fields, where = table - number("<i", table), 4 + 2 * index
+        offset = number("<H", fields + where) if where < number("<H", fields) else 0
+        return table + offset if offset else 0
 
-    message = unsigned(0)
-    kind, header, body = (field(message, number) for number in (1, 2, 3))
-    kind = data[kind] if kind else 0
-    rows = 0
-    if kind == _RECORDS and (count := field(header + unsigned(header), 0)):
-        rows = struct.unpack_from("<q", data, count)[0]
-    return kind, struct.unpack_from("<q", data, body)[0] if body else 0, rows
+    message = number("<I", 0)
+    kind, header, body = (field(message, index) for index in (1, 2, 3))
+    kind, body = data[kind] if kind else 0, number("<q", body) if body else 0
+    count = field(header + number("<I", header), 0) if kind == _RECORDS else 0
+    rows = number("<q", count) if count else 0
+    if min(body, rows) < 0:
+        raise struct.error("no message")
+    return kind, body, rows

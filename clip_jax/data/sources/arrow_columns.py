@@ -126,9 +126,10 @@ def joined(counts, length):
       counts: list of int, the rows of each group.
       length: rows of a block.
     """
-    blocks, first, held = [], 0, 0
+    blocks, first = [], 0
+    held = 0
     for number, count in enumerate(counts):
-        if held and abs(held + count - length) >= abs(held - length):
+        if held and abs(held + count - length) > abs(held - length):
             blocks.append((first, number, held))
             first, held = number, 0
         held += count

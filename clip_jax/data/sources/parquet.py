@@ -59,29 +59,50 @@ def read(path, start, end, column=None):
 
     Raises EOFError when the file has fewer row groups or is shorter than its footer says.
     """
+    schema = schema_of(path)
+    image = arrow_columns.image_column(schema, column)
+    try:
+        found = batches(path, start, end, arrow_columns.kept_columns(schema, image))
+    except _errors() as error:
+        if isinstance(error, EOFError):
+            raise
+        return arrow_columns.broken(sum(group_sizes(path)[start:end]), "corrupt row group")
+    return arrow_columns.rows(found, image, path)
+
+
+def batches(path, start, end, columns=None):
+    """Returns some columns, by default all, of the row groups `start` to `end - 1`, as `pyarrow.RecordBatch`es.
+
+    Raises EOFError as `read` does, and an error of pyarrow for damaged data.
+    """
     import pyarrow.parquet as pq
 
     footer, size = _footer(path)
     if end > footer.num_row_groups:
         raise EOFError(path)
-    schema = footer.schema.to_arrow_schema()
-    image = arrow_columns.image_column(schema, column)
-    kept, groups = arrow_columns.kept_columns(schema, image), range(start, end)
-    spans = _spans(footer, groups, set(kept))
+    columns, groups = schema_of(path).names if columns is None else columns, range(start, end)
+    spans = _spans(footer, groups, columns)
     parts = [(first, remote.read(path, first, last)) for first, last in spans]
     if any(len(part) < last - first for (first, last), (_, part) in zip(spans, parts, strict=True)):
         raise EOFError(path)
-    try:
-        file = pq.ParquetFile(_Parts(parts, size), metadata=footer, pre_buffer=False)
-        batches = file.read_row_groups(list(groups), columns=kept, use_threads=False).to_batches()
-    except _errors():
-        return arrow_columns.broken(sum(footer.row_group(i).num_rows for i in groups), "corrupt row group")
-    return arrow_columns.rows(batches, image, path)
+    file = pq.ParquetFile(_Parts(parts, size), metadata=footer, pre_buffer=False)
+    return file.read_row_groups(list(groups), columns=columns, use_threads=False).to_batches()
+
+
+def schema_of(path):
+    """Returns the `pyarrow.Schema` of a file."""
+    return _footer(path)[0].schema.to_arrow_schema()
+
+
+def group_sizes(path):
+    """Returns the numbers of rows of a file's row groups, list of int."""
+    footer = _footer(path)[0]
+    return [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
 
 
 def classes(path):
     """Returns `{column: class names}` that the file's schema holds."""
-    return arrow_columns.class_names(_footer(path)[0].schema.to_arrow_schema())
+    return arrow_columns.class_names(schema_of(path))
 
 
 def _errors():

@@ -10,7 +10,7 @@ from data_helpers import encoded
 
 from clip_jax.data import remote
 from clip_jax.data.records import BadRecord
-from clip_jax.data.sources import arrow, arrow_columns, make_source, parquet
+from clip_jax.data.sources import arrow, arrow_columns, columns, make_source, parquet, parquet_columns
 from clip_jax.errors import UserError
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -170,7 +170,6 @@ def test_a_block_is_one_request_without_other_images(tmp_path, monkeypatch):
     assert len(calls) == 2 and sum(end - start for _, start, end in calls) < 10_000
     del calls[:]
     write(path, [{k: row[k] for k in ("image", "caption")} for row in rows], row_group_size=4)
-    parquet._footers._values.clear()
     parquet.scan(path)
     del calls[:]
     list(parquet.read(path, 0, 2))
@@ -214,3 +213,52 @@ def test_damaged_files(tmp_path):
     column = pa.table({"image": [b"a"], "kind": pa.array(["x"]).dictionary_encode()})
     with pytest.raises(UserError, match="encoded by a dictionary"):
         arrow.scan(write_arrow(tmp_path / "d.arrow", column, 1))
+
+
+def rewrites(path, source, rows):
+    """Writes a column of texts; `rows` are the numbers of the records."""
+    with columns.text_writer(path, source, {"seed": 0}) as out:
+        for i in rows:
+            out.write(source[i], {"rewrites": [f"rewrite {i}"]})
+    return str(path)
+
+
+def test_columns_are_read_by_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_columns, "_PART", 10)
+    monkeypatch.setattr(parquet_columns, "_GROUP", 4)
+    source = make_source(write(tmp_path / "a.parquet", pets(33), row_group_size=600 // 75))
+    path = rewrites(tmp_path / "r.parquet", source, range(33))
+    assert sorted(p.name for p in (tmp_path / "r.parquet").iterdir()) == [f"part-00000{i}.parquet" for i in range(4)]
+    write(tmp_path / "more.parquet", [{"number": i, "of": i} for i in range(33)], row_group_size=11)
+    joined = pickle.loads(
+        pickle.dumps(make_source(f"{tmp_path}/a.parquet?columns={path}?columns={tmp_path}/more.parquet"))
+    )
+    assert joined.blocks.tolist() == source.blocks.tolist() and joined.sequential
+    found = [record for number in range(len(joined.blocks)) for record in joined.read_block(number)]
+    assert [(r["rewrites"], r["number"], r["of"]) for r in found] == [([f"rewrite {i}"], i, i) for i in range(33)]
+    assert found[30] == joined[30]
+
+
+def test_columns_of_another_data_set_are_refused(tmp_path):
+    source = make_source(write(tmp_path / "a.parquet", pets(9)))
+    path = rewrites(tmp_path / "r.parquet", source, range(8))
+    with pytest.raises(UserError, match="8 rows, but .*a.parquet has 9 records"):
+        columns.ColumnsSource(source, path)
+    with columns.text_writer(path, source, {"seed": 0}) as out:
+        assert out.done == 8
+        out.write(None, {"rewrites": []})
+    assert columns.ColumnsSource(source, path)[8]["rewrites"] == []
+    with pytest.raises(UserError, match="another about: {'seed': 0}"):
+        columns.text_writer(path, source, {"seed": 1})
+    other = make_source(write(tmp_path / "b.parquet", pets(18).slice(9)))
+    with pytest.raises(UserError, match="made of another data set: .*a.parquet, 9 records, not .*b.parquet, 9"):
+        columns.ColumnsSource(other, path)
+    header = dict(pq.read_schema(f"{path}/part-000000.parquet").metadata)
+    table = pq.read_table(f"{path}/part-000000.parquet")
+    write(f"{path}/part-000000.parquet", table.take([1, 0, *range(2, 8)]).replace_schema_metadata(header))
+    with pytest.raises(UserError, match="row 0: made of other texts than record 0"):
+        columns.ColumnsSource(source, path)[0]
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
+    for name, message in (("damaged", "columns=.*: damaged"), ("missing", "no such file")):
+        with pytest.raises(UserError, match=message):
+            columns.ColumnsSource(source, str(tmp_path / f"{name}.parquet"))

@@ -62,7 +62,7 @@ def read(path, start, end, column=None):
     """
     import pyarrow as pa
 
-    data, schema = _bytes(path, start, end), _schemas.get(path, _read_schema)
+    data, schema = _bytes(path, start, end), _schema(path)
     try:
         messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(data))
         batches = [pa.ipc.read_record_batch(message, schema) for message in messages]
@@ -80,7 +80,7 @@ def read(path, start, end, column=None):
 
 def classes(path):
     """Returns `{column: class names}` that the file's schema holds."""
-    return arrow_columns.class_names(_schemas.get(path, _read_schema))
+    return arrow_columns.class_names(_schema(path))
 
 
 def saved_files(folder, split):
@@ -136,9 +136,14 @@ def _bytes(path, start, end):
     return data
 
 
-def _read_schema(path):
+def _schema(path):
+    return _schemas.get(arrow_columns.version(path), _read_schema)
+
+
+def _read_schema(key):
     import pyarrow as pa
 
+    path = key[0]
     for kind, start, end, _ in _messages(path):
         if kind == _SCHEMA:
             return pa.ipc.read_schema(pa.BufferReader(_bytes(path, start, end)))

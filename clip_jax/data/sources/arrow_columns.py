@@ -119,6 +119,14 @@ def broken(count, reason):
     return Block(count, make)
 
 
+def version(path):
+    """Returns a key of what is kept of a file: its path, with the size and time of a local one, which may change."""
+    if remote.is_remote(path):
+        return path, 0, 0
+    status = os.stat(path)
+    return path, status.st_size, status.st_mtime_ns
+
+
 def joined(counts, length):
     """Returns the `(first, last + 1, rows)` of blocks of whole groups, each about `length` rows.
 

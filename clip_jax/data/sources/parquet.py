@@ -36,7 +36,7 @@ def scan(path, length=512):
     """
     try:
         footer, _ = _footer(path)
-    except _errors():
+    except errors():
         return [], Counter({"unreadable shard": 1})
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     if large := [group for group in groups if group.num_rows > _LARGE * length]:
@@ -63,7 +63,7 @@ def read(path, start, end, column=None):
     image = arrow_columns.image_column(schema, column)
     try:
         found = batches(path, start, end, arrow_columns.kept_columns(schema, image))
-    except _errors() as error:
+    except errors() as error:
         if isinstance(error, EOFError):
             raise
         return arrow_columns.broken(sum(group_sizes(path)[start:end]), "corrupt row group")
@@ -105,7 +105,8 @@ def classes(path):
     return arrow_columns.class_names(schema_of(path))
 
 
-def _errors():
+def errors():
+    """Returns the classes of the errors of damaged files."""
     import pyarrow as pa
 
     return (pa.ArrowException, OSError, EOFError)
@@ -113,13 +114,14 @@ def _errors():
 
 def _footer(path):
     """Returns the `pyarrow.parquet.FileMetaData` of a file and the file's size in bytes."""
-    return _footers.get(path, _read_footer)
+    return _footers.get(arrow_columns.version(path), _read_footer)
 
 
-def _read_footer(path):
+def _read_footer(key):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    path = key[0]
     size = remote.size(path)
     tail = remote.read(path, max(0, size - _TAIL), size)
     length = int.from_bytes(tail[-8:-4], "little") + 8

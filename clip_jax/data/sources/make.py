@@ -11,6 +11,9 @@ A base is one of
                                            says where they are now
     *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout; "?captions=lines" reads each line
                                            of a .txt member as a caption
+    *.parquet, *.arrow                     tables with the images in them, as Hugging Face and img2dataset write them
+    a folder with state.json               a data set that Hugging Face's `save_to_disk` wrote; with dataset_dict.json
+                                           it has splits
     *.csv, *.tsv, *.jsonl                  a table with image paths
     a folder with one sub-folder a class   image files
     text:FILE                              pairs of consecutive sentences of .txt or .jsonl files (CLIPPO)
@@ -26,7 +29,6 @@ A mixture `SOURCE*3 + SOURCE*1` draws examples in this proportion. The default w
 number of records.
 """
 
-import glob
 import importlib
 import inspect
 import os
@@ -34,9 +36,9 @@ import re
 
 from clip_jax import plugins
 from clip_jax.data.files import expand
-from clip_jax.data.sources import selection, tfds
+from clip_jax.data.sources import arrow, selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
-from clip_jax.data.sources.shards import ENDINGS, FORMATS, format_of, scanned_source
+from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, shards_in
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, did_you_mean, unknown
 
@@ -155,6 +157,8 @@ def _source_at(spec, split, fields, lines=False, folder=""):
     from clip_jax.data.sources.folder import FolderSource, folder_splits
 
     path = spec.replace("{split}", split)
+    if saved := arrow.saved_files(path, split if path == spec else "train"):
+        return _make_shards("arrow", saved, spec, fields)
     if path == spec and os.path.isdir(path):
         # The default "train" is no choice of the user between a split and a class of this name.
         if split == "train" and split not in (splits := folder_splits(path)):
@@ -164,8 +168,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
     if path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     if os.path.isdir(path):
-        patterns = (os.path.join(glob.escape(path), end) for end in ENDINGS)
-        path = next((pattern for pattern in patterns if glob.glob(pattern)), path)
+        path = shards_in(path) or path
     if re.search(r"\.(tar\.\w+|tgz)$", path):
         raise UserError(f"{path}: a compressed tar cannot be read by offset; decompress it")
     if path.endswith(".parquet") and (about := _about_manifest(path)):
@@ -200,7 +203,8 @@ def _source_at(spec, split, fields, lines=False, folder=""):
             raise UserError(f"{spec}: a folder of images has no fields to choose from")
         return FolderSource(path)
     if os.path.exists(path):
-        raise UserError(f"{spec}: unknown kind of data; known are .tar, .array_record, .csv, .tsv, .jsonl and folders")
+        known = ", ".join((*FORMATS, ".csv", ".tsv", ".jsonl"))
+        raise UserError(f"{spec}: unknown kind of data; known are {known} and folders")
     raise missing_data(spec)
 
 

@@ -15,6 +15,7 @@ and, where they apply,
                               fields; without it the usual names decide
     captions(raw)             the names of the caption fields of a raw record, or None for those of the source
     classes(path)             {field: class names} that the shard holds
+    COLUMNS = True            `read` takes `column`, the image field that the user names, and reads no other image
 
 A path may be remote (`clip_jax.data.remote`). Where the shards are is in a manifest (`manifest`), or found by scanning
 few of them.
@@ -45,7 +46,8 @@ FORMATS = {
     ".tfrec": "tfrecord",
     ".array_record": "array_record",
 }
-ENDINGS = ("*.tar", "*.array_record*", "*.parquet", "*.arrow", "*.tfrecord*")  # the shards of a folder, first match
+# The shards of a folder, first match: img2dataset writes a table 00000.parquet of URLs beside its other shards.
+_ENDINGS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.parquet")
 # Without a manifest, this many shards are scanned when a source is made. More are an error.
 LOCAL = 1000
 REMOTE = 16  # and at most REMOTE_BYTES, because they are read from front to end
@@ -80,6 +82,15 @@ def format_of(path):
     return FORMATS[match[1]] if match else None
 
 
+def shards_in(folder):
+    """Returns the pattern of the shards in a folder, or None; 00000.parquet beside 00000/ is no shard."""
+    for ending in _ENDINGS:
+        pattern = os.path.join(glob.escape(folder), ending)
+        if (found := glob.glob(pattern)) and not os.path.isdir(os.path.splitext(min(found))[0]):
+            return pattern
+    return None
+
+
 def load_format(name):
     """Returns the module of a format, a value of `FORMATS`."""
     return importlib.import_module(f"clip_jax.data.sources.{name}")
@@ -92,9 +103,7 @@ def find_shards(spec):
     """
     from clip_jax.data import remote
 
-    if os.path.isdir(spec):
-        patterns = (os.path.join(glob.escape(spec), ending) for ending in ENDINGS)
-        spec = next((pattern for pattern in patterns if glob.glob(pattern)), spec)
+    spec = shards_in(spec) or spec
     if (kind := format_of(spec)) is None:
         raise UserError(f"{spec}: names no shards; shards end in {', '.join(FORMATS)}")
     return kind, remote.expand(spec)
@@ -185,7 +194,8 @@ class ShardSource(BlockSource):
     ):
         super().__init__(name, image, text, label)
         self._kind, self._shards = kind, list(shards)
-        self._rows, self._options = blocks, options
+        named = {"column": image} if image and getattr(load_format(kind), "COLUMNS", False) else {}
+        self._rows, self._options = blocks, options | named
         self._manifest = manifest
         self.broken.update(broken)
         self._set_blocks(blocks.samples)

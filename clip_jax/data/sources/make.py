@@ -38,7 +38,7 @@ from clip_jax import plugins
 from clip_jax.data.files import expand
 from clip_jax.data.sources import arrow, selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
-from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, shards_in
+from clip_jax.data.sources.shards import FORMATS, find_shards, format_of, scanned_source, shards_in
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, did_you_mean, unknown
 
@@ -158,7 +158,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
 
     path = spec.replace("{split}", split)
     if saved := arrow.saved_files(path, split if path == spec else "train"):
-        return _make_shards("arrow", saved, spec, fields)
+        return scanned_source("arrow", saved, spec, **fields)
     if path == spec and os.path.isdir(path):
         # The default "train" is no choice of the user between a split and a class of this name.
         if split == "train" and split not in (splits := folder_splits(path)):
@@ -184,7 +184,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
         from clip_jax.data.sources.webdataset import WebDatasetSource
 
         if "://" in path:
-            return scanned_source(path, spec, **fields, lines=lines)
+            return scanned_source(*find_shards(path), spec, **fields, lines=lines)
         return WebDatasetSource(expand(path), spec, **fields, lines=lines)
     if lines:
         raise UserError(f"{spec}: captions=lines is an option of tar shards alone")
@@ -193,7 +193,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
 
         return ArrayRecordSource(expand(path), spec, **fields)
     if format_of(path):
-        return scanned_source(path, spec, **fields)
+        return scanned_source(*find_shards(path), spec, **fields)
     if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):
         from clip_jax.data.sources.table import TableSource
 

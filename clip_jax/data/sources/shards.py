@@ -145,25 +145,25 @@ def too_many(spec, found, allowed):
     )
 
 
-def scanned_source(spec, name, **options):
+def scanned_source(kind, shards, name, **options):
     """Returns the `ShardSource` of few shards, which are scanned now.
 
     Args:
-      spec: str, a path, pattern or folder.
-      name: str, for messages.
+      kind: the name of the format.
+      shards: list of paths.
+      name: str, the source string.
       options: keyword arguments of `ShardSource`.
 
-    Raises UserError for more shards than are scanned without a manifest, and as `find_shards` and `ShardSource`.
+    Raises UserError for more shards than are scanned without a manifest, and as `ShardSource`.
     """
     from clip_jax.data import remote
 
-    kind, shards = find_shards(spec)
     has_footer, is_remote = getattr(load_format(kind), "FOOTER", False), remote.is_remote(shards[0])
     limit = (FOOTERS // 10 if is_remote else FOOTERS) if has_footer else REMOTE if is_remote else LOCAL
     if len(shards) > limit:
-        raise too_many(spec, f"{len(shards):,} shards", f"{limit:,} are scanned")
+        raise too_many(name, f"{len(shards):,} shards", f"{limit:,} are scanned")
     if is_remote and not has_footer and (size := sum(map(remote.size, shards))) > REMOTE_BYTES:
-        raise too_many(spec, f"shards of {size / 2**30:.1f} GiB", f"{REMOTE_BYTES / 2**30:.0f} GiB are scanned")
+        raise too_many(name, f"shards of {size / 2**30:.1f} GiB", f"{REMOTE_BYTES / 2**30:.0f} GiB are scanned")
     blocks, broken = scan_shards(kind, shards)
     return ShardSource(kind, shards, blocks, name, broken=broken, **options)
 

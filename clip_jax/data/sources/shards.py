@@ -33,6 +33,7 @@ from absl import logging
 
 from clip_jax.data.blocks import Block, BlockSource
 from clip_jax.data.records import PEEKED, hash64, listed
+from clip_jax.data.shared import Shared
 from clip_jax.errors import UserError
 
 # Formats by the ending of a shard's name.
@@ -61,7 +62,7 @@ class Blocks(NamedTuple):
     Attributes:
       shard: int32 `[blocks]`, numbers of shards.
       start, end: int64 `[blocks]`, as the format's `read` takes them.
-      samples: int32 `[blocks]`, numbers of records.
+      samples: integers `[blocks]`, numbers of records.
     """
 
     shard: np.ndarray
@@ -125,7 +126,7 @@ def scan_shards(kind, shards):
             if bad:
                 logging.warning("%s: %s", shards[number], ", ".join(bad))
     table = np.array(rows, np.int64).reshape(-1, 4).T
-    return Blocks(table[0].astype(np.int32), table[1], table[2], table[3].astype(np.int32)), broken
+    return Blocks(table[0].astype(np.int32), *table[1:]), broken
 
 
 def too_many(spec, found, allowed):
@@ -185,10 +186,12 @@ class ShardSource(BlockSource):
     ):
         super().__init__(name, image, text, label)
         self._kind, self._shards = kind, list(shards)
-        self._rows, self._options = blocks, options
+        self._options = options
         self._manifest = manifest
         self.broken.update(broken)
         self._set_blocks(blocks.samples)
+        self._shared = Shared([blocks.shard, blocks.start, blocks.end, self.blocks, self._starts])
+        self._use_shared()
         if not len(self):
             reasons = ", ".join(self.broken) or "empty"
             raise UserError(f"{name}: no usable sample in {len(self._shards)} shards ({reasons})")
@@ -198,9 +201,29 @@ class ShardSource(BlockSource):
         self._choose(self._first_values(), label)
         self._numbering = hash64("\0".join(self._shards).encode("utf-8", "surrogateescape"))
 
+    def __getstate__(self):
+        return self.__dict__ | {"_rows": None, "blocks": None, "_starts": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._use_shared()
+
+    def _use_shared(self):
+        """Sets the arrays of the blocks to those that copies of this source share."""
+        *rows, self._starts = self._shared.arrays
+        self._rows = Blocks(*rows)
+        self.blocks = self._rows.samples
+
     @property
     def numbering(self):
         return type(self), self._kind, self._numbering, self._fields.label
+
+    @property
+    def fingerprint(self):
+        """A hex digest that identifies the records: of the manifest and the fields; None without a manifest."""
+        if self._manifest is None:
+            return None
+        return f"{hash64(repr((self._manifest.about['fingerprint'], self._fields)).encode()):016x}"
 
     def read_block(self, number):
         raw, captions = self._raw(number), getattr(load_format(self._kind), "captions", None)

@@ -42,7 +42,8 @@ def _place(arrays):
 
 def _attach(path, kinds):
     """Returns the `Shared` of the arrays that `_place` wrote; `kinds` are their (type, length)."""
-    data, start, arrays = np.memmap(path, np.uint8, "r"), 0, []
+    data = np.memmap(path, np.uint8, "r")
+    start, arrays = 0, []
     for kind, length in kinds:
         size = np.dtype(kind).itemsize * length
         arrays.append(np.frombuffer(data, kind, length, start))

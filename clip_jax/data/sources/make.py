@@ -26,7 +26,6 @@ A mixture `SOURCE*3 + SOURCE*1` draws examples in this proportion. The default w
 number of records.
 """
 
-import glob
 import importlib
 import inspect
 import os
@@ -36,7 +35,7 @@ from clip_jax import plugins
 from clip_jax.data.files import expand
 from clip_jax.data.sources import selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
-from clip_jax.data.sources.shards import ENDINGS, FORMATS, format_of, scanned_source
+from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, shards_in
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, did_you_mean, unknown
 
@@ -163,9 +162,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
             path = os.path.join(path, split)
     if path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
-    if os.path.isdir(path):
-        patterns = (os.path.join(glob.escape(path), end) for end in ENDINGS)
-        path = next((pattern for pattern in patterns if glob.glob(pattern)), path)
+    path = shards_in(path) or path
     if re.search(r"\.(tar\.\w+|tgz)$", path):
         raise UserError(f"{path}: a compressed tar cannot be read by offset; decompress it")
     if path.endswith(".parquet") and (about := _about_manifest(path)):
@@ -191,6 +188,8 @@ def _source_at(spec, split, fields, lines=False, folder=""):
         return ArrayRecordSource(expand(path), spec, **fields)
     if format_of(path):
         return scanned_source(path, spec, **fields)
+    if "://" in path:
+        raise UserError(f"{spec}: an address names shards: {', '.join(FORMATS)}; write a pattern such as {spec}/*.tar")
     if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):
         from clip_jax.data.sources.table import TableSource
 

@@ -46,7 +46,8 @@ FORMATS = {
     ".tfrec": "tfrecord",
     ".array_record": "array_record",
 }
-ENDINGS = ("*.tar", "*.array_record*", "*.parquet", "*.arrow", "*.tfrecord*")  # the shards of a folder, first match
+MANIFEST = ".manifest.parquet"  # the ending of manifests that lie beside Parquet shards
+_ENDINGS = ("*.tar", "*.array_record*", "*.parquet", "*.arrow", "*.tfrecord*")  # the shards of a folder, first match
 # Without a manifest, this many shards are scanned when a source is made. More are an error.
 LOCAL = 1000
 REMOTE = 16  # and at most REMOTE_BYTES, because they are read from front to end
@@ -93,12 +94,25 @@ def find_shards(spec):
     """
     from clip_jax.data import remote
 
-    if os.path.isdir(spec):
-        patterns = (os.path.join(glob.escape(spec), ending) for ending in ENDINGS)
-        spec = next((pattern for pattern in patterns if glob.glob(pattern)), spec)
+    spec = shards_in(spec) or spec
     if (kind := format_of(spec)) is None:
         raise UserError(f"{spec}: names no shards; shards end in {', '.join(FORMATS)}")
-    return kind, remote.expand(spec)
+    if not (shards := [path for path in remote.expand(spec) if not path.endswith(MANIFEST)]):
+        raise UserError(f"{spec}: names manifests alone, no shards")
+    return kind, shards
+
+
+def shards_in(folder):
+    """Returns the pattern of the shards in a local folder, or None.
+
+    `00000.parquet` beside a folder `00000` is no shard: img2dataset describes in it the files in that folder.
+    """
+    for ending in _ENDINGS if os.path.isdir(folder) else ():
+        pattern = os.path.join(glob.escape(folder), ending)
+        found = (path for path in glob.iglob(pattern) if not path.endswith(MANIFEST))
+        if any(not os.path.isdir(path.rpartition(".")[0]) for path in found):
+            return pattern
+    return None
 
 
 def scan_shard(kind, path, length=512):

@@ -106,10 +106,9 @@ class Parts:
             found = file.read()
         if found != self._job:
             was = json.loads(found)
-            names = ", ".join(f"{key} {was.get(key)!r}, not {job[key]!r}" for key in job if was.get(key) != job[key])
-            raise UserError(
-                f"{self.folder} holds the parts of another manifest: {names}; remove it, or take another --out"
-            )
+            names = [f"{key} {was.get(key)!r}, not {job[key]!r}" for key in job if was.get(key) != job[key]]
+            names = ", ".join(name for name in names if not name.startswith("digest")) or "of other shards"
+            raise UserError(f"{self.folder} holds parts of another manifest: {names}; remove it or take another --out")
 
     def done(self):
         """Returns where the shards are that are done, `{number: (file, offset, length, summary)}`."""
@@ -179,8 +178,7 @@ def scan_part(kind, shards, parts, part, processes, length, columns, show):
     work = functools.partial(scan, kind, length=length, columns=columns)
     start = shown = time.monotonic()
     finished, samples = 0, 0
-    context = multiprocessing.get_context("spawn")
-    with parts.writer(part) as file, concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+    with parts.writer(part) as file, _pool(processes) as pool:
         waiting, left = {}, iter(todo)
         try:
             while True:
@@ -203,6 +201,12 @@ def scan_part(kind, shards, parts, part, processes, length, columns, show):
             raise
     if finished:
         show(_progress(finished, len(todo), samples, time.monotonic() - start))
+
+
+def _pool(processes):
+    if processes == 1:
+        return concurrent.futures.ThreadPoolExecutor(1)
+    return concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
 
 
 def _progress(finished, todo, samples, seconds):

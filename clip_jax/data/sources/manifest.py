@@ -165,8 +165,9 @@ def write(path, shards, about, types):
             *((COLUMN + field, pyarrow.list_(kind)) for field, kind in types.items()),
         ]
     )
-    digest, sizes, group = hashlib.blake2b(digest_size=16), [], []
-    partial, rows = f"{path}.{os.getpid()}.tmp", 0
+    digest, partial = hashlib.blake2b(digest_size=16), f"{path}.{os.getpid()}.tmp"
+    sizes, group = [], []
+    rows = 0
     try:
         with parquet.ParquetWriter(partial, schema, compression="zstd", use_dictionary=["shard"]) as writer:
             for shard in shards:

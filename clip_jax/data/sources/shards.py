@@ -34,6 +34,7 @@ from absl import logging
 
 from clip_jax.data.blocks import Block, BlockSource
 from clip_jax.data.records import PEEKED, hash64, listed
+from clip_jax.data.shared import Shared
 from clip_jax.errors import UserError
 
 # Formats by the ending of a shard's name.
@@ -46,6 +47,7 @@ FORMATS = {
     ".tfrec": "tfrecord",
     ".array_record": "array_record",
 }
+MANIFEST = ".manifest.parquet"  # the ending of manifests that lie beside Parquet shards
 # The shards of a folder, first match: img2dataset writes a table 00000.parquet of URLs beside its other shards.
 _ENDINGS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.parquet")
 # Without a manifest, this many shards are scanned when a source is made. More are an error.
@@ -63,7 +65,7 @@ class Blocks(NamedTuple):
     Attributes:
       shard: int32 `[blocks]`, numbers of shards.
       start, end: int64 `[blocks]`, as the format's `read` takes them.
-      samples: int32 `[blocks]`, numbers of records.
+      samples: integers `[blocks]`, numbers of records.
     """
 
     shard: np.ndarray
@@ -82,15 +84,6 @@ def format_of(path):
     return FORMATS[match[1]] if match else None
 
 
-def shards_in(folder):
-    """Returns the pattern of the shards in a folder, or None; 00000.parquet beside 00000/ is no shard."""
-    for ending in _ENDINGS:
-        pattern = os.path.join(glob.escape(folder), ending)
-        if (found := glob.glob(pattern)) and not os.path.isdir(os.path.splitext(min(found))[0]):
-            return pattern
-    return None
-
-
 def load_format(name):
     """Returns the module of a format, a value of `FORMATS`."""
     return importlib.import_module(f"clip_jax.data.sources.{name}")
@@ -106,7 +99,22 @@ def find_shards(spec):
     spec = shards_in(spec) or spec
     if (kind := format_of(spec)) is None:
         raise UserError(f"{spec}: names no shards; shards end in {', '.join(FORMATS)}")
-    return kind, remote.expand(spec)
+    if not (shards := [path for path in remote.expand(spec) if not path.endswith(MANIFEST)]):
+        raise UserError(f"{spec}: names manifests alone, no shards")
+    return kind, shards
+
+
+def shards_in(folder):
+    """Returns the pattern of the shards in a local folder, or None.
+
+    `00000.parquet` beside a folder `00000` is no shard: img2dataset describes in it the files in that folder.
+    """
+    for ending in _ENDINGS if os.path.isdir(folder) else ():
+        pattern = os.path.join(glob.escape(folder), ending)
+        found = (path for path in glob.iglob(pattern) if not path.endswith(MANIFEST))
+        if any(not os.path.isdir(path.rpartition(".")[0]) for path in found):
+            return pattern
+    return None
 
 
 def scan_shard(kind, path, length=512):
@@ -134,7 +142,7 @@ def scan_shards(kind, shards):
             if bad:
                 logging.warning("%s: %s", shards[number], ", ".join(bad))
     table = np.array(rows, np.int64).reshape(-1, 4).T
-    return Blocks(table[0].astype(np.int32), table[1], table[2], table[3].astype(np.int32)), broken
+    return Blocks(table[0].astype(np.int32), *table[1:]), broken
 
 
 def too_many(spec, found, allowed):
@@ -195,10 +203,12 @@ class ShardSource(BlockSource):
         super().__init__(name, image, text, label)
         self._kind, self._shards = kind, list(shards)
         named = {"column": image} if image and getattr(load_format(kind), "COLUMNS", False) else {}
-        self._rows, self._options = blocks, options | named
+        self._options = options | named
         self._manifest = manifest
         self.broken.update(broken)
         self._set_blocks(blocks.samples)
+        self._shared = Shared([blocks.shard, blocks.start, blocks.end, self.blocks, self._starts])
+        self._use_shared()
         if not len(self):
             reasons = ", ".join(self.broken) or "empty"
             raise UserError(f"{name}: no usable sample in {len(self._shards)} shards ({reasons})")
@@ -208,9 +218,29 @@ class ShardSource(BlockSource):
         self._choose(self._first_values(), label)
         self._numbering = hash64("\0".join(self._shards).encode("utf-8", "surrogateescape"))
 
+    def __getstate__(self):
+        return self.__dict__ | {"_rows": None, "blocks": None, "_starts": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._use_shared()
+
+    def _use_shared(self):
+        """Sets the arrays of the blocks to those that copies of this source share."""
+        *rows, self._starts = self._shared.arrays
+        self._rows = Blocks(*rows)
+        self.blocks = self._rows.samples
+
     @property
     def numbering(self):
         return type(self), self._kind, self._numbering, self._fields.label
+
+    @property
+    def fingerprint(self):
+        """A hex digest that identifies the records: of the manifest and the fields; None without a manifest."""
+        if self._manifest is None:
+            return None
+        return f"{hash64(repr((self._manifest.about['fingerprint'], self._fields)).encode()):016x}"
 
     def read_block(self, number):
         raw, captions = self._raw(number), getattr(load_format(self._kind), "captions", None)

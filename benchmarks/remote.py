@@ -31,6 +31,7 @@ from clip_jax.tools import manifest
 SHARD = 2048  # records
 PICTURES = 64  # different ones
 SIZE = 224
+READY = 4  # batches that a loader has ready ahead
 
 
 def parse(argv):
@@ -105,15 +106,29 @@ def write_shards(folder, records):
 
 
 def rate(source, views, tokenizer, batch, steps):
-    """Returns records a second of `steps` batches after the first."""
-    loader = Loader(source, views, tokenizer, batch_size=batch, seed=0, reading=Reading("blocks"))
-    next(loader)
+    """Returns records a second of `steps` batches, after those that were ready ahead."""
+    loader = Loader(source, views, tokenizer, batch_size=batch, seed=0, threads=2, reading=Reading("blocks"))
+    for _ in range(READY):
+        next(loader)
     start = time.perf_counter()
     for _ in range(steps):
         next(loader)
     seconds = time.perf_counter() - start
     loader.close()
     return steps * batch / seconds
+
+
+def count_requests(source, tokenizer, address):
+    """Returns the requests of one epoch, the second one, and the number of lanes."""
+    loader = Loader(source, [TextView("text", 64)], tokenizer, batch_size=256, seed=0, reading=Reading(lanes=2))
+    counts = []
+    for _ in range(2):
+        for _ in range(len(source) // 256):
+            next(loader)
+        time.sleep(1)  # what was asked for ahead arrives
+        counts.append(requests(address))
+    loader.close()
+    return counts[1] - counts[0], 2
 
 
 def main(argv=None):
@@ -138,7 +153,7 @@ def main(argv=None):
                 manifest.main([f"{place}/{shards}", f"--out={out}"])
                 sources[name] = make_source(out)
             report.header()
-            for decoding, steps in (("off", args.steps), ("on", max(1, args.steps // 4))):
+            for decoding, steps in (("off", args.steps), ("on", max(READY, args.steps // 2))):
                 rates = {name: [] for name in sources}
                 for _ in range(args.rounds):
                     for name, source in sources.items():
@@ -147,13 +162,9 @@ def main(argv=None):
                 for name in sources:
                     figures = {"records/s": best[name], "of local": best[name] / best["local"]}
                     report.add(shards=name, decoding=decoding, **figures)
-            before = requests(address)
-            loader = Loader(sources["remote"], views["off"], tokenizer, batch_size=args.batch, seed=0)
-            for _ in range(args.records // args.batch):
-                next(loader)
-            loader.close()
-            count, blocks = requests(address) - before, len(sources["remote"].blocks)
-            print(f"one epoch: {count} requests for {blocks} blocks")
+            count, lanes = count_requests(sources["remote"], tokenizer, address)
+            blocks = len(sources["remote"].blocks)
+            print(f"one epoch of {lanes} lanes: {count} requests for {blocks} blocks")
             report.about["requests"] = {"requests": count, "blocks": blocks}
         finally:
             server.kill()

@@ -16,7 +16,7 @@ from typing import Any
 
 from clip_jax import config as config_lib
 from clip_jax import init_from
-from clip_jax.errors import UserError
+from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import command, compile_cache, faults, goodput, host_log, hosts, profile, storage
 from clip_jax.version import __version__
 
@@ -285,6 +285,15 @@ class Recorder:
             run.log(line)
         return int(request)
 
+    def end_without_data(self, error, pending, state):
+        """Ends the run when its data fail for good. A single process saves first; several have no common step."""
+        if hosts.count() == 1:
+            self.record_step(*pending)
+            self.run.save(pending[0], state, {})
+            self.run.checkpointer.wait()
+        newest = self.run.checkpointer.newest()
+        raise StorageError(f"{error}; the run resumes from step {newest.name if newest else 0}") from error
+
     def evaluate(self, state):
         """Returns the metrics of `config.eval.train_tasks`; the time does not count as training."""
         start = time.perf_counter()
@@ -317,7 +326,10 @@ def loop(run, source, tx, state):
             stop_request = recorder.record_step(*pending) if pending else 0
             pending = (step, values, agreed)
             if step < steps:
-                batch, waited = next_batch(loader, run.mesh)
+                try:
+                    batch, waited = next_batch(loader, run.mesh)
+                except StorageError as error:
+                    recorder.end_without_data(error, pending, state)
             by_steps = config.checkpoint.steps and step % config.checkpoint.steps == 0
             evaluates = config.eval.steps and step % config.eval.steps == 0
             if step < steps and (by_steps or evaluates or stop_request):

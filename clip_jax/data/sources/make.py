@@ -9,6 +9,9 @@ A base is one of
     *.array_record*                        ArrayRecord files of tf.train.Example
     *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout; "?captions=lines" reads each line
                                            of a .txt member as a caption
+    *.parquet, *.arrow                     tables with the images in them, as Hugging Face and img2dataset write them
+    a folder with state.json               a data set that Hugging Face's `save_to_disk` wrote; with dataset_dict.json
+                                           it has splits
     *.csv, *.tsv, *.jsonl                  a table with image paths
     a folder with one sub-folder a class   image files
     text:FILE                              pairs of consecutive sentences of .txt or .jsonl files (CLIPPO)
@@ -32,7 +35,7 @@ import re
 
 from clip_jax import plugins
 from clip_jax.data.files import expand
-from clip_jax.data.sources import selection, tfds
+from clip_jax.data.sources import arrow, selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.shards import FORMATS, ShardSource, format_of, scan_shards
 from clip_jax.data.sources.spec import parse
@@ -40,7 +43,8 @@ from clip_jax.errors import UserError, did_you_mean, unknown
 
 _JOINS = ("index", "columns")  # steps made by the module of this name; each takes one option
 _STEPS = (*_JOINS, *selection.FORMS)
-_SHARDS = ("*.tar", "*.array_record*", "*.parquet", "*.arrow", "*.tfrecord*")  # the shards of a folder, first match
+# The shards of a folder, first match: img2dataset writes a table 00000.parquet of URLs beside its other shards.
+_SHARDS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.parquet")
 
 
 def make_source(spec, split="train", *, image=None, text=None, label=None):
@@ -150,6 +154,8 @@ def _source_at(spec, split, fields, lines=False):
     from clip_jax.data.sources.folder import FolderSource, folder_splits
 
     path = spec.replace("{split}", split)
+    if saved := arrow.saved_files(path, split if path == spec else "train"):
+        return _make_shards("arrow", saved, spec, fields)
     if path == spec and os.path.isdir(path):
         # The default "train" is no choice of the user between a split and a class of this name.
         if split == "train" and split not in (splits := folder_splits(path)):
@@ -159,8 +165,7 @@ def _source_at(spec, split, fields, lines=False):
     if path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     if os.path.isdir(path):
-        patterns = (os.path.join(glob.escape(path), end) for end in _SHARDS)
-        path = next((pattern for pattern in patterns if glob.glob(pattern)), path)
+        path = _shards_in(path) or path
     if re.search(r"\.(tar\.\w+|tgz)$", path):
         raise UserError(f"{path}: a compressed tar cannot be read by offset; decompress it")
     if path.endswith(".tar"):
@@ -174,9 +179,7 @@ def _source_at(spec, split, fields, lines=False):
 
         return ArrayRecordSource(expand(path), spec, **fields)
     if kind := format_of(path):
-        shards = expand(path)
-        blocks, broken = scan_shards(kind, shards)
-        return ShardSource(kind, shards, blocks, spec, broken=broken, **fields)
+        return _make_shards(kind, expand(path), spec, fields)
     if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):
         from clip_jax.data.sources.table import TableSource
 
@@ -186,8 +189,24 @@ def _source_at(spec, split, fields, lines=False):
             raise UserError(f"{spec}: a folder of images has no fields to choose from")
         return FolderSource(path)
     if os.path.exists(path):
-        raise UserError(f"{spec}: unknown kind of data; known are .tar, .array_record, .csv, .tsv, .jsonl and folders")
+        known = ", ".join((*FORMATS, ".csv", ".tsv", ".jsonl"))
+        raise UserError(f"{spec}: unknown kind of data; known are {known} and folders")
     raise missing_data(spec)
+
+
+def _shards_in(folder):
+    """Returns the pattern of the shards in a folder, or None; 00000.parquet beside 00000/ is no shard."""
+    for ending in _SHARDS:
+        pattern = os.path.join(glob.escape(folder), ending)
+        if (found := glob.glob(pattern)) and not os.path.isdir(os.path.splitext(min(found))[0]):
+            return pattern
+    return None
+
+
+def _make_shards(kind, shards, name, fields):
+    """Returns the source of shards of a format that is read by blocks."""
+    blocks, broken = scan_shards(kind, shards)
+    return ShardSource(kind, shards, blocks, name, broken=broken, **fields)
 
 
 def missing_data(spec):

@@ -15,6 +15,7 @@ and, where they apply,
                               fields; without it the usual names decide
     captions(raw)             the names of the caption fields of a raw record, or None for those of the source
     classes(path)             {field: class names} that the shard holds
+    COLUMNS = True            `read` takes `column`, the image field that the user names, and reads no other image
 
 A path may be remote (`clip_jax.data.remote`).
 """
@@ -121,7 +122,8 @@ class ShardSource(BlockSource):
     ):
         super().__init__(name, image, text, label)
         self._kind, self._shards = kind, list(shards)
-        self._rows, self._options = blocks, options
+        named = {"column": image} if image and getattr(load_format(kind), "COLUMNS", False) else {}
+        self._rows, self._options = blocks, options | named
         self._remedy = remedy
         self.broken.update(broken)
         self._set_blocks(blocks.samples)

@@ -27,6 +27,7 @@ setup(
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
         "array_record>=0.8",
+        "google-crc32c>=1.5",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
         "ftfy>=6",

@@ -6,7 +6,7 @@ A base is one of
     scenes, scenes?objects=2-3&size=96     emoji composed on a canvas, with boxes: `clip_jax.data.sources.scenes`
     tfds:NAME[/CONFIG]                     a data set prepared by TFDS, in TFDS_DATA_DIR or ~/tensorflow_datasets
     a folder with dataset_info.json        a data set prepared by TFDS, anywhere
-    *.array_record*                        ArrayRecord files of tf.train.Example
+    *.array_record*, *.tfrecord*           ArrayRecord and TFRecord files of tf.train.Example
     *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout; "?captions=lines" reads each line
                                            of a .txt member as a caption
     *.parquet, *.arrow                     tables with the images in them, as Hugging Face and img2dataset write them
@@ -166,8 +166,8 @@ def _source_at(spec, split, fields, lines=False):
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     if os.path.isdir(path):
         path = _shards_in(path) or path
-    if re.search(r"\.(tar\.\w+|tgz)$", path):
-        raise UserError(f"{path}: a compressed tar cannot be read by offset; decompress it")
+    if re.search(r"\.(tar\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):
+        raise UserError(f"{path}: a compressed shard cannot be read by offset; decompress it")
     if path.endswith(".tar"):
         from clip_jax.data.sources.webdataset import WebDatasetSource
 

@@ -41,7 +41,7 @@ FORMATS = {
     ".tfrecord": "tfrecord",
     ".tfrecords": "tfrecord",
     ".tfrec": "tfrecord",
-    ".array_record": "array_record",
+    ".array_record": "arrayrecord",
 }
 _PEEKED_BLOCKS = 8  # blocks, at the front of evenly spaced shards, whose records are looked at for their fields
 _SCANNERS = 8  # shards that are scanned at once

@@ -28,6 +28,8 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "array_record>=0.8",
         "google-crc32c>=1.5",
+        "fsspec>=2026.9",
+        "huggingface_hub>=2.4",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
         "ftfy>=6",
@@ -43,6 +45,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tf": ["tensorflow>=2.18"],
         "wandb": ["wandb>=0.18"],
+        "http": ["aiohttp>=3.10"],
         "gcs": ["gcsfs>=2026.9"],
         "s3": ["s3fs>=2026.9"],
         "dev": [

@@ -38,7 +38,8 @@ def scan(path, length=512):
       path: of the shard.
       length: int, records of a block.
     """
-    rows, broken, ends = [], Counter(), [0]
+    rows, broken = [], Counter()
+    ends = [0]  # of the records of the current block, and its start
     with heads(path) as (get, size):
         while ends[-1] < size:
             try:

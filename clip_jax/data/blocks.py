@@ -113,9 +113,12 @@ class Recent:
 
 def blocks_of(source):
     """Returns the numbers of records of a source's blocks, int64 `[blocks]`."""
-    if getattr(source, "blocks", None) is not None:
-        return source.blocks
-    whole, rest = divmod(len(source), RUN)
+    return runs(len(source)) if getattr(source, "blocks", None) is None else source.blocks
+
+
+def runs(count):
+    """Returns the sizes of blocks of `RUN` records, and a smaller last one, for `count` records, int64 `[blocks]`."""
+    whole, rest = divmod(count, RUN)
     return np.array([RUN] * whole + [rest] * (rest > 0), np.int64)
 
 

@@ -7,6 +7,7 @@ A base is one of
     tfds:NAME[/CONFIG]                     a data set prepared by TFDS, in TFDS_DATA_DIR or ~/tensorflow_datasets
     a folder with dataset_info.json        a data set prepared by TFDS, anywhere
     *.array_record*, *.tfrecord*           ArrayRecord and TFRecord files of tf.train.Example
+    *.mds, a folder                        shards of mosaicml-streaming
     *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout; "?captions=lines" reads each line
                                            of a .txt member as a caption
     *.parquet, *.arrow                     tables with the images in them, as Hugging Face and img2dataset write them
@@ -44,7 +45,7 @@ from clip_jax.errors import UserError, did_you_mean, unknown
 _JOINS = ("index", "columns")  # steps made by the module of this name; each takes one option
 _STEPS = (*_JOINS, *selection.FORMS)
 # The shards of a folder, first match: img2dataset writes a table 00000.parquet of URLs beside its other shards.
-_SHARDS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.parquet")
+_SHARDS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.mds", "*.mds*", "*.parquet")
 
 
 def make_source(spec, split="train", *, image=None, text=None, label=None):
@@ -166,7 +167,7 @@ def _source_at(spec, split, fields, lines=False):
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     if os.path.isdir(path):
         path = _shards_in(path) or path
-    if re.search(r"\.(tar\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):
+    if re.search(r"\.((tar|mds)\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):
         raise UserError(f"{path}: a compressed shard cannot be read by offset; decompress it")
     if path.endswith(".tar"):
         from clip_jax.data.sources.webdataset import WebDatasetSource

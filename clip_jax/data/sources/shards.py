@@ -42,6 +42,7 @@ FORMATS = {
     ".tfrecords": "tfrecord",
     ".tfrec": "tfrecord",
     ".array_record": "arrayrecord",
+    ".mds": "mds",
 }
 _PEEKED_BLOCKS = 8  # blocks, at the front of evenly spaced shards, whose records are looked at for their fields
 _SCANNERS = 8  # shards that are scanned at once

@@ -3,15 +3,17 @@
 import json
 import pickle
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import encoded
+from data_helpers import encoded, write_table
 
-from clip_jax.data import remote
+from clip_jax.data import decode, remote
 from clip_jax.data.records import BadRecord
-from clip_jax.data.sources import arrow, arrow_columns, columns, make_source, parquet, parquet_columns
+from clip_jax.data.sources import arrow, arrow_columns, columns, make_source, parquet, parquet_columns, table
 from clip_jax.errors import UserError
+from clip_jax.tools import to_parquet
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 #: What `datasets` writes into the metadata of a schema.
@@ -262,3 +264,65 @@ def test_columns_of_another_data_set_are_refused(tmp_path):
     for name, message in (("damaged", "columns=.*: damaged"), ("missing", "no such file")):
         with pytest.raises(UserError, match=message):
             columns.ColumnsSource(source, str(tmp_path / f"{name}.parquet"))
+
+
+def run(capsys, *argv):
+    """Runs `to_parquet`; returns the status and the last line of each stream."""
+    status, (out, err) = to_parquet.main([str(a) for a in argv]), capsys.readouterr()
+    return status, (out or err).splitlines()[-1]
+
+
+def test_a_table_becomes_parquet(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(to_parquet, "ROWS", 2)
+    monkeypatch.setattr(to_parquet, "_PEEKED", 3)
+    rows = [{"text": [f"a {i}"], "label": "dog" if i % 2 else "cat", "size": i, "box": [0.5, i]} for i in range(5)]
+    rows[4] |= {"size": "large", "later": 1}
+    path = write_table(tmp_path, rows)
+    (tmp_path / "3.png").unlink()
+    expected = make_source(path)
+    monkeypatch.setattr(table, "MAX_ROWS", 4)
+    with pytest.raises(
+        UserError, match=r"more than 4 rows; a table has at most 2 GiB.*to_parquet .*pairs.jsonl --out="
+    ):
+        make_source(path)
+    monkeypatch.setattr(table, "MAX_BYTES", 100)
+    with pytest.raises(UserError, match=r"pairs.jsonl: 0.0 GiB; a table has at most"):
+        make_source(path)
+    status, line = run(capsys, path, f"--out={tmp_path / 'beside'}")
+    assert status == 0 and "5 rows. field 'later' came later: 1, column 'size': value of another type: 1" in line
+    status, line = run(capsys, path, f"--out={tmp_path / 'embedded'}", "--embed")
+    assert status == 0 and "4 rows. missing file: 1" in line
+    beside, embedded = make_source(str(tmp_path / "beside")), make_source(str(tmp_path / "embedded"))
+    assert beside.class_names == embedded.class_names == ["cat", "dog"]
+    assert (
+        beside.blocks.tolist() == [5] and pq.read_metadata(tmp_path / "beside/part-000000.parquet").num_row_groups == 3
+    )
+    for i in (0, 1, 2, 4):
+        for found in (beside[i], embedded[i - (i > 3)]):
+            assert {k: found[k] for k in ("image", "texts", "label", "class_name", "box")} == {
+                k: expected[i][k] for k in ("image", "texts", "label", "class_name", "box")
+            }
+            assert found["size"] == (None if i == 4 else i)
+    with pytest.raises(BadRecord, match="missing file"):
+        beside[3]
+    assert run(capsys, path, f"--out={tmp_path / 'beside'}") == (
+        2,
+        f"error: --out={tmp_path / 'beside'}: holds part-000000.parquet already; give an empty folder",
+    )
+
+
+def test_other_sources_become_parquet(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(to_parquet, "ROWS", 4)
+    write(tmp_path / "a.parquet", pets(10))
+    status, line = run(capsys, tmp_path / "*.parquet", f"--out={tmp_path / 'small'}")
+    assert (status, line) == (0, f"{tmp_path / 'small'}: 10 rows")
+    file = pq.ParquetFile(tmp_path / "small" / "part-000000.parquet")
+    assert [file.metadata.row_group(i).num_rows for i in range(3)] == [4, 4, 2]
+    check_pets(make_source(str(tmp_path / "small")), 10)
+    scenes = "scenes?records=3&size=32"
+    assert run(capsys, scenes, f"--out={tmp_path / 'x'}")[1].endswith("write them into Parquet with --embed")
+    assert run(capsys, scenes, f"--out={tmp_path / 'scenes'}", "--embed")[0] == 0
+    original, copied = make_source(scenes), make_source(str(tmp_path / "scenes"))
+    assert len(copied) == len(original) and copied[2]["texts"] == original[2]["texts"]
+    assert (np.asarray(decode.open_image(copied[2]["image"])) == original[2]["image"]).all()
+    np.testing.assert_array_equal(np.float32(copied[2]["boxes"]), original[2]["boxes"])

@@ -121,10 +121,11 @@ def broken(count, reason):
 
 def version(path):
     """Returns a key of what is kept of a file: its path, with the size and time of a local one, which may change."""
-    if remote.is_remote(path):
+    try:
+        status = os.stat(path)
+        return path, status.st_size, status.st_mtime_ns
+    except OSError:  # remote, or missing
         return path, 0, 0
-    status = os.stat(path)
-    return path, status.st_size, status.st_mtime_ns
 
 
 def joined(counts, length):

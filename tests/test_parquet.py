@@ -137,6 +137,10 @@ def test_images_outside_of_the_table(tmp_path):
             struct[index]
     paths = make_source(write(tmp_path / "b.parquet", [{"file_name": "images/1.png", "text": "a"}]))
     assert paths[0]["image"] == encoded(1)
+    for name, count in (("a", 4), ("b", 1)):
+        assert to_parquet.regroup([f"{tmp_path}/{name}.parquet"], f"{tmp_path}/out/{name}") == count
+        moved = make_source(f"{tmp_path}/out/{name}")
+        assert moved[0]["image"] == encoded(1) and (count == 1 or moved[2]["image"] == encoded(3))
 
 
 def test_a_table_without_images_names_its_columns(tmp_path):
@@ -314,7 +318,7 @@ def test_a_table_becomes_parquet(tmp_path, capsys, monkeypatch):
 def test_other_sources_become_parquet(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(to_parquet, "ROWS", 4)
     write(tmp_path / "a.parquet", pets(10))
-    status, line = run(capsys, tmp_path / "*.parquet", f"--out={tmp_path / 'small'}")
+    status, line = run(capsys, tmp_path, f"--out={tmp_path / 'small'}")
     assert (status, line) == (0, f"{tmp_path / 'small'}: 10 rows")
     file = pq.ParquetFile(tmp_path / "small" / "part-000000.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(3)] == [4, 4, 2]

@@ -13,6 +13,7 @@ OUT gets part-000000.parquet and so on, of about 512 MiB, with the columns `imag
 type of its values in the first 4,096 records; a value that does not fit becomes null, or text in a field of text.
 """
 
+import glob
 import io
 import itertools
 import json
@@ -25,6 +26,8 @@ import numpy as np
 from clip_jax.data import decode, remote
 from clip_jax.data.files import read_file
 from clip_jax.data.records import BadRecord, plain, records
+from clip_jax.data.sources import parquet
+from clip_jax.data.sources.arrow_columns import image_column
 from clip_jax.data.sources.spec import parse
 from clip_jax.data.sources.table import TableStream
 from clip_jax.errors import UserError
@@ -240,16 +243,38 @@ def regroup(files, out, log=print):
 
     parts = Parts(out)
     for path in files:
+        image = image_column(parquet.schema_of(path))
         try:
             # Buffered and not read ahead: else a row group is in memory as a whole.
             with remote.opened(path) as opened, pq.ParquetFile(opened, buffer_size=2**20, pre_buffer=False) as file:
                 for batch in file.iter_batches(ROWS, use_threads=False):
-                    parts.write(pa.Table.from_batches([batch]))
+                    parts.write(_moved(pa.Table.from_batches([batch]), image, os.path.dirname(path), out))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
         parts.close()
         log(f"{path}: {parts.rows:,} rows")
     return parts.rows
+
+
+def _moved(table, image, folder, out):
+    """Returns a table whose relative paths of image files begin at the folder `out` instead of `folder`."""
+    import pyarrow as pa
+
+    def moved(value):
+        if isinstance(value, dict):
+            return value if value["bytes"] is not None else value | {"path": moved(value.get("path"))}
+        if not isinstance(value, str) or not value or remote.is_remote(value) or os.path.isabs(value):
+            return value
+        return f"{folder}/{value}" if remote.is_remote(folder) else os.path.relpath(os.path.join(folder, value), out)
+
+    if image is None or os.path.abspath(folder) == os.path.abspath(out):
+        return table
+    index = table.schema.get_field_index(image)
+    values = table.column(index)
+    held = values.combine_chunks().field("bytes") if pa.types.is_struct(values.type) else values
+    if not (pa.types.is_string(held.type) or pa.types.is_large_string(held.type) or held.null_count):
+        return table
+    return table.set_column(index, table.schema.field(index), pa.array(map(moved, values.to_pylist()), values.type))
 
 
 class _Records:
@@ -278,6 +303,8 @@ def main(argv=None):
 def _main(args):
     spec = parse(args.source)
     base = spec[0].base.replace("{split}", args.split) if len(spec) == 1 and not spec[0].steps else ""
+    if glob.glob(tables := os.path.join(glob.escape(base), "*.parquet")):
+        base = tables
     if base.endswith(".parquet") and not args.embed:
         print(f"{args.out}: {regroup(remote.expand(base), args.out):,} rows")
         return

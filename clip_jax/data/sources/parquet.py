@@ -42,7 +42,7 @@ def scan(path, length=512):
     if large := [group for group in groups if group.num_rows > _LARGE * length]:
         most, size = max(g.num_rows for g in large), max(g.total_byte_size for g in large)
         what = f"{path}: row groups of up to {most:,} rows, {size / 2**30:.2f} GiB"
-        command = f"python -m clip_jax.tools.to_parquet {path} --out=FOLDER --embed"
+        command = f"python -m clip_jax.tools.to_parquet {path} --out=FOLDER"
         if size > _MAX_BYTES:
             raise UserError(f"{what}, are too large, because each is read as a whole; write smaller ones: {command}")
         logging.warning("%s, are blocks that are read as a whole; %s writes smaller ones", what, command)

@@ -201,7 +201,7 @@ def test_damaged_files(tmp_path):
     (tmp_path / "empty.arrow").write_bytes(b"")
     whole = write(tmp_path / "whole.parquet", pets(8), row_group_size=4, compression="none")
     source = make_source(f"{tmp_path}/*.parquet")
-    assert len(source) == 8 and source.broken == {"unreadable shard": 1}
+    assert len(source) == 8 and source.broken == {"empty shard": 1}
     for kind, path in ((parquet, whole), (arrow, write_arrow(tmp_path / "a.arrow", pets(8), 4))):
         start, end, _ = kind.scan(path)[0][0]
         with pytest.raises(EOFError):

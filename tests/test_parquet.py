@@ -8,10 +8,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_helpers import encoded, write_table
+from web_server import web_server
 
-from clip_jax.data import decode, remote
+from clip_jax.data import clients, decode, remote
 from clip_jax.data.records import BadRecord
-from clip_jax.data.sources import arrow, arrow_columns, columns, make_source, parquet, parquet_columns, table
+from clip_jax.data.sources import (
+    MemorySource,
+    arrow,
+    arrow_columns,
+    columns,
+    make_source,
+    parquet,
+    parquet_columns,
+    table,
+)
 from clip_jax.errors import UserError
 from clip_jax.tools import to_parquet
 
@@ -323,10 +333,49 @@ def test_other_sources_become_parquet(tmp_path, capsys, monkeypatch):
     file = pq.ParquetFile(tmp_path / "small" / "part-000000.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(3)] == [4, 4, 2]
     check_pets(make_source(str(tmp_path / "small")), 10)
-    scenes = "scenes?records=3&size=32"
-    assert run(capsys, scenes, f"--out={tmp_path / 'x'}")[1].endswith("write them into Parquet with --embed")
-    assert run(capsys, scenes, f"--out={tmp_path / 'scenes'}", "--embed")[0] == 0
-    original, copied = make_source(scenes), make_source(str(tmp_path / "scenes"))
-    assert len(copied) == len(original) and copied[2]["texts"] == original[2]["texts"]
-    assert (np.asarray(decode.open_image(copied[2]["image"])) == original[2]["image"]).all()
-    np.testing.assert_array_equal(np.float32(copied[2]["boxes"]), original[2]["boxes"])
+    column = rewrites(tmp_path / "r.parquet", make_source(f"{tmp_path}/a.parquet"), range(10))
+    source = f"{tmp_path}/a.parquet?columns={column}"
+    assert run(capsys, source, f"--out={tmp_path / 'x'}")[1].endswith("write them into Parquet with --embed")
+    assert run(capsys, source, f"--out={tmp_path / 'joined'}", "--embed")[0] == 0
+    joined = make_source(str(tmp_path / "joined"))
+    assert (joined[9]["rewrites"], joined[9]["image"]) == (["rewrite 9"], encoded(9))
+    assert joined.class_names == ["cat", "dog"] and joined[9]["class_name"] == "dog"
+
+
+def test_arrays_become_images_of_parquet(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 6, 3), np.uint8)
+    rows = [{"image": pixels[i], "texts": ["a"], "boxes": np.eye(2) * i, "mixed": [1, "a"][i % 2]} for i in range(3)]
+    bad = {"image": b"", "texts": ["b"]}
+    count, failures = to_parquet.write(
+        to_parquet._Records(MemorySource([*rows, bad])), str(tmp_path / "out"), to_parquet._embedded
+    )
+    source = make_source(str(tmp_path / "out"))
+    assert count == len(source) == 3 and failures == {"no image": 1}
+    assert [source[i]["mixed"] for i in range(3)] == ["1", "a", "1"]
+    for i in range(3):
+        assert (np.asarray(decode.open_image(source[i]["image"])) == pixels[i]).all()
+        assert source[i]["boxes"] == (np.eye(2) * i).tolist()
+
+
+def test_data_sets_of_the_hub_are_read(tmp_path, monkeypatch):
+    with web_server() as web:
+        monkeypatch.setenv("HF_ENDPOINT", web.url)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", web.url)
+        monkeypatch.setattr(clients, "_systems", {})
+        for i in range(2):
+            path = write(tmp_path / "a.parquet", pets(24).slice(12 * i, 12), row_group_size=4)
+            web.objects[f"hub/data/train-{i:05d}-of-00002.parquet"] = open(path, "rb").read()
+        web.objects["hub/s.arrow"] = open(write_arrow(tmp_path / "s.arrow", pets(12), 4), "rb").read()
+        rows = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "b.png"}]
+        path = write(tmp_path / "b.parquet", [{"image": row, "text": "a"} for row in rows])
+        web.objects |= {"hub/b.parquet": open(path, "rb").read(), "hub/a.png": encoded(5)}
+        folder = f"hf://datasets/{web.repository}"
+        check_pets(make_source(f"{folder}/s.arrow"), 12)
+        outside = make_source(f"{folder}/b.parquet")
+        assert outside[0]["image"] == encoded(5)
+        with pytest.raises(BadRecord, match="missing file"):
+            outside[1]
+        source = make_source(f"{folder}/data/{{split}}-*.parquet")
+        web.requests.clear()
+        check_pets(source, 24)
+        assert len(web.requests) == 3  # a block each, and a block again for the copy of the source

@@ -175,9 +175,9 @@ def test_a_shard_that_shrank_or_changed_is_named(tmp_path):
     path = str(tmp_path / "a.tar")
     write_tar(path, [m for i in range(9) for m in pair(f"{i}", i)])
     blocks, _ = scan_shards("tar", [path])
-    source = ShardSource("tar", [path], blocks, "x", remedy="python -m clip_jax.data.manifest x --out=y")
+    source = ShardSource("tar", [path], blocks, "x")
     data = (tmp_path / "a.tar").read_bytes()
     for changed in (data[: len(data) // 2], bytes(len(data)), b""):
         (tmp_path / "a.tar").write_bytes(changed)
-        with pytest.raises(UserError, match=r"a.tar changed since .*; make it again: python -m .*--out=y"):
+        with pytest.raises(UserError, match="a.tar changed since its blocks were found"):
             source.read_block(0)

@@ -13,7 +13,7 @@ from clip_jax.data.sources.shards import format_of
 from clip_jax.errors import UserError
 
 _SPLIT_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(\d{4})?", re.IGNORECASE)
-_DATA_ENDINGS = (*IMAGE_EXTENSIONS, *PLUGIN_EXTENSIONS, ".tar", ".csv", ".tsv", ".jsonl")
+_DATA_ENDINGS = (*IMAGE_EXTENSIONS, *PLUGIN_EXTENSIONS, ".tar", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
 
 
 class FolderSource(BaseSource):

@@ -8,6 +8,8 @@ A base is one of
     a folder with dataset_info.json        a data set prepared by TFDS, anywhere
     *.array_record*, *.tfrecord*           ArrayRecord and TFRecord files of tf.train.Example
     *.mds, a folder                        shards of mosaicml-streaming
+    *.manifest.parquet                     the shards of a manifest: `clip_jax.data.sources.manifest`; "?shards=FOLDER"
+                                           says where they are now
     *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout; "?captions=lines" reads each line
                                            of a .txt member as a caption
     *.parquet, *.arrow                     tables with the images in them, as Hugging Face and img2dataset write them
@@ -28,7 +30,6 @@ A mixture `SOURCE*3 + SOURCE*1` draws examples in this proportion. The default w
 number of records.
 """
 
-import glob
 import importlib
 import inspect
 import os
@@ -38,14 +39,12 @@ from clip_jax import plugins
 from clip_jax.data.files import expand
 from clip_jax.data.sources import arrow, selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
-from clip_jax.data.sources.shards import FORMATS, ShardSource, format_of, scan_shards
+from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, shards_in
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, did_you_mean, unknown
 
 _JOINS = ("index", "columns")  # steps made by the module of this name; each takes one option
 _STEPS = (*_JOINS, *selection.FORMS)
-# The shards of a folder, first match: img2dataset writes a table 00000.parquet of URLs beside its other shards.
-_SHARDS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.mds", "*.mds*", "*.parquet")
 
 
 def make_source(spec, split="train", *, image=None, text=None, label=None):
@@ -118,10 +117,11 @@ def _make_base(base, options, split, fields, name):
         return _make_user_source(module, split, options | {k: v for k, v in fields.items() if v}, name)
     if (lines := options.pop("captions", None)) not in (None, "lines"):
         raise UserError(f"{name}: captions={lines}: allowed is captions=lines, each line of a .txt member a caption")
+    folder = options.pop("shards", "")
     if options:
         raise unknown(f"{name}: unknown option", next(iter(options)), _STEPS)
-    if lines:
-        return _source_at(base, split, fields, lines=True)
+    if lines or folder:
+        return _source_at(base, split, fields, bool(lines), folder)
     if base.startswith("tfds:"):
         return tfds.TfdsSource(tfds.prepared_folder(base.removeprefix("tfds:")), split, name=base, **fields)
     if base.startswith("text:"):
@@ -150,13 +150,16 @@ def _make_user_source(module, split, options, name):
     return module.make(split, **options)
 
 
-def _source_at(spec, split, fields, lines=False):
-    """Returns the source at a path or pattern, by its ending; raises UserError."""
+def _source_at(spec, split, fields, lines=False, folder=""):
+    """Returns the source at a path or pattern, by its ending; raises UserError.
+
+    `lines` is whether each line of a .txt member is a caption, `folder` where the shards of a manifest are now.
+    """
     from clip_jax.data.sources.folder import FolderSource, folder_splits
 
     path = spec.replace("{split}", split)
-    if saved := arrow.saved_files(path, split if path == spec else "train"):
-        return _make_shards("arrow", saved, spec, fields)
+    if saved := arrow.saved_folder(path, split if path == spec else "train"):
+        return scanned_source(saved, spec, **fields)
     if path == spec and os.path.isdir(path):
         # The default "train" is no choice of the user between a split and a class of this name.
         if split == "train" and split not in (splits := folder_splits(path)):
@@ -166,21 +169,32 @@ def _source_at(spec, split, fields, lines=False):
     if path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     if os.path.isdir(path):
-        path = _shards_in(path) or path
+        path = shards_in(path) or path
     if re.search(r"\.((tar|mds)\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):
         raise UserError(f"{path}: a compressed shard cannot be read by offset; decompress it")
+    if path.endswith(".parquet") and (about := _about_manifest(path)):
+        from clip_jax.data.sources.manifest import manifest_source
+
+        fields = fields | {"lines": True} if lines else fields
+        if lines and about["format"] != "tar":
+            raise UserError(f"{spec}: captions=lines is an option of tar shards alone")
+        return manifest_source(path, spec, folder, **fields)
+    if folder:
+        raise UserError(f"{spec}: shards={folder} is an option of manifests alone")
     if path.endswith(".tar"):
         from clip_jax.data.sources.webdataset import WebDatasetSource
 
+        if "://" in path:
+            return scanned_source(path, spec, **fields, lines=lines)
         return WebDatasetSource(expand(path), spec, **fields, lines=lines)
     if lines:
         raise UserError(f"{spec}: captions=lines is an option of tar shards alone")
-    if ".array_record" in os.path.basename(path):
+    if ".array_record" in os.path.basename(path) and "://" not in path:
         from clip_jax.data.sources.arrayrecord import ArrayRecordSource
 
         return ArrayRecordSource(expand(path), spec, **fields)
-    if kind := format_of(path):
-        return _make_shards(kind, expand(path), spec, fields)
+    if format_of(path):
+        return scanned_source(path, spec, **fields)
     if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):
         from clip_jax.data.sources.table import TableSource
 
@@ -195,19 +209,12 @@ def _source_at(spec, split, fields, lines=False):
     raise missing_data(spec)
 
 
-def _shards_in(folder):
-    """Returns the pattern of the shards in a folder, or None; 00000.parquet beside 00000/ is no shard."""
-    for ending in _SHARDS:
-        pattern = os.path.join(glob.escape(folder), ending)
-        if (found := glob.glob(pattern)) and not os.path.isdir(os.path.splitext(min(found))[0]):
-            return pattern
-    return None
+def _about_manifest(path):
+    """Returns the metadata of a manifest, or None for what is no manifest, such as a pattern."""
+    from clip_jax.data.sources.manifest import read_about
 
-
-def _make_shards(kind, shards, name, fields):
-    """Returns the source of shards of a format that is read by blocks."""
-    blocks, broken = scan_shards(kind, shards)
-    return ShardSource(kind, shards, blocks, name, broken=broken, **fields)
+    is_one = not re.search(r"[*?\[{]", path) and ("://" in path or os.path.isfile(path))
+    return read_about(path) if is_one else None
 
 
 def missing_data(spec):

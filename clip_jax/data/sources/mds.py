@@ -22,6 +22,7 @@ from clip_jax.data.sources.example import preferred  # noqa: F401 part of the fo
 from clip_jax.errors import UserError
 
 BYTES = True
+FOOTER = True  # `scan` reads the front alone
 _FRONT = 2**16  # bytes of a shard's front that the first request asks for
 _COLUMNS = 2**20  # bytes of the JSON of the columns, at most
 _SIZE = struct.Struct("<I")

@@ -18,6 +18,7 @@ from absl import logging
 from clip_jax.data.files import FileReader, cache_folder
 from clip_jax.data.records import BaseSource
 from clip_jax.data.sources import tar
+from clip_jax.data.sources.shards import LOCAL, too_many
 from clip_jax.data.sources.tar_samples import CLS, REASONS, SLOTS, raw_record
 from clip_jax.errors import UserError
 
@@ -60,12 +61,14 @@ class WebDatasetSource(BaseSource):
       label: name of the label field, or None for the .cls member. A field of the JSON may hold a list of labels.
       lines: bool, whether each line of a .txt member is a caption.
 
-    Raises UserError when no shard has a usable sample.
+    Raises UserError when no shard has a usable sample, and when more than `LOCAL` shards have no index.
     """
 
     def __init__(self, shards, name="webdataset", *, image=None, text=None, label=None, lines=False):
         super().__init__(name, image, text, label)
         self._shards, self._files = list(shards), FileReader()
+        if len(self._shards) > LOCAL and (missing := sum(not _has_index(shard) for shard in self._shards)) > LOCAL:
+            raise too_many(name, f"{missing:,} shards without an index", f"{LOCAL:,} are indexed")
         with ThreadPoolExecutor(min(16, len(self._shards) or 1)) as pool:
             indexed = list(pool.map(_index_shard, self._shards))
         self._indexes, self._lines = [index.place for index in indexed], lines
@@ -122,11 +125,20 @@ class WebDatasetSource(BaseSource):
         return [(offset, size) for offset, size in spans.reshape(-1, 2).tolist()]
 
 
+def _places(shard):
+    """Returns the paths where the index of a shard may be."""
+    cached = hashlib.sha256(os.fsencode(os.path.abspath(shard))).hexdigest()[:32]
+    return shard + ".index", os.path.join(cache_folder(), "webdataset", cached + ".index")
+
+
+def _has_index(shard):
+    """Returns whether a shard has an index file, valid or not."""
+    return any(map(os.path.exists, _places(shard)))
+
+
 def _index_shard(shard):
     """Returns the `_Index` of a shard; scans it when no valid index file exists."""
-    status = os.stat(shard)
-    cached = hashlib.sha256(os.fsencode(os.path.abspath(shard))).hexdigest()[:32]
-    places = (shard + ".index", os.path.join(cache_folder(), "webdataset", cached + ".index"))
+    status, places = os.stat(shard), _places(shard)
     stamp = [_VERSION, status.st_size, status.st_mtime_ns]
     for place in places:
         try:

@@ -49,31 +49,31 @@ def _encrypt(block, bits, keys):
 
 
 def _mixed(x, bits, mask):
-    one, two, eight = (x << n & mask | x >> bits - n for n in (1, 2, 8))
-    return one & eight ^ two
+    def rotated(by):
+        return x << by & mask | x >> bits - by
+
+    return rotated(1) & rotated(8) ^ rotated(2)
 
 
 @functools.lru_cache(maxsize=1024)
 def _keys(seed, count=_ROUNDS):
     """The keys of the rounds: `std::seed_seq{seed}` of C++ (ISO/IEC 14882, [rand.util.seedseq]), `count` words."""
-    words, size, mask = [0x8B8B8B8B] * count, 1, 2**32 - 1
+    words, mask = [0x8B8B8B8B] * count, 2**32 - 1
     shift = (count - 1) // 2 if count < 7 else 3
-    first, last = (count - shift) // 2, (count - shift) // 2 + shift
-    steps = max(size + 1, count)
-
-    def spread(value):
-        return value ^ value >> 27
-
-    for k in range(steps):
-        low, high, here = (k + first) % count, (k + last) % count, k % count
-        value = 1664525 * spread(words[here] ^ words[low] ^ words[k - 1 if k else -1 % count]) & mask
-        added = value + (size if k == 0 else here + seed if k == 1 else here) & mask
-        words[low], words[high] = words[low] + value & mask, words[high] + added & mask
-        words[here] = added
-    for k in range(steps, steps + count):
-        low, high, here = (k + first) % count, (k + last) % count, k % count
-        value = 1566083941 * spread(words[here] + words[low] + words[(k - 1) % count] & mask) & mask
-        added = value - here & mask
-        words[low], words[high] = words[low] ^ value, words[high] ^ added
+    first = (count - shift) // 2
+    steps = max(2, count)
+    for k in range(steps + count):
+        low, high = (k + first) % count, (k + first + shift) % count
+        here, before = k % count, (k - 1) % count
+        if k < steps:
+            mixed = words[here] ^ words[low] ^ words[before]
+            value = 1664525 * (mixed ^ mixed >> 27) & mask
+            added = value + (1 if k == 0 else here + seed if k == 1 else here) & mask
+            words[low], words[high] = words[low] + value & mask, words[high] + added & mask
+        else:
+            mixed = words[here] + words[low] + words[before] & mask
+            value = 1566083941 * (mixed ^ mixed >> 27) & mask
+            added = value - here & mask
+            words[low], words[high] = words[low] ^ value, words[high] ^ added
         words[here] = added
     return words

@@ -11,6 +11,7 @@ from clip_jax.data import decode
 from clip_jax.data.records import BadRecord, check_labels
 from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.data.sources.arrayrecord import ArrayRecordSource
+from clip_jax.data.sources.kept import Places, starts_of
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.selection import SelectedSource
 from clip_jax.data.sources.spec import Spec, parse
@@ -557,9 +558,10 @@ def test_numbers_without_names_in_several_sources_are_an_error_where_labels_coun
     with pytest.raises(UserError, match="the labels of .*animals_numbers.jsonl, late are numbers"):
         MixtureSource([tables[0], late], [1, 1]).check_labels()
     MixtureSource([tables[0], MemorySource([{"label": None}])], [1, 1]).check_labels()
+    kept = Places(np.arange(2), starts_of(both))
     with pytest.raises(UserError, match="numbers without class names"):
-        check_labels(SelectedSource(both, np.arange(2), "some"))
-    check_labels(SelectedSource(both, np.arange(2), "some", np.zeros(2, np.int32), ["pet"]))
+        check_labels(SelectedSource(both, kept, "some"))
+    check_labels(SelectedSource(both, kept, "some", "name", ["pet"]))
 
 
 def test_the_same_table_has_the_same_numbers(folder_of_tables, tmp_path):

@@ -31,7 +31,7 @@ _DEFAULTS = {"label": -1, "text_pair": 0}  # for records without them, when anot
 class Loader:
     """Endless iterator over this host's rows of the training batches.
 
-    A batch is a dict of arrays `[batch_size / hosts, ...]`: one per view under the view's name, int32 `example_id`, and
+    A batch is a dict of arrays `[batch_size / hosts, ...]`: one per view under the view's name, int64 `example_id`, and
     int32 `label`, `source_id` and `text_pair` where the records have them. `label` is -1 and `text_pair` 0 for a record
     without them.
 
@@ -250,7 +250,7 @@ class _Batches(abc.ABC):
         self._defaults = {key: np.int32(value) for key, value in _DEFAULTS.items() if key in keys}
         self._check_fields()
         zeros = {key: np.zeros_like(value) for key, value in self._with_defaults(probes[0]).items()}
-        self.padding = zeros | {"example_id": np.int32(-1)}
+        self.padding = zeros | {"example_id": np.int64(-1)}
 
     def __getstate__(self):
         return self.__dict__ | {"_cache": {}, "_bad": {}}

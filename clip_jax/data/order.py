@@ -11,8 +11,10 @@ from collections import deque
 
 import numpy as np
 
-# A source up to this length has an explicit permutation: in a small range Grain's shuffle by index takes up to
-# milliseconds per index.
+from clip_jax.data.shuffle import shuffled
+
+# A source up to this length has an explicit permutation: where the range is much smaller than a block of the shuffle by
+# index, its walk is long.
 _SMALL_SOURCE = 2**16
 _BLOCK = 256  # steps; the order of the sources is shuffled within each block
 
@@ -30,18 +32,26 @@ class Stream:
     """
 
     def __init__(self, part, start, length, seed):
-        import grain
-
         self._part = part
         self._start, self._length = start, length
         self._seed = _seed(seed, part)
-        self._shuffled = grain.MapDataset.range(start, start + length).seed(self._seed).shuffle().repeat()
 
     def __getitem__(self, position):
         epoch, place = divmod(position, self._length)
+        return self._part, epoch, self._start + int(self._shuffled(epoch, place))
+
+    def take(self, positions):
+        """Returns `(epochs, example ids)` of positions, each int64 of the shape of `positions`."""
+        epochs, places = np.divmod(positions, self._length)
+        ids = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            ids[epochs == epoch] = self._start + self._shuffled(int(epoch), places[epochs == epoch])
+        return epochs, ids
+
+    def _shuffled(self, epoch, places):
         if self._length <= _SMALL_SOURCE:
-            return self._part, epoch, self._start + int(_permutation(self._seed, epoch, self._length)[place])
-        return self._part, epoch, int(self._shuffled[position])
+            return _permutation(self._seed, epoch, self._length)[places]
+        return shuffled(places, self._length, (_seed(self._seed, 1) + epoch) % 2**32)
 
 
 class Mixed:
@@ -96,6 +106,7 @@ def make_order(starts, weights, seed, batch_size, one_source):
     return OneSource(streams, weights, seed, batch_size) if one_source else Mixed(streams, weights)
 
 
+@functools.lru_cache(maxsize=1024)
 def _seed(seed, number):
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 

@@ -231,6 +231,11 @@ class BaseSource:
         return self.class_names[label].replace("_", " ")
 
 
+def usual_image(names):
+    """Returns the name among `names` that is the most usual one of a field of images, or None."""
+    return _first(_IMAGE_NAMES, names)
+
+
 def _first(candidates, names):
     lower = {name.lower(): name for name in reversed(names)}
     return next((lower[c] for c in candidates if c in lower), None)

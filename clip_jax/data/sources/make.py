@@ -6,11 +6,15 @@ A base is one of
     scenes, scenes?objects=2-3&size=96     emoji composed on a canvas, with boxes: `clip_jax.data.sources.scenes`
     tfds:NAME[/CONFIG]                     a data set prepared by TFDS, in TFDS_DATA_DIR or ~/tensorflow_datasets
     a folder with dataset_info.json        a data set prepared by TFDS, anywhere
-    *.array_record*                        ArrayRecord files of tf.train.Example
+    *.array_record*, *.tfrecord*           ArrayRecord and TFRecord files of tf.train.Example
+    *.mds, a folder                        shards of mosaicml-streaming
     *.manifest.parquet                     the shards of a manifest: `clip_jax.data.sources.manifest`; "?shards=FOLDER"
                                            says where they are now
     *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout; "?captions=lines" reads each line
                                            of a .txt member as a caption
+    *.parquet, *.arrow                     tables with the images in them, as Hugging Face and img2dataset write them
+    a folder with state.json               a data set that Hugging Face's `save_to_disk` wrote; with dataset_dict.json
+                                           it has splits
     *.csv, *.tsv, *.jsonl                  a table with image paths
     a folder with one sub-folder a class   image files
     text:FILE                              pairs of consecutive sentences of .txt or .jsonl files (CLIPPO)
@@ -33,7 +37,7 @@ import re
 
 from clip_jax import plugins
 from clip_jax.data.files import expand
-from clip_jax.data.sources import selection, tfds
+from clip_jax.data.sources import arrow, selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, shards_in
 from clip_jax.data.sources.spec import parse
@@ -154,6 +158,8 @@ def _source_at(spec, split, fields, lines=False, folder=""):
     from clip_jax.data.sources.folder import FolderSource, folder_splits
 
     path = spec.replace("{split}", split)
+    if saved := arrow.saved_folder(path, split if path == spec else "train"):
+        return scanned_source(saved, spec, **fields)
     if path == spec and os.path.isdir(path):
         # The default "train" is no choice of the user between a split and a class of this name.
         if split == "train" and split not in (splits := folder_splits(path)):
@@ -163,8 +169,8 @@ def _source_at(spec, split, fields, lines=False, folder=""):
     if path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     path = shards_in(path) or path
-    if re.search(r"\.(tar\.\w+|tgz)$", path):
-        raise UserError(f"{path}: a compressed tar cannot be read by offset; decompress it")
+    if re.search(r"\.((tar|mds)\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):
+        raise UserError(f"{path}: a compressed shard cannot be read by offset; decompress it")
     if path.endswith(".parquet") and (about := _about_manifest(path)):
         from clip_jax.data.sources.manifest import manifest_source
 
@@ -199,7 +205,8 @@ def _source_at(spec, split, fields, lines=False, folder=""):
             raise UserError(f"{spec}: a folder of images has no fields to choose from")
         return FolderSource(path)
     if os.path.exists(path):
-        raise UserError(f"{spec}: unknown kind of data; known are .tar, .array_record, .csv, .tsv, .jsonl and folders")
+        known = ", ".join((*FORMATS, ".csv", ".tsv", ".jsonl"))
+        raise UserError(f"{spec}: unknown kind of data; known are {known} and folders")
     raise missing_data(spec)
 
 

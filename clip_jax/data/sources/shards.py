@@ -15,6 +15,7 @@ and, where they apply,
                               fields; without it the usual names decide
     captions(raw)             the names of the caption fields of a raw record, or None for those of the source
     classes(path)             {field: class names} that the shard holds
+    COLUMNS = True            `read` takes `column`, the image field that the user names, and reads no other image
 
 A path may be remote (`clip_jax.data.remote`). Where the shards are is in a manifest (`manifest`), or found by scanning
 few of them.
@@ -44,10 +45,12 @@ FORMATS = {
     ".tfrecord": "tfrecord",
     ".tfrecords": "tfrecord",
     ".tfrec": "tfrecord",
-    ".array_record": "array_record",
+    ".array_record": "arrayrecord",
+    ".mds": "mds",
 }
 MANIFEST = ".manifest.parquet"  # the ending of manifests that lie beside Parquet shards
-_ENDINGS = ("*.tar", "*.array_record*", "*.parquet", "*.arrow", "*.tfrecord*")  # the shards of a folder, first match
+# The shards of a folder, first match: img2dataset writes a table 00000.parquet of URLs beside its other shards.
+_ENDINGS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.mds", "*.mds*", "*.parquet")
 # Without a manifest, this many shards are scanned when a source is made. More are an error.
 LOCAL = 1000
 REMOTE = 16  # and at most REMOTE_BYTES, because they are read from front to end
@@ -93,7 +96,10 @@ def find_shards(spec):
     Raises UserError for what names no shards.
     """
     from clip_jax.data import remote
+    from clip_jax.data.sources import arrow
 
+    if os.path.isdir(spec) and (saved := arrow.saved_files(spec)):
+        return "arrow", saved
     spec = shards_in(spec) or spec
     if (kind := format_of(spec)) is None:
         raise UserError(f"{spec}: names no shards; shards end in {', '.join(FORMATS)}")
@@ -200,7 +206,8 @@ class ShardSource(BlockSource):
     ):
         super().__init__(name, image, text, label)
         self._kind, self._shards = kind, list(shards)
-        self._options = options
+        named = {"column": image} if image and getattr(load_format(kind), "COLUMNS", False) else {}
+        self._options = options | named
         self._manifest = manifest
         self.broken.update(broken)
         self._set_blocks(blocks.samples)

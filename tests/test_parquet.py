@@ -3,15 +3,27 @@
 import json
 import pickle
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import encoded
+from data_helpers import encoded, write_table
+from web_server import web_server
 
-from clip_jax.data import remote
+from clip_jax.data import clients, decode, remote
 from clip_jax.data.records import BadRecord
-from clip_jax.data.sources import arrow, arrow_columns, columns, make_source, parquet, parquet_columns
+from clip_jax.data.sources import (
+    MemorySource,
+    arrow,
+    arrow_columns,
+    columns,
+    make_source,
+    parquet,
+    parquet_columns,
+    table,
+)
 from clip_jax.errors import UserError
+from clip_jax.tools import to_parquet
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 #: What `datasets` writes into the metadata of a schema.
@@ -135,6 +147,10 @@ def test_images_outside_of_the_table(tmp_path):
             struct[index]
     paths = make_source(write(tmp_path / "b.parquet", [{"file_name": "images/1.png", "text": "a"}]))
     assert paths[0]["image"] == encoded(1)
+    for name, count in (("a", 4), ("b", 1)):
+        assert to_parquet.regroup([f"{tmp_path}/{name}.parquet"], f"{tmp_path}/out/{name}") == count
+        moved = make_source(f"{tmp_path}/out/{name}")
+        assert moved[0]["image"] == encoded(1) and (count == 1 or moved[2]["image"] == encoded(3))
 
 
 def test_a_table_without_images_names_its_columns(tmp_path):
@@ -262,3 +278,104 @@ def test_columns_of_another_data_set_are_refused(tmp_path):
     for name, message in (("damaged", "columns=.*: damaged"), ("missing", "no such file")):
         with pytest.raises(UserError, match=message):
             columns.ColumnsSource(source, str(tmp_path / f"{name}.parquet"))
+
+
+def run(capsys, *argv):
+    """Runs `to_parquet`; returns the status and the last line of each stream."""
+    status, (out, err) = to_parquet.main([str(a) for a in argv]), capsys.readouterr()
+    return status, (out or err).splitlines()[-1]
+
+
+def test_a_table_becomes_parquet(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(to_parquet, "ROWS", 2)
+    monkeypatch.setattr(to_parquet, "_PEEKED", 3)
+    rows = [{"text": [f"a {i}"], "label": "dog" if i % 2 else "cat", "size": i, "box": [0.5, i]} for i in range(5)]
+    rows[4] |= {"size": "large", "later": 1}
+    path = write_table(tmp_path, rows)
+    (tmp_path / "3.png").unlink()
+    expected = make_source(path)
+    monkeypatch.setattr(table, "MAX_ROWS", 4)
+    with pytest.raises(
+        UserError, match=r"more than 4 rows; a table has at most 2 GiB.*to_parquet .*pairs.jsonl --out="
+    ):
+        make_source(path)
+    monkeypatch.setattr(table, "MAX_BYTES", 100)
+    with pytest.raises(UserError, match=r"pairs.jsonl: 0.0 GiB; a table has at most"):
+        make_source(path)
+    status, line = run(capsys, path, f"--out={tmp_path / 'beside'}")
+    assert status == 0 and "5 rows. field 'later' came later: 1, column 'size': value of another type: 1" in line
+    status, line = run(capsys, path, f"--out={tmp_path / 'embedded'}", "--embed")
+    assert status == 0 and "4 rows. missing file: 1" in line
+    beside, embedded = make_source(str(tmp_path / "beside")), make_source(str(tmp_path / "embedded"))
+    assert beside.class_names == embedded.class_names == ["cat", "dog"]
+    assert (
+        beside.blocks.tolist() == [5] and pq.read_metadata(tmp_path / "beside/part-000000.parquet").num_row_groups == 3
+    )
+    for i in (0, 1, 2, 4):
+        for found in (beside[i], embedded[i - (i > 3)]):
+            assert {k: found[k] for k in ("image", "texts", "label", "class_name", "box")} == {
+                k: expected[i][k] for k in ("image", "texts", "label", "class_name", "box")
+            }
+            assert found["size"] == (None if i == 4 else i)
+    with pytest.raises(BadRecord, match="missing file"):
+        beside[3]
+    assert run(capsys, path, f"--out={tmp_path / 'beside'}") == (
+        2,
+        f"error: --out={tmp_path / 'beside'}: holds part-000000.parquet already; give an empty folder",
+    )
+
+
+def test_other_sources_become_parquet(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(to_parquet, "ROWS", 4)
+    write(tmp_path / "a.parquet", pets(10))
+    status, line = run(capsys, tmp_path, f"--out={tmp_path / 'small'}")
+    assert (status, line) == (0, f"{tmp_path / 'small'}: 10 rows")
+    file = pq.ParquetFile(tmp_path / "small" / "part-000000.parquet")
+    assert [file.metadata.row_group(i).num_rows for i in range(3)] == [4, 4, 2]
+    check_pets(make_source(str(tmp_path / "small")), 10)
+    column = rewrites(tmp_path / "r.parquet", make_source(f"{tmp_path}/a.parquet"), range(10))
+    source = f"{tmp_path}/a.parquet?columns={column}"
+    assert run(capsys, source, f"--out={tmp_path / 'x'}")[1].endswith("write them into Parquet with --embed")
+    assert run(capsys, source, f"--out={tmp_path / 'joined'}", "--embed")[0] == 0
+    joined = make_source(str(tmp_path / "joined"))
+    assert (joined[9]["rewrites"], joined[9]["image"]) == (["rewrite 9"], encoded(9))
+    assert joined.class_names == ["cat", "dog"] and joined[9]["class_name"] == "dog"
+
+
+def test_arrays_become_images_of_parquet(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 6, 3), np.uint8)
+    rows = [{"image": pixels[i], "texts": ["a"], "boxes": np.eye(2) * i, "mixed": [1, "a"][i % 2]} for i in range(3)]
+    bad = {"image": b"", "texts": ["b"]}
+    count, failures = to_parquet.write(
+        to_parquet._Records(MemorySource([*rows, bad])), str(tmp_path / "out"), to_parquet._embedded
+    )
+    source = make_source(str(tmp_path / "out"))
+    assert count == len(source) == 3 and failures == {"no image": 1}
+    assert [source[i]["mixed"] for i in range(3)] == ["1", "a", "1"]
+    for i in range(3):
+        assert (np.asarray(decode.open_image(source[i]["image"])) == pixels[i]).all()
+        assert source[i]["boxes"] == (np.eye(2) * i).tolist()
+
+
+def test_data_sets_of_the_hub_are_read(tmp_path, monkeypatch):
+    with web_server() as web:
+        monkeypatch.setenv("HF_ENDPOINT", web.url)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", web.url)
+        monkeypatch.setattr(clients, "_systems", {})
+        for i in range(2):
+            path = write(tmp_path / "a.parquet", pets(24).slice(12 * i, 12), row_group_size=4)
+            web.objects[f"hub/data/train-{i:05d}-of-00002.parquet"] = open(path, "rb").read()
+        web.objects["hub/s.arrow"] = open(write_arrow(tmp_path / "s.arrow", pets(12), 4), "rb").read()
+        rows = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "b.png"}]
+        path = write(tmp_path / "b.parquet", [{"image": row, "text": "a"} for row in rows])
+        web.objects |= {"hub/b.parquet": open(path, "rb").read(), "hub/a.png": encoded(5)}
+        folder = f"hf://datasets/{web.repository}"
+        check_pets(make_source(f"{folder}/s.arrow"), 12)
+        outside = make_source(f"{folder}/b.parquet")
+        assert outside[0]["image"] == encoded(5)
+        with pytest.raises(BadRecord, match="missing file"):
+            outside[1]
+        source = make_source(f"{folder}/data/{{split}}-*.parquet")
+        web.requests.clear()
+        check_pets(source, 24)
+        assert len(web.requests) == 3  # a block each, and a block again for the copy of the source

@@ -83,14 +83,14 @@ def classes(path):
     return arrow_columns.class_names(_schema(path))
 
 
-def saved_files(folder, split):
-    """Returns the Arrow files of a folder that `save_to_disk` of Hugging Face's `datasets` wrote, or None.
+def saved_folder(folder, split):
+    """Returns the folder of a Dataset that `save_to_disk` of Hugging Face's `datasets` wrote, or None.
 
     Args:
       folder: a local path. It holds state.json (a Dataset), or dataset_dict.json and a sub-folder for each split.
       split: str, the split of a DatasetDict.
 
-    Raises UserError for an unknown split, a damaged folder, and a selection of rows that was saved by an old version.
+    Raises UserError for an unknown split.
     """
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
         splits = _saved(folder, "dataset_dict.json", "splits")
@@ -101,6 +101,16 @@ def saved_files(folder, split):
         return None
     if split != "train":
         raise UserError(f"{folder}: no split {split!r}; this folder is the split 'train' alone")
+    return folder
+
+
+def saved_files(folder):
+    """Returns the Arrow files of a folder of `saved_folder`, in the order of their rows; none without a state.json.
+
+    Raises UserError for a damaged folder, and for a selection of rows that was saved by an old version.
+    """
+    if not os.path.isfile(os.path.join(folder, "state.json")):
+        return []
     files = [os.path.join(folder, str(part.get("filename"))) for part in _saved(folder, "state.json", "_data_files")]
     if _saved(folder, "state.json", "_indices_data_files", []):
         raise UserError(f"{folder}: holds a selection of rows; save it again after flatten_indices()")

@@ -121,10 +121,11 @@ def broken(count, reason):
 
 def version(path):
     """Returns a key of what is kept of a file: its path, with the size and time of a local one, which may change."""
-    if remote.is_remote(path):
+    try:
+        status = os.stat(path)
+        return path, status.st_size, status.st_mtime_ns
+    except OSError:  # remote, or missing
         return path, 0, 0
-    status = os.stat(path)
-    return path, status.st_size, status.st_mtime_ns
 
 
 def joined(counts, length):
@@ -178,7 +179,10 @@ def _is_text(kind):
 def _is_struct_of_bytes(kind):
     from pyarrow import types
 
-    return types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
+    if not types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return False
+    inner, has_path = kind.field("bytes").type, kind.get_field_index("path") >= 0
+    return _is_binary(inner) or types.is_null(inner) and has_path
 
 
 def _is_struct_of_lists(kind):

@@ -6,7 +6,8 @@ A base is one of
     scenes, scenes?objects=2-3&size=96     emoji composed on a canvas, with boxes: `clip_jax.data.sources.scenes`
     tfds:NAME[/CONFIG]                     a data set prepared by TFDS, in TFDS_DATA_DIR or ~/tensorflow_datasets
     a folder with dataset_info.json        a data set prepared by TFDS, anywhere
-    *.array_record*                        ArrayRecord files of tf.train.Example
+    *.array_record*, *.tfrecord*           ArrayRecord and TFRecord files of tf.train.Example
+    *.mds, a folder                        shards of mosaicml-streaming
     *.manifest.parquet                     the shards of a manifest: `clip_jax.data.sources.manifest`; "?shards=FOLDER"
                                            says where they are now
     *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout; "?captions=lines" reads each line
@@ -38,7 +39,7 @@ from clip_jax import plugins
 from clip_jax.data.files import expand
 from clip_jax.data.sources import arrow, selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
-from clip_jax.data.sources.shards import FORMATS, find_shards, format_of, scanned_source, shards_in
+from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, shards_in
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, did_you_mean, unknown
 
@@ -157,8 +158,8 @@ def _source_at(spec, split, fields, lines=False, folder=""):
     from clip_jax.data.sources.folder import FolderSource, folder_splits
 
     path = spec.replace("{split}", split)
-    if saved := arrow.saved_files(path, split if path == spec else "train"):
-        return scanned_source("arrow", saved, spec, **fields)
+    if saved := arrow.saved_folder(path, split if path == spec else "train"):
+        return scanned_source(saved, spec, **fields)
     if path == spec and os.path.isdir(path):
         # The default "train" is no choice of the user between a split and a class of this name.
         if split == "train" and split not in (splits := folder_splits(path)):
@@ -168,8 +169,8 @@ def _source_at(spec, split, fields, lines=False, folder=""):
     if path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     path = shards_in(path) or path
-    if re.search(r"\.(tar\.\w+|tgz)$", path):
-        raise UserError(f"{path}: a compressed tar cannot be read by offset; decompress it")
+    if re.search(r"\.((tar|mds)\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):
+        raise UserError(f"{path}: a compressed shard cannot be read by offset; decompress it")
     if path.endswith(".parquet") and (about := _about_manifest(path)):
         from clip_jax.data.sources.manifest import manifest_source
 
@@ -183,7 +184,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
         from clip_jax.data.sources.webdataset import WebDatasetSource
 
         if "://" in path:
-            return scanned_source(*find_shards(path), spec, **fields, lines=lines)
+            return scanned_source(path, spec, **fields, lines=lines)
         return WebDatasetSource(expand(path), spec, **fields, lines=lines)
     if lines:
         raise UserError(f"{spec}: captions=lines is an option of tar shards alone")
@@ -192,7 +193,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
 
         return ArrayRecordSource(expand(path), spec, **fields)
     if format_of(path):
-        return scanned_source(*find_shards(path), spec, **fields)
+        return scanned_source(path, spec, **fields)
     if "://" in path:
         raise UserError(f"{spec}: an address names shards: {', '.join(FORMATS)}; write a pattern such as {spec}/*.tar")
     if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):

@@ -6,10 +6,12 @@ reading it: one with more than 2,048 rows is a block of its own, and a warning n
 ones; one of more than 2 GiB is an error.
 
 A block is read with one request for the bytes of its columns, or with one for each part where unread columns of images
-lie between. The footers of the files that were read last are kept.
+lie between. The footers of 1,024 files are kept, compressed; with more files each block costs a request for the footer.
 """
 
+import functools
 import io
+import zlib
 from collections import Counter
 
 from absl import logging
@@ -26,7 +28,9 @@ _LARGE = 4  # times the length of a block: row groups above are named in a warni
 _MAX_BYTES = 2**31  # of a row group, uncompressed
 _TAIL = 2**16  # bytes at the end of a file that the first request asks for
 _GAP = 2**18  # bytes between columns that are read along with them
-_footers = Recent(256)
+_tails = Recent(1024)  # compressed bytes of footers
+_footers = Recent(32)
+_size = functools.lru_cache(2**17)(remote.size)
 
 
 def scan(path, length=512):
@@ -42,7 +46,7 @@ def scan(path, length=512):
     if large := [group for group in groups if group.num_rows > _LARGE * length]:
         most, size = max(g.num_rows for g in large), max(g.total_byte_size for g in large)
         what = f"{path}: row groups of up to {most:,} rows, {size / 2**30:.2f} GiB"
-        command = f"python -m clip_jax.tools.to_parquet {path} --out=FOLDER --embed"
+        command = f"python -m clip_jax.tools.to_parquet {path} --out=FOLDER"
         if size > _MAX_BYTES:
             raise UserError(f"{what}, are too large, because each is read as a whole; write smaller ones: {command}")
         logging.warning("%s, are blocks that are read as a whole; %s writes smaller ones", what, command)
@@ -121,13 +125,19 @@ def _read_footer(key):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = key[0]
-    size = remote.size(path)
+    size, tail = _tails.get(key, _read_tail)
+    return pq.read_metadata(pa.BufferReader(zlib.decompress(tail))), size
+
+
+def _read_tail(key):
+    """Returns the size of a file and its compressed end, from the footer on."""
+    path, size, _ = key
+    size = size or _size(path)
     tail = remote.read(path, max(0, size - _TAIL), size)
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if len(tail) < length <= size:
         tail = remote.read(path, size - length, size)
-    return pq.read_metadata(pa.BufferReader(tail)), size
+    return size, zlib.compress(tail[-length:], 1)
 
 
 def _spans(footer, groups, columns):

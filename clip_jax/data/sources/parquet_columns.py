@@ -58,8 +58,10 @@ class ParquetRows:
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._recent = Recent(_KEPT)
         if (largest := int(counts.max(initial=0))) > _LARGE:
-            rewrite = f"pyarrow.parquet.write_table(pyarrow.parquet.read_table({path!r}), OUT, row_group_size={_GROUP})"
-            logging.warning("columns=%s: row groups of up to %s rows are slow; write %s", path, f"{largest:,}", rewrite)
+            command = f"python -m clip_jax.tools.to_parquet '{files}' --out=FOLDER"
+            logging.warning(
+                "columns=%s: row groups of up to %d rows are slow; %s writes smaller", path, largest, command
+            )
 
     def __len__(self):
         return int(self._starts[-1])

@@ -45,11 +45,12 @@ FORMATS = {
     ".tfrecord": "tfrecord",
     ".tfrecords": "tfrecord",
     ".tfrec": "tfrecord",
-    ".array_record": "array_record",
+    ".array_record": "arrayrecord",
+    ".mds": "mds",
 }
 MANIFEST = ".manifest.parquet"  # the ending of manifests that lie beside Parquet shards
 # The shards of a folder, first match: img2dataset writes a table 00000.parquet of URLs beside its other shards.
-_ENDINGS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.parquet")
+_ENDINGS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.mds", "*.mds*", "*.parquet")
 # Without a manifest, this many shards are scanned when a source is made. More are an error.
 LOCAL = 1000
 REMOTE = 16  # and at most REMOTE_BYTES, because they are read from front to end
@@ -95,7 +96,10 @@ def find_shards(spec):
     Raises UserError for what names no shards.
     """
     from clip_jax.data import remote
+    from clip_jax.data.sources import arrow
 
+    if os.path.isdir(spec) and (saved := arrow.saved_files(spec)):
+        return "arrow", saved
     spec = shards_in(spec) or spec
     if (kind := format_of(spec)) is None:
         raise UserError(f"{spec}: names no shards; shards end in {', '.join(FORMATS)}")
@@ -153,25 +157,25 @@ def too_many(spec, found, allowed):
     )
 
 
-def scanned_source(kind, shards, name, **options):
+def scanned_source(spec, name, **options):
     """Returns the `ShardSource` of few shards, which are scanned now.
 
     Args:
-      kind: the name of the format.
-      shards: list of paths.
-      name: str, the source string.
+      spec: str, a path, pattern or folder.
+      name: str, for messages.
       options: keyword arguments of `ShardSource`.
 
-    Raises UserError for more shards than are scanned without a manifest, and as `ShardSource`.
+    Raises UserError for more shards than are scanned without a manifest, and as `find_shards` and `ShardSource`.
     """
     from clip_jax.data import remote
 
+    kind, shards = find_shards(spec)
     has_footer, is_remote = getattr(load_format(kind), "FOOTER", False), remote.is_remote(shards[0])
     limit = (FOOTERS // 10 if is_remote else FOOTERS) if has_footer else REMOTE if is_remote else LOCAL
     if len(shards) > limit:
-        raise too_many(name, f"{len(shards):,} shards", f"{limit:,} are scanned")
+        raise too_many(spec, f"{len(shards):,} shards", f"{limit:,} are scanned")
     if is_remote and not has_footer and (size := sum(map(remote.size, shards))) > REMOTE_BYTES:
-        raise too_many(name, f"shards of {size / 2**30:.1f} GiB", f"{REMOTE_BYTES / 2**30:.0f} GiB are scanned")
+        raise too_many(spec, f"shards of {size / 2**30:.1f} GiB", f"{REMOTE_BYTES / 2**30:.0f} GiB are scanned")
     blocks, broken = scan_shards(kind, shards)
     return ShardSource(kind, shards, blocks, name, broken=broken, **options)
 

@@ -95,7 +95,7 @@ def test_source(tmp_path):
     assert make_source(str(tmp_path), "val")[0]["number"] == 90
     assert source[7] == {"image": encoded(7, "JPEG"), "texts": ["caption 7"], "caption": "caption 7", "number": 7}
     write(tmp_path / "train" / "shard.00000.mds", shard(rows(4)))
-    with pytest.raises(UserError, match="shard.00000.mds changed since training began"):
+    with pytest.raises(UserError, match="shard.00000.mds changed since its blocks were found"):
         source.read_block(0)
 
 

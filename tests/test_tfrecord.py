@@ -146,10 +146,10 @@ def test_a_wrong_checksum_of_a_length_ends_the_shard(tmp_path, data):
     path.write_bytes(data)
     source = make_source(str(path))
     path.write_bytes(flipped(data, ends[2]))
-    with pytest.raises(UserError, match="a.tfrecord changed since training began"):
+    with pytest.raises(UserError, match="a.tfrecord changed since its blocks were found"):
         source.read_block(0)
     path.write_bytes(data[:-1])
-    with pytest.raises(UserError, match="a.tfrecord changed since training began"):
+    with pytest.raises(UserError, match="a.tfrecord changed since its blocks were found"):
         source.read_block(0)
 
 

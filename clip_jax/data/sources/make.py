@@ -168,8 +168,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
             path = os.path.join(path, split)
     if path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
-    if os.path.isdir(path):
-        path = shards_in(path) or path
+    path = shards_in(path) or path
     if re.search(r"\.((tar|mds)\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):
         raise UserError(f"{path}: a compressed shard cannot be read by offset; decompress it")
     if path.endswith(".parquet") and (about := _about_manifest(path)):
@@ -195,6 +194,8 @@ def _source_at(spec, split, fields, lines=False, folder=""):
         return ArrayRecordSource(expand(path), spec, **fields)
     if format_of(path):
         return scanned_source(path, spec, **fields)
+    if "://" in path:
+        raise UserError(f"{spec}: an address names shards: {', '.join(FORMATS)}; write a pattern such as {spec}/*.tar")
     if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):
         from clip_jax.data.sources.table import TableSource
 

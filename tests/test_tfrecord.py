@@ -156,7 +156,7 @@ def test_a_wrong_checksum_of_a_length_ends_the_shard(tmp_path, data):
 @pytest.mark.parametrize("content", [b"", b"not a TFRecord" * 100, bytes(100)])
 def test_no_tfrecord(tmp_path, content):
     (tmp_path / "a.tfrecord").write_bytes(content)
-    with pytest.raises(UserError, match=r"a.tfrecord: no usable sample in 1 shards \((empty|unreadable shard)\)$"):
+    with pytest.raises(UserError, match=r"a.tfrecord: no usable sample in 1 shards \((empty|unreadable) shard\)$"):
         make_source(str(tmp_path / "a.tfrecord"))
 
 

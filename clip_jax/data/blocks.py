@@ -87,7 +87,8 @@ class Recent:
     """
 
     def __init__(self, keep):
-        self._keep, self._lock, self._values = keep, threading.Lock(), OrderedDict()
+        self._keep = keep
+        self._lock, self._values = threading.Lock(), OrderedDict()
 
     def __reduce__(self):
         return Recent, (self._keep,)

@@ -15,6 +15,8 @@ and, where they apply,
                               fields; without it the usual names decide
     captions(raw)             the names of the caption fields of a raw record, or None for those of the source
     classes(path)             {field: class names} that the shard holds
+    check(path)               raises UserError for a path that the format does not read, such as a remote one
+    local_source              the class of sources of local shards without a manifest; without it `ShardSource`
     COLUMNS = True            `read` takes `column`, the image field that the user names, and reads no other image
 
 A path may be remote (`clip_jax.data.remote`). Where the shards are is in a manifest (`manifest`), or found by scanning
@@ -125,10 +127,12 @@ def scan_shard(kind, path, length=512):
     """Returns the size of a shard in bytes, its blocks and what is broken, as a format's `scan` does."""
     from clip_jax.data import remote
 
+    form = load_format(kind)
+    getattr(form, "check", lambda path: None)(path)
     size = remote.size(path)
     if not size:
         return 0, [], Counter({"empty shard": 1})
-    return size, *load_format(kind).scan(path, length)
+    return size, *form.scan(path, length)
 
 
 def scan_shards(kind, shards):
@@ -158,7 +162,7 @@ def too_many(spec, found, allowed):
 
 
 def scanned_source(spec, name, **options):
-    """Returns the `ShardSource` of few shards, which are scanned now.
+    """Returns the source of few shards, which are scanned now.
 
     Args:
       spec: str, a path, pattern or folder.
@@ -170,14 +174,15 @@ def scanned_source(spec, name, **options):
     from clip_jax.data import remote
 
     kind, shards = find_shards(spec)
-    has_footer, is_remote = getattr(load_format(kind), "FOOTER", False), remote.is_remote(shards[0])
+    form, is_remote = load_format(kind), remote.is_remote(shards[0])
+    has_footer = getattr(form, "FOOTER", False)
     limit = (FOOTERS // 10 if is_remote else FOOTERS) if has_footer else REMOTE if is_remote else LOCAL
     if len(shards) > limit:
         raise too_many(spec, f"{len(shards):,} shards", f"{limit:,} are scanned")
     if is_remote and not has_footer and (size := sum(map(remote.size, shards))) > REMOTE_BYTES:
         raise too_many(spec, f"shards of {size / 2**30:.1f} GiB", f"{REMOTE_BYTES / 2**30:.0f} GiB are scanned")
     blocks, broken = scan_shards(kind, shards)
-    return ShardSource(kind, shards, blocks, name, broken=broken, **options)
+    return getattr(form, "local_source", ShardSource)(kind, shards, blocks, name, broken=broken, **options)
 
 
 class ShardSource(BlockSource):

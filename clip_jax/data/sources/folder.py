@@ -12,7 +12,7 @@ from clip_jax.data.records import BaseSource, listed, plain
 from clip_jax.errors import UserError
 
 _SPLIT_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(\d{4})?", re.IGNORECASE)
-_DATA_ENDINGS = (*IMAGE_EXTENSIONS, *PLUGIN_EXTENSIONS, ".tar", ".csv", ".tsv", ".jsonl")
+_DATA_ENDINGS = (*IMAGE_EXTENSIONS, *PLUGIN_EXTENSIONS, ".tar", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
 
 
 class FolderSource(BaseSource):

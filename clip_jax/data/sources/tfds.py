@@ -103,8 +103,8 @@ def prepared_folder(name):
 def newest_version(folder):
     """Returns the folder if it is a prepared TFDS folder, else its newest version that is one, else None."""
     folder = Path(folder)
-    if (folder / "dataset_info.json").is_file():
-        return folder
+    if (folder / "dataset_info.json").is_file():  # Hugging Face's `save_to_disk` writes it too, with a state.json
+        return None if (folder / "state.json").is_file() else folder
     versions = [path for path in folder.glob("*.*.*") if (path / "dataset_info.json").is_file()]
     return max(versions, key=lambda path: [int(n) if n.isdigit() else -1 for n in path.name.split(".")], default=None)
 

@@ -27,6 +27,8 @@ setup(
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
         "array_record>=0.8",
+        "google-crc32c>=1.5",
+        "pyarrow>=19",
         "fsspec>=2026.9",
         "huggingface_hub>=2.4",
         "sentencepiece>=0.2",

@@ -45,10 +45,12 @@ FORMATS = {
     ".tfrecord": "tfrecord",
     ".tfrecords": "tfrecord",
     ".tfrec": "tfrecord",
-    ".array_record": "array_record",
+    ".array_record": "arrayrecord",
+    ".mds": "mds",
 }
+MANIFEST = ".manifest.parquet"  # the ending of manifests that lie beside Parquet shards
 # The shards of a folder, first match: img2dataset writes a table 00000.parquet of URLs beside its other shards.
-_ENDINGS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.parquet")
+_ENDINGS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.mds", "*.mds*", "*.parquet")
 # Without a manifest, this many shards are scanned when a source is made. More are an error.
 LOCAL = 1000
 REMOTE = 16  # and at most REMOTE_BYTES, because they are read from front to end
@@ -88,15 +90,6 @@ def load_format(name):
     return importlib.import_module(f"clip_jax.data.sources.{name}")
 
 
-def shards_in(folder):
-    """Returns the pattern of the shards in a local folder, or None; 00000.parquet beside 00000/ is no shard."""
-    for ending in _ENDINGS:
-        pattern = os.path.join(glob.escape(folder), ending)
-        if (found := glob.glob(pattern)) and not os.path.isdir(os.path.splitext(min(found))[0]):
-            return pattern
-    return None
-
-
 def find_shards(spec):
     """Returns the format and the sorted shards, `(kind, list of paths)`, of a path, pattern or folder of shards.
 
@@ -105,14 +98,27 @@ def find_shards(spec):
     from clip_jax.data import remote
     from clip_jax.data.sources import arrow
 
-    if os.path.isdir(spec):
-        if saved := arrow.saved_files(spec):
-            return "arrow", saved
-        spec = shards_in(spec) or spec
+    if os.path.isdir(spec) and (saved := arrow.saved_files(spec)):
+        return "arrow", saved
+    spec = shards_in(spec) or spec
     if (kind := format_of(spec)) is None:
         raise UserError(f"{spec}: names no shards; shards end in {', '.join(FORMATS)}")
-    found = remote.expand(spec)
-    return kind, [path for path in found if not path.endswith(".manifest.parquet")] or found
+    if not (shards := [path for path in remote.expand(spec) if not path.endswith(MANIFEST)]):
+        raise UserError(f"{spec}: names manifests alone, no shards")
+    return kind, shards
+
+
+def shards_in(folder):
+    """Returns the pattern of the shards in a local folder, or None.
+
+    `00000.parquet` beside a folder `00000` is no shard: img2dataset describes in it the files in that folder.
+    """
+    for ending in _ENDINGS if os.path.isdir(folder) else ():
+        pattern = os.path.join(glob.escape(folder), ending)
+        found = (path for path in glob.iglob(pattern) if not path.endswith(MANIFEST))
+        if any(not os.path.isdir(path.rpartition(".")[0]) for path in found):
+            return pattern
+    return None
 
 
 def scan_shard(kind, path, length=512):

@@ -25,7 +25,6 @@ from clip_jax.tools.index_writer import IndexWriter, bits_of, cost, example_line
 from clip_jax.tools.passes import (
     Pass,
     checkpoint_arguments,
-    is_whole,
     load_model,
     pass_parser,
     prepared,
@@ -254,7 +253,7 @@ def run(args, log=print):
         made.run(functools.partial(score, model, source), share, log)
     elif missing := len(made.missing()):
         raise UserError(f"{missing:,} of {len(made):,} parts of {args.out} are missing: give --checkpoint")
-    if is_whole(made, share, log):
+    if not share:
         report = select(made, args.out, args.keep, args.threshold)
         show(describe(report), args, log)
 

@@ -24,7 +24,7 @@ def pass_parser(module, doc, fields=("image", "text", "label")):
     parser = source_parser(module, doc, fields)
     parser.add_argument("--out", required=True, help="folder of the parts, the index and the report")
     parser.add_argument(
-        "--part", default="", metavar="K/N", help="read the Kth of N shares of the source only, K in 0..N-1"
+        "--part", default="", metavar="K/N", help="read share K of N only, K in 0..N-1; then run it without --part"
     )
     return parser
 
@@ -154,6 +154,11 @@ class Pass:
             _replace(self._path(number), lambda file, arrays=arrays: np.savez(file, **arrays))
             rate = (end - first) / max(time.monotonic() - start, 1e-9)
             log(f"part {number + 1} of {len(self)}: {end - first:,} records, {rate:,.0f} a second")
+        if share:
+            missing = len(self.missing())
+            log(
+                f"share {share[0]}/{share[1]} is done; {missing:,} parts of others are missing. Then run without --part"
+            )
 
     def __getitem__(self, number):
         """Returns the arrays of a part, `{name: array}`; raises UserError for a damaged one."""
@@ -173,7 +178,7 @@ class Pass:
 
 def _replace(path, write):
     """Writes a file that is there either whole or not at all; `write` takes the open binary file."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{os.getpid()}.{time.time_ns()}.partial")  # several hosts may share the folder
     try:
         with open(partial, "wb") as file:
             write(file)
@@ -200,14 +205,6 @@ def prepared(source, first, end, work):
         return item[0], attempt(item[1])
 
     return mapped(indexed, records(source, first, end), _PREPARED)
-
-
-def is_whole(made, share, log=print):
-    """Returns whether all parts of a pass are there; `share` is that of this process or None, `log` takes a line."""
-    missing = len(made.missing())
-    if missing:
-        log(f"share {share[0]}/{share[1]} is done, {missing:,} parts of others are missing: then run it without --part")
-    return not missing
 
 
 def show(lines, args, log=print):

@@ -15,7 +15,7 @@ def hashed(seed, *columns):
 
     Args:
       seed: int.
-      columns: at least one array `[n]` of integers.
+      columns: arrays `[n]` of integers; none gives the hash of the seed.
     """
     value = _mixed(np.uint64(seed % 2**64))
     for column in columns:

@@ -21,8 +21,8 @@ import common
 import numpy as np
 from loader import synthetic_jpeg
 
-from clip_jax.data.batches import Reading
 from clip_jax.data.loader import Loader
+from clip_jax.data.reading import Reading
 from clip_jax.data.sources import make_source
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.views import ImageView, TextView

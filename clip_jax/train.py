@@ -16,6 +16,7 @@ from typing import Any
 
 from clip_jax import config as config_lib
 from clip_jax import init_from
+from clip_jax.data.reading import configured_reading
 from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import command, compile_cache, faults, goodput, host_log, hosts, profile, storage
 from clip_jax.version import __version__
@@ -45,7 +46,6 @@ def parse_args(argv):
 def make_parts(config):
     """Returns `(config, source, tokenizer, method)`, all checked, without touching a device. Raises UserError."""
     from clip_jax import evaluate
-    from clip_jax.data.batches import configured_reading
     from clip_jax.data.loader import check_source
     from clip_jax.data.sources import configured_source
     from clip_jax.data.tokenizers import make_tokenizer
@@ -58,15 +58,13 @@ def make_parts(config):
     data, source = config.data, configured_source(config.data)
     config = interface.resolve(config, tokenizer, source)
     method = interface.make_method(config)
-    check_source(
-        source, method.views, tokenizer, data.batch_size, data.sampling == "one_source", configured_reading(data)
-    )
+    one_source = data.sampling == "one_source"
+    check_source(source, method.views, tokenizer, data.batch_size, one_source, configured_reading(data))
     return config, source, tokenizer, method
 
 
 def make_loader(config, source, tokenizer, method, mesh, start_step):
     """Returns the loader of this host's share of the batches, from `start_step` on."""
-    from clip_jax.data.batches import configured_reading
     from clip_jax.data.loader import Loader
     from clip_jax.runtime import sharding
 
@@ -311,9 +309,7 @@ def loop(run, source, tx, state):
     steps = config.train.steps
     loader = make_loader(config, source, run.tokenizer, run.method, run.mesh, first - 1)
     skipped = loader.skipped.total()
-    if loader.blocks:
-        run.log(loader.blocks)
-    run.log("reading the first batch and compiling the step ...")
+    run.log("\n".join(filter(None, [loader.blocks, "reading the first batch and compiling the step ..."])))
     batch, waited = next_batch(loader, run.mesh)[0], 0.0  # nothing trains yet
     step_fn, flops = compile_on_all_hosts(run, source, tx, state, batch)
     recorder, pending = Recorder(run, loader, skipped, first, flops), None

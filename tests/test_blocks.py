@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from data_helpers import PLAIN, Bytes, assert_equal, concatenate, loader, records, take
 
-from clip_jax.data.batches import Reading
 from clip_jax.data.blocks import Block, BlockSource
 from clip_jax.data.loader import check_source, iterate_once
 from clip_jax.data.order import Order
+from clip_jax.data.reading import Reading
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.sources.mixture import MixtureSource

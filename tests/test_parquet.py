@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_helpers import encoded, write_table
-from web_server import web_server
+from web_server import serve_as_hub, web_server
 
 from clip_jax.data import clients, decode, remote
 from clip_jax.data.records import BadRecord
@@ -359,8 +359,7 @@ def test_arrays_become_images_of_parquet(tmp_path):
 
 def test_data_sets_of_the_hub_are_read(tmp_path, monkeypatch):
     with web_server() as web:
-        monkeypatch.setenv("HF_ENDPOINT", web.url)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", web.url)
+        serve_as_hub(web, monkeypatch)
         monkeypatch.setattr(clients, "_systems", {})
         for i in range(2):
             path = write(tmp_path / "a.parquet", pets(24).slice(12 * i, 12), row_group_size=4)

@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 from helpers import losses, train_command
 from storage_emulators import emulator
-from web_server import web_server
+from web_server import serve_as_hub, web_server
 
 from clip_jax import train
 from clip_jax.data import clients, disk_cache, files, remote
@@ -39,8 +39,7 @@ def web(server, monkeypatch):
     server.reset()
     server.objects.update({TAR: DATA, f"hub/{TAR}": DATA, "empty.tar": b""})
     monkeypatch.setenv(remote.SECONDS, "0.2")
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    serve_as_hub(server, monkeypatch)
     monkeypatch.setattr(clients, "_systems", {})
     monkeypatch.setattr(remote, "_down", {})
     return server

@@ -125,3 +125,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _send_json(self, value):
         return self._send(200, json.dumps(value).encode(), **{"Content-Type": "application/json"})
+
+
+def serve_as_hub(web, monkeypatch):
+    """Makes a web server the Hub of this process; huggingface_hub reads the address once, when it is imported."""
+    monkeypatch.setenv("HF_ENDPOINT", web.url)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", web.url)
+    template = web.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 from collections import Counter
-from typing import NamedTuple
 
 import numpy as np
 
@@ -191,28 +190,6 @@ class Batches(abc.ABC):
 def _stride(length):
     """Returns a stride near the golden section of `length` that is coprime to it, so that it visits every id."""
     return next(s for s in range(max(1, round(0.618 * length)), length + 1) if math.gcd(s, length) == 1)
-
-
-class Reading(NamedTuple):
-    """How the records of a source are ordered and read, see docs/data.md.
-
-    Attributes:
-      order: str, "auto", "records" or "blocks"; "auto" reads blocks where single records cost a request.
-      lanes: int, the number of lanes of the order by blocks; 0 chooses it by the batch size.
-      window: int, the blocks of a lane within which records are shuffled.
-    """
-
-    order: str = "auto"
-    lanes: int = 0
-    window: int = 8
-
-
-AUTO = Reading()
-
-
-def configured_reading(data):
-    """Returns the `Reading` of the configuration's section `data`."""
-    return Reading(data.order, data.lanes, data.window)
 
 
 def make_order(source, batch_size, seed, one_source, reading):

@@ -15,7 +15,6 @@ import numpy as np
 from absl import flags
 
 from clip_jax.data.batches import (
-    AUTO,
     PROBED,
     EvaluationBatches,
     TrainingBatches,
@@ -23,6 +22,7 @@ from clip_jax.data.batches import (
     list_reasons,
     make_order,
 )
+from clip_jax.data.reading import AUTO
 from clip_jax.data.records import check_labels
 from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
@@ -55,7 +55,7 @@ class Loader:
       max_bad_share: float in [0, 1], the largest share of unusable records, judged after 256 records.
       cache_bytes: int, memory in each process for decoded images of at most 256 x 256 pixels; they are kept if the
         whole source is expected to fit. None are kept where a part of the source is read by blocks.
-      reading: a `clip_jax.data.batches.Reading`: the order of the records, by blocks or each by itself.
+      reading: a `clip_jax.data.reading.Reading`: the order of the records, by blocks or each by itself.
 
     Attributes:
       step: int, the step of the next batch. A loader with this `start_step` resumes from there.

@@ -207,7 +207,7 @@ def _retry(path, work):
             logging.log_every_n_seconds(
                 logging.WARNING, "%s: %s; trying again, up to %d times", 10, path, _one_line(error), TRIES - number
             )
-        until = time.monotonic() + seconds * 2**number / 2**TRIES * _jitter.uniform(0.5, 1.5)
+        until = time.monotonic() + seconds * 2**number / (2**TRIES - 2) * _jitter.uniform(0.5, 1.5)
         while not _is_down(store, seconds) and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 1))
     return None

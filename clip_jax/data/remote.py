@@ -25,7 +25,7 @@ SECONDS = "CLIP_JAX_STORAGE_SECONDS"
 TRIES = 6
 _LOGIN = {
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "s3": "run `aws configure` or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; FSSPEC_S3_ANON=true for a public one",
+    "s3": "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true if public",
     "hf": "run `hf auth login`, or set HF_TOKEN",
 }
 #: Errors of a mount that may pass.

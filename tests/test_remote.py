@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import pathlib
 import re
 import threading
+import types
 
 import fsspec
 import numpy as np
@@ -68,7 +70,7 @@ def test_a_read_is_one_request_for_a_range(place, web):
 
 
 def test_what_may_pass_is_tried_again(place, web):
-    for failure in (503, 500, 429, 408, "short", "reset"):
+    for failure in (503, 500, 429, 408, "short", "few", "reset"):
         web.requests.clear()
         web.failures += [failure, failure]
         assert remote.read(f"{place}/{TAR}", 10, 60) == DATA[10:60], failure
@@ -79,7 +81,7 @@ def test_what_may_pass_is_tried_again(place, web):
     assert remote.read(f"{place}/{TAR}") == DATA
 
 
-@pytest.mark.parametrize("failure", [503, "short", "reset"])
+@pytest.mark.parametrize("failure", [503, "short", "few", "reset"])
 def test_the_last_retry_ends_in_one_line(failure, place, web):
     web.failures += 20 * [failure]
     with pytest.raises(StorageError, match=rf"^{place}/{TAR} cannot be read: .*\(6 tries in 0 s\)$") as error:
@@ -87,6 +89,46 @@ def test_the_last_retry_ends_in_one_line(failure, place, web):
     # aiohttp sends a request again itself when a connection that was kept open turns out to be closed.
     assert len(web.requests) == remote.TRIES or failure == "reset" and len(web.requests) <= 2 * remote.TRIES
     assert "\n" not in str(error.value)
+
+
+class Clock:
+    """Time that passes by `sleep` alone."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def test_pauses_double_and_are_bounded(monkeypatch):
+    clock, starts = Clock(), []
+    monkeypatch.setattr(remote, "time", clock)
+    monkeypatch.setattr(remote, "_down", {})
+    monkeypatch.setattr(remote._jitter, "uniform", lambda low, high: 1.0)
+
+    def work(seconds):
+        starts.append(clock.now)
+        clock.now += seconds
+        raise ConnectionResetError
+
+    with pytest.raises(StorageError, match=r"^gs://b/a cannot be read: ConnectionResetError \(6 tries in 60 s\)$"):
+        remote._retry("gs://b/a", lambda: work(0))
+    np.testing.assert_allclose(np.diff(starts), 60 * np.array([2, 4, 8, 16, 32]) / 62)
+    # Others of this bucket, which wait meanwhile or start now, give up; those of another one do not.
+    starts.clear()
+    for path, tries in (("gs://b/c", 1), ("gs://d/c", 6)):
+        with pytest.raises(StorageError, match=f"{tries} tries"):
+            remote._retry(path, lambda: work(0))
+    # A connection that stays silent costs its time limit each time: after two minutes the read ends.
+    clock.now += 1000
+    with pytest.raises(StorageError, match="4 tries"):
+        remote._retry("gs://b/a", lambda: work(clients.TIMEOUT))
+    remote._retry("gs://b/a", lambda: 1)
+    with pytest.raises(StorageError, match="6 tries"):
+        remote._retry("gs://b/a", lambda: work(0))
 
 
 def test_a_connection_that_stays_silent_is_given_up(web, monkeypatch):
@@ -136,6 +178,9 @@ def test_ranges_and_wildcards(web, tmp_path):
     web.objects |= {f"hub/train/0000{i}.tar": b"" for i in (2, 1)} | {"hub/train/readme.txt": b"", "hub/train/x/a": b""}
     folder = f"hf://datasets/{web.repository}/train"
     assert remote.expand(f"{folder}/*.tar") == [f"{folder}/0000{i}.tar" for i in range(3)]
+    assert remote.expand(f"hf://datasets/{web.repository}@main/train/*0.tar") == [
+        f"hf://datasets/{web.repository}@main/{TAR}"
+    ]
     with pytest.raises(UserError, match="no such object"):
         remote.expand(f"{folder}/*.parquet")
     # Each local file of a range must be there.
@@ -206,8 +251,7 @@ def test_a_bucket(kind, monkeypatch):
         for status in (503, 429):
             bucket.fail(2, status)
             assert remote.read(path, 3, 9) == DATA[3:9]
-        # One request each: another failure is left for the next one.
-        bucket.fail(remote.TRIES + 1)
+        bucket.fail(remote.TRIES)  # as many as there are tries: no client tries again itself
         with pytest.raises(StorageError, match=f"{path} cannot be read: .*6 tries"):
             remote.read(path, 3, 9)
         bucket.fail(1, 403)
@@ -271,6 +315,23 @@ def test_the_disk_cache(web, tmp_path, monkeypatch):
         remote.read(path, 0, 9)
 
 
+def test_processes_share_the_disk_cache(tmp_path):
+    cache, children = disk_cache.DiskCache(str(tmp_path), 3000), []
+    for child in range(3):
+        if number := os.fork():
+            children.append(number)
+            continue
+        try:
+            for key in np.random.default_rng(child).integers(0, 20, 200):
+                assert cache.get(f"{key}", lambda key=key: bytes([key]) * 300) == bytes([key]) * 300
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert 0 < sum(path.stat().st_size for path in files) <= 3000 and not list(tmp_path.rglob("*.tmp"))
+
+
 def newest(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
 
@@ -332,3 +393,12 @@ def test_a_run_whose_data_fail_saves_and_ends_with_44(web, tmp_path, monkeypatch
     step = int(re.fullmatch(pattern, line)[1])
     assert 2 <= step < 10 and list(losses(tmp_path)) == list(range(1, step + 1))
     assert checkpoint.find(tmp_path).name == str(step)
+
+
+def test_several_hosts_resume_from_the_newest_checkpoint(monkeypatch):
+    monkeypatch.setattr(train.hosts, "count", lambda: 2)
+    for newest, step in ((pathlib.Path("/run/checkpoints/40"), 40), (None, 0)):
+        run = types.SimpleNamespace(checkpointer=types.SimpleNamespace(newest=lambda newest=newest: newest))
+        recorder = types.SimpleNamespace(run=run)
+        with pytest.raises(StorageError, match=f"^gs://b/a fails; the run resumes from step {step}$"):
+            train.Recorder.end_without_data(recorder, StorageError("gs://b/a fails"), (45, {}, ()), None)

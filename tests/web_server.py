@@ -15,7 +15,8 @@ class WebServer:
       url: the address of the server, `http://127.0.0.1:PORT`.
       objects: `{path: bytes}`, paths from the root on without the first slash.
       requests: list of `(method, path, value of the header Range)`.
-      failures: list of what the next requests meet: a status, "short", "reset", "hang", "no_range"; None is none.
+      failures: list of what the next requests meet: a status, "short" (the connection ends early), "few"
+        (an answer of half of the bytes), "reset", "hang", "no_range"; None is none.
       left: the number of requests until all fail with 503; None is no end.
       repository: `ORG/NAME` of the data set that the Hub has; its files are the objects below `hub/`.
     """
@@ -96,6 +97,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
+        if failure == "few":
+            body = body[: len(body) // 2]
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if failure == "short":

@@ -25,7 +25,7 @@ SECONDS = "CLIP_JAX_STORAGE_SECONDS"
 TRIES = 6
 _LOGIN = {
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "s3": "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "s3": "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true if public",
     "hf": "run `hf auth login`, or set HF_TOKEN",
 }
 #: Errors of a mount that may pass.
@@ -207,7 +207,7 @@ def _retry(path, work):
             logging.log_every_n_seconds(
                 logging.WARNING, "%s: %s; trying again, up to %d times", 10, path, _one_line(error), TRIES - number
             )
-        until = time.monotonic() + seconds * 2**number / 2**TRIES * _jitter.uniform(0.5, 1.5)
+        until = time.monotonic() + seconds * 2**number / (2**TRIES - 2) * _jitter.uniform(0.5, 1.5)
         while not _is_down(store, seconds) and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 1))
     return None

@@ -282,8 +282,7 @@ class ShardSource(BlockSource):
     def column(self, field):
         """Returns the values of a field for all records, from the manifest; None where it has no such column.
 
-        Returns: an array `[records]`, of numbers or bool, or object for text. A missing number is NaN, a missing text
-          None.
+        A slice of them is a `pyarrow.ChunkedArray`.
         """
         return self._manifest.column(field) if self._manifest else None
 

@@ -209,7 +209,7 @@ def test_files_that_are_no_manifest_of_this_version(data, monkeypatch):
         make_source(f"{data}/*.tar?shards=/x")
 
 
-def test_many_shards_need_a_manifest(data, monkeypatch):
+def test_many_shards_need_a_manifest(data, monkeypatch, capsys):
     import fsspec
 
     from clip_jax.data.sources import webdataset
@@ -220,6 +220,10 @@ def test_many_shards_need_a_manifest(data, monkeypatch):
     assert make_source(remote)[20]["texts"] == ["c20"]
     path = make(data, out=data / "remote.parquet", source=remote)
     assert make_source(path)[20]["texts"] == ["c20"] and Manifest(path).shards[0] == "memory://test_manifest/0.tar"
+    path = make(data, out=data / "missing.parquet", source="memory://test_manifest/{0..3}.tar")
+    out = capsys.readouterr().out
+    assert "left out: 1 unreadable shard\nmemory://test_manifest/3.tar: no such object" in out
+    assert len(make_source(path)) == 21
     monkeypatch.setattr(shards, "REMOTE_BYTES", 2**10)
     with pytest.raises(UserError, match=r"shards of 0.0 GiB, but without a manifest"):
         make_source(remote)
@@ -260,3 +264,18 @@ def test_what_a_folder_holds(data):
         shards.find_shards(f"{data}/a*.parquet")
     with pytest.raises(UserError, match=r"s3://b/c: an address names shards: .tar, .*; write a pattern such as s3:"):
         make_source("s3://b/c")
+
+
+def test_a_manifest_of_parquet(tmp_path):
+    import pyarrow
+
+    image = [{"bytes": b"image %d" % i, "path": None} for i in range(10)]
+    table = pyarrow.table({"image": image, "caption": [f"c{i}" for i in range(10)], "width": list(range(10))})
+    for name, rows in (("0", table[:6]), ("1", table[6:].drop_columns("width"))):
+        parquet.write_table(rows, tmp_path / f"{name}.parquet", row_group_size=2)
+    path = make(tmp_path, "--columns=width", source=f"{tmp_path}/*.parquet")
+    source = make_source(path)
+    assert source.blocks.tolist() == [4, 2, 4] and source.column("width")[:].to_pylist() == [*range(6), *[None] * 4]
+    assert [source[i]["texts"] for i in range(10)] == [[f"c{i}"] for i in range(10)]
+    size = sum(os.path.getsize(tmp_path / f"{name}.parquet") for name in "01")
+    assert source[9]["image"] == b"image 9" and source.block_bytes == size / 3

@@ -46,7 +46,7 @@ def test_a_former_name_prints_the_help_of_the_new_one(old, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    "balance caption clip_score dedup export filter manifest regions rewrite train_tokenizer".split(),
+    "balance caption clip_score dedup export filter manifest regions rewrite to_parquet train_tokenizer".split(),
 )
 def test_every_argument_has_a_help_text(name, capsys):
     main = importlib.import_module(f"clip_jax.tools.{name}").main

@@ -27,6 +27,7 @@ setup(
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
         "array_record>=0.8",
+        "pyarrow>=20",
         "fsspec>=2026.9",
         "huggingface_hub>=2.4",
         "sentencepiece>=0.2",

@@ -220,6 +220,11 @@ def test_damaged_files(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(data[:4] + b"\xff" * 40 + data[44:])
     with pytest.raises(BadRecord, match="corrupt row group"):
         parquet.read(str(tmp_path / "cut.parquet"), 0, 1)[0]
+    texts = pa.table({"image": [encoded(1)] * 2, "caption": pa.array([b"a cat", b"\xff"]).view(pa.string())})
+    source = make_source(write(tmp_path / "t.parquet", texts))
+    assert source[0]["texts"] == ["a cat"]
+    with pytest.raises(BadRecord, match="text is not UTF-8"):
+        source[1]
     stream = (tmp_path / "a.arrow").read_bytes()
     (tmp_path / "cut.arrow").write_bytes(stream[:-100])
     rows, broken = arrow.scan(str(tmp_path / "cut.arrow"), 4)

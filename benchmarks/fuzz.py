@@ -188,7 +188,7 @@ def make_archive(rng, number):
 
 
 def fuzz_tar(rng, folder, counts):
-    from clip_jax.data.sources import make_source
+    from clip_jax.data.sources import make_source, tar
 
     path = folder / "a.tar"
     archives = [make_archive(rng, number) for number in range(rng.choice((1, 1, 1, 2, 3)))]
@@ -197,15 +197,22 @@ def fuzz_tar(rng, folder, counts):
     def pairs(records):
         return [(r["image"].decode(), r["texts"]) for r in records or ()]
 
+    def check_blocks():
+        for start, end, samples in tar.scan(str(path), rng.choice((1, 3, 512)))[0]:
+            expect(len(tar.read(str(path), start, end)), samples, "samples of a block")
+
     path.write_bytes(data)
     expect(pairs(counts.read(lambda: make_source(str(path)))), [(key, [key]) for key in samples], "samples")
+    check_blocks()
     path.with_suffix(".tar.index").unlink(missing_ok=True)
     path.write_bytes(data[: rng.randrange(len(data))])
     for image, texts in pairs(counts.read(lambda: make_source(str(path)))):
         expect(texts, [image], "caption of a shard that was cut off")
+    check_blocks()
     path.with_suffix(".tar.index").unlink(missing_ok=True)
     path.write_bytes(damage(rng, data))
     check_records(counts.read(lambda: make_source(str(path))))
+    check_blocks()
 
 
 def fuzz_image(rng, folder, counts):

@@ -240,3 +240,19 @@ def test_large_arrays_are_shared_among_processes(monkeypatch):
         copy = pickle.loads(pickle.dumps(pickle.loads(text)))
         for array, other in zip(arrays, copy.arrays, strict=True):
             np.testing.assert_array_equal(array, other)
+
+
+def test_what_a_folder_holds(data):
+    make(data)
+    assert len(make_source(str(data))) == 21  # the tars, not the manifest beside them
+    (data / "0.parquet").touch()
+    for name in "012":
+        os.remove(data / f"{name}.tar")
+    assert shards.shards_in(str(data)).endswith("*.parquet")
+    assert shards.find_shards(str(data)) == ("parquet", [str(data / "0.parquet")])
+    (data / "0").mkdir()  # as img2dataset writes files: 0.parquet describes those of the folder 0
+    assert shards.shards_in(str(data)) is None
+    with pytest.raises(UserError, match="names manifests alone"):
+        shards.find_shards(f"{data}/a*.parquet")
+    with pytest.raises(UserError, match=r"s3://b/c: an address names shards: .tar, .*; write a pattern such as s3:"):
+        make_source("s3://b/c")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clip_jax.data.records import BadRecord
-from clip_jax.data.sources import tar
+from clip_jax.data.sources import ranges, tar
 from clip_jax.data.sources.shards import ShardSource, scan_shards
 from clip_jax.data.sources.webdataset import WebDatasetSource
 from clip_jax.errors import UserError
@@ -164,7 +164,7 @@ def test_a_remote_shard_is_scanned_in_large_pieces(tmp_path, monkeypatch):
     data = (tmp_path / "a.tar").read_bytes()
     fsspec.filesystem("memory").pipe_file("/tar_blocks/a.tar", data)
     reads, read = [], remote.read
-    monkeypatch.setattr(tar, "_PIECE", 20_000)
+    monkeypatch.setattr(ranges, "_PIECE", 20_000)
     monkeypatch.setattr(remote, "read", lambda path, start, end: reads.append((start, end)) or read(path, start, end))
     assert tar.scan("memory://tar_blocks/a.tar", 8) == tar.scan(str(tmp_path / "a.tar"), 8)
     assert len(reads) <= len(data) // 20_000 + 2 and all(end - start <= 20_000 for start, end in reads)

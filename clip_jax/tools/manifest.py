@@ -26,6 +26,7 @@ import re
 import shlex
 import shutil
 import sys
+import threading
 import time
 import zlib
 
@@ -206,7 +207,18 @@ def scan_part(kind, shards, parts, part, processes, length, columns, show):
 def _pool(processes):
     if processes == 1:
         return concurrent.futures.ThreadPoolExecutor(1)
-    return concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_end_with_parent)
+
+
+def _end_with_parent():
+    """Lets a worker process end when the command is killed; else it waits for work for ever."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _progress(finished, todo, samples, seconds):
@@ -214,7 +226,7 @@ def _progress(finished, todo, samples, seconds):
     left = (todo - finished) / rate
     return (
         f"{finished:,} of {todo:,} shards, {samples:,} samples, {rate:,.1f} shards/s, "
-        f"{samples / seconds:,.0f} samples/s, {left / 60:,.0f} min left"
+        f"{samples / seconds:,.0f} samples/s, {left / 60:,.1f} min left"
     )
 
 

@@ -21,6 +21,7 @@ from clip_jax.data.sources.arrow_columns import preferred  # noqa: F401 part of 
 from clip_jax.errors import UserError, unknown
 
 BYTES = True  # start and end of a block are offsets in bytes
+FOOTER = True  # `scan` reads no bodies
 COLUMNS = True  # `read` takes `column`
 _FILE_MAGIC = b"ARROW1\0\0"
 _SCHEMA, _DICTIONARY = 1, 2  # MessageHeader

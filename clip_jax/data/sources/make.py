@@ -6,7 +6,8 @@ A base is one of
     scenes, scenes?objects=2-3&size=96     emoji composed on a canvas, with boxes: `clip_jax.data.sources.scenes`
     tfds:NAME[/CONFIG]                     a data set prepared by TFDS, in TFDS_DATA_DIR or ~/tensorflow_datasets
     a folder with dataset_info.json        a data set prepared by TFDS, anywhere
-    *.array_record*                        ArrayRecord files of tf.train.Example
+    *.array_record*, *.tfrecord*           ArrayRecord and TFRecord files of tf.train.Example
+    *.mds, a folder                        shards of mosaicml-streaming
     *.manifest.parquet                     the shards of a manifest: `clip_jax.data.sources.manifest`; "?shards=FOLDER"
                                            says where they are now
     *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout; "?captions=lines" reads each line
@@ -167,10 +168,9 @@ def _source_at(spec, split, fields, lines=False, folder=""):
             path = os.path.join(path, split)
     if path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
-    if os.path.isdir(path):
-        path = shards_in(path) or path
-    if re.search(r"\.(tar\.\w+|tgz)$", path):
-        raise UserError(f"{path}: a compressed tar cannot be read by offset; decompress it")
+    path = shards_in(path) or path
+    if re.search(r"\.((tar|mds)\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):
+        raise UserError(f"{path}: a compressed shard cannot be read by offset; decompress it")
     if path.endswith(".parquet") and (about := _about_manifest(path)):
         from clip_jax.data.sources.manifest import manifest_source
 
@@ -188,12 +188,10 @@ def _source_at(spec, split, fields, lines=False, folder=""):
         return WebDatasetSource(expand(path), spec, **fields, lines=lines)
     if lines:
         raise UserError(f"{spec}: captions=lines is an option of tar shards alone")
-    if ".array_record" in os.path.basename(path) and "://" not in path:
-        from clip_jax.data.sources.arrayrecord import ArrayRecordSource
-
-        return ArrayRecordSource(expand(path), spec, **fields)
     if format_of(path):
         return scanned_source(path, spec, **fields)
+    if "://" in path:
+        raise UserError(f"{spec}: an address names shards: {', '.join(FORMATS)}; write a pattern such as {spec}/*.tar")
     if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):
         from clip_jax.data.sources.table import TableSource
 

@@ -42,6 +42,7 @@ class Manifest:
     """
 
     def __init__(self, path, folder=""):
+        import pyarrow
         import pyarrow.parquet as parquet
 
         self.path, self.about = path, read_about(path)
@@ -65,6 +66,7 @@ class Manifest:
         number = np.repeat(np.arange(len(firsts), dtype=np.int32), np.diff(firsts, append=len(codes)))
         rest = (table[name].to_numpy() for name in ("start", "end", "samples"))
         self.blocks = Blocks(number, *rest)
+        pyarrow.default_memory_pool().release_unused()
         if len(self.sizes) != len(self.shards):
             raise UserError(f"{path}: damaged; make it again: {self.remedy}")
 

@@ -15,6 +15,8 @@ and, where they apply,
                               fields; without it the usual names decide
     captions(raw)             the names of the caption fields of a raw record, or None for those of the source
     classes(path)             {field: class names} that the shard holds
+    check(path)               raises UserError for a path that the format does not read, such as a remote one
+    local_source              the class of sources of local shards without a manifest; without it `ShardSource`
     COLUMNS = True            `read` takes `column`, the image field that the user names, and reads no other image
 
 A path may be remote (`clip_jax.data.remote`). Where the shards are is in a manifest (`manifest`), or found by scanning
@@ -45,10 +47,12 @@ FORMATS = {
     ".tfrecord": "tfrecord",
     ".tfrecords": "tfrecord",
     ".tfrec": "tfrecord",
-    ".array_record": "array_record",
+    ".array_record": "arrayrecord",
+    ".mds": "mds",
 }
+MANIFEST = ".manifest.parquet"  # the ending of manifests that lie beside Parquet shards
 # The shards of a folder, first match: img2dataset writes a table 00000.parquet of URLs beside its other shards.
-_ENDINGS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.parquet")
+_ENDINGS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.mds", "*.mds*", "*.parquet")
 # Without a manifest, this many shards are scanned when a source is made. More are an error.
 LOCAL = 1000
 REMOTE = 16  # and at most REMOTE_BYTES, because they are read from front to end
@@ -88,15 +92,6 @@ def load_format(name):
     return importlib.import_module(f"clip_jax.data.sources.{name}")
 
 
-def shards_in(folder):
-    """Returns the pattern of the shards in a local folder, or None; 00000.parquet beside 00000/ is no shard."""
-    for ending in _ENDINGS:
-        pattern = os.path.join(glob.escape(folder), ending)
-        if (found := glob.glob(pattern)) and not os.path.isdir(os.path.splitext(min(found))[0]):
-            return pattern
-    return None
-
-
 def find_shards(spec):
     """Returns the format and the sorted shards, `(kind, list of paths)`, of a path, pattern or folder of shards.
 
@@ -105,24 +100,39 @@ def find_shards(spec):
     from clip_jax.data import remote
     from clip_jax.data.sources import arrow
 
-    if os.path.isdir(spec):
-        if saved := arrow.saved_files(spec):
-            return "arrow", saved
-        spec = shards_in(spec) or spec
+    if os.path.isdir(spec) and (saved := arrow.saved_files(spec)):
+        return "arrow", saved
+    spec = shards_in(spec) or spec
     if (kind := format_of(spec)) is None:
         raise UserError(f"{spec}: names no shards; shards end in {', '.join(FORMATS)}")
-    found = remote.expand(spec)
-    return kind, [path for path in found if not path.endswith(".manifest.parquet")] or found
+    if not (shards := [path for path in remote.expand(spec) if not path.endswith(MANIFEST)]):
+        raise UserError(f"{spec}: names manifests alone, no shards")
+    return kind, shards
+
+
+def shards_in(folder):
+    """Returns the pattern of the shards in a local folder, or None.
+
+    `00000.parquet` beside a folder `00000` is no shard: img2dataset describes in it the files in that folder.
+    """
+    for ending in _ENDINGS if os.path.isdir(folder) else ():
+        pattern = os.path.join(glob.escape(folder), ending)
+        found = (path for path in glob.iglob(pattern) if not path.endswith(MANIFEST))
+        if any(not os.path.isdir(path.rpartition(".")[0]) for path in found):
+            return pattern
+    return None
 
 
 def scan_shard(kind, path, length=512):
     """Returns the size of a shard in bytes, its blocks and what is broken, as a format's `scan` does."""
     from clip_jax.data import remote
 
+    form = load_format(kind)
+    getattr(form, "check", lambda path: None)(path)
     size = remote.size(path)
     if not size:
         return 0, [], Counter({"empty shard": 1})
-    return size, *load_format(kind).scan(path, length)
+    return size, *form.scan(path, length)
 
 
 def scan_shards(kind, shards):
@@ -152,7 +162,7 @@ def too_many(spec, found, allowed):
 
 
 def scanned_source(spec, name, **options):
-    """Returns the `ShardSource` of few shards, which are scanned now.
+    """Returns the source of few shards, which are scanned now.
 
     Args:
       spec: str, a path, pattern or folder.
@@ -164,14 +174,15 @@ def scanned_source(spec, name, **options):
     from clip_jax.data import remote
 
     kind, shards = find_shards(spec)
-    has_footer, is_remote = getattr(load_format(kind), "FOOTER", False), remote.is_remote(shards[0])
+    form, is_remote = load_format(kind), remote.is_remote(shards[0])
+    has_footer = getattr(form, "FOOTER", False)
     limit = (FOOTERS // 10 if is_remote else FOOTERS) if has_footer else REMOTE if is_remote else LOCAL
     if len(shards) > limit:
         raise too_many(spec, f"{len(shards):,} shards", f"{limit:,} are scanned")
     if is_remote and not has_footer and (size := sum(map(remote.size, shards))) > REMOTE_BYTES:
         raise too_many(spec, f"shards of {size / 2**30:.1f} GiB", f"{REMOTE_BYTES / 2**30:.0f} GiB are scanned")
     blocks, broken = scan_shards(kind, shards)
-    return ShardSource(kind, shards, blocks, name, broken=broken, **options)
+    return getattr(form, "local_source", ShardSource)(kind, shards, blocks, name, broken=broken, **options)
 
 
 class ShardSource(BlockSource):

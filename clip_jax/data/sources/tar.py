@@ -6,10 +6,11 @@ would find other samples than in the whole shard. Such a sample, and one that th
 between two blocks.
 """
 
-import os
 from collections import Counter
 
+from clip_jax.data import remote
 from clip_jax.data.blocks import Block
+from clip_jax.data.sources.ranges import heads
 from clip_jax.data.sources.tar_members import read_members
 from clip_jax.data.sources.tar_samples import (
     APART,
@@ -24,7 +25,6 @@ from clip_jax.data.sources.tar_samples import (
 )
 
 BYTES = True
-_PIECE = 32 * 2**20  # bytes of a remote shard that are read at once, and held, when it is scanned
 
 
 def scan(path, length=512):
@@ -59,38 +59,8 @@ def scan(path, length=512):
 
 def read_shard(path, broken):
     """Returns the whole samples, the members and the bytes of a shard; counts the others in the Counter `broken`."""
-    from clip_jax.data import remote
-
-    if remote.is_remote(path):
-        size = remote.size(path)
-        return *read_samples(_pieces(path, size), 0, size, broken), size
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-
-        def get(offset, n):
-            try:
-                return os.pread(file.fileno(), n, offset)
-            except OSError:
-                return b""  # as where a shard is cut off
-
+    with heads(path) as (get, size):
         return *read_samples(get, 0, size, broken), size
-
-
-def _pieces(path, size):
-    """Returns a function of (offset, n), which returns the n bytes of a remote file; it reads large pieces."""
-    from clip_jax.data import remote
-
-    piece, begin = b"", 0
-
-    def get(offset, n):
-        nonlocal piece, begin
-        end = min(offset + n, size)
-        if not begin <= offset <= end <= begin + len(piece):
-            piece, begin = b"", offset  # the old piece is free before the new one comes
-            piece = remote.read(path, begin, min(max(begin + _PIECE, end), size))
-        return piece[offset - begin : end - begin]
-
-    return get
 
 
 def read(path, start, end, lines=False):
@@ -101,8 +71,6 @@ def read(path, start, end, lines=False):
       start, end: ints, the block's range of bytes.
       lines: bool, whether each line of a .txt member is a caption.
     """
-    from clip_jax.data import remote
-
     data = remote.read(path, start, end)
     if len(data) < end - start:
         raise EOFError

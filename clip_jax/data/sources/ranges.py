@@ -1,0 +1,44 @@
+"""Reading the heads of records in a shard from front to end, with few requests where the shard is remote."""
+
+import contextlib
+import os
+
+from clip_jax.data import remote
+
+_PIECE = 32 * 2**20  # bytes of a remote shard that are read at once, and held
+
+
+@contextlib.contextmanager
+def heads(path):
+    """Gives `(get, size)` of a shard: `get(offset, n)` returns n bytes, fewer at the end of the shard.
+
+    Of a local shard only what is asked for is read. A remote one is read in large pieces; offsets have to ascend.
+    """
+    if remote.is_remote(path):
+        size = remote.size(path)
+        yield _pieces(path, size), size
+        return
+    with remote.opened(path) as file:
+
+        def get(offset, n):
+            try:
+                return os.pread(file.fileno(), n, offset)
+            except OSError:
+                return b""  # as where a shard is cut off
+
+        yield get, os.fstat(file.fileno()).st_size
+
+
+def _pieces(path, size):
+    """Returns the function `get` of a remote shard."""
+    piece, begin = b"", 0
+
+    def get(offset, n):
+        nonlocal piece, begin
+        end = min(offset + n, size)
+        if not begin <= offset <= end <= begin + len(piece):
+            piece, begin = b"", offset  # the old piece is free before the new one comes
+            piece = remote.read(path, begin, min(max(begin + _PIECE, end), size))
+        return piece[offset - begin : end - begin]
+
+    return get

@@ -75,6 +75,18 @@ def read(path, start, end, column=None):
     return arrow_columns.rows(found, image, path)
 
 
+def values(path, start, end, fields):
+    """Returns `{field: values of all records}` of a block for those of the fields that the file has; reads no other."""
+    names = [field for field in fields if field in schema_of(path).names]
+    try:
+        found = batches(path, start, end, names) if names else []
+    except errors() as error:
+        if isinstance(error, EOFError):
+            raise
+        return {}
+    return {name: [value for batch in found for value in batch.column(name).to_pylist()] for name in names}
+
+
 def batches(path, start, end, columns=None):
     """Returns some columns, by default all, of the row groups `start` to `end - 1`, as `pyarrow.RecordBatch`es.
 

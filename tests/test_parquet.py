@@ -189,7 +189,9 @@ def test_a_block_is_one_request_without_other_images(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "read", lambda *args: calls.append(args) or read(*args))
     records = list(parquet.read(path, *wanted[0]))
     assert records[3] == {"image": encoded(3), "caption": "a", "mask.0": 3}
-    assert len(calls) == 2 and sum(end - start for _, start, end in calls) < 10_000
+    size = sum(end - start for _, start, end in calls)
+    assert len(calls) == 2 and size == parquet.block_bytes(path, *wanted[0]) < 10_000
+    assert make_source(path).block_bytes > size  # all rows are a block
     del calls[:]
     write(path, [{k: row[k] for k in ("image", "caption")} for row in rows], row_group_size=4)
     parquet.scan(path)

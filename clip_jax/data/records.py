@@ -206,7 +206,8 @@ class BaseSource:
             if self.class_names is None or label not in self._class_index:
                 raise BadRecord("unknown label")
             return self._class_index[label]
-        if self.class_names is not None and not -1 <= label < (count := len(self.class_names)):
+        if self.class_names is not None and not -1 <= label < len(self.class_names):
+            count = len(self.class_names)
             raise UserError(
                 f"{self.name}: a record has label {label}, but there are {count} class names, 0 to {count - 1}; "
                 "-1 is no label"

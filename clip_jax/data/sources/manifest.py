@@ -137,7 +137,7 @@ def read_about(path):
     try:
         with _opened(path) as file:
             found = parquet.read_metadata(file).metadata or {}
-    except pyarrow.ArrowInvalid:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
         return None
     return json.loads(found[KEY.encode()]) if KEY.encode() in found else None
 

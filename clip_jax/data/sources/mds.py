@@ -9,6 +9,7 @@ A block is a range of bytes. The columns of a shard are read once, from its fron
 """
 
 import json
+import re
 import struct
 from collections import Counter
 from typing import NamedTuple
@@ -30,7 +31,9 @@ _SIZE = struct.Struct("<I")
 _UNREADABLE = "unreadable shard"
 _MALFORMED = "malformed record"
 # Types of the values of arrays, by the number that stands for them.
-_TYPES = {8: "u1", 9: "i1", 16: "u2", 17: "i2", 18: "f2", 32: "u4", 33: "i4", 34: "f4", 64: "u8", 65: "i8", 66: "f8"}
+_TYPES = {8: "uint8", 9: "int8"}
+_TYPES |= {bits + i: f"{kind}{bits}" for bits in (16, 32, 64) for i, kind in enumerate(("uint", "int", "float"))}
+_ARRAY = re.compile(rf"ndarray(?::({'|'.join(_TYPES.values())})?(?::(\d+(?:,\d+)*))?)?")
 _MODES = {"L": 1, "RGB": 3, "RGBA": 4}  # channels of images that are not encoded
 _fronts = Recent(256)
 
@@ -131,7 +134,9 @@ def _front(path):
         offsets, columns = _read_front(path)
         names, encodings = columns["column_names"], columns["column_encodings"]
         sizes = [size or None for size in columns["column_sizes"]]
-        if columns["version"] != 2 or not len(names) == len(encodings) == len(sizes):
+        is_text = all(isinstance(value, str) for value in [*names, *encodings])
+        is_size = all(size is None or isinstance(size, int) and size > 0 for size in sizes)
+        if columns["version"] != 2 or not (len(names) == len(encodings) == len(sizes) and is_text and is_size):
             raise EOFError
     except (struct.error, ValueError, KeyError, TypeError, RecursionError):
         raise EOFError from None
@@ -156,15 +161,14 @@ def _read_front(path):
 
 def _decoder(path, name, encoding):
     """Returns the function that decodes the bytes of a value of a column."""
-    kind, _, options = encoding.partition(":")
-    if kind == "ndarray":
-        kind, _, shape = options.partition(":")
-        dtype = np.dtype(kind) if kind else None
-        shape = tuple(map(int, shape.split(","))) if shape else None
+    kind = encoding.partition(":")[0]
+    if array := _ARRAY.fullmatch(encoding):
+        dtype = np.dtype(array[1]) if array[1] else None
+        shape = tuple(map(int, array[2].split(","))) if array[2] else None
         return lambda data: _array(data, dtype, shape)
     if kind not in _DECODERS:
         known = ", ".join([*_DECODERS, "ndarray"])
-        raise UserError(f"{path}: column {name!r} is encoded as {encoding}, which is not read; known are {known}")
+        raise UserError(f"{path}: column {name!r} is encoded as {encoding!r}, which is not read; known are {known}")
     return _DECODERS[kind]
 
 

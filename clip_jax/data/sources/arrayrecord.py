@@ -4,7 +4,6 @@ A block is a run of records; `start` and `end` are record numbers. The number of
 library `array_record` has its own access to files, without this package's retries and cache: only local files are read.
 """
 
-import os
 import re
 import resource
 from collections import Counter
@@ -14,6 +13,7 @@ from clip_jax.data.blocks import Block, Recent
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import example
 from clip_jax.data.sources.example import preferred  # noqa: F401 part of the format
+from clip_jax.data.sources.ranges import stamp
 from clip_jax.data.sources.shards import ShardSource
 from clip_jax.errors import UserError
 
@@ -85,11 +85,7 @@ def _reader(path):
     Raises UserError for a missing and a remote file.
     """
     check(path)
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    return _readers.get((path, status.st_size, status.st_mtime_ns), lambda key: _open(path))
+    return _readers.get((path, stamp(path)), lambda key: _open(path))
 
 
 def _open(path):

@@ -24,6 +24,7 @@ A path or pattern may hold wildcards, numeric ranges and "{split}". A step chang
 
     SOURCE?where=FIELD:VALUE               a selection by a field: `clip_jax.data.sources.selection`
     SOURCE?index=FOLDER                    the records that `clip_jax.tools.filter` kept
+    SOURCE?uids=FILE.npy                   the records of a subset that DataComp publishes
     SOURCE?columns=PATH                    additional fields from a file or folder: `clip_jax.data.sources.columns`
 
 A mixture `SOURCE*3 + SOURCE*1` draws examples in this proportion. The default weight is 1; "size" stands for the
@@ -43,7 +44,7 @@ from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, sha
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, did_you_mean, unknown
 
-_JOINS = ("index", "columns")  # steps made by the module of this name; each takes one option
+_JOINS = ("index", "columns", "uids")  # steps made by the module of this name; each takes one option
 _STEPS = (*_JOINS, *selection.FORMS)
 
 

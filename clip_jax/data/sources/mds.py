@@ -9,6 +9,7 @@ A block is a range of bytes. The columns of a shard are read once, from its fron
 """
 
 import json
+import re
 import struct
 from collections import Counter
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from clip_jax.data import remote
 from clip_jax.data.blocks import Block, Recent
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources.example import preferred  # noqa: F401 part of the format
+from clip_jax.data.sources.ranges import stamp
 from clip_jax.errors import UserError
 
 BYTES = True
@@ -27,8 +29,11 @@ _FRONT = 2**16  # bytes of a shard's front that the first request asks for
 _COLUMNS = 2**20  # bytes of the JSON of the columns, at most
 _SIZE = struct.Struct("<I")
 _UNREADABLE = "unreadable shard"
+_MALFORMED = "malformed record"
 # Types of the values of arrays, by the number that stands for them.
-_TYPES = {8: "u1", 9: "i1", 16: "u2", 17: "i2", 18: "f2", 32: "u4", 33: "i4", 34: "f4", 64: "u8", 65: "i8", 66: "f8"}
+_TYPES = {8: "uint8", 9: "int8"}
+_TYPES |= {bits + i: f"{kind}{bits}" for bits in (16, 32, 64) for i, kind in enumerate(("uint", "int", "float"))}
+_ARRAY = re.compile(rf"ndarray(?::({'|'.join(_TYPES.values())})?(?::(\d+(?:,\d+)*))?)?")
 _MODES = {"L": 1, "RGB": 3, "RGBA": 4}  # channels of images that are not encoded
 _fronts = Recent(256)
 
@@ -81,7 +86,7 @@ def _rows(offsets, count, length):
 def read(path, start, end):
     """Returns the raw records of a block, a sequence; taking one whose values are malformed raises BadRecord.
 
-    Raises EOFError where the shard is shorter than `end`.
+    Raises EOFError where the shard is shorter than `end` or has other samples.
 
     Args:
       path: of the shard.
@@ -90,34 +95,31 @@ def read(path, start, end):
     data = remote.read(path, start, end)
     if len(data) < end - start:
         raise EOFError
-    front = _fronts.get(path, _front)
-    spans, position = [], 0
-    while position < len(data):
-        span = _spans(front.sizes, data, position)
-        position = span[-1] if span else len(data) + 1
-        if position > len(data):
-            break
-        spans.append(span)
+    front = _fronts.get((path, stamp(path)), lambda key: _front(path))
+    first, last = np.searchsorted(front.offsets, (start, end)).tolist()
+    offsets = front.offsets[first : last + 1] - start
+    if offsets[:1].tolist() != [0] or offsets[-1] != end - start:
+        raise EOFError  # other samples than those of the blocks
 
     def record(index):
-        span = spans[index]
+        begin, end = offsets[index : index + 2].tolist()
         try:
-            values = [decode(data[a:b]) for decode, a, b in zip(front.decoders, span, span[1:], strict=False)]
+            spans = _spans(front.sizes, data, begin)
+            if spans[-1] != end:
+                raise BadRecord(_MALFORMED)
+            values = [decode(data[a:b]) for decode, a, b in zip(front.decoders, spans, spans[1:], strict=False)]
         except (ValueError, KeyError, struct.error, IndexError, RecursionError):
-            raise BadRecord("malformed record") from None
+            raise BadRecord(_MALFORMED) from None
         return dict(zip(front.names, values, strict=True))
 
-    return Block(len(spans), record)
+    return Block(last - first, record)
 
 
 def _spans(sizes, data, position):
-    """Returns the offsets of the values of the sample at `position`, and of its end; an empty list where it is cut."""
+    """Returns the offsets of the values of the sample at `position`, and of its end."""
     count = sizes.count(None)
-    ends = position + _SIZE.size * count
-    if ends > len(data):
-        return []
-    given = iter(np.frombuffer(data, "<u4", count, position).tolist())
-    spans = [ends]
+    given = iter(struct.unpack_from(f"<{count}I", data, position))
+    spans = [position + _SIZE.size * count]
     for size in sizes:
         spans.append(spans[-1] + (next(given) if size is None else size))
     return spans
@@ -132,7 +134,9 @@ def _front(path):
         offsets, columns = _read_front(path)
         names, encodings = columns["column_names"], columns["column_encodings"]
         sizes = [size or None for size in columns["column_sizes"]]
-        if columns["version"] != 2 or not len(names) == len(encodings) == len(sizes):
+        is_text = all(isinstance(value, str) for value in [*names, *encodings])
+        is_size = all(size is None or isinstance(size, int) and size > 0 for size in sizes)
+        if columns["version"] != 2 or not (len(names) == len(encodings) == len(sizes) and is_text and is_size):
             raise EOFError
     except (struct.error, ValueError, KeyError, TypeError, RecursionError):
         raise EOFError from None
@@ -157,15 +161,14 @@ def _read_front(path):
 
 def _decoder(path, name, encoding):
     """Returns the function that decodes the bytes of a value of a column."""
-    kind, _, options = encoding.partition(":")
-    if kind == "ndarray":
-        kind, _, shape = options.partition(":")
-        dtype = np.dtype(kind) if kind else None
-        shape = tuple(map(int, shape.split(","))) if shape else None
+    kind = encoding.partition(":")[0]
+    if array := _ARRAY.fullmatch(encoding):
+        dtype = np.dtype(array[1]) if array[1] else None
+        shape = tuple(map(int, array[2].split(","))) if array[2] else None
         return lambda data: _array(data, dtype, shape)
     if kind not in _DECODERS:
         known = ", ".join([*_DECODERS, "ndarray"])
-        raise UserError(f"{path}: column {name!r} is encoded as {encoding}, which is not read; known are {known}")
+        raise UserError(f"{path}: column {name!r} is encoded as {encoding!r}, which is not read; known are {known}")
     return _DECODERS[kind]
 
 

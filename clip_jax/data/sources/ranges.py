@@ -1,9 +1,10 @@
-"""Reading the heads of records in a shard from front to end, with few requests where the shard is remote."""
+"""What the formats of shards share: heads of records, read with few requests where the shard is remote; versions."""
 
 import contextlib
 import os
 
 from clip_jax.data import remote
+from clip_jax.errors import UserError
 
 _PIECE = 32 * 2**20  # bytes of a remote shard that are read at once, and held
 
@@ -27,6 +28,17 @@ def heads(path):
                 return b""  # as where a shard is cut off
 
         yield get, os.fstat(file.fileno()).st_size
+
+
+def stamp(path):
+    """Returns what tells the versions of a local file apart, None for a remote one; raises UserError for no file."""
+    if remote.is_remote(path):
+        return None
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    return status.st_size, status.st_mtime_ns
 
 
 def _pieces(path, size):

@@ -14,6 +14,7 @@ import os
 
 import numpy as np
 
+from clip_jax.data.sources.parquet_values import list_column
 from clip_jax.data.sources.shards import Blocks, ShardSource
 from clip_jax.errors import UserError
 
@@ -79,18 +80,8 @@ class Manifest:
         return self.about["command"]
 
     def column(self, field):
-        """Returns the values of a field for all samples; None where the manifest has no such column.
-
-        Returns: an array `[samples]`, of numbers or bool, or object for text. A missing number is NaN, a missing text
-          None.
-        """
-        import pyarrow.parquet as parquet
-
-        if field not in self.about["columns"]:
-            return None
-        with _opened(self.path) as file:
-            table = parquet.ParquetFile(file, pre_buffer=True).read([COLUMN + field])
-        return table[COLUMN + field].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        """Returns the `ParquetColumn` of a field of all samples; None where the manifest has no such column."""
+        return list_column(self.path, COLUMN + field, "samples") if field in self.about["columns"] else None
 
 
 def read_about(path):

@@ -275,10 +275,9 @@ class ShardSource(BlockSource):
         return UserError(f"{path} changed since the manifest was made; make it again: {self._manifest.remedy}")
 
     def column(self, field):
-        """Returns the values of a field for all records, from the manifest; None where it has no such column.
+        """Returns the values of a field of all records, from the manifest; None where it has no such column.
 
-        Returns: an array `[records]`, of numbers or bool, or object for text. A missing number is NaN, a missing text
-          None.
+        A slice of them is a `pyarrow.ChunkedArray`.
         """
         return self._manifest.column(field) if self._manifest else None
 

@@ -88,6 +88,12 @@ def test_hugging_face_files_are_read(tmp_path):
     check_pets(make_source(str(tmp_path)), 70)
     tags = make_source(str(tmp_path), label="tags")
     assert tags.class_names == ["wild", "tame"] and tags[0]["label"] == (1,)
+    (tmp_path / "wrong").mkdir()
+    table = pets(3).set_column(1, "label", pa.array([0, -5, 2]))
+    wrong = make_source(write(tmp_path / "wrong" / "a.parquet", table))
+    for index, label in ((1, -5), (2, 2)):
+        with pytest.raises(UserError, match=f"has label {label}, but there are 2 class names, 0 to 1"):
+            wrong[index]
 
 
 @pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
@@ -220,6 +226,11 @@ def test_damaged_files(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(data[:4] + b"\xff" * 40 + data[44:])
     with pytest.raises(BadRecord, match="corrupt row group"):
         parquet.read(str(tmp_path / "cut.parquet"), 0, 1)[0]
+    texts = pa.table({"image": [encoded(1)] * 2, "caption": pa.array([b"a cat", b"\xff"]).view(pa.string())})
+    source = make_source(write(tmp_path / "t.parquet", texts))
+    assert source[0]["texts"] == ["a cat"]
+    with pytest.raises(BadRecord, match="text is not UTF-8"):
+        source[1]
     stream = (tmp_path / "a.arrow").read_bytes()
     (tmp_path / "cut.arrow").write_bytes(stream[:-100])
     rows, broken = arrow.scan(str(tmp_path / "cut.arrow"), 4)
@@ -253,6 +264,23 @@ def test_columns_are_read_by_block(tmp_path, monkeypatch):
     found = [record for number in range(len(joined.blocks)) for record in joined.read_block(number)]
     assert [(r["rewrites"], r["number"], r["of"]) for r in found] == [([f"rewrite {i}"], i, i) for i in range(33)]
     assert found[30] == joined[30]
+
+
+def test_arrays_are_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_columns, "_PART", 10)
+    monkeypatch.setattr(parquet_columns, "_GROUP", 4)
+    source = make_source(write(tmp_path / "a.parquet", pets(23), row_group_size=6))
+    fields = {"regions": ((2, 3), np.float16), "count": ((), np.int32)}
+    values = np.random.default_rng(0).normal(size=(23, 2, 3)).astype(np.float16)
+    for seed in (0, 1):
+        with columns.array_writer(tmp_path / "c.parquet", source, fields, {"seed": seed}) as arrays:
+            arrays["regions"][:], arrays["count"][:] = values, np.arange(23) + seed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "c.parquet"]
+    joined = make_source(f"{tmp_path}/a.parquet?columns={tmp_path}/c.parquet")
+    found = [record for number in range(len(joined.blocks)) for record in joined.read_block(number)]
+    for i, record in enumerate(found):
+        np.testing.assert_array_equal(record["regions"], values[i])
+        assert record["count"] == i + 1 and record["regions"].dtype == np.float16
 
 
 def test_columns_of_another_data_set_are_refused(tmp_path):

@@ -18,6 +18,7 @@ import hashlib
 import json
 import lzma
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ import numpy as np
 from clip_jax.data import blocks
 from clip_jax.data.files import FileReader
 from clip_jax.data.records import DerivedSource, fingerprint
-from clip_jax.data.sources.parquet_columns import ParquetRows, ParquetWriter, check_same, is_parquet
+from clip_jax.data.sources.parquet_columns import ParquetRows, ParquetWriter, check_same, is_parquet, write_arrays
 from clip_jax.data.sources.tfds import EMBEDDED
 from clip_jax.errors import UserError
 
@@ -110,7 +111,7 @@ def array_writer(folder, source, fields, about):
     The columns are valid only after the block has ended without an error.
 
     Args:
-      folder: the folder to write.
+      folder: the folder to write. NAME.parquet holds Parquet files, made of NAME.parquet.arrays at the end.
       source: the source.
       fields: `{field: (shape, dtype)}` of one record.
       about: dict for the header, what made the columns.
@@ -120,7 +121,8 @@ def array_writer(folder, source, fields, about):
 
     Raises UserError when the folder cannot be written.
     """
-    folder = Path(folder)
+    is_parquet, path = str(folder).endswith(".parquet"), str(folder)
+    folder = Path(f"{folder}.arrays" if is_parquet else folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "header.json").unlink(missing_ok=True)  # without a header the columns are invalid
@@ -133,6 +135,10 @@ def array_writer(folder, source, fields, about):
     yield arrays
     for array in arrays.values():
         array.flush()
+    if is_parquet:
+        write_arrays(path, arrays, _header(source, about))
+        shutil.rmtree(folder)
+        return
     (folder / "header.json").write_text(json.dumps(_header(source, about) | {"fields": sorted(arrays)}, indent=1))
 
 

@@ -32,6 +32,11 @@ class Values:
     def distinct(self):
         return self._distinct()
 
+    @property
+    def is_set(self):
+        """Whether each record has the field, bool `[n]`."""
+        return self.codes >= 0
+
     def where(self, test):
         """Returns bool `[n]`: whether a function is true of a record's value; False where there is none."""
         return np.array([*map(test, self.distinct), False], bool)[self.codes]
@@ -80,9 +85,9 @@ def _columns(columns, length):
         array = column[start : min(start + CHUNK, length)]
         array = pa.array(array) if isinstance(array, np.ndarray) else array
         array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-        array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-        is_scalar = pa.types.is_primitive(array.type) or pa.types.is_string(array.type)
-        return array if is_scalar or pa.types.is_large_string(array.type) else list(map(plain, array.to_pylist()))
+        kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
+        is_scalar = pa.types.is_primitive(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        return array if is_scalar else list(map(plain, array.to_pylist()))
 
     for start in range(0, length, CHUNK):
         yield start, {field: part(column, start) for field, column in columns.items()}
@@ -112,18 +117,39 @@ def _records(source, fields, name):
 
 def _values(column):
     """Returns the `Values` of a list or an array of Arrow."""
-    if isinstance(column, list):
-        return _encode(column, lambda value, index: str(value))
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    return _encode(column, lambda value, index: str(value)) if isinstance(column, list) else _ArrowValues(column)
 
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), None, column)
-    encoded = column.dictionary_encode()
-    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    if not pa.types.is_primitive(column.type) and (empty := pc.index(encoded.dictionary, "").as_py()) >= 0:
-        codes = np.where(codes == empty, -1, codes)
-    return Values(codes, lambda: [str(value) for value in encoded.dictionary.to_pylist()])
+
+class _ArrowValues(Values):
+    """The `Values` of an array of Arrow of numbers or text."""
+
+    def __init__(self, array):
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        self._array = array if not pa.types.is_floating(array.type) else pc.if_else(pc.is_nan(array), None, array)
+
+    @functools.cached_property
+    def _encoded(self):
+        return self._array.dictionary_encode()
+
+    @functools.cached_property
+    def codes(self):
+        codes = self._encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        return codes if "" not in self.distinct else np.where(codes == self.distinct.index(""), -1, codes)
+
+    @functools.cached_property
+    def distinct(self):
+        return [str(value) for value in self._encoded.dictionary.to_pylist()]
+
+    @property
+    def is_set(self):
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        is_text = pa.types.is_string(self._array.type) or pa.types.is_large_string(self._array.type)
+        is_set = pc.fill_null(pc.not_equal(self._array, ""), False) if is_text else pc.is_valid(self._array)
+        return self.codes >= 0 if pa.types.is_dictionary(self._array.type) else is_set.to_numpy(zero_copy_only=False)
 
 
 def _classes(column, where, field, start):

@@ -70,9 +70,9 @@ class Bits:
         self.firsts = np.empty(len(starts), np.int64)
         total, length = 0, int(starts[-1])
         for start in range(0, length, _SPAN):
-            counts = np.cumsum(self._unpack(start, min(start + _SPAN, length)), dtype=np.int64)
+            counts = np.cumsum(self._unpack(start, min(start + _SPAN, length)), dtype=np.int32)
             here = slice(*np.searchsorted(starts, (start, start + len(counts))))
-            self.firsts[here] = total + np.append(0, counts)[starts[here] - start]
+            self.firsts[here] = total + np.append(np.int32(0), counts)[starts[here] - start]
             total += int(counts[-1])
         self.firsts[starts == length] = total
 

@@ -56,7 +56,8 @@ class Manifest:
             )
         with _opened(path) as file:
             names = ["shard", "start", "end", "samples"]
-            table = parquet.ParquetFile(file, read_dictionary=["shard"], pre_buffer=True).read(names)
+            opened = parquet.ParquetFile(file, read_dictionary=["shard"], pre_buffer=True)
+            table, groups = opened.read(names), opened.metadata
         shard = table["shard"].unify_dictionaries().combine_chunks()
         codes = shard.indices.to_numpy()
         firsts = np.flatnonzero(np.diff(codes, prepend=-1))
@@ -66,12 +67,14 @@ class Manifest:
         number = np.repeat(np.arange(len(firsts), dtype=np.int32), np.diff(firsts, append=len(codes)))
         rest = (table[name].to_numpy() for name in ("start", "end", "samples"))
         self.blocks = Blocks(number, *rest)
+        ends = np.cumsum([groups.row_group(i).num_rows for i in range(groups.num_row_groups)])
+        self._groups = np.diff(np.concatenate([[0], np.cumsum(self.blocks.samples, dtype=np.int64)])[ends], prepend=0)
         pyarrow.default_memory_pool().release_unused()
         if len(self.sizes) != len(self.shards):
             raise UserError(f"{path}: damaged; make it again: {self.remedy}")
 
     def __getstate__(self):
-        return {"path": self.path, "about": self.about}
+        return {"path": self.path, "about": self.about, "_groups": self._groups}
 
     @property
     def remedy(self):
@@ -79,18 +82,51 @@ class Manifest:
         return self.about["command"]
 
     def column(self, field):
-        """Returns the values of a field for all samples; None where the manifest has no such column.
+        """Returns the `Column` of a field; None where the manifest has no such column."""
+        return Column(self.path, COLUMN + field, self._groups) if field in self.about["columns"] else None
 
-        Returns: an array `[samples]`, of numbers or bool, or object for text. A missing number is NaN, a missing text
-          None.
-        """
+
+class Column:
+    """The values of a field for all samples. A slice is a `pyarrow.ChunkedArray`, null for a missing value.
+
+    Taking a slice reads the row groups in which it lies; the last one is kept.
+
+    Args:
+      path: of the manifest.
+      name: str, the column.
+      groups: int64 `[row groups]`, their numbers of samples.
+    """
+
+    def __init__(self, path, name, groups):
+        self._path, self._name = path, name
+        self._starts = np.concatenate([[0], np.cumsum(groups)])
+        self._last = -1, None
+
+    def __len__(self):
+        return int(self._starts[-1])
+
+    def __getitem__(self, span):
+        import pyarrow
+
+        start, stop, _ = span.indices(len(self))
+        first, last = np.searchsorted(self._starts, [start, max(stop - 1, start)], "right").tolist()
+        parts = []
+        for number in range(first - 1, last):
+            begin = int(self._starts[number])
+            parts.append(self._group(number)[max(start - begin, 0) : max(stop - begin, 0)])
+        return pyarrow.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
+
+    def _group(self, number):
+        import pyarrow
         import pyarrow.parquet as parquet
 
-        if field not in self.about["columns"]:
-            return None
-        with _opened(self.path) as file:
-            table = parquet.ParquetFile(file, pre_buffer=True).read([COLUMN + field])
-        return table[COLUMN + field].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        kept, values = self._last
+        if kept != number:
+            with _opened(self._path) as file:
+                table = parquet.ParquetFile(file).read_row_group(number, [self._name])
+            values = pyarrow.chunked_array([chunk.flatten() for chunk in table[self._name].chunks])
+            self._last = number, values
+        return values
 
 
 def read_about(path):
@@ -101,7 +137,7 @@ def read_about(path):
     try:
         with _opened(path) as file:
             found = parquet.read_metadata(file).metadata or {}
-    except pyarrow.ArrowInvalid:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
         return None
     return json.loads(found[KEY.encode()]) if KEY.encode() in found else None
 

@@ -105,9 +105,9 @@ def select(source, options, name):
     bits = np.zeros(-(-len(source) // 8), np.uint8)
     groups, classes = _Numbering(len(source) if by else 0), _Classes()
     for start, count, values in field_values.chunks(source, {field for field, _ in wanted.values()}, label, name):
-        kept, indices = np.ones(count, bool), np.arange(start, start + count)
+        kept = np.ones(count, bool)
         for option, (field, _) in wanted.items():
-            kept &= rules[option](values[field], indices)
+            kept &= rules[option](values[field], start)
         bits[start // 8 : -(-(start + count) // 8)] = np.packbits(kept)
         if by:
             groups.add(values[by], kept, start)
@@ -148,7 +148,7 @@ class _Classes:
 
     def add(self, values, kept):
         self.are_several |= any(isinstance(value, tuple) for value in values.distinct)
-        for code in np.unique(values.codes[kept & (values.codes >= 0)]).tolist():
+        for code in np.unique(values.codes[kept & values.is_set]).tolist():
             value = values.distinct[code]
             self.names.update(value if isinstance(value, tuple) else (value,))
 
@@ -164,12 +164,12 @@ def _parse(option, text, name):
 
 
 class _Rule:
-    """What an option keeps: `rule(values, indices)` is bool `[n]` of the `Values` and int64 indices of n records."""
+    """What an option keeps: `rule(values, start)` is bool `[n]`, of the `Values` of the records from `start` on."""
 
     def __init__(self, test=None):
         self._test = test
 
-    def __call__(self, values, indices):
+    def __call__(self, values, start):
         return values.where(self._test)
 
     def finish(self):
@@ -184,8 +184,8 @@ class _Where(_Rule):
         self._what, self._value = f"{name}: no record has {field} {value!r}", value
         self._others, self._is_found = set(), False
 
-    def __call__(self, values, indices):
-        matches = super().__call__(values, indices)
+    def __call__(self, values, start):
+        matches = super().__call__(values, start)
         self._is_found |= bool(matches.any())
         if not self._is_found and len(self._others) < _HINTS:
             self._others.update(values.distinct)
@@ -209,8 +209,10 @@ class _Part(_Rule):
         if not 1 <= self._number <= self._count:
             raise UserError(f"{name}: part {part} is not one of 1/{self._count} to {self._count}/{self._count}")
 
-    def __call__(self, values, indices):
-        return self._is_in(_hash_indices(indices)) if self._of_indices else super().__call__(values, indices)
+    def __call__(self, values, start):
+        if self._of_indices:
+            return self._is_in(_hash_indices(start, len(values.codes)))
+        return super().__call__(values, start)
 
     def _is_in(self, hashes):
         return (hashes % self._count == self._number - 1) != self._negated
@@ -219,22 +221,22 @@ class _Part(_Rule):
 class _Has(_Rule):
     """The records with the field."""
 
-    def __call__(self, values, indices):
-        return values.codes >= 0
+    def __call__(self, values, start):
+        return values.is_set
 
 
 class _Without(_Rule):
     """The records whose text names nothing that the emoji set holds out; one without text is kept."""
 
-    def __call__(self, values, indices):
-        return ~super().__call__(values, indices)
+    def __call__(self, values, start):
+        return ~super().__call__(values, start)
 
 
 class _All(_Rule):
     """All records, with any label or none."""
 
-    def __call__(self, values, indices):
-        return np.ones(len(indices), bool)
+    def __call__(self, values, start):
+        return np.True_
 
 
 def _rule(option, field, value, length, name):
@@ -252,9 +254,9 @@ def _hash_text(text):
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
 
 
-def _hash_indices(indices):
-    """Returns hashes of indices, uint64 `[n]`: the sequence of SplitMix64 (Steele et al. 2014) from seed 0."""
-    x = (indices.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+def _hash_indices(start, count):
+    """Returns hashes of indices, uint64 `[count]`: numbers of SplitMix64 (Steele et al. 2014) from seed 0."""
+    x = np.arange(start + 1, start + 1 + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)

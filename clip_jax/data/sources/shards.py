@@ -17,6 +17,7 @@ and, where they apply,
     classes(path)             {field: class names} that the shard holds
     check(path)               raises UserError for a path that the format does not read, such as a remote one
     local_source              the class of sources of local shards without a manifest; without it `ShardSource`
+    values(path, start, end, fields)    {field: values of all records} of a block, without its images
     COLUMNS = True            `read` takes `column`, the image field that the user names, and reads no other image
 
 A path may be remote (`clip_jax.data.remote`). Where the shards are is in a manifest (`manifest`), or found by scanning
@@ -201,7 +202,7 @@ class ShardSource(BlockSource):
       options: passed to the format's `read`.
 
     Attributes:
-      block_bytes: mean bytes of a block on the storage; None where the format does not tell.
+      block_bytes: mean bytes of a block on the storage; None where it is not known.
 
     Raises UserError when there is no record, a named field does not exist, or no field holds images.
     """
@@ -221,8 +222,11 @@ class ShardSource(BlockSource):
         if not len(self):
             reasons = ", ".join(self.broken) or "empty"
             raise UserError(f"{name}: no usable sample in {len(self._shards)} shards ({reasons})")
-        is_bytes = getattr(load_format(kind), "BYTES", False)
-        self.block_bytes = float(np.mean(blocks.end - blocks.start)) if is_bytes else None
+        self.block_bytes = None
+        if getattr(load_format(kind), "BYTES", False):
+            self.block_bytes = float(np.mean(blocks.end - blocks.start))
+        elif manifest is not None:
+            self.block_bytes = float(manifest.sizes.sum() / len(self.blocks))
         self._has_own_captions = text is None
         self._choose(self._first_values(), label)
         self._numbering = hash64("\0".join(self._shards).encode("utf-8", "surrogateescape"))
@@ -282,8 +286,7 @@ class ShardSource(BlockSource):
     def column(self, field):
         """Returns the values of a field for all records, from the manifest; None where it has no such column.
 
-        Returns: an array `[records]`, of numbers or bool, or object for text. A missing number is NaN, a missing text
-          None.
+        A slice of them is a `pyarrow.ChunkedArray`.
         """
         return self._manifest.column(field) if self._manifest else None
 

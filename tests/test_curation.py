@@ -341,9 +341,10 @@ def greedy(near, pixels):
     return stays.tolist()
 
 
+@pytest.mark.parametrize("large", [1, 4, 256])
 @pytest.mark.parametrize("distance", [0, 1, 3, 7, 15])
-def test_near_hashes_are_judged_from_the_best(distance, tmp_path, monkeypatch):
-    for name, value in (("_CHUNK", 50), ("_ROWS", 7), ("_COLUMNS", 11)):
+def test_near_hashes_are_judged_from_the_best(distance, large, tmp_path, monkeypatch):
+    for name, value in (("_CHUNK", 50), ("_LARGE", large), ("_ROWS", 7), ("_COLUMNS", 11)):
         monkeypatch.setattr(duplicates, name, value)
     rng = np.random.default_rng(distance)
     centres = rng.integers(0, 2, (12, 128), np.uint8)

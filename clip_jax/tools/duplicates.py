@@ -5,7 +5,7 @@ near one that stays, and no two pictures that stay are near each other.
 """
 
 import functools
-import itertools
+import os
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from clip_jax.tools.filter_tables import Table
 OPEN, UNUSABLE = -1, -2
 
 _CHUNK = 2**18  # rows that are read at a time
-_ROWS, _COLUMNS = 512, 4096  # hashes that are compared at a time
+_LARGE = 256  # pictures of a bucket that is compared by itself
+_ROWS, _COLUMNS = 512, 4096  # hashes of it that are compared at a time
 _QUERIES = 1024  # embeddings that are compared at a time
 
 
@@ -80,26 +81,33 @@ def join_near(folder, hashes, pixels, stays, distance):
       stays: int64 `[n]`, changed.
       distance: the number of bits, at most 15.
     """
+    hashes = _shuffled(folder, hashes)
     tables = [_piece_table(folder, hashes, stays, piece) for piece in np.array_split(np.arange(16), distance + 1)]
     found, is_blocked = np.full(len(stays), OPEN), np.zeros(len(stays), bool)
     while (stays == OPEN).any():
         found[:], is_blocked[:] = OPEN, False
-        for bucket in itertools.chain.from_iterable(_buckets(table, stays) for table in tables):
-            _compare(best_first(pixels, bucket), hashes, pixels, stays, distance, found, is_blocked)
+        for table in tables:
+            _compare_table(table, hashes, pixels, stays, distance, found, is_blocked)
         for rows in _open(stays):
             stays[rows] = np.where(found[rows] != OPEN, found[rows], np.where(is_blocked[rows], OPEN, rows))
 
 
-def _piece_table(folder, hashes, stays, piece):
-    """Returns the `Table` of the open pictures by a piece of their hashes, some of the 16 bytes.
+def _shuffled(folder, hashes):
+    """Returns the hashes, in a file, with their bits in another order: neighbours are alike, as in a plain border."""
+    order = np.random.default_rng(0).permutation(128)
+    result = np.memmap(os.path.join(folder, "shuffled.map"), np.uint8, "w+", shape=hashes.shape)
+    for start in range(0, len(hashes), _CHUNK):
+        bits = np.unpackbits(hashes[start : start + _CHUNK], axis=1)
+        result[start : start + _CHUNK] = np.packbits(bits[:, order], axis=1)
+    return result
 
-    Bits are shuffled first: neighbouring ones are alike, such as those of a picture's plain border.
-    """
-    shuffled, table = np.random.default_rng(0).permutation(128), Table(folder, f"piece{piece[0]}")
+
+def _piece_table(folder, hashes, stays, piece):
+    """Returns the `Table` of the open pictures by a piece of their hashes, some of the 16 bytes."""
+    table = Table(folder, f"piece{piece[0]}")
     for rows in _open(stays):
-        bits = np.packbits(np.unpackbits(hashes[rows], axis=1)[:, shuffled], axis=1)[:, piece[:8]]
         keys = np.zeros((len(rows), 8), np.uint8)
-        keys[:, : bits.shape[1]] = bits
+        keys[:, : len(piece)] = hashes[rows][:, piece[:8]]
         table.add(keys.view(">u8")[:, 0].astype(np.uint64), rows.astype(np.uint64))
     return table
 
@@ -109,25 +117,45 @@ def _open(stays):
         yield start + np.flatnonzero(stays[start : start + _CHUNK] == OPEN)
 
 
-def _buckets(table, stays):
-    """Yields the rows of each bucket of a table, without those that go, where some are open."""
+def _compare_table(table, hashes, pixels, stays, distance, found, is_blocked):
+    """Compares the open pictures of each bucket of a table with the better ones of their bucket.
+
+    Sets `found` to the best picture that has stayed, and `is_blocked` where a better one is open.
+    """
     for keys, rows in table.parts():
         rows = rows.astype(np.int64)
         left = (stays[rows] == OPEN) | (stays[rows] == rows)
         keys, rows = keys[left], rows[left]
-        ends = np.flatnonzero(np.append(keys[1:] != keys[:-1], True)) + 1 if len(keys) else []
-        opened = np.concatenate([[0], np.cumsum(stays[rows] == OPEN)])
-        for start, end in itertools.pairwise([0, *ends]):
-            if end > start + 1 and opened[end] > opened[start]:
-                yield rows[start:end]
+        if not (stays[rows] == OPEN).any():
+            continue
+        order = np.lexsort((rows, -pixels[rows].astype(np.int64), keys))
+        keys, rows = keys[order], rows[order]
+        starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+        sizes = np.diff(np.append(starts, len(keys)))
+        is_large = np.repeat(sizes > _LARGE, sizes)
+        _compare_small(keys[~is_large], rows[~is_large], hashes, pixels, stays, distance, found, is_blocked)
+        for start, size in zip(starts[sizes > _LARGE], sizes[sizes > _LARGE], strict=True):
+            _compare_large(rows[start : start + size], hashes, pixels, stays, distance, found, is_blocked)
 
 
-def _compare(rows, hashes, pixels, stays, distance, found, is_blocked):
-    """Compares the open pictures of a bucket with the better ones; `rows` is sorted, the best picture first.
+def _compare_small(keys, rows, hashes, pixels, stays, distance, found, is_blocked):
+    """Compares the pictures of many buckets: those that are next to each other, then those two apart, and so on."""
+    words, is_open = np.asarray(hashes[rows]).view(np.uint64), stays[rows] == OPEN
+    asked = np.flatnonzero(is_open)
+    for apart in range(1, _LARGE):
+        asked = asked[asked >= apart]
+        asked = asked[keys[asked] == keys[asked - apart]]
+        if not len(asked):
+            return
+        near = asked[np.bitwise_count(words[asked] ^ words[asked - apart]).sum(1) <= distance]
+        open_ones = is_open[near - apart]
+        is_blocked[rows[near[open_ones]]] = True
+        _improve(found, rows[near[~open_ones]], rows[near[~open_ones] - apart], pixels)
 
-    Sets `found` to the best picture that has stayed, and `is_blocked` where a better one is open.
-    """
-    words, is_open = hashes[rows].view(np.uint64), stays[rows] == OPEN
+
+def _compare_large(rows, hashes, pixels, stays, distance, found, is_blocked):
+    """Compares the pictures of one bucket, block by block; `rows` is sorted, the best picture first."""
+    words, is_open = np.asarray(hashes[rows]).view(np.uint64), stays[rows] == OPEN
     queries = np.flatnonzero(is_open)
     for start in range(0, len(queries), _ROWS):
         asked = queries[start : start + _ROWS]

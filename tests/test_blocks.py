@@ -97,12 +97,8 @@ def test_hosts_and_resumption_change_nothing(kind, one_source, sources):
     assert_equal(concatenate(far), take(by_blocks(source, start_step=777, **common), 2))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_and_threads_change_nothing(workers, sources):
+def test_threads_change_nothing(sources):
     plain = take(by_blocks(sources["mixture"], lanes=8, batch_size=16), 6)
-    loader = by_blocks(sources["mixture"], lanes=8, batch_size=16, workers=workers)
-    assert_equal(take(loader, 6), plain)
-    loader.close()
     assert_equal(take(by_blocks(sources["mixture"], lanes=8, batch_size=16, threads=4), 6), plain)
 
 

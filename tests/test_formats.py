@@ -13,8 +13,11 @@ from example_helpers import tfrecord, write_array_record
 from test_mds import shard as mds
 
 from clip_jax.data.batches import Reading
+from clip_jax.data.sources import make_source
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.shards import ShardSource, format_of, scan_shards
+from clip_jax.errors import UserError
+from clip_jax.tools import manifest
 
 SHARDS, LENGTH = 9, 8
 
@@ -80,3 +83,18 @@ def test_workers_change_nothing(sources):
     many = by_blocks(mixture, workers=1)
     assert_equal(take(many, 4), take(by_blocks(mixture), 4))
     many.close()
+
+
+@pytest.mark.parametrize("ending", ["array_record", "mds"])
+def test_manifest(tmp_path, sources, ending):
+    """A manifest gives the batches of the shards, and tells a shard that shrank."""
+    for number in range(SHARDS):
+        WRITERS[ending](tmp_path / f"{number}.{ending}", rows(number))
+    path = tmp_path / "x.manifest.parquet"
+    assert manifest.main([str(tmp_path), f"--out={path}", "--processes=1"]) == 0
+    source = make_source(str(path))
+    assert source.sequential
+    assert_equal(take(by_blocks(source, start_step=7), 3), take(by_blocks(sources["tar"], start_step=7), 3))
+    WRITERS[ending](tmp_path / f"4.{ending}", rows(4)[:-1])
+    with pytest.raises(UserError, match=f"4.{ending} changed since the manifest was made; make it again: python -m "):
+        source.read_block(4)

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import encoded, write_table
+from data_helpers import Bytes, assert_equal, concatenate, encoded, loader, take, write_table
 from web_server import web_server
 
 from clip_jax.data import clients, decode, remote
+from clip_jax.data.batches import Reading
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import (
     MemorySource,
@@ -22,6 +23,7 @@ from clip_jax.data.sources import (
     parquet_columns,
     table,
 )
+from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
 from clip_jax.tools import to_parquet
 
@@ -189,7 +191,9 @@ def test_a_block_is_one_request_without_other_images(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "read", lambda *args: calls.append(args) or read(*args))
     records = list(parquet.read(path, *wanted[0]))
     assert records[3] == {"image": encoded(3), "caption": "a", "mask.0": 3}
-    assert len(calls) == 2 and sum(end - start for _, start, end in calls) < 10_000
+    size = sum(end - start for _, start, end in calls)
+    assert len(calls) == 2 and size == parquet.block_bytes(path, *wanted[0]) < 10_000
+    assert make_source(path).block_bytes > size  # all rows are a block
     del calls[:]
     write(path, [{k: row[k] for k in ("image", "caption")} for row in rows], row_group_size=4)
     parquet.scan(path)
@@ -407,3 +411,19 @@ def test_data_sets_of_the_hub_are_read(tmp_path, monkeypatch):
         web.requests.clear()
         check_pets(source, 24)
         assert len(web.requests) == 3  # a block each, and a block again for the copy of the source
+
+
+def test_training_reads_blocks_of_a_table_and_its_columns(tmp_path):
+    rows = [{"image": encoded(i % 7), "caption": f"caption {i}"} for i in range(1100)]
+    write(tmp_path / "a.parquet", rows, row_group_size=100)
+    write(tmp_path / "c.parquet", [{"number": i} for i in range(1100)], row_group_size=300)
+    source = make_source(f"{tmp_path}/a.parquet?columns={tmp_path}/c.parquet")
+    assert source.blocks.tolist() == [500, 500, 100]
+    views = (ImageView("image", 8), TextView("text", 16, ("{number}",)))
+    settings = dict(batch_size=100, reading=Reading("blocks", lanes=4, window=1))
+    whole = take(loader(source, views, **settings), 11)
+    shares = [take(loader(source, views, host=host, hosts=2, **settings), 3) for host in range(2)]
+    assert_equal(concatenate(shares), whole[:3])
+    ids = np.concatenate([batch["example_id"] for batch in whole])
+    numbers = [int(Bytes().decode(row)) for batch in whole for row in batch["text"].tolist()]
+    assert ids.tolist() == numbers and sorted(numbers) == list(range(1100))

@@ -173,9 +173,15 @@ class ColumnsSource(DerivedSource):
                 f"columns={path}: {len(self._rows):,} rows, but {source.name} has {len(source):,} records; the command "
                 "that makes them resumes where it stopped"
             )
-        self.sequential = blocks.is_sequential(source)
-        self.blocks = getattr(source, "blocks", None)
-        self._starts = None if self.blocks is None else np.cumsum(self.blocks) - self.blocks
+        self.sequential, self.block_bytes = blocks.is_sequential(source), getattr(source, "block_bytes", None)
+        self._starts = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_starts": None}
+
+    @property
+    def blocks(self):
+        return getattr(self._source, "blocks", None)
 
     def __len__(self):
         return len(self._source)
@@ -186,6 +192,8 @@ class ColumnsSource(DerivedSource):
 
     def read_block(self, number):
         """Returns the records of a block of the source, a sequence; rows of Parquet files are read for all of it."""
+        if self._starts is None:
+            self._starts = np.cumsum(self.blocks, dtype=np.int64) - self.blocks
         records, first = blocks.read_block(self._source, number), int(self._starts[number])
         rows = self._rows.span(first, len(records)) if isinstance(self._rows, _Parquet) else self._rows
 

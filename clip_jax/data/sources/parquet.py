@@ -75,6 +75,13 @@ def read(path, start, end, column=None):
     return arrow_columns.rows(found, image, path)
 
 
+def block_bytes(path, start, end):
+    """Returns the bytes of the row groups `start` to `end - 1` in the file, without columns that `read` leaves out."""
+    schema = schema_of(path)
+    columns = arrow_columns.kept_columns(schema, arrow_columns.image_column(schema))
+    return sum(last - first for first, last in _spans(_footer(path)[0], range(start, end), columns))
+
+
 def values(path, start, end, fields):
     """Returns `{field: values of all records}` of a block for those of the fields that the file has; reads no other."""
     names = [field for field in fields if field in schema_of(path).names]

@@ -10,6 +10,7 @@ A format is a module of this folder, named in `FORMATS`, with
 and, where they apply,
 
     BYTES = True              start and end of a block are offsets in bytes
+    block_bytes(path, start, end)    the bytes of a block, where its start and end are no offsets
     FOOTER = True             `scan` reads a footer alone
     preferred(fields)         {"image": field, "label": field or None}, or one of them, by the first values of all
                               fields; without it the usual names decide
@@ -227,6 +228,8 @@ class ShardSource(BlockSource):
             self.block_bytes = float(np.mean(blocks.end - blocks.start))
         elif manifest is not None:
             self.block_bytes = float(manifest.sizes.sum() / len(self.blocks))
+        elif size := getattr(load_format(kind), "block_bytes", None):
+            self.block_bytes = float(np.mean([size(*self._span_of(number)) for number in self._peeked_blocks()]))
         self._has_own_captions = text is None
         self._choose(self._first_values(), label)
         self._numbering = hash64("\0".join(self._shards).encode("utf-8", "surrogateescape"))
@@ -290,10 +293,19 @@ class ShardSource(BlockSource):
         """
         return self._manifest.column(field) if self._manifest else None
 
+    def _span_of(self, number):
+        """Returns the path, start and end of a block."""
+        shard, start, end, _ = (column[number].item() for column in self._rows)
+        return self._shards[shard], start, end
+
+    def _peeked_blocks(self):
+        """Returns the numbers of the first blocks of some shards."""
+        firsts = np.flatnonzero(np.diff(self._rows.shard, prepend=-1))
+        return firsts[np.linspace(0, len(firsts) - 1, min(_PEEKED_BLOCKS, len(firsts))).astype(int)]
+
     def _first_values(self):
         """Returns the first value of each field in the first blocks of some shards."""
-        firsts = np.flatnonzero(np.diff(self._rows.shard, prepend=-1))
-        firsts = firsts[np.linspace(0, len(firsts) - 1, min(_PEEKED_BLOCKS, len(firsts))).astype(int)]
+        firsts = self._peeked_blocks()
         with ThreadPoolExecutor(len(firsts)) as pool:
             list(pool.map(self._check_size, self._rows.shard[firsts].tolist()))
             blocks = dict(zip(firsts.tolist(), pool.map(self._raw, firsts.tolist()), strict=True))

@@ -224,6 +224,11 @@ def test_many_shards_need_a_manifest(data, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "left out: 1 unreadable shard\nmemory://test_manifest/3.tar: no such object" in out
     assert len(make_source(path)) == 21
+    # A manifest that was copied with its shards into a bucket.
+    with open(make(data, "--columns=width"), "rb") as file:
+        fsspec.filesystem("memory").pipe_file("/test_manifest/m.parquet", file.read())
+    source = make_source("memory://test_manifest/m.parquet")
+    assert source[20]["texts"] == ["c20"] and source.column("width")[19:].to_pylist() == [19, 20]
     monkeypatch.setattr(shards, "REMOTE_BYTES", 2**10)
     with pytest.raises(UserError, match=r"shards of 0.0 GiB, but without a manifest"):
         make_source(remote)

@@ -111,7 +111,7 @@ def test_a_file_that_changed(path, tmp_path):
     write_array_record(tmp_path / "a.array_record", rows(20))
     source = make_source(str(tmp_path / "a.array_record"))
     write_array_record(tmp_path / "a.array_record", rows(19))
-    with pytest.raises(UserError, match="a.array_record changed since training began"):
+    with pytest.raises(UserError, match="a.array_record changed since its blocks were found"):
         source.read_block(0)
     with pytest.raises(BadRecord, match="unreadable record"):
         source[19]

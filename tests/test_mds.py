@@ -95,7 +95,7 @@ def test_source(tmp_path):
     assert make_source(str(tmp_path), "val")[0]["number"] == 90
     assert source[7] == {"image": encoded(7, "JPEG"), "texts": ["caption 7"], "caption": "caption 7", "number": 7}
     write(tmp_path / "train" / "shard.00000.mds", shard(rows(4)))
-    with pytest.raises(UserError, match="shard.00000.mds changed since training began"):
+    with pytest.raises(UserError, match="shard.00000.mds changed since its blocks were found"):
         source.read_block(0)
 
 
@@ -121,7 +121,7 @@ def test_damage(tmp_path):
         assert len(found) == 2 and broken == {"truncated shard": 1}
     for content in (b"", b"\0", b"no shard" * 100, data[: starts[0] - 5], data[: starts[1] - 1], bytes(100)):
         write(path, content)
-        with pytest.raises(UserError, match=r"a.mds: no usable sample in 1 shards \((unreadable shard|empty)\)"):
+        with pytest.raises(UserError, match=r"a.mds: no usable sample in 1 shards \(.*(unreadable|empty)"):
             make_source(str(path))
     write(path, data[: starts[1] - 8] + b"\xff" * 8 + data[starts[1] :])  # of the number of the first sample
     assert mds.read(str(path), starts[0], starts[1])[0]["number"] == -1

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import encoded, write_table
+from data_helpers import Bytes, assert_equal, concatenate, encoded, loader, take, write_table
 from web_server import web_server
 
 from clip_jax.data import clients, decode, remote
+from clip_jax.data.batches import Reading
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import (
     MemorySource,
@@ -22,6 +23,7 @@ from clip_jax.data.sources import (
     parquet_columns,
     table,
 )
+from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
 from clip_jax.tools import to_parquet
 
@@ -88,6 +90,12 @@ def test_hugging_face_files_are_read(tmp_path):
     check_pets(make_source(str(tmp_path)), 70)
     tags = make_source(str(tmp_path), label="tags")
     assert tags.class_names == ["wild", "tame"] and tags[0]["label"] == (1,)
+    (tmp_path / "wrong").mkdir()
+    table = pets(3).set_column(1, "label", pa.array([0, -5, 2]))
+    wrong = make_source(write(tmp_path / "wrong" / "a.parquet", table))
+    for index, label in ((1, -5), (2, 2)):
+        with pytest.raises(UserError, match=f"has label {label}, but there are 2 class names, 0 to 1"):
+            wrong[index]
 
 
 @pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
@@ -183,7 +191,9 @@ def test_a_block_is_one_request_without_other_images(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "read", lambda *args: calls.append(args) or read(*args))
     records = list(parquet.read(path, *wanted[0]))
     assert records[3] == {"image": encoded(3), "caption": "a", "mask.0": 3}
-    assert len(calls) == 2 and sum(end - start for _, start, end in calls) < 10_000
+    size = sum(end - start for _, start, end in calls)
+    assert len(calls) == 2 and size == parquet.block_bytes(path, *wanted[0]) < 10_000
+    assert make_source(path).block_bytes > size  # all rows are a block
     del calls[:]
     write(path, [{k: row[k] for k in ("image", "caption")} for row in rows], row_group_size=4)
     parquet.scan(path)
@@ -220,6 +230,11 @@ def test_damaged_files(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(data[:4] + b"\xff" * 40 + data[44:])
     with pytest.raises(BadRecord, match="corrupt row group"):
         parquet.read(str(tmp_path / "cut.parquet"), 0, 1)[0]
+    texts = pa.table({"image": [encoded(1)] * 2, "caption": pa.array([b"a cat", b"\xff"]).view(pa.string())})
+    source = make_source(write(tmp_path / "t.parquet", texts))
+    assert source[0]["texts"] == ["a cat"]
+    with pytest.raises(BadRecord, match="text is not UTF-8"):
+        source[1]
     stream = (tmp_path / "a.arrow").read_bytes()
     (tmp_path / "cut.arrow").write_bytes(stream[:-100])
     rows, broken = arrow.scan(str(tmp_path / "cut.arrow"), 4)
@@ -253,6 +268,23 @@ def test_columns_are_read_by_block(tmp_path, monkeypatch):
     found = [record for number in range(len(joined.blocks)) for record in joined.read_block(number)]
     assert [(r["rewrites"], r["number"], r["of"]) for r in found] == [([f"rewrite {i}"], i, i) for i in range(33)]
     assert found[30] == joined[30]
+
+
+def test_arrays_are_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_columns, "_PART", 10)
+    monkeypatch.setattr(parquet_columns, "_GROUP", 4)
+    source = make_source(write(tmp_path / "a.parquet", pets(23), row_group_size=6))
+    fields = {"regions": ((2, 3), np.float16), "count": ((), np.int32)}
+    values = np.random.default_rng(0).normal(size=(23, 2, 3)).astype(np.float16)
+    for seed in (0, 1):
+        with columns.array_writer(tmp_path / "c.parquet", source, fields, {"seed": seed}) as arrays:
+            arrays["regions"][:], arrays["count"][:] = values, np.arange(23) + seed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "c.parquet"]
+    joined = make_source(f"{tmp_path}/a.parquet?columns={tmp_path}/c.parquet")
+    found = [record for number in range(len(joined.blocks)) for record in joined.read_block(number)]
+    for i, record in enumerate(found):
+        np.testing.assert_array_equal(record["regions"], values[i])
+        assert record["count"] == i + 1 and record["regions"].dtype == np.float16
 
 
 def test_columns_of_another_data_set_are_refused(tmp_path):
@@ -379,3 +411,19 @@ def test_data_sets_of_the_hub_are_read(tmp_path, monkeypatch):
         web.requests.clear()
         check_pets(source, 24)
         assert len(web.requests) == 3  # a block each, and a block again for the copy of the source
+
+
+def test_training_reads_blocks_of_a_table_and_its_columns(tmp_path):
+    rows = [{"image": encoded(i % 7), "caption": f"caption {i}"} for i in range(1100)]
+    write(tmp_path / "a.parquet", rows, row_group_size=100)
+    write(tmp_path / "c.parquet", [{"number": i} for i in range(1100)], row_group_size=300)
+    source = make_source(f"{tmp_path}/a.parquet?columns={tmp_path}/c.parquet")
+    assert source.blocks.tolist() == [500, 500, 100]
+    views = (ImageView("image", 8), TextView("text", 16, ("{number}",)))
+    settings = dict(batch_size=100, reading=Reading("blocks", lanes=4, window=1))
+    whole = take(loader(source, views, **settings), 11)
+    shares = [take(loader(source, views, host=host, hosts=2, **settings), 3) for host in range(2)]
+    assert_equal(concatenate(shares), whole[:3])
+    ids = np.concatenate([batch["example_id"] for batch in whole])
+    numbers = [int(Bytes().decode(row)) for batch in whole for row in batch["text"].tolist()]
+    assert ids.tolist() == numbers and sorted(numbers) == list(range(1100))

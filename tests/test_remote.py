@@ -1,16 +1,27 @@
 """Reading at addresses: ranges, retries, refusals, wildcards, the disk cache, and a run whose data fail for good."""
 
 import contextlib
+import io
 import os
+import re
 import threading
 
 import fsspec
+import numpy as np
+import PIL.Image
 import pytest
+from helpers import losses, train_command
 from storage_emulators import emulator
 from web_server import web_server
 
+from clip_jax import train
 from clip_jax.data import clients, disk_cache, files, remote
+from clip_jax.data.loader import Loader
+from clip_jax.data.records import BaseSource
+from clip_jax.data.tokenizers import make_tokenizer
+from clip_jax.data.views import ImageView
 from clip_jax.errors import StorageError, UserError
+from clip_jax.training import checkpoint
 
 DATA = bytes(range(200))
 TAR = "train/00000.tar"
@@ -31,6 +42,7 @@ def web(server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     monkeypatch.setattr(clients, "_systems", {})
+    monkeypatch.setattr(remote, "_down", {})
     return server
 
 
@@ -262,3 +274,62 @@ def test_the_disk_cache(web, tmp_path, monkeypatch):
 
 def newest(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+
+
+class Pictures(BaseSource):
+    """Pictures that lie one after the other in an object; each is read by a request."""
+
+    def __init__(self, web, count=40):
+        super().__init__("pictures")
+        rng, pictures = np.random.default_rng(0), []
+        for _ in range(count):
+            file = io.BytesIO()
+            PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(file, "PNG")
+            pictures.append(file.getvalue())
+        self._path = f"{web.url}/pictures"
+        self._starts = np.cumsum([0, *map(len, pictures)])
+        web.objects["pictures"] = b"".join(pictures)
+
+    def __len__(self):
+        return len(self._starts) - 1
+
+    def __getitem__(self, index):
+        image = remote.read(self._path, int(self._starts[index]), int(self._starts[index + 1]))
+        return {"image": image, "texts": [f"picture {index}"]}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_raises_the_storage_error_of_its_threads_and_workers(workers, web):
+    source, tokenizer = Pictures(web), make_tokenizer("sentencepiece")
+    options = dict(batch_size=4, seed=0, threads=2, workers=workers, cache_bytes=0)
+    with contextlib.closing(Loader(source, [ImageView("image", 8)], tokenizer, **options)) as loader:
+        next(loader)
+        web.left = 0
+        with pytest.raises(StorageError, match=f"^{web.url}/pictures cannot be read: 503"):
+            for _ in range(20):
+                next(loader)
+
+
+def test_a_run_whose_data_fail_saves_and_ends_with_44(web, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("clip_jax.data.sources.configured_source", lambda data: Pictures(web))
+    record_step = train.Recorder.record_step
+
+    def fail_after_two(recorder, step, *values):
+        web.left = 0 if step == 2 else web.left
+        return record_step(recorder, step, *values)
+
+    options = (
+        "mesh.data=-1",
+        "data.cache_mb=0",
+        "data.threads=1",
+        "data.templates=()",
+        "train.steps=10",
+        "checkpoint.steps=0",
+    )
+    monkeypatch.setattr(train.Recorder, "record_step", fail_after_two)
+    assert train.main(train_command(tmp_path, *options)[3:]) == 44
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    pattern = rf"error: {web.url}/pictures cannot be read: 503.*; the run resumes from step (\d); the same command .*"
+    step = int(re.fullmatch(pattern, line)[1])
+    assert 2 <= step < 10 and list(losses(tmp_path)) == list(range(1, step + 1))
+    assert checkpoint.find(tmp_path).name == str(step)

@@ -10,7 +10,6 @@ from PIL import Image
 from clip_jax.data import decode
 from clip_jax.data.records import BadRecord, check_labels
 from clip_jax.data.sources import MemorySource, make_source
-from clip_jax.data.sources.arrayrecord import ArrayRecordSource
 from clip_jax.data.sources.kept import Places, starts_of
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.selection import SelectedSource
@@ -324,8 +323,8 @@ def test_array_record_that_is_none(tmp_path, content):
 
 def test_array_record_without_records(tmp_path):
     write_array_record(tmp_path / "x.array_record", [])
-    with pytest.raises(UserError, match=r"array_record: no usable sample in 1 shards \(empty\)"):
-        ArrayRecordSource([str(tmp_path / "x.array_record")])
+    with pytest.raises(UserError, match=r"x.array_record: no usable sample in 1 shards \(empty\)"):
+        make_source(str(tmp_path / "x.array_record"))
 
 
 # Tables

@@ -12,7 +12,7 @@ import pytest
 
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import ranges, tar
-from clip_jax.data.sources.shards import ShardSource, scan_shards
+from clip_jax.data.sources.shards import ShardSource, format_of, scan_shards
 from clip_jax.data.sources.webdataset import WebDatasetSource
 from clip_jax.errors import UserError
 
@@ -181,3 +181,32 @@ def test_a_shard_that_shrank_or_changed_is_named(tmp_path):
         (tmp_path / "a.tar").write_bytes(changed)
         with pytest.raises(UserError, match="a.tar changed since its blocks were found"):
             source.read_block(0)
+
+
+def test_fields_are_looked_for_in_several_shards(tmp_path):
+    paths = [str(tmp_path / f"{number}.tar") for number in range(20)]
+    for number, path in enumerate(paths):
+        extra = [(f"{number}.cls", b"7"), (f"{number}.json", b'{"alt": "json"}')] if number == 19 else []
+        write_tar(path, [*pair(f"{number}", number), *extra])
+    blocks, _ = scan_shards("tar", paths)
+    source = ShardSource("tar", paths, blocks, "x")
+    assert (source[19]["label"], source[3]["label"], source[19]["texts"]) == (7, -1, ["c19"])
+    assert ShardSource("tar", paths, blocks, "x", text="alt")[19]["texts"] == ["json"]
+    with pytest.raises(UserError, match="x: no field 'atl' .did you mean 'alt'"):
+        ShardSource("tar", paths, blocks, "x", text="atl")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/a.b/00000.tar", "tar"),
+        ("gs://b/x.tfrecord-00000-of-00010", "tfrecord"),
+        ("x.tfrecord-{00000..00009}-of-00010", "tfrecord"),
+        ("/d/*.array_record*", "arrayrecord"),
+        ("/d.tar/x.csv", None),
+        ("a.tar.gz", None),
+        ("a.parquet.index", None),
+    ],
+)
+def test_formats_by_the_ending(path, kind):
+    assert format_of(path) == kind

@@ -44,7 +44,10 @@ def test_a_former_name_prints_the_help_of_the_new_one(old, monkeypatch, capsys):
     assert out.startswith(f"usage: python -m {new} ") and f"python -m {new} --" in out.split("options:")[0]
 
 
-@pytest.mark.parametrize("name", ["caption", "export", "filter", "manifest", "regions", "rewrite", "train_tokenizer"])
+@pytest.mark.parametrize(
+    "name",
+    "balance caption clip_score dedup export filter manifest regions rewrite train_tokenizer".split(),
+)
 def test_every_argument_has_a_help_text(name, capsys):
     main = importlib.import_module(f"clip_jax.tools.{name}").main
     with pytest.raises(SystemExit):

@@ -16,18 +16,21 @@ class WebServer:
       objects: `{path: bytes}`, paths from the root on without the first slash.
       requests: list of `(method, path, value of the header Range)`.
       failures: list of what the next requests meet: a status, "short", "reset", "hang", "no_range"; None is none.
+      left: the number of requests until all fail with 503; None is no end.
       repository: `ORG/NAME` of the data set that the Hub has; its files are the objects below `hub/`.
     """
 
     def __init__(self):
         self.objects, self.requests = {}, []
-        self.failures, self.repository = [], "org/pairs"
+        self.failures, self.left = [], None
+        self.repository = "org/pairs"
         self.url, self.done = "", threading.Event()
 
     def reset(self):
         self.objects.clear()
         self.requests.clear()
         self.failures.clear()
+        self.left = None
 
 
 @contextlib.contextmanager
@@ -60,6 +63,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).lstrip("/")
         self.web.requests.append((self.command, path, self.headers.get("Range")))
         failure = self.web.failures.pop(0) if self.web.failures else None
+        if self.web.left is not None:
+            self.web.left -= 1
+            failure = 503 if self.web.left < 0 else failure
         if isinstance(failure, int):
             return self._send(failure, b"")
         if failure == "hang":

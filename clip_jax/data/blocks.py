@@ -12,7 +12,6 @@ Where single records cost a request, as in a bucket, `sequential` is True, and t
 (`data.order`). Of any other source, 512 records in a row are a block.
 """
 
-import bisect
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -74,7 +73,7 @@ class BlockSource(BaseSource):
         """Returns the block of a record and its place there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number = bisect.bisect_right(self._starts, index) - 1
+        number = int(np.searchsorted(self._starts, index, "right")) - 1
         return number, index - int(self._starts[number])
 
     def read_block(self, number):
@@ -90,7 +89,8 @@ class Recent:
     """
 
     def __init__(self, keep):
-        self._keep, self._lock, self._values = keep, threading.Lock(), OrderedDict()
+        self._keep, self._lock = keep, threading.Lock()
+        self._values = OrderedDict()
 
     def __reduce__(self):
         return Recent, (self._keep,)

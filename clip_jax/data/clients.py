@@ -128,7 +128,12 @@ def _make_gs():
     from gcsfs.core import GCSFileSystem
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs stacks of errors that it raises
-    system = GCSFileSystem(requests_timeout=_timeout(), use_listings_cache=False, skip_instance_cache=True)
+    system = GCSFileSystem(
+        requests_timeout=_timeout(),
+        session_kwargs={"trust_env": True},
+        use_listings_cache=False,
+        skip_instance_cache=True,
+    )
     # Without its decorator, which tries six times.
     once = getattr(GCSFileSystem._request, "__wrapped__", None)
     if once:
@@ -154,7 +159,7 @@ def _make_s3():
 def _make_web():
     from fsspec.implementations.http import HTTPFileSystem
 
-    return HTTPFileSystem(client_kwargs={"timeout": _timeout()}, skip_instance_cache=True)
+    return HTTPFileSystem(client_kwargs={"timeout": _timeout(), "trust_env": True}, skip_instance_cache=True)
 
 
 def _make_hub():

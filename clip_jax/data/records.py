@@ -14,17 +14,18 @@ view rejects. An unreadable record raises `BadRecord`. Neither ends a run.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from clip_jax.data.threads import mapped, runs_of
 from clip_jax.errors import UserError, did_you_mean
 
 Record = dict[str, Any]
@@ -205,7 +206,8 @@ class BaseSource:
             if self.class_names is None or label not in self._class_index:
                 raise BadRecord("unknown label")
             return self._class_index[label]
-        if self.class_names is not None and not -1 <= label < (count := len(self.class_names)):
+        if self.class_names is not None and not -1 <= label < len(self.class_names):
+            count = len(self.class_names)
             raise UserError(
                 f"{self.name}: a record has label {label}, but there are {count} class names, 0 to {count - 1}; "
                 "-1 is no label"
@@ -399,25 +401,24 @@ def with_texts(record, values):
     return record | {"texts": texts, "caption_error": _NO_TEXT}
 
 
-_CHUNK = 4096  # records that threads read ahead
+def records(source, first=0, end=None):
+    """Returns an iterator of `(index, record)` in order, from index `first` on and below `end`; threads read ahead.
 
-
-def records(source, first=0):
-    """Yields `(index, record)` in order, from index `first` on; threads read ahead.
-
-    An unreadable record is yielded as its `BadRecord`.
+    An unreadable record is its `BadRecord`. Each block of a source of blocks (`clip_jax.data.blocks`) is read once.
     """
+    runs, ahead = runs_of(source, first, len(source) if end is None else end)
+    return itertools.chain.from_iterable(mapped(_read_run, runs, ahead))
 
-    def read(index):
+
+def _read_run(run):
+    (read, begin, indices), found = run, []
+    some = read()
+    for index in indices:
         try:
-            return source[index]
+            found.append((begin + index, some[index]))
         except BadRecord as bad:
-            return bad
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(first, len(source), _CHUNK):
-            indices = range(start, min(start + _CHUNK, len(source)))
-            yield from zip(indices, pool.map(read, indices, chunksize=64), strict=True)
+            found.append((begin + index, bad))
+    return found
 
 
 def hash64(data):

@@ -9,6 +9,7 @@ import errno
 import functools
 import glob
 import io
+import math
 import os
 import random
 import re
@@ -36,6 +37,7 @@ _BUSY = {408, 425, 429}  # of the statuses from 400 to 499, those that may pass
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 _jitter = random.Random()
+_down = {}  # {bucket or host: when a read of it has failed for good}
 
 
 def is_remote(path):
@@ -186,22 +188,37 @@ def _read(path, start, end):
 def _retry(path, work):
     """Returns `work()`, called again after an error that may pass."""
     seconds, since = _seconds(), time.monotonic()
+    store = "/".join(str(path).split("/")[:3])
     for number in range(1, TRIES + 1):
         try:
-            return work()
+            result = work()
+            _down.pop(store, None)
+            return result
         except Exception as error:
             if problem := _refusal(path, error):
                 raise problem from None
-            if not _may_pass(path, error):
+            if not _may_pass(error):
                 raise
             waited = time.monotonic() - since
-            if number == TRIES or waited > seconds + 2 * clients.TIMEOUT:
+            if number == TRIES or waited > seconds + 2 * clients.TIMEOUT or _is_down(store, seconds):
+                _down[store] = time.monotonic()
                 message = f"{path} cannot be read: {_one_line(error)} ({number} tries in {waited:.0f} s)"
                 raise StorageError(message) from error
             logging.log_every_n_seconds(
                 logging.WARNING, "%s: %s; trying again, up to %d times", 10, path, _one_line(error), TRIES - number
             )
-        time.sleep(seconds * 2**number / 2**TRIES * _jitter.uniform(0.5, 1.5))
+        until = time.monotonic() + seconds * 2**number / 2**TRIES * _jitter.uniform(0.5, 1.5)
+        while not _is_down(store, seconds) and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 1))
+    return None
+
+
+def _is_down(store, seconds):
+    """Whether a read of a bucket or host has failed for good in the last `seconds`, and none has succeeded since.
+
+    Reads that wait in other threads then give up too, so that the process can end.
+    """
+    return time.monotonic() - _down.get(store, -math.inf) < seconds
 
 
 def _seconds():
@@ -236,7 +253,7 @@ def _refusal(path, error):
     return None
 
 
-def _may_pass(path, error):
+def _may_pass(error):
     """Whether an error, not a refusal, is one of a client, a connection or a mount."""
     is_client = type(error).__module__.partition(".")[0] in _CLIENTS
     return is_client or isinstance(error, OSError | EOFError | _Short)

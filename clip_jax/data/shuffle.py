@@ -1,79 +1,74 @@
-"""A permutation of [0, length) that is computed index by index, so that no array of its size exists.
+"""A random permutation of a range of any length, computed index by index, for arrays.
 
-It walks the cycles (Black and Rogaway 2002, "Ciphers with arbitrary finite domains") of a Feistel network with the
-round function of Simon (Beaulieu et al. 2013). The number of rounds and the keys are those of Grain's `index_shuffle`,
-which gives the same permutation one index at a time.
+A block cipher permutes the numbers of an even number of bits. A result outside of the range is encrypted again until it
+falls inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking). The cipher is four rounds
+of Simon (Beaulieu et al. 2013), keyed by C++'s `std::seed_seq`. The results are those of `grain.MapDataset.shuffle`,
+but for lengths of 2^k + 1 with an even k of at least 16, of which it leaves one index out.
 """
 
 import functools
 
 import numpy as np
 
+_MIN_BITS = 16
 _ROUNDS = 4
 
 
-def shuffled(places, length, seed):
-    """Returns where a permutation of [0, length) takes places.
+def permute(indices, length, seed):
+    """Returns the places of indices in a permutation of `range(length)`, int64 `[n]`.
 
     Args:
-      places: an int in [0, length), or an int64 array of them.
-      length: int in [2, 2**62).
-      seed: int in [0, 2**32); each one gives another permutation.
-
-    Returns:
-      An int, or an int64 array of the shape of `places`.
+      indices: int64 `[n]` in [0, length).
+      length: int in [2, 2**62].
+      seed: int in [0, 2**32).
     """
-    half, keys = _half_block(length), _keys(seed)
-    if not isinstance(places, np.ndarray):
-        while (places := _encrypt(places, half, keys)) >= length:
-            pass
-        return places
-    found = _encrypt(places.ravel(), half, keys)
-    while len(outside := np.flatnonzero(found >= length)):
-        found[outside] = _encrypt(found[outside], half, keys)
-    return found.reshape(places.shape)
+    bits = (length - 1).bit_length()
+    word = max(_MIN_BITS, bits + bits % 2) // 2
+    result, left = indices.astype(np.uint64), np.arange(len(indices))
+    while len(left):
+        result[left] = _encrypt(result[left], _keys(seed), np.uint64(word))
+        left = left[result[left] >= length]
+    return result.astype(np.int64)
 
 
-def _half_block(length):
-    """Half the bits of a block, the smallest one of at least 16 bits that holds all indices."""
-    return max((length - 1).bit_length() + 1, 16) // 2
+def _encrypt(values, keys, word):
+    """Returns uint64 `[n]` encrypted; `word` is half the number of bits of a block."""
+    mask = (np.uint64(1) << word) - np.uint64(1)
+
+    def rotate(x, count):
+        return (x << np.uint64(count) | x >> word - np.uint64(count)) & mask
+
+    def mix(x):
+        return rotate(x, 1) & rotate(x, 8) ^ rotate(x, 2)
+
+    left, right = values >> word, values & mask
+    for key in keys:
+        left, right = right, left ^ mix(right) ^ (np.uint64(key) & mask)
+    return left << word | right
 
 
-def _encrypt(block, bits, keys):
-    mask = (1 << bits) - 1
-    left, right = block >> bits, block & mask
-    for first, second in zip(keys[::2], keys[1::2], strict=True):
-        left = left ^ _mixed(right, bits, mask) ^ (first & mask)
-        right = right ^ _mixed(left, bits, mask) ^ (second & mask)
-    return left << bits | right
+@functools.lru_cache(maxsize=256)
+def _keys(seed):
+    """Returns the keys of the rounds, those of `std::seed_seq{seed}` (C++ standard, rand.util.seedseq)."""
+    n, mask = _ROUNDS, 2**32 - 1
+    keys, values = [0x8B8B8B8B] * n, [seed]
+    s, t = len(values), (n - 1) // 2
+    p, m = (n - t) // 2, max(len(values) + 1, n)
+    q = p + t
 
+    def scramble(x):
+        return x ^ x >> 27
 
-def _mixed(x, bits, mask):
-    def rotated(by):
-        return x << by & mask | x >> bits - by
-
-    return rotated(1) & rotated(8) ^ rotated(2)
-
-
-@functools.lru_cache(maxsize=1024)
-def _keys(seed, count=_ROUNDS):
-    """The keys of the rounds: `std::seed_seq{seed}` of C++ (ISO/IEC 14882, [rand.util.seedseq]), `count` words."""
-    words, mask = [0x8B8B8B8B] * count, 2**32 - 1
-    shift = (count - 1) // 2 if count < 7 else 3
-    first = (count - shift) // 2
-    steps = max(2, count)
-    for k in range(steps + count):
-        low, high = (k + first) % count, (k + first + shift) % count
-        here, before = k % count, (k - 1) % count
-        if k < steps:
-            mixed = words[here] ^ words[low] ^ words[before]
-            value = 1664525 * (mixed ^ mixed >> 27) & mask
-            added = value + (1 if k == 0 else here + seed if k == 1 else here) & mask
-            words[low], words[high] = words[low] + value & mask, words[high] + added & mask
-        else:
-            mixed = words[here] + words[low] + words[before] & mask
-            value = 1566083941 * (mixed ^ mixed >> 27) & mask
-            added = value - here & mask
-            words[low], words[high] = words[low] ^ value, words[high] ^ added
-        words[here] = added
-    return words
+    for k in range(m):
+        r = 1664525 * scramble(keys[k % n] ^ keys[(k + p) % n] ^ keys[(k - 1) % n]) & mask
+        keys[(k + p) % n] = keys[(k + p) % n] + r & mask
+        r = r + (s if k == 0 else k % n + values[k - 1] if k <= s else k % n) & mask
+        keys[(k + q) % n] = keys[(k + q) % n] + r & mask
+        keys[k % n] = r
+    for k in range(m, m + n):
+        r = 1566083941 * scramble(keys[k % n] + keys[(k + p) % n] + keys[(k - 1) % n] & mask) & mask
+        keys[(k + p) % n] ^= r
+        r = r - k % n & mask
+        keys[(k + q) % n] ^= r
+        keys[k % n] = r
+    return keys

@@ -23,26 +23,22 @@ import collections
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import random
 import re
-import resource
 import sys
-import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
 
 from clip_jax.data import decode
-from clip_jax.data.records import BadRecord, fingerprint, hash64, image_key, records
+from clip_jax.data.records import BadRecord, hash64, image_key, records
 from clip_jax.data.sources import make_source
 from clip_jax.data.sources.index import TEXTS
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.runtime import command
 from clip_jax.tools.filter_rules import ALIGN, RULES, Rules, flag
 from clip_jax.tools.filter_tables import NearDuplicates, Table, contains, image_hash
+from clip_jax.tools.index_writer import IndexWriter, cost, example_lines, headline
 from clip_jax.tools.source_arguments import open_source, source_parser
 
 _ROWS = 4096  # rows of the index that are held in memory
@@ -174,14 +170,13 @@ class Tally:
       removed: records that each rule removed.
       alone: records that this rule alone removed.
       examples: at most five records of each rule.
-      kept, texts_kept: kept records and their kept texts.
       texts_removed: removed texts of kept records.
     """
 
     def __init__(self):
         self.removed, self.alone = collections.Counter(), collections.Counter()
         self.examples = collections.defaultdict(list)
-        self.kept = self.texts_kept = self.texts_removed = 0
+        self.texts_removed = 0
         self._random = random.Random(0)
 
     def add(self, hits, index, size, texts):
@@ -206,7 +201,7 @@ class Tally:
                 self.examples[rule][place : place + 1] = [example]
 
 
-def decide(source, rules, counts, test_images, file):
+def decide(source, rules, counts, test_images, writer):
     """Runs the second pass, which writes the index.
 
     Args:
@@ -214,12 +209,12 @@ def decide(source, rules, counts, test_images, file):
       rules: the thresholds.
       counts: the result of the first pass.
       test_images: the `NearDuplicates` of the test images, or None.
-      file: takes one row int64 `[2]` for each kept record: its number, and a bit for each kept text.
+      writer: the `IndexWriter`.
 
     Returns:
       The `Tally`.
     """
-    tally, rows = Tally(), []
+    tally, kept = Tally(), []
     for index, record in records(source):
         if isinstance(record, BadRecord):
             tally.add(["unreadable"], index, (0, 0), [])
@@ -233,13 +228,13 @@ def decide(source, rules, counts, test_images, file):
             tally.add([*hits, *itertools.chain.from_iterable(of_texts)], index, size, texts)
             continue
         bits = sum(1 << i for i, of_text in enumerate(of_texts) if not of_text)
-        rows.append((index, bits - (1 << 64) if bits >> 63 else bits))
-        tally.kept, tally.texts_kept = tally.kept + 1, tally.texts_kept + bits.bit_count()
+        kept.append((index, bits))
         tally.texts_removed += len(texts) - bits.bit_count()
-        if len(rows) == _ROWS:
-            np.array(rows, np.int64).tofile(file)
-            rows = []
-    np.array(rows, np.int64).tofile(file)
+        if len(kept) == _ROWS:
+            writer.add(*zip(*kept, strict=True))
+            kept = []
+    if kept:
+        writer.add(*zip(*kept, strict=True))
     return tally
 
 
@@ -258,7 +253,6 @@ def run(source, out, rules=ALIGN, exclude=()):
     Raises UserError when `out` cannot be written, when none of the first 256 records has the field `rules.unsafe`, or
     when no record is kept.
     """
-    out, start = Path(out), time.monotonic()
     if rules.unsafe:
         fields = set().union(
             *(record for _, record in itertools.islice(records(source), 256) if not isinstance(record, BadRecord))
@@ -266,30 +260,12 @@ def run(source, out, rules=ALIGN, exclude=()):
         if rules.unsafe not in fields:
             near = did_you_mean(rules.unsafe, fields)
             raise UserError(f"--unsafe={rules.unsafe}: no such field{near}; fields: {', '.join(sorted(fields))}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out) as folder:
-            known = [image_hash(r["image"]) for s in exclude for _, r in records(s) if _is_image(r)]
-            counts = count(source, rules, folder)
-            test_images = NearDuplicates(known, rules.near_duplicate) if exclude else None
-            with open(os.path.join(folder, "index"), "wb") as file:
-                tally = decide(source, rules, counts, test_images, file)
-            report = _report(source, rules, exclude, counts, tally, time.monotonic() - start)
-            (out / "report.json").unlink(missing_ok=True)  # an interrupted run leaves no index
-            rows = (
-                np.memmap(file.name, np.int64, "r", shape=(tally.kept, 2)) if tally.kept else np.zeros((0, 2), np.int64)
-            )
-            np.save(out / "index.npy", rows)
-            del counts, rows
-        (out / "report.txt").write_text("\n".join(describe(report)) + "\n", errors="replace")
-        if not tally.kept:
-            raise UserError(
-                f"{source.name}: all {len(source):,} records are removed; {out / 'report.txt'} names the rules"
-            )
-        (out / "report.json").write_text(json.dumps(report, indent=1))
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from None
-    return report
+    with IndexWriter(source, out) as writer:
+        known = [image_hash(r["image"]) for s in exclude for _, r in records(s) if _is_image(r)]
+        counts = count(source, rules, writer.scratch)
+        test_images = NearDuplicates(known, rules.near_duplicate) if exclude else None
+        tally = decide(source, rules, counts, test_images, writer)
+        return writer.finish(_report(rules, exclude, counts, tally), describe)
 
 
 def _is_image(record):
@@ -302,13 +278,8 @@ def _is_image(record):
     return False
 
 
-def _report(source, rules, exclude, counts, tally, seconds):
+def _report(rules, exclude, counts, tally):
     return {
-        "source": source.name,
-        "fingerprint": fingerprint(source),
-        "records": len(source),
-        "kept": tally.kept,
-        "texts_kept": tally.texts_kept,
         "texts_removed_from_kept_records": tally.texts_removed,
         "thresholds": dataclasses.asdict(rules),
         "exclude": [s.name for s in exclude],
@@ -317,23 +288,17 @@ def _report(source, rules, exclude, counts, tally, seconds):
             for rule in RULES
         },
         "counts": counts.facts,
-        "seconds": seconds,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
 def describe(report):
     """Yields the lines of a report, the dict that `run` returns."""
-    n, kept = report["records"], report["kept"]
     grams = report["counts"]["ngrams"]
-    yield f"{report['source']}: {kept:,} of {n:,} records are kept ({kept / n:.1%}) with {report['texts_kept']:,} texts"
+    yield headline(report)
     yield f"{report['texts_removed_from_kept_records']:,} texts of kept records are removed"
     rarest = grams["occurrences_of_the_rarest_kept"]
     yield f"{grams['kept']:,} of {grams['different']:,} n-grams are frequent: each occurs at least {rarest:,} times"
-    yield (
-        f"{report['seconds']:,.0f} s, peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB, "
-        f"temporary files {report['counts']['scratch_bytes'] / n:,.0f} bytes a record"
-    )
+    yield f"{cost(report)}, temporary files {report['counts']['scratch_bytes'] / report['records']:,.0f} bytes a record"
     yield ""
     yield f"{'rule':14}{'threshold':>12}{'removed':>12}{'by it alone':>13}  removes"
     for rule, (threshold, meaning) in RULES.items():
@@ -347,11 +312,7 @@ def describe(report):
         if counts["examples"]:
             yield ""
             yield f"examples of {rule}:"
-            for example in counts["examples"]:
-                size = "x".join(map(str, example["size"]))
-                yield f"  record {example['record']:,}, {size}: " + " | ".join(
-                    " ".join(text.split())[:100] for text in example["texts"]
-                )
+            yield from example_lines(counts["examples"])
 
 
 def main(argv=None):

@@ -60,18 +60,32 @@ def scan(kind, path, length, columns):
     try:
         size, rows, broken = scan_shard(kind, path, length)
         values = {field: [] for field in columns}
-        for start, end, _ in rows if columns else ():
-            block = load_format(kind).read(path, start, end)
-            for index in range(len(block)):
-                try:
-                    record = block[index]
-                except BadRecord:
-                    record = {}
-                for field in columns:
-                    values[field].append(_simple(record.get(field)))
+        for start, end, samples in rows if columns else ():
+            found = _values(load_format(kind), path, start, end, columns)
+            for field in columns:
+                values[field] += map(_simple, found.get(field, [None] * samples))
+    except EOFError:
+        return _unreadable(f"{path} changed while it was read")
     except UserError as error:
-        return {"size": 0, "rows": [], "broken": {_UNREADABLE: 1}, "columns": {}, "error": str(error)}
+        return _unreadable(str(error))
     return {"size": size, "rows": rows, "broken": dict(broken), "columns": values, "error": ""}
+
+
+def _unreadable(error):
+    return {"size": 0, "rows": [], "broken": {_UNREADABLE: 1}, "columns": {}, "error": error}
+
+
+def _values(form, path, start, end, fields):
+    """Returns `{field: values of all records}` of a block; a field may be absent."""
+    if hasattr(form, "values"):
+        return form.values(path, start, end, fields)
+    records, block = [], form.read(path, start, end)
+    for index in range(len(block)):
+        try:
+            records.append(block[index])
+        except BadRecord:
+            records.append({})
+    return {field: [record.get(field) for record in records] for field in fields}
 
 
 def _simple(value):

@@ -14,13 +14,22 @@ from clip_jax.data.blocks import Block, Recent
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import example
 from clip_jax.data.sources.example import preferred  # noqa: F401 part of the format
-from clip_jax.data.sources.shards import ShardSource, scan_shards
+from clip_jax.data.sources.shards import ShardSource
 from clip_jax.errors import UserError
 
 FOOTER = True
 _BAD = "unreadable record"
 # Files that stay open, at most half of those that the process may open.
 _readers = Recent(min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+
+
+def check(path):
+    """Raises UserError for a remote file."""
+    if remote.is_remote(path):
+        raise UserError(
+            f"{path}: ArrayRecord files are read from a local disk or mount alone; copy them there, or write tar, "
+            "Parquet or TFRecord shards"
+        )
 
 
 def scan(path, length=512):
@@ -75,11 +84,7 @@ def _reader(path):
 
     Raises UserError for a missing and a remote file.
     """
-    if remote.is_remote(path):
-        raise UserError(
-            f"{path}: ArrayRecord files are read from a local disk or mount alone; copy them there, or write tar, "
-            "Parquet or TFRecord shards"
-        )
+    check(path)
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -94,27 +99,17 @@ def _open(path):
 
 
 class ArrayRecordSource(ShardSource):
-    """Local ArrayRecord files, read by record or by block.
+    """Local ArrayRecord files, read by record or by block. The arguments are those of `ShardSource`.
 
     A feature with one value is read as a scalar, another as a list. The image field is a feature that holds an encoded
     image, unless one is named.
-
-    Args:
-      files: list of paths.
-      name: str, for messages.
-      image: name of the image feature, or None.
-      text: name or names of the caption features, or None.
-      label: name of the label feature, or None.
-
-    Raises UserError for files that are not ArrayRecord, have no records or hold no `tf.train.Example`.
     """
 
     sequential = False
 
-    def __init__(self, files, name="array_record", **fields):
-        blocks, broken = scan_shards("arrayrecord", files)
-        super().__init__("arrayrecord", files, blocks, name, broken=broken, **fields)
-
     def __getitem__(self, index):
         number, row = self._place(index)
         return self._canonical(read_one(self._shards[self._rows.shard[number]], int(self._rows.start[number]) + row))
+
+
+local_source = ArrayRecordSource

@@ -21,6 +21,7 @@ from clip_jax.data.sources.arrow_columns import preferred  # noqa: F401 part of 
 from clip_jax.errors import UserError, unknown
 
 BYTES = True  # start and end of a block are offsets in bytes
+FOOTER = True  # `scan` reads no bodies
 COLUMNS = True  # `read` takes `column`
 _FILE_MAGIC = b"ARROW1\0\0"
 _SCHEMA, _DICTIONARY = 1, 2  # MessageHeader
@@ -35,8 +36,11 @@ def scan(path, length=512):
     Reads the descriptions of the record batches, not their bodies. A truncated file gives its complete batches.
     Raises UserError for columns that are encoded by dictionaries.
     """
+    import pyarrow as pa
+
     found, damage = [], Counter()
     try:
+        arrow_columns.image_column(_schema(path))
         for kind, start, end, rows in _messages(path):
             if kind == _DICTIONARY:
                 raise UserError(f"{path}: columns encoded by a dictionary are not read; write the values themselves")
@@ -44,7 +48,7 @@ def scan(path, length=512):
                 found.append((start, end, rows))
     except EOFError:
         damage["truncated shard" if found else "unreadable shard"] = 1
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, pa.ArrowException, OSError, UnicodeDecodeError):
         damage["unreadable shard"] = 1
     groups = arrow_columns.joined([rows for _, _, rows in found], length)
     return [(found[first][0], found[last - 1][1], rows) for first, last, rows in groups], damage
@@ -62,19 +66,20 @@ def read(path, start, end, column=None):
     """
     import pyarrow as pa
 
-    data, schema = _bytes(path, start, end), _schema(path)
     try:
+        data, schema = _bytes(path, start, end), _schema(path)
         messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(data))
         batches = [pa.ipc.read_record_batch(message, schema) for message in messages]
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, struct.error):
         raise EOFError(path) from None
     try:
         for batch in batches:
-            batch.validate()
+            batch.validate(full=True)  # else a wrong offset ends the process
     except pa.ArrowException:
         return arrow_columns.broken(sum(batch.num_rows for batch in batches), "corrupt record batch")
     image = arrow_columns.image_column(schema, column)
-    kept = arrow_columns.kept_columns(schema, image)
+    names = set(arrow_columns.kept_columns(schema, image))
+    kept = [number for number, name in enumerate(schema.names) if name in names]
     return arrow_columns.rows([batch.select(kept) for batch in batches], image, path)
 
 

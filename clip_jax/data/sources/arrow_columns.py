@@ -100,7 +100,12 @@ def rows(batches, image, path):
     def make(index):
         number = bisect.bisect_right(ends, index)
         row = index - (ends[number - 1] if number else 0)
-        record = {name: column[row].as_py() for name, column in zip(names, columns[number], strict=True)}
+        try:
+            record = {name: column[row].as_py() for name, column in zip(names, columns[number], strict=True)}
+        except UnicodeDecodeError:
+            raise BadRecord("text is not UTF-8") from None
+        except (ValueError, OverflowError):  # such as a date after the year 9999
+            raise BadRecord("unreadable value") from None
         if image is not None:
             record[image] = _image(record[image], folder)
         for name in nested:

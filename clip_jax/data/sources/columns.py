@@ -18,6 +18,7 @@ import hashlib
 import json
 import lzma
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from clip_jax.data import blocks
 from clip_jax.data.files import FileReader
 from clip_jax.data.records import DerivedSource, fingerprint
 from clip_jax.data.sources.kept import column_of
-from clip_jax.data.sources.parquet_columns import ParquetRows, ParquetWriter, check_same, is_parquet
+from clip_jax.data.sources.parquet_columns import ParquetRows, ParquetWriter, check_same, is_parquet, write_arrays
 from clip_jax.data.sources.tfds import EMBEDDED
 from clip_jax.errors import UserError
 
@@ -111,7 +112,7 @@ def array_writer(folder, source, fields, about):
     The columns are valid only after the block has ended without an error.
 
     Args:
-      folder: the folder to write.
+      folder: the folder to write. NAME.parquet holds Parquet files, made of NAME.parquet.arrays at the end.
       source: the source.
       fields: `{field: (shape, dtype)}` of one record.
       about: dict for the header, what made the columns.
@@ -121,7 +122,8 @@ def array_writer(folder, source, fields, about):
 
     Raises UserError when the folder cannot be written.
     """
-    folder = Path(folder)
+    is_parquet, path = str(folder).endswith(".parquet"), str(folder)
+    folder = Path(f"{folder}.arrays" if is_parquet else folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "header.json").unlink(missing_ok=True)  # without a header the columns are invalid
@@ -134,6 +136,10 @@ def array_writer(folder, source, fields, about):
     yield arrays
     for array in arrays.values():
         array.flush()
+    if is_parquet:
+        write_arrays(path, arrays, _header(source, about))
+        shutil.rmtree(folder)
+        return
     (folder / "header.json").write_text(json.dumps(_header(source, about) | {"fields": sorted(arrays)}, indent=1))
 
 
@@ -168,9 +174,15 @@ class ColumnsSource(DerivedSource):
                 f"columns={path}: {len(self._rows):,} rows, but {source.name} has {len(source):,} records; the command "
                 "that makes them resumes where it stopped"
             )
-        self.sequential = blocks.is_sequential(source)
-        self.blocks, self.block_bytes = (getattr(source, name, None) for name in ("blocks", "block_bytes"))
-        self._starts = None if self.blocks is None else np.cumsum(self.blocks) - self.blocks
+        self.sequential, self.block_bytes = blocks.is_sequential(source), getattr(source, "block_bytes", None)
+        self._starts = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_starts": None}
+
+    @property
+    def blocks(self):
+        return getattr(self._source, "blocks", None)
 
     def __len__(self):
         return len(self._source)
@@ -188,6 +200,8 @@ class ColumnsSource(DerivedSource):
 
     def read_block(self, number):
         """Returns the records of a block of the source, a sequence; rows of Parquet files are read for all of it."""
+        if self._starts is None:
+            self._starts = np.cumsum(self.blocks, dtype=np.int64) - self.blocks
         records, first = blocks.read_block(self._source, number), int(self._starts[number])
         rows = self._rows.span(first, len(records)) if isinstance(self._rows, _Parquet) else self._rows
 

@@ -188,10 +188,6 @@ def _source_at(spec, split, fields, lines=False, folder=""):
         return WebDatasetSource(expand(path), spec, **fields, lines=lines)
     if lines:
         raise UserError(f"{spec}: captions=lines is an option of tar shards alone")
-    if ".array_record" in os.path.basename(path) and "://" not in path:
-        from clip_jax.data.sources.arrayrecord import ArrayRecordSource
-
-        return ArrayRecordSource(expand(path), spec, **fields)
     if format_of(path):
         return scanned_source(path, spec, **fields)
     if "://" in path:

@@ -14,7 +14,7 @@ import os
 
 import numpy as np
 
-from clip_jax.data.sources.parquet_values import list_column
+from clip_jax.data.sources.parquet_values import ParquetColumn
 from clip_jax.data.sources.shards import Blocks, ShardSource
 from clip_jax.errors import UserError
 
@@ -57,7 +57,8 @@ class Manifest:
             )
         with _opened(path) as file:
             names = ["shard", "start", "end", "samples"]
-            table = parquet.ParquetFile(file, read_dictionary=["shard"], pre_buffer=True).read(names)
+            opened = parquet.ParquetFile(file, read_dictionary=["shard"], pre_buffer=True)
+            table, groups = opened.read(names), opened.metadata
         shard = table["shard"].unify_dictionaries().combine_chunks()
         codes = shard.indices.to_numpy()
         firsts = np.flatnonzero(np.diff(codes, prepend=-1))
@@ -67,12 +68,14 @@ class Manifest:
         number = np.repeat(np.arange(len(firsts), dtype=np.int32), np.diff(firsts, append=len(codes)))
         rest = (table[name].to_numpy() for name in ("start", "end", "samples"))
         self.blocks = Blocks(number, *rest)
+        ends = np.cumsum([groups.row_group(i).num_rows for i in range(groups.num_row_groups)])
+        self._groups = np.diff(np.concatenate([[0], np.cumsum(self.blocks.samples, dtype=np.int64)])[ends], prepend=0)
         pyarrow.default_memory_pool().release_unused()
         if len(self.sizes) != len(self.shards):
             raise UserError(f"{path}: damaged; make it again: {self.remedy}")
 
     def __getstate__(self):
-        return {"path": self.path, "about": self.about}
+        return {"path": self.path, "about": self.about, "_groups": self._groups}
 
     @property
     def remedy(self):
@@ -81,7 +84,11 @@ class Manifest:
 
     def column(self, field):
         """Returns the `ParquetColumn` of a field of all samples; None where the manifest has no such column."""
-        return list_column(self.path, COLUMN + field, "samples") if field in self.about["columns"] else None
+        if field not in self.about["columns"]:
+            return None
+        groups = np.stack([np.zeros_like(self._groups), np.arange(len(self._groups))], axis=1)
+        starts = np.concatenate([[0], np.cumsum(self._groups)])
+        return ParquetColumn([self.path], groups, starts, COLUMN + field, is_list=True)
 
 
 def read_about(path):
@@ -92,7 +99,7 @@ def read_about(path):
     try:
         with _opened(path) as file:
             found = parquet.read_metadata(file).metadata or {}
-    except pyarrow.ArrowInvalid:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
         return None
     return json.loads(found[KEY.encode()]) if KEY.encode() in found else None
 

@@ -77,8 +77,11 @@ class MixtureSource(BaseSource):
     def __getitem__(self, index):
         source_id = bisect.bisect_right(self._ends, index)
         start = self._ends[source_id - 1] if source_id else 0
-        source = self.sources[source_id]
-        record = source[index - start] | {"source_id": source_id}
+        return self.of_part(source_id, self.sources[source_id][index - start])
+
+    def of_part(self, source_id, record):
+        """Returns a record of the source with an index as a record of the mixture."""
+        source, record = self.sources[source_id], record | {"source_id": source_id}
         if self.class_names is None or not label_tuple(record):
             return record
         if source.class_names is None:

@@ -40,6 +40,7 @@ def scan(path, length=512):
     """
     try:
         footer, _ = _footer(path)
+        arrow_columns.image_column(schema_of(path))
     except errors():
         return [], Counter({"unreadable shard": 1})
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
@@ -72,6 +73,25 @@ def read(path, start, end, column=None):
             raise
         return arrow_columns.broken(sum(group_sizes(path)[start:end]), "corrupt row group")
     return arrow_columns.rows(found, image, path)
+
+
+def block_bytes(path, start, end):
+    """Returns the bytes of the row groups `start` to `end - 1` in the file, without columns that `read` leaves out."""
+    schema = schema_of(path)
+    columns = arrow_columns.kept_columns(schema, arrow_columns.image_column(schema))
+    return sum(last - first for first, last in _spans(_footer(path)[0], range(start, end), columns))
+
+
+def values(path, start, end, fields):
+    """Returns `{field: values of all records}` of a block for those of the fields that the file has; reads no other."""
+    names = [field for field in fields if field in schema_of(path).names]
+    try:
+        found = batches(path, start, end, names) if names else []
+    except errors() as error:
+        if isinstance(error, EOFError):
+            raise
+        return {}
+    return {name: [value for batch in found for value in batch.column(name).to_pylist()] for name in names}
 
 
 def batches(path, start, end, columns=None):
@@ -113,7 +133,7 @@ def errors():
     """Returns the classes of the errors of damaged files."""
     import pyarrow as pa
 
-    return (pa.ArrowException, OSError, EOFError)
+    return (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
 
 
 def _footer(path):
@@ -142,14 +162,15 @@ def _read_tail(key):
 
 def _spans(footer, groups, columns):
     """Returns the `[start, end)` byte ranges of some columns of row groups; neighbours are one range."""
+    leaves = [f"{footer.schema.column(number).path}." for number in range(footer.num_columns)]
+    wanted = [number for number, leaf in enumerate(leaves) if any(leaf.startswith(f"{name}.") for name in columns)]
     chunks = []
     for group in map(footer.row_group, groups):
-        for chunk in map(group.column, range(group.num_columns)):
-            if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
-                first = chunk.data_page_offset
-                if chunk.has_dictionary_page and chunk.dictionary_page_offset:
-                    first = min(first, chunk.dictionary_page_offset)
-                chunks.append((first, first + chunk.total_compressed_size))
+        for chunk in map(group.column, wanted):
+            first = chunk.data_page_offset
+            if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+                first = min(first, chunk.dictionary_page_offset)
+            chunks.append((first, first + chunk.total_compressed_size))
     spans = []
     for first, last in sorted(chunks):
         if spans and first - spans[-1][1] <= _GAP:

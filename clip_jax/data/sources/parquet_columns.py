@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from absl import logging
@@ -49,13 +50,15 @@ class ParquetRows:
         files = os.path.join(glob.escape(path), "*.parquet") if os.path.isdir(path) else path
         self._path, self._files = path, remote.expand(files)
         try:
-            sizes = [parquet.group_sizes(file) for file in self._files]
+            with ThreadPoolExecutor(16) as pool:
+                sizes = list(pool.map(parquet.group_sizes, self._files))
             metadata = parquet.schema_of(self._files[0]).metadata or {}
         except parquet.errors() as error:
             raise UserError(f"columns={path}: damaged ({type(error).__name__}: {str(error).splitlines()[0]})") from None
         self.header = json.loads(metadata[_HEADER]) if _HEADER in metadata else None
         self.fields = set(parquet.schema_of(self._files[0]).names)
         self.has_hashes = self.header is not None and "of" in self.fields
+        self._arrays = (self.header or {}).get("arrays", {})
         self._groups = np.array([(f, g) for f, some in enumerate(sizes) for g in range(len(some))], np.int32)
         counts = np.array([count for some in sizes for count in some], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(counts)])
@@ -82,11 +85,14 @@ class ParquetRows:
             start = first + len(rows) - int(self._starts[number])
             rows += [group[i] for i in range(start, min(len(group), start + count - len(rows)))]
             number += 1
+        for field, (shape, dtype) in self._arrays.items():
+            for row in rows:
+                row[field] = np.frombuffer(row[field], dtype).reshape(shape)
         return rows
 
     def column(self, field):
-        """Returns the `ParquetColumn` of a field."""
-        return ParquetColumn(self._files, self._groups, self._starts, field)
+        """Returns the `ParquetColumn` of a field; None for arrays."""
+        return None if field in self._arrays else ParquetColumn(self._files, self._groups, self._starts, field)
 
     def _group(self, number):
         file, group = self._groups[number].tolist()
@@ -119,9 +125,8 @@ class ParquetWriter:
             os.makedirs(self._folder, exist_ok=True)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        parts = sorted(name for name in os.listdir(path) if re.fullmatch(r"part-\d{6}\.parquet", name))
-        self._part, self.done = len(parts), 0
-        if parts:
+        self._part, self.done = len(_parts(path)), 0
+        if self._part:
             found = ParquetRows(self._folder)
             check_same(found.header or {}, json.loads(json.dumps(header)), path)
             self.done = len(found)
@@ -151,6 +156,40 @@ class ParquetWriter:
     def __exit__(self, *_):
         if self._rows:
             self._flush()
+
+
+def write_arrays(path, arrays, header):
+    """Writes arrays as columns, a folder of Parquet files; replaces an existing one.
+
+    Args:
+      path: the folder, NAME.parquet.
+      arrays: `{field: array [records, ...]}`, all of one length, which may be mapped from files.
+      header: dict that identifies the source and what made the columns.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    os.makedirs(path, exist_ok=True)
+    for name in _parts(path):
+        os.remove(os.path.join(path, name))
+    kinds = {field: pa.binary(array[:1].nbytes) for field, array in arrays.items()}
+    shapes = {field: (array.shape[1:], array.dtype.str) for field, array in arrays.items()}
+    schema = pa.schema([*kinds.items()], {_HEADER: json.dumps(header | {"arrays": shapes})})
+    length = len(next(iter(arrays.values())))
+    for part, first in enumerate(range(0, length, _PART)):
+        with pq.ParquetWriter(os.path.join(path, f"part-{part:06d}.parquet"), schema, use_dictionary=False) as writer:
+            for start in range(first, min(first + _PART, length), _GROUP):
+                rows = {field: array[start : min(start + _GROUP, first + _PART)] for field, array in arrays.items()}
+                columns = [
+                    pa.FixedSizeBinaryArray.from_buffers(kinds[field], len(some), [None, pa.py_buffer(some.tobytes())])
+                    for field, some in rows.items()
+                ]
+                writer.write_table(pa.table(columns, schema=schema), row_group_size=_GROUP)
+
+
+def _parts(path):
+    """Returns the sorted names of the parts in a folder."""
+    return sorted(name for name in os.listdir(path) if re.fullmatch(r"part-\d{6}\.parquet", name))
 
 
 def check_same(old, header, path):

@@ -1,7 +1,6 @@
 """The values of a column of Parquet files, in order, for selections."""
 
 import bisect
-import itertools
 
 import numpy as np
 
@@ -35,14 +34,16 @@ class ParquetColumn:
         """Returns the values of a slice; raises UserError for a damaged file."""
         import pyarrow as pa
 
-        parts, at = [], span.start
-        while at < span.stop:
+        at, stop, _ = span.indices(len(self))
+        kind = parquet.schema_of(self._files[0]).field(self._name).type
+        parts = []
+        while at < stop:
             if at not in self._span:
                 self._read(at)
-            end = min(span.stop, self._span.stop)
+            end = min(stop, self._span.stop)
             parts += self._values.slice(at - self._span.start, end - at).chunks
             at = end
-        return pa.chunked_array(parts)
+        return pa.chunked_array(parts, kind.value_type if self._is_list else kind)
 
     def _read(self, at):
         """Reads the row group of value `at` and some that follow in its file."""
@@ -61,12 +62,3 @@ class ParquetColumn:
         arrays = [batch.column(0) for batch in batches]
         self._values = pa.chunked_array([array.flatten() if self._is_list else array for array in arrays])
         self._span = range(int(self._starts[first]), int(self._starts[last]))
-
-
-def list_column(path, name, lengths):
-    """Returns the `ParquetColumn` of a file whose rows are lists; `lengths` names the column of their lengths."""
-    rows = np.cumsum([0, *parquet.group_sizes(path)])
-    groups = np.stack([np.zeros(len(rows) - 1, np.int64), np.arange(len(rows) - 1)], axis=1)
-    counted = ParquetColumn([path], groups, rows, lengths)
-    counts = [counted[start:stop].to_numpy().sum() for start, stop in itertools.pairwise(rows.tolist())]
-    return ParquetColumn([path], groups, np.cumsum([0, *counts], dtype=np.int64), name, is_list=True)

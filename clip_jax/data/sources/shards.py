@@ -10,11 +10,15 @@ A format is a module of this folder, named in `FORMATS`, with
 and, where they apply,
 
     BYTES = True              start and end of a block are offsets in bytes
+    block_bytes(path, start, end)    the bytes of a block, where its start and end are no offsets
     FOOTER = True             `scan` reads a footer alone
     preferred(fields)         {"image": field, "label": field or None}, or one of them, by the first values of all
                               fields; without it the usual names decide
     captions(raw)             the names of the caption fields of a raw record, or None for those of the source
     classes(path)             {field: class names} that the shard holds
+    check(path)               raises UserError for a path that the format does not read, such as a remote one
+    local_source              the class of sources of local shards without a manifest; without it `ShardSource`
+    values(path, start, end, fields)    {field: values of all records} of a block, without its images
     COLUMNS = True            `read` takes `column`, the image field that the user names, and reads no other image
 
 A path may be remote (`clip_jax.data.remote`). Where the shards are is in a manifest (`manifest`), or found by scanning
@@ -125,10 +129,12 @@ def scan_shard(kind, path, length=512):
     """Returns the size of a shard in bytes, its blocks and what is broken, as a format's `scan` does."""
     from clip_jax.data import remote
 
+    form = load_format(kind)
+    getattr(form, "check", lambda path: None)(path)
     size = remote.size(path)
     if not size:
         return 0, [], Counter({"empty shard": 1})
-    return size, *load_format(kind).scan(path, length)
+    return size, *form.scan(path, length)
 
 
 def scan_shards(kind, shards):
@@ -158,7 +164,7 @@ def too_many(spec, found, allowed):
 
 
 def scanned_source(spec, name, **options):
-    """Returns the `ShardSource` of few shards, which are scanned now.
+    """Returns the source of few shards, which are scanned now.
 
     Args:
       spec: str, a path, pattern or folder.
@@ -170,14 +176,15 @@ def scanned_source(spec, name, **options):
     from clip_jax.data import remote
 
     kind, shards = find_shards(spec)
-    has_footer, is_remote = getattr(load_format(kind), "FOOTER", False), remote.is_remote(shards[0])
+    form, is_remote = load_format(kind), remote.is_remote(shards[0])
+    has_footer = getattr(form, "FOOTER", False)
     limit = (FOOTERS // 10 if is_remote else FOOTERS) if has_footer else REMOTE if is_remote else LOCAL
     if len(shards) > limit:
         raise too_many(spec, f"{len(shards):,} shards", f"{limit:,} are scanned")
     if is_remote and not has_footer and (size := sum(map(remote.size, shards))) > REMOTE_BYTES:
         raise too_many(spec, f"shards of {size / 2**30:.1f} GiB", f"{REMOTE_BYTES / 2**30:.0f} GiB are scanned")
     blocks, broken = scan_shards(kind, shards)
-    return ShardSource(kind, shards, blocks, name, broken=broken, **options)
+    return getattr(form, "local_source", ShardSource)(kind, shards, blocks, name, broken=broken, **options)
 
 
 class ShardSource(BlockSource):
@@ -196,7 +203,7 @@ class ShardSource(BlockSource):
       options: passed to the format's `read`.
 
     Attributes:
-      block_bytes: mean bytes of a block on the storage; None where the format does not tell.
+      block_bytes: mean bytes of a block on the storage; None where it is not known.
 
     Raises UserError when there is no record, a named field does not exist, or no field holds images.
     """
@@ -216,8 +223,13 @@ class ShardSource(BlockSource):
         if not len(self):
             reasons = ", ".join(self.broken) or "empty"
             raise UserError(f"{name}: no usable sample in {len(self._shards)} shards ({reasons})")
-        is_bytes = getattr(load_format(kind), "BYTES", False)
-        self.block_bytes = float(np.mean(blocks.end - blocks.start)) if is_bytes else None
+        self.block_bytes = None
+        if getattr(load_format(kind), "BYTES", False):
+            self.block_bytes = float(np.mean(blocks.end - blocks.start))
+        elif manifest is not None:
+            self.block_bytes = float(manifest.sizes.sum() / len(self.blocks))
+        elif size := getattr(load_format(kind), "block_bytes", None):
+            self.block_bytes = float(np.mean([size(*self._span_of(number)) for number in self._peeked_blocks()]))
         self._has_own_captions = text is None
         self._choose(self._first_values(), label)
         self._numbering = hash64("\0".join(self._shards).encode("utf-8", "surrogateescape"))
@@ -281,10 +293,19 @@ class ShardSource(BlockSource):
         """
         return self._manifest.column(field) if self._manifest else None
 
+    def _span_of(self, number):
+        """Returns the path, start and end of a block."""
+        shard, start, end, _ = (column[number].item() for column in self._rows)
+        return self._shards[shard], start, end
+
+    def _peeked_blocks(self):
+        """Returns the numbers of the first blocks of some shards."""
+        firsts = np.flatnonzero(np.diff(self._rows.shard, prepend=-1))
+        return firsts[np.linspace(0, len(firsts) - 1, min(_PEEKED_BLOCKS, len(firsts))).astype(int)]
+
     def _first_values(self):
         """Returns the first value of each field in the first blocks of some shards."""
-        firsts = np.flatnonzero(np.diff(self._rows.shard, prepend=-1))
-        firsts = firsts[np.linspace(0, len(firsts) - 1, min(_PEEKED_BLOCKS, len(firsts))).astype(int)]
+        firsts = self._peeked_blocks()
         with ThreadPoolExecutor(len(firsts)) as pool:
             list(pool.map(self._check_size, self._rows.shard[firsts].tolist()))
             blocks = dict(zip(firsts.tolist(), pool.map(self._raw, firsts.tolist()), strict=True))

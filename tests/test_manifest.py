@@ -107,8 +107,9 @@ def test_columns_are_read_without_records(data, monkeypatch):
     assert score[:].to_pylist() == [None if i % 3 == 0 else i / 2 if i >= 7 else i for i in range(21)]
     assert mixed[:4].to_pylist() == ["0", "a", "2", "a"] and source.column("height") is None
     assert pickle.loads(pickle.dumps(source)).column("width")[20:21].to_pylist() == [20]
-    chosen = make_source(f"{path}?where=license:cc0")
-    assert len(chosen) == 10
+    chosen = make_source(f"{path}?where=license:by&has=score")
+    assert [chosen._kept[i] for i in range(len(chosen))] == [2, 4, 8, 10, 14, 16, 20]
+    assert chosen.blocks.tolist() == [1, 1, 0, 1, 1, 0, 2, 0, 1]
 
 
 def test_parts_are_joined_and_an_interrupted_part_continues(data, monkeypatch, capsys):

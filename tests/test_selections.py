@@ -6,13 +6,15 @@ import pickle
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_jax.data.blocks import Block, BlockSource, read_block
 from clip_jax.data.records import BadRecord, BaseSource, fingerprint
-from clip_jax.data.sources import MemorySource, field_values
+from clip_jax.data.sources import MemorySource, field_values, parquet_values
+from clip_jax.data.sources.columns import ColumnsSource
 from clip_jax.data.sources.index import IndexedSource
 from clip_jax.data.sources.kept import Bits, Places, keep
 from clip_jax.data.sources.selection import select
@@ -258,3 +260,25 @@ def test_parts_of_records(monkeypatch):
 def test_a_selection_by_a_column_of_many_records():
     source = select(Synthetic(21_000_000, "kind"), (("where", "kind:77"),), "some")
     assert len(source) == 21_000 and source[20_999]["number"] == 20_999_077
+
+
+def test_a_side_table_in_parquet(tmp_path, monkeypatch):
+    """Its columns are read in runs of row groups, and a selection reads no record."""
+    monkeypatch.setattr(field_values, "CHUNK", 16)
+    monkeypatch.setattr(parquet_values, "_READ", 12)
+    rows = [{"score2": i / 4, "kind": "ab"[i % 2] if i % 7 else None} for i in range(70)]
+    for number, (start, stop) in enumerate([(0, 33), (33, 70)]):
+        table = pa.Table.from_pylist(rows[start:stop])
+        parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=5)
+    base = Blocks(SIZES, ARRAYS)
+    source = ColumnsSource(base, str(tmp_path))
+    assert source.column("kind")[3:60].to_pylist() == [row["kind"] for row in rows[3:60]]
+    assert source.column("number") is None and source.column("size")[2:4].tolist() == [2, 3]
+    some = select(source, (("where", "kind:b"), ("has", "score")), "some")
+    assert base.reads == 0
+    assert len(some) == sum(i % 2 and i % 7 and i % 9 and 1 for i in range(70))
+    assert [(some[i]["number"], some[i]["score2"]) for i in (0, 1, len(some) - 1)] == [
+        (1, 0.25),
+        (3, 0.75),
+        (69, 17.25),
+    ]

@@ -5,6 +5,9 @@ A source with blocks has two more attributes than `clip_jax.data.records.Source`
     blocks               int64 `[blocks]`, the number of records of each block, in the order of the records
     read_block(number)   the records of a block, a sequence. Taking an unusable record raises BadRecord
 
+A source may also have `column(field)`: the values of a field of all records, without reading these, or None. A slice
+of them is an array of NumPy or Arrow. Selections are made of them (`clip_jax.data.sources.selection`).
+
 Where single records cost a request, as in a bucket, `sequential` is True, and training reads whole blocks
 (`data.order`). Of any other source, 512 records in a row are a block.
 """

@@ -26,6 +26,7 @@ import numpy as np
 from clip_jax.data import blocks
 from clip_jax.data.files import FileReader
 from clip_jax.data.records import DerivedSource, fingerprint
+from clip_jax.data.sources.kept import column_of
 from clip_jax.data.sources.parquet_columns import ParquetRows, ParquetWriter, check_same, is_parquet, write_arrays
 from clip_jax.data.sources.tfds import EMBEDDED
 from clip_jax.errors import UserError
@@ -190,6 +191,13 @@ class ColumnsSource(DerivedSource):
         record = self._source[index]
         return record | self._rows.read(index, record)
 
+    def column(self, field):
+        """Returns the values of a field of all records in Parquet or in the source's columns, or None (`column_of`)."""
+        fields = getattr(self._rows, "fields", None)  # those of other kinds are read with the records
+        if fields is None:
+            return None
+        return self._rows.column(field) if field in fields else column_of(self._source, field)
+
     def read_block(self, number):
         """Returns the records of a block of the source, a sequence; rows of Parquet files are read for all of it."""
         if self._starts is None:
@@ -280,6 +288,7 @@ class _Parquet:
         self._path, self._rows = path, ParquetRows(path)
         if self._rows.header is not None:
             _check_header(self._rows.header, source, path)
+        self.fields, self.column = self._rows.fields, self._rows.column
 
     def __len__(self):
         return len(self._rows)

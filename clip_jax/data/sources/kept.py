@@ -137,10 +137,7 @@ class KeptSource(DerivedSource):
         return record
 
     def column(self, field):
-        """Returns the values of a field of all records, without reading them, as the source's `column` does; or None.
-
-        A slice of them is an array.
-        """
+        """Returns the values of a field of all records by the source's columns, or None (`column_of`)."""
         column = column_of(self._source, field)
         return None if column is None else _KeptColumn(column, self._kept)
 
@@ -163,8 +160,8 @@ class _KeptColumn:
 
 
 def column_of(source, field):
-    """Returns the values of a field of all records without reading these, or None where the source has none.
+    """Returns the values of a field of all records without reading these, or None where the source has no such column.
 
-    A slice of them is a NumPy array, a `pyarrow.Array` or a `pyarrow.ChunkedArray`.
+    A slice of the values is a NumPy array, a `pyarrow.Array` or a `pyarrow.ChunkedArray`.
     """
     return source.column(field) if hasattr(source, "column") else None

@@ -14,6 +14,7 @@ import os
 
 import numpy as np
 
+from clip_jax.data.sources.parquet_values import ParquetColumn
 from clip_jax.data.sources.shards import Blocks, ShardSource
 from clip_jax.errors import UserError
 
@@ -82,51 +83,12 @@ class Manifest:
         return self.about["command"]
 
     def column(self, field):
-        """Returns the `Column` of a field; None where the manifest has no such column."""
-        return Column(self.path, COLUMN + field, self._groups) if field in self.about["columns"] else None
-
-
-class Column:
-    """The values of a field for all samples. A slice is a `pyarrow.ChunkedArray`, null for a missing value.
-
-    Taking a slice reads the row groups in which it lies; the last one is kept.
-
-    Args:
-      path: of the manifest.
-      name: str, the column.
-      groups: int64 `[row groups]`, their numbers of samples.
-    """
-
-    def __init__(self, path, name, groups):
-        self._path, self._name = path, name
-        self._starts = np.concatenate([[0], np.cumsum(groups)])
-        self._last = -1, None
-
-    def __len__(self):
-        return int(self._starts[-1])
-
-    def __getitem__(self, span):
-        import pyarrow
-
-        start, stop, _ = span.indices(len(self))
-        first, last = np.searchsorted(self._starts, [start, max(stop - 1, start)], "right").tolist()
-        parts = []
-        for number in range(first - 1, last):
-            begin = int(self._starts[number])
-            parts.append(self._group(number)[max(start - begin, 0) : max(stop - begin, 0)])
-        return pyarrow.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
-
-    def _group(self, number):
-        import pyarrow
-        import pyarrow.parquet as parquet
-
-        kept, values = self._last
-        if kept != number:
-            with _opened(self._path) as file:
-                table = parquet.ParquetFile(file).read_row_group(number, [self._name])
-            values = pyarrow.chunked_array([chunk.flatten() for chunk in table[self._name].chunks])
-            self._last = number, values
-        return values
+        """Returns the `ParquetColumn` of a field of all samples; None where the manifest has no such column."""
+        if field not in self.about["columns"]:
+            return None
+        groups = np.stack([np.zeros_like(self._groups), np.arange(len(self._groups))], axis=1)
+        starts = np.concatenate([[0], np.cumsum(self._groups)])
+        return ParquetColumn([self.path], groups, starts, COLUMN + field, is_list=True)
 
 
 def read_about(path):

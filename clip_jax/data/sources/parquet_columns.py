@@ -17,6 +17,7 @@ from absl import logging
 from clip_jax.data import remote
 from clip_jax.data.blocks import Recent
 from clip_jax.data.sources import arrow_columns, parquet
+from clip_jax.data.sources.parquet_values import ParquetColumn
 from clip_jax.errors import UserError
 
 _HEADER = b"clip_jax.columns"  # key of the header in a file's metadata
@@ -39,6 +40,7 @@ class ParquetRows:
 
     Attributes:
       header: dict of the data set that the columns were made of; None for files of other programs.
+      fields: set of the names of the columns.
       has_hashes: whether each row has the hash of its record's texts in a column `of`.
 
     Raises UserError for a missing or damaged file.
@@ -54,7 +56,8 @@ class ParquetRows:
         except parquet.errors() as error:
             raise UserError(f"columns={path}: damaged ({type(error).__name__}: {str(error).splitlines()[0]})") from None
         self.header = json.loads(metadata[_HEADER]) if _HEADER in metadata else None
-        self.has_hashes = self.header is not None and "of" in parquet.schema_of(self._files[0]).names
+        self.fields = set(parquet.schema_of(self._files[0]).names)
+        self.has_hashes = self.header is not None and "of" in self.fields
         self._arrays = (self.header or {}).get("arrays", {})
         self._groups = np.array([(f, g) for f, some in enumerate(sizes) for g in range(len(some))], np.int32)
         counts = np.array([count for some in sizes for count in some], np.int64)
@@ -86,6 +89,10 @@ class ParquetRows:
             for row in rows:
                 row[field] = np.frombuffer(row[field], dtype).reshape(shape)
         return rows
+
+    def column(self, field):
+        """Returns the `ParquetColumn` of a field; None for arrays."""
+        return None if field in self._arrays else ParquetColumn(self._files, self._groups, self._starts, field)
 
     def _group(self, number):
         file, group = self._groups[number].tolist()

@@ -287,7 +287,7 @@ class ShardSource(BlockSource):
         return UserError(f"{path} changed since the manifest was made; make it again: {self._manifest.remedy}")
 
     def column(self, field):
-        """Returns the values of a field for all records, from the manifest; None where it has no such column.
+        """Returns the values of a field of all records, from the manifest; None where it has no such column.
 
         A slice of them is a `pyarrow.ChunkedArray`.
         """

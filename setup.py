@@ -27,6 +27,10 @@ setup(
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
         "array_record>=0.8",
+        "google-crc32c>=1.5",
+        "pyarrow>=19",
+        "fsspec>=2026.9",
+        "huggingface_hub>=2.4",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
         "ftfy>=6",
@@ -42,6 +46,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tf": ["tensorflow>=2.18"],
         "wandb": ["wandb>=0.18"],
+        "http": ["aiohttp>=3.10"],
         "gcs": ["gcsfs>=2026.9"],
         "s3": ["s3fs>=2026.9"],
         "dev": [

@@ -3,10 +3,11 @@
     python benchmarks/fuzz.py --minutes=10 --seed=0
     python benchmarks/fuzz.py --round=tar:17        repeats one round
 
-The readers of tables, tar shards, images and checkpoints' `meta` items take turns. Each round makes a random input of
+The readers of tables, shards, images and checkpoints' `meta` items take turns. Each round makes a random input of
 which the right result is known, reads it, and compares. Then it damages bytes of the input and reads it again: each
 record must be read or rejected with a reason, and the whole input read or rejected in one line. A round is a function
-of the seed and its number. The exit status is 1 after a failure.
+of the seed and its number. The exit status is 1 after a failure. A reader of another format is one more function in
+`READERS`; `fuzz_shard` does what all shards have in common.
 """
 
 import csv
@@ -18,6 +19,7 @@ import math
 import os
 import pathlib
 import random
+import struct
 import sys
 import tarfile
 import tempfile
@@ -188,7 +190,7 @@ def make_archive(rng, number):
 
 
 def fuzz_tar(rng, folder, counts):
-    from clip_jax.data.sources import make_source
+    from clip_jax.data.sources import make_source, tar
 
     path = folder / "a.tar"
     archives = [make_archive(rng, number) for number in range(rng.choice((1, 1, 1, 2, 3)))]
@@ -197,15 +199,109 @@ def fuzz_tar(rng, folder, counts):
     def pairs(records):
         return [(r["image"].decode(), r["texts"]) for r in records or ()]
 
+    def check_blocks():
+        for start, end, samples in tar.scan(str(path), rng.choice((1, 3, 512)))[0]:
+            expect(len(tar.read(str(path), start, end)), samples, "samples of a block")
+
     path.write_bytes(data)
     expect(pairs(counts.read(lambda: make_source(str(path)))), [(key, [key]) for key in samples], "samples")
+    check_blocks()
     path.with_suffix(".tar.index").unlink(missing_ok=True)
     path.write_bytes(data[: rng.randrange(len(data))])
     for image, texts in pairs(counts.read(lambda: make_source(str(path)))):
         expect(texts, [image], "caption of a shard that was cut off")
+    check_blocks()
     path.with_suffix(".tar.index").unlink(missing_ok=True)
     path.write_bytes(damage(rng, data))
     check_records(counts.read(lambda: make_source(str(path))))
+    check_blocks()
+
+
+def make_example(fields):
+    """Returns a serialised `tf.train.Example` of features that are lists of bytes."""
+
+    def field(number, content):
+        size, encoded = len(content), b""
+        while size > 127:
+            size, encoded = size >> 7, encoded + bytes([size & 127 | 128])
+        return bytes([number << 3 | 2]) + encoded + bytes([size]) + content
+
+    entries = (
+        field(1, name.encode()) + field(2, field(1, b"".join(field(1, value) for value in values)))
+        for name, values in fields.items()
+    )
+    return field(1, b"".join(field(1, entry) for entry in entries))
+
+
+def make_pairs(rng):
+    """Returns random pairs of an image, bytes, and its captions, a list of str."""
+    return [
+        (rng.randbytes(rng.choice((1, 20, 300))), [f"{n} {i}" for i in range(rng.choice((1, 1, 2)))])
+        for n in range(rng.randint(1, 12))
+    ]
+
+
+def fuzz_shard(rng, path, data, pairs, counts):
+    """Reads a shard as it is, cut off, and damaged.
+
+    Returns the `(image, texts)` of the records that were read of the shard that was cut off, and of the damaged one.
+    """
+    from clip_jax.data.sources import make_source
+    from clip_jax.data.sources.shards import format_of, load_format
+
+    def read(content):
+        path.write_bytes(content)
+        found = counts.read(lambda: make_source(str(path), image="image", text="caption")) or []
+        check_records(found)
+        if found:
+            form = load_format(format_of(str(path)))
+            rows, _ = form.scan(str(path), rng.choice((1, 3, 512)))
+            expect([len(form.read(str(path), *row[:2])) for row in rows], [row[2] for row in rows], "records of blocks")
+        return [(record["image"], record["texts"]) for record in found if record]
+
+    expect(read(data), pairs, "records")
+    return read(data[: rng.randrange(len(data))]), read(damage(rng, data))
+
+
+def fuzz_tfrecord(rng, folder, counts):
+    """The checksums tell damaged records: what is read is right."""
+    from clip_jax.data.sources.tfrecord import masked_crc
+
+    pairs, data, ends = make_pairs(rng), b"", []
+    for image, texts in pairs:
+        content = make_example({"image": [image], "caption": [text.encode() for text in texts]})
+        head = len(content).to_bytes(8, "little")
+        crcs = [masked_crc(part).to_bytes(4, "little") for part in (head, content)]
+        data += head + crcs[0] + content + crcs[1]
+        ends.append(len(data))
+    cut, damaged = fuzz_shard(rng, folder / "a.tfrecord", data, pairs, counts)
+    expect(cut, pairs[: len(cut)], "records of a shard that was cut off")
+    expect([pair for pair in damaged if pair not in pairs], [], "records that were never written")
+
+
+def fuzz_mds(rng, folder, counts):
+    pairs, samples = make_pairs(rng), []
+    for image, texts in pairs:
+        caption = json.dumps(texts).encode()
+        samples.append(struct.pack("<2I", len(caption), len(image)) + caption + image)
+    columns = {"column_names": ["caption", "image"], "column_encodings": ["json", "bytes"], "column_sizes": [None] * 2}
+    about = json.dumps({"version": 2, "format": "mds", **columns}).encode()
+    offsets = itertools.accumulate(map(len, samples), initial=8 + 4 * len(samples) + len(about))
+    data = struct.pack(f"<{len(samples) + 2}I", len(samples), *offsets) + about + b"".join(samples)
+    cut, _ = fuzz_shard(rng, folder / "a.mds", data, pairs, counts)
+    expect(cut, pairs[: len(cut)], "samples of a shard that was cut off")
+
+
+def fuzz_array_record(rng, folder, counts):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    pairs, path = make_pairs(rng), folder / "a.array_record"
+    writer = ArrayRecordWriter(str(path), f"group_size:{rng.choice((1, 1, 4))}")
+    for image, texts in pairs:
+        writer.write(make_example({"image": [image], "caption": [text.encode() for text in texts]}))
+    writer.close()
+    _, damaged = fuzz_shard(rng, path, path.read_bytes(), pairs, counts)
+    expect([pair for pair in damaged if pair not in pairs], [], "records that were never written")
 
 
 def fuzz_image(rng, folder, counts):
@@ -274,7 +370,15 @@ def fuzz_meta(rng, folder, counts):
             counts["rejected"] += 1
 
 
-READERS = {"table": fuzz_table, "tar": fuzz_tar, "image": fuzz_image, "meta": fuzz_meta}
+READERS = {
+    "table": fuzz_table,
+    "tar": fuzz_tar,
+    "tfrecord": fuzz_tfrecord,
+    "mds": fuzz_mds,
+    "array_record": fuzz_array_record,
+    "image": fuzz_image,
+    "meta": fuzz_meta,
+}
 
 
 def run(reader, number, seed, counts):

@@ -91,6 +91,7 @@ class Step:
         import numpy as np
 
         from clip_jax.program import make_program, model_flops
+        from clip_jax.runtime.sharding import id_words
         from clip_jax.training.step import make_init, make_step
 
         self.program = program = make_program(config)
@@ -103,7 +104,7 @@ class Step:
             else rng.integers(0, limits[name], x.shape, x.dtype)
             for name, x in program.batch.items()
         }
-        self.batch = batch | {"example_id": np.arange(config.data.batch_size, dtype=np.int32)}
+        self.batch = batch | {"example_id": id_words(np.arange(config.data.batch_size))}
         init, tx = make_init(program.config, program.method, program.batch)
         self.state = jax.jit(init)(jax.random.key(0))
         step = jax.jit(make_step(program.config, program.method, tx), donate_argnums=0)

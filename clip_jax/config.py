@@ -25,6 +25,7 @@ _COLOURS = ("image_mean", "image_std")
 _TEXTS = set(
     "augment templates rewrites transform tasks train_tasks init_from_params init_from_allow freeze no_decay".split()
 )
+ORDERS = ("auto", "records", "blocks")
 SAMPLINGS = ("mixed", "one_source")
 
 
@@ -69,8 +70,10 @@ def _data():
     c.rewrite_prob = -1.0  # probability of a rewrite; -1: a caption and each of its rewrites are equally likely
     c.augment = ("rrc(0.9, 1.0)",)  # image transforms (docs/data.md); the default is CLIP's random square crop
     c.batch_size = 256  # global batch size
-    # mixed: each batch draws from all sources | one_source: each batch from one (debiased sampling)
-    c.sampling = "mixed"
+    c.sampling = "mixed"  # mixed: each batch draws from all sources | one_source: from one (debiased sampling)
+    c.order = "auto"  # records: from anywhere | blocks: in a row, shuffled in two levels | auto: docs/data.md
+    c.lanes = 0  # order by blocks: places at which the data is read; 0: by the batch size
+    c.window = 8  # order by blocks: records of a lane are shuffled within this many blocks
     c.workers = 0  # processes per host that prepare examples; 0: threads of the main process
     c.threads = 2  # threads in each of these processes
     c.prefetch = 2  # batches ready ahead
@@ -385,8 +388,8 @@ def validate(config):
         raise UserError(
             f"optim.grad_dtype={config.optim.grad_dtype!r}: must be 'float32' or model.dtype={config.model.dtype!r}"
         )
-    choices = {"model.dtype": DTYPES, "model.remat": REMATS, "model.attention": ATTENTIONS, "data.sampling": SAMPLINGS}
-    for key, allowed in choices.items():
+    choices = {"model.dtype": DTYPES, "model.remat": REMATS, "model.attention": ATTENTIONS}
+    for key, allowed in (choices | {"data.sampling": SAMPLINGS, "data.order": ORDERS}).items():
         if _get(config, key) not in allowed:
             raise unknown(key, _get(config, key), allowed)
     if not config.init_from and (config.init_from_params or config.init_from_resize or config.init_from_allow):
@@ -405,8 +408,9 @@ def validate(config):
 def _check_ranges(config):
     lowest = {
         1: "micro_batches data.batch_size data.threads data.prefetch train.steps train.log_steps train.max_bad_steps"
-        " checkpoint.keep eval.batch_size",
-        0: "train.stall_minutes checkpoint.steps checkpoint.minutes eval.steps data.workers data.cache_mb profile.port",
+        " checkpoint.keep eval.batch_size data.window",
+        0: "train.stall_minutes checkpoint.steps checkpoint.minutes eval.steps data.workers data.cache_mb data.lanes"
+        " profile.port",
     }
     for low, key in ((low, key) for low, keys in lowest.items() for key in keys.split()):
         value = _get(config, key)

@@ -280,7 +280,7 @@ def _embed_images(model, source, skipped):
     for batch in iterate_once(source, views, model.tokenizer, batch_size, skipped=skipped):
         used = batch["mask"]
         if used.any():
-            numbers = batch["example_id"][used].astype(np.int64)
+            numbers = batch["example_id"][used]
             yield np.stack([numbers, np.zeros_like(numbers)], 1), model.embed_image(batch["image"])[used]
 
 

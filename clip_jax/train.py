@@ -16,7 +16,8 @@ from typing import Any
 
 from clip_jax import config as config_lib
 from clip_jax import init_from
-from clip_jax.errors import UserError
+from clip_jax.data.reading import configured_reading
+from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import command, compile_cache, faults, goodput, host_log, hosts, profile, storage
 from clip_jax.version import __version__
 
@@ -57,7 +58,8 @@ def make_parts(config):
     data, source = config.data, configured_source(config.data)
     config = interface.resolve(config, tokenizer, source)
     method = interface.make_method(config)
-    check_source(source, method.views, tokenizer, data.batch_size, data.sampling == "one_source")
+    one_source = data.sampling == "one_source"
+    check_source(source, method.views, tokenizer, data.batch_size, one_source, configured_reading(data))
     return config, source, tokenizer, method
 
 
@@ -71,6 +73,7 @@ def make_loader(config, source, tokenizer, method, mesh, start_step):
         source, method.views, tokenizer, batch_size=data.batch_size, seed=config.seed, start_step=start_step,
         host=host, hosts=count, one_source=data.sampling == "one_source", workers=data.workers, threads=data.threads,
         prefetch=data.prefetch, max_bad_share=data.max_bad_share, cache_bytes=data.cache_mb << 20,
+        reading=configured_reading(data),
     )  # fmt: skip
 
 
@@ -280,6 +283,15 @@ class Recorder:
             run.log(line)
         return int(request)
 
+    def end_without_data(self, error, pending, state):
+        """Ends the run when its data fail for good. A single process saves first; several have no common step."""
+        if hosts.count() == 1:
+            self.record_step(*pending)
+            self.run.save(pending[0], state, {})
+            self.run.checkpointer.wait()
+        newest = self.run.checkpointer.newest()
+        raise StorageError(f"{error}; the run resumes from step {newest.name if newest else 0}") from error
+
     def evaluate(self, state):
         """Returns the metrics of `config.eval.train_tasks`; the time does not count as training."""
         start = time.perf_counter()
@@ -297,7 +309,7 @@ def loop(run, source, tx, state):
     steps = config.train.steps
     loader = make_loader(config, source, run.tokenizer, run.method, run.mesh, first - 1)
     skipped = loader.skipped.total()
-    run.log("reading the first batch and compiling the step ...")
+    run.log("\n".join(filter(None, [loader.blocks, "reading the first batch and compiling the step ..."])))
     batch, waited = next_batch(loader, run.mesh)[0], 0.0  # nothing trains yet
     step_fn, flops = compile_on_all_hosts(run, source, tx, state, batch)
     recorder, pending = Recorder(run, loader, skipped, first, flops), None
@@ -310,7 +322,10 @@ def loop(run, source, tx, state):
             stop_request = recorder.record_step(*pending) if pending else 0
             pending = (step, values, agreed)
             if step < steps:
-                batch, waited = next_batch(loader, run.mesh)
+                try:
+                    batch, waited = next_batch(loader, run.mesh)
+                except StorageError as error:
+                    recorder.end_without_data(error, pending, state)
             by_steps = config.checkpoint.steps and step % config.checkpoint.steps == 0
             evaluates = config.eval.steps and step % config.eval.steps == 0
             if step < steps and (by_steps or evaluates or stop_request):

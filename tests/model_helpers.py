@@ -32,7 +32,7 @@ SMALL = {
 BATCH = {
     "image": np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8),
     "text": np.random.default_rng(1).integers(10, 4000, (16, 12), np.int32),
-    "example_id": np.arange(16, dtype=np.int32),
+    "example_id": sharding.id_words(np.arange(16)),
 }
 
 

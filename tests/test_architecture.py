@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import REPO
 
-MAX_LINES = {"clip_jax/train.py": 360, "clip_jax/methods/clip.py": 25}
+MAX_LINES = {"clip_jax/train.py": 365, "clip_jax/methods/clip.py": 25}
 
 
 @functools.cache

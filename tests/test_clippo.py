@@ -36,7 +36,8 @@ def random_images(seed, count=16, channels=3, size=32):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, channels), np.uint8)
 
 
-BATCH = {"image": random_images(0), "text": random_images(1, channels=1), "example_id": np.arange(16, dtype=np.int32)}
+IDS = sharding.id_words(np.arange(16))
+BATCH = {"image": random_images(0), "text": random_images(1, channels=1), "example_id": IDS}
 
 
 def start(c):
@@ -68,7 +69,8 @@ def test_golden_big_vision(folder):
         return x * 127.5 + 127.5
 
     def forward(params, images):
-        batch = {"image": to_pixels(images), "text": to_pixels(tower["texts"]), "example_id": jnp.arange(len(images))}
+        ids = sharding.id_words(np.arange(len(images)))
+        batch = {"image": to_pixels(images), "text": to_pixels(tower["texts"]), "example_id": ids}
         features, _ = method.encode(params, {}, batch, jax.random.key(0), train=True)
         return method.loss(params, {}, features, batch, None)[0], features
 

@@ -51,7 +51,7 @@ BATCH = {
     "image_2": np.random.default_rng(7).integers(0, 256, (16, 16, 16, 3), np.uint8),
     "image_3": np.random.default_rng(8).integers(0, 256, (16, 16, 16, 3), np.uint8),
     "text": texts(0, (16, 2, 12)),
-    "example_id": np.arange(16, dtype=np.int32),
+    "example_id": model_helpers.BATCH["example_id"],
 }
 
 
@@ -395,7 +395,7 @@ def passes(monkeypatch, *overrides):
         counts[name] += len(x) // 4
         return encode(self, tower, name, params, extra, x, *args, **kwargs)
 
-    batch = {view.name: np.zeros((4, *view.shape), view.dtype) for view in method.views} | {"example_id": np.arange(4)}
+    batch = {key: np.zeros(spec.shape, spec.dtype) for key, spec in method.batch_spec(4).items()}
     params, extra = jax.eval_shape(method.init, jax.random.key(0), batch)
     with monkeypatch.context() as patch:
         patch.setattr(declip_module.TwoTower, "_encode", count)

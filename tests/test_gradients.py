@@ -10,7 +10,7 @@ from model_helpers import tiny_method
 
 from clip_jax import plugins
 from clip_jax.program import make_program
-from clip_jax.runtime.sharding import path_name
+from clip_jax.runtime.sharding import id_words, path_name
 from clip_jax.training.step import make_gradients, make_step
 
 METHODS = plugins.names("clip_jax.methods", "make")
@@ -32,7 +32,7 @@ EXAMPLES = 1024
 def random_batch(method, eot_id):
     """A batch with 12,288 tokens of text, some of them frequent, and at least 4,096 patches of images."""
     rng = np.random.default_rng(0)
-    batch = {"example_id": np.arange(EXAMPLES, dtype=np.int32)}
+    batch = {"example_id": id_words(np.arange(EXAMPLES))}
     for name, spec in method.batch_spec(EXAMPLES).items():
         if spec.dtype == np.uint8:
             batch[name] = rng.integers(0, 256, spec.shape, np.uint8)

@@ -15,6 +15,7 @@ from clip_jax.methods.interface import make_method
 from clip_jax.models.common import sincos_2d
 from clip_jax.models.towers import image_tower
 from clip_jax.models.transformer import Block, block_init
+from clip_jax.runtime.sharding import id_words
 from clip_jax.training.step import make_init, make_step
 
 LIT, FLIP = "configs/lit.py", "configs/flip.py"
@@ -128,7 +129,7 @@ def test_embeddings_of_a_locked_tower_may_be_computed_before():
     batch = {
         "image": rng.integers(0, 256, (4, 16, 16, 3), np.uint8),
         "text": rng.integers(0, 50, (4, c.model.text.context), np.int32),
-        "example_id": np.arange(4, dtype=np.int32),
+        "example_id": id_words(np.arange(4)),
     }
     params, extra = method.init(jax.random.key(0), batch)
     features, _ = method.encode(params, extra, batch, jax.random.key(1), train=True)

@@ -23,7 +23,7 @@ def test_contents():
     assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
         "image": ((8, 8, 8, 3), np.uint8),
         "text": ((8, 16), np.int32),
-        "example_id": ((8,), np.int32),
+        "example_id": ((8,), np.int64),
         "label": ((8,), np.int32),
     }
     for i, text, label in zip(batch["example_id"], batch["text"], batch["label"], strict=True):

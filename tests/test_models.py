@@ -369,7 +369,7 @@ def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
     batch = {
         "image": rng.integers(0, 256, (16, 32, 32, 3), np.uint8),
         "text": rng.integers(1, 64, (16, 12), np.int32),
-        "example_id": np.arange(16, dtype=np.int32),
+        "example_id": np.arange(16),
     }
 
     start = jax.jit(make_init(c, make_method(c), batch)[0])(jax.random.key(0))

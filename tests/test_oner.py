@@ -455,7 +455,7 @@ def test_256_pairs_are_learned():
     batch = {
         "image": rng.integers(0, 256, (256, 16, 16, 3), np.uint8),
         "text": texts(5, (256, 12)),
-        "example_id": np.arange(256, dtype=np.int32),
+        "example_id": sharding.id_words(np.arange(256)),
     }
     tx = optax.adam(3e-3)
 

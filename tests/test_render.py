@@ -155,7 +155,7 @@ def test_a_caption_is_drawn_like_any_text(font):
     assert {key: (value.shape, value.dtype) for key, value in example.items()} == {
         "image": ((32, 32, 3), np.uint8),
         "text": ((32, 32, 1), np.uint8),
-        "example_id": ((), np.int32),
+        "example_id": ((), np.int64),
     }
     assert (example["image"] == 90).all()
     np.testing.assert_array_equal(example["text"], font(["a cat"], 32)[0])

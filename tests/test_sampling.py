@@ -10,7 +10,7 @@ from helpers import tiny_config
 
 from clip_jax import train
 from clip_jax.data.loader import check_source
-from clip_jax.data.order import make_order
+from clip_jax.data.order import Order
 from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.views import TextView
@@ -35,8 +35,8 @@ def debiased(source, views=TEXT, **arguments):
 @pytest.fixture(scope="module")
 def parts():
     """The part of each of 10,240 steps, by seed."""
-    orders = {seed: make_order(STARTS, SIZES, seed, 10, True) for seed in (0, 1)}
-    return {seed: np.array([order[10 * step][0] for step in range(10_240)]) for seed, order in orders.items()}
+    orders = {seed: Order(STARTS, SIZES, seed, 10, True) for seed in (0, 1)}
+    return {seed: np.array([order.rows(t, 0, 1)[0].part for t in range(10_240)]) for seed, order in orders.items()}
 
 
 def test_oracle_e_sources_are_drawn_by_size(parts):
@@ -59,8 +59,8 @@ def test_the_order_of_sources_is_random(parts):
 
 
 def test_each_source_goes_through_its_epochs_in_order():
-    order = make_order(STARTS, SIZES, 0, 10, True)
-    rows = [order[position] for position in range(10 * 600)]
+    order = Order(STARTS, SIZES, 0, 10, True)
+    rows = [draw[:3] for step in range(600) for draw in order.rows(step, 0, 10)]
     for part, size in enumerate(SIZES):
         epochs = [epoch for p, epoch, _ in rows if p == part]
         assert epochs == sorted(epochs)
@@ -70,8 +70,8 @@ def test_each_source_goes_through_its_epochs_in_order():
 
 
 def test_mixed_sampling_is_what_it_was():
-    order = make_order(STARTS, SIZES, 0, 10, False)
-    assert np.bincount([order[i][0] for i in range(100)]).tolist() == list(SIZES)
+    order = Order(STARTS, SIZES, 0, 10, False)
+    assert np.bincount([draw.part for step in range(10) for draw in order.rows(step, 0, 10)]).tolist() == list(SIZES)
 
 
 # Batches

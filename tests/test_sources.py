@@ -4,12 +4,13 @@ import pickle
 
 import numpy as np
 import pytest
+from example_helpers import write_array_record
 from PIL import Image
 
 from clip_jax.data import decode
 from clip_jax.data.records import BadRecord, check_labels
 from clip_jax.data.sources import MemorySource, make_source
-from clip_jax.data.sources.arrayrecord import ArrayRecordSource
+from clip_jax.data.sources.kept import Places, starts_of
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.selection import SelectedSource
 from clip_jax.data.sources.spec import Spec, parse
@@ -274,26 +275,6 @@ def test_unknown_names():
 # ArrayRecord
 
 
-def write_array_record(path, examples):
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
-
-    def feature(value):
-        values = value if isinstance(value, list) else [value]
-        if isinstance(values[0], int):
-            return tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=values))
-        values = [v.encode() if isinstance(v, str) else v for v in values]
-        return tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=values))
-
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for example in examples:
-        if not isinstance(example, bytes):
-            features = tf_feature_pb2.Features(feature={key: feature(value) for key, value in example.items()})
-            example = tf_example_pb2.Example(features=features).SerializeToString()
-        writer.write(example)
-    writer.close()
-
-
 def test_array_record(tmp_path):
     for shard in range(2):
         examples = [
@@ -342,8 +323,8 @@ def test_array_record_that_is_none(tmp_path, content):
 
 def test_array_record_without_records(tmp_path):
     write_array_record(tmp_path / "x.array_record", [])
-    with pytest.raises(UserError, match="no records"):
-        ArrayRecordSource([str(tmp_path / "x.array_record")])
+    with pytest.raises(UserError, match=r"x.array_record: no usable sample in 1 shards \(empty\)"):
+        make_source(str(tmp_path / "x.array_record"))
 
 
 # Tables
@@ -576,9 +557,10 @@ def test_numbers_without_names_in_several_sources_are_an_error_where_labels_coun
     with pytest.raises(UserError, match="the labels of .*animals_numbers.jsonl, late are numbers"):
         MixtureSource([tables[0], late], [1, 1]).check_labels()
     MixtureSource([tables[0], MemorySource([{"label": None}])], [1, 1]).check_labels()
+    kept = Places(np.arange(2), starts_of(both))
     with pytest.raises(UserError, match="numbers without class names"):
-        check_labels(SelectedSource(both, np.arange(2), "some"))
-    check_labels(SelectedSource(both, np.arange(2), "some", np.zeros(2, np.int32), ["pet"]))
+        check_labels(SelectedSource(both, kept, "some"))
+    check_labels(SelectedSource(both, kept, "some", "name", ["pet"]))
 
 
 def test_the_same_table_has_the_same_numbers(folder_of_tables, tmp_path):

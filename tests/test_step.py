@@ -97,13 +97,13 @@ def test_a_non_finite_update_is_skipped_and_counted():
 
     def bad_loss(params, extra, features, batch, rng):
         loss, metrics = method.loss(params, extra, features, batch, rng)
-        return jnp.where(batch["example_id"][0] == -1, jnp.nan, 1.0) * loss, metrics
+        return jnp.where(batch["example_id"][0, 0] == 99, jnp.nan, 1.0) * loss, metrics
 
     bad = dataclasses.replace(method, loss=bad_loss)
     init, tx = make_init(c, bad, BATCH)
     state = jax.jit(init)(jax.random.key(0))
     step = jax.jit(make_step(c, bad, tx))
-    poison = {**BATCH, "example_id": -np.ones(16, np.int32)}
+    poison = {**BATCH, "example_id": np.full_like(BATCH["example_id"], 99)}
     after, metrics = step(state, poison)
     assert metrics["bad_steps"] == 1 and after.step == 1
     for a, b in zip(

@@ -44,9 +44,17 @@ def test_a_former_name_prints_the_help_of_the_new_one(old, monkeypatch, capsys):
     assert out.startswith(f"usage: python -m {new} ") and f"python -m {new} --" in out.split("options:")[0]
 
 
+def test_the_manifest_command_is_found_beside_the_data(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["manifest", "--help"])
+    monkeypatch.delitem(sys.modules, "clip_jax.tools.manifest", raising=False)
+    with pytest.raises(SystemExit):
+        runpy.run_module("clip_jax.data.manifest", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out.startswith("usage: python -m clip_jax.data.manifest ")
+
+
 @pytest.mark.parametrize(
     "name",
-    "balance caption clip_score dedup export filter regions rewrite train_tokenizer".split(),
+    "balance caption clip_score dedup export filter manifest regions rewrite to_parquet train_tokenizer".split(),
 )
 def test_every_argument_has_a_help_text(name, capsys):
     main = importlib.import_module(f"clip_jax.tools.{name}").main

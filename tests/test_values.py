@@ -16,7 +16,6 @@ from clip_jax.data.loader import Loader, check_source, iterate_once
 from clip_jax.data.records import BadRecord, read_label, read_texts
 from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.data.sources.mixture import MixtureSource
-from clip_jax.data.sources.selection import SelectedSource
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.views import ImageView, RewritesView, TextView, make_example
 from clip_jax.errors import UserError
@@ -109,7 +108,7 @@ def test_several_labels_stay_out_of_batches_and_are_one_line_where_one_is_needed
     np.testing.assert_array_equal(batch["label"], [-1, -1, -1, 1])
     assert [joined[i]["label"] for i in range(4)] == [(0, 1), (1,), (), 1]
     views = (PLAIN[0], TextView("text", 16, class_templates=("a {class_name}",)))
-    for data in (source, joined, SelectedSource(source, np.arange(2), "some")):
+    for data in (source, joined, make_source(f"{source.name}?part=record:1/1")):
         with pytest.raises(UserError, match="several labels of one image, but a text of the class"):
             check_source(data, views, Bytes())
     check_source(source, PLAIN, Bytes())

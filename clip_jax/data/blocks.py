@@ -5,11 +5,13 @@ A source with blocks has two more attributes than `clip_jax.data.records.Source`
     blocks               int64 `[blocks]`, the number of records of each block, in the order of the records
     read_block(number)   the records of a block, a sequence. Taking an unusable record raises BadRecord
 
+A source may also have `column(field)`: the values of a field of all records, without reading these, or None. A slice
+of them is an array of NumPy or Arrow. Selections are made of them (`clip_jax.data.sources.selection`).
+
 Where single records cost a request, as in a bucket, `sequential` is True, and training reads whole blocks
 (`data.order`). Of any other source, 512 records in a row are a block.
 """
 
-import bisect
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -64,10 +66,15 @@ class BlockSource(BaseSource):
         return int(self._starts[-1])
 
     def __getitem__(self, index):
+        number, row = self._place(index)
+        return self._recent.get(number, self.read_block)[row]
+
+    def _place(self, index):
+        """Returns the block of a record and its place there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number = bisect.bisect_right(self._starts, index) - 1
-        return self._recent.get(number, self.read_block)[index - int(self._starts[number])]
+        number = int(np.searchsorted(self._starts, index, "right")) - 1
+        return number, index - int(self._starts[number])
 
     def read_block(self, number):
         """Returns the records of a block, a sequence of `blocks[number]`."""
@@ -82,7 +89,8 @@ class Recent:
     """
 
     def __init__(self, keep):
-        self._keep, self._lock, self._values = keep, threading.Lock(), OrderedDict()
+        self._keep, self._lock = keep, threading.Lock()
+        self._values = OrderedDict()
 
     def __reduce__(self):
         return Recent, (self._keep,)
@@ -108,9 +116,12 @@ class Recent:
 
 def blocks_of(source):
     """Returns the numbers of records of a source's blocks, int64 `[blocks]`."""
-    if getattr(source, "blocks", None) is not None:
-        return source.blocks
-    whole, rest = divmod(len(source), RUN)
+    return runs(len(source)) if getattr(source, "blocks", None) is None else source.blocks
+
+
+def runs(count):
+    """Returns the sizes of blocks of `RUN` records, and a smaller last one, for `count` records, int64 `[blocks]`."""
+    whole, rest = divmod(count, RUN)
     return np.array([RUN] * whole + [rest] * (rest > 0), np.int64)
 
 

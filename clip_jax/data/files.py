@@ -1,12 +1,10 @@
 """Reading files: parts by offset, whole files, JSON lines, and the files that a pattern matches."""
 
-import glob
 import json
 import os
-import re
 
+from clip_jax.data import remote
 from clip_jax.data.records import BadRecord
-from clip_jax.errors import UserError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 # Images that Pillow reads with a plugin, by the reason under which they are counted without it.
@@ -70,27 +68,14 @@ def read_file(path):
 
 def is_hidden(path):
     """Returns whether some part of a relative path is hidden or a resource fork of macOS, such as `._1.png`."""
+    if not path.startswith(".") and "/." not in path and "__MACOSX" not in path:  # a fast answer for most
+        return False
     return any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in path.split("/"))
 
 
 def expand(pattern):
-    """Returns the sorted files that a pattern matches.
-
-    Args:
-      pattern: a path with shell wildcards or with numeric ranges such as `{00000..00099}`. Every file of a range must
-        exist.
-
-    Raises UserError when a file of a range is missing or nothing matches.
-    """
-    if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
-        low, high = match.groups()
-        before, after = pattern[: match.start()], pattern[match.end() :]
-        parts = (f"{before}{i:0{len(low)}d}{after}" for i in range(int(low), int(high) + 1))
-        return [file for part in parts for file in expand(part)]
-    files = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
-    if not files:
-        raise UserError(f"{pattern}: no such file")
-    return files
+    """Returns the sorted files or addresses that a pattern matches, as `clip_jax.data.remote.expand`."""
+    return remote.expand(pattern)
 
 
 def read_json(text):

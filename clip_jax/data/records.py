@@ -119,13 +119,13 @@ class BaseSource:
             return f"write {self.name}?label=class_name, which takes the classes from this field"
         return f"write {self.name}?label=FIELD with a field that names the class"
 
-    def _peek(self, read, more=()):
+    def _peek(self, read, more=(), first=PEEKED):
         """Returns the first value of each field of some readable records; `read(index)` returns a raw record.
 
-        The records are the first ones and those at the indices `more`. A list is preferred to a single value.
+        The records are the first `first` ones and those at the indices `more`. A list is preferred to a single value.
         """
         fields = {}
-        for index in (*range(min(len(self), PEEKED)), *more):
+        for index in (*range(min(len(self), first)), *more):
             try:
                 found = read(index)
             except BadRecord:
@@ -206,7 +206,8 @@ class BaseSource:
             if self.class_names is None or label not in self._class_index:
                 raise BadRecord("unknown label")
             return self._class_index[label]
-        if self.class_names is not None and not -1 <= label < (count := len(self.class_names)):
+        if self.class_names is not None and not -1 <= label < len(self.class_names):
+            count = len(self.class_names)
             raise UserError(
                 f"{self.name}: a record has label {label}, but there are {count} class names, 0 to {count - 1}; "
                 "-1 is no label"
@@ -230,6 +231,11 @@ class BaseSource:
 
     def _class_name(self, label):
         return self.class_names[label].replace("_", " ")
+
+
+def usual_image(names):
+    """Returns the name among `names` that is the most usual one of a field of images, or None."""
+    return _first(_IMAGE_NAMES, names)
 
 
 def _first(candidates, names):
@@ -426,7 +432,12 @@ def image_key(image):
 
 
 def fingerprint(source):
-    """Returns a hex digest that identifies a data set: of its number of records and of 32 evenly spaced records."""
+    """Returns a hex digest that identifies a data set: of its number of records and of 32 evenly spaced records.
+
+    A source may have its own as an attribute `fingerprint`.
+    """
+    if known := getattr(source, "fingerprint", None):
+        return known
     digest = hashlib.blake2b(str(len(source)).encode(), digest_size=16)
     for i in range(min(32, len(source))):
         try:

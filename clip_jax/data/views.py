@@ -409,15 +409,15 @@ def make_example(record, example_id, views, tokenizer, rng=None):
       rng: `np.random.Generator`, or None in evaluation.
 
     Returns:
-      `{view.name: array}`, with int32 scalars `example_id` and, where the record has them, `label`, `source_id` and
-      `text_pair`. Several labels of one image are left out.
+      `{view.name: array}`, with an int64 scalar `example_id` and, where the record has them, int32 scalars `label`,
+      `source_id` and `text_pair`. Several labels of one image are left out.
 
     Raises BadRecord when a view cannot use the record.
     """
     if sum(isinstance(view, ImageView) for view in views) > 1 and record.get("image") is not None:
         record = record | {"image": decode.load(decode.open_image(record["image"]))}  # decoded once for all views
     example = {view.name: view(record, rng, tokenizer) for view in views}
-    example["example_id"] = np.int32(example_id)
+    example["example_id"] = np.int64(example_id)
     for key in ("label", "source_id", "text_pair"):
         if record.get(key) is not None and not isinstance(record[key], tuple):
             example[key] = np.int32(record[key])

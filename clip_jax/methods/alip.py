@@ -27,7 +27,7 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods import clip
 from clip_jax.methods.interface import read_options, text_view
-from clip_jax.models.common import shard_batch, stack_views, unstack_views
+from clip_jax.models.common import fold_in_ids, shard_batch, stack_views, unstack_views
 from clip_jax.models.two_tower import TwoTower
 
 PAIRS = ("text_synthetic", "image_text", "image_synthetic")
@@ -70,7 +70,7 @@ def make(config):
 
     def encode(params, extra, batch, rng, train):
         """Returns the unit rows `image`, `text` and `synthetic`, float32 `[b, E]`."""
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 3))(batch["example_id"])
+        keys = jax.vmap(lambda key: jax.random.split(key, 3))(fold_in_ids(rng, batch["example_id"]))
         image, _, extra = towers.encode_image(params, extra, batch["image"], train, keys[:, 0])
         ids, text_keys = stack_views([shard_batch(batch[name]) for name in ("text", "synthetic")], keys[:, 1:])
         texts, _, extra = towers.encode_text(params, extra, ids, train, text_keys)

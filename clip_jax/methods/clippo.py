@@ -20,7 +20,7 @@ from clip_jax.data.views import ImageOrTextView, ImageView, RenderView
 from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import infonce
 from clip_jax.methods.interface import Method, exp_logit_scale, text_view
-from clip_jax.models.common import FROZEN, l2_normalize, shard_batch
+from clip_jax.models.common import FROZEN, fold_in_ids, l2_normalize, shard_batch
 from clip_jax.models.towers import image_tower, unprojected
 
 
@@ -59,7 +59,7 @@ def make(config):
         train = train and "img" not in extra.get(FROZEN, {})
         # One pass encodes both. The two images of an example are adjacent, so that every device keeps its own rows.
         images = jnp.stack([batch["image"], jnp.broadcast_to(batch["text"], batch["image"].shape)], axis=1)
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i)))(batch["example_id"]).reshape(-1)
+        keys = jax.vmap(lambda key: jax.random.split(key))(fold_in_ids(rng, batch["example_id"])).reshape(-1)
         z = apply(params, images.reshape(-1, *images.shape[2:]), train=train, keys=keys).reshape(len(images), 2, -1)
         return {"image": z[:, 0], "text": z[:, 1]}, extra
 

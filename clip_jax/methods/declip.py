@@ -41,7 +41,7 @@ from clip_jax.losses.contrastive import filip, paired_keys, similarities, views_
 from clip_jax.losses.neighbors import enqueue, nearest, new_queue
 from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
 from clip_jax.methods.interface import Method, read_options, text_view
-from clip_jax.models.common import BATCH_AXES, l2_normalize, shard_batch, stack_views, unstack_views
+from clip_jax.models.common import BATCH_AXES, fold_in_ids, l2_normalize, shard_batch, stack_views, unstack_views
 from clip_jax.models.heads import MlpHead
 from clip_jax.models.layers import Dense
 from clip_jax.models.masking import mask_tokens, mean_of_chosen, sum_and_count
@@ -219,7 +219,7 @@ class DeCLIP:
         of the tokens, `tokens_img` and `tokens_txt`, and `real`, bool `[b, n]`.
         """
         o, of_texts = self.options, 1 + max(2, self.image_views)  # the first key of the texts
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), of_texts + 3))(batch["example_id"])
+        keys = jax.vmap(lambda key: jax.random.split(key, of_texts + 3))(fold_in_ids(rng, batch["example_id"]))
         ids = shard_batch(batch["text"])
         real, texts = real_tokens(ids[:, 0], self.text.eot_id), [*jnp.moveaxis(ids, 1, 0)]
         masked = 0  # the form of the caption whose words are masked

@@ -19,8 +19,9 @@ from clip_jax.models.two_tower import TwoTower
 class Method:
     """A pretraining method as pure functions.
 
-    In the signatures below, `batch` is a dict of arrays `[B, ...]` with one entry per view and `example_id`, int32
-    `[B]`. It also has `label`, `source_id` and `text_pair`, int32 `[B]`, where the data has them.
+    In the signatures below, `batch` is a dict of arrays `[B, ...]` with one entry per view and `example_id`, uint32
+    `[B, 2]`: the low and the high half of ids of 64 bits. It also has `label`, `source_id` and `text_pair`, int32
+    `[B]`, where the data has them.
 
     Attributes:
       views: the views that training reads of each example (`clip_jax.data.views`).
@@ -28,9 +29,9 @@ class Method:
       init: `(rng, batch) -> (params, extra)`. `extra` holds everything that has no gradient: teachers, queues,
         statistics.
       encode: `(params, extra, batch, rng, train) -> (features, extra)`, per example; the engine may call it on
-        micro-batches. An example's randomness must be folded from `rng` and its `example_id`, so that a second pass
-        replays it. In training `extra` marks the frozen modules (`clip_jax.models.common.mark_frozen`), also in `heads`
-        and `loss`.
+        micro-batches. An example's randomness must be folded from `rng` and its `example_id`
+        (`clip_jax.models.common.fold_in_ids`), so that a second pass replays it. In training `extra` marks the frozen
+        modules (`clip_jax.models.common.mark_frozen`), also in `heads` and `loss`.
       loss: `(params, extra, features, batch, rng) -> (loss, metrics)` over the global batch; float32 scalars.
       embed_image: `(params, extra, images uint8 [b, h, w, 3]) -> float32 [b, E]`, unit rows. A method that compares
         tokens returns `[b, P, E]`.
@@ -83,7 +84,7 @@ class Method:
     def batch_spec(self, size, sharding=None):
         """Returns `{name: jax.ShapeDtypeStruct}` of a batch of `size` examples: every view and `example_id`."""
         shapes = {view.name: ((size, *view.shape), view.dtype) for view in self.views} | {
-            "example_id": ((size,), "int32")
+            "example_id": ((size, 2), "uint32")
         }
         return {name: jax.ShapeDtypeStruct(*spec, sharding=sharding) for name, spec in shapes.items()}
 

@@ -25,7 +25,7 @@ from clip_jax.errors import UserError
 from clip_jax.losses.contrastive import contrast, views_infonce
 from clip_jax.methods import clip
 from clip_jax.methods.interface import read_options, text_view
-from clip_jax.models.common import shard_batch, stack_views, unstack_views
+from clip_jax.models.common import fold_in_ids, shard_batch, stack_views, unstack_views
 from clip_jax.models.two_tower import TwoTower
 
 TEXT_TO_IMAGE = ("sampled", "all")
@@ -79,7 +79,7 @@ def multi_text(config, options, base):
         """Returns `image` float32 `[b, E]`, `text` float32 `[b, 1 + M, E]` and `drawn` int32 `[b]`, a text's index."""
         texts = shard_batch(batch["text"])
         b, count = texts.shape[:2]
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 2 + count))(batch["example_id"])
+        keys = jax.vmap(lambda key: jax.random.split(key, 2 + count))(fold_in_ids(rng, batch["example_id"]))
         image, _, extra = towers.encode_image(params, extra, batch["image"], train, keys[:, 0])
         ids, text_keys = stack_views([*jnp.moveaxis(texts, 1, 0)], keys[:, 2:])
         text, _, extra = towers.encode_text(params, extra, ids, train, text_keys)

@@ -31,7 +31,7 @@ from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
 from clip_jax.losses import contrastive
 from clip_jax.methods.interface import Method, read_options, text_view
-from clip_jax.models.common import l2_normalize, moving_average, shard_batch
+from clip_jax.models.common import fold_in_ids, l2_normalize, moving_average, shard_batch
 from clip_jax.models.heads import MlpHead
 from clip_jax.models.layers import matmul
 from clip_jax.models.masking import mask_patches, mask_words, mean_of_chosen, sum_and_count
@@ -223,10 +223,8 @@ class OneR:
         clean = self._pixels(batch["teacher_image"]) if "teacher_image" in batch else images
         teacher = self._states(extra["teacher"], clean, ids, real, "block_diagonal")
         target = self._mim_target(images, teacher) if o.mim or o.joint_mim else None
-        keys = [
-            jax.vmap(lambda i, k=k: jax.random.fold_in(jax.random.fold_in(rng, i), k))(batch["example_id"])
-            for k in range(2)
-        ]
+        keys = fold_in_ids(rng, batch["example_id"])
+        keys = [jax.vmap(lambda key, k=k: jax.random.fold_in(key, k))(keys) for k in range(2)]
 
         def student(mode, masks):
             return self._states(params, images, masks["ids"], real, mode, masks["patches"], masks["words"])

@@ -28,7 +28,7 @@ from clip_jax.losses.contrastive import similarities
 from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
 from clip_jax.methods import clip
 from clip_jax.methods.interface import read_options, text_view
-from clip_jax.models.common import l2_normalize, shard_batch, stack_views, unstack_views
+from clip_jax.models.common import fold_in_ids, l2_normalize, shard_batch, stack_views, unstack_views
 from clip_jax.models.two_tower import TwoTower
 
 TEXTS = ("text", "summary", "tags")
@@ -104,7 +104,7 @@ def make(config):
 
     def encode(params, extra, batch, rng, train):
         """Returns the unit rows of all six levels, float32 `[b, E]`, and `has_regions` and `has_tags`, bool `[b]`."""
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 5))(batch["example_id"])
+        keys = jax.vmap(lambda key: jax.random.split(key, 5))(fold_in_ids(rng, batch["example_id"]))
         # Two passes, the local crop first, so that each crop has its own BatchNorm statistics, as in the released code.
         local, _, extra = towers.encode_image(params, extra, batch["local"], train, keys[:, 0])
         whole, _, extra = towers.encode_image(params, extra, batch["image"], train, keys[:, 1])

@@ -30,7 +30,7 @@ from clip_jax.losses.neighbors import take, top_k
 from clip_jax.methods import clip
 from clip_jax.methods.frozen_encoders import make_encoder, stored_config
 from clip_jax.methods.interface import read_options
-from clip_jax.models.common import BATCH_AXES, l2_normalize
+from clip_jax.models.common import BATCH_AXES, fold_in_ids, l2_normalize
 from clip_jax.models.retrieval_augmentation import OUT_INITS, RetrievalAugmentation
 from clip_jax.models.two_tower import TwoTower
 
@@ -39,6 +39,8 @@ SHARDING_RULES = ((r"/bank/(image|text)$", (BATCH_AXES, None)), (r"/neighbors$",
 
 #: Records of the training set and of the reference set that the check for an overlap compares, at most.
 _CHECKED = 20_000, 100_000
+#: Arrays are indexed by 32 bits on a device.
+_MOST_CACHED = 2**31
 #: Records of a block. The number of rows of the bank is a multiple of it, so that devices can share them.
 _BLOCK = 256
 
@@ -101,6 +103,11 @@ def resolve(config, source):
     if not o.reference:
         raise UserError(
             "raclip.reference is empty: name the held-out pairs, such as 'DATA?part=record:1/10', and train on the rest"
+        )
+    if o.retrieval == "cached" and len(source) >= _MOST_CACHED:
+        raise UserError(
+            f"raclip.retrieval='cached' holds neighbours of fewer than {_MOST_CACHED:,} records, and data.source has "
+            f"{len(source):,}; use retrieval='online'"
         )
     reference = configured_source(data, o.reference)
     if o.k > len(reference):
@@ -175,8 +182,8 @@ class RaClip:
         return params, extra
 
     def encode(self, base, params, extra, batch, rng, train):
-        known = extra["neighbors"][batch["example_id"]] if "neighbors" in extra else None
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i)))(batch["example_id"])
+        known = extra["neighbors"][batch["example_id"][:, 0]] if "neighbors" in extra else None
+        keys = jax.vmap(lambda key: jax.random.split(key))(fold_in_ids(rng, batch["example_id"]))
         image, _, extra = self.towers.encode_image(params, extra, batch["image"], train, keys[:, 0], normalize=False)
         text, _, extra = self.towers.encode_text(params, extra, batch["text"], train, keys[:, 1])
         return {"image": self.augment(params, extra, batch["image"], image, known), "text": text}, extra

@@ -90,6 +90,35 @@ def moving_average(average, new, decay):
     return jax.tree.map(lambda a, b: a + (1 - decay) * (b - a), average, new)
 
 
+#: Between the two halves of an id beyond 32 bits; no method folds this number into the key of an example.
+_BEYOND = 2**32 - 1
+
+
+def fold_in_ids(rng, ids):
+    """Returns the PRNG key of each example, `rng` with the id folded in, keys `[b]`.
+
+    An id below 2**32 gives `jax.random.fold_in(rng, id)`.
+
+    Args:
+      rng: PRNG key.
+      ids: uint32 `[b, 2]`, the low and the high half of each id: `batch["example_id"]`.
+
+    Raises UserError for ids of another shape, such as those of the loader (`clip_jax.runtime.sharding.to_global`).
+    """
+    if ids.ndim != 2 or ids.shape[1] != 2:
+        raise UserError(
+            f"example_id {list(ids.shape)}: on a device it is uint32 [b, 2]; clip_jax.runtime.sharding.to_global takes "
+            "a batch of the loader there"
+        )
+
+    def fold(low, high):
+        key = jax.random.fold_in(rng, low)
+        beyond = jax.random.fold_in(jax.random.fold_in(key, _BEYOND), high)
+        return jnp.where(high == 0, key, beyond)
+
+    return jax.vmap(fold)(ids[:, 0], ids[:, 1])
+
+
 def drop(x, rate, keys, index, whole=False):
     """Returns `x` after dropout, drawn per example; what is kept is divided by `1 - rate`.
 

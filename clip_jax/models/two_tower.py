@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.models.common import FROZEN, l2_normalize, shard_batch
+from clip_jax.models.common import FROZEN, fold_in_ids, l2_normalize, shard_batch
 from clip_jax.models.towers import image_tower, text_tower, unprojected
 
 
@@ -73,13 +73,13 @@ class TwoTower:
 
         Args:
           params, extra, train: as for `encode_image`.
-          batch: `image [b, h, w, 3]`, `text` int32 `[b, n]` and `example_id [b]`.
+          batch: `image [b, h, w, 3]`, `text` int32 `[b, n]` and `example_id` uint32 `[b, 2]`.
           rng: PRNG key. The id of each example is folded into it, so that its randomness does not depend on the batch.
 
         Returns:
           `({"image": ..., "text": ...}, extra)`, unit vectors float32 `[b, E]`.
         """
-        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(batch["example_id"])
+        keys = fold_in_ids(rng, batch["example_id"])
         text_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
         image, _, extra = self.encode_image(params, extra, batch["image"], train, keys)
         text, _, extra = self.encode_text(params, extra, batch["text"], train, text_keys)

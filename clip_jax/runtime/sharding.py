@@ -202,13 +202,19 @@ def check_batch(batch_size, mesh, field="data.batch_size", micro_batches=1):
         )
 
 
+def id_words(ids):
+    """Returns int64 ids `[b]` as uint32 `[b, 2]`, the low and the high half; JAX has no integers of 64 bits."""
+    return np.ascontiguousarray(ids, "<i8").view("<u4").reshape(-1, 2)
+
+
 def to_global(batch, mesh):
-    """Returns the global arrays `[B, ...]` on the mesh.
+    """Returns the global arrays `[B, ...]` on the mesh; those of int64 `[b]` become uint32 `[B, 2]` (`id_words`).
 
     Args:
       batch: this host's share of the rows, `{name: ndarray [b, ...]}`.
       mesh: the mesh.
     """
+    batch = {name: id_words(x) if x.dtype == np.int64 else x for name, x in batch.items()}
     sharding, (_, count) = batch_sharding(mesh), process_shard(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:]))

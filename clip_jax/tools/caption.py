@@ -163,7 +163,7 @@ def run(source, out, captioner, *, about, batch=256, log=print):
 
     Args:
       source: the records.
-      out: the file, `NAME.jsonl`.
+      out: the file, `NAME.jsonl`, or a folder of parts, `NAME.parquet`.
       captioner: a `Captioner`.
       about: what makes the captions, for the header.
       batch: records in a batch.
@@ -207,7 +207,7 @@ def _clean(caption):
 def main(argv=None):
     """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
     parser = source_parser("clip_jax.tools.caption", __doc__, ("image", "text"))
-    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the column to write")
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the column to write, .jsonl or .parquet")
     parser.add_argument("--captioner", required=True, help="transformers:MODEL | retrieval:CHECKPOINT")
     parser.add_argument("--prompt", default="", help="transformers: the text that every caption begins with")
     parser.add_argument(

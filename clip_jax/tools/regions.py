@@ -6,7 +6,7 @@
 The boxes come from a record field that a detector has filled: x1, y1, x2, y2 in pixels, `[regions, 4]`, most important
 first. With --grid=N they are the whole image and its N x N equal parts instead.
 
-OUT is a folder with two fields:
+OUT is a folder with two fields, as arrays, or where its name ends in .parquet as Parquet files:
 
     regions    float16 [COUNT, features]
     boxes      float32 [COUNT, 4]

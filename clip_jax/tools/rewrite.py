@@ -178,7 +178,7 @@ def run(
 
     Args:
       source: the records.
-      out: the file, `NAME.jsonl`.
+      out: the file, `NAME.jsonl`, or a folder of parts, `NAME.parquet`.
       llm: a function as `clip_jax.tools.language_models.make_language_model` returns.
       name: the language model's name, for the header.
       families: families of demonstrations; one rewrite each.
@@ -244,7 +244,7 @@ def run(
 def main(argv=None):
     """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
     parser = source_parser("clip_jax.tools.rewrite", __doc__, ("text",))
-    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the column to write")
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the column to write, .jsonl or .parquet")
     parser.add_argument("--llm", required=True, help=" | ".join(KINDS))
     parser.add_argument(
         "--families",

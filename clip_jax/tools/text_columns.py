@@ -4,7 +4,7 @@ import itertools
 import time
 
 from clip_jax.data.records import BadRecord, records
-from clip_jax.data.sources.columns import TextWriter
+from clip_jax.data.sources.columns import text_writer
 from clip_jax.errors import UserError
 
 _LOG_SECONDS = 30
@@ -27,18 +27,18 @@ def write_texts(source, out, about, batch, make, log=print):
 
     Args:
       source: the records.
-      out: the file, `NAME.jsonl`.
+      out: the file, `NAME.jsonl`, or a folder of parts, `NAME.parquet`.
       about: what makes the columns; it goes into the header, and a file with another header is refused.
       batch: records in a batch.
       make: function `[(index, record), ...] -> [{field: value}, ...]`; an unreadable record is None.
       log: takes a line of progress, at most every 30 seconds.
 
-    Raises UserError as `make` and `TextWriter` do, and for a batch below 1.
+    Raises UserError as `make` and `text_writer` do, and for a batch below 1.
     """
     if batch < 1:
         raise UserError(f"--batch={batch}: must be at least 1")
     last = time.monotonic()
-    with TextWriter(out, source, about) as writer:
+    with text_writer(out, source, about) as writer:
         rows = (
             (i, None if isinstance(r, BadRecord) else r) for i, r in records(source, writer.done - writer.done % batch)
         )

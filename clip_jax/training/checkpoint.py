@@ -26,7 +26,8 @@ from clip_jax.runtime import faults, hosts, storage
 from clip_jax.version import __version__
 
 #: Fields that determine shape and meaning of the saved arrays. A run cannot resume with other values.
-IDENTITY = ("method", "model", "tokenizer", "optim.name", "optim.freeze", "optim.ema_decay", "seed", "data.batch_size")
+IDENTITY = ("method", "model", "tokenizer", "optim.name", "optim.freeze", "optim.ema_decay", "seed")
+IDENTITY += ("data.batch_size", "data.order", "data.lanes", "data.window")
 
 #: Parts of Orbax's messages about arrays that are readable but are not those asked for.
 _MISFITS = ("not compatible with the stored shape", "Type mismatch at key path")

@@ -1,62 +1,111 @@
-"""ArrayRecord files of `tf.train.Example`."""
+"""ArrayRecord shards of `tf.train.Example`, read without TensorFlow; the format of `shards`, and local files by record.
 
-from clip_jax.data.records import BadRecord, BaseSource
+A block is a run of records; `start` and `end` are record numbers. The number of records is in a file's footer. The
+library `array_record` has its own access to files, without this package's retries and cache: only local files are read.
+"""
+
+import re
+import resource
+from collections import Counter
+
+from clip_jax.data import remote
+from clip_jax.data.blocks import Block, Recent
+from clip_jax.data.records import BadRecord
+from clip_jax.data.sources import example
+from clip_jax.data.sources.example import preferred  # noqa: F401 part of the format
+from clip_jax.data.sources.ranges import stamp
+from clip_jax.data.sources.shards import ShardSource
 from clip_jax.errors import UserError
 
+FOOTER = True
+_BAD = "unreadable record"
+# Files that stay open, at most half of those that the process may open.
+_readers = Recent(min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
-class ArrayRecordSource(BaseSource):
-    """ArrayRecord files of serialised `tf.train.Example`, read without TensorFlow.
 
-    A feature with one value is read as a scalar, another as a list. The first feature that holds an encoded image is
-    the image field unless one is named.
+def check(path):
+    """Raises UserError for a remote file."""
+    if remote.is_remote(path):
+        raise UserError(
+            f"{path}: ArrayRecord files are read from a local disk or mount alone; copy them there, or write tar, "
+            "Parquet or TFRecord shards"
+        )
+
+
+def scan(path, length=512):
+    """Returns the blocks of a file, `[(first record, last record + 1, records), ...]`, and `{reason: count}`.
+
+    A group of records that are compressed together is never cut. Raises UserError for a remote file.
 
     Args:
-      files: list of paths.
-      name: str, for messages.
-      image: name of the image feature, or None.
-      text: name or names of the caption features, or None.
-      label: name of the label feature, or None.
+      path: the file.
+      length: int, records of a block; more where a group is larger.
+    """
+    reader = _reader(path)
+    if not reader.ok():
+        return [], Counter({"unreadable shard": 1})
+    count, group = reader.num_records(), re.search(r"group_size:(\d+)", reader.writer_options_string() or "")
+    group = int(group[1]) if group else 1
+    step = max(length // group, 1) * group
+    return [(start, min(start + step, count), min(step, count - start)) for start in range(0, count, step)], Counter()
 
-    Raises UserError for files that are not ArrayRecord, have no records or hold no `tf.train.Example`.
+
+def read(path, start, end):
+    """Returns the raw records of a block, a sequence, read by one call.
+
+    Taking a record raises BadRecord where the file is damaged there or the record is no `tf.train.Example`. Raises
+    EOFError where the file has fewer records than `end`, and UserError for a remote file.
+
+    Args:
+      path: the file.
+      start, end: ints, the first record and the last one + 1.
+    """
+    reader = _reader(path)
+    if end > reader.num_records():
+        raise EOFError
+    try:
+        found = reader.read(start, end)
+    except RuntimeError:  # one damaged chunk fails the call
+        return Block(end - start, lambda index: read_one(path, start + index))
+    return Block(end - start, lambda index: example.parse(found[index]))
+
+
+def read_one(path, number):
+    """Returns a raw record of a file; raises BadRecord as taking one of `read` does."""
+    try:
+        data = _reader(path).read([number])[0]
+    except (RuntimeError, IndexError):
+        raise BadRecord(_BAD) from None
+    return example.parse(data)
+
+
+def _reader(path):
+    """Returns the open reader of a file. A file that was written again is opened again.
+
+    Raises UserError for a missing and a remote file.
+    """
+    check(path)
+    return _readers.get((path, stamp(path)), lambda key: _open(path))
+
+
+def _open(path):
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768)
+
+
+class ArrayRecordSource(ShardSource):
+    """Local ArrayRecord files, read by record or by block. The arguments are those of `ShardSource`.
+
+    A feature with one value is read as a scalar, another as a list. The image field is a feature that holds an encoded
+    image, unless one is named.
     """
 
-    def __init__(self, files, name="array_record", *, image=None, text=None, label=None):
-        super().__init__(name, image, text, label)
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        try:
-            self._data = ArrayRecordDataSource(list(files))
-        except Exception as error:  # the C++ reader raises several classes
-            raise UserError(f"{name}: not readable as ArrayRecord: {str(error).splitlines()[0]}") from None
-        if not len(self._data):
-            raise UserError(f"{name}: no records")
-        fields = self._peek(self._features)
-        if not fields:
-            raise UserError(f"{name}: the first records are not serialised tf.train.Example")
-        images = [key for key, value in fields.items() if isinstance(value, bytes) and _is_image(value)]
-        if image is None and images:
-            self._fields = self._fields._replace(image=images[0])
-        self._choose_fields(fields)
-        self._check_label_field(fields, asked=label is not None)
-        self._files_of_labels = list(files)
-
-    def __len__(self):
-        return len(self._data)
+    sequential = False
 
     def __getitem__(self, index):
-        return self._canonical(self._features(index))
-
-    def _features(self, index):
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        try:
-            features = tf_example_pb2.Example.FromString(self._data[index]).features.feature
-        except Exception:
-            raise BadRecord("malformed record") from None
-        kinds = {key: feature.WhichOneof("kind") or "int64_list" for key, feature in features.items()}
-        values = {key: list(getattr(feature, kinds[key]).value) for key, feature in features.items()}
-        return {key: value[0] if len(value) == 1 else value for key, value in values.items()}
+        number, row = self._place(index)
+        return self._canonical(read_one(self._shards[self._rows.shard[number]], int(self._rows.start[number]) + row))
 
 
-def _is_image(data):
-    return data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or data[8:12] == b"WEBP"
+local_source = ArrayRecordSource

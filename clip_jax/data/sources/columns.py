@@ -4,6 +4,8 @@
 
     NAME.jsonl, NAME.jsonl.xz   texts: a header, then one object per record, {"of": hash of its texts, FIELD: value}
     a folder                    features: FIELD.npy, arrays `[records, ...]`, and header.json
+    NAME.parquet, or a folder   either: rows in the order of the records, read by row group, so that memory does not
+      of .parquet files         grow with the data set. Of files without our header only the rows are counted
     FIELD.txt                   one text per line, as other programs write them; only the number of lines is checked
     a name                      columns of an embedded set, such as emoji_rewrites
 
@@ -16,12 +18,16 @@ import hashlib
 import json
 import lzma
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 
+from clip_jax.data import blocks
 from clip_jax.data.files import FileReader
 from clip_jax.data.records import DerivedSource, fingerprint
+from clip_jax.data.sources.kept import column_of
+from clip_jax.data.sources.parquet_columns import ParquetRows, ParquetWriter, check_same, is_parquet, write_arrays
 from clip_jax.data.sources.tfds import EMBEDDED
 from clip_jax.errors import UserError
 
@@ -41,6 +47,13 @@ def _check_header(header, source, path):
         raise UserError(f"columns={path} were made of another data set: {made_of}, not {source.name}, {len(source):,}")
 
 
+def text_writer(path, source, about):
+    """Returns the writer of text columns by the ending of a path: .jsonl is one file, .parquet a folder of parts."""
+    if str(path).endswith(".parquet"):
+        return ParquetWriter(path, _header(source, about), _hash_texts)
+    return TextWriter(path, source, about)
+
+
 class TextWriter:
     """Writes text columns of a source record by record, in order; resumes an existing file.
 
@@ -58,7 +71,7 @@ class TextWriter:
 
     def __init__(self, path, source, about):
         if not str(path).endswith(".jsonl"):
-            raise UserError(f"{path}: the name of a file of texts ends in .jsonl")
+            raise UserError(f"{path}: the name of a file of texts ends in .jsonl or .parquet")
         header, end = _header(source, about), 0
         self.done = 0
         try:
@@ -67,11 +80,8 @@ class TextWriter:
             for number, line in enumerate(self._file):
                 if not line.endswith(b"\n"):  # half-written
                     break
-                if number == 0 and (old := _loads(line, path)) != json.loads(json.dumps(header)):
-                    differs = next((key for key in header if old.get(key) != header[key]), "header")
-                    raise UserError(
-                        f"{path} exists, but was made with another {differs}: {old.get(differs)}; give another file"
-                    )
+                if number == 0:
+                    check_same(_loads(line, path), json.loads(json.dumps(header)), path)
                 self.done, end = number, end + len(line)
             self._file.truncate(end)
         except OSError as error:
@@ -102,7 +112,7 @@ def array_writer(folder, source, fields, about):
     The columns are valid only after the block has ended without an error.
 
     Args:
-      folder: the folder to write.
+      folder: the folder to write. NAME.parquet holds Parquet files, made of NAME.parquet.arrays at the end.
       source: the source.
       fields: `{field: (shape, dtype)}` of one record.
       about: dict for the header, what made the columns.
@@ -112,7 +122,8 @@ def array_writer(folder, source, fields, about):
 
     Raises UserError when the folder cannot be written.
     """
-    folder = Path(folder)
+    is_parquet, path = str(folder).endswith(".parquet"), str(folder)
+    folder = Path(f"{folder}.arrays" if is_parquet else folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "header.json").unlink(missing_ok=True)  # without a header the columns are invalid
@@ -125,6 +136,10 @@ def array_writer(folder, source, fields, about):
     yield arrays
     for array in arrays.values():
         array.flush()
+    if is_parquet:
+        write_arrays(path, arrays, _header(source, about))
+        shutil.rmtree(folder)
+        return
     (folder / "header.json").write_text(json.dumps(_header(source, about) | {"fields": sorted(arrays)}, indent=1))
 
 
@@ -144,11 +159,14 @@ class ColumnsSource(DerivedSource):
         self._path = os.fspath(shipped) if shipped.is_file() else path
         kinds = {".jsonl": _Lines, ".xz": _Lines, ".txt": _PlainLines}
         kind = _Arrays if os.path.isdir(self._path) else kinds.get(os.path.splitext(self._path)[1])
-        if kind is None or not os.path.exists(self._path):
-            allowed = ".jsonl, .jsonl.xz, .txt, or a folder with header.json"
+        kind = _Parquet if is_parquet(self._path) else kind
+        if kind is None or not (kind is _Parquet or os.path.exists(self._path)):
+            allowed = ".jsonl, .jsonl.xz, .txt, .parquet, or a folder with header.json or with .parquet files"
             raise UserError(f"columns={path}: no such file or folder of columns ({allowed})")
         try:
             self._rows = kind(self._path, source)
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
             raise UserError(f"columns={path}: damaged, or no columns ({type(error).__name__}: {error})") from None
         if len(self._rows) != len(source):
@@ -156,6 +174,15 @@ class ColumnsSource(DerivedSource):
                 f"columns={path}: {len(self._rows):,} rows, but {source.name} has {len(source):,} records; the command "
                 "that makes them resumes where it stopped"
             )
+        self.sequential, self.block_bytes = blocks.is_sequential(source), getattr(source, "block_bytes", None)
+        self._starts = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_starts": None}
+
+    @property
+    def blocks(self):
+        return getattr(self._source, "blocks", None)
 
     def __len__(self):
         return len(self._source)
@@ -163,6 +190,26 @@ class ColumnsSource(DerivedSource):
     def __getitem__(self, index):
         record = self._source[index]
         return record | self._rows.read(index, record)
+
+    def column(self, field):
+        """Returns the values of a field of all records in Parquet or in the source's columns, or None (`column_of`)."""
+        fields = getattr(self._rows, "fields", None)  # those of other kinds are read with the records
+        if fields is None:
+            return None
+        return self._rows.column(field) if field in fields else column_of(self._source, field)
+
+    def read_block(self, number):
+        """Returns the records of a block of the source, a sequence; rows of Parquet files are read for all of it."""
+        if self._starts is None:
+            self._starts = np.cumsum(self.blocks, dtype=np.int64) - self.blocks
+        records, first = blocks.read_block(self._source, number), int(self._starts[number])
+        rows = self._rows.span(first, len(records)) if isinstance(self._rows, _Parquet) else self._rows
+
+        def make(index):
+            record = records[index]
+            return record | rows.read(first + index, record)
+
+        return blocks.Block(len(records), make)
 
 
 class _PlainLines:
@@ -232,6 +279,40 @@ class _Arrays:
 
     def read(self, index, record):
         return {field: np.asarray(array[index]) for field, array in (self._arrays or self._map()).items()}
+
+
+class _Parquet:
+    """Rows of Parquet files, see `parquet_columns.py`."""
+
+    def __init__(self, path, source):
+        self._path, self._rows = path, ParquetRows(path)
+        if self._rows.header is not None:
+            _check_header(self._rows.header, source, path)
+        self.fields, self.column = self._rows.fields, self._rows.column
+
+    def __len__(self):
+        return len(self._rows)
+
+    def read(self, index, record):
+        return self.span(index, 1).read(index, record)
+
+    def span(self, first, count):
+        """Returns the rows of `count` records from `first` on, with `read`."""
+        return _Span(self._path, first, self._rows.span(first, count), self._rows.has_hashes)
+
+
+class _Span:
+    def __init__(self, path, first, rows, has_hashes):
+        self._path, self._first = path, first
+        self._rows, self._has_hashes = rows, has_hashes
+
+    def read(self, index, record):
+        row = dict(self._rows[index - self._first])
+        if self._has_hashes and row.pop("of") not in (None, _hash_texts(record)):
+            raise UserError(
+                f"columns={self._path}, row {index}: made of other texts than record {index} of the data set has"
+            )
+        return row
 
 
 def _loads(line, path):

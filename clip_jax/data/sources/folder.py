@@ -9,10 +9,11 @@ from PIL import Image
 
 from clip_jax.data.files import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, PLUGIN_EXTENSIONS, is_hidden, read_file
 from clip_jax.data.records import BaseSource, listed, plain
+from clip_jax.data.sources.shards import format_of
 from clip_jax.errors import UserError
 
 _SPLIT_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(\d{4})?", re.IGNORECASE)
-_DATA_ENDINGS = (*IMAGE_EXTENSIONS, *PLUGIN_EXTENSIONS, ".tar", ".csv", ".tsv", ".jsonl")
+_DATA_ENDINGS = (*IMAGE_EXTENSIONS, *PLUGIN_EXTENSIONS, ".tar", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
 
 
 class FolderSource(BaseSource):
@@ -144,4 +145,4 @@ def folder_splits(folder):
 def holds_data(folder):
     """Returns whether any file below a folder has the ending of data."""
     names = (os.path.basename(path).lower() for path in files_below(folder))
-    return any(name.endswith(_DATA_ENDINGS) or ".array_record" in name for name in names)
+    return any(name.endswith(_DATA_ENDINGS) or format_of(name) for name in names)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.data.records import DerivedSource, fingerprint
+from clip_jax.data.records import fingerprint
+from clip_jax.data.sources.kept import KeptSource, Places, starts_of
 from clip_jax.errors import UserError
 
 TEXTS = 64  # captions of a record that an index covers, one bit each; later ones are dropped
 
 
-class IndexedSource(DerivedSource):
+class IndexedSource(KeptSource):
     """The records of a source that an index keeps, each with the captions that it keeps.
 
     The index takes 16 bytes a record and is mapped into memory.
@@ -27,8 +28,7 @@ class IndexedSource(DerivedSource):
     def __init__(self, source, folder):
         try:
             report = json.loads((Path(folder) / "report.json").read_text())
-            self._path = os.path.join(folder, "index.npy")
-            self._length = len(np.load(self._path, mmap_mode="r"))
+            index = _Index(os.path.join(folder, "index.npy"), source)
             made_of, length = report["fingerprint"], report["records"]
         except FileNotFoundError:
             raise UserError(f"index={folder}: no index in this folder; clip_jax.tools.filter writes one") from None
@@ -39,21 +39,33 @@ class IndexedSource(DerivedSource):
                 f"index={folder} was made of another data set: {report['source']}, {length:,} records, not "
                 f"{source.name}, {len(source):,}"
             )
-        super().__init__(source, f"{source.name}?index={folder}")
-        self._index = None
+        super().__init__(source, index, f"{source.name}?index={folder}")
+
+    def _make(self, record, index):
+        bits = self._kept.bits(index)
+        return record | {"texts": [text for i, text in enumerate(record["texts"][:TEXTS]) if bits >> i & 1]}
+
+    def column(self, field):
+        return None if field == "texts" else super().column(field)
+
+
+class _Index(Places):
+    """The rows of an index, (place, bits of its captions), mapped into memory once per process."""
+
+    def __init__(self, path, source):
+        self._path, self._rows = path, np.load(path, mmap_mode="r")
+        super().__init__(self._rows[:, 0], starts_of(source))
 
     def __getstate__(self):
-        return self.__dict__ | {"_index": None}
+        return self.__dict__ | {"_rows": None, "_places": None}
 
-    def __len__(self):
-        return self._length
+    def __setstate__(self, state):
+        rows = np.load(state["_path"], mmap_mode="r")
+        self.__dict__ |= state | {"_rows": rows, "_places": rows[:, 0]}
 
-    def __getitem__(self, index):
-        if self._index is None:
-            self._index = np.load(self._path, mmap_mode="r")
-        number, bits = self._index[index].tolist()
-        record = self._source[number]
-        return record | {"texts": [text for i, text in enumerate(record["texts"][:TEXTS]) if bits >> i & 1]}
+    def bits(self, number):
+        """Returns which captions of a kept record the index keeps, bit by bit."""
+        return int(self._rows[number, 1])
 
 
 def join(source, folder):

@@ -6,9 +6,15 @@ A base is one of
     scenes, scenes?objects=2-3&size=96     emoji composed on a canvas, with boxes: `clip_jax.data.sources.scenes`
     tfds:NAME[/CONFIG]                     a data set prepared by TFDS, in TFDS_DATA_DIR or ~/tensorflow_datasets
     a folder with dataset_info.json        a data set prepared by TFDS, anywhere
-    *.array_record*                        ArrayRecord files of tf.train.Example
+    *.array_record*, *.tfrecord*           ArrayRecord and TFRecord files of tf.train.Example
+    *.mds, a folder                        shards of mosaicml-streaming
+    *.manifest.parquet                     the shards of a manifest: `clip_jax.data.sources.manifest`; "?shards=FOLDER"
+                                           says where they are now
     *.tar, {00000..00099}.tar, a folder    WebDataset shards in img2dataset's layout; "?captions=lines" reads each line
                                            of a .txt member as a caption
+    *.parquet, *.arrow                     tables with the images in them, as Hugging Face and img2dataset write them
+    a folder with state.json               a data set that Hugging Face's `save_to_disk` wrote; with dataset_dict.json
+                                           it has splits
     *.csv, *.tsv, *.jsonl                  a table with image paths
     a folder with one sub-folder a class   image files
     text:FILE                              pairs of consecutive sentences of .txt or .jsonl files (CLIPPO)
@@ -18,13 +24,13 @@ A path or pattern may hold wildcards, numeric ranges and "{split}". A step chang
 
     SOURCE?where=FIELD:VALUE               a selection by a field: `clip_jax.data.sources.selection`
     SOURCE?index=FOLDER                    the records that `clip_jax.tools.filter` kept
+    SOURCE?uids=FILE.npy                   the records of a subset that DataComp publishes
     SOURCE?columns=PATH                    additional fields from a file or folder: `clip_jax.data.sources.columns`
 
 A mixture `SOURCE*3 + SOURCE*1` draws examples in this proportion. The default weight is 1; "size" stands for the
 number of records.
 """
 
-import glob
 import importlib
 import inspect
 import os
@@ -32,12 +38,13 @@ import re
 
 from clip_jax import plugins
 from clip_jax.data.files import expand
-from clip_jax.data.sources import selection, tfds
+from clip_jax.data.sources import arrow, selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
+from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, shards_in
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, did_you_mean, unknown
 
-_JOINS = ("index", "columns")  # steps made by the module of this name; each takes one option
+_JOINS = ("index", "columns", "uids")  # steps made by the module of this name; each takes one option
 _STEPS = (*_JOINS, *selection.FORMS)
 
 
@@ -111,10 +118,11 @@ def _make_base(base, options, split, fields, name):
         return _make_user_source(module, split, options | {k: v for k, v in fields.items() if v}, name)
     if (lines := options.pop("captions", None)) not in (None, "lines"):
         raise UserError(f"{name}: captions={lines}: allowed is captions=lines, each line of a .txt member a caption")
+    folder = options.pop("shards", "")
     if options:
         raise unknown(f"{name}: unknown option", next(iter(options)), _STEPS)
-    if lines:
-        return _source_at(base, split, fields, lines=True)
+    if lines or folder:
+        return _source_at(base, split, fields, bool(lines), folder)
     if base.startswith("tfds:"):
         return tfds.TfdsSource(tfds.prepared_folder(base.removeprefix("tfds:")), split, name=base, **fields)
     if base.startswith("text:"):
@@ -130,7 +138,7 @@ def user_module(base):
     """Returns the module at an import path, or None when the base is a path or has the ending of a file."""
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", base) or os.path.exists(base):
         return None
-    return None if base.endswith((".tar", ".csv", ".tsv", ".jsonl", ".array_record")) else plugins.find(base)
+    return None if base.endswith((".tar", ".csv", ".tsv", ".jsonl", *FORMATS)) else plugins.find(base)
 
 
 def _make_user_source(module, split, options, name):
@@ -143,11 +151,16 @@ def _make_user_source(module, split, options, name):
     return module.make(split, **options)
 
 
-def _source_at(spec, split, fields, lines=False):
-    """Returns the source at a path or pattern, by its ending; raises UserError."""
+def _source_at(spec, split, fields, lines=False, folder=""):
+    """Returns the source at a path or pattern, by its ending; raises UserError.
+
+    `lines` is whether each line of a .txt member is a caption, `folder` where the shards of a manifest are now.
+    """
     from clip_jax.data.sources.folder import FolderSource, folder_splits
 
     path = spec.replace("{split}", split)
+    if saved := arrow.saved_folder(path, split if path == spec else "train"):
+        return scanned_source(saved, spec, **fields)
     if path == spec and os.path.isdir(path):
         # The default "train" is no choice of the user between a split and a class of this name.
         if split == "train" and split not in (splits := folder_splits(path)):
@@ -156,21 +169,30 @@ def _source_at(spec, split, fields, lines=False):
             path = os.path.join(path, split)
     if path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
-    if os.path.isdir(path):
-        patterns = (os.path.join(glob.escape(path), end) for end in ("*.tar", "*.array_record*"))
-        path = next((pattern for pattern in patterns if glob.glob(pattern)), path)
-    if re.search(r"\.(tar\.\w+|tgz)$", path):
-        raise UserError(f"{path}: a compressed tar cannot be read by offset; decompress it")
+    path = shards_in(path) or path
+    if re.search(r"\.((tar|mds)\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):
+        raise UserError(f"{path}: a compressed shard cannot be read by offset; decompress it")
+    if path.endswith(".parquet") and (about := _about_manifest(path)):
+        from clip_jax.data.sources.manifest import manifest_source
+
+        fields = fields | {"lines": True} if lines else fields
+        if lines and about["format"] != "tar":
+            raise UserError(f"{spec}: captions=lines is an option of tar shards alone")
+        return manifest_source(path, spec, folder, **fields)
+    if folder:
+        raise UserError(f"{spec}: shards={folder} is an option of manifests alone")
     if path.endswith(".tar"):
         from clip_jax.data.sources.webdataset import WebDatasetSource
 
+        if "://" in path:
+            return scanned_source(path, spec, **fields, lines=lines)
         return WebDatasetSource(expand(path), spec, **fields, lines=lines)
     if lines:
         raise UserError(f"{spec}: captions=lines is an option of tar shards alone")
-    if ".array_record" in os.path.basename(path):
-        from clip_jax.data.sources.arrayrecord import ArrayRecordSource
-
-        return ArrayRecordSource(expand(path), spec, **fields)
+    if format_of(path):
+        return scanned_source(path, spec, **fields)
+    if "://" in path:
+        raise UserError(f"{spec}: an address names shards: {', '.join(FORMATS)}; write a pattern such as {spec}/*.tar")
     if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):
         from clip_jax.data.sources.table import TableSource
 
@@ -180,8 +202,17 @@ def _source_at(spec, split, fields, lines=False):
             raise UserError(f"{spec}: a folder of images has no fields to choose from")
         return FolderSource(path)
     if os.path.exists(path):
-        raise UserError(f"{spec}: unknown kind of data; known are .tar, .array_record, .csv, .tsv, .jsonl and folders")
+        known = ", ".join((*FORMATS, ".csv", ".tsv", ".jsonl"))
+        raise UserError(f"{spec}: unknown kind of data; known are {known} and folders")
     raise missing_data(spec)
+
+
+def _about_manifest(path):
+    """Returns the metadata of a manifest, or None for what is no manifest, such as a pattern."""
+    from clip_jax.data.sources.manifest import read_about
+
+    is_one = not re.search(r"[*?\[{]", path) and ("://" in path or os.path.isfile(path))
+    return read_about(path) if is_one else None
 
 
 def missing_data(spec):

@@ -44,6 +44,7 @@ class MixtureSource(BaseSource):
         self._ends = list(itertools.accumulate(len(s) for s in self.sources))
         self.multi_label = any(getattr(s, "multi_label", False) for s in self.sources)
         self._labels, self._ambiguous = [], []  # of each source its classes as classes of the mixture
+        self._known = {}
         if any(s.class_names is not None for s in self.sources):
             classes, self._labels, self._ambiguous = join_classes([s.class_names or () for s in self.sources])
             self._set_classes(classes)
@@ -76,8 +77,11 @@ class MixtureSource(BaseSource):
     def __getitem__(self, index):
         source_id = bisect.bisect_right(self._ends, index)
         start = self._ends[source_id - 1] if source_id else 0
-        source = self.sources[source_id]
-        record = source[index - start] | {"source_id": source_id}
+        return self.of_part(source_id, self.sources[source_id][index - start])
+
+    def of_part(self, source_id, record):
+        """Returns a record of the source with an index as a record of the mixture."""
+        source, record = self.sources[source_id], record | {"source_id": source_id}
         if self.class_names is None or not label_tuple(record):
             return record
         if source.class_names is None:
@@ -85,16 +89,23 @@ class MixtureSource(BaseSource):
                 f"{source.name}: its labels have no class names, and other sources of the mixture have class names; "
                 + _naming(source, record)
             )
-        of_source = self._labels[source_id]
-        labels = {label: of_source[label] for label in label_tuple(record)}
-        names = {source.class_names[old].replace("_", " "): self._class_name(new) for old, new in labels.items()}
-        labels = tuple(dict.fromkeys(labels.values()))
+        labels = {label: self._joined(source_id, label) for label in label_tuple(record)}
+        names = dict(names for _, names in labels.values())
+        labels = tuple(dict.fromkeys(new for new, _ in labels.values()))
         record["label"] = labels if isinstance(record["label"], tuple) else labels[0]
         if isinstance(name := record.get("class_name"), str):
             record["class_name"] = names.get(name, name)
         elif name is not None:
             record["class_name"] = [names.get(item, item) for item in name]
         return record
+
+    def _joined(self, source_id, label):
+        """Returns `(label, (old name, new name))` of a source's class in the mixture."""
+        key = source_id, label
+        if key not in self._known:
+            new, old = self._labels[source_id][label], self.sources[source_id].class_names[label]
+            self._known[key] = new, (old.replace("_", " "), self._class_name(new))
+        return self._known[key]
 
 
 def _naming(source, record):

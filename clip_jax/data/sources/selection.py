@@ -12,18 +12,17 @@
     openclipart?without=emoji                  the records that name, in any field, none of the concepts that the emoji
                                                set holds out of training
 
-A record whose field is missing or empty is left out; with `label=` it has no label. Making a selection reads every
-record of the source once.
+A record whose field is missing or empty is left out; with `label=` it has no label. A selection is made of the columns
+of a source (`column` of `clip_jax.data.blocks`), or else by reading every record once, of up to 20,000,000.
 """
 
 import hashlib
-import itertools
-import math
 import re
 
 import numpy as np
 
-from clip_jax.data.records import BadRecord, DerivedSource, as_list, listed
+from clip_jax.data.sources import field_values
+from clip_jax.data.sources.kept import KeptSource, keep, starts_of
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.tfds import embedded
 from clip_jax.errors import UserError, did_you_mean
@@ -44,46 +43,45 @@ _EXAMPLES = {
     "has": "keywords",
     "without": "emoji",
 }
-_INDEX_FIELD = "record"  # stands for the index of a record
-_ALL_TEXT = "strings"  # stands for all text of a record
-_CLASSES = "classes"  # stands for the field of label=, where a list is several classes
+_HINTS = 1000  # values that are compared with one that no record has
 
 
-class SelectedSource(DerivedSource):
-    """The records of a source at some indices, with other labels if given.
+class SelectedSource(KeptSource):
+    """The records of a source that are kept, with other labels if given.
 
     Args:
       source: the source.
-      indices: int array `[n]`.
+      kept: `clip_jax.data.sources.kept.Bits` or `Places`.
       name: str, for messages.
-      labels: int32 `[n]`, -1 for a record without a class; or an object array `[n]` of tuples of int, for several
-        classes of a record. None keeps the source's labels.
-      classes: list of str, the class names of `labels`.
+      label: the field whose values are the classes; "" keeps the source's labels.
+      classes: list of str, the class names.
+      multi_label: bool, whether records have several classes.
     """
 
-    def __init__(self, source, indices, name, labels=None, classes=()):
-        super().__init__(source, name)
-        self._indices, self._labels = indices, labels
-        if labels is not None:
-            self.class_names, self.multi_label = list(classes), labels.dtype == object
+    def __init__(self, source, kept, name, label="", classes=(), multi_label=False):
+        super().__init__(source, kept, name)
+        self._label = label
+        if label:
+            self._set_classes(classes)
+            self.multi_label = multi_label
 
-    def __len__(self):
-        return len(self._indices)
-
-    def __getitem__(self, index):
-        record = self._source[int(self._indices[index])]
-        if self._labels is None:
+    def _make(self, record, index):
+        if not self._label:
             return record
+        names = field_values.class_names(record.get(self._label))
+        names = names if isinstance(names, tuple) else (names,)
+        labels = tuple(dict.fromkeys(self._class_index[name] for name in names if name in self._class_index))
         record = {key: value for key, value in record.items() if key not in ("label", "class_name")}
         if self.multi_label:
-            names = [self._class_name(label) for label in self._labels[index]]
-            return record | {"label": self._labels[index], "class_name": names}
-        label = int(self._labels[index])
-        return record | ({"label": label, "class_name": self._class_name(label)} if label >= 0 else {})
+            return record | {"label": labels, "class_name": [self._class_name(label) for label in labels]}
+        return record | ({"label": labels[0], "class_name": self._class_name(labels[0])} if labels else {})
 
     def check_labels(self):
-        if self._labels is None:
+        if not self._label:
             super().check_labels()
+
+    def column(self, field):
+        return None if self._label and field in ("label", "class_name") else super().column(field)
 
 
 def select(source, options, name):
@@ -94,56 +92,65 @@ def select(source, options, name):
       options: pairs such as `(("where", "vendor:noto"), ("label", "subgroup"))`.
       name: str, the name of the selection, for messages.
 
-    Raises UserError for wrong options, and when no record is left.
+    Raises UserError for wrong options, when no record is left, and when too many records would have to be read.
     """
     wanted = {option: _parse(option, value, name) for option, value in options}
-    label, _ = wanted.get("label", ("", None))
-    columns = _read_fields(source, {field for field, _ in wanted.values()}, name, label)
-    kept = np.ones(len(source), bool)
-    for option, (field, value) in wanted.items():
-        column = columns[field]
-        if option == "where":
-            kept &= column == value
-            if not (column == value).any():
-                raise UserError(f"{name}: no record has {field} {value!r}{did_you_mean(value, set(column) - {None})}")
-        elif option == "part":
-            kept &= _is_in_part(column, value, name)
-        elif option == "without":
-            kept &= ~_contains_any(column, _held_out_names())
-        elif option in ("by", "has"):
-            kept &= np.not_equal(column, None)
-    if not kept.any():
+    label, by = (wanted.get(option, ("", None))[0] for option in ("label", "by"))
+    if by and len(source) > field_values.READ:
+        raise UserError(
+            f"{name}: by= is for sources of up to {field_values.READ:,} records, not {len(source):,}; write a mixture "
+            "of where= selections"
+        )
+    rules = {option: _rule(option, *wanted[option], len(source), name) for option in wanted}
+    bits = np.zeros(-(-len(source) // 8), np.uint8)
+    groups, classes = _Numbering(len(source) if by else 0), _Classes()
+    for start, count, values in field_values.chunks(source, {field for field, _ in wanted.values()}, label, name):
+        kept = np.ones(count, bool)
+        for option, (field, _) in wanted.items():
+            kept &= rules[option](values[field], start)
+        bits[start // 8 : -(-(start + count) // 8)] = np.packbits(kept)
+        if by:
+            groups.add(values[by], kept, start)
+        if label:
+            classes.add(values[field_values.CLASSES], kept)
+    for rule in rules.values():
+        rule.finish()
+    if not bits.any():
         raise UserError(f"{name}: no record is left")
-    labels, classes = None, ()
-    if "label" in wanted:
-        labels, classes = _classes_of(columns[_CLASSES], kept)
-
-    def selected(kept, name):
-        return SelectedSource(source, np.flatnonzero(kept), name, labels if labels is None else labels[kept], classes)
-
-    if "by" not in wanted:
-        return selected(kept, name)
-    column = columns[wanted["by"][0]]
-    sources = [selected(kept & (column == value), f"{name}:{value}") for value in sorted(set(column[kept]))]
+    starts, given = starts_of(source), (label, sorted(classes.names), classes.are_several)
+    if not by:
+        return SelectedSource(source, keep(bits, starts), name, *given)
+    sources = [
+        SelectedSource(source, keep(np.packbits(groups.numbers == number), starts), f"{name}:{value}", *given)
+        for value, number in sorted(groups.found.items())
+    ]
     return MixtureSource(sources, [len(source) for source in sources], name)
 
 
-def _classes_of(column, kept):
-    """Returns the argument `labels` of `SelectedSource` for all records, and the class names of those that are kept.
+class _Numbering:
+    """Numbers the values of a field: `numbers`, int32 `[records]`, -1 for none; `found` is {value: number}."""
 
-    Args:
-      column: object array `[records]` of a class name, a list of them, or None.
-      kept: bool `[records]`.
-    """
-    of_record = [value if isinstance(value, list) else [] if value is None else [value] for value in column]
-    classes = sorted({value for values, keep in zip(of_record, kept, strict=True) if keep for value in values})
-    index = {name: label for label, name in enumerate(classes)}
-    if not any(isinstance(value, list) for value in column):
-        return np.array([index.get(value, -1) for value in column], np.int32), classes
-    labels = np.empty(len(column), object)
-    for i, values in enumerate(of_record):
-        labels[i] = tuple(dict.fromkeys(index[value] for value in values if value in index))
-    return labels, classes
+    def __init__(self, length):
+        self.numbers, self.found = np.full(length, -1, np.int32), {}
+
+    def add(self, values, kept, start):
+        for code in np.unique(values.codes[kept]).tolist():
+            self.found.setdefault(values.distinct[code], len(self.found))
+        table = np.array([*(self.found.get(value, -1) for value in values.distinct), -1], np.int32)
+        self.numbers[start : start + len(kept)] = np.where(kept, table[values.codes], -1)
+
+
+class _Classes:
+    """Collects the class names of the kept records: `names`, and whether a record may have several, `are_several`."""
+
+    def __init__(self):
+        self.names, self.are_several = set(), False
+
+    def add(self, values, kept):
+        self.are_several |= any(isinstance(value, tuple) for value in values.distinct)
+        for code in np.unique(values.codes[kept & values.is_set]).tolist():
+            value = values.distinct[code]
+            self.names.update(value if isinstance(value, tuple) else (value,))
 
 
 def _parse(option, text, name):
@@ -153,68 +160,106 @@ def _parse(option, text, name):
     if not (match := re.fullmatch(FORMS[option], text)):
         raise UserError(f"{name}: cannot read {option}={text}; it is written as {option}={_EXAMPLES[option]}")
     groups = match.groupdict()
-    return groups.get("field", _ALL_TEXT), groups.get("value")
+    return groups.get("field", field_values.ALL_TEXT), groups.get("value")
 
 
-def _read_fields(source, fields, name, label):
-    """Returns `{field: object array [records]}` of str, None where a record has no such field or an empty one.
+class _Rule:
+    """What an option keeps: `rule(values, start)` is bool `[n]`, of the `Values` of the records from `start` on."""
 
-    The column `_CLASSES` is that of the field `label`, with a list of str for a list. Raises UserError for a field that
-    no record has, and for an object in the field `label`.
+    def __init__(self, test=None):
+        self._test = test
+
+    def __call__(self, values, start):
+        return values.where(self._test)
+
+    def finish(self):
+        """Raises UserError when the option is wrong, after all records."""
+
+
+class _Where(_Rule):
+    """The records with a value; keeps some other values for the message that no record has it."""
+
+    def __init__(self, field, value, name):
+        super().__init__(value.__eq__)
+        self._what, self._value = f"{name}: no record has {field} {value!r}", value
+        self._others, self._is_found = set(), False
+
+    def __call__(self, values, start):
+        matches = super().__call__(values, start)
+        self._is_found |= bool(matches.any())
+        if not self._is_found and len(self._others) < _HINTS:
+            self._others.update(values.distinct)
+        return matches
+
+    def finish(self):
+        if not self._is_found:
+            raise UserError(f"{self._what}{did_you_mean(self._value, self._others)}")
+
+
+class _Part(_Rule):
+    """The records whose hash falls into a part such as "1/2" or "!1/2".
+
+    The hash is that of the text of the value. Many indices of records have one that is computed for all at once.
     """
-    columns = {field: np.full(len(source), None, object) for field in fields - {_INDEX_FIELD}}
-    if _INDEX_FIELD in fields:
-        numbers = {_INDEX_FIELD: np.array([str(i) for i in range(len(source))], object)}
-    else:
-        numbers = {}
-    if not columns:
-        return numbers
-    known, classes = set(), np.full(len(source), None, object)
-    for i in range(len(source)):
-        try:
-            record = source[i]
-        except BadRecord:
-            continue
-        if _ALL_TEXT in columns:
-            values = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in record.values())
-            record = record | {_ALL_TEXT: [value for value in values if isinstance(value, str)]}
-        known |= record.keys()
-        for field, column in columns.items():
-            value = record.get(field)
-            if value is None or isinstance(value, str | list | tuple) and not value:
-                continue
-            if isinstance(value, float) and math.isnan(value):
-                continue
-            column[i] = str(value)
-            if field == label:
-                classes[i] = _class_values(value, f"{name}: record {i} has {str(value)[:60]} in {field!r}")
-    for field in sorted(columns.keys() - known):
-        hint = did_you_mean(field, known)
-        raise UserError(f"{name}: no record has the field {field!r}{hint}; fields: {listed(sorted(known))}")
-    return columns | numbers | {_CLASSES: classes}
+
+    def __init__(self, part, of_indices, name):
+        super().__init__(lambda value: self._is_in(_hash_text(value)))
+        self._negated, self._of_indices = part.startswith("!"), of_indices
+        self._number, self._count = map(int, part.removeprefix("!").split("/"))
+        if not 1 <= self._number <= self._count:
+            raise UserError(f"{name}: part {part} is not one of 1/{self._count} to {self._count}/{self._count}")
+
+    def __call__(self, values, start):
+        if self._of_indices:
+            return self._is_in(_hash_indices(start, len(values.codes)))
+        return super().__call__(values, start)
+
+    def _is_in(self, hashes):
+        return (hashes % self._count == self._number - 1) != self._negated
 
 
-def _class_values(value, where):
-    """Returns a value as a class name, a list as a list of them; raises UserError for an object."""
-    items = as_list(value)
-    if any(isinstance(item, dict | list | tuple) for item in items):
-        raise UserError(f"{where}; a class is one name, or several names in a list")
-    is_single = not isinstance(value, list | tuple)
-    names = [str(item) for item in items if item not in (None, "") and not (isinstance(item, float) and item != item)]
-    return names[0] if is_single else names
+class _Has(_Rule):
+    """The records with the field."""
+
+    def __call__(self, values, start):
+        return values.is_set
 
 
-def _is_in_part(column, part, name):
-    """Returns bool `[records]`: whether the hash of a value falls into a part such as "1/2" or "!1/2"."""
-    negated = part.startswith("!")
-    number, count = map(int, part.removeprefix("!").split("/"))
-    if not 1 <= number <= count:
-        raise UserError(f"{name}: part {part} is not one of 1/{count} to {count}/{count}")
-    hashes = {
-        value: int.from_bytes(hashlib.sha256(value.encode("utf-8", "replace")).digest()[:8], "big")
-        for value in set(column) - {None}
-    }
-    return np.array([value is not None and (hashes[value] % count == number - 1) != negated for value in column])
+class _Without(_Rule):
+    """The records whose text names nothing that the emoji set holds out; one without text is kept."""
+
+    def __call__(self, values, start):
+        return ~super().__call__(values, start)
+
+
+class _All(_Rule):
+    """All records, with any label or none."""
+
+    def __call__(self, values, start):
+        return np.True_
+
+
+def _rule(option, field, value, length, name):
+    """Returns the rule of an option; `length` is the number of records of the source."""
+    if option == "where":
+        return _Where(field, value, name)
+    if option == "part":
+        return _Part(value, field == field_values.INDEX and length > field_values.READ, name)
+    if option == "without":
+        return _Without(_finder(_held_out_names()))
+    return _Has() if option in ("by", "has") else _All()
+
+
+def _hash_text(text):
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
+
+
+def _hash_indices(start, count):
+    """Returns hashes of indices, uint64 `[count]`: numbers of SplitMix64 (Steele et al. 2014) from seed 0."""
+    x = np.arange(start + 1, start + 1 + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
 
 
 def _held_out_names():
@@ -224,10 +269,10 @@ def _held_out_names():
     return {_words(source[i]["name"]) for source in sources for i in range(len(source))}
 
 
-def _contains_any(texts, names):
-    """Returns bool `[texts]`: whether a text contains all words of some name in a row."""
+def _finder(names):
+    """Returns a function of a text that tells whether it contains all words of some name in a row."""
     pattern = re.compile(rf" (?:{'|'.join(map(re.escape, names))}) ")
-    return np.array([bool(pattern.search(f" {_words(text or '')} ")) for text in texts])
+    return lambda text: bool(pattern.search(f" {_words(text)} "))
 
 
 _PLURAL = re.compile(r"(?:(?<=s|x|z)es|(?<=ch|sh)es|(?<=\w\w[^s])s)$")

@@ -11,19 +11,16 @@ from clip_jax.data.files import FileReader, read_file, read_json
 from clip_jax.data.records import MAX_LABEL, BadRecord, BaseSource, as_list, listed, read_label
 from clip_jax.errors import UserError
 
+# Of a table that is read as it is. 1 M rows take 16 MB and 9 to 13 s (benchmarks/memory.py).
+MAX_BYTES = 2**31
+MAX_ROWS = 5_000_000
 _JSON_ROWS_PEEKED = 100  # rows of JSON lines that are searched for field names
 _CLASS_NAMES = "class_name"  # the column that may name the classes of a column of integers
 csv.field_size_limit(2**31 - 1)  # the tokenizer truncates a long text; the default refuses the whole table
 
 
-class TableSource(BaseSource):
-    """A table with one row per example: .csv, .tsv (no quoting) or .jsonl.
-
-    Image paths are relative to the table's folder. The table stays on disk: only the byte ranges of its rows are held
-    in memory, 16 bytes each.
-
-    The label column holds integers ("10.0" is 10) or class names, which are sorted. An empty cell, NaN and null are no
-    label. In JSON lines it may hold lists, several labels of one image; the labels of all records are then tuples.
+class _Table(BaseSource):
+    """The rows of a table and the fields and classes that they have; reads all rows once.
 
     Args:
       path: the file.
@@ -35,7 +32,7 @@ class TableSource(BaseSource):
     integers and class names, labels that are objects, and a quote that is never closed.
     """
 
-    def __init__(self, path, *, image=None, text=None, label=None):
+    def __init__(self, path, image=None, text=None, label=None):
         super().__init__(os.fspath(path), image, text, label)
         self._path, self._folder = os.fspath(path), os.path.dirname(os.path.abspath(path))
         self._files = FileReader()
@@ -54,13 +51,12 @@ class TableSource(BaseSource):
             columns = listed(names) or "none"
             raise UserError(f"{path}: no column for the image path; name it with image=..., columns: {columns}")
         self._check_header()
-        spans, labels = array.array("q"), _Labels(self._path, self._fields.label)
-        for start, end, row in rows:
-            spans.extend((start, end))
+        labels, count = _Labels(self._path, self._fields.label), 0
+        for count, (start, end, row) in enumerate(rows, 1):
+            self._add_row(count, start, end)
             if self._fields.label is not None:
                 labels.add(self._row_dict(row), start)
-        self._spans = np.frombuffer(spans, np.int64).reshape(-1, 2)
-        if not len(self):
+        if not count:
             raise UserError(f"{path}: no rows")
         if names := labels.class_names():
             self._set_classes(names)
@@ -68,8 +64,8 @@ class TableSource(BaseSource):
         self._nameless = labels.nameless()
         self.multi_label, self._files_of_labels = labels.has_lists, (self._path,)
 
-    def __len__(self):
-        return len(self._spans)
+    def _add_row(self, count, start, end):
+        """Takes the byte range of a row, the `count`-th."""
 
     def naming(self, record):
         if not self._nameless:
@@ -80,14 +76,13 @@ class TableSource(BaseSource):
         number = read_label(value) if self._numbers else None
         return super()._one_label(self._numbers.get(number, value))
 
-    def __getitem__(self, index):
-        start, end = self._spans[index].tolist()
-        raw = self._row_dict(next(iter(self._parse([self._files.read(self._path, start, end - start)])), None))
+    def _raw(self, row):
+        """Returns the fields of a row and, under `path`, the path of its image; raises BadRecord."""
+        raw = self._row_dict(row)
         path = raw.get(self._fields.image)
         if not path or not isinstance(path, str):
             raise BadRecord("malformed row")
-        raw["path"] = os.path.join(self._folder, path)
-        return self._canonical(raw | {self._fields.image: read_file(raw["path"])})
+        return raw | {"path": os.path.join(self._folder, path)}
 
     def _check_header(self):
         """Raises UserError when two columns have the name of a chosen one."""
@@ -135,6 +130,64 @@ class TableSource(BaseSource):
         if self._is_json:
             return dict(row) if isinstance(row, dict) else {}
         return dict(zip(self._header, row, strict=True)) if len(row or ()) == len(self._header) else {}
+
+
+class TableSource(_Table):
+    """A table with one row per example: .csv, .tsv (no quoting) or .jsonl.
+
+    Image paths are relative to the table's folder. The table stays on disk: only the byte ranges of its rows are held
+    in memory, 16 bytes each.
+
+    The label column holds integers ("10.0" is 10) or class names, which are sorted. An empty cell, NaN and null are no
+    label. In JSON lines it may hold lists, several labels of one image; the labels of all records are then tuples.
+
+    Args: as `_Table`. Raises UserError as it does, and for a table that is too large, because each process reads it.
+    """
+
+    def __init__(self, path, *, image=None, text=None, label=None):
+        self._spans = array.array("q")
+        if (size := os.path.getsize(path)) > MAX_BYTES:
+            raise _too_large(path, f"{size / 2**30:.1f} GiB")
+        super().__init__(path, image, text, label)
+        self._spans = np.frombuffer(self._spans, np.int64).reshape(-1, 2)
+
+    def _add_row(self, count, start, end):
+        if count > MAX_ROWS:
+            raise _too_large(self._path, f"more than {MAX_ROWS:,} rows")
+        self._spans.extend((start, end))
+
+    def __len__(self):
+        return len(self._spans)
+
+    def __getitem__(self, index):
+        start, end = self._spans[index].tolist()
+        raw = self._raw(next(iter(self._parse([self._files.read(self._path, start, end - start)])), None))
+        return self._canonical(raw | {self._fields.image: read_file(raw["path"])})
+
+
+class TableStream(_Table):
+    """A table of any size whose records are read in order; `image` of a record is the path of its file.
+
+    Args and errors: as `_Table`. An unusable row is given as its BadRecord.
+    """
+
+    def __iter__(self):
+        rows = self._scan()
+        if not self._is_json:
+            next(rows)
+        for _, _, row in rows:
+            try:
+                raw = self._raw(row)
+                yield self._canonical(raw | {self._fields.image: raw["path"]})
+            except BadRecord as bad:
+                yield bad
+
+
+def _too_large(path, size):
+    return UserError(
+        f"{path}: {size}; a table has at most {MAX_BYTES / 2**30:g} GiB and {MAX_ROWS:,} rows, because every process "
+        f"reads all of it; make Parquet of it: python -m clip_jax.tools.to_parquet {path} --out=FOLDER"
+    )
 
 
 class _Labels:

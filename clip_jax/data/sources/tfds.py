@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from clip_jax.data.blocks import RUN, Block, runs
 from clip_jax.data.records import BaseSource, plain
 from clip_jax.errors import UserError, did_you_mean
 
@@ -15,6 +16,8 @@ EMBEDDED = Path(__file__).parents[1] / "embedded"
 
 class TfdsSource(BaseSource):
     """A prepared TFDS folder in ArrayRecord format, read without TensorFlow; images stay encoded.
+
+    A block of records is read by one call.
 
     Args:
       folder: the folder that holds dataset_info.json.
@@ -56,6 +59,7 @@ class TfdsSource(BaseSource):
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.name}: split {split!r} is empty or not a split: {reason}") from None
+        self.blocks = runs(len(self))
         self._check_label_field(self._data[0], asked=label is not None)
         self._files_of_labels = (os.fspath(folder),)
         self._names = _names_by_concept(os.fspath(folder))
@@ -64,8 +68,16 @@ class TfdsSource(BaseSource):
         return len(self._data)
 
     def __getitem__(self, index):
+        return self._record(self._data[index])
+
+    def read_block(self, number):
+        first = number * RUN
+        found = self._data.__getitems__(range(first, min(first + RUN, len(self))))
+        return Block(len(found), lambda index: self._record(found[index]))
+
+    def _record(self, features):
         raw = {}
-        for key, value in self._data[index].items():
+        for key, value in features.items():
             raw |= {f"{key}/{sub}": item for sub, item in value.items()} if isinstance(value, dict) else {key: value}
         return self._canonical(raw | self._names.get(plain(raw.get("concept")), {}))
 
@@ -103,8 +115,8 @@ def prepared_folder(name):
 def newest_version(folder):
     """Returns the folder if it is a prepared TFDS folder, else its newest version that is one, else None."""
     folder = Path(folder)
-    if (folder / "dataset_info.json").is_file():
-        return folder
+    if (folder / "dataset_info.json").is_file():  # Hugging Face's `save_to_disk` writes it too, with a state.json
+        return None if (folder / "state.json").is_file() else folder
     versions = [path for path in folder.glob("*.*.*") if (path / "dataset_info.json").is_file()]
     return max(versions, key=lambda path: [int(n) if n.isdigit() else -1 for n in path.name.split(".")], default=None)
 

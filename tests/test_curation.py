@@ -116,6 +116,18 @@ def test_each_block_is_read_once(sizes, first, end):
     assert source.read and sorted(source.read) == sorted(set(owner[expected].tolist())) or not expected
 
 
+def test_an_index_of_blocks_is_read_block_by_block(tmp_path):
+    source, rows = Counting([3] * 300), np.arange(900)[np.random.default_rng(0).random(900) < 0.3]
+    with index_writer.IndexWriter(source, tmp_path) as writer:
+        writer.add(rows, np.zeros(len(rows), np.uint64))
+        writer.finish({}, lambda report: [])
+    index = IndexedSource(source, tmp_path)
+    del source.read[:]
+    found = list(records(index))
+    assert [r["number"] for _, r in found if not isinstance(r, BadRecord)] == rows[rows % 7 > 0].tolist()
+    assert len(found) == len(rows) and sorted(source.read) == sorted(set((rows // 3).tolist()))
+
+
 def test_a_source_without_blocks_is_read_from_and_to_any_record():
     source = MemorySource([{"texts": [str(i)]} for i in range(200)])
     assert [(i, r["texts"]) for i, r in records(source, 63, 130)] == [(i, [str(i)]) for i in range(63, 130)]

@@ -16,6 +16,7 @@ from clip_jax.data.blocks import Block, BlockSource
 from clip_jax.data.records import BadRecord, records
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.sources.index import IndexedSource
+from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.runtime import sharding
 from clip_jax.tools import balance, clip_score, dedup, duplicates, examples, index_writer, passes
 from clip_jax.tools.entries import Matcher, read_entries
@@ -434,6 +435,11 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
     assert command(name, tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_a_mixture_has_no_index(command, tmp_path, capsys):
+    assert command("balance", tmp_path, source=MixtureSource([pairs(), pairs()], [1, 1])) == 2
+    assert "is a mixture: make an index of each part" in capsys.readouterr().err
 
 
 def test_bad_entries_are_one_line(tmp_path):

@@ -13,6 +13,7 @@ from clip_jax.data.records import BadRecord, fingerprint, records
 from clip_jax.data.threads import mapped
 from clip_jax.errors import UserError
 from clip_jax.runtime import command, faults
+from clip_jax.tools.index_writer import check_single
 from clip_jax.tools.source_arguments import source_parser
 
 PART = 65_536  # records of a part
@@ -82,10 +83,11 @@ class Pass:
       key: what the parts depend on, `{word: JSON value}`; empty before `begin` in a new folder.
       about: what `begin` was told of it, a dict of JSON values.
 
-    Raises UserError when the folder holds parts of another source or command, or cannot be written.
+    Raises UserError when the folder holds parts of another source or command or cannot be written, and for a mixture.
     """
 
     def __init__(self, source, out, command):
+        check_single(source)
         self.start = time.monotonic()
         self.source, self._out = source, out
         self._folder, self._count = Path(out) / "parts", -(-len(source) // PART)

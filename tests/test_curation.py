@@ -117,6 +117,24 @@ def test_each_block_is_read_once(sizes, first, end):
     assert source.read and sorted(source.read) == sorted(set(owner[expected].tolist())) or not expected
 
 
+@pytest.mark.parametrize("sizes", [[3, 4] * 20, [0, 17, 0, 2, 6, 0], [1]])
+def test_no_block_is_in_two_parts(sizes, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "PART", 5)
+    source, found = Counting(sizes), []
+    made = passes.Pass(source, tmp_path, "test")
+    made.begin({})
+    del source.read[:]
+
+    def work(first, end):
+        found.extend(index for index, _ in records(source, first, end))
+        return {"rows": np.arange(first, end)}
+
+    made.run(work, log=lambda line: None)
+    assert found == list(range(sum(sizes))) == np.concatenate([part["rows"] for part in made]).tolist()
+    assert sorted(source.read) == [number for number, size in enumerate(sizes) if size]
+    assert len(made) == {140: 28, 25: 2, 1: 1}[sum(sizes)]
+
+
 def test_an_index_of_blocks_is_read_block_by_block(tmp_path):
     source, rows = Counting([3] * 300), np.arange(900)[np.random.default_rng(0).random(900) < 0.3]
     with index_writer.IndexWriter(source, tmp_path) as writer:
@@ -354,8 +372,7 @@ def greedy(near, pixels):
     return stays.tolist()
 
 
-@pytest.mark.parametrize("large", [1, 4, 256])
-@pytest.mark.parametrize("distance", [0, 1, 3, 7, 15])
+@pytest.mark.parametrize("distance, large", [(0, 256), (1, 4), (3, 1), (7, 4), (7, 256), (15, 1)])
 def test_near_hashes_are_judged_from_the_best(distance, large, tmp_path, monkeypatch):
     for name, value in (("_CHUNK", 50), ("_LARGE", large), ("_ROWS", 7), ("_COLUMNS", 11)):
         monkeypatch.setattr(duplicates, name, value)

@@ -107,7 +107,8 @@ def _own_names(source, task):
         return _imagenet_of(source, task)
     if len(classes) == len(imagenet_names()) and _numbered(classes, classes):
         raise UserError(
-            f"{task}: the classes of {source.name} are the numbers 0 to 999; for ImageNet's names set classes='imagenet'"
+            f"{task}: the classes of {source.name} are the numbers 0 to 999; for ImageNet's names set "
+            "classes='imagenet'"
         )
     return [name.replace("_", " ") for name in classes]
 

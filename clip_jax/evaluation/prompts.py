@@ -1,8 +1,9 @@
 """Class names and prompt templates of zero-shot classification.
 
-A template contains one `{}` for the class name; CLIP_benchmark's `{c}` is the same. `templates.json` holds the named sets: "clip_80" and "clip_7" (CLIP's
-ensembles for ImageNet), "simple", "emoji", and CLIP's sets for other data sets under the data set's name ("cifar10",
-"food101", "pets", ...). `class_names.json` holds the 1,000 names for ImageNet in the order of the WordNet ids.
+A template contains one `{}` for the class name; CLIP_benchmark's `{c}` is the same. `templates.json` holds the named
+sets: "clip_80" and "clip_7" (CLIP's ensembles for ImageNet), "simple", "emoji", and CLIP's sets for other data sets
+under the data set's name ("cifar10", "food101", "pets", ...). `class_names.json` holds the 1,000 names for ImageNet in
+the order of the WordNet ids.
 """
 
 import functools

@@ -18,7 +18,7 @@ from collections import Counter
 from etils import epath
 
 from clip_jax.data.class_names import canonical_name
-from clip_jax.data.records import check_labels
+from clip_jax.data.records import LABEL_TEXT, check_labels
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.evaluation.prompts import load_class_names
 
@@ -75,6 +75,14 @@ def _names_of(source, given, task):
     if left_out or unused:
         raise _mismatch(source, given, left_out, unused, task)
     return [pairs[name] for name in classes]
+
+
+def label_hint(record):
+    """Returns the end of a message for a record without a label: which of its fields may name its class, or ""."""
+    names = ("label", LABEL_TEXT, "cls", "class_name", "class", "category", "target", "breed", "species")
+    found = next((name for name in names if isinstance(record.get(name), str) and record[name].strip()), "")
+    field = "label" if found == LABEL_TEXT else found
+    return f"; its field {field!r} holds text: set label={field!r}" if found else ""
 
 
 def match_classes(names, among):

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from clip_jax.data.records import BadRecord
-from clip_jax.data.sources import make_source
+from clip_jax.data.sources import make_source, tar
 from clip_jax.data.sources.splits import evaluation_split, list_splits
 from clip_jax.errors import UserError
 from clip_jax.evaluation.tasks import parse_task
@@ -169,6 +169,8 @@ def test_class_names_in_the_json_of_tar_shards(tmp_path):
         assert source.class_names == names and [source[i]["label"] for i in range(3)] == [1, 0, 1]
         assert source[1]["class_name"] == names[0]
     assert "label" not in make_source(spec)[0]
+    labels = [tar.preferred({"cls": cls})["label"] for cls in (b"pug dog", b"3", b"?", b"nan")]
+    assert labels == [None, "cls", "cls", "cls"] and tar.preferred({})["label"] is None
     with pytest.raises(UserError, match="has no labels; its field 'label' holds text: set label='label'"):
         parse_task(f"zeroshot('{spec}')").open_sources()
     parse_task(f"zeroshot('{spec}', label='breed')").open_sources()

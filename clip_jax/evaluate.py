@@ -235,7 +235,7 @@ def evaluate(args):
         raise UserError("--best needs --follow")
     folder = _run_folder(args.checkpoint) if args.report is not None else None
     if args.report == "":
-        lock.check_free(folder, "--report writes report.html, as the run does at its end; name another: --report=PATH")
+        lock.check_free(folder, "it writes report.html itself: name another page, --report=PATH")
     hosts.start(hosts.from_arguments(args))
     if args.follow:
         follow(args, overrides)

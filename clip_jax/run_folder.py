@@ -207,7 +207,9 @@ def _check_state(config, method, fork):
     differ = next((name for name in names if there.get(name) != here.get(name)), None)
     if differ:
         was, now = (str(found.get(differ, "missing")) for found in (there, here))
-        raise UserError(f"--fork-from={fork.run}: these changes alter its state: {differ} is {was} there, {now} here")
+        fields = config_lib.differences(old, config, ("model", "optim", config.method))
+        what = ", ".join(key for key, *_ in fields) or "these changes"
+        raise UserError(f"--fork-from={fork.run}: {what} would alter its state: {differ} is {was} there, {now} here")
 
 
 def _state(config, method):

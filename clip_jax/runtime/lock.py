@@ -110,10 +110,10 @@ def _hold(folder, log, coordinator, name):
 
 
 def check_free(folder, what, name=FILE):
-    """Raises UserError when a run owns a folder into which `what` would write, such as "--report"."""
+    """Raises UserError when a run owns a folder; `what` says what would be written, and what to do."""
     found = read(folder, name)
     if found and _state(found) != "dead" and found.get("token") not in _held.values():
-        raise UserError(f"{what}: {_in_use(folder, found)}")
+        raise UserError(f"{_in_use(folder, found)}; {what}")
 
 
 def read(folder, name=FILE):
@@ -191,7 +191,7 @@ class Lock:
             with contextlib.suppress(FileNotFoundError), storage.guard(self.path):
                 self.path.unlink()
         if former is not None:
-            log(f"{self.folder}: taken over from {_owner(former)}, which ended without a word")
+            log(f"{self.folder}: taken over from {_owner(former)}, which no longer runs")
         self._beats.start()
 
     def _wait_for_death(self, found, log):

@@ -166,9 +166,7 @@ def _new_fork(run, workdir):
 
 
 def begin(config, method, workdir, fork=None, log=print):
-    """Prepares a work folder; returns False when the run in it has more steps than asked for, and is left alone.
-
-    Every process must call it.
+    """Gives a new work folder the checkpoint of a fork, if it is one. Every process must call it.
 
     Args:
       config: the configuration, resolved.
@@ -181,20 +179,23 @@ def begin(config, method, workdir, fork=None, log=print):
     """
     from clip_jax.training import checkpoint
 
-    done = max(checkpoint.committed(workdir / "checkpoints"), default=0)
-    if fork is not None and not done:
-        _check_state(config, method, fork)
-        if hosts.is_first():
-            with lock.hold(workdir, log):
-                _copy(config, workdir, fork)
-        hosts.wait("forked")
-        log(f"forked from {fork.run}, step {fork.step}")
-    if done > config.train.steps:
-        log(
-            f"the run in {workdir} has {done} steps, more than train.steps={config.train.steps}: it is left as it is"
-            f" (evaluate it: python -m clip_jax.evaluate --checkpoint={workdir})"
-        )
-    return done <= config.train.steps
+    if fork is None or checkpoint.committed(workdir / "checkpoints"):
+        return
+    _check_state(config, method, fork)
+    if hosts.is_first():
+        with lock.hold(workdir, log):
+            _copy(config, workdir, fork)
+    hosts.wait("forked")
+    log(f"forked from {fork.run}, step {fork.step}")
+
+
+def is_beyond(config, workdir, step, log=print):
+    """Whether the run in a work folder, at `step`, has more steps than asked for; it says so, as it is left alone."""
+    steps = config.train.steps
+    if step > steps:
+        where = f"the run in {workdir} has {step} steps, more than train.steps={steps}: it is left as it is"
+        log(f"{where} (evaluate it: python -m clip_jax.evaluate --checkpoint={workdir})")
+    return step > steps
 
 
 def _check_state(config, method, fork):

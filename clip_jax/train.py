@@ -169,8 +169,7 @@ def train(config, workdir, log=print, cluster=None, fork=None):
     from clip_jax.training import checkpoint, metrics
 
     log = hosts.on_first(log)
-    if not run_folder.begin(config, method, workdir, fork, log):
-        return {}
+    run_folder.begin(config, method, workdir, fork, log)
     log(f"clip_jax {__version__}: {config.method} on {config.data.source}, work folder {workdir}")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch_size, mesh, micro_batches=config.micro_batches)
@@ -183,6 +182,8 @@ def train(config, workdir, log=print, cluster=None, fork=None):
         checkpoint.Checkpointer(workdir, config, tokenizer) as checkpointer,
     ):
         state, tx = init_or_restore(config, source, method, mesh, checkpointer, shapes, tokenizer, log)
+        if run_folder.is_beyond(config, workdir, int(state.step), log):
+            return {}
         run_folder.record(workdir, config, int(state.step))
         with closing(metrics.Writer(workdir, config)) as writer:
             clock = goodput.Goodput(started, checkpointer.seconds)

@@ -72,9 +72,11 @@ def write_report(workdir, config, result, path=None):
 
     Raises UserError when it cannot be written.
     """
-    from clip_jax.evaluation.report import assembly
+    from clip_jax.evaluation.report import assembly, queries
 
     workdir = storage.path(workdir)
+    if not path:
+        queries.write(workdir, result)
     path = path or workdir / "report.html"
     return assembly.write_report(
         path,

@@ -17,12 +17,15 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.report import page as html_page
 from clip_jax.evaluation.report import queries
 from clip_jax.evaluation.report.charts import chart, read_metrics
+from clip_jax.evaluation.report.headline import sampling_error
 from clip_jax.runtime import command, goodput, storage
 
 #: Training metrics in the order of their charts; others follow in a folded part.
 CURVES = ("loss", "_acc", "lr", "logit_scale", "grad_norm", "images_per_s", "goodput")
 #: Last parts of metrics that are shares.
 SHARES = ("top1", "top5", "accuracy", "mean_per_class", "R@", "F@", "relations", "attributes", "goodput")
+#: Metrics that the first table of results has.
+MAIN = ("top1", "top5", "accuracy", "mean_per_class", "R@1", "R@10", "relations", "attributes")
 #: Metrics that do not depend on the model.
 _FIXED = ("chance_", "images", "texts", "classes", "skipped", "pixel_1nn_", "seconds/")
 _ABSENT = "–"
@@ -67,11 +70,12 @@ class Run:
         size = self.fields.get("data.batch_size")
         if size is None:
             return None
-        total, end = 0, self.step()
+        end, total = self.step(), 0
         for row in reversed(self.history[1:]):  # backwards from the present size
             old, _ = row.get("changes", {}).get("data.batch_size", (size, size))
             if old != size:
-                total, end, size = total + size * max(0, end - row["step"]), row["step"], old
+                total += size * max(0, end - row["step"])
+                end, size = row["step"], old
         return total + size * max(0, end - self.first())
 
     def seconds(self):
@@ -164,12 +168,12 @@ def differing(runs):
 
 
 def _text(value):
-    return _ABSENT if value is None else str(value)
+    return _ABSENT if value is None else str(value) or "''"
 
 
 def costs(runs):
-    """Returns what the runs are and cost, one property a row."""
-    return [
+    """Returns what the runs are and cost, one property a row, without what no run tells."""
+    rows = [
         ["steps", *(_steps(run) for run in runs)],
         ["examples", *(_count(run.examples()) for run in runs)],
         ["parameters", *(_count(run.cost.get("parameters")) for run in runs)],
@@ -179,6 +183,7 @@ def costs(runs):
         ["machine", *(_machine(run) for run in runs)],
         ["training loss", *(_loss(run) for run in runs)],
     ]
+    return [row for row in rows if set(row[1:]) != {_ABSENT}]
 
 
 def _steps(run):
@@ -220,26 +225,41 @@ def _loss(run):
 
 
 def results(runs):
-    """Returns the last evaluations, one metric a row, the shares in percent, and the column of the best of each row.
+    """Returns the last evaluations, one metric a row, the shares in percent.
 
-    Returns: `(rows, best)`, where `best` holds the number of a row's best cell, None where no order is known.
+    Returns: `[(cells, columns of the best cells)]`. Top-1 and accuracy have half the 95 % interval that follows
+    from the number of pictures.
     """
     last = [run.last() for run in runs]
-    rows, best = [], []
+    rows = []
     for name in sorted(set().union(*last)):
         values = [found.get(name, (0, None))[1] for found in last]
-        share = any(part in name.rpartition("/")[2] for part in SHARES)
-        rows.append([name, *(_value(value, share) for value in values)])
+        is_share = any(part in name.rpartition("/")[2] for part in SHARES)
+        cells = [_value(value, is_share) + _interval(run, name, value) for run, value in zip(runs, values, strict=True)]
         known = [value for value in values if value is not None]
-        top = share and len(known) > 1 and max(known) > min(known)
-        best.append(1 + values.index(max(known)) if top else None)
-    return rows, best
+        is_ordered = is_share and len(known) > 1 and max(known) > min(known)
+        best = {i for i, value in enumerate(values, 1) if is_ordered and value == max(known)}
+        rows.append(([name, *cells], best))
+    return rows
 
 
-def _value(value, share):
+def main_results(rows):
+    """Returns the rows of `results` that are shown first: all when none of them is a main metric."""
+    return [row for row in rows if row[0][0].endswith(MAIN)] or rows
+
+
+def _value(value, is_share):
     if value is None:
         return _ABSENT
-    return f"{100 * value:.2f} %" if share else f"{value:.4g}"
+    return f"{100 * value:.2f}\u202f%" if is_share else f"{value:.4g}"
+
+
+def _interval(run, name, value):
+    task, _, metric = name.rpartition("/")
+    if metric not in ("top1", "accuracy") or value is None:
+        return ""
+    count = run.evaluation.get(f"{task}/images", [(0, None)])[-1][1]
+    return sampling_error({metric: value, "images": count or 0}, metric)
 
 
 def changes(runs):
@@ -259,16 +279,13 @@ def write(runs, path):
     """Writes the page; returns its path. Raises UserError when it cannot be written."""
     page = html_page.Page()
     heads = [run.name for run in runs]
-    fields, (rows, best) = differing(runs), results(runs)
+    fields, history = differing(runs), changes(runs)
     evaluation_steps = {run.name: max((step for step, _ in run.last().values()), default=0) for run in runs}
     note = ", ".join(f"{name}: step {step:,}" for name, step in evaluation_steps.items() if step)
-    history = changes(runs)
     sections = {
         "Runs": _table(["", *heads], costs(runs)),
         "Differences": _table(["field", *heads], fields) if fields else "<p>The configurations are equal.</p>",
-        "Results": rows
-        and f"<p>{html_page.escaped(f'The last evaluations ({note}); the best of a row is marked.')} "
-        f"{_CAUTION}</p>{_table(['', *heads], rows, best)}",
+        "Results": _results(heads, results(runs), f"The last evaluations ({note}); the best of a row is marked."),
         "Training": _curves(page, runs),
         "Evaluations during training": _evaluations(page, runs),
         "Queries": queries.side_by_side({run.name: run.queries for run in runs}),
@@ -277,20 +294,25 @@ def write(runs, path):
     return html_page.write_page(path, page.html(f"Runs: {', '.join(heads)}", sections))
 
 
-_CAUTION = """Two runs of one configuration with other seeds differ as well: <code>clip_jax.study</code> runs several
-seeds."""
+def _results(heads, rows, note):
+    if not rows:
+        return ""
+    caution = "Two runs of one configuration with other seeds differ as well: <code>clip_jax.study</code> runs several."
+    first, name = main_results(rows), ["metric", *heads]
+    more = f"<details><summary>All {len(rows)} metrics</summary>{_table(name, *zip(*rows, strict=True))}</details>"
+    intro = f"<p>{html_page.escaped(note)} {caution}</p>"
+    return intro + _table(name, *zip(*first, strict=True)) + (more if len(first) < len(rows) else "")
 
 
 def _table(head, rows, best=()):
-    best = best or [None] * len(rows)
-    cells = [
-        [
-            f"<mark>{html_page.escaped(cell)}</mark>" if i == chosen else html_page.escaped(cell)
-            for i, cell in enumerate(r)
-        ]
-        for r, chosen in zip(rows, best, strict=True)
-    ]
+    best = best or [set()] * len(rows)
+    cells = [[_cell(cell, i in chosen) for i, cell in enumerate(row)] for row, chosen in zip(rows, best, strict=True)]
     return html_page.table([html_page.escaped(cell) for cell in head], cells, "wide")
+
+
+def _cell(text, is_best):
+    text = html_page.escaped(text)
+    return f"<mark>{text}</mark>" if is_best else text
 
 
 def _chart(page, title, runs, kind, name):
@@ -332,15 +354,15 @@ def _folded(charts):
 # --- the command ---
 
 
-def _print(title, head, rows):
+def _print(title, head, rows, width=40):
+    """Prints a table. Long cells are cut, but for those of the first column."""
     if not rows:
         return
     print(f"\n{title}")
-    cells = [head, *rows]
-    widths = [min(max(map(len, column)), 48) for column in zip(*cells, strict=True)]
-    for row in cells:
-        short = [cell if len(cell) <= 48 else f"{cell[:47]}…" for cell in row]
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(short, widths, strict=True)).rstrip())
+    rows = [[first, *(c if len(c) <= width else f"{c[: width - 1]}…" for c in rest)] for first, *rest in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def compare(paths, html):
@@ -351,7 +373,10 @@ def compare(paths, html):
     heads = [run.name for run in runs]
     _print("runs", ["", *heads], costs(runs))
     _print("fields that differ", ["", *heads], differing(runs))
-    _print("last evaluations", ["", *heads], results(runs)[0])
+    rows = results(runs)
+    first = main_results(rows)
+    more = f" ({len(rows) - len(first)} more metrics are on the page)" if len(first) < len(rows) else ""
+    _print(f"last evaluations{more}", ["", *heads], [row for row, _ in first])
     path = write(runs, html)
     print(f"\npage: {path}")
     return path

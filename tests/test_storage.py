@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import orbax.checkpoint as ocp
 import PIL.Image
 import pytest
 from conftest import COMPILE_FAST, REPO
-from helpers import run, tiny_config, train_command
+from helpers import events, run, tiny_config, train_command
 from storage_emulators import emulator
 
 import clip_jax
@@ -81,21 +80,6 @@ def finished(tmp_path_factory):
 
 def rows(workdir):
     return [json.loads(line) for line in storage.read_log(workdir / "metrics.jsonl").splitlines()]
-
-
-def events(folder):
-    """Returns `{(tag, step)}` of the TensorBoard files in a folder."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = set()
-    for file in folder.iterdir():
-        data = file.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
-            found |= {(value.tag, event.step) for value in event.summary.value}
-            data = data[16 + length :]
-    return found
 
 
 @pytest.mark.parametrize("kind", ["gs", "s3", "mount"])

@@ -118,7 +118,7 @@ def side_by_side(runs):
         rows = "".join(_row(key, {name: found[key] for name, found in by_run.items()}) for key in shared)
         if rows:
             items.append((title, rows))
-    intro = "<p>The queries that all runs have, each with the best answers of each run, best first; right ones are marked.</p>"
+    intro = "<p>The queries that all runs have, each with the best answers of each run; right ones are marked.</p>"
     return panels(intro, items)
 
 

@@ -60,6 +60,11 @@ class Model:
         self._similarity = jax.jit(method.similarity)
         self._text_similarity = jax.jit(method.text_similarity or functools.partial(transposed, method.similarity))
 
+    @property
+    def scale(self):
+        """The factor of the similarities in the softmax of the loss (`Method.scale`), a float."""
+        return float(self.method.scale(self.params))
+
     def facts(self):
         """Returns what a report says of the model: "step", "ema", and the number of "parameters"."""
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.params))

@@ -15,7 +15,7 @@ from clip_jax.evaluation.report.headline import metric_table
 from clip_jax.evaluation.report.page import Page, panels, write_page
 
 # These sections come first, others after them.
-_ORDER = ("Predictions", "Relations", "Retrieval", "Similarity", "Words and patches", "Map")
+_ORDER = ("Predictions", "Classes", "Relations", "Retrieval", "Similarity", "Words and patches", "Map")
 
 
 def write_report(path, result, *, title, config=None, metrics_jsonl=None):

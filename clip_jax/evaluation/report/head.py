@@ -46,7 +46,7 @@ def head(result, config, metrics_jsonl):
     blocks = [f'<dl class="facts">{items}</dl>' if items else ""]
     if result.evaluated:
         rows = [
-            (escaped(ran["name"]), *(escaped(ran[key]) or "–" for key in ("data", "prompts")), _code(ran["task"]))
+            (escaped(ran["name"]), *(escaped(ran[key]) for key in ("data", "prompts")), _code(ran["task"]))
             for ran in result.evaluated
         ]
         blocks.append("<h3>What was evaluated</h3>" + table(["row", "data", "prompts", "task"], rows, "texts"))
@@ -56,11 +56,12 @@ def head(result, config, metrics_jsonl):
 def _facts(model, config, metrics_jsonl):
     """Yields `(name, text or None)` of the run."""
     if "data" in config:
-        data, model_config = config["data"], config["model"]
-        size, context = (model_config.get(part, {}).get(key) for part, key in (("image", "size"), ("text", "context")))
+        data, size = config["data"], config["model"].get("image", {}).get("size")
+        context = config["model"].get("text", {}).get("context")
         yield "Method", config["method"]
         yield "Trained on", filled(data["source"], data["split"])
-        step, steps, batch = model.get("step"), config["train"]["steps"], data["batch_size"]
+        step, steps = model.get("step"), config["train"]["steps"]
+        batch = data["batch_size"]
         if step is not None:
             weights = ", moving average of the weights" if model.get("ema") else ""
             yield "Checkpoint", f"step {step:,} of {steps:,}{weights}"

@@ -8,12 +8,14 @@ import pytest
 from data_helpers import PLAIN, Bytes, assert_equal, concatenate, loader, records, take
 
 from clip_jax.data.blocks import Block, BlockSource
+from clip_jax.data.lanes import Lanes
 from clip_jax.data.loader import check_source, iterate_once
-from clip_jax.data.order import Order
+from clip_jax.data.order import Draw, Order
 from clip_jax.data.reading import Reading
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.sources.mixture import MixtureSource
+from clip_jax.data.windows import WindowReader
 from clip_jax.errors import StorageError, UserError
 
 SIZES = (5, 7, 0, 6, 3, 8, 4, 7, 6, 5, 9, 4)  # 64 records
@@ -115,6 +117,18 @@ def test_a_window_starts_with_no_more_than_two_windows_in_memory():
     order_of = by_blocks(source, lanes=1, batch_size=16, window=4)
     next(order_of)
     assert sum(source.reads.values()) <= 8
+
+
+def test_a_window_that_is_used_up_before_its_predecessor_is_not_opened_again():
+    """Of several threads one may be late with the last draw of a window."""
+    reader = WindowReader(Lanes(np.full(8, 4), 0, 1, 1), lambda block: [], {0: 0})
+    first, second = ([Draw(0, 0, lane=0, window=window, place=i) for i in range(4)] for window in range(2))
+    for draw in first + second:
+        reader.get(draw)
+    for draw in first[1:] + second + first[:1]:
+        reader.release(draw)
+    reader.close()
+    assert list(reader._open[0]) == [(0, 2)]
 
 
 def test_the_shares_of_a_mixture_are_exact_in_every_batch(sources):

@@ -146,6 +146,13 @@ def test_a_bad_record_is_replaced_within_its_window():
     assert_equal(concatenate([take(share, 8) for share in again]), taken)
 
 
+def test_a_window_without_a_usable_record_is_replaced_by_records_from_anywhere():
+    source, common = Shards((16,) * 8, bad=range(32, 48)), dict(lanes=2, window=1, batch_size=16, max_bad_share=1)
+    taken = take(by_blocks(source, **common), 8)
+    assert set(ids(taken).tolist()) <= set(range(128)) - set(range(32, 48))
+    assert_equal(concatenate([take(by_blocks(source, host=h, hosts=2, **common), 8) for h in range(2)]), taken)
+
+
 def test_any_source_can_be_read_by_blocks_and_auto_leaves_it_as_it_was():
     source = MemorySource(records(1100))
     assert_equal(take(by_blocks(source, order="auto"), 2), take(loader(source, PLAIN, threads=0), 2))
@@ -185,7 +192,7 @@ def test_more_lanes_than_records():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_failing_store_ends_the_loader_with_its_error(workers):
     failing = by_blocks(Shards(failing=[3, 4]), workers=workers)
-    with pytest.raises(Exception, match="gs://bucket/shard.tar: 503"):
+    with pytest.raises(StorageError, match="gs://bucket/shard.tar: 503"):
         take(failing, 16)
 
 

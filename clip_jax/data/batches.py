@@ -235,7 +235,7 @@ class TrainingBatches(Batches):
     def split(self, count):
         """Returns the batches of each of `count` workers, which share this host's rows by whole lanes.
 
-        There are fewer when the host has fewer lanes. Raises ValueError where no part is read by blocks.
+        There are fewer when the host has fewer lanes. Some part is read by blocks.
         """
         length = self.batch_size // self._order.lanes
         lanes = range(self.rows.start // length, self.rows.stop // length)
@@ -264,11 +264,17 @@ class TrainingBatches(Batches):
                 return self.make(example_id, randomness(self._seed, draw.epoch, example_id), self._record)
             except BadRecord as bad:
                 skipped[bad.args[0]] += 1
-        raise self._no_record(skipped)
+        raise UserError(
+            f"{self.source.name}: no usable record among {skipped.total()} tried in a row ({list_reasons(skipped)})"
+        )
 
     def _from_window(self, draw, skipped):
-        """Returns the example of a draw; an unusable record is replaced by another one of its window."""
-        opened = self._readers[draw.part].get(draw)
+        """Returns the example of a draw; an unusable record is replaced by another one of its window.
+
+        A window may hold a single record, or those of one damaged block. Then it is replaced by any record of the part.
+        """
+        reader = self._readers[draw.part]
+        opened = reader.get(draw)
         ids, stride = opened.window.ids, _stride(len(opened.window.ids))
         for k in range(min(len(ids), _MAX_BAD_RUN)):
             place = (draw.place + k * stride) % len(ids)
@@ -276,15 +282,12 @@ class TrainingBatches(Batches):
             try:
                 rng = randomness(self._seed, draw.epoch, example_id)
                 example = self.make(example_id, rng, lambda _, place=place: opened.record(place))
-                self._readers[draw.part].release(draw)
+                reader.release(draw)
                 return example
             except BadRecord as bad:
                 skipped[bad.args[0]] += 1
-        raise self._no_record(skipped)
-
-    def _no_record(self, skipped):
-        tried = skipped.total()
-        return UserError(f"{self.source.name}: no usable record among {tried} tried in a row ({list_reasons(skipped)})")
+        reader.release(draw)
+        return self._from_record(draw._replace(example_id=example_id), skipped)
 
 
 def _read_part(source, part, number):

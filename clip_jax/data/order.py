@@ -85,9 +85,8 @@ class Mixed:
     def draws(self, positions):
         """Returns (parts, numbers of the parts' draws), each int64 `[n]`, of positions int64 `[n]`."""
         left = sum(self._weights)
-        rounds, now = np.divmod(positions, left)  # the pattern repeats
-        if left >= _SAFE_SUM:
-            now = now.astype(object)
+        positions = positions.astype(object) if left >= _SAFE_SUM else positions
+        rounds, now = positions // left, positions % left  # the pattern repeats
         after = now + 1
         parts, numbers = np.full(len(positions), -1), np.zeros(len(positions), np.int64)
         for part, weight in enumerate(self._weights):

@@ -20,6 +20,7 @@ from clip_jax.data import remote
 from clip_jax.data.blocks import Recent
 from clip_jax.data.sources import arrow_columns
 from clip_jax.data.sources.arrow_columns import preferred  # noqa: F401 part of the format
+from clip_jax.data.sources.ranges import version
 from clip_jax.errors import UserError
 
 FOOTER = True  # `scan` reads a footer alone
@@ -138,7 +139,7 @@ def errors():
 
 def _footer(path):
     """Returns the `pyarrow.parquet.FileMetaData` of a file and the file's size in bytes."""
-    return _footers.get(arrow_columns.version(path), _read_footer)
+    return _footers.get(version(path), _read_footer)
 
 
 def _read_footer(key):

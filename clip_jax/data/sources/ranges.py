@@ -30,15 +30,18 @@ def heads(path):
         yield get, os.fstat(file.fileno()).st_size
 
 
-def stamp(path):
-    """Returns what tells the versions of a local file apart, None for a remote one; raises UserError for no file."""
+def version(path):
+    """Returns a key of what is kept of a file: its path, with the size and time of a local one, which may change.
+
+    Raises UserError for a missing local file.
+    """
     if remote.is_remote(path):
-        return None
+        return path, None, None
     try:
         status = os.stat(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    return status.st_size, status.st_mtime_ns
+    return path, status.st_size, status.st_mtime_ns
 
 
 def _pieces(path, size):

@@ -131,6 +131,14 @@ def test_a_window_that_is_used_up_before_its_predecessor_is_not_opened_again():
     assert list(reader._open[0]) == [(0, 2)]
 
 
+def test_copies_of_the_order_share_its_table_of_blocks(monkeypatch):
+    monkeypatch.setattr("clip_jax.data.shared._LEAST", 0)
+    lanes = Lanes(np.full(1000, 4), 0, 2, 3)
+    text = pickle.dumps(lanes)
+    assert len(text) < 1000
+    np.testing.assert_array_equal(pickle.loads(text).window(1, 0, 2).ids, lanes.window(1, 0, 2).ids)
+
+
 def test_the_shares_of_a_mixture_are_exact_in_every_batch(sources):
     batches = take(by_blocks(sources["mixture"], lanes=8, batch_size=16), 20)
     counts = np.array([np.bincount(batch["source_id"], minlength=3) for batch in batches])

@@ -45,7 +45,7 @@ def scan(path, length=512):
     except errors():
         return [], Counter({"unreadable shard": 1})
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    if large := [group for group in groups if group.num_rows > _LARGE * length]:
+    if large := [g for g in groups if g.num_rows > _LARGE * length or g.total_byte_size > _MAX_BYTES]:
         most, size = max(g.num_rows for g in large), max(g.total_byte_size for g in large)
         what = f"{path}: row groups of up to {most:,} rows, {size / 2**30:.2f} GiB"
         command = f"python -m clip_jax.tools.to_parquet {path} --out=FOLDER"

@@ -22,7 +22,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -35,6 +34,7 @@ from clip_jax.data.sources import manifest
 from clip_jax.data.sources.shards import find_shards, load_format, scan_shard
 from clip_jax.errors import UserError
 from clip_jax.runtime import command
+from clip_jax.tools.passes import share_of
 
 _SECONDS = 10.0  # between lines of progress
 _FEW = 5  # shards that could not be read, which are named at the end
@@ -353,9 +353,7 @@ def _check(args):
     for name in ("processes", "length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
-    match = re.fullmatch(r"(\d+)/(\d+)", args.part or "1/1")
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--part={args.part} must be one of 1/N to N/N, such as 2/4")
+    share_of(args.part)
     if args.join and args.part:
         raise UserError("--join takes no --part: it joins the parts that are done")
 

@@ -97,12 +97,10 @@ class SyntheticBlocks(BlockSource):
     Args:
       count: int, records.
       length: int, records of a block; the last one may be shorter.
-      size: int, side of the images in pixels.
     """
 
-    def __init__(self, count, length=512, size=8):
+    def __init__(self, count, length=512):
         super().__init__("synthetic")
-        self._size = size
         whole, rest = divmod(count, length)
         self._set_blocks(np.append(np.full(whole, length), rest) if rest else np.full(whole, length))
 
@@ -112,6 +110,5 @@ class SyntheticBlocks(BlockSource):
 
     def record(self, number):
         """The record of this number."""
-        image = np.full((self._size, self._size, 3), number % 251, np.uint8)
-        image[0, 0] = [number >> shift & 255 for shift in (0, 16, 32)]
+        image = np.random.default_rng(number).integers(0, 256, (20, 20, 3), np.uint8)
         return {"image": image, "texts": [f"picture {number}"], "number": number}

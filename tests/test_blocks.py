@@ -120,7 +120,7 @@ def test_a_window_starts_with_no_more_than_two_windows_in_memory():
 
 
 def test_a_window_that_is_used_up_before_its_predecessor_is_not_opened_again():
-    """Of several threads one may be late with the last draw of a window."""
+    """A thread may be late with the last draw of a window."""
     reader = WindowReader(Lanes(np.full(8, 4), 0, 1, 1), lambda block: [], {0: 0})
     first, second = ([Draw(0, 0, lane=0, window=window, place=i) for i in range(4)] for window in range(2))
     for draw in first + second:

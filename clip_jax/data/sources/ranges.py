@@ -13,7 +13,7 @@ _PIECE = 32 * 2**20  # bytes of a remote shard that are read at once, and held
 def heads(path):
     """Gives `(get, size)` of a shard: `get(offset, n)` returns n bytes, fewer at the end of the shard.
 
-    Of a local shard only what is asked for is read. A remote one is read in large pieces; offsets have to ascend.
+    In a local shard only what is asked for is read. A remote one is read in large pieces; offsets have to ascend.
     """
     if remote.is_remote(path):
         size = remote.size(path)

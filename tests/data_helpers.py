@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 
 import numpy as np
 from PIL import Image
@@ -79,6 +80,15 @@ def write_table(folder, rows, name="pairs.jsonl"):
         lines.append(json.dumps({"image": f"{i}.png", **row}))
     (folder / name).write_text("\n".join(lines))
     return str(folder / name)
+
+
+def write_tar(path, members, form=tarfile.USTAR_FORMAT):
+    """Writes a tar archive of members, `[(name, bytes), ...]`."""
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
 
 
 def texts(seed, shape=(16, 12), vocab=4000):

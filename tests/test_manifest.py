@@ -7,7 +7,8 @@ import pickle
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
-from test_tar_blocks import pair, write_tar
+from data_helpers import write_tar
+from test_tar_blocks import pair
 
 from clip_jax.data.records import fingerprint
 from clip_jax.data.shared import Shared

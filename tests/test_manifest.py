@@ -97,7 +97,7 @@ def expected_of(source, index):
 
 
 def test_columns_are_read_without_records(data, monkeypatch):
-    monkeypatch.setattr(manifest, "_ROWS_WITH_COLUMNS", 4)  # several row groups
+    monkeypatch.setattr(manifest, "_SAMPLES", 12)  # several row groups
     path = make(data, f"--columns={','.join(COLUMNS)}")
     source = make_source(path)
     monkeypatch.setattr(shards.ShardSource, "read_block", lambda *_: pytest.fail("a record was read"))

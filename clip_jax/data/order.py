@@ -218,16 +218,14 @@ class Order:
             return [step * self._length]
         return (np.array(self._mixed.before((step + lane) * self._length)) - self._begin[lane]).tolist()
 
-    def describe(self, source, hosts):
+    def describe(self, sources, hosts):
         """Returns a line on how a host reads blocks; empty when no part is read by blocks.
 
         Args:
-          source: the source of this order.
+          sources: list of the sources of the parts.
           hosts: int, the number of hosts.
         """
-        read = [
-            (part, lanes) for part, lanes in zip(getattr(source, "sources", [source]), self.parts, strict=True) if lanes
-        ]
+        read = [(part, lanes) for part, lanes in zip(sources, self.parts, strict=True) if lanes]
         if not read:
             return ""
         records = " + ".join(f"{lanes.window_length:,}" for _, lanes in read)

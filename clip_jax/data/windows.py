@@ -8,7 +8,7 @@ are longer than a window.
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-_THREADS = 16  # requests at a time
+_THREADS = 16  # requests at a time for each part of a mixture
 
 
 class _Open:

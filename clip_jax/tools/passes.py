@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data.records import BadRecord, fingerprint, hash64, records
+from clip_jax.data.sources.kept import starts_of
 from clip_jax.data.threads import mapped
 from clip_jax.errors import UserError
 from clip_jax.runtime import command, faults
@@ -179,9 +180,9 @@ class Pass:
 def _edges(source):
     """Returns the first record of each part, and the number of all records, int64; no block is in two parts."""
     edges = np.append(np.arange(0, len(source), PART), len(source))
-    if (sizes := getattr(source, "blocks", None)) is None:
+    if getattr(source, "blocks", None) is None:
         return edges
-    starts = np.concatenate([[0], np.cumsum(sizes)])
+    starts = starts_of(source)
     return np.unique(starts[np.searchsorted(starts, edges)])
 
 

@@ -235,23 +235,21 @@ class TrainingBatches(Batches):
     def split(self, count):
         """Returns the batches of each of `count` workers, which share this host's rows by whole lanes.
 
-        There are fewer when the host has fewer lanes. Some part is read by blocks.
+        There are fewer when the host has fewer lanes. For orders in which some part is read by blocks.
         """
         length = self.batch_size // self._order.lanes
-        lanes = range(self.rows.start // length, self.rows.stop // length)
-        shares = [share for share in np.array_split(lanes, count) if len(share)]
-        return [self._share(range(share[0] * length, (share[-1] + 1) * length)) for share in shares]
+        shares = np.array_split(range(self.rows.start // length, self.rows.stop // length), count)
+        return [self._share(lanes.tolist(), length) for lanes in shares if len(lanes)]
 
-    def _share(self, rows):
+    def _share(self, lanes, length):
+        """Returns the batches of adjacent lanes of `length` rows."""
         share = copy.copy(self)
-        share.rows = rows
-        length = self.batch_size // self._order.lanes
-        lanes = range(rows.start // length, rows.stop // length)
+        share._readers, share.rows = [], range(lanes[0] * length, (lanes[-1] + 1) * length)
         first = {lane: self._order.first_draws(self._start_step, lane) for lane in lanes}
-        share._readers = [
-            part and WindowReader(part, functools.partial(_read_part, self.source, number), _of_part(first, number))
-            for number, part in enumerate(self._order.parts)
-        ]
+        for number, part in enumerate(self._order.parts):
+            read = functools.partial(_read_part, self.source, number)
+            first_of_part = {lane: numbers[number] for lane, numbers in first.items()}
+            share._readers.append(part and WindowReader(part, read, first_of_part))
         return share
 
     def examples(self, step, skipped):
@@ -296,10 +294,6 @@ def _read_part(source, part, number):
     if not hasattr(source, "of_part"):
         return records
     return Block(len(records), lambda index: source.of_part(part, records[index]))
-
-
-def _of_part(numbers, part):
-    return {lane: of_parts[part] for lane, of_parts in numbers.items()}
 
 
 class EvaluationBatches(Batches):

@@ -20,7 +20,7 @@ from clip_jax.data.views import make_example
 from clip_jax.errors import UserError
 from clip_jax.methods import raclip
 from clip_jax.models.common import fold_in_ids
-from clip_jax.runtime.sharding import id_words
+from clip_jax.runtime.sharding import id_words, make_mesh, to_global
 
 HUGE = 2_400_000_000
 IDS = np.array([7, 2**31 + 7, 2**32 + 7, 5 * 2**32 + 7])
@@ -64,6 +64,9 @@ def test_a_huge_source_is_read_in_a_random_order(order):
 def test_ids_of_64_bits_cross_to_the_device_in_halves():
     np.testing.assert_array_equal(id_words(np.array([7, -1, 3 * 2**32 + 5])), [[7, 0], [2**32 - 1] * 2, [5, 3]])
     assert id_words(IDS).dtype == np.uint32
+    ids = np.tile(IDS, 2)
+    batch = to_global({"example_id": ids, "other": np.ones((8, 3), np.int64)}, make_mesh(config_lib.base().mesh))
+    assert batch["example_id"].tolist() == id_words(ids).tolist() and batch["other"].shape == (8, 3)
 
 
 def test_randomness_of_ids_on_the_device():

@@ -29,6 +29,7 @@ import threading
 import time
 import zlib
 
+from clip_jax.data.blocks import RUN
 from clip_jax.data.records import BadRecord, plain
 from clip_jax.data.sources import manifest
 from clip_jax.data.sources.shards import find_shards, load_format, scan_shard
@@ -322,7 +323,7 @@ def main(argv=None):
     parser.add_argument(
         "--join", action="store_true", help="joins the parts that several hosts made, and scans nothing"
     )
-    parser.add_argument("--length", type=int, default=512, help="samples of a block (default: 512)")
+    parser.add_argument("--length", type=int, default=RUN, help="samples of a block (default: %(default)s)")
     args = parser.parse_args(argv)
     return command.run(lambda: _main(args))
 
@@ -340,7 +341,8 @@ def _main(args):
         print(f"part {args.part} is done; after the last one: the same command with --join in the place of --part")
         return
     options = [f"--columns={shlex.quote(args.columns)}"] if columns else []
-    line = " ".join(["python -m clip_jax.data.manifest", shlex.quote(args.source), f"--out={args.out}", *options])
+    options += [f"--length={args.length}"] if args.length != RUN else []
+    line = " ".join(["python -m clip_jax.data.manifest", shlex.quote(args.source), f"--out={shlex.quote(args.out)}", *options])
     for text in join(args.out, args.source, kind, shards, parts, columns, line):
         print(text)
     print(f"train on it with --config.data={shlex.quote(args.out)}")

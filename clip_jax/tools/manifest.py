@@ -340,9 +340,10 @@ def _main(args):
     if args.part:
         print(f"part {args.part} is done; after the last one: the same command with --join in the place of --part")
         return
-    options = [f"--columns={shlex.quote(args.columns)}"] if columns else []
+    options = [f"--out={shlex.quote(args.out)}"]
+    options += [f"--columns={shlex.quote(args.columns)}"] if columns else []
     options += [f"--length={args.length}"] if args.length != RUN else []
-    line = " ".join(["python -m clip_jax.data.manifest", shlex.quote(args.source), f"--out={shlex.quote(args.out)}", *options])
+    line = " ".join(["python -m clip_jax.data.manifest", shlex.quote(args.source), *options])
     for text in join(args.out, args.source, kind, shards, parts, columns, line):
         print(text)
     print(f"train on it with --config.data={shlex.quote(args.out)}")

@@ -7,7 +7,8 @@ import pickle
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
-from test_tar_blocks import pair, write_tar
+from data_helpers import write_tar
+from test_tar_blocks import pair
 
 from clip_jax.data.records import fingerprint
 from clip_jax.data.shared import Shared
@@ -96,7 +97,7 @@ def expected_of(source, index):
 
 
 def test_columns_are_read_without_records(data, monkeypatch):
-    monkeypatch.setattr(manifest, "_ROWS_WITH_COLUMNS", 4)  # several row groups
+    monkeypatch.setattr(manifest, "_SAMPLES", 12)  # several row groups
     path = make(data, f"--columns={','.join(COLUMNS)}")
     source = make_source(path)
     monkeypatch.setattr(shards.ShardSource, "read_block", lambda *_: pytest.fail("a record was read"))
@@ -185,7 +186,8 @@ def test_a_shard_that_changed_is_named(data):
     source = make_source(path)
     write_tar(data / "2.tar", members(2)[:-3])  # one sample fewer
     for change in (lambda: source.read_block(8), lambda: make_source(path)):
-        with pytest.raises(UserError, match=r"2.tar changed since .*make it again: python -m clip_jax.data.manifest '"):
+        message = r"2.tar changed since .*make it again: python -m clip_jax.data.manifest '.* --length=3$"
+        with pytest.raises(UserError, match=message):
             change()
 
 

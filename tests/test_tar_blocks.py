@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from data_helpers import write_tar
 
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import ranges, tar
@@ -20,14 +21,6 @@ from clip_jax.errors import UserError
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
-
-
-def write_tar(path, members, form=tarfile.USTAR_FORMAT):
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
 
 
 def pair(key, number):

@@ -5,6 +5,8 @@ import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 
 def mapped(work, items, ahead):
     """Yields `work(item)` of each item in order; threads, one per core and at most 8, are up to `ahead` items ahead."""
@@ -37,8 +39,8 @@ def runs_of(source, first, end, size=64):
 
 
 def _blocks(source, sizes, first, end):
-    begin = 0
-    for number, size in enumerate(map(int, sizes)):
-        if indices := range(max(first - begin, 0), min(size, end - begin)):
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    for number in range(np.searchsorted(starts, first, "right") - 1, np.searchsorted(starts, end)):
+        begin = int(starts[number])
+        if indices := range(max(first - begin, 0), min(int(sizes[number]), end - begin)):
             yield functools.partial(source.read_block, number), begin, indices
-        begin += size

@@ -22,7 +22,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -30,11 +29,13 @@ import threading
 import time
 import zlib
 
+from clip_jax.data.blocks import RUN
 from clip_jax.data.records import BadRecord, plain
 from clip_jax.data.sources import manifest
 from clip_jax.data.sources.shards import find_shards, load_format, scan_shard
 from clip_jax.errors import UserError
 from clip_jax.runtime import command
+from clip_jax.tools.passes import share_of
 
 _SECONDS = 10.0  # between lines of progress
 _FEW = 5  # shards that could not be read, which are named at the end
@@ -322,7 +323,7 @@ def main(argv=None):
     parser.add_argument(
         "--join", action="store_true", help="joins the parts that several hosts made, and scans nothing"
     )
-    parser.add_argument("--length", type=int, default=512, help="samples of a block (default: 512)")
+    parser.add_argument("--length", type=int, default=RUN, help="samples of a block (default: %(default)s)")
     args = parser.parse_args(argv)
     return command.run(lambda: _main(args))
 
@@ -339,8 +340,10 @@ def _main(args):
     if args.part:
         print(f"part {args.part} is done; after the last one: the same command with --join in the place of --part")
         return
-    options = [f"--columns={shlex.quote(args.columns)}"] if columns else []
-    line = " ".join(["python -m clip_jax.data.manifest", shlex.quote(args.source), f"--out={args.out}", *options])
+    options = [f"--out={shlex.quote(args.out)}"]
+    options += [f"--columns={shlex.quote(args.columns)}"] if columns else []
+    options += [f"--length={args.length}"] if args.length != RUN else []
+    line = " ".join(["python -m clip_jax.data.manifest", shlex.quote(args.source), *options])
     for text in join(args.out, args.source, kind, shards, parts, columns, line):
         print(text)
     print(f"train on it with --config.data={shlex.quote(args.out)}")
@@ -353,9 +356,7 @@ def _check(args):
     for name in ("processes", "length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
-    match = re.fullmatch(r"(\d+)/(\d+)", args.part or "1/1")
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--part={args.part} must be one of 1/N to N/N, such as 2/4")
+    share_of(args.part)
     if args.join and args.part:
         raise UserError("--join takes no --part: it joins the parts that are done")
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from clip_jax.data.records import BadRecord, as_list, listed, plain
+from clip_jax.data.records import BadRecord, as_list, listed, plain, records
 from clip_jax.data.sources.kept import column_of
 from clip_jax.errors import UserError, did_you_mean
 
@@ -95,14 +95,11 @@ def _columns(columns, length):
 
 def _records(source, fields, name):
     """Yields `(first record, {field: list of values})` of the records; reads all of them."""
-    known = set()
+    known, every = set(), records(source)
     for start in range(0, len(source), CHUNK):
         rows = {field: [] for field in fields}
-        for i in range(start, min(start + CHUNK, len(source))):
-            try:
-                record = source[i]
-            except BadRecord:
-                record = {}
+        for _, record in itertools.islice(every, CHUNK):
+            record = {} if isinstance(record, BadRecord) else record
             known |= record.keys()
             if ALL_TEXT in fields:
                 values = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in record.values())

@@ -20,6 +20,7 @@ import concurrent.futures
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -89,11 +90,17 @@ def _values(form, path, start, end, fields):
 
 
 def _simple(value):
-    """Returns a value as a bool, number, text or None."""
+    """Returns a value as JSON holds it; None for NaN, and text for what JSON does not know."""
     value = plain(value)
-    if value is None or isinstance(value, bool | float) or isinstance(value, int) and abs(value) < 2**63:
-        return value
-    return (value if isinstance(value, str) else str(value)).encode("utf-8", "replace").decode()
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_simple(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _simple(item) for key, item in value.items()}
+    return value if value is None or isinstance(value, bool | float | int) else str(value)
 
 
 class Parts:
@@ -168,6 +175,8 @@ class Parts:
 
 
 def _kind(value):
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "large"
     return "none" if value is None else type(value).__name__
 
 
@@ -285,26 +294,26 @@ def join(out, source, kind, shards, parts, columns, line):
 
 def _rows(out, shards, done, types):
     """Yields the shards as `clip_jax.data.sources.manifest.write` takes them."""
+    import pyarrow
+
     for number, path in enumerate(shards):
         rows, columns = Parts.read(done[number])
         if rows:
             for field, kind in types.items():
-                if str(kind) == "string":
-                    columns[field] = [v if v is None else str(v) for v in columns[field]]
-                elif str(kind) == "double":
-                    columns[field] = [v if v is None else float(v) for v in columns[field]]
+                if kind == pyarrow.json_():
+                    columns[field] = [v if v is None else json.dumps(v) for v in columns[field]]
             yield manifest.relative(path, out), done[number][3]["size"], rows, columns
 
 
 def _column_type(field, summaries):
-    """Returns the pyarrow type that holds all values of a field; text where there are several kinds."""
+    """Returns the pyarrow type that holds all values of a field; JSON where they are lists or of several kinds."""
     import pyarrow
 
     kinds = set().union(*(summary["types"].get(field, ()) for summary in summaries)) - {"none"}
     if not kinds:
         raise UserError(f"--columns: no sample has a field {field!r}")
-    numbers = {("int",): pyarrow.int64(), ("float",): pyarrow.float64(), ("bool",): pyarrow.bool_()}
-    return numbers.get(tuple(kinds), pyarrow.float64() if kinds == {"int", "float"} else pyarrow.string())
+    types = {"int": pyarrow.int64(), "float": pyarrow.float64(), "bool": pyarrow.bool_(), "str": pyarrow.string()}
+    return types.get(kinds.pop(), pyarrow.json_()) if len(kinds) == 1 else pyarrow.json_()
 
 
 def main(argv=None):

@@ -37,7 +37,7 @@ import numpy as np
 from absl import logging
 
 from clip_jax.data.blocks import Block, BlockSource
-from clip_jax.data.records import PEEKED, hash64, listed
+from clip_jax.data.records import CANONICAL, PEEKED, hash64, listed
 from clip_jax.data.shared import Shared
 from clip_jax.errors import UserError
 
@@ -287,11 +287,15 @@ class ShardSource(BlockSource):
         return UserError(f"{path} changed since the manifest was made; make it again: {self._manifest.remedy}")
 
     def column(self, field):
-        """Returns the values of a field of all records, from the manifest; None where it has no such column.
+        """Returns the values of a field of all records, from the manifest.
 
-        A slice of them is a `pyarrow.ChunkedArray`.
+        A slice of them is a `pyarrow.ChunkedArray`. None where the manifest has no such column, and where the records
+        do not have the field as it is in the shards, such as the names of labels.
         """
-        return self._manifest.column(field) if self._manifest else None
+        column = self._manifest.column(field) if self._manifest else None
+        if column is None or field not in (*CANONICAL, self._fields.image, self._fields.label):
+            return column
+        return column if field == self._fields.label == "label" and str(column[:1].type) == "int64" else None
 
     def _span_of(self, number):
         """Returns the path, start and end of a block."""

@@ -104,7 +104,8 @@ def records_of(data, lines=False):
 
 def preferred(fields):
     """Returns the image field and the label field: a sample's own members, not fields of its JSON."""
-    return {"image": "image", "label": "cls" if "cls" in fields else None}
+    is_member = isinstance(fields.get("cls"), bytes)
+    return {"image": "image", "label": "cls" if is_member else None}
 
 
 def captions(raw):

@@ -206,6 +206,13 @@ def test_a_shard_that_changed_is_named(data):
             change()
 
 
+def test_a_shard_with_other_records_of_the_same_number_is_named(data):
+    source = make_source(make(data))
+    write_tar(data / "2.tar", [(name, content * 99) for name, content in members(2)])
+    with pytest.raises(UserError, match="2.tar changed since the manifest was made"):
+        source.read_block(6)
+
+
 def test_files_that_are_no_manifest_of_this_version(data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "VERSION", 7)

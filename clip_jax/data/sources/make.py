@@ -120,7 +120,10 @@ def _make_base(base, options, split, fields, name):
         raise UserError(f"{name}: captions={lines}: allowed is captions=lines, each line of a .txt member a caption")
     folder = options.pop("shards", "")
     if options:
-        raise unknown(f"{name}: unknown option", next(iter(options)), _STEPS)
+        key = next(iter(options))
+        if key in _STEPS:
+            raise UserError(f"{name}: {key}= is a step of its own; write it after another '?'")
+        raise unknown(f"{name}: unknown option", key, (*_STEPS, "captions", "shards"))
     if lines or folder:
         return _source_at(base, split, fields, bool(lines), folder)
     if base.startswith("tfds:"):

@@ -14,6 +14,7 @@ from clip_jax.data.shared import Shared
 from clip_jax.data.sources import make_source, manifest, shards
 from clip_jax.data.sources.manifest import Manifest
 from clip_jax.errors import UserError
+from clip_jax.runtime import faults
 from clip_jax.tools import manifest as tool
 
 COLUMNS = ("width", "license", "score", "mixed")
@@ -119,7 +120,7 @@ def test_a_selection_by_columns_of_any_values_is_that_by_records(tmp_path):
         meta = {"tags": value if isinstance(value, list) else None, "mixed": value, "label": f"class {i}"}
         found += [*pair(str(i), i), (f"{i}.json", json.dumps(meta).encode())]
     write_tar(tmp_path / "0.tar", found)
-    path = make(tmp_path, "--columns=tags,mixed,label")
+    path = make(tmp_path, "--columns=tags,mixed, label,tags")
     fields = ("has=tags", "label=tags", "where=tags:['b']", "part=tags:!1/2", "has=mixed", "label=mixed")
     for option in (*fields, "where=mixed:1", "where=mixed:1.0", "where=mixed:True", "part=mixed:!1/3", "by=mixed"):
         read, chosen = make_source(f"{tmp_path}/0.tar?{option}"), make_source(f"{path}?{option}")
@@ -159,6 +160,23 @@ def test_processes_give_the_same_manifest(data):
     assert parquet.read_table(one).equals(parquet.read_table(two))
 
 
+def test_interrupted_and_killed(data, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = [f"{data}/*.tar", f"--out={data}/a.parquet"]
+    monkeypatch.setattr(tool, "find_shards", interrupt)
+    assert tool.main(arguments) == faults.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted; the same command resumes\n"
+    monkeypatch.setattr(tool, "find_shards", shards.find_shards)
+    monkeypatch.setattr(tool, "scan", _end)
+    assert "a worker process was killed" in refused(capsys, *arguments, "--processes=2")
+
+
+def _end(kind, path, length, columns):
+    os.kill(os.getpid(), 9)
+
+
 def test_parts_of_another_data_set_are_refused(data, capsys):
     out = make(data, "--part=1/2", out=data / "x.parquet")
     line = refused(capsys, f"{data}/[01].tar", f"--out={out}", "--length=3", "--part=2/2")
@@ -176,6 +194,7 @@ def test_parts_of_another_data_set_are_refused(data, capsys):
         (["--out=gs://b/x.parquet"], "must be a local path"),
         (["--out=x.parquet", "--part=3/2"], "--part=3/2 must be one of 1/N to N/N"),
         (["--out=x.parquet", "--part=1/2", "--join"], "--join takes no --part"),
+        (["--out=x.parquet", "--join"], "x.parquet.parts: no such folder; --part=1/N to --part=N/N make it"),
         (["--out=x.parquet", "--processes=0"], "--processes=0 must be at least 1"),
         (["--out=x.parquet", "--processes=1", "--columns=widht"], "no sample has a field 'widht'"),
     ],

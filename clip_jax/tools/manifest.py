@@ -16,7 +16,7 @@ that see the same OUT, run `--part=1/4` to `--part=4/4`, one on each, and then t
 
 import base64
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import functools
 import hashlib
 import json
@@ -26,16 +26,18 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
-import threading
 import time
 import zlib
 
 from clip_jax.data.records import BadRecord, plain
 from clip_jax.data.sources import manifest
 from clip_jax.data.sources.shards import find_shards, load_format, scan_shard
+from clip_jax.data.threads import end_with_parent
 from clip_jax.errors import UserError
 from clip_jax.runtime import command
+from clip_jax.tools.passes import run_command
 
 _SECONDS = 10.0  # between lines of progress
 _FEW = 5  # shards that could not be read, which are named at the end
@@ -220,6 +222,11 @@ def scan_part(kind, shards, parts, part, processes, length, columns, show):
                 if time.monotonic() - shown >= _SECONDS:
                     shown = time.monotonic()
                     show(_progress(finished, len(todo), samples, shown - start))
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, which happens when the memory is full; the same command continues, with "
+                f"fewer --processes than {processes}"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -231,17 +238,13 @@ def _pool(processes):
     if processes == 1:
         return concurrent.futures.ThreadPoolExecutor(1)
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_end_with_parent)
+    return concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_prepare)
 
 
-def _end_with_parent():
-    """Lets a worker process end when the command is killed; else it waits for work for ever."""
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _prepare():
+    """Lets a worker process end at Ctrl-C without a message, and when the command is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()
 
 
 def _progress(finished, todo, samples, seconds):
@@ -333,15 +336,17 @@ def main(argv=None):
     )
     parser.add_argument("--length", type=int, default=512, help="samples of a block (default: 512)")
     args = parser.parse_args(argv)
-    return command.run(lambda: _main(args))
+    return run_command(lambda: _main(args))
 
 
 def _main(args):
     _check(args)
     kind, shards = find_shards(args.source)
-    columns = list(filter(None, args.columns.split(",")))
+    columns = list(dict.fromkeys(filter(None, map(str.strip, args.columns.split(",")))))
     digest = hashlib.blake2b("\0".join(shards).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     job = {"source": args.source, "format": kind, "shards": len(shards), "digest": digest, "columns": columns}
+    if args.join and not os.path.isdir(f"{args.out}.parts"):
+        raise UserError(f"{args.out}.parts: no such folder; --part=1/N to --part=N/N make it")
     parts = Parts(args.out, job | {"length": args.length})
     if not args.join:
         scan_part(kind, shards, parts, args.part or "1/1", args.processes, args.length, columns, print)

@@ -13,7 +13,7 @@ from data_helpers import write_tar
 
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import ranges, tar
-from clip_jax.data.sources.shards import ShardSource, format_of, scan_shards
+from clip_jax.data.sources.shards import ShardSource, format_of, scan_shards, scanned_source
 from clip_jax.data.sources.webdataset import WebDatasetSource
 from clip_jax.errors import UserError
 
@@ -162,6 +162,13 @@ def test_a_remote_shard_is_scanned_in_large_pieces(tmp_path, monkeypatch):
     assert tar.scan("memory://tar_blocks/a.tar", 8) == tar.scan(str(tmp_path / "a.tar"), 8)
     assert len(reads) <= len(data) // 20_000 + 2 and all(end - start <= 20_000 for start, end in reads)
     assert all(b[0] > a[0] for a, b in zip(reads, reads[1:], strict=False))  # forwards alone
+
+
+def test_a_field_cls_of_the_json_is_no_label(tmp_path):
+    path = str(tmp_path / "a.tar")
+    write_tar(path, [*pair("0", 0), ("0.json", b'{"cls": "cat"}')])
+    record = scanned_source(path, "x")[0]
+    assert ("label" in record, record["cls"]) == (False, "cat")
 
 
 def test_a_shard_that_shrank_or_changed_is_named(tmp_path):

@@ -14,6 +14,7 @@ from clip_jax.data.blocks import Block, blocks_of, is_sequential, read_block
 from clip_jax.data.lanes import choose_lanes
 from clip_jax.data.order import Order, randomness
 from clip_jax.data.records import BadRecord, listed
+from clip_jax.data.threads import end_with_parent
 from clip_jax.data.views import RenderView, TextView, make_example
 from clip_jax.data.windows import WindowReader
 from clip_jax.errors import UserError, did_you_mean
@@ -86,6 +87,10 @@ class Batches(abc.ABC):
         self._check_fields()
         zeros = {key: np.zeros_like(value) for key, value in self._with_defaults(probes[0]).items()}
         self.padding = zeros | {"example_id": np.int64(-1)}
+
+    def __setstate__(self, state):
+        self.__dict__ |= state
+        end_with_parent()  # a worker process gets a copy
 
     def __getstate__(self):
         return self.__dict__ | {"_cache": {}, "_bad": {}}

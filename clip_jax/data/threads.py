@@ -1,11 +1,26 @@
 """Threads that work ahead with results in order, and the runs of records that one thread reads."""
 
 import functools
+import multiprocessing
 import os
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+
+@functools.cache
+def end_with_parent():
+    """Lets a worker process end when its parent is killed; else it waits for work for ever. Elsewhere does nothing."""
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+
+    def wait():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def mapped(work, items, ahead):

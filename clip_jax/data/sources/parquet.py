@@ -85,7 +85,9 @@ def block_bytes(path, start, end):
 
 def values(path, start, end, fields):
     """Returns `{field: values of all records}` of a block for those of the fields that the file has; reads no other."""
-    names = [field for field in fields if field in schema_of(path).names]
+    schema = schema_of(path)
+    image = arrow_columns.image_column(schema)
+    names = [name for name in arrow_columns.kept_columns(schema, image) if name in fields and name != image]
     try:
         found = batches(path, start, end, names) if names else []
     except errors() as error:

@@ -13,6 +13,7 @@ A model is any object with
   text_similarity(z_text, z_image): `[m, ...]`, `[n, ...]` -> `[m, n]`, where it is not the transpose of `similarity`.
   patch_similarity(images, texts): n images uint8 `[n, size, size, 3]` and their n texts -> float32 `[n, P, L]`, the
     similarity of each patch and each token of the text, -inf for padding. The attribute may be None.
+  scale: the factor of the similarities in the softmax of the loss, a float.
   token_ids(texts): a list of n strings -> an array `[n, ...]`, equal for texts that the model cannot tell apart.
   process_shard: `(index, count)`, which of `count` shards of the images this process reads; with `embed_image_share`
     and `image_features_share`.

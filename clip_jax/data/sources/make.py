@@ -26,7 +26,7 @@ A base is one of
 A path or pattern may hold wildcards, numeric ranges and "{split}". A step changes the source before it:
 
     SOURCE?where=FIELD:VALUE               a selection by a field: `clip_jax.data.sources.selection`
-    SOURCE?index=FOLDER                    the records that `clip_jax.tools.filter` kept
+    SOURCE?index=FOLDER                    the records that an index keeps: `clip_jax.data.sources.index`
     SOURCE?uids=FILE.npy                   the records of a subset that DataComp publishes
     SOURCE?columns=PATH                    additional fields from a file or folder: `clip_jax.data.sources.columns`
 

@@ -59,19 +59,20 @@ def read_image(value, source, data=None):
 
     Raises UserError when it cannot be read.
     """
+    given = f"--image={value}" if data is None else value
     try:
         if data is not None:
             name = value
         elif match := re.fullmatch(r"#(\d+)", value):
             if int(match[1]) >= len(source):
-                raise UserError(f"--image={value}: {source.name} has the records #0 to #{len(source) - 1}")
+                raise UserError(f"{given}: {source.name} has the records #0 to #{len(source) - 1}")
             record = source[int(match[1])]
             name, data = " ".join([value, *record["texts"][:1]]), record.get("image")
         else:
             name, data = value, read_file(value)
         return name, decode.flatten(decode.open_image(data))
     except BadRecord as bad:
-        raise UserError(f"--image={value}: {bad.args[0]}") from None
+        raise UserError(f"{given}: {bad.args[0]}") from None
 
 
 def make_queries(model, texts=(), images=(), plus=(), minus=()):

@@ -49,7 +49,7 @@ def _card(rank, hit, thumbnail, link, similar):
         lines.append(f"<b>{text}</b>")
     if "record" in hit:
         folder, name = os.path.split(hit["path"])
-        name = html.escape(name or f"record {hit['record']}")
+        name = html.escape(name or f"record {hit['record']}").replace("_", "_<wbr>")
         lines.append(f'<span class="name">{_linked(name, address)}</span>')
         place = f"#{hit['record']} {folder}".strip()
         lines.append(f'<span class="small">{html.escape(place)}</span>')
@@ -64,9 +64,9 @@ def _linked(content, address):
 
 
 def _size(hit):
-    """Returns the size of a hit's picture, ", 640 × 480 pixels"; empty where there is none."""
+    """Returns the size of a hit's picture, ", 640 × 480"; empty where there is none."""
     try:
         width, height = decode.open_image(hit["image"]).size
     except (BadRecord, KeyError):
         return ""
-    return f", {width:,} × {height:,} pixels"
+    return f", {width:,} × {height:,}"

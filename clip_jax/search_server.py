@@ -88,7 +88,9 @@ class App:
 
     def page(self, fields):
         """Returns `(status, page)` of a query, a dict of strings with "image" bytes; {} for none."""
+        of_picture = bool(fields.get("image") or fields.get("record"))
         text, plus, minus = (fields.get(name, "").strip() for name in ("text", "plus", "minus"))
+        text = "" if of_picture else text
         form = _FORM.format(text=html.escape(text), plus=html.escape(plus), minus=html.escape(minus))
         try:
             with self._lock:
@@ -97,8 +99,7 @@ class App:
                     images = [self.read_image(fields.get("filename") or "the picture", fields["image"])]
                 elif fields.get("record"):
                     images = [self.read_image(f"#{fields['record']}", None)]
-                texts = [text] if text and not images else []
-                signs = [[value] if value else [] for value in (plus, minus)]
+                texts, *signs = ([value] if value else [] for value in (text, plus, minus))
                 results = self.ask(texts, images, *signs) if texts or images else []
                 if not results and (plus or minus):
                     raise UserError("plus and minus change a query: give a text or a picture")

@@ -66,7 +66,7 @@ class Page(HTMLParser):
       data: the JSON of the first script that is JSON.
     """
 
-    VOID = {"meta", "img", "input", "source"}
+    VOID = {"meta", "img", "input", "source", "wbr"}
 
     def __init__(self, text):
         super().__init__()

@@ -214,7 +214,7 @@ def test_the_command_finds_images_and_writes_a_page(workdir, model, photos, tmp_
     parsed = Page(text)
     (address, *_) = [a["href"] for a in parsed.find("a") if a["href"].startswith("file:")]
     assert address == (photos / f"{best[0]}.png").as_uri()
-    assert f"32 × 24 pixels number {best[0] // 2} <&> {best[0]}.png #{best[0]} {photos}" in parsed.text
+    assert f"32 × 24 number {best[0] // 2} <&> {best[0]}.png #{best[0]} {photos}" in parsed.text
     assert f"Searched 9 images of {photos} Checkpoint {workdir}, step 2 Model clip, " in parsed.text
 
 
@@ -317,10 +317,10 @@ def test_the_search_page_answers_texts_and_uploads_on_this_machine_alone(served,
     assert status == 200 and addresses[0] == "/picture/4" and "my <i>.png" in page.text
     assert served("GET", addresses[0]) == (200, "image/png", data)
     similar = Page(served("GET", "/?record=4")[2].decode())
-    assert [a["href"] for a in similar.find("a")][1:4] == ["/picture/4", "/picture/4", "/?record=4"]
+    assert [a["href"] for a in similar.find("a")][2:5] == ["/picture/4", "/picture/4", "/?record=4"]
 
     broken = served("POST", "/", body.replace(data, b"no picture") + b"--frame--\r\n", form)
-    assert broken[0] == 400 and "corrupt image" in Page(broken[2].decode()).text
+    assert broken[0] == 400 and "my <i>.png: corrupt image" in Page(broken[2].decode()).text
     assert served("GET", "/?minus=snow")[0] == served("GET", "/?record=99")[0] == 400
     assert served("GET", "/picture/99")[0] == served("GET", "/etc/passwd")[0] == 404
     assert served("POST", "/", b"text=a", {"Content-Type": "text/plain"})[0] == 400

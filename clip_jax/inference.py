@@ -277,7 +277,8 @@ def load(path, which="latest", ema=None, mesh=None, overrides=(), **options):
       mesh: the mesh; None: all devices, with the parameters replicated.
       overrides: changes of the stored configuration, `["eval.batch_size=64", ...]`. They must not change the shapes of
         the weights.
-      options: for third-party weights, those of `clip_jax.interop.load.load`: `act`, `heads`, `size`, `tokenizer`.
+      options: for third-party weights, those of `clip_jax.interop.load.load`: `act`, `heads`, `size`, `tokenizer`,
+        `alpha`.
 
     Raises UserError when the checkpoint or file is missing or cannot be read.
     """

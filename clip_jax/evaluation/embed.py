@@ -29,6 +29,7 @@ from clip_jax.data.records import BadRecord, Record, label_tuple, several_labels
 from clip_jax.data.sources import make_source
 from clip_jax.data.sources.splits import evaluation_split
 from clip_jax.errors import UserError
+from clip_jax.evaluation.class_names import label_hint
 from clip_jax.evaluation.results import Images
 from clip_jax.runtime import hosts
 
@@ -151,7 +152,8 @@ def label_sets(embedded, source, task, classes=None):
     for row, of_image in zip(labels, sets, strict=True):
         row[: len(of_image)] = of_image
     if unlabelled := sum(not of_image for of_image in sets):
-        raise UserError(f"{task}: {source.name} has records without a label: {unlabelled} of {len(labels)}")
+        hint = label_hint(embedded.records[0]) if unlabelled == len(labels) else ""
+        raise UserError(f"{task}: {source.name} has records without a label: {unlabelled} of {len(labels)}{hint}")
     if classes is not None and labels.max() >= classes:
         given = f"{source.name} has labels {labels[labels >= 0].min()}..{labels.max()}"
         raise UserError(f"{task}: {given}, but there are names for 0..{classes - 1}")

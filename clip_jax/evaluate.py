@@ -26,7 +26,7 @@ import time
 
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError, unknown
-from clip_jax.evaluation.results import merge_results
+from clip_jax.evaluation.results import EvalResult, merge_results
 from clip_jax.evaluation.tasks import check, parse_tasks, summary
 from clip_jax.evaluation.tasks import parse_task as parse_task
 from clip_jax.runtime import command, hosts, lock, storage
@@ -47,11 +47,14 @@ def run(model, tasks, log=print):
 
     Raises UserError for a wrong task string, two tasks with metrics of one name, or unusable data.
     """
-    results = []
+    from clip_jax.evaluation.report.head import describe_task
+
+    results = [EvalResult({}, model=model.facts() if hasattr(model, "facts") else {})]
     for task in parse_tasks([tasks] if isinstance(tasks, str) else tasks, "tasks"):
         result = task(model)
         for line in summary(result):
             log(line)
+        result.evaluated.append(describe_task(task))
         results.append(result)
     return merge_results(results)
 
@@ -81,7 +84,7 @@ def write_report(workdir, config, result, path=None):
     return assembly.write_report(
         path,
         result,
-        title=f"{config.method} on {config.data.source}",
+        title=f"{config.method} on {config.data.source.replace('{split}', config.data.split)}",
         config=config.to_dict(),
         metrics_jsonl=workdir / "metrics.jsonl",
     )

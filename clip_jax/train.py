@@ -121,6 +121,7 @@ class Run:
         params = state.ema if self.config.eval.ema else state.params
         with faults.stage("evaluation"):
             model = Model(self.config, self.method, params, state.extra, self.tokenizer, self.mesh)
+            model.step, model.ema = int(state.step), self.config.eval.ema
             result = evaluate.run(model, tasks, self.log)
         if result.metrics:
             self.writer.write(int(state.step), result.metrics)

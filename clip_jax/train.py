@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_jax import config as config_lib
-from clip_jax import init_from
+from clip_jax import init_from, preflight
 from clip_jax.data.reading import configured_reading
 from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import command, compile_cache, faults, goodput, host_log, hosts, profile, storage
 from clip_jax.version import __version__
 
 # Importing JAX takes seconds and wrong input is refused before, so functions import what needs JAX.
+
+make_parts = preflight.make_parts
 
 #: Request shared by all hosts: 0 none, SAVE saves now, a larger value is the exit status after saving.
 SAVE = 1
@@ -40,27 +42,10 @@ def parse_args(argv):
     )
     hosts.add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
-    return config_lib.load(args.config, config_lib.parse_overrides(rest)), args.workdir, hosts.from_arguments(args)
-
-
-def make_parts(config):
-    """Returns `(config, source, tokenizer, method)`, all checked, without touching a device. Raises UserError."""
-    from clip_jax import evaluate
-    from clip_jax.data.loader import check_source
-    from clip_jax.data.sources import configured_source
-    from clip_jax.data.tokenizers import make_tokenizer
-    from clip_jax.methods import interface
-
-    config_lib.validate(config)
-    profile.check(config)
-    evaluate.check_tasks(config)
-    tokenizer = make_tokenizer(config.tokenizer)
-    data, source = config.data, configured_source(config.data)
-    config = interface.resolve(config, tokenizer, source)
-    method = interface.make_method(config)
-    one_source = data.sampling == "one_source"
-    check_source(source, method.views, tokenizer, data.batch_size, one_source, configured_reading(data))
-    return config, source, tokenizer, method
+    overrides = config_lib.parse_overrides(rest)
+    config = config_lib.load(args.config, overrides)
+    preflight.need_data(args.config, config, overrides)
+    return config, args.workdir, hosts.from_arguments(args)
 
 
 def make_loader(config, source, tokenizer, method, mesh, start_step):
@@ -84,6 +69,7 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     """
     import jax
 
+    from clip_jax import program
     from clip_jax.runtime import sharding
     from clip_jax.training.step import make_init
 
@@ -91,7 +77,9 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     rng = jax.random.key(config.seed)
     shapes = jax.eval_shape(init, rng)
     shardings = sharding.state_shardings(shapes, mesh, method.sharding_rules)
-    state = checkpointer.restore(sharding.with_shardings(shapes, shardings))
+    parts = program.Program(config, method, tx, sharding.with_shardings(shapes, shardings), batch)
+    preflight.check_room(parts, checkpointer.folder.parent, not checkpointer.newest())
+    state = checkpointer.restore(parts.state)
     if state is None:
         if config.init_from:
             init_from.check(config, shapes, tokenizer)
@@ -228,7 +216,9 @@ def compile_on_all_hosts(run, source, tx, state, batch):
     start = time.perf_counter()
     parts = program.Program(run.config, run.method, tx, state, batch)
     step_fn, found = compile_cache.run(lambda: program.compile_step(parts), run.cache)
-    flops, size = program.model_flops(run.config), program.device_bytes(step_fn)
+    size = program.device_bytes(step_fn)
+    preflight.check_step(parts, size)
+    flops = program.model_flops(run.config)
     # A host with a cached step waits here, outside of the stage "step", whose time is limited.
     hosts.wait("compiled")
     found, seconds = sum(hosts.gather(found)), time.perf_counter() - start

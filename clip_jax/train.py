@@ -16,6 +16,7 @@ from typing import Any
 
 from clip_jax import config as config_lib
 from clip_jax import init_from, preflight
+from clip_jax.data import summary
 from clip_jax.data.reading import configured_reading
 from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import command, compile_cache, faults, goodput, host_log, hosts, profile, storage
@@ -299,6 +300,9 @@ def loop(run, source, tx, state):
     steps = config.train.steps
     loader = make_loader(config, source, run.tokenizer, run.method, run.mesh, first - 1)
     skipped = loader.skipped.total()
+    if first == 1 and hosts.is_first():
+        for line in summary.describe(source, run.method.views, run.tokenizer):
+            run.log(line)
     run.log("\n".join(filter(None, [loader.blocks, "reading the first batch and compiling the step ..."])))
     batch, waited = next_batch(loader, run.mesh)[0], 0.0  # nothing trains yet
     step_fn, flops = compile_on_all_hosts(run, source, tx, state, batch)

@@ -4,7 +4,7 @@
 
 Variants, after a colon; clip_jax/methods/declip.py documents the section declip, docs/recipes/declip.md every constant:
   (none)   model, data and optimizer of configs/clip.py:emoji, sized for 2 CPU cores, for half of its steps: a step runs
-           each tower twice and costs 2.6 times CLIP's FLOPs (benchmarks/methods.py). README.md gives its result
+           each tower twice and costs 2.6 times CLIP's FLOPs (benchmarks/methods.py). docs/results.md gives its result
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   small_paper small_slip small_defilip
            other sums of loss terms on the embedded images

@@ -48,9 +48,20 @@ class Source:
     resize: str = "antialias"
 
 
-def check_path(config, workdir):
-    """Checks, before a device is touched, that a new run in `workdir` finds its weights. Raises UserError."""
+def check(config, tokenizer, workdir):
+    """Checks, without touching a device, that a new run in `workdir` finds its weights and that they fit.
+
+    Args:
+      config: the configuration, resolved.
+      tokenizer: the run's tokenizer.
+      workdir: the work folder.
+
+    Raises UserError as `start` does.
+    """
+    import jax
+
     from clip_jax.interop.towers.files import is_foreign, sources
+    from clip_jax.methods.interface import init_shapes
     from clip_jax.training import checkpoint
 
     for field in config.init_from_allow:
@@ -67,19 +78,7 @@ def check_path(config, workdir):
         except UserError as error:
             hint = f"train it first with --workdir={path}, or name another one: --config.init_from=PATH"
             raise UserError(f"init_from: {error}; {hint}") from None
-
-
-def check(config, shapes, tokenizer):
-    """Checks that the weights of `config.init_from` fit the run, before its state is made; raises as `start` does.
-
-    Args:
-      config: the configuration.
-      shapes: the `TrainState` of the run as shapes.
-      tokenizer: the run's tokenizer.
-    """
-    import jax
-
-    for _ in _matched(config, jax.eval_shape(_flat, shapes.params, shapes.extra), tokenizer):
+    for _ in _matched(config, jax.eval_shape(_flat, *init_shapes(config)), tokenizer):
         pass
 
 
@@ -285,7 +284,7 @@ def _own(path):
     """Returns the Source of a checkpoint of this project: its moving average when its configuration evaluates that."""
     import jax
 
-    from clip_jax.methods.interface import make_method
+    from clip_jax.methods.interface import init_shapes, make_method
     from clip_jax.runtime import sharding
     from clip_jax.training import checkpoint
 
@@ -295,8 +294,7 @@ def _own(path):
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
     config = config_lib.from_json(json.dumps(meta["config"]))
-    method = make_method(config)
-    params, extra = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2))
+    params, extra = init_shapes(config)
     weights = "ema" if config.eval.ema else "params"
     unstacked = jax.eval_shape(_flat, params, extra)
 
@@ -310,7 +308,7 @@ def _own(path):
 
         tree = _only({weights: params, "extra": extra}, is_needed)
         mesh = next(iter(targets.values())).sharding.mesh
-        placed = sharding.with_shardings(tree, sharding.state_shardings(tree, mesh, method.sharding_rules))
+        placed = sharding.with_shardings(tree, sharding.state_shardings(tree, mesh, make_method(config).sharding_rules))
         try:
             state = checkpoint.restore_arrays(folder, placed)
         except UserError as error:

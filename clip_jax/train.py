@@ -93,8 +93,6 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     shardings = sharding.state_shardings(shapes, mesh, method.sharding_rules)
     state = checkpointer.restore(sharding.with_shardings(shapes, shardings))
     if state is None:
-        if config.init_from:
-            init_from.check(config, shapes, tokenizer)
         state = jax.jit(init, out_shardings=shardings)(rng)
         state = state.replace(extra=sharding.place(method.init_from_data(state.extra, source, mesh), shardings.extra))
         if config.init_from:
@@ -161,7 +159,7 @@ def train(config, workdir, log=print, cluster=None):
     # The hosts join before data is opened, because they may take very different times for that.
     hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
     config, source, tokenizer, method = make_parts(config)
-    init_from.check_path(config, workdir)
+    init_from.check(config, tokenizer, workdir)
     hosts.devices()
     with faults.stage("waiting until all hosts have opened their data"):
         hosts.wait("opened")

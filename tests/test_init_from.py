@@ -25,7 +25,7 @@ def flat(params):
 def begin(workdir, *overrides, save=True):
     """Returns `(state, lines)` of a run before its first step, which is saved as checkpoint 0."""
     config, source, tokenizer, method = train.make_parts(tiny_config(*overrides))
-    init_from.check_path(config, workdir)
+    init_from.check(config, tokenizer, workdir)
     mesh = sharding.make_mesh(config.mesh)
     batch = method.batch_spec(config.data.batch_size)
     lines = []

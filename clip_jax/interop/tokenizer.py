@@ -3,9 +3,6 @@
 import json
 import pathlib
 
-from clip_jax.data.tokenizers import make_tokenizer
-from clip_jax.data.tokenizers.clip_bpe import ClipBpeTokenizer
-from clip_jax.data.tokenizers.wordpiece import WordPieceTokenizer
 from clip_jax.errors import UserError
 
 CLIP_VOCABULARY = 49408
@@ -13,35 +10,35 @@ GEMMA_VOCABULARY = 256_000
 
 
 def find(folder, method, vocab_size):
-    """Returns the tokenizer in a folder, otherwise CLIP's or CLIPPO's own when it fits, otherwise None.
+    """Returns the spec of the tokenizer in a folder, otherwise of CLIP's or CLIPPO's own when it fits, otherwise None.
 
     Args:
       folder: the folder of the weights.
       method: the model's method.
       vocab_size: of the text tower, or None.
 
-    Raises UserError for a damaged file.
+    `clip_jax.data.tokenizers.make_tokenizer` takes the spec. Raises UserError for a damaged file.
     """
     folder = pathlib.Path(folder)
     if method == "clippo":
-        return make_tokenizer("unifont")
+        return "unifont"
     if method == "siglip":
         return _siglip(folder, vocab_size)
     if method == "align":
         return (
             _of_json(folder)
             if not (folder / "vocab.txt").is_file()
-            else make_tokenizer(f"wordpiece:{folder / 'vocab.txt'}")
+            else f"wordpiece:{folder / 'vocab.txt'}"
         )
     if (folder / "merges.txt").is_file():
-        return make_tokenizer(f"clip_bpe:{folder / 'merges.txt'}")
+        return f"clip_bpe:{folder / 'merges.txt'}"
     if (folder / "tokenizer.json").is_file():
         return _of_json(folder)
-    return make_tokenizer("clip_bpe") if vocab_size == CLIP_VOCABULARY else None
+    return "clip_bpe" if vocab_size == CLIP_VOCABULARY else None
 
 
 def _siglip(folder, vocab_size):
-    """Returns SigLIP's tokenizer or None.
+    """Returns the spec of SigLIP's tokenizer or None.
 
     SigLIP cleans a text to lower-case words without punctuation, as in open_clip and transformers. SigLIP 2, which has
     Gemma's vocabulary, only lowers the case, as in big_vision. Files of `clip_jax.interop.export` name the cleaning.
@@ -54,21 +51,17 @@ def _siglip(folder, vocab_size):
             raise UserError(f"{config}: not a tokenizer configuration ({type(error).__name__}: {error})") from None
     for name in ("tokenizer.json", "spiece.model", "tokenizer.model"):
         if (folder / name).is_file():
-            return make_tokenizer(f"siglip:{folder / name}?clean={clean}")
+            return f"siglip:{folder / name}?clean={clean}"
     return None
 
 
 def _of_json(folder):
-    """Returns CLIP's or BERT's tokenizer from a `tokenizer.json`, or None."""
+    """Returns the spec of CLIP's or BERT's tokenizer in a `tokenizer.json`, or None."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
     try:
-        model = json.loads(file.read_text())["model"]
-        if model.get("type", "BPE") == "WordPiece":
-            vocab = sorted(model["vocab"], key=model["vocab"].get)
-            return WordPieceTokenizer("\n".join(vocab).encode())
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        kind = json.loads(file.read_text())["model"].get("type", "BPE")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a Hugging Face tokenizer ({type(error).__name__}: {error})") from None
-    return ClipBpeTokenizer("\n".join(["#version: 0.2", *merges]).encode())
+    return f"{'wordpiece' if kind == 'WordPiece' else 'clip_bpe'}:{file}"

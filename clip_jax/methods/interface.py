@@ -161,6 +161,17 @@ def make_method(config):
     return _module(config).make(config)
 
 
+def init_shapes(config):
+    """Returns `(params, extra)` of the method of a configuration as shapes, without touching a device.
+
+    Raises UserError as `make_method` does.
+    """
+    config = config.copy_and_resolve_references()
+    config.model.dtype = "float32"  # in which attention does not ask for the kind of the devices
+    method = make_method(config)
+    return jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0), method.batch_spec(2))
+
+
 def resolve(config, tokenizer, source=None):
     """Returns a copy of the configuration with the fields that follow from the tokenizer and from the data.
 

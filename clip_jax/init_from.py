@@ -71,7 +71,7 @@ def check(config, tokenizer, workdir):
         return
     for path in sources(config.init_from).values():
         if is_foreign(path):
-            _recognize(path)
+            recognized(path)
             continue
         try:
             checkpoint.find(path)
@@ -245,7 +245,8 @@ def _resize(path, pos, target, model, how):
     return jax.make_array_from_callback(target.shape, target.sharding, new.astype(target.dtype).__getitem__)
 
 
-def _recognize(path):
+def recognized(path):
+    """Returns the `Foreign` model of third-party weights; raises UserError that names `init_from`."""
     from clip_jax.interop import recognize
 
     try:
@@ -261,7 +262,7 @@ def _foreign(path):
     from clip_jax.interop import layouts
     from clip_jax.interop import load as interop
 
-    foreign = _recognize(path)
+    foreign = recognized(path)
     ours = interop.shapes(foreign.config)
     entries = foreign.entries(ours)
     layouts.check(entries, foreign.tensors, ours, foreign.ignored, f"init_from: {foreign.file}")

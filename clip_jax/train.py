@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_jax import config as config_lib
-from clip_jax import init_from
+from clip_jax import from_weights, init_from
 from clip_jax.data.reading import configured_reading
 from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import command, compile_cache, faults, goodput, host_log, hosts, profile, storage
@@ -40,7 +40,7 @@ def parse_args(argv):
     )
     hosts.add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
-    return config_lib.load(args.config, config_lib.parse_overrides(rest)), args.workdir, hosts.from_arguments(args)
+    return from_weights.load(args.config, config_lib.parse_overrides(rest)), args.workdir, hosts.from_arguments(args)
 
 
 def make_parts(config):
@@ -51,6 +51,7 @@ def make_parts(config):
     from clip_jax.data.tokenizers import make_tokenizer
     from clip_jax.methods import interface
 
+    config = from_weights.take(config)
     config_lib.validate(config)
     profile.check(config)
     evaluate.check_tasks(config)

@@ -157,7 +157,7 @@ def _take_method(taken, theirs, is_set):
         problem = f"method={theirs.method!r} there, {taken.method!r} here, whose {missing} they lack"
         return [] if is_whole else [f"{problem} (use configs/clip.py:finetune, or choose with init_from_params)"]
     taken.method = theirs.method
-    for section in theirs.keys() - config_lib.base().keys() - taken.keys():
+    for section in set(theirs) - set(config_lib.base()) - set(taken):
         taken[section] = theirs[section]
     return []
 

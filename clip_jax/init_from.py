@@ -114,6 +114,21 @@ def start(config, state, tokenizer):
     return state.replace(params=params, extra=extra, ema=ema), line
 
 
+def complete(state, method, tokenizer, mesh):
+    """Returns a new state with the parameters that `Method.start` computes from others."""
+    import jax
+
+    from clip_jax.methods.interface import Method
+    from clip_jax.runtime import sharding
+
+    if method.start is Method.start:
+        return state
+    params = method.start(state.params, state.extra, tokenizer, mesh)
+    params = sharding.place(params, jax.tree.map(lambda x: x.sharding, state.params))
+    ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
+    return state.replace(params=params, ema=ema)
+
+
 def _matched(config, current, tokenizer):
     """Yields `(Source, {path: array or shape of the run}, paths to resize)` of each source; raises as `start` does."""
     from clip_jax.interop.towers.files import is_foreign, sources

@@ -99,6 +99,7 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
         if config.init_from:
             state, line = init_from.start(config, state, tokenizer)
             log(line)
+        state = init_from.complete(state, method, tokenizer, mesh)
     return state, tx
 
 

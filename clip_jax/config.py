@@ -21,8 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "plain")
 _COLOURS = ("image_mean", "image_std")
-#: Fields that hold tuples of str.
-_TEXTS = set(
+_TEXTS = set(  # fields that hold tuples of str
     "augment templates rewrites transform tasks train_tasks init_from_params init_from_allow freeze no_decay".split()
 )
 ORDERS = ("auto", "records", "blocks")
@@ -392,7 +391,8 @@ def validate(config):
     for key, allowed in (choices | {"data.sampling": SAMPLINGS, "data.order": ORDERS}).items():
         if _get(config, key) not in allowed:
             raise unknown(key, _get(config, key), allowed)
-    if not config.init_from and (config.init_from_params or config.init_from_resize or config.init_from_allow):
+    options = (config.init_from_params, config.init_from_resize, config.init_from_allow)
+    if any(options) and not (config.init_from or config.init_from_model):
         raise UserError("init_from_params, init_from_resize and init_from_allow need init_from")
     if config.eval.ema and not config.optim.ema_decay:
         raise UserError("eval.ema=True needs optim.ema_decay above 0")

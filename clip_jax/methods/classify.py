@@ -4,7 +4,7 @@ A linear head on the unit image embedding starts as the zero-shot classifier of 
 of a class is the normalised mean of the unit embeddings of the class's prompts, times exp(logit_scale), and its bias is
 0. The image tower and the head are trained with cross entropy. The text tower stays in the checkpoint, frozen, so that
 retrieval and other class names still work. `clip_jax.tools.interpolate` mixes the weights of the beginning and the end.
-The linear classifier of the paper is this method with `optim.freeze=("^img/",)`.
+The linear classifier of the paper is this method with `optim.freeze=("^img/",)`; images are then those of evaluation.
 
     logits = z W + b,   W = exp(s) [w_1 ... w_C],   w_c = normalize(mean_t normalize(text(t(c))))
 
@@ -79,6 +79,8 @@ def resolve(config, source):
     config = config.copy_and_resolve_references().unlock()
     config.classify.classes = tuple(names_of(source, options.names or None, "classify"))
     config.optim.freeze += tuple(pattern for pattern in FROZEN if pattern not in config.optim.freeze)
+    if "^img/" in config.optim.freeze and config.data.augment == config_lib.base().data.augment:
+        config.data.augment = config.eval.transform
     if config.train.steps == config_lib.base().train.steps:
         config.train.steps = options.epochs * math.ceil(len(source) / config.data.batch_size)
     if config.optim.warmup_steps > config.train.steps / 2:

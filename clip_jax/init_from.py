@@ -129,6 +129,33 @@ def complete(state, method, tokenizer, mesh):
     return state.replace(params=params, ema=ema)
 
 
+def beginning(config, method, tokenizer, mesh):
+    """Returns `(params, extra)` as a run with `init_from` had them before its first step, on the mesh.
+
+    State that comes from data (`Method.init_from_data`) is left out. Raises UserError as `start` does.
+
+    Args:
+      config: the run's configuration, resolved.
+      method: its `Method`.
+      tokenizer: its tokenizer.
+      mesh: the mesh.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from clip_jax.methods.interface import init_shapes
+    from clip_jax.runtime import sharding
+    from clip_jax.training.step import TrainState
+
+    batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in method.batch_spec(2).items()}
+    layouts = sharding.state_shardings(init_shapes(config), mesh, method.sharding_rules)
+    with jax.set_mesh(mesh):
+        init = jax.jit(lambda key: method.init(key, batch), out_shardings=layouts)
+        state = TrainState(0, *init(jax.random.key(config.seed)), None, None, 0)
+        state = complete(start(config, state, tokenizer)[0], method, tokenizer, mesh)
+    return state.params, state.extra
+
+
 def _matched(config, current, tokenizer):
     """Yields `(Source, {path: array or shape of the run}, paths to resize)` of each source; raises as `start` does."""
     from clip_jax.interop.towers.files import is_foreign, sources

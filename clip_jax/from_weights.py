@@ -20,7 +20,8 @@ from clip_jax.init_from import recognized
 _COMPUTED = ("dtype", "remat", "scan", "attention")
 #: Fields that contradict no weights: start values and regularisation.
 _FREE = ("logit_scale_init", "logit_bias_init", "temperature_init", "logit_scale_max")
-_FREE_OF_TOWERS = ("weight_init", "proj_init", "dropout", "attention_dropout", "patch_drop", "stochastic_depth", "bn_group")
+_FREE_OF_TOWERS = ("weight_init", "proj_init", "dropout", "attention_dropout", "patch_drop", "stochastic_depth")
+_FREE_OF_TOWERS += ("bn_group",)
 #: Fields of towers that follow from the tokenizer.
 _TOKENS = ("vocab_size", "eot_id")
 

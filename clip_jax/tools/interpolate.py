@@ -132,11 +132,13 @@ def mix(params_a, extra_a, params_b, extra_b, alpha):
     """
     import jax
 
-    def between(a, b):
+    def between(a, b, alpha):
         return jax.tree.map(lambda x, y: ((1 - alpha) * x + alpha * y).astype(y.dtype), a, b)
 
-    stats = {name: between(extra_a[name], extra_b[name]) for name in ("batch_stats",) if name in extra_b}
-    return between(params_a, params_b), {**extra_b, **stats}
+    stats = ("batch_stats",) if "batch_stats" in extra_b else ()
+    a, b = ({name: extra[name] for name in stats} for extra in (extra_a, extra_b))
+    mixed, params = jax.jit(between)((a, params_a), (b, params_b), alpha)
+    return params, {**extra_b, **mixed}
 
 
 def table(results):

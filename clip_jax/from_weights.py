@@ -220,8 +220,11 @@ def _take_preprocessing(taken, config, theirs, is_set):
     if not is_set("eval.transform"):
         old, new = theirs.model.get("image", taken.model).get("size"), taken.model.get("image", {}).get("size")
         taken.eval.transform = tuple(_resized(text, old, new) for text in theirs.eval.transform)
-    if not is_set("data.augment") and taken.eval.transform[0].startswith("squash"):
-        taken.data.augment = taken.eval.transform  # as SigLIP was trained
+    if not is_set("data.augment"):
+        steps = taken.eval.transform
+        is_squashed = any(step.startswith("squash") for step in steps)  # then SigLIP was trained with it, too
+        crop = (*(step for step in steps if step == "drop_alpha"), *taken.data.augment)  # transparent pictures as there
+        taken.data.augment = steps if is_squashed else crop
 
 
 def _resized(text, old, new):

@@ -66,8 +66,9 @@ def test_the_model_follows_from_the_weights(weights):
         16, 8, 32, "gelu", 32, 49408,
     )  # fmt: skip
     assert (c.method, c.tokenizer, c.model.embed_dim, text.context) == ("clip", "clip_bpe", 16, 12)
-    assert c.eval.transform[-1] == "center_crop" and c.data.augment == ("rrc(0.9, 1.0)",) and not c.init_from_resize
-    assert (c.optim.lr, c.optim.weight_decay, c.model.dtype) == (1e-5, 0.1, "float32") and not c.init_from_model
+    assert c.eval.transform[1:] == ("center_crop", "drop_alpha") and c.data.augment == ("drop_alpha", "rrc(0.9, 1.0)")
+    assert (c.optim.lr, c.optim.weight_decay, c.model.dtype) == (1e-5, 0.1, "float32")
+    assert not c.init_from_model and not c.init_from_resize
     assert from_weights.take(c, ["model.image.size=32"]) is c
 
 

@@ -3,8 +3,8 @@
 The metrics are those of the task `zeroshot` under the option `name`: top1, top5, mean_per_class, chance_top1,
 chance_top5, images, classes, skipped.
 
-Classes of the source are matched with those of the model by name. A source with a part of the classes is evaluated among
-that part, as Wortsman et al. (2022) evaluate on ImageNet-A and ImageNet-R.
+Classes of the source are matched with those of the model by name. A source with a part of the classes is evaluated
+among that part, as Wortsman et al. (2022) evaluate on ImageNet-A and ImageNet-R.
 
 Artefacts: "classification" named `<name>`.
 """

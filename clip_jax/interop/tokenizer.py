@@ -7,15 +7,17 @@ from clip_jax.errors import UserError
 
 CLIP_VOCABULARY = 49408
 GEMMA_VOCABULARY = 256_000
+HF = "Hugging Face"
 
 
-def find(folder, method, vocab_size):
+def find(folder, method, vocab_size, library=""):
     """Returns the spec of the tokenizer in a folder, otherwise of CLIP's or CLIPPO's own when it fits, otherwise None.
 
     Args:
       folder: the folder of the weights.
       method: the model's method.
       vocab_size: of the text tower, or None.
+      library: the kind of weights, such as "open_clip" or "Hugging Face CLIPModel". Texts are cleaned as there.
 
     `clip_jax.data.tokenizers.make_tokenizer` takes the spec. Raises UserError for a damaged file.
     """
@@ -23,27 +25,29 @@ def find(folder, method, vocab_size):
     if method == "clippo":
         return "unifont"
     if method == "siglip":
-        return _siglip(folder, vocab_size)
+        return _siglip(folder, vocab_size, library)
     if method == "align":
-        return (
-            _of_json(folder)
-            if not (folder / "vocab.txt").is_file()
-            else f"wordpiece:{folder / 'vocab.txt'}"
-        )
+        return _of_json(folder) if not (folder / "vocab.txt").is_file() else f"wordpiece:{folder / 'vocab.txt'}"
+    options = "?clean=transformers&specials=openai" if library.startswith(HF) else ""
     if (folder / "merges.txt").is_file():
-        return f"clip_bpe:{folder / 'merges.txt'}"
+        return f"clip_bpe:{folder / 'merges.txt'}{options}"
     if (folder / "tokenizer.json").is_file():
-        return _of_json(folder)
-    return "clip_bpe" if vocab_size == CLIP_VOCABULARY else None
+        return _of_json(folder, options)
+    return f"clip_bpe{options}" if vocab_size == CLIP_VOCABULARY else None
 
 
-def _siglip(folder, vocab_size):
+def _siglip(folder, vocab_size, library):
     """Returns the spec of SigLIP's tokenizer or None.
 
-    SigLIP cleans a text to lower-case words without punctuation, as in open_clip and transformers. SigLIP 2, which has
-    Gemma's vocabulary, only lowers the case, as in big_vision. Files of `clip_jax.interop.export` name the cleaning.
+    SigLIP cleans a text to lower-case words without punctuation in open_clip and transformers, in open_clip SigLIP 2
+    too. In big_vision both, and in transformers SigLIP 2, which has Gemma's vocabulary, only lower the case. Files
+    of `clip_jax.interop.export` name the cleaning.
     """
     config, clean = folder / "tokenizer_config.json", "lower" if vocab_size == GEMMA_VOCABULARY else "canonical"
+    if library == "open_clip":
+        clean = "open_clip"
+    elif library == "big_vision" or library.startswith(HF):
+        clean = "lower" if library == "big_vision" or vocab_size == GEMMA_VOCABULARY else "transformers"
     if config.is_file():
         try:
             clean = json.loads(config.read_text()).get("clean") or clean
@@ -55,8 +59,8 @@ def _siglip(folder, vocab_size):
     return None
 
 
-def _of_json(folder):
-    """Returns the spec of CLIP's or BERT's tokenizer in a `tokenizer.json`, or None."""
+def _of_json(folder, options=""):
+    """Returns the spec of CLIP's tokenizer with some options, or of BERT's, in a `tokenizer.json`, or None."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
@@ -64,4 +68,4 @@ def _of_json(folder):
         kind = json.loads(file.read_text())["model"].get("type", "BPE")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a Hugging Face tokenizer ({type(error).__name__}: {error})") from None
-    return f"{'wordpiece' if kind == 'WordPiece' else 'clip_bpe'}:{file}"
+    return f"wordpiece:{file}" if kind == "WordPiece" else f"clip_bpe:{file}{options}"

@@ -45,8 +45,8 @@ class Options:
     """The section `config.classify`. Raises UserError for invalid values.
 
     Attributes:
-      names: names of the classes for the prompts: "imagenet" or a file, as `classes` of the task `zeroshot`; empty: those
-        of the data.
+      names: names of the classes for the prompts: "imagenet" or a file, as `classes` of the task `zeroshot`; empty:
+        those of the data.
       templates: prompts of the first head: the name of a set, or a file (`clip_jax.evaluation.prompts`).
       label_smoothing: share of the target that is spread over all classes.
       epochs: passes over the data; counts where `train.steps` has its default.
@@ -79,7 +79,7 @@ def resolve(config, source):
     config = config.copy_and_resolve_references().unlock()
     config.classify.classes = tuple(names_of(source, options.names or None, "classify"))
     config.optim.freeze += tuple(pattern for pattern in FROZEN if pattern not in config.optim.freeze)
-    if "^img/" in config.optim.freeze and config.data.augment == config_lib.base().data.augment:
+    if "^img/" in config.optim.freeze and set(config.data.augment) <= {*config_lib.base().data.augment, "drop_alpha"}:
         config.data.augment = config.eval.transform
     if config.train.steps == config_lib.base().train.steps:
         config.train.steps = options.epochs * math.ceil(len(source) / config.data.batch_size)

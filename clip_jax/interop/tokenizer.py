@@ -3,11 +3,13 @@
 import json
 import pathlib
 
+from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
 
 CLIP_VOCABULARY = 49408
 GEMMA_VOCABULARY = 256_000
 HF = "Hugging Face"
+HF_CLIP = "clip_bpe?clean=transformers&specials=openai"
 
 
 def find(folder, method, vocab_size, library=""):
@@ -28,12 +30,18 @@ def find(folder, method, vocab_size, library=""):
         return _siglip(folder, vocab_size, library)
     if method == "align":
         return _of_json(folder) if not (folder / "vocab.txt").is_file() else f"wordpiece:{folder / 'vocab.txt'}"
-    options = "?clean=transformers&specials=openai" if library.startswith(HF) else ""
+    spec = HF_CLIP if library.startswith(HF) else "clip_bpe"
     if (folder / "merges.txt").is_file():
-        return f"clip_bpe:{folder / 'merges.txt'}{options}"
+        return _clip(folder / "merges.txt", spec)
     if (folder / "tokenizer.json").is_file():
-        return _of_json(folder, options)
-    return f"clip_bpe{options}" if vocab_size == CLIP_VOCABULARY else None
+        return _of_json(folder, spec)
+    return spec if vocab_size == CLIP_VOCABULARY else None
+
+
+def _clip(file, spec):
+    """Returns the spec of CLIP's tokenizer of a file; `spec` itself, that of the package, where both agree."""
+    of_file = f"clip_bpe:{file}{spec.removeprefix('clip_bpe')}"
+    return spec if make_tokenizer(of_file)._pieces == make_tokenizer(spec)._pieces else of_file
 
 
 def _siglip(folder, vocab_size, library):
@@ -59,8 +67,8 @@ def _siglip(folder, vocab_size, library):
     return None
 
 
-def _of_json(folder, options=""):
-    """Returns the spec of CLIP's tokenizer with some options, or of BERT's, in a `tokenizer.json`, or None."""
+def _of_json(folder, spec="clip_bpe"):
+    """Returns the spec of CLIP's tokenizer with the options of `spec`, or of BERT's, in a `tokenizer.json`, or None."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
@@ -68,4 +76,4 @@ def _of_json(folder, options=""):
         kind = json.loads(file.read_text())["model"].get("type", "BPE")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a Hugging Face tokenizer ({type(error).__name__}: {error})") from None
-    return f"wordpiece:{file}" if kind == "WordPiece" else f"clip_bpe:{file}{options}"
+    return f"wordpiece:{file}" if kind == "WordPiece" else _clip(file, spec)

@@ -14,15 +14,14 @@ import re
 
 from ml_collections import ConfigDict
 
-from clip_jax import optim_checks
+from clip_jax import optim_checks, own_data
 from clip_jax.errors import UserError, did_you_mean, unknown
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "plain")
 _COLOURS = ("image_mean", "image_std")
-#: Fields that hold tuples of str.
-_TEXTS = set(
+_TEXTS = set(  # fields that hold tuples of str
     "augment templates rewrites transform tasks train_tasks init_from_params init_from_allow freeze no_decay".split()
 )
 ORDERS = ("auto", "records", "blocks")
@@ -63,6 +62,7 @@ def _data():
     c = ConfigDict()
     c.source = "emoji"  # see docs/data.md; --config.data=PATH is short for --config.data.source=PATH
     c.split = "train"  # split of the source
+    c.holdout = 0.0  # share of the records that is kept out of training, by a hash of their images (docs/data.md)
     c.image = c.text = c.label = ""  # names of the record's fields; empty: found automatically
     c.templates = ()  # captions built from a record's fields, e.g. ("{name}", "{tags}"); empty: captions as they are
     c.word_dropout = 0.0  # each word of a caption is left out with this probability
@@ -192,7 +192,7 @@ def load(spec, overrides=()):
         raise UserError(f"--config={spec} is a study: python -m clip_jax.study --config={spec} --workdir=...")
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {module.__file__!r} has no function get_config(variant)")
-    return override(module.get_config(variant), overrides)
+    return own_data.adapt(override(module.get_config(variant), overrides), overrides)
 
 
 def sibling(file, spec):
@@ -418,7 +418,7 @@ def _check_ranges(config):
             raise UserError(f"{key}={value}: must be at least {low}" + " and finite" * (value == math.inf))
     if not math.isfinite(config.model.logit_scale_init):
         raise UserError(f"model.logit_scale_init={config.model.logit_scale_init}: must be finite")
-    for key in ("data.max_bad_share", "data.word_dropout"):
+    for key in ("data.max_bad_share", "data.word_dropout", "data.holdout"):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
 

@@ -43,15 +43,16 @@ def parse_args(argv):
     return config_lib.load(args.config, config_lib.parse_overrides(rest)), args.workdir, hosts.from_arguments(args)
 
 
-def make_parts(config):
+def make_parts(config, workdir=None, log=lambda line: None):
     """Returns `(config, source, tokenizer, method)`, all checked, without touching a device. Raises UserError."""
-    from clip_jax import evaluate
+    from clip_jax import evaluate, small
     from clip_jax.data.loader import check_source
     from clip_jax.data.sources import configured_source
     from clip_jax.data.tokenizers import make_tokenizer
     from clip_jax.methods import interface
 
     config_lib.validate(config)
+    config = small.fitted(config, workdir, log)
     profile.check(config)
     evaluate.check_tasks(config)
     tokenizer = make_tokenizer(config.tokenizer)
@@ -160,7 +161,7 @@ def train(config, workdir, log=print, cluster=None):
     cache = compile_cache.prepare(config.compile.cache, workdir)
     # The hosts join before data is opened, because they may take very different times for that.
     hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
-    config, source, tokenizer, method = make_parts(config)
+    config, source, tokenizer, method = make_parts(config, workdir, hosts.on_first(log))
     init_from.check_path(config, workdir)
     hosts.devices()
     with faults.stage("waiting until all hosts have opened their data"):

@@ -81,7 +81,7 @@ def fitted(config, workdir=None, log=print):
     config = config.copy_and_resolve_references()
     if "small" in config:
         if not config.data.source.strip():
-            raise UserError("name your data: --config.data=PATH, such as pairs.tsv or a folder of images (docs/data.md)")
+            raise UserError("name your data: --config.data=PATH, a table, shards or a folder of images (docs/data.md)")
         _set_apart(config)
     source = configured_source(config.data)
     if "small" in config:

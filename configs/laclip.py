@@ -28,7 +28,8 @@ from clip_jax.models.towers import use_size
 # Pairs, epochs
 PAIRS = {"cc3m": (2_900_000, 40), "cc12m": (11_000_000, 35), "redcaps": (12_000_000, 30), "laion": (400_000_000, 32)}
 LAION = {"b32": "ViT-B/32", "b16": "ViT-B/16", "l14": "ViT-L/14"}
-SMALL, PUBLISHED = ("", "smoke", "small", "mt", "slip"), ("cc3m", "cc12m", "redcaps", *(f"laion_{size}" for size in LAION))
+SMALL = ("", "smoke", "small", "mt", "slip")
+PUBLISHED = ("cc3m", "cc12m", "redcaps", *(f"laion_{size}" for size in LAION))
 VARIANTS = [*SMALL[1:], *PUBLISHED]
 
 
@@ -38,7 +39,8 @@ def get_config(variant=""):
     elif variant not in SMALL:
         raise config.unknown("configs/laclip.py has no variant", variant, VARIANTS)
     else:
-        base = {"smoke": "clip.py:smoke", "small": "clip.py:small", "slip": "declip.py:small_slip"}.get(variant, "clip.py:emoji")
+        plain = f"clip.py:{variant if variant in ('smoke', 'small') else 'emoji'}"
+        base = "declip.py:small_slip" if variant == "slip" else plain
         c = config.sibling(__file__, base)
         c.data.source = "" if variant == "small" else "emoji?columns=emoji_rewrites"
         if variant == "small":

@@ -4,8 +4,7 @@
 
 Variants, after a colon; clip_jax/methods/oner.py documents the section oner, whose values are all assumptions:
   (none)   the last row of the paper's table, small, on the embedded emoji images, for 2 CPU cores
-  small    for your own data, as configs/clip.py:small
-  smoke    a few steps of the default, under a minute with compilation; accuracy near chance
+  smoke    a few steps of the default, accuracy near chance; small: for your own data, as configs/clip.py:small
   small_ROW  one of the rows below on the embedded images, as many steps as the default
   ablation   all rows, three seeds each:
            python -m clip_jax.study --config=configs/oner.py:ablation --workdir=runs/oner_ablation
@@ -46,10 +45,8 @@ def get_config(variant=""):
     c.optim.no_decay += ("/type$", "/mask$")
     config.set_method(c, "oner", Options(**ROWS.get(variant.removeprefix("small_"), {})))
     if variant not in ROWS:
-        resize = "resize" if variant == "small" else "resize(36)"
-        c.oner.update(
-            dict(head_width=512, teacher_augment=(resize, "center_crop"), temperature=0.1, momentum=0.9)
-        )
+        resized = ("resize" if variant == "small" else "resize(36)", "center_crop")
+        c.oner.update(dict(head_width=512, teacher_augment=resized, temperature=0.1, momentum=0.9))
         for name in ("mim", "mlm", "joint_mim", "joint_mlm"):
             c.oner[name] *= 0.1  # so that in few steps the words' cross-entropy does not outweigh the contrast
     return c
@@ -69,14 +66,13 @@ def published():
 
 def embedded(variant):
     c = config.sibling(__file__, f"clip.py:{variant if variant in ('smoke', 'small') else 'emoji'}")
-    size, context, tower = 32, 12, dict(stem=(32, 64, 128), width=128, depth=2, heads=2, mlp_dim=512)
+    c.model, tower = config.base().model, dict(size=32, stem=(32, 64, 128), width=128, depth=2, heads=2, mlp_dim=512)
     if variant == "small":
-        size, context, tower = 128, 32, dict(stem=(), width=192, depth=4, heads=3, mlp_dim=768)
-    c.model = config.base().model
-    c.model.image = dict(tower, size=size, patch=16, act="gelu_tanh")
-    c.model.text = dict(context=context, vocab_size=0, eot_id=-1)
+        tower = dict(size=128, stem=(), width=192, depth=4, heads=3, mlp_dim=768)
+    c.model.image = dict(tower, patch=16, act="gelu_tanh")
+    c.model.text = dict(context=32 if variant == "small" else 12, vocab_size=0, eot_id=-1)
     c.model.update(dict(embed_dim=128, dtype="float32", scan=variant == "smoke"))  # a scan compiles in half of the time
-    c.optim.lr = 1e-3 if variant == "small" else 2e-3
+    c.optim.lr = min(2e-3, c.optim.lr)
     if variant not in ("smoke", "small"):
         c.train.steps, c.data.batch_size = 700, 128
     if variant.startswith("small_"):

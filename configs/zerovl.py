@@ -5,7 +5,7 @@
 Variants, after a colon; clip_jax/methods/zerovl.py documents the section zerovl:
   (none)   model, data and optimizer of configs/clip.py:emoji; the vendors of the embedded emoji images are the sources.
            README.md gives its result
-  small    for your own data, as configs/clip.py:small. Of a mixture, one source a batch: --config.data.sampling=one_source
+  small    for your own data, as configs/clip.py:small. A mixture, one source a batch: --config.data.sampling=one_source
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b16 b16_1024
            the paper's recipe: ViT-B/16 and BERT, 20 epochs of 14.2 M pairs, batch 16,384 or 1,024, encoded in parts of

@@ -1,8 +1,9 @@
 """Held-out records: `SOURCE?holdout=0.1` is a tenth of the records, `SOURCE?holdout=!0.1` the others.
 
-A hash of a record's image decides, or of its texts where it has no image. Equal images are therefore on the same side, in all parts of a mixture and in other
-data sets too. Neither the order of the records nor records that are added later move one to the other side, and what
-a smaller share holds out, a larger one does too. `SOURCE?holdout=0.1:NAME` draws another tenth.
+A hash of a record's image decides, or of its texts where it has no image. Equal images are therefore on the same side,
+in all parts of a mixture and in other data sets too. Neither the order of the records nor records that are added later
+move one to the other side, and what a smaller share holds out, a larger one does too. `SOURCE?holdout=0.1:NAME` draws
+another tenth.
 
 The images of up to `IMAGES` records are read once for it; from `CACHED` records on, their hashes are kept in the cache
 folder. Of a larger source the key decides: the path of the image in a table or folder, else the first of the columns
@@ -57,7 +58,7 @@ def hashes_of(source):
         key = next((name for name in KEYS if column_of(source, name) is not None), None)
         if key or hasattr(source, "key_of"):
             logging.warning(
-                "%s: %d records, more than %d: the %s decides which are held out, and equal images may be on both sides",
+                "%s: %d records, more than %d: the %s decides what is held out, and equal images may be on both sides",
                 source.name, len(source), IMAGES, f"column {key!r}" if key else "path of an image",
             )  # fmt: skip
             return _of_column(column_of(source, key), len(source)) if key else _of_paths(source)

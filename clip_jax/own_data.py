@@ -1,5 +1,6 @@
 """What of a configuration belongs to the embedded data sets, and is left out when the user names other data."""
 
+import ast
 import re
 
 #: Names of the embedded data sets, as bases of a source string.
@@ -23,10 +24,10 @@ def adapt(config, overrides):
       config: a configuration.
       overrides: `["data.source=pairs.tsv", ...]`.
     """
-    given = {text.partition("=")[0] for text in overrides}
+    given = {name for text in overrides for name in _given(*text.partition("=")[::2])}
     if "small" in config:
-        config.small.fields = tuple(field for field in config.small.fields if not _is_given(field, given))
-    if not {"data", "data.source"} & given or is_embedded(config.data.source):
+        config.small.fields = tuple(field for field in config.small.fields if field not in given)
+    if "data.source" not in given or is_embedded(config.data.source):
         return config
     for field, value in (("templates", ()), ("word_dropout", 0.0)):
         if f"data.{field}" not in given:
@@ -37,8 +38,17 @@ def adapt(config, overrides):
     return config
 
 
-def _is_given(field, given):
-    return any(key == field or field.startswith(key + ".") for key in given)
+def _given(key, value):
+    """Yields the fields that an override sets: of a section it sets those of a dict, or the source of the data."""
+    try:
+        value = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        pass
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _given(f"{key}.{name}", repr(item))
+    else:
+        yield "data.source" if key == "data" else key
 
 
 def _is_of_embedded(task):

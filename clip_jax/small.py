@@ -45,7 +45,7 @@ class Options:
         *("optim.warmup_steps", "eval.steps", "checkpoint.steps"),
     )
     sizes: tuple[int, ...] = (64, 96, 128, 224)
-    epochs: int = 40
+    epochs: int = 30
     needs: tuple[str, ...] = ()
     apart: str = ""
 
@@ -75,8 +75,9 @@ def fitted(config, workdir=None, log=print):
 
     Raises UserError when the data is missing or unusable, or lacks what the method needs.
     """
-    fields = config.small.fields if "small" in config else ()
-    if not fields and not config.data.holdout:
+    fields, data = config.small.fields if "small" in config else (), config.data
+    is_wrong = not 0 <= data.holdout < 1 or data.batch_size < 1 or config.train.steps < 1  # `config.validate` says it
+    if is_wrong or not fields and not data.holdout:
         return config
     config = config.copy_and_resolve_references()
     if "small" in config:

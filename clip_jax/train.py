@@ -51,8 +51,8 @@ def make_parts(config, workdir=None, log=lambda line: None):
     from clip_jax.data.tokenizers import make_tokenizer
     from clip_jax.methods import interface
 
-    config_lib.validate(config)
     config = small.fitted(config, workdir, log)
+    config_lib.validate(config)
     profile.check(config)
     evaluate.check_tasks(config)
     tokenizer = make_tokenizer(config.tokenizer)

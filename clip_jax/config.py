@@ -11,21 +11,20 @@ import json
 import math
 import os
 import re
+import sys
 
 from ml_collections import ConfigDict
 
 from clip_jax import optim_checks, own_data
 from clip_jax.errors import UserError, did_you_mean, unknown
 
-DTYPES = ("float32", "bfloat16", "float16")
-REMATS = ("none", "dots", "full")
+DTYPES, REMATS = ("float32", "bfloat16", "float16"), ("none", "dots", "full")
 ATTENTIONS = ("auto", "plain")
 _COLOURS = ("image_mean", "image_std")
 _TEXTS = set(  # fields that hold tuples of str
     "augment templates rewrites transform tasks train_tasks init_from_params init_from_allow freeze no_decay".split()
 )
-ORDERS = ("auto", "records", "blocks")
-SAMPLINGS = ("mixed", "one_source")
+ORDERS, SAMPLINGS = ("auto", "records", "blocks"), ("mixed", "one_source")
 
 
 def base():
@@ -172,12 +171,13 @@ def _eval():
 
 
 def load_module(spec):
-    """Returns `(module, variant)` of `"path/to/file.py[:variant]"`. Raises UserError when the file is missing."""
+    """Returns `(module, variant)` of `"FILE.py[:variant]"`; its folder joins the import path. Raises UserError."""
     path, _, variant = spec.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"--config={spec}: there is no file {path!r}")
     module_spec = importlib.util.spec_from_file_location("clip_jax_config", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.path += {os.path.dirname(os.path.abspath(path))} - {*sys.path}
     module_spec.loader.exec_module(module)
     return module, variant
 

@@ -77,7 +77,7 @@ def write_report(workdir, config, result, path=None):
     return assembly.write_report(
         path,
         result,
-        title=f"{config.method} on {config.data.source}",
+        title=f"{config.method} on {config.data.source}" if config.data.source else config.method,
         config=config.to_dict(),
         metrics_jsonl=workdir / "metrics.jsonl",
     )

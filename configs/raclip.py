@@ -38,7 +38,7 @@ def get_config(variant=""):
         options = Options(bank_size=1_600_000)  # for clip_jax.compile; training counts the records
     elif variant == "small":
         c.small.apart = "raclip.reference"
-        options = Options(k=8, heads=3, out_init="zeros")
+        options = Options(k=4, heads=3, out_init="zeros")
     else:
         c.data.source = "emoji?part=record:!1/10"
         options = Options(reference="emoji?part=record:1/10", k=8, heads=4, out_init="zeros")

@@ -22,7 +22,7 @@ from clip_jax.runtime import storage
 _PATCHES = 8  # along a side of an image, so that the cost of a step does not depend on its size
 _SAMPLE = 512  # records that are looked at
 _LOOKED_AT = 2000  # held-out records, at most, that are evaluated
-_CONTEXTS = 8, 77
+_CONTEXTS = 16, 77
 _BATCHES = 16, 256
 _EXAMPLES = 20_000, 1_000_000
 NAME = "held_out"
@@ -201,10 +201,14 @@ def _check_needs(config, source):
     if not config.small.needs:
         return
     field, how = config.small.needs
-    given = config.init_from if field == "init_from" else any(record.get(field) for record in _sample(source))
+    given = config.init_from if field == "init_from" else any(_has(record, field) for record in _sample(source))
     if not given:
         what = "--config.init_from=PATH" if field == "init_from" else f"records with the field {field!r}"
         raise UserError(f"method={config.method!r} needs {what}: {how.replace('DATA', config.data.source)}")
+
+
+def _has(record, field):
+    return record.get(field) is not None and len(record[field]) > 0
 
 
 def _set_apart(config):

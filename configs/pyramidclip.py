@@ -10,8 +10,9 @@ Variants, after a colon; clip_jax/methods/pyramidclip.py documents the section p
            Differences from the paper, without which so few steps do not teach which object is where: a text is the mean
            over its words, not the maximum; the crossing terms, which ignore places, weigh a tenth in all, not two
            thirds; local crops keep all that a caption places; a batch holds either emoji or scenes
-  small    for your own data, as configs/clip.py:small.
-           Fields summary and tags, and regions, are read where the records have them
+  small    for your own data, as configs/clip.py:small, with regions; fields summary and tags where records have them:
+           python -m clip_jax.tools.regions --source=pairs.tsv --grid=2 --encoder=runs/mine --out=regions, then
+           --config.data="pairs.tsv?columns=regions"
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b32 b16 rn50
            the released models on DeCLIP's YFCC15M, 32 epochs of batch 4,096. Give data with a detector's regions
@@ -46,6 +47,9 @@ def get_config(variant=""):
         c.update(train=dict(steps=6, log_steps=2), optim=dict(warmup_steps=2))
         c.data.batch_size, c.eval.steps = 32, 0
     summary = ("{summary}", "{texts}" if variant == "small" else "{name}")
+    if variant == "small":
+        command = "python -m clip_jax.tools.regions --source=DATA --grid=2 --encoder=RUN --out=regions"
+        c.small.needs = ("boxes", f"{command}, then --config.data='DATA?columns=regions'")
     options = dict(features="pixels", regions=4, local_augment=tuple(c.data.augment), summary=summary)
     return config.set_method(c, "pyramidclip", Options(cross_global=0.05, cross_local=0.05, **options))
 

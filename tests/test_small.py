@@ -120,7 +120,7 @@ def test_fields_follow_from_the_data(table):
     assert (fitted.model.image.size, fitted.model.image.patch) == (64, 8)  # the shorter side has 70 pixels
     assert fitted.data.batch_size == 16 and fitted.train.steps == 20_000 // 16  # fewer than 20,000 examples otherwise
     assert (fitted.optim.warmup_steps, fitted.eval.steps) == (7, -(-fitted.train.steps // 4))
-    assert fitted.model.text.context == 16  # "a plain surface in yellow" has 9 to 16 tokens
+    assert fitted.model.text.context == 16  # "a plain surface in yellow" has 8 tokens, 16 is the least
     assert fitted.eval.tasks == (f"retrieval(source='{table}?holdout=0.1', split='train', name='held_out')",)
     assert fitted.small.fields == () and any(f"of {count:,} records" in line for line in lines)
     config.validate(fitted)

@@ -10,7 +10,8 @@ Variants, after a colon; clip_jax/methods/pyramidclip.py documents the section p
            Differences from the paper, without which so few steps do not teach which object is where: a text is the mean
            over its words, not the maximum; the crossing terms, which ignore places, weigh a tenth in all, not two
            thirds; local crops keep all that a caption places; a batch holds either emoji or scenes
-  small    for your own data, as configs/clip.py:small, with regions; fields summary and tags where records have them:
+  small    for your own data, as configs/clip.py:small, with regions. Captions stand for summaries and tags, unless
+           --config.pyramidclip.summary={summary} and .tags={tags} name fields
            python -m clip_jax.tools.regions --source=pairs.tsv --grid=2 --encoder=runs/mine --out=regions, then
            --config.data="pairs.tsv?columns=regions"
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
@@ -46,11 +47,11 @@ def get_config(variant=""):
     if variant == "smoke":
         c.update(train=dict(steps=6, log_steps=2), optim=dict(warmup_steps=2))
         c.data.batch_size, c.eval.steps = 32, 0
-    summary = ("{summary}", "{texts}" if variant == "small" else "{name}")
     if variant == "small":
         command = "python -m clip_jax.tools.regions --source=DATA --grid=2 --encoder=RUN --out=regions"
         c.small.needs = ("boxes", f"{command}, then --config.data='DATA?columns=regions'")
-    options = dict(features="pixels", regions=4, local_augment=tuple(c.data.augment), summary=summary)
+    options = dict(features="pixels", regions=4, local_augment=tuple(c.data.augment), summary=("{summary}", "{name}"))
+    options |= dict(summary=("{texts}",), tags=("{texts}",)) if variant == "small" else {}
     return config.set_method(c, "pyramidclip", Options(cross_global=0.05, cross_local=0.05, **options))
 
 

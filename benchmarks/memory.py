@@ -1,4 +1,4 @@
-"""Peak memory and time to open a source, per million rows, of tables, Parquet, Arrow and columns.
+"""Peak memory and time to open a source, per million rows, of shards, tables and columns.
 
     python benchmarks/memory.py [--rows=1000000] [--kinds=parquet,csv] [--json=FILE]
 
@@ -15,6 +15,7 @@ import tempfile
 import time
 
 import common
+import formats
 
 from clip_jax.data.sources import MemorySource, columns, make_source
 
@@ -50,6 +51,22 @@ def write_arrow(folder, rows):
         with pa.OSFile(f"{folder}/{number:012d}.arrow", "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=_GROUP)
     return folder
+
+
+def write_shards(ending):
+    """Returns a function that writes shards of 10,000 rows in a format of `formats.WRITERS`."""
+
+    def write(folder, rows):
+        for number in range(0, rows, 10_000):
+            pairs = ((_image(i), _CAPTION.format(i).encode()) for i in range(number, min(number + 10_000, rows)))
+            formats.WRITERS[ending](f"{folder}/{number:012d}.{ending}", pairs)
+        return folder
+
+    return write
+
+
+def _image(number):
+    return b"\xff\xd8\xff" + number.to_bytes(97)
 
 
 def write_csv(folder, rows):
@@ -98,6 +115,10 @@ class _Same(MemorySource):
 KINDS = {
     "parquet": (write_parquet, lambda spec, rows: make_source(spec)),
     "arrow": (write_arrow, lambda spec, rows: make_source(spec)),
+    **{
+        ending: (write_shards(ending), lambda spec, rows: make_source(spec))
+        for ending in ("tar", "tfrecord", "mds", "array_record")
+    },
     "csv": (write_csv, lambda spec, rows: make_source(spec)),
     "jsonl": (write_jsonl, lambda spec, rows: make_source(spec)),
     "columns .jsonl": (write_columns(".jsonl"), lambda spec, rows: columns.ColumnsSource(_Same(rows), spec)),

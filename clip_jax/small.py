@@ -221,13 +221,17 @@ def _set_apart(config):
 
 
 def _add_tasks(config, source, log):
-    """Adds the tasks on the held-out records to a configuration, unless it has a task on them."""
-    if any("holdout=" in task for task in (*config.eval.tasks, *config.eval.train_tasks)):
+    """Adds the tasks on the held-out records to a configuration, in place of those of other data.
+
+    A task of the user on held-out records stays the only one.
+    """
+    others = {key: [t for t in config.eval[key] if f"name='{NAME}" not in t] for key in ("tasks", "train_tasks")}
+    if any("holdout=" in task for key in others for task in others[key]):
         return
     tasks, count = held_out_tasks(config.data)
     log(f"held out of training: {count:,} of {len(source) + count:,} records; tasks: {', '.join(tasks)}")
-    config.eval.tasks = (*config.eval.tasks, *tasks)
-    config.eval.train_tasks = (*config.eval.train_tasks, *tasks)
+    for key, own in others.items():
+        config.eval[key] = (*own, *tasks)
 
 
 def held_out_tasks(data):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -55,6 +56,21 @@ def run(command, **kwargs):
     """Runs a command in the repository's root on one CPU device; returns the finished process with its output."""
     env = {**os.environ, "XLA_FLAGS": COMPILE_FAST, **kwargs.pop("env", {})}
     return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600, **kwargs)
+
+
+def events(folder):
+    """Returns `{(tag, step)}` of the TensorBoard files in a folder."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = set()
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found |= {(value.tag, event.step) for value in event.summary.value}
+            data = data[16 + length :]
+    return found
 
 
 class Page(HTMLParser):

@@ -56,6 +56,7 @@ def test_local_files_are_read_by_record_and_by_block(path, tmp_path, monkeypatch
     (tmp_path / "a.array_record").symlink_to(path)
     source = make_source(f"{tmp_path}/*.array_record")
     assert not source.sequential and source.blocks.tolist() == [512, 512, 76, 3]
+    assert format.block_bytes(str(path), 0, 550) == path.stat().st_size / 2 and source.block_bytes > 0
     monkeypatch.setattr(format, "read", None)  # a single record reads no block
     picked = [0, 511, 512, 1099, 1100, 1102]
     assert [source[i]["number"] for i in picked] == [0, 511, 512, 1099, 0, 2]

@@ -16,6 +16,7 @@ from clip_jax.data.blocks import Block, BlockSource
 from clip_jax.data.records import BadRecord, records
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.sources.index import IndexedSource
+from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.runtime import sharding
 from clip_jax.tools import balance, clip_score, dedup, duplicates, examples, index_writer, passes
 from clip_jax.tools.entries import Matcher, read_entries
@@ -104,7 +105,7 @@ class Counting(BlockSource):
         return Block(int(self.blocks[number]), make)
 
 
-@pytest.mark.parametrize("sizes", [[3] * 400, [0, 700, 0, 2, 600], [5000, 1]])
+@pytest.mark.parametrize("sizes", [[3] * 400, [0, 700, 0, 2, 600], [1500, 1]])
 @pytest.mark.parametrize("first, end", [(0, None), (1, 600), (599, 601), (4, 4)])
 def test_each_block_is_read_once(sizes, first, end):
     source = Counting(sizes)
@@ -114,6 +115,36 @@ def test_each_block_is_read_once(sizes, first, end):
     assert all(isinstance(r, BadRecord) if i % 7 == 0 else r["number"] == i for i, r in found)
     owner = np.repeat(np.arange(len(sizes)), sizes)
     assert source.read and sorted(source.read) == sorted(set(owner[expected].tolist())) or not expected
+
+
+@pytest.mark.parametrize("sizes", [[3, 4] * 20, [0, 17, 0, 2, 6, 0], [1]])
+def test_no_block_is_in_two_parts(sizes, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "PART", 5)
+    source, found = Counting(sizes), []
+    made = passes.Pass(source, tmp_path, "test")
+    made.begin({})
+    del source.read[:]
+
+    def work(first, end):
+        found.extend(index for index, _ in records(source, first, end))
+        return {"rows": np.arange(first, end)}
+
+    made.run(work, log=lambda line: None)
+    assert found == list(range(sum(sizes))) == np.concatenate([part["rows"] for part in made]).tolist()
+    assert sorted(source.read) == [number for number, size in enumerate(sizes) if size]
+    assert len(made) == {140: 28, 25: 2, 1: 1}[sum(sizes)]
+
+
+def test_an_index_of_blocks_is_read_block_by_block(tmp_path):
+    source, rows = Counting([3] * 300), np.arange(900)[np.random.default_rng(0).random(900) < 0.3]
+    with index_writer.IndexWriter(source, tmp_path) as writer:
+        writer.add(rows, np.zeros(len(rows), np.uint64))
+        writer.finish({}, lambda report: [])
+    index = IndexedSource(source, tmp_path)
+    del source.read[:]
+    found = list(records(index))
+    assert [r["number"] for _, r in found if not isinstance(r, BadRecord)] == rows[rows % 7 > 0].tolist()
+    assert len(found) == len(rows) and sorted(source.read) == sorted(set((rows // 3).tolist()))
 
 
 def test_a_source_without_blocks_is_read_from_and_to_any_record():
@@ -341,8 +372,7 @@ def greedy(near, pixels):
     return stays.tolist()
 
 
-@pytest.mark.parametrize("large", [1, 4, 256])
-@pytest.mark.parametrize("distance", [0, 1, 3, 7, 15])
+@pytest.mark.parametrize("distance, large", [(0, 256), (1, 4), (3, 1), (7, 4), (7, 256), (15, 1)])
 def test_near_hashes_are_judged_from_the_best(distance, large, tmp_path, monkeypatch):
     for name, value in (("_CHUNK", 50), ("_LARGE", large), ("_ROWS", 7), ("_COLUMNS", 11)):
         monkeypatch.setattr(duplicates, name, value)
@@ -422,6 +452,11 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
     assert command(name, tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_a_mixture_has_no_index(command, tmp_path, capsys):
+    assert command("balance", tmp_path, source=MixtureSource([pairs(), pairs()], [1, 1])) == 2
+    assert "is a mixture: make an index of each part" in capsys.readouterr().err
 
 
 def test_bad_entries_are_one_line(tmp_path):

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import PIL.Image
 import pytest
+from helpers import Page
 
 from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.data.sources.index import IndexedSource
@@ -183,6 +184,8 @@ def test_the_report_counts_records_and_shows_examples(tmp_path):
         and all(e["texts"] == ["short"] for e in examples)
     )
     assert json.loads((tmp_path / "kept" / "report.json").read_text()) == report
+    page = Page((tmp_path / "kept" / "report.html").read_text())
+    assert "Removed by too_short" in page.text and len(page.find("i", role="img")) == 7
     text = (tmp_path / "kept" / "report.txt").read_text()
     assert "10 of 31 records are kept (32.3%)" in text and "10x60: short" in text
 
@@ -216,7 +219,7 @@ def test_an_index_of_other_data_is_refused(folder, tmp_path):
     (folder / "03.txt").write_text("another picture of something")
     with pytest.raises(UserError, match="made of another data set"):
         make_source(f"{folder}?index={out}")
-    with pytest.raises(UserError, match="no index in this folder; clip_jax.tools.filter writes one"):
+    with pytest.raises(UserError, match="no index in this folder; docs/curation.md has commands"):
         make_source(f"{folder}?index={tmp_path}/none")
     (out / "report.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):

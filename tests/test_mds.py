@@ -5,11 +5,12 @@ import json
 import struct
 import zlib
 
+import fsspec
 import numpy as np
 import pytest
 from data_helpers import encoded
 
-from clip_jax.data import decode
+from clip_jax.data import decode, remote
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import make_source, mds
 from clip_jax.errors import UserError
@@ -137,3 +138,16 @@ def test_what_is_not_read(tmp_path):
     for spec in (f"{tmp_path}/z/shard.00000.mds.zstd", f"{tmp_path}/z"):
         with pytest.raises(UserError, match="shard.00000.mds.zstd: a compressed shard cannot be read by offset"):
             make_source(spec)
+
+
+def test_a_remote_shard(monkeypatch):
+    """Its front is read once to find the blocks and once to read them; a block is one request."""
+    data = shard(rows(6))
+    fsspec.filesystem("memory").pipe_file("/mds/a.mds", data)
+    reads, read = [], remote.read
+    monkeypatch.setattr(remote, "read", lambda *place: reads.append(place[1:]) or read(*place))
+    path = "memory://mds/a.mds"
+    found, _ = mds.scan(path, 2)
+    assert reads == [(0, mds._FRONT)]
+    numbers = [record["number"] for start, end, _ in found for record in mds.read(path, start, end)]
+    assert numbers == list(range(6)) and reads[1:] == [found[0][:2], (0, mds._FRONT), *(row[:2] for row in found[1:])]

@@ -182,3 +182,19 @@ def test_a_remote_shard_is_scanned_in_large_pieces(data, monkeypatch):
     reads.clear()
     assert numbers(path, found) == list(range(COUNT)) and len(reads) == 2
     np.testing.assert_array_equal([end - start for _, start, end in reads], [end - start for start, end, _ in found])
+
+
+def test_a_folder_of_img2dataset(tmp_path):
+    """Its names of fields, and a table of metadata beside each shard, which is no shard."""
+    fields = {
+        "key": "000000003",
+        "jpg": encoded(3, "JPEG"),
+        "txt": "a cat",
+        "caption": "a cat",
+        "url": "http://x/3.jpg",
+    }
+    (tmp_path / "00000.tfrecord").write_bytes(tfrecord([fields | {"width": 12}]))
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    record = make_source(str(tmp_path))[0]
+    assert record["image"] == fields["jpg"] and record["texts"] == ["a cat"] and record["width"] == 12
+    assert record["key"] == "000000003" and "jpg" not in record

@@ -10,15 +10,17 @@ from clip_jax.errors import UserError
 
 CLIP_VOCABULARY = 49408
 GEMMA_VOCABULARY = 256_000
+HF = "Hugging Face"
 
 
-def find(folder, method, vocab_size):
+def find(folder, method, vocab_size, library=""):
     """Returns the tokenizer in a folder, otherwise CLIP's or CLIPPO's own when it fits, otherwise None.
 
     Args:
       folder: the folder of the weights.
       method: the model's method.
       vocab_size: of the text tower, or None.
+      library: the kind of weights, such as "open_clip" or "Hugging Face CLIPModel". Texts are cleaned as there.
 
     Raises UserError for a damaged file.
     """
@@ -26,27 +28,35 @@ def find(folder, method, vocab_size):
     if method == "clippo":
         return make_tokenizer("unifont")
     if method == "siglip":
-        return _siglip(folder, vocab_size)
+        return _siglip(folder, vocab_size, library)
     if method == "align":
         return (
             _of_json(folder)
             if not (folder / "vocab.txt").is_file()
             else make_tokenizer(f"wordpiece:{folder / 'vocab.txt'}")
         )
+    options = dict(clean="transformers", specials="openai") if library.startswith(HF) else {}
     if (folder / "merges.txt").is_file():
-        return make_tokenizer(f"clip_bpe:{folder / 'merges.txt'}")
+        return ClipBpeTokenizer((folder / "merges.txt").read_bytes(), **options)
     if (folder / "tokenizer.json").is_file():
-        return _of_json(folder)
-    return make_tokenizer("clip_bpe") if vocab_size == CLIP_VOCABULARY else None
+        return _of_json(folder, **options)
+    if vocab_size != CLIP_VOCABULARY:
+        return None
+    return make_tokenizer("clip_bpe?clean=transformers&specials=openai" if options else "clip_bpe")
 
 
-def _siglip(folder, vocab_size):
+def _siglip(folder, vocab_size, library):
     """Returns SigLIP's tokenizer or None.
 
-    SigLIP cleans a text to lower-case words without punctuation, as in open_clip and transformers. SigLIP 2, which has
-    Gemma's vocabulary, only lowers the case, as in big_vision. Files of `clip_jax.interop.export` name the cleaning.
+    SigLIP cleans a text to lower-case words without punctuation in open_clip and transformers, in open_clip SigLIP 2
+    too. In big_vision both, and in transformers SigLIP 2, which has Gemma's vocabulary, only lower the case. Files
+    of `clip_jax.interop.export` name the cleaning.
     """
     config, clean = folder / "tokenizer_config.json", "lower" if vocab_size == GEMMA_VOCABULARY else "canonical"
+    if library == "open_clip":
+        clean = "open_clip"
+    elif library == "big_vision" or library.startswith(HF):
+        clean = "lower" if library == "big_vision" or vocab_size == GEMMA_VOCABULARY else "transformers"
     if config.is_file():
         try:
             clean = json.loads(config.read_text()).get("clean") or clean
@@ -58,8 +68,8 @@ def _siglip(folder, vocab_size):
     return None
 
 
-def _of_json(folder):
-    """Returns CLIP's or BERT's tokenizer from a `tokenizer.json`, or None."""
+def _of_json(folder, **options):
+    """Returns CLIP's tokenizer with some options, or BERT's, from a `tokenizer.json`, or None."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
@@ -71,4 +81,4 @@ def _of_json(folder):
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a Hugging Face tokenizer ({type(error).__name__}: {error})") from None
-    return ClipBpeTokenizer("\n".join(["#version: 0.2", *merges]).encode())
+    return ClipBpeTokenizer("\n".join(["#version: 0.2", *merges]).encode(), **options)

@@ -182,7 +182,9 @@ def select(made, out, keep=None, threshold=None):
 
 
 def _rows(sample):
-    return [(int(record), caption, score) for record, caption, score in sample.rows()]
+    """Returns the rows of a sample, the highest score first."""
+    rows = [(int(record), caption, score) for record, caption, score in sample.rows()]
+    return sorted(rows, key=lambda row: -row[2])
 
 
 def _cut(made, threshold, writer):

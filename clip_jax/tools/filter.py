@@ -6,7 +6,7 @@
 
 The first pass counts the texts of each image, the images of each text, and the frequency of each word and each pair of
 adjacent words. The second pass decides. Every default threshold is the paper's. The folder OUT gets `index.npy`,
-`report.txt` and `report.json`; training reads the index.
+`report.txt`, `report.json` and `report.html`; training reads the index.
 
 The paper leaves some points open. This command assumes:
 
@@ -36,6 +36,7 @@ from clip_jax.data.sources import make_source
 from clip_jax.data.sources.index import TEXTS
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.runtime import command
+from clip_jax.tools import examples
 from clip_jax.tools.filter_rules import ALIGN, RULES, Rules, flag
 from clip_jax.tools.filter_tables import NearDuplicates, Table, contains, image_hash
 from clip_jax.tools.index_writer import IndexWriter, cost, example_lines, headline
@@ -239,7 +240,7 @@ def decide(source, rules, counts, test_images, writer):
 
 
 def run(source, out, rules=ALIGN, exclude=()):
-    """Filters a source; writes `index.npy`, `report.json` and `report.txt` into a folder.
+    """Filters a source; writes `index.npy`, `report.json`, `report.txt` and `report.html` into a folder.
 
     Args:
       source: the records.
@@ -265,7 +266,13 @@ def run(source, out, rules=ALIGN, exclude=()):
         counts = count(source, rules, writer.scratch)
         test_images = NearDuplicates(known, rules.near_duplicate) if exclude else None
         tally = decide(source, rules, counts, test_images, writer)
-        return writer.finish(_report(rules, exclude, counts, tally), describe)
+        report = writer.finish(_report(rules, exclude, counts, tally), describe)
+    sections = {
+        f"Removed by {rule}": [examples.shown(source, e["record"], "x".join(map(str, e["size"]))) for e in found]
+        for rule, found in tally.examples.items()
+    }
+    examples.write_page(out, f"{source.name}: filtered", list(describe(report)), sections)
+    return report
 
 
 def _is_image(record):

@@ -30,10 +30,11 @@ class IndexWriter:
       kept: number of records so far.
       texts: number of their captions.
 
-    Raises UserError when the folder cannot be written, within the statement too.
+    Raises UserError when the folder cannot be written, within the statement too, and for a mixture.
     """
 
     def __init__(self, source, out, start=None):
+        check_single(source)
         self._source, self._out = source, Path(out)
         self._start = time.monotonic() if start is None else start
         self.kept = self.texts = 0
@@ -101,6 +102,14 @@ class IndexWriter:
             raise UserError(f"{self._source.name}: all {len(self._source):,} records are removed; {told} says why")
         (self._out / "report.json").write_text(json.dumps(report, indent=1))
         return report
+
+
+def check_single(source):
+    """Raises UserError for a mixture: `?index=` belongs to one of its parts."""
+    if hasattr(source, "sources"):
+        raise UserError(
+            f"{source.name} is a mixture: make an index of each part, PART?index=FOLDER + PART?index=FOLDER"
+        )
 
 
 def headline(report):

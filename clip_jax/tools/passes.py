@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.data.records import BadRecord, fingerprint, records
+from clip_jax.data.records import BadRecord, fingerprint, hash64, records
 from clip_jax.data.threads import mapped
 from clip_jax.errors import UserError
 from clip_jax.runtime import command, faults
+from clip_jax.tools.index_writer import check_single
 from clip_jax.tools.source_arguments import source_parser
 
-PART = 65_536  # records of a part
+PART = 65_536  # records of a part; those of whole blocks where the source has such
 _PREPARED = 512  # records that threads prepare ahead
 
 
@@ -82,14 +83,15 @@ class Pass:
       key: what the parts depend on, `{word: JSON value}`; empty before `begin` in a new folder.
       about: what `begin` was told of it, a dict of JSON values.
 
-    Raises UserError when the folder holds parts of another source or command, or cannot be written.
+    Raises UserError when the folder holds parts of another source or command or cannot be written, and for a mixture.
     """
 
     def __init__(self, source, out, command):
+        check_single(source)
         self.start = time.monotonic()
         self.source, self._out = source, out
-        self._folder, self._count = Path(out) / "parts", -(-len(source) // PART)
-        self._fixed = {"command": command, "data set": fingerprint(source), "size of the parts": PART}
+        self._folder, self._edges = Path(out) / "parts", _edges(source)
+        self._fixed = {"command": command, "data set": fingerprint(source), "cut": hash64(self._edges.tobytes())}
         self.key, self.about = {}, {}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -128,11 +130,11 @@ class Pass:
                 raise UserError(f"{told}; remove {self._folder}, or name another folder")
 
     def __len__(self):
-        return self._count
+        return len(self._edges) - 1
 
     def bounds(self, number):
         """Returns the first record of a part and the one after its last."""
-        return number * PART, min((number + 1) * PART, len(self.source))
+        return tuple(self._edges[number : number + 2].tolist())
 
     def missing(self, share=None):
         """Returns the numbers of the parts that are not on disk; `share` is `(k, n)`, or None for all parts."""
@@ -174,6 +176,15 @@ class Pass:
 
     def _path(self, number):
         return self._folder / f"{number:07}.npz"
+
+
+def _edges(source):
+    """Returns the first record of each part, and the number of all records, int64; no block is in two parts."""
+    edges = np.append(np.arange(0, len(source), PART), len(source))
+    if (sizes := getattr(source, "blocks", None)) is None:
+        return edges
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    return np.unique(starts[np.searchsorted(starts, edges)])
 
 
 def _replace(path, write):

@@ -70,6 +70,11 @@ def read(path, start, end):
     return Block(end - start, lambda index: example.parse(found[index]))
 
 
+def block_bytes(path, start, end):
+    """Returns the mean bytes of as many records of a file as a block has."""
+    return remote.size(path) * (end - start) / _reader(path).num_records()
+
+
 def read_one(path, number):
     """Returns a raw record of a file; raises BadRecord as taking one of `read` does."""
     try:

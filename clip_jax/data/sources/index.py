@@ -1,4 +1,4 @@
-"""The records that an index of `clip_jax.tools.filter` keeps."""
+"""The records that an index keeps; the commands of docs/curation.md write one."""
 
 import json
 import os
@@ -31,7 +31,9 @@ class IndexedSource(KeptSource):
             index = _Index(os.path.join(folder, "index.npy"), source)
             made_of, length = report["fingerprint"], report["records"]
         except FileNotFoundError:
-            raise UserError(f"index={folder}: no index in this folder; clip_jax.tools.filter writes one") from None
+            raise UserError(
+                f"index={folder}: no index in this folder; docs/curation.md has commands that write one"
+            ) from None
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"index={folder}: damaged ({type(error).__name__}: {error})") from None
         if made_of != fingerprint(source):

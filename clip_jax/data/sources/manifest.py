@@ -86,7 +86,7 @@ class Manifest:
         """Returns the `ParquetColumn` of a field of all samples; None where the manifest has no such column."""
         if field not in self.about["columns"]:
             return None
-        groups = np.stack([np.zeros_like(self._groups), np.arange(len(self._groups))], 1)
+        groups = np.stack([np.zeros_like(self._groups), np.arange(len(self._groups))], axis=1)
         starts = np.concatenate([[0], np.cumsum(self._groups)])
         return ParquetColumn([self.path], groups, starts, COLUMN + field, is_list=True)
 

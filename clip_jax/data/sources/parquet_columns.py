@@ -91,8 +91,8 @@ class ParquetRows:
         return rows
 
     def column(self, field):
-        """Returns the `ParquetColumn` of a field."""
-        return ParquetColumn(self._files, self._groups, self._starts, field)
+        """Returns the `ParquetColumn` of a field; None for arrays."""
+        return None if field in self._arrays else ParquetColumn(self._files, self._groups, self._starts, field)
 
     def _group(self, number):
         file, group = self._groups[number].tolist()

@@ -35,6 +35,7 @@ class ParquetColumn:
         import pyarrow as pa
 
         at, stop, _ = span.indices(len(self))
+        kind = parquet.schema_of(self._files[0]).field(self._name).type
         parts = []
         while at < stop:
             if at not in self._span:
@@ -42,7 +43,7 @@ class ParquetColumn:
             end = min(stop, self._span.stop)
             parts += self._values.slice(at - self._span.start, end - at).chunks
             at = end
-        return pa.chunked_array(parts)
+        return pa.chunked_array(parts, kind.value_type if self._is_list else kind)
 
     def _read(self, at):
         """Reads the row group of value `at` and some that follow in its file."""

@@ -54,7 +54,7 @@ class TfdsSource(BaseSource):
         except NotImplementedError:
             raise UserError(
                 f"{self.name}: prepared as {builder.info.file_format.value}, which cannot be read by index; prepare it "
-                "with --file_format=array_record"
+                f"with --file_format=array_record, or read its files, such as {folder}/*.tfrecord*"
             ) from None
         except ValueError as error:
             reason = str(error).splitlines()[0]

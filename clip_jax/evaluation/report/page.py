@@ -57,7 +57,7 @@ class Page:
             return name, lambda row, label: ""
 
         def read(row):
-            return _thumbnail(images, row, tile)
+            return thumbnail(images, row, tile)
 
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
             sheet = _tiled(list(pool.map(read, place)), SHEET_COLUMNS)
@@ -171,7 +171,7 @@ def data_uri(image, kind):
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _thumbnail(images, row, tile):
+def thumbnail(images, row, tile):
     """Returns the whole image on white, uint8 `[tile, tile, 3]`; white alone when it cannot be read any more."""
     from PIL import Image
 

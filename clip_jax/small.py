@@ -204,7 +204,7 @@ def _check_needs(config, source):
     given = config.init_from if field == "init_from" else any(_has(record, field) for record in _sample(source))
     if not given:
         what = "--config.init_from=PATH" if field == "init_from" else f"records with the field {field!r}"
-        raise UserError(f"method={config.method!r} needs {what}: {how.replace('DATA', config.data.source)}")
+        raise UserError(f"this variant needs {what}: {how.replace('DATA', config.data.source)}")
 
 
 def _has(record, field):

@@ -158,7 +158,7 @@ def test_every_small_configuration_builds(name, table):
     c = config.load(str(REPO / "configs" / f"{name}.py:small"), [f"data={table}", "data.batch_size=4"])
     assert "emoji" not in config.to_json(c).replace("emoji_4k", "")
     if c.small.needs:
-        with pytest.raises(UserError, match=rf"method='{c.method}' needs .*: python -m clip_jax"):
+        with pytest.raises(UserError, match="this variant needs .*: python -m clip_jax"):
             train.make_parts(c)
         if c.small.needs[0] != "init_from":
             assert program.make_program(c).state is not None

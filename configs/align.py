@@ -63,6 +63,8 @@ def embedded(variant):
         stages = ((16, 1, 3, 1, 1), (24, 2, 3, 2, 4), (48, 2, 5, 2, 4), (96, 2, 3, 2, 4), (192, 2, 5, 2, 4))
         size, text = 128, text | dict(context=32, positions=77, width=192, depth=2, heads=3, mlp_dim=768)
     c.model.image = dict(kind="efficientnet", size=size, stages=stages, stochastic_depth=0.1)
+    if variant == "small":
+        c.model.image.update(dict(padding="even", proj=False, stochastic_depth=0.2))  # as AlignModel's, so that a run can be exported
     c.model.text = dict(text, vocab_size=0, eot_id=-1)  # the tokenizer sets both
     c.model.temperature_init = 0.05
     c.optim.lr_mult = (("^temperature$", 0.1),)  # LAMB's steps are proportional to a tensor's norm

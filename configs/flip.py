@@ -37,7 +37,10 @@ def get_config(variant=""):
         c = published(size, bool(tune))
     else:
         c = config.sibling(__file__, f"clip.py:{variant or 'emoji'}")
-        c.model.image.update({} if variant == "small" else dict(patch=4, depth=3))
+        if variant == "small":  # with CLIP's towers, so that a run can be exported
+            c.model.image.patch_drop = 0.5
+            return c
+        c.model.image.update(dict(patch=4, depth=3))
     c.model.image.update(dict(stem=(), pool="mean_all", cls_token=True, ln_pre=False, posemb="sincos2d_moco"))
     c.model.image.update(dict(patch_bias=True, act="gelu_tanh", ln_eps=1e-6, weight_init="flip"))
     c.model.image.patch_drop = 0.0 if tune else 0.5

@@ -64,7 +64,8 @@ def embedded(variant):
         size, text = 128, text | dict(context=32, positions=77, width=192, depth=2, heads=3, mlp_dim=768)
     c.model.image = dict(kind="efficientnet", size=size, stages=stages, stochastic_depth=0.1)
     if variant == "small":
-        c.model.image.update(dict(padding="even", proj=False, stochastic_depth=0.2))  # as AlignModel's, so that a run can be exported
+        # AlignModel's of transformers, so that a run can be exported.
+        c.model.image.update(dict(padding="even", proj=False, stochastic_depth=0.2))
     c.model.text = dict(text, vocab_size=0, eot_id=-1)  # the tokenizer sets both
     c.model.temperature_init = 0.05
     c.optim.lr_mult = (("^temperature$", 0.1),)  # LAMB's steps are proportional to a tensor's norm

@@ -18,7 +18,7 @@ def write_data(root):
         PIL.Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(path)
         return path
 
-    for name in ("cat.jpg", "dog.jpg", "images/1.jpg", "images/2.jpg"):
+    for name in ("cat.jpg", "dog.jpg"):
         picture(root / name)
     for i in range(1, 5):
         picture(data / f"images/00{i}.jpg")
@@ -29,12 +29,16 @@ def write_data(root):
             picture(data / f"album/{split}/000{i}.png")
         for name in ("tabby_cat", "husky"):
             picture(data / f"pictures/{name}/{i}.jpg")
+            for split in ("train", "val", "test"):
+                picture(data / f"pets/{split}/{name}/{i}.jpg")
     (data / "pictures/husky/1.txt").write_text("a husky in the snow\n")
     for split in ("train", "test"):
         rows = [f'0{i}.jpg,"{text}",{("tabby", "husky")[i % 2]}' for i, text in enumerate(CAPTIONS, 1)]
         (data / f"pets/{split}.csv").write_text("filepath,caption,breed\n" + "\n".join(f"images/0{r}" for r in rows))
         rows = [f"000{i}.png,{text}" for i, text in enumerate(CAPTIONS, 1)]
         (data / f"album/{split}/metadata.csv").write_text("file_name,text\n" + "\n".join(rows))
+    rows = [f"{picture(root / f'images/{i}.jpg').relative_to(root)}\t{CAPTIONS[i % 4]} {i}" for i in range(1, 41)]
+    (root / "pairs.tsv").write_text("filepath\tcaption\n" + "\n".join(rows))
     rows = [dict(image=f"images/00{i}.jpg", captions=[text, "a picture"]) for i, text in enumerate(CAPTIONS, 1)]
     for name in ("pairs", "flickr", "flickr_test", "flickr_val", "flickr_train"):
         (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -46,7 +50,7 @@ def write_data(root):
             members = []
             for i, text in enumerate(CAPTIONS):
                 key = f"{shard:05}{i:04}"
-                fields = dict(key=key, uid=f"{shard * 4 + i:032x}", alt=text, caption=text, width=12, license="?")
-                members += [(f"{key}.png", encoded(7 * i + 40 * shard)), (f"{key}.txt", text.encode())]
+                fields = dict(key=key, uid=f"{shard * 4 + i:032x}", alt=text, caption=text, width=12, license="?", boxes=[[0, 0, 9, 9], [3, 3, 12, 16]])
+                members += [(f"{key}.png", encoded(7 * i + 40 * shard, size=208)), (f"{key}.txt", text.encode())]
                 members += [(f"{key}.json", json.dumps(fields).encode())]
             write_tar(data / folder / f"{shard:0{digits}}.tar", members)

@@ -3,10 +3,10 @@
 A block is fenced or indented. Not run are blocks below `<!-- not run: reason -->`, and blocks that show no commands: output,
 tables of fields, a path of a batch.
 
-Changed in each block: `/data/...` is the folder `data` of a fixture, a range of shards such as `{00000..00331}` ends at 1.
-Folders below `runs/` that an earlier command did not make are one tiny trained run.
+Changed in each block: `/data` is the folder `data` of a fixture, `/weights/NAME` and runs that no earlier command made are one
+tiny trained run, a range of shards such as `{00000..00331}` ends at 1, and tools read a 99th of the embedded sets.
 
-- Python: executed, the blocks of a page one after the other in one namespace.
+- Python: executed, the blocks of a page one after the other in one namespace. One whose first line is `# FILE.py` is written there.
 - `python -m clip_jax...`: its `main` is called in this process. Trainings are checked by `train.parse_args` and
   `preflight.make_parts`: the configuration, its options, data, tokenizer and method. Those of `TRAINED` train a step of tiny towers.
   `clip_jax.study` and `clip_jax.compile` load their configuration; both take minutes.
@@ -34,8 +34,13 @@ from clip_jax import config as config_lib
 from clip_jax import preflight, study, train
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-TRAINED = ("runs/mine", "runs/my_method", "runs/a", "runs/again", "runs/b")
-COMMAND = re.compile(r"(PYTHONPATH=\S+ )?(python|bash|pip|docker|export|printf|tfds) ")
+#: The trainings of each page that are run.
+TRAINED = {
+    "README": ("runs/mine",),
+    "adding_a_method": ("runs/my_method",),
+    "checkpoints": ("runs/a", "runs/again", "runs/b"),
+}
+COMMAND = re.compile(r"(python|bash|pip|docker|export|printf|tfds) ")
 
 
 def blocks(text):
@@ -78,7 +83,7 @@ def tree(tmp_path_factory):
         (root / name).symlink_to(REPO / name)
     write_data(root)
     task = "retrieval(source='emoji', split='val_seen_vendor', limit=16)"
-    values = ["train.steps=1", "data.workers=0", "eval.batch_size=16", f'eval.tasks=("{task}",)']
+    values = ["train.steps=1", "data.workers=0", "eval.batch_size=16", f'eval.tasks=("{task}",)', "checkpoint.best=retrieval/loss"]
     train.train(tiny_config(*values), root / "clip", lambda line: None)
     return root
 
@@ -86,22 +91,27 @@ def tree(tmp_path_factory):
 class Session:
     """Runs the blocks of one page in a folder."""
 
-    def __init__(self, root, monkeypatch):
-        self.root, self.monkeypatch, self.names = root, monkeypatch, {}
+    def __init__(self, root, monkeypatch, trained):
+        self.root, self.monkeypatch = root, monkeypatch
+        self.trained, self.names = trained, {}
 
     def run(self, kind, code):
         code = re.sub(r"(?<![\w.])/data\b", str(self.root / "data"), code)
         code = re.sub(r"\{(0+)\.\.\d+\}", lambda m: "{%s..%s1}" % (m[1], m[1][1:]), code)
-        if kind == "python":
+        code = re.sub(r"/weights/[\w.-]+", "runs/weights", code)
+        self.make_runs(code)
+        if kind == "python" and (file := re.match(r"# ([\w/]+\.py)\n", code)):
+            path = self.root / file[1]
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(code)
+        elif kind == "python":
             exec(compile(code, "block", "exec"), self.names)
         else:
             for command in commands(code):
                 self.shell(command)
 
     def shell(self, command):
-        words = shlex.split(command, comments=True)
-        if words[0].startswith("PYTHONPATH="):
-            words = words[1:]
+        words = shlex.split(re.sub(r"\s#\s.*", "", command))
         if words[0] == "export":
             for word in words[1:]:
                 self.monkeypatch.setenv(*word.split("=", 1))
@@ -115,12 +125,14 @@ class Session:
             elif words[0] == "python":
                 assert words[1].startswith("benchmarks/"), command
                 command = shlex.join([sys.executable, *words[1:], "--help"])
-            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-            assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+            folder = REPO if words[0] == "bash" else self.root  # the launchers read git's revision
+            done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                raise AssertionError(f"{command}: {done.stderr}")
 
     def module(self, name, arguments):
         options = dict(word[2:].split("=", 1) for word in arguments if word.startswith("--") and "=" in word)
-        if name == "clip_jax.train" and options["workdir"] not in TRAINED:
+        if name == "clip_jax.train" and options["workdir"] not in self.trained:
             config = train.parse_args(arguments)[0]
             preflight.make_parts(config)
         elif name == "clip_jax.compile":
@@ -129,14 +141,19 @@ class Session:
         elif name == "clip_jax.study":
             assert study.load(options["config"]).rows
         else:
-            if name == "clip_jax.train":
+            if name.startswith("clip_jax.tools."):
+                arguments = [re.sub("(=)(emoji|openclipart)$", r"\1\2?part=record:1/99", a) for a in arguments]
+            elif name == "clip_jax.train":
                 tiny = TINY if "fork-from" not in options else []
                 arguments = arguments + [f"--config.{o}" for o in [*tiny, "train.steps=1", "data.workers=0"]]
-            for word in arguments:
-                for run in re.findall(r"(?<![\w/])runs/\w+", word) if "workdir" not in word else ():
-                    if not (self.root / run).exists():
-                        shutil.copytree(self.root / "clip", self.root / run)
-            assert importlib.import_module(name).main(arguments) == 0, (name, arguments)
+            if importlib.import_module(name).main(arguments):
+                raise AssertionError(" ".join([name, *arguments]))
+
+    def make_runs(self, code):
+        """Puts the tiny run where a command reads a run that is not there."""
+        for run in re.findall(r"(?<!workdir=)(?<!out=)\bruns/\w+", code):
+            if run not in self.trained and not (self.root / run).exists():
+                shutil.copytree(self.root / "clip", self.root / run)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -144,12 +161,14 @@ def test_blocks_run(page, tree, monkeypatch, capsys):
     monkeypatch.chdir(tree)
     monkeypatch.setenv("CLIP_JAX_CACHE", str(tree / "cache"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
-    session = Session(tree, monkeypatch)
+    session = Session(tree, monkeypatch, TRAINED.get(page.stem, ()))
     for line, kind, code, marked in blocks(page.read_text()):
         if marked:
             continue
         try:
             session.run(kind, code)
-        except (Exception, SystemExit) as error:
-            raise AssertionError(f"{page.name}:{line}: {error!r}\n{capsys.readouterr().err}") from error
+        except SystemExit as error:  # --help
+            assert error.code == 0, f"{page.name}:{line}: {capsys.readouterr().err}"
+        except Exception as error:
+            pytest.fail(f"{page.name}:{line}: {error!r}\n{capsys.readouterr().err[-500:]}", pytrace=False)
     shutil.rmtree(tree / "runs", ignore_errors=True)

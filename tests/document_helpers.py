@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import PIL.Image
+import pyarrow
+import pyarrow.parquet
 from data_helpers import encoded, write_tar
 
 CAPTIONS = ["a cat asleep on a chair", "a dog in the snow", "a red apple", "two birds above the sea"]
@@ -18,6 +20,14 @@ def write_data(root):
         PIL.Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(path)
         return path
 
+    for name in ("flickr30k", "coco"):
+        folder = {"flickr30k": "flickr30k-images", "coco": "coco"}[name]
+        images = [dict(filename=f"{i}.jpg", split="test", sentences=[dict(raw=CAPTIONS[i])]) for i in range(4)]
+        for image in images:
+            picture(data / folder / image["filename"])
+        (data / f"dataset_{name}.json").write_text(json.dumps(dict(images=images)))
+    for name in ("n01440764", "n02102040"):
+        picture(data / f"imagenette2/val/{name}/1.jpg")
     for name in ("cat.jpg", "dog.jpg"):
         picture(root / name)
     for i in range(1, 5):
@@ -38,10 +48,13 @@ def write_data(root):
         rows = [f"000{i}.png,{text}" for i, text in enumerate(CAPTIONS, 1)]
         (data / f"album/{split}/metadata.csv").write_text("file_name,text\n" + "\n".join(rows))
     rows = [f"{picture(root / f'images/{i}.jpg').relative_to(root)}\t{CAPTIONS[i % 4]} {i}" for i in range(1, 41)]
+    (data / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnop"]))
     (root / "pairs.tsv").write_text("filepath\tcaption\n" + "\n".join(rows))
     rows = [dict(image=f"images/00{i}.jpg", captions=[text, "a picture"]) for i, text in enumerate(CAPTIONS, 1)]
     for name in ("pairs", "flickr", "flickr_test", "flickr_val", "flickr_train"):
         (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = pyarrow.Table.from_pylist([dict(image=r["image"], caption=r["captions"][0]) for r in rows])
+    pyarrow.parquet.write_table(table, data / "large.parquet")
     rows = [dict(image=f"images/00{i}.jpg", labels=["cat", "chair"][: 1 + i % 2]) for i in range(1, 5)]
     (data / "openimages.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for folder, digits in (("", 5), ("cc3m", 5), ("laion", 5), ("pairs", 5), ("yfcc15m", 5), ("datacomp/shards", 8)):
@@ -50,7 +63,7 @@ def write_data(root):
             members = []
             for i, text in enumerate(CAPTIONS):
                 key = f"{shard:05}{i:04}"
-                fields = dict(key=key, uid=f"{shard * 4 + i:032x}", alt=text, caption=text, width=12, license="?", boxes=[[0, 0, 9, 9], [3, 3, 12, 16]])
+                fields = dict(key=key, uid=f"{shard * 4 + i:032x}", alt=text, caption=text, width=12, license="?", summary="a thing", tags=["a", "b"], boxes=[[0, 0, 9, 9], [3, 3, 12, 16]])
                 members += [(f"{key}.png", encoded(7 * i + 40 * shard, size=208)), (f"{key}.txt", text.encode())]
                 members += [(f"{key}.json", json.dumps(fields).encode())]
             write_tar(data / folder / f"{shard:0{digits}}.tar", members)

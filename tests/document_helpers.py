@@ -63,7 +63,8 @@ def write_data(root):
             members = []
             for i, text in enumerate(CAPTIONS):
                 key = f"{shard:05}{i:04}"
-                fields = dict(key=key, uid=f"{shard * 4 + i:032x}", alt=text, caption=text, width=12, license="?", summary="a thing", tags=["a", "b"], boxes=[[0, 0, 9, 9], [3, 3, 12, 16]])
+                fields = dict(key=key, uid=f"{shard * 4 + i:032x}", alt=text, caption=text, width=12, license="?")
+                fields |= dict(summary="a thing", tags=["a", "b"], boxes=[[0, 0, 9, 9], [3, 3, 12, 16]])
                 members += [(f"{key}.png", encoded(7 * i + 40 * shard, size=208)), (f"{key}.txt", text.encode())]
                 members += [(f"{key}.json", json.dumps(fields).encode())]
             write_tar(data / folder / f"{shard:0{digits}}.tar", members)

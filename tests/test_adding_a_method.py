@@ -1,20 +1,27 @@
 """docs/adding_a_method.md: its example is a method by its import path, and trains."""
 
+import dataclasses
+import functools
+import importlib
 import math
 import re
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from conftest import REPO
 from helpers import losses, tiny_config
 
 from clip_jax import config, plugins, train
 from clip_jax.errors import UserError
+from clip_jax.methods import interface
+from clip_jax.methods.check import check_method
 
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "adding_a_method.md").read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "adding_a_method.md").read_text(), re.DOTALL)
     (tmp_path / "my_method.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -26,6 +33,44 @@ def test_it_trains(tmp_path, example):
     train.train(tiny_config("train.steps=2"), tmp_path / "clip", print)
     smoothed, clip = losses(tmp_path / "smoothed"), losses(tmp_path / "clip")
     assert all(map(math.isfinite, smoothed.values())) and smoothed[1] != clip[1]
+
+
+def test_the_test_of_a_method(tmp_path, monkeypatch):
+    """The page's own call of `check_method`."""
+    for code in re.findall(r"```python\n(# .*?)```", (REPO / "docs" / "adding_a_method.md").read_text(), re.DOTALL):
+        (tmp_path / re.match(r"# (\S+)", code)[1]).write_text(code)
+    (tmp_path / "configs").symlink_to(REPO / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("test_my_pairs").test_my_pairs()
+    for name in ("my_pairs", "my_config", "test_my_pairs"):
+        sys.modules.pop(name, None)
+
+
+def noisy(base, params, extra, batch, rng, train):
+    """An encoder whose randomness belongs to a part of the batch, not to an example."""
+    features, extra = base.encode(params, extra, batch, rng, train)
+    return {name: x + 0.1 * jax.random.normal(rng, x.shape) for name, x in features.items()}, extra
+
+
+def one_sided(base, params, extra, features, batch, rng):
+    return jnp.sum(features["image"][:, 0]) * base.scale(params), {}
+
+
+@pytest.mark.parametrize(
+    "field, function, message",
+    [("encode", noisy, "2 micro-batches: loss"), ("loss", one_sided, "txt/.*: no gradient reaches it")],
+)
+def test_wrong_methods_do_not_pass(monkeypatch, field, function, message):
+    base = interface.make_method
+
+    def make(c):
+        method = base(c)
+        return dataclasses.replace(method, **{field: functools.partial(function, method)})
+
+    monkeypatch.setattr(interface, "make_method", make)
+    with pytest.raises(AssertionError, match=message):
+        check_method(tiny_config())
 
 
 def test_names_of_modules(example):
@@ -50,7 +95,7 @@ def test_wrong_names_are_one_line(name, message):
 
 def test_a_checkpoint_remembers_the_module(tmp_path, monkeypatch):
     """It is found beside the configuration and in the current folder, recalled from its path, and else named."""
-    (code,) = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "adding_a_method.md").read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "adding_a_method.md").read_text(), re.DOTALL)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for number, folder in enumerate(("here", "configs")):
         (tmp_path / folder).mkdir()

@@ -1,15 +1,17 @@
 """README and docs: their shell and Python blocks run as printed, on small data.
 
-A block is fenced or indented. Not run are blocks below `<!-- not run: reason -->`, and blocks that show no commands: output,
-tables of fields, a path of a batch.
+A block is fenced or indented. Not run are blocks below `<!-- not run: reason -->`, and blocks that show no commands:
+output, fields, the path of a batch.
 
-Changed in each block: `/data` is the folder `data` of a fixture, `/weights/NAME` and runs that no earlier command made are one
-tiny trained run, a range of shards such as `{00000..00331}` ends at 1, and tools read a 99th of the embedded sets.
+Changed in each block: `/data` is the folder `data` of a fixture, `/weights/NAME` and runs that no earlier command made
+are one tiny trained run, a range of shards such as `{00000..00331}` ends at 1, and tools read a 99th of the embedded
+sets.
 
-- Python: executed, the blocks of a page one after the other in one namespace. One whose first line is `# FILE.py` is written there.
+- Python: executed, the blocks of a page one after the other in one namespace. One whose first line is `# FILE.py` is
+  written there.
 - `python -m clip_jax...`: its `main` is called in this process. Trainings are checked by `train.parse_args` and
-  `preflight.make_parts`: the configuration, its options, data, tokenizer and method. Those of `TRAINED` train a step of tiny towers.
-  `clip_jax.study` and `clip_jax.compile` load their configuration; both take minutes.
+  `preflight.make_parts`: the configuration, its options, data, tokenizer and method. Those of `TRAINED` train a step or
+  two of tiny towers. `clip_jax.study` and `clip_jax.compile` load their configuration; both take minutes.
 - `bash launch/...`: with `--dry-run`, or as it stands with `--help`.
 - `python benchmarks/...`: with `--help` behind the printed arguments, so that these are parsed.
 - other commands, such as `printf`: by bash.
@@ -83,8 +85,8 @@ def tree(tmp_path_factory):
         (root / name).symlink_to(REPO / name)
     write_data(root)
     task = "retrieval(source='emoji', split='val_seen_vendor', limit=16)"
-    values = ["train.steps=1", "data.workers=0", "eval.batch_size=16", f'eval.tasks=("{task}",)', "checkpoint.best=retrieval/loss"]
-    train.train(tiny_config(*values), root / "clip", lambda line: None)
+    values = ["train.steps=1", "data.workers=0", "eval.batch_size=16", f'eval.tasks=("{task}",)']
+    train.train(tiny_config(*values, "checkpoint.best=retrieval/loss"), root / "clip", lambda line: None)
     return root
 
 
@@ -97,7 +99,7 @@ class Session:
 
     def run(self, kind, code):
         code = re.sub(r"(?<![\w.])/data\b", str(self.root / "data"), code)
-        code = re.sub(r"\{(0+)\.\.\d+\}", lambda m: "{%s..%s1}" % (m[1], m[1][1:]), code)
+        code = re.sub(r"\{(0+)\.\.\d+\}", lambda m: f"{{{m[1]}..{m[1][1:]}1}}", code)
         code = re.sub(r"/weights/[\w.-]+", "runs/weights", code)
         self.make_runs(code)
         if kind == "python" and (file := re.match(r"# ([\w/]+\.py)\n", code)):
@@ -133,7 +135,8 @@ class Session:
     def module(self, name, arguments):
         options = dict(word[2:].split("=", 1) for word in arguments if word.startswith("--") and "=" in word)
         if name == "clip_jax.train" and options["workdir"] not in self.trained:
-            arguments = [a.replace("region_dim=132", "region_dim=20") for a in arguments]  # the tiny run's embeddings, 16 + 4
+            # A region has an embedding of the encoder and 4 numbers of a box; the tiny run's embeddings are 16 wide.
+            arguments = [a.replace("region_dim=132", "region_dim=20") for a in arguments]
             config = train.parse_args(arguments)[0]
             preflight.make_parts(config)
         elif name == "clip_jax.compile":

@@ -84,7 +84,7 @@ def write_report(workdir, config, result, path=None):
     return assembly.write_report(
         path,
         result,
-        title=f"{config.method} on {config.data.source.replace('{split}', config.data.split)}",
+        title=" on ".join(filter(None, [config.method, config.data.source.replace("{split}", config.data.split)])),
         config=config.to_dict(),
         metrics_jsonl=workdir / "metrics.jsonl",
     )

@@ -144,7 +144,7 @@ def train(config, workdir, log=print, cluster=None, fork=None):
     cache = compile_cache.prepare(config.compile.cache, workdir)
     # The hosts join before data is opened, because they may take very different times for that.
     hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
-    config, source, tokenizer, method = make_parts(config)
+    config, source, tokenizer, method = make_parts(config, workdir, hosts.on_first(log))
     init_from.check(config, tokenizer, workdir)
     hosts.devices()
     with faults.stage("waiting until all hosts have opened their data"):

@@ -28,6 +28,8 @@ A path or pattern may hold wildcards, numeric ranges and "{split}". A step chang
     SOURCE?where=FIELD:VALUE               a selection by a field: `clip_jax.data.sources.selection`
     SOURCE?index=FOLDER                    the records that an index keeps: `clip_jax.data.sources.index`
     SOURCE?uids=FILE.npy                   the records of a subset that DataComp publishes
+    SOURCE?holdout=0.1                     a tenth of the records by a hash of their images, "!0.1" the others:
+                                           `clip_jax.data.sources.holdout`
     SOURCE?columns=PATH                    additional fields from a file or folder: `clip_jax.data.sources.columns`
 
 A mixture `SOURCE*3 + SOURCE*1` draws examples in this proportion. The default weight is 1; "size" stands for the
@@ -44,10 +46,10 @@ from clip_jax.data.files import expand
 from clip_jax.data.sources import arrow, caption_json, selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, shards_in
-from clip_jax.data.sources.spec import parse
+from clip_jax.data.sources.spec import parse, with_step
 from clip_jax.errors import TextLabelError, UserError, did_you_mean, unknown
 
-_JOINS = ("index", "columns", "uids")  # steps made by the module of this name; each takes one option
+_JOINS = ("index", "columns", "uids", "holdout")  # steps made by the module of this name; each takes one option
 _STEPS = (*_JOINS, *selection.FORMS)
 
 
@@ -77,14 +79,18 @@ def make_source(spec, split="train", *, image=None, text=None, label=None):
 
 
 def configured_source(data, spec=""):
-    """Returns the source of the configuration's section `data`; raises UserError as `make_source` does.
+    """Returns the source of the configuration's section `data`, without the records that `data.holdout` keeps out.
 
     Args:
-      data: the section, with the keys `source`, `split`, `image`, `text` and `label`.
+      data: the section, with the keys `source`, `split`, `image`, `text`, `label` and, optionally, `holdout`.
       spec: str, read instead of `data.source` with that section's split and fields.
+
+    Raises UserError as `make_source` does.
     """
-    fields = {name: data[name] or None for name in ("image", "text", "label")}
-    return make_source(spec or data["source"], data["split"], **fields)
+    fields, spec = {name: data[name] or None for name in ("image", "text", "label")}, spec or data["source"]
+    if share := data.get("holdout", 0.0):
+        spec = with_step(spec, "holdout", f"!{share:g}")
+    return make_source(spec, data["split"], **fields)
 
 
 def _make_part(part, split, fields):

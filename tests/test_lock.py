@@ -165,6 +165,27 @@ def test_the_lock_is_refreshed_and_a_run_that_lost_it_ends(tmp_path, monkeypatch
     assert lock.read(tmp_path) == stranger
 
 
+def test_a_run_that_is_ending_is_waited_for(tmp_path, monkeypatch):
+    """A cluster starts the new host while the old one, asked to end, still saves its state."""
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    lines = []
+    for fields, coordinator in (({"ending": True}, ""), ({"coordinator": "job-0:1"}, "job-0:1")):
+        write_lock(tmp_path, **fields)
+        threading.Timer(0.5, (tmp_path / lock.FILE).unlink).start()
+        with lock.hold(tmp_path, lines.append, number=0, coordinator=coordinator):
+            assert lock.read(tmp_path)["pid"] == os.getpid()
+        assert "waiting for the end of a run on" in lines.pop() and not lines
+    monkeypatch.setattr(lock, "ENDING_SECONDS", 0.2)
+    write_lock(tmp_path, ending=True)
+    with pytest.raises(UserError, match="is in use by"), lock.hold(tmp_path, lines.append, number=0):
+        pass
+    os.remove(tmp_path / lock.FILE)
+    with lock.hold(tmp_path, number=0):
+        assert not lock.read(tmp_path).get("ending")
+        monkeypatch.setattr(faults, "_asked", faults.PREEMPTED)
+        wait_for(lambda: lock.read(tmp_path).get("ending"))
+
+
 def test_a_process_that_ends_at_once_leaves_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda status: None)
     with lock.hold(tmp_path, number=0):

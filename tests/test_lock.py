@@ -24,6 +24,7 @@ from clip_jax.training import checkpoint
 def quick(monkeypatch):
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.2)
     monkeypatch.setattr(lock, "STALE_SECONDS", 30)
+    monkeypatch.setattr(lock, "WATCH_SECONDS", 0.5)
 
 
 def write_lock(folder, beat=0.0, **fields):
@@ -34,9 +35,9 @@ def write_lock(folder, beat=0.0, **fields):
     return content
 
 
-def beat_on(folder, fields, ended):
+def beat_on(folder, beat, fields, ended):
     while not ended.wait(0.2):
-        write_lock(folder, **fields)
+        write_lock(folder, beat, **fields)
 
 
 def files(folder):
@@ -85,18 +86,26 @@ def test_a_run_of_another_host_lives_while_it_refreshes_its_lock(tmp_path, monke
         write_lock(tmp_path, beat=31, **fields)
         lines = []
         with lock.hold(tmp_path, lines.append, number=0):
-            assert "token" in lock.read(tmp_path) and len(lines) == 1
+            assert "token" in lock.read(tmp_path) and len(lines) == 2
 
+        lock.check_free(tmp_path, "")
+        for beat in (5, 1000):  # the clocks may differ
+            write_lock(tmp_path, beat, **fields)
+            monkeypatch.setattr(lock, "WATCH_SECONDS", 20)
+            ended = threading.Event()
+            owner = threading.Thread(target=beat_on, args=(tmp_path, beat, fields, ended))
+            owner.start()
+            with pytest.raises(UserError, match="is in use by a run on"), lock.hold(tmp_path, lines.append, number=0):
+                pass
+            ended.set()
+            owner.join()
+            assert lock.read(tmp_path)["token"] == "other"
+            assert f"looking up to {25 if beat == 5 else 20} s" in lines[-1]
+        monkeypatch.setattr(lock, "WATCH_SECONDS", 0.5)
+        lock.check_free(tmp_path, "")  # 1000 s
         write_lock(tmp_path, beat=5, **fields)
-        ended = threading.Event()
-        owner = threading.Thread(target=beat_on, args=(tmp_path, fields, ended))
-        owner.start()
-        with pytest.raises(UserError, match="is in use by a run on"), lock.hold(tmp_path, lines.append, number=0):
-            pass
-        ended.set()
-        owner.join()
-        assert lock.read(tmp_path)["token"] == "other"
-        assert "looking up to 25 s" in lines[-1]
+        with pytest.raises(UserError, match="is in use by a run on .* it writes"):
+            lock.check_free(tmp_path, "it writes")
 
     monkeypatch.setattr(lock, "STALE_SECONDS", 1.5)
     write_lock(tmp_path, host="pod-3", beat=0.5)  # the node was taken away; the pod comes back on another one

@@ -3,7 +3,7 @@
 `run.lock` names the process that owns the folder and is refreshed every `BEAT_SECONDS`. It is deleted when the run
 ends, also after a signal, a stall or the loss of another host. After kill -9 or a dead machine it stays, and the next
 run takes it over: at once when the owner was a process of this machine that no longer runs, otherwise when it was not
-refreshed for `STALE_SECONDS`. The clocks of hosts must agree to well within that time.
+refreshed for `STALE_SECONDS`, of which the next run watches `WATCH_SECONDS` at least, as clocks of hosts may differ.
 
 A run that received a signal says so in its lock, and the next one waits until it has saved its state: a cluster may
 start the new host while the old one still ends. So does a run that joins at the address at which the owner joined.
@@ -28,6 +28,7 @@ from clip_jax.runtime import faults, hosts, storage
 FILE = "run.lock"
 #: Seconds between two refreshes, and seconds without one after which an owner counts as dead.
 BEAT_SECONDS, STALE_SECONDS = 10, 120
+WATCH_SECONDS = 1.5 * BEAT_SECONDS
 #: Seconds that a run waits for the end of one that received a signal.
 ENDING_SECONDS = 600
 #: Seconds after which a lock that was taken over is read back.
@@ -117,7 +118,8 @@ def _hold(folder, log, coordinator, name):
 def check_free(folder, what, name=FILE):
     """Raises UserError when a run owns a folder; `what` says what would be written, and what to do."""
     found = read(folder, name)
-    if found and _state(found) != "dead" and found.get("token") not in _held.values():
+    is_dead = found and (_state(found) == "dead" or (_state(found) == "unknown" and _age(found) > STALE_SECONDS))
+    if found and not is_dead and found.get("token") not in _held.values():
         raise UserError(f"{_in_use(folder, found)}; {what}")
 
 
@@ -134,14 +136,17 @@ def read(folder, name=FILE):
 
 
 def _state(found):
-    """Returns whether the owner of a lock is "alive", "dead", or "unknown": alive if it refreshes the lock."""
+    """Returns whether the owner of a lock is "alive" or "dead"; "unknown" on another machine."""
     here = {"host": socket.gethostname(), "machine": _machine()}
     if all(found.get(key) == here[key] for key in _MACHINE_KEYS) and isinstance(found.get("pid"), int):
         return "alive" if _started(found["pid"]) == found.get("started") else "dead"
+    return "unknown"
+
+
+def _age(found):
+    """Returns the seconds since the last refresh of a lock, by the clocks of both hosts."""
     beat = found.get("beat")
-    if not isinstance(beat, int | float):
-        return "unknown"
-    return "dead" if time.time() - beat > STALE_SECONDS else "unknown"
+    return time.time() - beat if isinstance(beat, int | float) else 0.0
 
 
 def _is_leaving(found, coordinator):
@@ -212,8 +217,7 @@ class Lock:
         """
         state, first = _state(found), found
         if state == "unknown":
-            age = time.time() - found.get("beat", time.time())
-            limit = min(STALE_SECONDS, max(STALE_SECONDS - age, 0)) if found else 2 * SETTLE_SECONDS
+            limit = min(STALE_SECONDS, max(STALE_SECONDS - _age(found), WATCH_SECONDS)) if found else 2 * SETTLE_SECONDS
             if found:
                 log(f"{self.folder}: looking up to {limit:.0f} s whether {_owner(found)}, still lives ...")
             end = time.monotonic() + limit
@@ -235,7 +239,7 @@ class Lock:
         token, end = found.get("token"), time.monotonic() + ENDING_SECONDS
         log(f"{self.folder}: waiting for the end of {_owner(found)} ...")
         while time.monotonic() < end:
-            if _state(found) == "dead":
+            if _state(found) == "dead" or _age(found) > STALE_SECONDS:
                 return True
             time.sleep(min(1, BEAT_SECONDS))
             found = read(self.folder, self.name)

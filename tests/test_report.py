@@ -445,7 +445,7 @@ def test_thumbnails_lie_where_their_tags_say():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (300, 200)])
 def test_thumbnails_keep_the_shape_of_an_image(shape):
     images = Images([MemorySource([{"image": np.zeros((*shape, 3), np.uint8)}])], np.zeros((1, 2), int))
-    thumbnail = html_page._thumbnail(images, 0, 64)
+    thumbnail = html_page.thumbnail(images, 0, 64)
     dark = np.argwhere(thumbnail[..., 0] < 128)
     assert thumbnail.shape == (64, 64, 3)
     height, width = np.ptp(dark, axis=0) + 1

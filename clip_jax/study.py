@@ -55,7 +55,7 @@ class Study:
         order.
       published: the heading of the published figures.
       curves: the training metrics that the page plots. It also plots the `metrics` that were evaluated at several
-        steps, and the losses of held-out data.
+        steps, and the losses of evaluations.
       map_task: the evaluation task whose 2-D maps the page shows, one for each row; empty: none.
       equal_compute: gives every row the number of steps that costs as many FLOPs as the first row's steps. Otherwise
         each row takes the steps of its configuration.
@@ -264,7 +264,7 @@ def write(study, runs, found, workdir):
     items = "".join(f"<li>{html.escape(line)}</li>" for line in verdicts)
     curves = "".join(_chart(page, curve, _mean_curves(study, runs, 0, curve)) for curve in study.curves)
     evaluated = {name: label for label, name in study.metrics.items()}
-    evaluated |= {name: name for name in _held_out_losses(runs) if name not in evaluated}
+    evaluated |= {name: name for name in _losses(runs) if name not in evaluated}
     evaluations = "".join(_chart(page, label, _mean_curves(study, runs, 1, name)) for name, label in evaluated.items())
     maps = {}
     for run in runs if study.map_task else ():
@@ -311,8 +311,8 @@ def _mean_curves(study, runs, kind, name):
     return found
 
 
-def _held_out_losses(runs):
-    """Returns the names of the losses of held-out data that any run has, sorted."""
+def _losses(runs):
+    """Returns the names of the losses of evaluations that any run has, sorted."""
     from clip_jax.evaluation.report.charts import read_metrics
 
     return sorted(

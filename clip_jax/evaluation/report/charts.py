@@ -44,7 +44,7 @@ _CURVE_WORDS = {
     "top1": "top-1",
     "top5": "top-5",
     "mean_per_class": "mean per class",
-    "loss": "held-out loss",
+    "loss": "evaluation loss",
 }
 # The plotting area of a chart, in a view box of 360 x 190.
 _LEFT, _TOP = 46, 10

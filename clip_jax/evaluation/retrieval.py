@@ -4,9 +4,9 @@ Metrics; `<name>` is the option `name`:
 
   <name>/image_to_text_R@1, R@5, R@10: share of images with one of their captions among the K most similar texts.
   <name>/text_to_image_R@1, R@5, R@10: share of captions with their image among the K most similar images.
-  <name>/loss: the loss of held-out data, cross-entropy (InfoNCE) of the images and their first captions at the model's scale,
-    mean of both directions, in equal blocks of at most 256 pairs. It is comparable between steps and runs on the same
-    data, not with a training loss of other batches or of another kind. Absent where the model has no scale.
+  <name>/loss: cross-entropy (InfoNCE) of the images and their first captions at the model's scale, mean of both
+    directions, in equal blocks of at most 256 pairs. It is comparable between steps and runs on the same data, not with
+    a training loss of other batches or of another kind. Absent where the model has no scale.
   <name>/images, texts, skipped: numbers of images, captions and unusable records.
 
 Artefacts: "retrieval", "similarity", "alignment" (methods that compare patches with words) and "map",

@@ -4,6 +4,7 @@ The fixtures hf_preprocessing.npz and hf_texts.json are the outputs of transform
 (resize to 16 pixels, crop, no rescaling), CLIPTokenizer and SiglipTokenizer.canonicalize_text.
 """
 
+import gzip
 import io
 import json
 import pathlib
@@ -134,11 +135,14 @@ def test_the_library_of_the_weights_decides_on_the_cleaning(tmp_path):
 
     assert cleaning("clip", 49408, "Hugging Face CLIPModel") == "transformers"
     assert cleaning("clip", 49408, "open_clip") is None
+    merges = gzip.decompress(make_tokenizer("clip_bpe").data)
     model = make_tokenizer("sentencepiece")
     (tmp_path / "spiece.model").write_bytes(model.data)
     hf = "Hugging Face SiglipModel"
     assert (cleaning("siglip", 4096, hf), cleaning("siglip", 256_000, hf)) == ("transformers", "lower")
     assert (cleaning("siglip", 4096, "open_clip"), cleaning("siglip", 256_000, "open_clip")) == ("open_clip",) * 2
     assert cleaning("siglip", 4096, "big_vision") == "lower"
-    (tmp_path / "merges.txt").write_bytes(make_tokenizer("clip_bpe").data)
-    assert cleaning("clip", 49408, "Hugging Face CLIPModel") == "transformers"
+    (tmp_path / "merges.txt").write_bytes(b"\n".join(merges.split(b"\n")[:48895]))
+    tokenizer = tokenizer_files.find(tmp_path, "clip", 49408, "Hugging Face CLIPModel")
+    spec = "clip_bpe?clean=transformers&specials=openai"  # a run with this string may start from these weights
+    assert tokenizer == make_tokenizer(spec) and tokenizer_files.spec_of(tokenizer) == spec

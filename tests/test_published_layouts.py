@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 
 import pytest
@@ -44,6 +45,7 @@ def test_karpathys_coco(tmp_path):
     train = make_source(spec)
     assert [train[i]["split"] for i in range(2)] == ["restval", "train"]  # restval is trained on, as since VSE++
     assert len(make_source(f"{spec}?where=split:train")) == 1 and len(make_source(spec, "restval")) == 1
+    train = pickle.loads(pickle.dumps(train))  # as in a worker process
     assert train[1]["image"] == encoded(2) and train[1]["cocoid"] == 12 and train[1]["path"].endswith("2.png")
     task = parse_task(f"retrieval(source='{spec}', name='coco')")
     task.check_sources()

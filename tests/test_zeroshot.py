@@ -77,7 +77,7 @@ def test_files_of_clip_benchmark(tmp_path):
         ("t.json:custom", "a list of texts is needed, not dict"),
         ("list.json:pets", "holds no names of lists"),
         ("damaged.json", "cannot be read as JSON"),
-        ("no.json:pets", "cannot be read as JSON"),
+        ("no.json:pets", "no.json: No such file or directory"),
     ]:
         with pytest.raises(UserError) as e:
             load_templates(f"{tmp_path}/{spec}")

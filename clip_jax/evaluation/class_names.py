@@ -10,6 +10,7 @@ all in one of three ways: by WordNet id, by number from 0 to 999 in the order of
 one of the class's words in WordNet (`imagenet_ids.json`).
 """
 
+import difflib
 import functools
 import json
 import re
@@ -19,7 +20,7 @@ from etils import epath
 
 from clip_jax.data.class_names import canonical_name
 from clip_jax.data.records import LABEL_TEXT, check_labels
-from clip_jax.errors import UserError, did_you_mean
+from clip_jax.errors import UserError
 from clip_jax.evaluation.prompts import load_class_names
 
 _LISTED = 5  # names that a message lists
@@ -113,10 +114,10 @@ def _own_names(source, task):
     classes = source.class_names
     if all(map(_is_id, classes)):
         return _imagenet_of(source, task)
-    if len(classes) == len(imagenet_names()) and _numbered(classes, classes):
+    if len(classes) > 10 and all(name.isdecimal() for name in classes):  # up to 10 they may be digits, as in MNIST
         raise UserError(
-            f"{task}: the classes of {source.name} are the numbers 0 to 999; for ImageNet's names set "
-            "classes='imagenet'"
+            f"{task}: the classes of {source.name} are {len(classes)} numbers, such as {classes[0]!r}, which are no "
+            "names; set classes='imagenet' for ImageNet's, or a file or list with a name for each number"
         )
     return [name.replace("_", " ") for name in classes]
 
@@ -130,16 +131,22 @@ def _imagenet_of(source, task):
     classes, names = list(source.class_names), imagenet_names()
     ids = _imagenet_ids(classes)
     if unknown := [name for name, wnid in zip(classes, ids, strict=True) if wnid is None]:
-        what, hint = "names that are none of", did_you_mean(unknown[0], names.values())
+        what, hint = "names that are none of", _near(unknown[0], names.values())
         if all(map(_is_id, unknown)):
             what, hint = "WordNet ids outside of", ""
         elif any(map(_is_id, classes)):
             hint = "; name all classes in one way: by WordNet id, by number or by name"
         raise UserError(
             f"{task}: the classes of {source.name} include {what} ImageNet's 1,000 classes: {listed(unknown)}{hint}; "
-            "leave these classes out, or give class_names as pairs of class and name"
+            "leave these classes out, or give classes as pairs, {class: name}"
         )
     return [names[wnid] for wnid in ids]
+
+
+def _near(name, known):
+    """Returns the end of a message with the known name that is nearly equal; empty where there is none."""
+    found = difflib.get_close_matches(name.replace("_", " "), list(known), 1, 0.75)
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def _imagenet_ids(classes):

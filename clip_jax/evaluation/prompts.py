@@ -106,7 +106,9 @@ def _json(path, name):
     """
     try:
         content = json.loads(epath.Path(path).read_text("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if isinstance(content, dict) and not name and len(content) == 1:
         (content,) = content.values()

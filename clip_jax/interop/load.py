@@ -161,7 +161,7 @@ def _resize(config, entries, tensors, ours, size, how):
 def _tokenizer(foreign, spec):
     """Returns the tokenizer of a spec or of the model's folder, or None; sets its name in the configuration."""
     from clip_jax.data.tokenizers import make_tokenizer
-    from clip_jax.interop.tokenizer import find
+    from clip_jax.interop.tokenizer import find, spec_of
 
     config, text = foreign.config, foreign.config.model.get("text", {})
     tokenizer = (
@@ -171,7 +171,7 @@ def _tokenizer(foreign, spec):
         if is_image_tower(config)
         else find(foreign.file.parent, config.method, text.get("vocab_size"), foreign.kind)
     )
-    config.tokenizer = spec or (tokenizer.kind if tokenizer else "")
+    config.tokenizer = spec or (spec_of(tokenizer) if tokenizer else "")
     if tokenizer is None or "vocab_size" not in text:
         return tokenizer
     if tokenizer.vocab_size > text.vocab_size:

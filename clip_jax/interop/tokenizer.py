@@ -11,6 +11,7 @@ from clip_jax.errors import UserError
 CLIP_VOCABULARY = 49408
 GEMMA_VOCABULARY = 256_000
 HF = "Hugging Face"
+HF_CLIP = "clip_bpe?clean=transformers&specials=openai"
 
 
 def find(folder, method, vocab_size, library=""):
@@ -35,14 +36,28 @@ def find(folder, method, vocab_size, library=""):
             if not (folder / "vocab.txt").is_file()
             else make_tokenizer(f"wordpiece:{folder / 'vocab.txt'}")
         )
-    options = dict(clean="transformers", specials="openai") if library.startswith(HF) else {}
+    spec = HF_CLIP if library.startswith(HF) else "clip_bpe"
     if (folder / "merges.txt").is_file():
-        return ClipBpeTokenizer((folder / "merges.txt").read_bytes(), **options)
+        return _clip((folder / "merges.txt").read_bytes(), spec, folder / "merges.txt")
     if (folder / "tokenizer.json").is_file():
-        return _of_json(folder, **options)
-    if vocab_size != CLIP_VOCABULARY:
-        return None
-    return make_tokenizer("clip_bpe?clean=transformers&specials=openai" if options else "clip_bpe")
+        return _of_json(folder, spec)
+    return make_tokenizer(spec) if vocab_size == CLIP_VOCABULARY else None
+
+
+def spec_of(tokenizer):
+    """Returns the string that makes a tokenizer, or its kind where the string would need a file."""
+    specs = ("clip_bpe", HF_CLIP) if tokenizer.kind == "clip_bpe" else ()
+    return next((spec for spec in specs if tokenizer == make_tokenizer(spec)), tokenizer.kind)
+
+
+def _clip(data, spec, file):
+    """Returns CLIP's tokenizer of a list of merges with the options of `spec`; that of the package where both agree."""
+    published = make_tokenizer(spec)
+    try:
+        tokenizer = ClipBpeTokenizer(data, **published.options)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return published if tokenizer._pieces == published._pieces else tokenizer
 
 
 def _siglip(folder, vocab_size, library):
@@ -68,8 +83,8 @@ def _siglip(folder, vocab_size, library):
     return None
 
 
-def _of_json(folder, **options):
-    """Returns CLIP's tokenizer with some options, or BERT's, from a `tokenizer.json`, or None."""
+def _of_json(folder, spec="clip_bpe"):
+    """Returns CLIP's tokenizer with the options of `spec`, or BERT's, from a `tokenizer.json`, or None."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
@@ -81,4 +96,4 @@ def _of_json(folder, **options):
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a Hugging Face tokenizer ({type(error).__name__}: {error})") from None
-    return ClipBpeTokenizer("\n".join(["#version: 0.2", *merges]).encode(), **options)
+    return _clip("\n".join(["#version: 0.2", *merges]).encode(), spec, file)

@@ -5,11 +5,16 @@ captions_val2017.json                       {"images": [{"id", "file_name"}], "a
 """
 
 import functools
+import gc
 import json
 import os
+from typing import NamedTuple
+
+import numpy as np
 
 from clip_jax.data.files import read_file
 from clip_jax.data.records import BaseSource
+from clip_jax.data.shared import Shared
 from clip_jax.errors import UserError, unknown
 
 _RESTVAL = "restval"  # COCO's validation pictures outside of Karpathy's val and test
@@ -34,52 +39,77 @@ class CaptionJsonSource(BaseSource):
 
     def __init__(self, path, split="train", images=""):
         super().__init__(os.fspath(path))
-        entries = _entries(path, os.path.getmtime(path))
+        entries = _read(path, os.path.getmtime(path))
         if split not in (splits := _splits(entries)):
             raise unknown(f"{path}: no split", split, splits)
         wanted = {split, _RESTVAL} if split == "train" else {split}
-        self._entries = [entry for entry in entries if entry["split"] in wanted]
-        folder = images or os.path.dirname(os.path.abspath(path))
-        step = max(1, len(self._entries) // _LOOKED_AT)
-        for below in (True, False):
-            self._folder, self._below = folder, below
-            if any(os.path.exists(self._path(entry)) for entry in self._entries[::step]):
+        self._rows = np.flatnonzero([name in wanted for name in entries.splits])
+        self._shared = Shared([entries.data, entries.ends])
+        self._folder = images or os.path.dirname(os.path.abspath(path))
+        some = [self._entry(index) for index in range(0, len(self), max(1, len(self) // _LOOKED_AT))]
+        for self._below in (True, False):
+            if any(os.path.exists(self._path(entry)) for entry in some):
                 return
+        self._below = True
         raise UserError(
-            f"{path}: no picture found, such as {self._path(self._entries[0])}; give the folder of the pictures: "
+            f"{path}: no picture found, such as {self._path(some[0])}; give the folder of the pictures: "
             f"{path}?images=FOLDER"
         )
 
     def __len__(self):
-        return len(self._entries)
+        return len(self._rows)
 
     def __getitem__(self, index):
-        entry, path = self._entries[index], self._path(self._entries[index])
-        return entry | {"image": read_file(path), "path": path, "texts": list(entry["texts"])}
+        entry = self._entry(index)
+        path = self._path(entry)
+        return entry | {"image": read_file(path), "path": path}
+
+    def _entry(self, index):
+        (data, ends), row = self._shared.arrays, int(self._rows[index])
+        return json.loads(data[ends[row] : ends[row + 1]].tobytes())
 
     def _path(self, entry):
         below = entry.get("filepath", "") if self._below else ""
         return os.path.join(self._folder, below, entry["filename"])
 
 
+class _Entries(NamedTuple):
+    """The entries of a file.
+
+    Attributes:
+      data: uint8 `[n]`, the JSON of each entry, one after the other.
+      ends: int64 `[entries + 1]`, 0 and where each entry ends.
+      splits: the split of each, a list of str.
+    """
+
+    data: np.ndarray
+    ends: np.ndarray
+    splits: list[str]
+
+
 def list_splits(path):
     """Returns the splits of a file, in its order; raises UserError for another kind of JSON."""
-    return _splits(_entries(path, os.path.getmtime(path)))
+    return _splits(_read(path, os.path.getmtime(path)))
 
 
 def _splits(entries):
-    splits = list(dict.fromkeys(entry["split"] for entry in entries))
+    splits = list(dict.fromkeys(entries.splits))
     return splits if "train" in splits or _RESTVAL not in splits else ["train", *splits]
 
 
 @functools.lru_cache(maxsize=2)
-def _entries(path, changed):
-    """Returns the entries of a file that was last changed at a time, a list of dicts with filename, split and texts."""
+def _read(path, changed):
+    """Returns the `_Entries` of a file that was last changed at a time; each has filename, split and texts."""
+    is_collecting = gc.isenabled()
+    gc.disable()  # it takes more than half of the time for millions of small objects, of which none is garbage
     try:
         with open(path, "rb") as file:
             content = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    finally:
+        if is_collecting:
+            gc.enable()
     try:
         make = _of_annotations if "annotations" in content else _of_karpathy
         entries = make(content)
@@ -90,7 +120,9 @@ def _entries(path, changed):
         ) from None
     if not entries:
         raise UserError(f"{path}: no images in it")
-    return entries
+    texts = [json.dumps(entry).encode() for entry in entries]
+    ends = np.cumsum([0, *map(len, texts)])
+    return _Entries(np.frombuffer(b"".join(texts), np.uint8), ends, [entry["split"] for entry in entries])
 
 
 def _of_karpathy(content):

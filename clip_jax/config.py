@@ -19,8 +19,7 @@ from clip_jax.errors import Problems, UserError
 from clip_jax.errors import unknown as unknown
 
 _COLOURS = ("image_mean", "image_std")
-#: Fields that hold tuples of str.
-_TEXTS = set(
+_TEXTS = set(  # fields that hold tuples of str
     "augment templates rewrites transform tasks train_tasks init_from_params init_from_allow freeze no_decay".split()
 )
 
@@ -39,13 +38,13 @@ def base():
     c.init_from = ""  # weights to start from, or "img=PATH, txt=PATH" (docs/checkpoints.md); a resumed run ignores it
     c.init_from_params = ()  # only parameters whose path matches one of these regular expressions, e.g. ("^img/",)
     c.init_from_allow = ()  # fields that may contradict these weights, e.g. ("model.image_mean", "model.image_std")
+    c.init_from_model = False  # takes method, towers, tokenizer, preprocessing from init_from (docs/finetuning.md)
     c.init_from_resize = False  # resizes position embeddings when their shape differs
     c.data, c.model = _data(), _model()
     c.optim, c.train = _optim(), _train()
     c.checkpoint, c.eval = _checkpoint(), _eval()
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices on each mesh axis; -1: all remaining devices
-    c.log = ConfigDict()
-    c.log.tensorboard = True  # writes TensorBoard files to the work folder
+    c.log = ConfigDict(dict(tensorboard=True))  # writes TensorBoard files to the work folder
     c.log.wandb = ""  # project name on Weights & Biases; empty: off
     # Folder or bucket of compiled steps, which hosts and later starts share; workdir: in the work folder; empty: none.
     c.compile = ConfigDict(dict(cache="workdir"))

@@ -108,7 +108,8 @@ def check(config):
         problems.add(
             f"optim.grad_dtype={config.optim.grad_dtype!r}: must be 'float32' or model.dtype={config.model.dtype!r}"
         )
-    if not config.init_from and (config.init_from_params or config.init_from_resize or config.init_from_allow):
+    options = (config.init_from_params, config.init_from_resize, config.init_from_allow)
+    if any(options) and not (config.init_from or config.init_from_model):
         problems.add("init_from_params, init_from_resize and init_from_allow need init_from")
     if config.eval.ema and not config.optim.ema_decay:
         problems.add("eval.ema=True needs optim.ema_decay above 0")

@@ -8,6 +8,7 @@ import os
 import shutil
 
 from clip_jax import config as config_lib
+from clip_jax import from_weights
 from clip_jax.data.reading import configured_reading
 from clip_jax.errors import Problems, UserError
 from clip_jax.runtime import profile
@@ -48,7 +49,7 @@ def make_parts(config):
     from clip_jax.data.tokenizers import make_tokenizer
     from clip_jax.methods import interface
 
-    problems = Problems()
+    config, problems = from_weights.take(config), Problems()
     problems.check(config_lib.validate, config)
     problems.check(profile.check, config)
     problems.check(evaluate.check_tasks, config)

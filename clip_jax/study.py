@@ -22,6 +22,7 @@ import time
 from typing import Any
 
 from clip_jax import config as config_lib
+from clip_jax import from_weights
 from clip_jax.errors import StorageError, UserError, unknown
 from clip_jax.runtime import command, faults, storage
 
@@ -125,7 +126,7 @@ def plan(study, workdir, seeds, overrides):
     runs = []
     for row in study.rows:
         changes = [*row.overrides, *overrides]
-        config = make_parts(config_lib.load(row.config, changes))[0]
+        config = make_parts(from_weights.load(row.config, changes))[0]
         steps, flops = config.train.steps, model_flops(config)
         if study.equal_compute and runs:
             steps = max(1, round(runs[0].flops / flops))
@@ -188,7 +189,7 @@ def read_out(study, run, metrics):
 
     file = run.folder / "readouts.json"
     kept = json.loads(storage.read(file) or "{}")
-    found, config = {}, config_lib.load(run.row.config, config_lib.parse_overrides(run.command[4:]))
+    found, config = {}, from_weights.load(run.row.config, config_lib.parse_overrides(run.command[4:]))
     for name, changes in study.readouts.items():
         if config_lib.override(config.copy_and_resolve_references(), changes) == config:
             found[name] = metrics

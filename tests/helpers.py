@@ -79,10 +79,10 @@ class Page(HTMLParser):
     Attributes:
       elements: `[(tag, {attribute: value})]`.
       text: the text outside of scripts and styles.
-      data: the JSON of the first script.
+      data: the JSON of the first script that is JSON.
     """
 
-    VOID = {"meta", "img", "input", "source"}
+    VOID = {"meta", "img", "input", "source", "wbr"}
 
     def __init__(self, text):
         super().__init__()
@@ -92,7 +92,7 @@ class Page(HTMLParser):
         self.close()
         assert not self.open
         self.text = " ".join(" ".join(self.words).split())
-        self.data = json.loads(self.scripts[0])
+        self.data = json.loads(next(script for script in self.scripts if script.startswith("{")))
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))

@@ -98,6 +98,8 @@ def test_the_text_of_the_first_steps():
         ("emoji + ", r"data: no data set is named in 'emoji \+ '"),
         ("?index=x", "data: no data set is named"),
         ("emoji?wher=vendor:noto", r"emoji\?wher=vendor:noto: unknown option 'wher' \(did you mean 'where'\?\)"),
+        ("a.tar?captions=lines&where=a:b", "where= is a step of its own; write it after another '.'$"),
+        ("a.tar?shard=b", "unknown option 'shard' .did you mean 'shards'"),
         ("emoji?xyz=1", "unknown option 'xyz'; allowed: index, columns, uids, where, part, label, by, has, without"),
         ("emoji?where=vendor:noto&lable=group", "unknown option 'lable' .did you mean 'label'"),
         ("emoji?has=tags?colums=x", "emoji.has=tags.colums=x: unknown option 'colums' .did you mean 'columns'"),

@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from data_helpers import write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -31,14 +32,6 @@ def png(value, size=32):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def write_tar(path, members, form=tarfile.USTAR_FORMAT):
-    with tarfile.open(path, "w", format=form) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def write_shard(path, start=0, count=5, **extra):

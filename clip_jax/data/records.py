@@ -83,7 +83,7 @@ _LABEL_NAMES = ("label", "class_id", "class", "category", "target")
 _CAPTION_KEYS = ("caption", "raw")  # of the objects that COCO's annotations hold instead of a text
 _NO_TEXT = "caption is not text"
 # Set by this package; a data set's own fields are dropped.
-_CANONICAL = {"image", "texts", "label", "source_id", "caption_error"}
+CANONICAL = {"image", "texts", "label", "source_id", "caption_error"}
 LABEL_TEXT = "label_text"  # the record field of a text in a field "label" that is not the source's label
 MAX_LABEL = 2**31  # labels of a batch are int32
 PEEKED = 16  # records whose fields are looked at when a source is made
@@ -156,7 +156,7 @@ class BaseSource:
         image, chosen, label = self._fields
         texts = chosen if texts is None else texts
         values = {key: plain(value) for key, value in raw.items() if key != image}
-        record = {key: value for key, value in values.items() if key not in _CANONICAL and key != label}
+        record = {key: value for key, value in values.items() if key not in CANONICAL and key != label}
         if image in raw:
             record["image"] = raw[image]
         if label is not None:

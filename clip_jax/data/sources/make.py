@@ -127,7 +127,10 @@ def _make_base(base, options, split, fields, name):
         raise UserError(f"{name}: captions={lines}: allowed is captions=lines, each line of a .txt file a caption")
     folder, images = options.pop("shards", ""), options.pop("images", "")
     if options:
-        raise unknown(f"{name}: unknown option", next(iter(options)), _STEPS)
+        key = next(iter(options))
+        if key in _STEPS:
+            raise UserError(f"{name}: {key}= is a step of its own; write it after another '?'")
+        raise unknown(f"{name}: unknown option", key, (*_STEPS, "captions", "shards", "images"))
     if base.endswith(".json") and os.path.isfile(base):
         if lines or folder:
             raise UserError(f"{name}: the only option of a JSON file of captions is images=FOLDER")

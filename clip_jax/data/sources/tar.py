@@ -109,9 +109,10 @@ def preferred(fields):
 
     A .cls member with a word in it names the class, of which only a selection makes labels.
     """
-    cls = plain(fields.get("cls"))
-    is_name = isinstance(cls, str) and re.search(r"[^\W\d_]{2}", cls) and cls.lower() != "nan"
-    return {"image": "image", "label": None if cls is None or is_name else "cls"}
+    is_member = isinstance(fields.get("cls"), bytes)
+    cls = plain(fields["cls"]) if is_member else ""
+    is_name = re.search(r"[^\W\d_]{2}", cls) and cls.lower() != "nan"
+    return {"image": "image", "label": "cls" if is_member and not is_name else None}
 
 
 def captions(raw):

@@ -4,7 +4,7 @@ from clip_jax.data.sources.splits import evaluation_split
 from clip_jax.errors import UserError
 from clip_jax.evaluation.prompts import load_templates
 from clip_jax.evaluation.report.charts import read_metrics
-from clip_jax.evaluation.report.page import escaped, number, table
+from clip_jax.evaluation.report.page import escaped, facts, number, table
 from clip_jax.runtime import goodput
 
 
@@ -41,9 +41,7 @@ def head(result, config, metrics_jsonl):
       config: nested configuration, or an empty dict.
       metrics_jsonl: the training run's metrics, or None.
     """
-    facts = {name: value for name, value in _facts(result.model, config, metrics_jsonl) if value}
-    items = "".join(f"<div><dt>{name}</dt><dd>{escaped(value)}</dd></div>" for name, value in facts.items())
-    blocks = [f'<dl class="facts">{items}</dl>' if items else ""]
+    blocks = [facts(_facts(result.model, config, metrics_jsonl))]
     if result.evaluated:
         rows = [
             (escaped(ran["name"]), *(escaped(ran[key]) for key in ("data", "prompts")), _code(ran["task"]))

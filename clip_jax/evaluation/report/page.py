@@ -152,6 +152,12 @@ def table(head, rows, css=""):
     return f'<div class="scroll"><table class="{css}">{head}<tbody>{body}</tbody></table></div>'
 
 
+def facts(items):
+    """Returns pairs `(name, text)` as a list with the names above; both are untrusted, empty texts are left out."""
+    cells = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(text)}</dd></div>" for name, text in items if text)
+    return f'<dl class="facts">{cells}</dl>' if cells else ""
+
+
 def panels(intro, items):
     """Returns an introduction (HTML) and one panel per item `(title, HTML)`; the script turns panels into tabs."""
     items = "".join(f'<div class="panel"><h3>{escaped(title)}</h3>{content}</div>' for title, content in items)

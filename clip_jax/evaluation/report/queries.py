@@ -134,19 +134,20 @@ def _by_query(queries):
 def _row(key, answers):
     text, image = key
     lines = "".join(
-        f'<div><span class="small">{escaped(name)}</span><div class="found">{"".join(map(_drawn, found))}</div></div>'
+        f'<div class="small"><b>{escaped(name)}</b><div class="found">'
+        f"{''.join(_drawn(number, answer) for number, answer in enumerate(found, 1))}</div></div>"
         for name, found in answers.items()
     )
     return f'<div class="query"><b>{_picture(image, text)} {escaped(text)}</b><div>{lines}</div></div>'
 
 
-def _drawn(answer):
+def _drawn(number, answer):
     if not isinstance(answer, dict):
         return ""
-    right, text = answer.get("right") is True, answer.get("text")
+    right, text = answer.get("right") is True, escaped(f"{number}. {answer.get('text')}")
     if answer.get("image"):
         return f"<span{' class=hit' if right else ''}>{_picture(answer['image'], 'right' if right else 'wrong')}</span>"
-    return f"<mark>{escaped(text)}</mark> " if right else f"<small>{escaped(text)} ·</small> "
+    return f"<mark>{text}</mark>" if right else f"<small>{text}</small>"
 
 
 def _picture(address, label):

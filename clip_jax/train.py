@@ -346,8 +346,9 @@ def main(argv=None):
         profile.ignore_signal()
         config, workdir, cluster = parse_args(argv)
         open_remote = storage.Log if storage.is_remote(workdir) else None
-        host_log.start(storage.prepare(workdir), host_log.process_name(cluster), open_remote)
-        train(config, workdir, lambda line: print(line, flush=True), cluster)
+        with preflight.nothing_left(workdir):
+            host_log.start(storage.prepare(workdir), host_log.process_name(cluster), open_remote)
+            train(config, workdir, lambda line: print(line, flush=True), cluster)
 
     return command.run(work)
 

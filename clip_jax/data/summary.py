@@ -30,7 +30,8 @@ def describe(source, views, tokenizer, records=RECORDS, seconds=SECONDS):
     """
     view = next((view for view in views if hasattr(view, "caption") and hasattr(view, "context")), None)
     room = _room(view, tokenizer)
-    seen, bad, shown = Counter(), Counter(), []
+    seen, bad = Counter(), Counter()
+    shown = []
     read = captions = longer = 0
     for record in _sample(source, records, seconds):
         read += 1

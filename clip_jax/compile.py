@@ -15,6 +15,7 @@ import time
 from typing import NamedTuple
 
 from clip_jax import config as config_lib
+from clip_jax import run_folder
 from clip_jax.errors import UserError, unknown
 from clip_jax.runtime import command, hardware, storage
 
@@ -164,7 +165,7 @@ def search(args, topology, devices, tries, log):
     for overrides, _ in tries:
         flags = " ".join(f"--config.{o}" for o in overrides)
         try:
-            result = compile_for_tpu(make_program(config_lib.load(args.config, [*args.overrides, *overrides])), devices)
+            result = compile_for_tpu(make_program(run_folder.load(args.config, [*args.overrides, *overrides])), devices)
         except DoesNotFit as error:
             log(f"  {flags}: {error}")
             continue
@@ -222,7 +223,7 @@ def run(args, log=print):
     from clip_jax.program import make_program, model_flops
 
     topology = parse_topology(args.topology)
-    config = config_lib.load(args.config, args.overrides)
+    config = run_folder.load(args.config, args.overrides)
     devices = tpu_devices(topology) if topology.shape else None
     program, flops = make_program(config), model_flops(config)
     about = dict(

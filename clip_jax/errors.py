@@ -10,6 +10,17 @@ class UserError(ValueError):
     """
 
 
+class TextLabelError(UserError):
+    """A label field that holds text, of which only a selection makes classes; `field` is its name in records."""
+
+    def __init__(self, source, field):
+        super().__init__(
+            f"{source}: label field {field!r} holds text; must hold integers or a TFDS ClassLabel, or write "
+            f"{source}?label={field}, which makes classes of the text"
+        )
+        self.field = field
+
+
 class StorageError(Exception):
     """Storage failed, which may pass. A command prints the message as one line and exits with status 44.
 

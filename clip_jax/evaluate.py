@@ -26,13 +26,15 @@ import time
 
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError, unknown
-from clip_jax.evaluation.results import merge_results
+from clip_jax.evaluation.results import EvalResult, merge_results
 from clip_jax.evaluation.tasks import check, parse_tasks, summary
 from clip_jax.evaluation.tasks import parse_task as parse_task
-from clip_jax.runtime import command, hosts, storage
+from clip_jax.runtime import command, hosts, lock, storage
 
 #: Seconds between two looks for a new checkpoint.
 POLL_SECONDS = 10
+#: The lock of a folder's evaluator, which writes nothing that its training writes.
+LOCK = "evaluate.lock"
 
 
 def run(model, tasks, log=print):
@@ -45,11 +47,14 @@ def run(model, tasks, log=print):
 
     Raises UserError for a wrong task string, two tasks with metrics of one name, or unusable data.
     """
-    results = []
+    from clip_jax.evaluation.report.head import describe_task
+
+    results = [EvalResult({}, model=model.facts() if hasattr(model, "facts") else {})]
     for task in parse_tasks([tasks] if isinstance(tasks, str) else tasks, "tasks"):
         result = task(model)
         for line in summary(result):
             log(line)
+        result.evaluated.append(describe_task(task))
         results.append(result)
     return merge_results(results)
 
@@ -70,14 +75,16 @@ def write_report(workdir, config, result, path=None):
 
     Raises UserError when it cannot be written.
     """
-    from clip_jax.evaluation.report import assembly
+    from clip_jax.evaluation.report import assembly, queries
 
     workdir = storage.path(workdir)
+    if not path:
+        queries.write(workdir, result)
     path = path or workdir / "report.html"
     return assembly.write_report(
         path,
         result,
-        title=f"{config.method} on {config.data.source}",
+        title=f"{config.method} on {config.data.source.replace('{split}', config.data.split)}",
         config=config.to_dict(),
         metrics_jsonl=workdir / "metrics.jsonl",
     )
@@ -127,10 +134,17 @@ def follow(args, overrides):
     """
     from clip_jax.training import checkpoint
 
-    workdir, total = storage.prepare(args.checkpoint, "--checkpoint"), None
+    workdir = storage.prepare(args.checkpoint, "--checkpoint")
     if checkpoint.committed(workdir) or (workdir / "state").is_dir():
         raise UserError(f"--checkpoint={workdir}: --follow takes the work folder, which has the folder 'checkpoints'")
-    done = set()
+    with lock.hold(workdir, hosts.log, name=LOCK):
+        _follow(args, workdir, overrides)
+
+
+def _follow(args, workdir, overrides):
+    from clip_jax.training import checkpoint
+
+    total, done = None, set()
     hosts.log(f"waiting for checkpoints in {workdir / 'checkpoints'}")
     while total not in done:
         found = checkpoint.committed(workdir / "checkpoints")
@@ -208,6 +222,13 @@ def _keep_best(workdir, step, metrics, name):
     hosts.log(f"the best so far: {metric} {metrics[metric]:.4g}, kept in {copy}")
 
 
+def _run_folder(path):
+    """Returns the work folder that a checkpoint belongs to, the path itself when there is none."""
+    path = storage.path(path)
+    with storage.guard(path):
+        return next((p for p in (path, *path.parents[:2]) if (p / "metrics.jsonl").exists()), path)
+
+
 def evaluate(args):
     """Does the work of the command for its parsed arguments; raises UserError."""
     for task in parse_tasks(args.task or (), "--task"):
@@ -217,6 +238,9 @@ def evaluate(args):
         raise UserError("--follow takes no --which, --report and --json")
     if args.best and not args.follow:
         raise UserError("--best needs --follow")
+    folder = _run_folder(args.checkpoint) if args.report is not None else None
+    if args.report == "":
+        lock.check_free(folder, "it writes report.html itself: name another page, --report=PATH")
     hosts.start(hosts.from_arguments(args))
     if args.follow:
         follow(args, overrides)
@@ -226,8 +250,6 @@ def evaluate(args):
     if hosts.is_first() and args.json:
         storage.write(args.json, json.dumps(result.metrics, indent=1, sort_keys=True))
     if hosts.is_first() and args.report is not None:
-        folder = storage.path(args.checkpoint)
-        folder = next((p for p in (folder, *folder.parents[:2]) if (p / "metrics.jsonl").exists()), folder)
         print(f"report: {write_report(folder, model.config, result, args.report)}")
     hosts.wait("reported")  # by the first host
 

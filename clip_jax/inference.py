@@ -40,12 +40,14 @@ class Model:
       image_view: the method's evaluation view, which prepares images.
       mesh: the mesh.
       process_shard: `(index, count)`: this process prepares shard `index` of `count` (`embed_image_share`).
+      step, ema: the step of the checkpoint, or None, and whether `params` are the moving average of the weights.
     """
 
     def __init__(self, config, method, params, extra, tokenizer, mesh=None):
         self.config, self.method = config, method
         self.params, self.extra = params, extra
         self.tokenizer = tokenizer
+        self.step, self.ema = None, False
         self.image_view = method.eval_view
         self._context = next(view.context for view in method.views if isinstance(view, TextView))
         self.mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
@@ -57,6 +59,16 @@ class Model:
         self._patches = method.patch_similarity and jax.jit(method.patch_similarity, out_shardings=whole)
         self._similarity = jax.jit(method.similarity)
         self._text_similarity = jax.jit(method.text_similarity or functools.partial(transposed, method.similarity))
+
+    @property
+    def scale(self):
+        """The factor of the similarities in the softmax of the loss (`Method.scale`), a float."""
+        return float(self.method.scale(self.params))
+
+    def facts(self):
+        """Returns what a report says of the model: "step", "ema", and the number of "parameters"."""
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return {"step": self.step, "ema": self.ema, "parameters": parameters}
 
     def embed_image(self, images, batch_size=None):
         """Returns unit rows, float32 `[n, E]`; a method that compares tokens returns `[n, P, E]`.
@@ -265,7 +277,8 @@ def load(path, which="latest", ema=None, mesh=None, overrides=(), **options):
       mesh: the mesh; None: all devices, with the parameters replicated.
       overrides: changes of the stored configuration, `["eval.batch_size=64", ...]`. They must not change the shapes of
         the weights.
-      options: for third-party weights, those of `clip_jax.interop.load.load`: `act`, `heads`, `size`, `tokenizer`.
+      options: for third-party weights, those of `clip_jax.interop.load.load`: `act`, `heads`, `size`, `tokenizer`,
+        `alpha`.
 
     Raises UserError when the checkpoint or file is missing or cannot be read.
     """
@@ -283,4 +296,7 @@ def load(path, which="latest", ema=None, mesh=None, overrides=(), **options):
     if options:
         raise UserError(f"{str(path)!r} is a checkpoint of clip_jax, which takes no {', '.join(options)}")
     mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
-    return Model(*stored.load(path, which, ema, mesh, overrides), mesh)
+    found = stored.load(path, which, ema, mesh, overrides)
+    model = Model(*found[:5], mesh)
+    model.step, model.ema = found.step, found.ema
+    return model

@@ -12,7 +12,7 @@ from pathlib import Path
 from clip_jax import config as config_lib
 from clip_jax.data.reading import configured_reading
 from clip_jax.errors import Problems, UserError
-from clip_jax.runtime import faults, profile, storage
+from clip_jax.runtime import faults, lock, profile, storage
 
 GIB = 2**30
 #: The activations that a backward pass keeps are at most this many times the bytes of its batch.
@@ -75,8 +75,10 @@ def nothing_left(workdir):
     try:
         yield
     except UserError:
-        made_nothing = top and not any((Path(workdir) / "checkpoints").glob("[0-9]*"))
-        if made_nothing and not (Path(workdir) / "metrics.jsonl").exists() and not faults.several_processes():
+        files = [Path(workdir) / name for name in (lock.FILE, "metrics.jsonl")]
+        has_begun = any(file.exists() and file.stat().st_size for file in files)
+        has_begun = has_begun or any((Path(workdir) / "checkpoints").glob("[0-9]*"))
+        if top and not has_begun and not faults.several_processes():
             shutil.rmtree(workdir, ignore_errors=True)
             while top != Path(workdir) and top.exists() and not any(Path(workdir).parent.iterdir()):
                 workdir = Path(workdir).parent

@@ -2,6 +2,7 @@
 
     python -m clip_jax.search --checkpoint=runs/clip --images=/data/photos --text="a red apple" --text="a snowy dog"
     python -m clip_jax.search --checkpoint=runs/clip --images=/data/photos --image=query.jpg --minus="snow"
+    python -m clip_jax.search --checkpoint=runs/clip --images=/data/photos --serve
     python -m clip_jax.search --checkpoint=runs/clip --images=emoji --image='#120' --find=texts --html=found.html
 
 Every --text and every --image is a query. --plus and --minus change each query: it becomes the sum or difference of
@@ -10,8 +11,8 @@ captions or the lines of --texts=FILE. The search is exact. The embeddings are k
 when the weights or the data have changed (docs/search.md).
 """
 
+import contextlib
 import dataclasses
-import html
 import json
 import pathlib
 import re
@@ -19,13 +20,18 @@ import sys
 
 import numpy as np
 
+from clip_jax import search_page, search_server
 from clip_jax.data import decode
 from clip_jax.data.files import read_file
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import make_source
 from clip_jax.errors import UserError
+from clip_jax.evaluation.report.page import write_page
 from clip_jax.runtime import command, storage
 from clip_jax.search_index import Bank, make_index, scores_of
+
+#: The usual port of `--serve`.
+PORT = 8017
 
 
 @dataclasses.dataclass
@@ -43,22 +49,30 @@ class Query:
     z: np.ndarray
 
 
-def read_image(value, source):
+def read_image(value, source, data=None):
     """Returns `(name, PIL image)` of a file, or for "#N" of record N of `source`.
+
+    Args:
+      value: the file or "#N".
+      source: the data set.
+      data: the content of the file, where it need not be read.
 
     Raises UserError when it cannot be read.
     """
+    given = f"--image={value}" if data is None else value
     try:
-        if match := re.fullmatch(r"#(\d+)", value):
+        if data is not None:
+            name = value
+        elif match := re.fullmatch(r"#(\d+)", value):
             if int(match[1]) >= len(source):
-                raise UserError(f"--image={value}: {source.name} has the records #0 to #{len(source) - 1}")
+                raise UserError(f"{given}: {source.name} has the records #0 to #{len(source) - 1}")
             record = source[int(match[1])]
             name, data = " ".join([value, *record["texts"][:1]]), record.get("image")
         else:
             name, data = value, read_file(value)
         return name, decode.flatten(decode.open_image(data))
     except BadRecord as bad:
-        raise UserError(f"--image={value}: {bad.args[0]}") from None
+        raise UserError(f"{given}: {bad.args[0]}") from None
 
 
 def make_queries(model, texts=(), images=(), plus=(), minus=()):
@@ -119,33 +133,6 @@ def table(query, hits):
         yield f"{rank:>4}  {hit['score']:6.3f}  " + "  ".join(cell for cell in cells if cell)
 
 
-def write_html(path, title, results):
-    """Writes a page with thumbnails; `results` is `[(Query, hits)]`. Raises UserError when it cannot be written."""
-    from clip_jax.evaluation.report.page import Page, write_page
-
-    page, blocks = Page(), []
-    images = [
-        {"image": image} for query, hits in results for image in (query.image, *(hit.get("image") for hit in hits))
-    ]
-    rows = [row for row, image in enumerate(images) if image["image"] is not None]
-    _, thumbnail = page.thumbnails(images, rows, 128)
-    row = 0
-    for query, hits in results:
-        head = thumbnail(row, query.label) if query.image is not None else ""
-        cards = []
-        for rank, hit in enumerate(hits, 1):
-            image = thumbnail(row + rank, hit["text"]) if hit.get("image") is not None else ""
-            name = f"#{hit['record']} {hit['path']}" if "record" in hit else ""
-            text = html.escape(" ".join(hit["text"].split()))
-            cards.append(
-                f'<div class="card">{image}<div><b>{text}</b><span class="small">{rank}. {hit["score"]:.3f}</span>'
-                f'<span class="small">{html.escape(name)}</span></div></div>'
-            )
-        blocks.append(f'<h3>{head} {html.escape(query.label)}</h3><div class="cards">{"".join(cards)}</div>')
-        row += 1 + len(hits)
-    return write_page(path, page.html(title, {"Found": "".join(blocks)}))
-
-
 def make_parser():
     """Returns the parser of the command line."""
     parser = command.make_parser("clip_jax.search", __doc__)
@@ -162,7 +149,8 @@ def make_parser():
     add("--texts", metavar="FILE", help="with --find=texts: search its lines instead of the data set's captions")
     add("--k", type=int, default=10, help="results of each query (default: 10)")
     add("--index", metavar="FOLDER", help="keep the embeddings there; an index of other weights or data is an error")
-    add("--html", metavar="FILE", help="write a page with thumbnails")
+    add("--html", metavar="FILE", help="write a page with large thumbnails")
+    add("--serve", nargs="?", type=int, const=PORT, metavar="PORT", help=f"a search page in the browser (port {PORT})")
     add("--json", metavar="FILE", help="write the results as JSON")
     return parser
 
@@ -180,8 +168,8 @@ def read_lines(path):
 
 def search(args, log=print):
     """Does the work of the command for its parsed arguments; returns `[(Query, hits)]`. Raises UserError."""
-    if not args.text and not args.image:
-        raise UserError("no query: give --text or --image")
+    if not args.text and not args.image and args.serve is None:
+        raise UserError("no query: give --text or --image, or --serve for a page with a text field")
     if args.k < 1:
         raise UserError(f"--k={args.k}: must be at least 1")
     if args.index and storage.is_remote(args.index):
@@ -194,31 +182,80 @@ def search(args, log=print):
 
     from clip_jax.inference import load
 
-    model = load(args.checkpoint, args.which)
-    if texts:
-        z, where = model.embed_text(texts), np.stack([np.arange(len(texts))] * 2, 1)
-    else:
-        index = make_index(model, source, args.find, args.images, args.split, args.index, log)
-        z, where = index.z, index.where
-    queries = make_queries(model, args.text, images, args.plus, args.minus)
-    bank, found = Bank(z, model.mesh), []
-    for of_texts in (True, False):  # in the order of make_queries
-        if z_queries := [query.z for query in queries if (query.image is None) == of_texts]:
-            found += zip(*bank.search(np.stack(z_queries), args.k, scores_of(model.method, of_texts)), strict=True)
-    results = []
-    for query, (rows, values) in zip(queries, found, strict=True):
-        scored = zip(rows, values, strict=True)
-        hits = [lookup(source, texts, where[row]) | {"score": float(score)} for row, score in scored]
-        results.append((query, hits))
-    if args.json:
-        write_json(args.json, results)
-    page = write_html(args.html, f"{args.find.capitalize()} of {args.images}", results) if args.html else None
-    for query, hits in results:
-        for line in table(query, hits):
-            log(line)
-    if page:
-        log(f"\npage: {page}")
+    with contextlib.nullcontext() if args.serve is None else search_server.open_server(args.serve) as server:
+        searcher = Searcher(load(args.checkpoint, args.which), source, args, texts, log)
+        results = searcher.ask(args.text, images, args.plus, args.minus) if args.text or args.image else []
+        title = f"{args.find.capitalize()} of {args.images.replace('{split}', args.split)}"
+        if args.json:
+            write_json(args.json, results)
+        page = args.html and write_page(args.html, search_page.render(title, searcher.about, results))
+        for query, hits in results:
+            for line in table(query, hits):
+                log(line)
+        if page:
+            log(f"\npage: {page}")
+        if server:
+            server.app = search_server.App(
+                title,
+                searcher.about,
+                searcher.ask,
+                lambda name, data: read_image(name, source, data),
+                lambda number: source[number].get("image"),
+            )
+            log(f"search page: http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)")
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()
     return results
+
+
+class Searcher:
+    """Answers queries to a data set, or to the lines of a file.
+
+    Args:
+      model: a `clip_jax.inference.Model`.
+      source: the opened data set.
+      args: the parsed arguments of the command.
+      texts: the lines of a file that is searched instead, or None.
+      log: function of a line.
+
+    Attributes:
+      about: `[(name, text), ...]`, what is searched with what.
+    """
+
+    def __init__(self, model, source, args, texts, log):
+        self.model, self.source = model, source
+        self.texts, self.k = texts, args.k
+        if texts:
+            z, self.where = model.embed_text(texts), np.stack([np.arange(len(texts))] * 2, 1)
+            searched, skipped = args.texts, {}
+        else:
+            index = make_index(model, source, args.find, args.images, args.split, args.index, log)
+            z, self.where = index.z, index.where
+            searched, skipped = args.images, index.skipped
+            searched = searched.replace("{split}", args.split)
+        self.bank = Bank(z, model.mesh)
+        step = "" if model.step is None else f", step {model.step:,}"
+        size = model.image_view.size
+        self.about = [
+            ("Searched", f"{len(z):,} {args.find} of {searched}"),
+            ("Left out", f"{sum(skipped.values()):,} unusable records" if skipped else ""),
+            ("Checkpoint", f"{args.checkpoint}{step}"),
+            ("Model", f"{model.config.method}, {size} × {size} pixels, vectors of {z.shape[-1]:,} numbers"),
+        ]
+
+    def ask(self, texts, images, plus=(), minus=()):
+        """Returns `[(Query, hits)]`; for the arguments see `make_queries`. Raises UserError as it does."""
+        queries, found = make_queries(self.model, texts, images, plus, minus), []
+        for of_texts in (True, False):  # in the order of make_queries
+            if z_queries := [query.z for query in queries if (query.image is None) == of_texts]:
+                scores = scores_of(self.model.method, of_texts)
+                found += zip(*self.bank.search(np.stack(z_queries), self.k, scores), strict=True)
+        results = []
+        for query, (rows, values) in zip(queries, found, strict=True):
+            scored = zip(rows, values, strict=True)
+            hits = [lookup(self.source, self.texts, self.where[row]) | {"score": float(score)} for row, score in scored]
+            results.append((query, hits))
+        return results
 
 
 def write_json(path, results):

@@ -54,7 +54,8 @@ class Study:
       metrics: `{column heading: metric of the last evaluation}`. Each metric is a fraction; the first decides the
         order.
       published: the heading of the published figures.
-      curves: the training metrics that the page plots.
+      curves: the training metrics that the page plots. It also plots the `metrics` that were evaluated at several
+        steps, and the losses of held-out data.
       map_task: the evaluation task whose 2-D maps the page shows, one for each row; empty: none.
       equal_compute: gives every row the number of steps that costs as many FLOPs as the first row's steps. Otherwise
         each row takes the steps of its configuration.
@@ -251,7 +252,6 @@ def write(study, runs, found, workdir):
     """Writes study.json and study.html into the work folder; returns the path of the page."""
     from clip_jax import evaluate, inference
     from clip_jax.evaluation.report import page as html_page
-    from clip_jax.evaluation.report.charts import chart
     from clip_jax.evaluation.report.embedding_map import EmbeddingMap
 
     head, rows = table(study, runs, found)
@@ -262,10 +262,10 @@ def write(study, runs, found, workdir):
     escaped = [[html.escape(cell) for cell in cells] for cells in (head, *rows)]
     note = "<p>Mean and standard deviation over the seeds, in percent.</p>"
     items = "".join(f"<li>{html.escape(line)}</li>" for line in verdicts)
-    curves = ""
-    for curve in study.curves:
-        series = {row.name: _mean_curve([run for run in runs if run.row is row], curve) for row in study.rows}
-        curves += chart(page, curve, {name: points for name, points in series.items() if points}, named=True)
+    curves = "".join(_chart(page, curve, _mean_curves(study, runs, 0, curve)) for curve in study.curves)
+    evaluated = {name: label for label, name in study.metrics.items()}
+    evaluated |= {name: name for name in _held_out_losses(runs) if name not in evaluated}
+    evaluations = "".join(_chart(page, label, _mean_curves(study, runs, 1, name)) for name, label in evaluated.items())
     maps = {}
     for run in runs if study.map_task else ():
         if run.seed == 0:
@@ -277,20 +277,47 @@ def write(study, runs, found, workdir):
         if items
         else "",
         "Training": f'<p>Means over the seeds.</p><div class="charts">{curves}</div>' if curves else "",
+        "Evaluations during training": f'<p>Means over the seeds.</p><div class="charts">{evaluations}</div>'
+        if evaluations
+        else "",
         "Maps": html_page.panels(EmbeddingMap.intro, [(name, item.draw(page)) for name, item in maps.items()]),
     }
     return html_page.write_page(workdir / "study.html", page.html(study.title, sections))
 
 
-def _mean_curve(runs, name):
-    """The mean of a training metric over runs, at the steps that all of them have."""
+def _chart(page, title, curves):
+    """Returns the chart of curves by row; empty where none has two points."""
+    from clip_jax.evaluation.report.charts import chart
+
+    return chart(page, title, curves, named=True) if any(len(points) > 1 for points in curves.values()) else ""
+
+
+def _mean_curves(study, runs, kind, name):
+    """Returns `{row name: [(step, mean over the seeds), ...]}` at the steps that all runs of a row have.
+
+    Args:
+      kind: 0 for a training metric, 1 for one of evaluations.
+      name: the metric.
+    """
     from clip_jax.evaluation.report.charts import read_metrics
 
-    curves = [dict(read_metrics(run.folder / "metrics.jsonl")[0].get(name, ())) for run in runs]
-    steps = sorted(set.intersection(*map(set, curves)))
-    return [
-        (step, statistics.mean(c[step] for c in curves)) for step in steps if all(c[step] is not None for c in curves)
-    ]
+    found = {}
+    for row in study.rows:
+        files = [run.folder / "metrics.jsonl" for run in runs if run.row is row]
+        curves = [dict(read_metrics(file)[kind].get(name, ())) for file in files]
+        steps = sorted(set.intersection(*map(set, curves)))
+        points = [(s, statistics.mean(c[s] for c in curves)) for s in steps if all(c[s] is not None for c in curves)]
+        found |= {row.name: points} if points else {}
+    return found
+
+
+def _held_out_losses(runs):
+    """Returns the names of the losses of held-out data that any run has, sorted."""
+    from clip_jax.evaluation.report.charts import read_metrics
+
+    return sorted(
+        {name for run in runs for name in read_metrics(run.folder / "metrics.jsonl")[1] if name.endswith("/loss")}
+    )
 
 
 def run_study(study, workdir, seeds, overrides, dry_run):

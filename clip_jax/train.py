@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_jax import config as config_lib
-from clip_jax import init_from, preflight
+from clip_jax import init_from, preflight, run_folder
 from clip_jax.data import summary
 from clip_jax.data.reading import configured_reading
 from clip_jax.errors import StorageError, UserError
-from clip_jax.runtime import command, compile_cache, faults, goodput, host_log, hosts, profile, storage
+from clip_jax.runtime import command, compile_cache, faults, goodput, host_log, hosts, lock, profile, storage
 from clip_jax.version import __version__
 
 # Importing JAX takes seconds and wrong input is refused before, so functions import what needs JAX.
@@ -31,22 +31,16 @@ SAVE = 1
 
 
 def parse_args(argv):
-    """Returns `(config, workdir, hosts.Cluster or None)` of a command line. Raises UserError."""
+    """Returns `(config, workdir, hosts.Cluster or None, run_folder.Fork or None)` of a command line; UserError."""
     parser = command.make_parser("clip_jax.train", __doc__)
-    parser.add_argument(
-        "--config", required=True, metavar="FILE[:VARIANT]", help="a configuration, e.g. configs/clip.py:smoke"
-    )
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        help="folder, gs:// or s3:// address of checkpoints, metrics and the report; a run in it is resumed",
-    )
+    run_folder.add_arguments(parser)
     hosts.add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
     overrides = config_lib.parse_overrides(rest)
-    config = config_lib.load(args.config, overrides)
-    preflight.need_data(args.config, config, overrides)
-    return config, args.workdir, hosts.from_arguments(args)
+    config, fork = run_folder.from_arguments(args, overrides)
+    if not fork:
+        preflight.need_data(args.config, config, overrides)
+    return config, args.workdir, hosts.from_arguments(args), fork
 
 
 def make_loader(config, source, tokenizer, method, mesh, start_step):
@@ -116,6 +110,7 @@ class Run:
         params = state.ema if self.config.eval.ema else state.params
         with faults.stage("evaluation"):
             model = Model(self.config, self.method, params, state.extra, self.tokenizer, self.mesh)
+            model.step, model.ema = int(state.step), self.config.eval.ema
             result = evaluate.run(model, tasks, self.log)
         if result.metrics:
             self.writer.write(int(state.step), result.metrics)
@@ -132,7 +127,7 @@ class Run:
         raise faults.Stopped(status, f"at step {step}: state saved")
 
 
-def train(config, workdir, log=print, cluster=None):
+def train(config, workdir, log=print, cluster=None, fork=None):
     """Trains and evaluates; returns the metrics of the last evaluation.
 
     Args:
@@ -140,6 +135,7 @@ def train(config, workdir, log=print, cluster=None):
       workdir: the work folder, which all hosts share.
       log: takes the lines that report progress, on the first host.
       cluster: a `clip_jax.runtime.hosts.Cluster`. None detects Cloud TPU and SLURM; elsewhere this is the only host.
+      fork: a `clip_jax.run_folder.Fork` whose state a new work folder starts from.
 
     Raises UserError on wrong input or a full disk, StorageError when storage fails, and
     `clip_jax.runtime.faults.Stopped` after a signal.
@@ -163,19 +159,22 @@ def train(config, workdir, log=print, cluster=None):
     from clip_jax.training import checkpoint, metrics
 
     log = hosts.on_first(log)
+    run_folder.begin(config, method, workdir, fork, log)
     log(f"clip_jax {__version__}: {config.method} on {config.data.source}, work folder {workdir}")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch_size, mesh, micro_batches=config.micro_batches)
     shapes = method.batch_spec(config.data.batch_size, sharding.batch_sharding(mesh))
     with (
         faults.Signals() as signals,
+        lock.hold(workdir, log),
         faults.watch(config.train.stall_minutes),
         jax.set_mesh(mesh),
         checkpoint.Checkpointer(workdir, config, tokenizer) as checkpointer,
     ):
         state, tx = init_or_restore(config, source, method, mesh, checkpointer, shapes, tokenizer, log)
-        if hosts.is_first():
-            storage.write(workdir / "config.json", config_lib.to_json(config))
+        if run_folder.is_beyond(config, workdir, int(state.step), log):
+            return {}
+        run_folder.record(workdir, config, int(state.step))
         with closing(metrics.Writer(workdir, config)) as writer:
             clock = goodput.Goodput(started, checkpointer.seconds)
             run = Run(config, method, tokenizer, mesh, checkpointer, writer, signals, clock, workdir, cache, log)
@@ -224,6 +223,7 @@ def compile_on_all_hosts(run, source, tx, state, batch):
     hosts.wait("compiled")
     found, seconds = sum(hosts.gather(found)), time.perf_counter() - start
     run.goodput.begin_steps(seconds)
+    run_folder.describe(run.workdir, run.config, state.params, flops)
     for line in metrics.describe_run(run.config, len(source), run.mesh, state, flops, size, seconds, found):
         run.log(line)
     return step_fn, flops
@@ -344,11 +344,13 @@ def main(argv=None):
 
     def work():
         profile.ignore_signal()
-        config, workdir, cluster = parse_args(argv)
+        config, workdir, cluster, fork = parse_args(argv)
         open_remote = storage.Log if storage.is_remote(workdir) else None
         with preflight.nothing_left(workdir):
-            host_log.start(storage.prepare(workdir), host_log.process_name(cluster), open_remote)
-            train(config, workdir, lambda line: print(line, flush=True), cluster)
+            folder, log = storage.prepare(workdir), lambda line: print(line, flush=True)
+            with lock.hold(folder, log, *hosts.place(cluster)):
+                host_log.start(folder, host_log.process_name(cluster), open_remote)
+                train(config, workdir, log, cluster, fork)
 
     return command.run(work)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 
 import numpy as np
 from PIL import Image
@@ -81,6 +82,15 @@ def write_table(folder, rows, name="pairs.jsonl"):
     return str(folder / name)
 
 
+def write_tar(path, members, form=tarfile.USTAR_FORMAT):
+    """Writes a tar archive of members, `[(name, bytes), ...]`."""
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
 def texts(seed, shape=(16, 12), vocab=4000):
     """Random ids int32 of texts of different lengths; `EOT` ends each text, zeros pad it."""
     rng = np.random.default_rng(seed)
@@ -97,12 +107,10 @@ class SyntheticBlocks(BlockSource):
     Args:
       count: int, records.
       length: int, records of a block; the last one may be shorter.
-      size: int, side of the images in pixels.
     """
 
-    def __init__(self, count, length=512, size=8):
+    def __init__(self, count, length=512):
         super().__init__("synthetic")
-        self._size = size
         whole, rest = divmod(count, length)
         self._set_blocks(np.append(np.full(whole, length), rest) if rest else np.full(whole, length))
 
@@ -112,6 +120,5 @@ class SyntheticBlocks(BlockSource):
 
     def record(self, number):
         """The record of this number."""
-        image = np.full((self._size, self._size, 3), number % 251, np.uint8)
-        image[0, 0] = [number >> shift & 255 for shift in (0, 16, 32)]
+        image = np.random.default_rng(number).integers(0, 256, (20, 20, 3), np.uint8)
         return {"image": image, "texts": [f"picture {number}"], "number": number}

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -57,16 +58,31 @@ def run(command, **kwargs):
     return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600, **kwargs)
 
 
+def events(folder):
+    """Returns `{(tag, step)}` of the TensorBoard files in a folder."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = set()
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found |= {(value.tag, event.step) for value in event.summary.value}
+            data = data[16 + length :]
+    return found
+
+
 class Page(HTMLParser):
     """A parsed HTML page; its elements must be nested properly.
 
     Attributes:
       elements: `[(tag, {attribute: value})]`.
       text: the text outside of scripts and styles.
-      data: the JSON of the first script.
+      data: the JSON of the first script that is JSON.
     """
 
-    VOID = {"meta", "img", "input", "source"}
+    VOID = {"meta", "img", "input", "source", "wbr"}
 
     def __init__(self, text):
         super().__init__()
@@ -76,7 +92,7 @@ class Page(HTMLParser):
         self.close()
         assert not self.open
         self.text = " ".join(" ".join(self.words).split())
-        self.data = json.loads(self.scripts[0])
+        self.data = json.loads(next(script for script in self.scripts if script.startswith("{")))
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))

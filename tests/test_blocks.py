@@ -8,12 +8,14 @@ import pytest
 from data_helpers import PLAIN, Bytes, assert_equal, concatenate, loader, records, take
 
 from clip_jax.data.blocks import Block, BlockSource
+from clip_jax.data.lanes import Lanes
 from clip_jax.data.loader import check_source, iterate_once
-from clip_jax.data.order import Order
+from clip_jax.data.order import Draw, Order
 from clip_jax.data.reading import Reading
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.sources.mixture import MixtureSource
+from clip_jax.data.windows import WindowReader
 from clip_jax.errors import StorageError, UserError
 
 SIZES = (5, 7, 0, 6, 3, 8, 4, 7, 6, 5, 9, 4)  # 64 records
@@ -63,6 +65,12 @@ def test_fewer_records_than_lanes_are_left_out_and_others_each_epoch():
     epochs = ids(take(by_blocks(source, lanes=8), 24)).reshape(3, 64).tolist()
     left_out = [set(range(67)) - set(epoch) for epoch in epochs]
     assert [len(out) for out in left_out] == [3, 3, 3] and len(set.union(*left_out)) > 3
+
+
+def test_blocks_and_records_are_shuffled_independently():
+    lanes = Lanes(np.ones(50, int), 3, 1, 50)
+    blocks, _ = lanes._epoch(0)
+    assert lanes.window(0, 0, 0).ids.tolist() != blocks[blocks].tolist()  # as by one permutation for both
 
 
 def test_a_row_is_near_the_rows_of_its_lane_and_lanes_are_apart():
@@ -117,6 +125,26 @@ def test_a_window_starts_with_no_more_than_two_windows_in_memory():
     assert sum(source.reads.values()) <= 8
 
 
+def test_a_window_that_is_used_up_before_its_predecessor_is_not_opened_again():
+    """A thread may be late with the last draw of a window."""
+    reader = WindowReader(Lanes(np.full(8, 4), 0, 1, 1), lambda block: [], {0: 0})
+    first, second = ([Draw(0, 0, lane=0, window=window, place=i) for i in range(4)] for window in range(2))
+    for draw in first + second:
+        reader.get(draw)
+    for draw in first[1:] + second + first[:1]:
+        reader.release(draw)
+    reader.close()
+    assert list(reader._open[0]) == [(0, 2)]
+
+
+def test_copies_of_the_order_share_its_table_of_blocks(monkeypatch):
+    monkeypatch.setattr("clip_jax.data.shared._LEAST", 0)
+    lanes = Lanes(np.full(1000, 4), 0, 2, 3)
+    text = pickle.dumps(lanes)
+    assert len(text) < 1000
+    np.testing.assert_array_equal(pickle.loads(text).window(1, 0, 2).ids, lanes.window(1, 0, 2).ids)
+
+
 def test_the_shares_of_a_mixture_are_exact_in_every_batch(sources):
     batches = take(by_blocks(sources["mixture"], lanes=8, batch_size=16), 20)
     counts = np.array([np.bincount(batch["source_id"], minlength=3) for batch in batches])
@@ -130,6 +158,13 @@ def test_a_bad_record_is_replaced_within_its_window():
     assert loader.skipped["corrupt image"] >= 16 and not set(range(32, 48)) & set(ids(taken).tolist())
     again = [by_blocks(source, lanes=2, window=2, batch_size=16, max_bad_share=0.5, host=h, hosts=2) for h in range(2)]
     assert_equal(concatenate([take(share, 8) for share in again]), taken)
+
+
+def test_a_window_without_a_usable_record_is_replaced_by_records_from_anywhere():
+    source, common = Shards((16,) * 8, bad=range(32, 48)), dict(lanes=2, window=1, batch_size=16, max_bad_share=1)
+    taken = take(by_blocks(source, **common), 8)
+    assert set(ids(taken).tolist()) <= set(range(128)) - set(range(32, 48))
+    assert_equal(concatenate([take(by_blocks(source, host=h, hosts=2, **common), 8) for h in range(2)]), taken)
 
 
 def test_any_source_can_be_read_by_blocks_and_auto_leaves_it_as_it_was():
@@ -171,7 +206,7 @@ def test_more_lanes_than_records():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_failing_store_ends_the_loader_with_its_error(workers):
     failing = by_blocks(Shards(failing=[3, 4]), workers=workers)
-    with pytest.raises(Exception, match="gs://bucket/shard.tar: 503"):
+    with pytest.raises(StorageError, match="gs://bucket/shard.tar: 503"):
         take(failing, 16)
 
 

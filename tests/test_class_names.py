@@ -14,11 +14,11 @@ from clip_jax.data.sources import MemorySource
 from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
 from clip_jax.evaluation import linear_probe
-from clip_jax.evaluation.class_names import imagenet_names, match_classes, names_of
+from clip_jax.evaluation.class_names import _imagenet_words, imagenet_names, match_classes, names_of
 from clip_jax.evaluation.classifier import make_classifier
 from clip_jax.evaluation.knn import knn_task
 from clip_jax.evaluation.probe import probe_task
-from clip_jax.evaluation.prompts import load_templates
+from clip_jax.evaluation.prompts import load_templates, resolve_duplicates
 from clip_jax.evaluation.tasks import parse_task
 from clip_jax.evaluation.zeroshot import zeroshot_task
 
@@ -199,14 +199,50 @@ def test_imagenet_ids_and_synonyms():
     assert names_of(shuffled, "imagenet", "z") == names_of(shuffled, None, "z") == names[::-1]
     subset = MemorySource([{}], class_names=["n02099601", "n01440764"])
     assert names_of(subset, None, "z") == ["Golden Retriever", "tench"]
-    with pytest.raises(
-        UserError, match="1000 names are given .* for 2 classes .* without class_names these WordNet ids"
-    ):
-        names_of(subset, "imagenet", "z")
+    assert names_of(subset, "imagenet", "z") == ["Golden Retriever", "tench"]
     with pytest.raises(UserError, match="WordNet ids outside of ImageNet's 1,000 classes: 'n00000001'"):
         names_of(MemorySource([{}], class_names=["n00000001", "n01440764"]), None, "z")
     synonyms = ["tench, Tinca tinca", "great white shark, white shark"]
     assert names_of(MemorySource([{}], class_names=synonyms), ["white shark", "tench"], "z") == ["tench", "white shark"]
+
+
+def imagenet_of(*classes, given="imagenet"):
+    return names_of(MemorySource([{}], "data", class_names=list(classes)), given, "z")
+
+
+def test_imagenet_names_by_number_and_by_name():
+    names = list(imagenet_names().values())
+    numbers = sorted(map(str, range(1000)))  # as the folders of ImageNet-V2 are listed: 0, 1, 10, 100, ...
+    assert imagenet_of(*numbers) == [names[int(number)] for number in numbers]
+    assert imagenet_of("7", "999", "0") == [names[7], names[999], names[0]]
+    assert imagenet_of("1", "0", given=["cat", "dog"]) == ["dog", "cat"]
+    assert imagenet_of("1", "0", given=None) == ["1", "0"]  # digits, as in MNIST
+    with pytest.raises(UserError, match="are 1000 numbers, such as '0', which are no names; set classes='imagenet'"):
+        imagenet_of(*numbers, given=None)
+    with pytest.raises(UserError, match="none of ImageNet's 1,000 classes: '1000'"):
+        imagenet_of("0", "1000")
+    imagenette = ["tench", "English_springer", "cassette_player", "chain_saw", "church", "French horn", "gas_pump"]
+    found = ["tench", "English Springer Spaniel", "cassette player", "chainsaw", "church", "French horn", "gas pump"]
+    assert imagenet_of(*imagenette) == found
+    assert imagenet_of("sunglass", "missile", "projectile") == ["sunglasses", "missile", "missile"]
+    assert imagenet_of(*_imagenet_words().values()) == names  # "crane" occurs twice there
+    with pytest.raises(UserError, match=r"none of ImageNet's 1,000 classes: 'golden_retreiver', 'crane' \(did you"):
+        imagenet_of("golden_retreiver", "crane", "goldfish")
+    with pytest.raises(UserError, match="classes: 'tench'; name all classes in one way: by WordNet id, by number or"):
+        imagenet_of("n01443537", "tench")
+
+
+def test_the_shipped_names_pass_the_check_for_duplicates():
+    data = MemorySource(source(["lime", "navy"])._records, class_names=sorted(imagenet_names()))
+    metrics = zeroshot_task(ColorModel(), data, "imagenet", name="z").metrics
+    assert metrics["z/classes"] == 1000
+    names = list(imagenet_names().values())
+    assert resolve_duplicates(names) == (names, list(range(1000)))
+    assert len(resolve_duplicates(names, "merge")[0]) == 998
+    with pytest.raises(UserError, match="'missile'"):
+        resolve_duplicates(["missile", "missile", "my cat"])
+    with pytest.raises(UserError, match="'missile'"):
+        resolve_duplicates(["missile"] * 3)
 
 
 def test_duplicates_are_what_the_model_cannot_tell_apart():
@@ -331,7 +367,8 @@ def test_the_validation_images_of_the_probe_may_be_a_split(tmp_path, monkeypatch
 def test_nearest_neighbours_have_their_labels_by_name():
     data = source(["navy", "lime"], name="test")
     metrics = knn_task(ColorModel(), source(["dark_red", "lime", "navy"]), data, name="k").metrics
-    assert metrics == {"k/top1": 1.0, "k/top5": 1.0, "k/images": 6.0, "k/classes": 3.0, "k/skipped": 0.0}
+    counts = {"k/images": 6.0, "k/classes": 3.0, "k/skipped": 0.0}
+    assert metrics == {"k/top1": 1.0, "k/top5": 1.0, "k/majority_top1": 0.0} | counts
     with pytest.raises(UserError, match="k: colors has no image of more's classes 'sky-blue'"):
         knn_task(ColorModel(), source(["lime"]), source(["lime", "sky-blue"], name="more"), name="k")
 

@@ -188,9 +188,9 @@ def test_an_interrupted_command_resumes_and_gives_the_same_index(name, command, 
 @pytest.mark.parametrize("name", ["clip_score", "balance", "dedup"])
 def test_shares_of_several_hosts_give_the_same_index(name, command, tmp_path, capsys):
     assert command(name, tmp_path / "whole") == 0
-    assert command(name, tmp_path / "shares", "--part=1/2") == 0
+    assert command(name, tmp_path / "shares", "--part=2/2") == 0
     assert "2 parts of others are missing" in capsys.readouterr().out
-    assert command(name, tmp_path / "shares", "--part=0/2") == 0 and not (tmp_path / "shares" / "report.json").exists()
+    assert command(name, tmp_path / "shares", "--part=1/2") == 0 and not (tmp_path / "shares" / "report.json").exists()
     assert command(name, tmp_path / "shares") == 0 and files(tmp_path / "shares") == files(tmp_path / "whole")
 
 
@@ -434,7 +434,7 @@ def test_copies_go_and_the_largest_stays(command, tmp_path):
         ("clip_score", ["--threshold=0.2"], "give either --keep=SHARE or --threshold=SCORE"),
         ("clip_score", ["--keep=1.5"], "--keep=1.5: must be more than 0 and at most 1"),
         ("clip_score", ["--checkpoint="], "5 of 5 parts of"),
-        ("clip_score", ["--part=2/2"], "--part=2/2: must be K/N with K in 0..N-1"),
+        ("clip_score", ["--part=0/2"], "--part=0/2 must be one of 1/N to N/N"),
         ("clip_score", ["--out=/dev/null/x"], "--out=/dev/null/x cannot be written"),
         ("balance", ["--per-entry=0"], "--per-entry=0: must be at least 1"),
         ("balance", ["--entries=/nowhere.txt"], "--entries=/nowhere.txt cannot be read: No such file"),

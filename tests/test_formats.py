@@ -1,14 +1,12 @@
 """The same records in every format of shards give the same batches, on any hosts and workers."""
 
-import io
 import json
 import struct
-import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from data_helpers import VIEWS, assert_equal, concatenate, encoded, loader, take
+from data_helpers import VIEWS, assert_equal, concatenate, encoded, loader, take, write_tar
 from example_helpers import tfrecord, write_array_record
 from test_mds import shard as mds
 
@@ -27,14 +25,12 @@ def rows(shard):
     return [{"image": encoded(i), "caption": f"picture {i}", "number": i} for i in numbers]
 
 
-def write_tar(path, rows):
-    with tarfile.open(path, "w") as archive:
-        for row in rows:
-            about = json.dumps({"caption": row["caption"], "number": row["number"]}).encode()
-            for ending, data in (("png", row["image"]), ("json", about)):
-                info = tarfile.TarInfo(f"{row['number']:09d}.{ending}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
+def write_samples(path, rows):
+    members = []
+    for row in rows:
+        about = json.dumps({"caption": row["caption"], "number": row["number"]}).encode()
+        members += [(f"{row['number']:09d}.png", row["image"]), (f"{row['number']:09d}.json", about)]
+    write_tar(path, members)
 
 
 def write_mds(path, rows):
@@ -44,7 +40,7 @@ def write_mds(path, rows):
 
 
 WRITERS = {
-    "tar": write_tar,
+    "tar": write_samples,
     "parquet": lambda path, rows: parquet.write_table(pa.Table.from_pylist(rows), path),
     "tfrecord": lambda path, rows: path.write_bytes(tfrecord(rows)),
     "array_record": write_array_record,

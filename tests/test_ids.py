@@ -7,38 +7,23 @@ import jax
 import numpy as np
 import pytest
 from conftest import REPO
-from data_helpers import VIEWS, Bytes, loader
+from data_helpers import VIEWS, Bytes, SyntheticBlocks, loader
 from helpers import losses, tiny_config
 from model_helpers import tiny_method
 
 from clip_jax import config as config_lib
 from clip_jax import train
 from clip_jax.data.order import Stream, randomness
-from clip_jax.data.records import BaseSource
+from clip_jax.data.reading import Reading
 from clip_jax.data.shuffle import permute
 from clip_jax.data.views import make_example
 from clip_jax.errors import UserError
 from clip_jax.methods import raclip
 from clip_jax.models.common import fold_in_ids
-from clip_jax.runtime.sharding import id_words
+from clip_jax.runtime.sharding import id_words, make_mesh, to_global
 
 HUGE = 2_400_000_000
 IDS = np.array([7, 2**31 + 7, 2**32 + 7, 5 * 2**32 + 7])
-
-
-class Synthetic(BaseSource):
-    """Records made of their index."""
-
-    def __init__(self, length):
-        super().__init__("synthetic")
-        self._length = length
-
-    def __len__(self):
-        return self._length
-
-    def __getitem__(self, index):
-        image = np.random.default_rng(index).integers(0, 256, (20, 20, 3), np.uint8)
-        return {"image": image, "texts": [f"a picture of {index}"], "number": index}
 
 
 @pytest.mark.parametrize("length", [2**17 - 3, 2**31 + 9, HUGE, 2**33 + 5, 10**12])
@@ -65,9 +50,10 @@ def test_a_stream_takes_many_positions_at_once(length):
     assert len(set(ids[:9].tolist())) == 9 and ((ids >= 1000) & (ids < 1000 + length)).all()
 
 
-def test_a_huge_source_is_read_in_a_random_order():
-    source = Synthetic(HUGE)
-    batch = next(loader(source, batch_size=64))
+@pytest.mark.parametrize("order", ["records", "blocks"])
+def test_a_huge_source_is_read_in_a_random_order(order):
+    source = SyntheticBlocks(HUGE, 2**14)
+    batch = next(loader(source, batch_size=64, threads=0, reading=Reading(order, 64, 1)))
     ids = batch["example_id"]
     assert ids.dtype == np.int64 and len(set(ids.tolist())) == 64 and ids.max() > 2**31 and ids.min() < 2**30
     for i, example_id in enumerate(ids[:3]):
@@ -78,6 +64,9 @@ def test_a_huge_source_is_read_in_a_random_order():
 def test_ids_of_64_bits_cross_to_the_device_in_halves():
     np.testing.assert_array_equal(id_words(np.array([7, -1, 3 * 2**32 + 5])), [[7, 0], [2**32 - 1] * 2, [5, 3]])
     assert id_words(IDS).dtype == np.uint32
+    ids = np.tile(IDS, 2)
+    batch = to_global({"example_id": ids, "other": np.ones((8, 3), np.int64)}, make_mesh(config_lib.base().mesh))
+    assert batch["example_id"].tolist() == id_words(ids).tolist() and batch["other"].shape == (8, 3)
 
 
 def test_randomness_of_ids_on_the_device():
@@ -92,7 +81,7 @@ def test_randomness_of_ids_on_the_device():
 
 
 def test_augmentation_of_ids_that_are_equal_modulo_32_bits():
-    record = Synthetic(1)[0]
+    record = SyntheticBlocks(1)[0]
     images = [make_example(record, i, VIEWS, Bytes(), randomness(3, 0, i))["image"] for i in (*IDS, IDS[2])]
     assert len({image.tobytes() for image in images}) == len(IDS)
     np.testing.assert_array_equal(images[2], images[4])
@@ -101,8 +90,8 @@ def test_augmentation_of_ids_that_are_equal_modulo_32_bits():
 def test_training_on_a_huge_source(tmp_path, monkeypatch):
     """Two steps with the loader and the step of a run."""
     (tmp_path / "huge_data").mkdir()
-    code = "from test_ids import HUGE, Synthetic\n\n\ndef make(split):\n    return Synthetic(HUGE)\n"
-    (tmp_path / "huge_data" / "synthetic.py").write_text(code)
+    made = f"def make(split):\n    return SyntheticBlocks({HUGE}, 2**14)\n"
+    (tmp_path / "huge_data" / "synthetic.py").write_text(f"from data_helpers import SyntheticBlocks\n\n\n{made}")
     monkeypatch.syspath_prepend(tmp_path)
     given = ("data.source=huge_data.synthetic", "data.templates=()", "train.steps=2", "checkpoint.steps=0")
     train.train(tiny_config(*given), tmp_path / "run", print)
@@ -124,4 +113,4 @@ def test_cached_neighbors_of_too_many_records():
     given = ["raclip.reference=emoji", "raclip.retrieval=cached"]
     config = config_lib.load(str(REPO / "configs" / "raclip.py:smoke"), given)
     with pytest.raises(UserError, match="cached.*fewer than 2,147,483,648 records, and data.source has 2,400,000,000"):
-        raclip.resolve(config, Synthetic(HUGE))
+        raclip.resolve(config, SyntheticBlocks(HUGE, 2**30))

@@ -220,7 +220,11 @@ def test_parameters_are_sharded(tmp_path, mesh8):
 def test_preprocessing_is_stored_with_the_model(tmp_path):
     preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "interpolation": "bilinear", "resize_mode": "squash"}
     config = load.load(open_clip_folder(tmp_path / "m", preprocess=preprocess)).config
-    assert config.eval.transform == ("squash(interpolation='bilinear')",)
+    assert config.eval.transform == ("squash(interpolation='bilinear')", "drop_alpha")
+    white = load.load(tmp_path / "m", alpha="white").config
+    assert white.eval.transform == ("squash(interpolation='bilinear')",)
+    with pytest.raises(UserError, match="--alpha=black: allowed are white, drop"):
+        load.load(tmp_path / "m", alpha="black")
     assert config.model.image_mean == (0.5, 0.4, 0.3) and config.model.image_std == (0.2, 0.2, 0.2)
 
 
@@ -230,11 +234,11 @@ def test_preprocessing_is_stored_with_the_model(tmp_path):
     [
         (
             lambda n: {"size": n + 8, "crop_size": n, "do_center_crop": True, "resample": 2},
-            lambda n: (f"resize({n + 8}, interpolation='bilinear')", "center_crop"),
+            lambda n: (f"resize({n + 8}, interpolation='bilinear')", "center_crop(rounding='down')"),
         ),
         (
             lambda n: {"size": {"shortest_edge": n}, "do_center_crop": True, "resample": 3},
-            lambda n: ("resize(interpolation='bicubic')", "center_crop"),
+            lambda n: ("resize(interpolation='bicubic')", "center_crop(rounding='down')"),
         ),
         (
             lambda n: {"size": {"height": n, "width": n}, "resample": 3},
@@ -249,6 +253,7 @@ def test_preprocessing_of_hugging_face(tmp_path, folder, processor, transform):
     written = {"do_center_crop": False, **processor(size), "image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 1.0, 1.0]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
     config = load.load(tmp_path).config
+    assert load.load(tmp_path, alpha="drop").config.eval.transform == ("drop_alpha", *transform(size))
     assert config.eval.transform == transform(size) and config.model.image_mean == (0.1, 0.2, 0.3)
 
 

@@ -1,5 +1,7 @@
 import io
 import pickle
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from data_helpers import PLAIN, VIEWS, Bytes, assert_equal, concatenate, encoded, loader, records, take
 from PIL import Image
 
+from clip_jax.data import batches
 from clip_jax.data.loader import Loader, iterate_once
 from clip_jax.data.records import BadRecord, BaseSource
 from clip_jax.data.sources import MemorySource, make_source
@@ -47,12 +50,12 @@ def test_batches_run_across_epochs_of_any_length():
 
 def test_seeds_and_epochs_differ():
     source = MemorySource(records(8))
-    batches = {seed: take(loader(source, seed=seed), 2) for seed in (0, 1)}
+    two = {seed: take(loader(source, seed=seed), 2) for seed in (0, 1)}
 
     def by_id(batch):
         return batch["image"][np.argsort(batch["example_id"])]
 
-    images = [by_id(batch) for pair in batches.values() for batch in pair]
+    images = [by_id(batch) for pair in two.values() for batch in pair]
     assert len({image.tobytes() for image in images}) == 4
 
 
@@ -461,3 +464,18 @@ def test_the_embedded_set_with_its_tokenizer():
     batch = next(iterator)
     assert batch["image"].shape == (64, 32, 32, 3) and batch["image"].std() > 30 and batch["text"].shape == (64, 16)
     assert not iterator.skipped
+
+
+def test_worker_processes_end_with_a_parent_that_is_killed(monkeypatch):
+    script = (
+        "import multiprocessing, os, time; from clip_jax.data.threads import end_with_parent\n"
+        "context = multiprocessing.get_context('fork')\n"
+        "child = context.Process(target=lambda: (end_with_parent(), os.close(0), time.sleep(60)))\n"
+        "child.start(); os.kill(os.getpid(), 9)"
+    )
+    # The pipe ends with the last process that holds it.
+    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=30).returncode == -9
+    started = []
+    monkeypatch.setattr(batches, "end_with_parent", lambda: started.append(1))
+    pickle.loads(pickle.dumps(batches.EvaluationBatches(MemorySource(records(2)), VIEWS, Bytes(), 0, 1, 0, 1)))
+    assert started

@@ -7,13 +7,15 @@ import pickle
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
-from test_tar_blocks import pair, write_tar
+from data_helpers import write_tar
+from test_tar_blocks import pair
 
 from clip_jax.data.records import fingerprint
 from clip_jax.data.shared import Shared
 from clip_jax.data.sources import make_source, manifest, shards
 from clip_jax.data.sources.manifest import Manifest
 from clip_jax.errors import UserError
+from clip_jax.runtime import faults
 from clip_jax.tools import manifest as tool
 
 COLUMNS = ("width", "license", "score", "mixed")
@@ -96,7 +98,7 @@ def expected_of(source, index):
 
 
 def test_columns_are_read_without_records(data, monkeypatch):
-    monkeypatch.setattr(manifest, "_ROWS_WITH_COLUMNS", 4)  # several row groups
+    monkeypatch.setattr(manifest, "_SAMPLES", 12)  # several row groups
     path = make(data, f"--columns={','.join(COLUMNS)}")
     source = make_source(path)
     monkeypatch.setattr(shards.ShardSource, "read_block", lambda *_: pytest.fail("a record was read"))
@@ -104,12 +106,29 @@ def test_columns_are_read_without_records(data, monkeypatch):
     assert len(width) == 21 and width[:].to_pylist() == list(range(21)) and str(width[:].type) == "int64"
     assert all(width[a:b].to_pylist() == list(range(a, b)) for a in range(21) for b in range(a, 22))
     assert license_[:].to_pylist() == ["by", "cc0"] * 10 + ["by"]
-    assert score[:].to_pylist() == [None if i % 3 == 0 else i / 2 if i >= 7 else i for i in range(21)]
-    assert mixed[:4].to_pylist() == ["0", "a", "2", "a"] and source.column("height") is None
+    assert score[:].to_pylist() == [None if i % 3 == 0 else f"{i / 2 if i >= 7 else i}" for i in range(21)]
+    assert mixed[:4].to_pylist() == ["0", '"a"', "2", '"a"'] and source.column("height") is None
     assert pickle.loads(pickle.dumps(source)).column("width")[20:21].to_pylist() == [20]
     chosen = make_source(f"{path}?where=license:by&has=score")
     assert [chosen._kept[i] for i in range(len(chosen))] == [2, 4, 8, 10, 14, 16, 20]
     assert chosen.blocks.tolist() == [1, 1, 0, 1, 1, 0, 2, 0, 1]
+
+
+def test_a_selection_by_columns_of_any_values_is_that_by_records(tmp_path):
+    values = (["a", "b"], [], None, ["b"], 2**64, float("nan"), "b", 1, 1.0, True)
+    found = []
+    for i, value in enumerate(values):
+        meta = {"tags": value if isinstance(value, list) else None, "mixed": value, "label": f"class {i}"}
+        found += [*pair(str(i), i), (f"{i}.json", json.dumps(meta).encode())]
+    write_tar(tmp_path / "0.tar", found)
+    path = make(tmp_path, "--columns=tags,mixed, label,tags")
+    fields = ("has=tags", "label=tags", "where=tags:['b']", "part=tags:!1/2", "has=mixed", "label=mixed")
+    for option in (*fields, "where=mixed:1", "where=mixed:1.0", "where=mixed:True", "part=mixed:!1/3", "by=mixed"):
+        read, chosen = make_source(f"{tmp_path}/0.tar?{option}"), make_source(f"{path}?{option}")
+        assert repr([chosen[i] for i in range(len(chosen))]) == repr([read[i] for i in range(len(read))]), option
+        assert (chosen.class_names, chosen.multi_label) == (read.class_names, read.multi_label)
+    with pytest.raises(UserError, match="no record has the field 'label'"):  # its records have none, as it is text
+        make_source(f"{path}?label=label")
 
 
 def test_parts_are_joined_and_an_interrupted_part_continues(data, monkeypatch, capsys):
@@ -142,6 +161,23 @@ def test_processes_give_the_same_manifest(data):
     assert parquet.read_table(one).equals(parquet.read_table(two))
 
 
+def test_interrupted_and_killed(data, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = [f"{data}/*.tar", f"--out={data}/a.parquet"]
+    monkeypatch.setattr(tool, "find_shards", interrupt)
+    assert tool.main(arguments) == faults.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted; the same command resumes\n"
+    monkeypatch.setattr(tool, "find_shards", shards.find_shards)
+    monkeypatch.setattr(tool, "scan", _end)
+    assert "a worker process was killed" in refused(capsys, *arguments, "--processes=2")
+
+
+def _end(kind, path, length, columns):
+    os.kill(os.getpid(), 9)
+
+
 def test_parts_of_another_data_set_are_refused(data, capsys):
     out = make(data, "--part=1/2", out=data / "x.parquet")
     line = refused(capsys, f"{data}/[01].tar", f"--out={out}", "--length=3", "--part=2/2")
@@ -159,6 +195,7 @@ def test_parts_of_another_data_set_are_refused(data, capsys):
         (["--out=gs://b/x.parquet"], "must be a local path"),
         (["--out=x.parquet", "--part=3/2"], "--part=3/2 must be one of 1/N to N/N"),
         (["--out=x.parquet", "--part=1/2", "--join"], "--join takes no --part"),
+        (["--out=x.parquet", "--join"], "x.parquet.parts: no such folder; --part=1/N to --part=N/N make it"),
         (["--out=x.parquet", "--processes=0"], "--processes=0 must be at least 1"),
         (["--out=x.parquet", "--processes=1", "--columns=widht"], "no sample has a field 'widht'"),
     ],
@@ -185,8 +222,16 @@ def test_a_shard_that_changed_is_named(data):
     source = make_source(path)
     write_tar(data / "2.tar", members(2)[:-3])  # one sample fewer
     for change in (lambda: source.read_block(8), lambda: make_source(path)):
-        with pytest.raises(UserError, match=r"2.tar changed since .*make it again: python -m clip_jax.data.manifest '"):
+        message = r"2.tar changed since .*make it again: python -m clip_jax.data.manifest '.* --length=3$"
+        with pytest.raises(UserError, match=message):
             change()
+
+
+def test_a_shard_with_other_records_of_the_same_number_is_named(data):
+    source = make_source(make(data))
+    write_tar(data / "2.tar", [(name, content * 99) for name, content in members(2)])
+    with pytest.raises(UserError, match="2.tar changed since the manifest was made"):
+        source.read_block(6)
 
 
 def test_files_that_are_no_manifest_of_this_version(data, monkeypatch):
@@ -272,7 +317,7 @@ def test_what_a_folder_holds(data):
         make_source("s3://b/c")
 
 
-def test_a_manifest_of_parquet(tmp_path):
+def test_a_manifest_of_parquet(tmp_path, capsys):
     import pyarrow
 
     image = [{"bytes": b"image %d" % i, "path": None} for i in range(10)]
@@ -285,3 +330,6 @@ def test_a_manifest_of_parquet(tmp_path):
     assert [source[i]["texts"] for i in range(10)] == [[f"c{i}"] for i in range(10)]
     size = sum(os.path.getsize(tmp_path / f"{name}.parquet") for name in "01")
     assert source[9]["image"] == b"image 9" and source.block_bytes == size / 3
+    parquet.write_table(table.append_column("other", [[b"1"] * 10]), tmp_path / "0.parquet")
+    line = refused(capsys, f"{tmp_path}/0.parquet", f"--out={tmp_path}/b.parquet", "--columns=other", "--processes=1")
+    assert "no sample has a field 'other'" in line  # records do not have other binary columns

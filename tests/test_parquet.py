@@ -214,6 +214,8 @@ def test_row_groups_are_joined_or_named(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "_MAX_BYTES", 100)
     with pytest.raises(UserError, match=f"too large.*clip_jax.tools.to_parquet {path} --out=FOLDER"):
         parquet.scan(path, 7)
+    with pytest.raises(UserError, match="too large"):
+        parquet.scan(path, 512)
 
 
 def test_damaged_files(tmp_path):

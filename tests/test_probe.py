@@ -159,6 +159,12 @@ def test_pixel_features_average_over_areas():
     assert (features[0, 2:] == -0.5).all() and (features[1] == 0.5).all()
 
 
+def test_majority():
+    assert baselines.majority([2, 2, 1, 0], [1, 1, 2]) == 0.25  # the class is that of the training images
+    assert baselines.majority([2, 2, 1, 0], [2, 2, 1, 0]) == 0.5
+    assert baselines.majority([0, 1], [1, 0]) == 0.5 and baselines.majority([], [0]) == 0.0
+
+
 def test_chance():
     assert baselines.chance(4) == 0.25
     assert baselines.chance(4, 5) == 1.0

@@ -14,9 +14,11 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation import emoji, tasks
 from clip_jax.evaluation.report import assembly, charts, figures, galleries
 from clip_jax.evaluation.report import page as html_page
+from clip_jax.evaluation.report.confusion import Confusion, confused_pairs
 from clip_jax.evaluation.report.embedding_map import EmbeddingMap
 from clip_jax.evaluation.report.figures import Retrieval, SimilarityMatrix
 from clip_jax.evaluation.report.galleries import Classification
+from clip_jax.evaluation.report.head import describe_task
 from clip_jax.evaluation.results import EvalResult, Images
 
 EVIL = """</script><script>alert(1)</script><!--data--><img src=x onerror="alert('x')"> & 'quotes' "double" """
@@ -268,6 +270,7 @@ def test_headline_of_other_tasks():
         "pets/mean_per_class": 0.25,
         "pets/chance_top1": 0.027,
         "pets/chance_top5": 0.13,
+        "pets/majority_top1": 0.06,
         "pets/images": 3669.0,
         "pets/classes": 37.0,
         "pets/skipped": 2.0,
@@ -287,9 +290,9 @@ def test_headline_of_other_tasks():
             (key for key in metrics if key.startswith(name + "/")), f"clip_jax.evaluation.{task}"
         )
     text = render(result).text
-    assert "pets 50.0 % (± 1.6) 90.5 % 25.0 % 2.7 % 13.0 % 3,669 37 2" in text
+    assert "pets 50.0 % (± 1.6) 90.5 % 25.0 % 2.7 % 13.0 % 6.0 % 3,669 37 2" in text
     assert "coco 1.0 % 5.0 % 10.0 % 1.0 % 5.0 % 10.0 % 25,010" in text
-    assert "a/b 80.0 % (± 7.8) – 0.0001 100" in text
+    assert "a/b 80.0 % (± 7.8) – – 0.0001 100" in text
     assert "Other metrics mine/score 12.5 alone 3" in text
 
 
@@ -332,7 +335,8 @@ def test_curves(tmp_path):
             "step": 4,
             "emoji_val/unseen_concept_seen_vendor/top1": 0.25,
             "emoji_val/unseen_concept_seen_vendor/chance_top1": 0.1,
-        }
+        },
+        {"step": 9, "emoji_val/unseen_concept_seen_vendor/top1": 0.5, "pets/top1": 0.9, "pets/loss": 1.0},
     ]
     page = render(EvalResult({}), metrics_jsonl=write_metrics(tmp_path / "metrics.jsonl", rows))
     charts = {a["aria-label"].removesuffix(" over steps"): a for a in page.find("svg")}
@@ -341,7 +345,7 @@ def test_curves(tmp_path):
     assert (loss["first"], loss["last"]) == (1, 9)
     assert loss["curves"] == [["loss", list(range(1, 10)), [9, 8, 7, 6, None, 4, 3, 2, 1]]]
     assert [name for name, *_ in accuracy["curves"]] == ["image → text", "text → image"]
-    assert top1["curves"] == [["Unseen concepts, seen vendors (validation)", [4], [0.25]]]
+    assert top1["curves"] == [["Unseen concepts, seen vendors (validation)", [4, 9], [0.25, 0.5]]]
     line = page.find("path", class_="line c0")[0]["d"]
     points = [[tuple(map(float, point.split())) for point in piece.split("L")] for piece in line.split("M")[1:]]
     assert [len(piece) for piece in points] == [4, 4]  # a gap where the loss was not finite
@@ -353,7 +357,51 @@ def test_curves(tmp_path):
     assert "Unseen concepts, seen vendors (validation)" in page.text
 
 
-@pytest.mark.parametrize("values", [[0.0], [5.0], [-3.0, -3.0], [1e-30, 1e30], [-1e-9, 1e9], [0, 1]])
+def test_nothing_is_drawn_of_a_single_step(tmp_path):
+    rows = [{"step": 3, "loss": 2.0, "lr": 0.1}, {"step": 3, "pets/top1": 0.5}]
+    page = render(EvalResult({}), metrics_jsonl=write_metrics(tmp_path / "metrics.jsonl", rows))
+    assert not page.find("svg") and "Nothing was logged at two steps or more" in page.text
+
+
+def test_changes_of_the_learning_rate_are_marked(tmp_path):
+    rates = [0.1, 0.5, 1.0, 0.99, 0.97, 0.94, 0.3, 0.29, 0.27, 0.24]  # warm-up, cosine, a restart with a lower one
+    changes = charts.learning_rate_changes(list(enumerate(rates)))
+    assert [step for step, _ in changes] == [2, 6]
+    assert [text.split("rate ")[1] for _, text in changes] == ["reaches its peak, 1", "jumps from 0.94 to 0.3"]
+    for plain in ([1.0] * 9, [0.0] * 5, [1 - i / 9 for i in range(10)], [0.5]):
+        assert charts.learning_rate_changes(list(enumerate(plain))) == []
+    rows = [{"step": step, "loss": 1.0, "lr": rate} for step, rate in enumerate(rates)]
+    page = render(EvalResult({}), metrics_jsonl=write_metrics(tmp_path / "metrics.jsonl", rows))
+    assert [a["d"] for a in page.find("path", class_="mark")] == ["M112.7 10v150", "M246.0 10v150"] * 2
+    assert "Dashed: step 2, the learning rate reaches its peak, 1; step 6, the learning rate jumps" in page.text
+
+
+def test_the_head_says_what_was_trained_and_evaluated(tmp_path):
+    rows = [{"step": 4, "seconds/training": 100.0, "seconds/data": 25.0}]
+    task = "zeroshot(source='/nowhere/{split}.csv', split='val', templates=['a {}', '{}'], name='pets')"
+    result = EvalResult({}, model={"step": 4, "parameters": 12345, "ema": True})
+    result.evaluated = [describe_task(tasks.parse_task(text)) for text in (task, "emoji(subset='val')")]
+    settings = {
+        "method": "clip", "train": {"steps": 8},
+        "data": {"source": "/d/{split}.csv", "split": "train", "batch_size": 16},
+        "model": {"image": {"size": 32}, "text": {"context": 12}},
+    }  # fmt: skip
+    page = render(result, config=settings, metrics_jsonl=write_metrics(tmp_path / "metrics.jsonl", rows))
+    for text in (
+        "Trained on /d/train.csv",
+        "Checkpoint step 4 of 8, moving average of the weights",
+        "Examples seen 64 in batches of 16",
+        "Pictures 32 × 32 pixels",
+        "Parameters 12,345",
+        "Time of the run 2m05s",
+        "pets /nowhere/val.csv 2 prompts, such as “a {}” zeroshot(",
+        "emoji {} emoji(subset='val')",
+    ):
+        assert text in page.text, text
+    assert "Training 8 steps of 16 examples" in render(EvalResult({}), config=settings).text
+
+
+@pytest.mark.parametrize("values", [[-3.0, -3.0], [1e-30, 1e30], [-1e-9, 1e9], [0, 1]])
 def test_curves_of_any_range(values, tmp_path):
     rows = [{"step": i, "loss": value} for i, value in enumerate(values)]
     page = render(EvalResult({}), metrics_jsonl=write_metrics(tmp_path / "metrics.jsonl", rows))
@@ -450,6 +498,38 @@ def test_gallery_with_a_single_class():
     item = Classification(["cat"], np.zeros(2, int), np.zeros((2, 1), int), scores, make_images(2), ["", ""])
     result.artefacts["classification"]["x"] = item
     assert "Right: 2 of 2 images cat cat 0.500 cat cat 0.500 Wrong: 0 of 2 images None." in render(result).text
+
+
+# Classes
+
+
+def confusion_page(names, labels, predicted):
+    result = EvalResult({})
+    result.artefacts["confusion"]["x"] = Confusion(names, np.asarray(labels), np.asarray(predicted))
+    return render(result)
+
+
+def test_the_confusion_matrix_counts_each_pair():
+    names = ["ant", EVIL, "cat", "never seen"]
+    page = confusion_page(names, [0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 2, 2])
+    assert confused_pairs(np.asarray([0, 0, 0, 1, 1, 2]), np.asarray([0, 1, 1, 1, 2, 2])) == [(0, 1, 2), (1, 2, 1)]
+    shown = " ".join(EVIL.split())
+    cells = [(a["class"], a.get("style", "")) for a in page.find("td") if a.get("class") in ("hit", "miss")]
+    assert [style for _, style in cells] == [
+        "--v:33%", "--v:67%", "", "", "--v:50%", "--v:50%", "", "", "--v:100%",
+    ]  # fmt: skip
+    assert [kind for kind, _ in cells] == ["hit", "miss", "miss", "miss", "hit", "miss", "miss", "miss", "hit"]
+    assert f"share of the class ant {shown} 2 66.7 % {shown} cat 1 50.0 %" in page.text
+    # The worst class first: its images, the right ones of them, the right ones of its predictions.
+    assert f"often taken for ant 3 33.3 % 100.0 % {shown} (2) {shown} 2 50.0 % 33.3 % cat (1) cat 1" in page.text
+    assert "never seen" not in page.text and not page.find("script", onerror="alert('x')")
+    assert "There are no images." in confusion_page(names, [], []).text
+
+
+def test_many_classes_have_no_matrix():
+    page = confusion_page([f"n{i}" for i in range(40)], np.arange(40), np.arange(40) // 2)
+    assert not page.find("table", class_="confusion") and "40 classes" in page.text
+    assert len(page.find("table", class_="pairs")) == 1
 
 
 # Retrieval, similarity, map

@@ -3,6 +3,7 @@
 import pickle
 from collections import Counter
 
+import grain
 import numpy as np
 import pytest
 from data_helpers import Bytes, assert_equal, concatenate, loader, records, take, write_table
@@ -10,7 +11,7 @@ from helpers import tiny_config
 
 from clip_jax import train
 from clip_jax.data.loader import check_source
-from clip_jax.data.order import Order
+from clip_jax.data.order import Mixed, Order
 from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.views import TextView
@@ -67,6 +68,19 @@ def test_each_source_goes_through_its_epochs_in_order():
         ids = [example_id for p, _, example_id in rows if p == part]
         for k in range(len(ids) // size):
             assert sorted(ids[k * size : (k + 1) * size]) == list(range(STARTS[part], STARTS[part + 1]))
+
+
+@pytest.mark.parametrize("weights", [[3, 1.5, 1], [1, 1e8], [1e-20, 1]])
+def test_parts_are_mixed_by_grains_rule(weights):
+    mixed, positions = Mixed(weights), np.concatenate([np.arange(40), 10**12 + np.arange(40)])
+    parts, numbers = mixed.draws(positions)
+    for part in range(len(weights)):
+        before = [mixed.before(int(i))[part] for i in positions[parts == part]]
+        assert numbers[parts == part].tolist() == before
+    if sum(weights) / min(weights) < 1e9:  # more is too much for Grain
+        sources = [grain.MapDataset.range(2**40).map(lambda i, p=p: (p, i)) for p in range(len(weights))]
+        expected = grain.MapDataset.mix(sources, weights)
+        assert [expected[int(i)] for i in positions] == list(zip(parts.tolist(), numbers.tolist(), strict=True))
 
 
 def test_mixed_sampling_is_what_it_was():

@@ -1,21 +1,24 @@
 """Search: exact top-k on all devices, its memory, the index on disk, queries, the command and its page, wrong input."""
 
 import base64
+import contextlib
+import http.client
 import io
 import json
 import os
 import re
 import shutil
 import sys
+import threading
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import tiny_config
+from helpers import Page, tiny_config
 
 import clip_jax
-from clip_jax import search, search_index, train
+from clip_jax import search, search_index, search_server, train
 from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.errors import UserError
 from clip_jax.runtime import sharding
@@ -204,9 +207,15 @@ def test_the_command_finds_images_and_writes_a_page(workdir, model, photos, tmp_
         and "&lt;b&gt;cat" in text
         and "number 2 &lt;&amp;&gt;" in text
     )
-    assert text.count('<i class="t t0"') == 3 * 4 + 2  # results, and the queries that are images
-    (sheet,) = re.findall(r"data:image/webp;base64,([\w+/=]+)", text)
-    assert PIL.Image.open(io.BytesIO(base64.b64decode(sheet))).size == (14 * 128, 128)
+    assert len(re.findall('<i class="t t[012]"', text)) == 3 * 4 + 2  # results, and the queries that are images
+    sheets = re.findall(r"data:image/webp;base64,([\w+/=]+)", text)
+    sizes = [PIL.Image.open(io.BytesIO(base64.b64decode(sheet))).size for sheet in sheets]
+    assert sizes == [(4 * 256, 256), (5 * 256, 256), (5 * 256, 256)]
+    parsed = Page(text)
+    (address, *_) = [a["href"] for a in parsed.find("a") if a["href"].startswith("file:")]
+    assert address == (photos / f"{best[0]}.png").as_uri()
+    assert f"32 × 24 number {best[0] // 2} <&> {best[0]}.png #{best[0]} {photos}" in parsed.text
+    assert f"Searched 9 images of {photos} Checkpoint {workdir}, step 2 Model clip, " in parsed.text
 
 
 def test_the_command_finds_texts_of_the_data_or_of_a_file(workdir, model, photos, tmp_path, capsys):
@@ -240,7 +249,7 @@ def test_text_and_names_that_cannot_be_encoded(workdir, photos, tmp_path, monkey
         out.flush()
         lines = out.buffer.getvalue().decode(encoding)
         assert printed in lines and "red ?" in lines
-        assert json.loads(found.read_text())[0]["found"] and "<h3> red ?</h3>" in page.read_text()
+        assert json.loads(found.read_text())[0]["found"] and "> red ?</h3>" in page.read_text()
         page.unlink()
         found.unlink()
 
@@ -258,9 +267,71 @@ def test_the_files_are_written_before_anything_is_printed(workdir, photos, tmp_p
         search.search(search.make_parser().parse_args(flags), log)
 
 
+@pytest.fixture
+def served(workdir, photos, monkeypatch):
+    """A function `(method, path, body, headers) -> (status, content type, bytes)` of the command with `--serve=0`."""
+    opened, ready = [], threading.Event()
+    make = search_server.open_server
+    monkeypatch.setattr(search_server, "open_server", lambda port: opened.append(make(port)) or opened[0])
+    flags = [f"--checkpoint={workdir}", f"--images={photos}", "--serve=0", "--k=3"]
+    arguments = search.make_parser().parse_args(flags)
+    thread = threading.Thread(
+        target=search.search, args=(arguments, lambda line: ready.set() if "search page: http" in line else None)
+    )
+    thread.start()
+    assert ready.wait(60)
+
+    def ask(method, path, body=None, headers=None):
+        connection = http.client.HTTPConnection("127.0.0.1", opened[0].server_port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, answer.headers["Content-Type"], answer.read()
+
+    yield ask
+    opened[0].shutdown()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_the_search_page_answers_texts_and_uploads_on_this_machine_alone(served, photos):
+    status, kind, start = served("GET", "/")
+    page = Page(start.decode())
+    assert (status, kind) == (200, "text/html; charset=utf-8") and page.find("form", action="/", method="post")
+    assert not page.find("div", class_="picture") and f"9 images of {photos}" in page.text
+    status, _, content = served("GET", "/?text=%3Cb%3Ecat&plus=red")
+    page = Page(content.decode())
+    assert "<b>cat + red" in page.text and len(page.find("div", class_="picture")) == 3
+    assert page.find("input", name="text")[0]["value"] == "<b>cat"
+
+    data = (photos / "4.png").read_bytes()
+    parts = {'name="text"': b"not this", 'name="minus"': b"", 'name="image"; filename="my <i>.png"': data}
+    body = b"".join(
+        b"--frame\r\nContent-Disposition: form-data; " + name.encode() + b"\r\n\r\n" + value + b"\r\n"
+        for name, value in parts.items()
+    )
+    form = {"Content-Type": "multipart/form-data; boundary=frame"}
+    status, _, content = served("POST", "/", body + b"--frame--\r\n", form)
+    page = Page(content.decode())
+    addresses = [a["href"] for a in page.find("a") if "/picture/" in a["href"]]
+    assert status == 200 and addresses[0] == "/picture/4" and "my <i>.png" in page.text
+    assert served("GET", addresses[0]) == (200, "image/png", data)
+    similar = Page(served("GET", "/?record=4")[2].decode())
+    assert [a["href"] for a in similar.find("a")][2:5] == ["/picture/4", "/picture/4", "/?record=4"]
+
+    broken = served("POST", "/", body.replace(data, b"no picture") + b"--frame--\r\n", form)
+    assert broken[0] == 400 and "my <i>.png: corrupt image" in Page(broken[2].decode()).text
+    assert served("GET", "/?minus=snow")[0] == served("GET", "/?record=99")[0] == 400
+    assert served("GET", "/picture/99")[0] == served("GET", "/etc/passwd")[0] == 404
+    assert served("POST", "/", b"text=a", {"Content-Type": "text/plain"})[0] == 400
+    assert served("POST", "/", b"", {"Content-Length": str(2**40)})[0] == 413
+    assert served("GET", "/", headers={"Host": "elsewhere.example:80"})[0] == 403
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--serve=99999"], "--serve=99999: ports go up to 65535"),
         ([], "no query: give --text or --image"),
         (["--text=a", "--k=0"], "--k=0: must be at least 1"),
         (["--text=a", "--texts=x"], "--texts needs --find=texts"),

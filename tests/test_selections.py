@@ -132,6 +132,17 @@ def test_bits_and_places_agree_with_a_list(sizes, share, seed):
         np.testing.assert_array_equal(kept.between(middle // 2, middle), places[middle // 2 : middle])
 
 
+def test_copies_share_what_is_kept(monkeypatch):
+    monkeypatch.setattr("clip_jax.data.shared._LEAST", 0)
+    starts = np.arange(0, 20_001, 10)
+    for step in (7, 100):
+        kept = keep(np.packbits(np.arange(20_000) % step == 0), starts)
+        text = pickle.dumps(kept)
+        copy = pickle.loads(text)
+        assert len(text) < 500 and type(copy) is type(kept) and [*copy.inside(70)] == [*kept.inside(70)]
+        assert len(copy) == len(kept) and copy[5] == kept[5] == 5 * step and pickle.dumps(copy)
+
+
 def test_many_bits():
     """More than are unpacked at once; few kept records are held by their places."""
     starts = np.arange(0, 10_000_001, 1000)

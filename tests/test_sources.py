@@ -98,6 +98,8 @@ def test_the_text_of_the_first_steps():
         ("emoji + ", r"data: no data set is named in 'emoji \+ '"),
         ("?index=x", "data: no data set is named"),
         ("emoji?wher=vendor:noto", r"emoji\?wher=vendor:noto: unknown option 'wher' \(did you mean 'where'\?\)"),
+        ("a.tar?captions=lines&where=a:b", "where= is a step of its own; write it after another '.'$"),
+        ("a.tar?shard=b", "unknown option 'shard' .did you mean 'shards'"),
         ("emoji?xyz=1", "unknown option 'xyz'; allowed: index, columns, uids, where, part, label, by, has, without"),
         ("emoji?where=vendor:noto&lable=group", "unknown option 'lable' .did you mean 'label'"),
         ("emoji?has=tags?colums=x", "emoji.has=tags.colums=x: unknown option 'colums' .did you mean 'columns'"),
@@ -176,6 +178,7 @@ def test_tfds_splits_versions_and_fields(tiny_tfds, monkeypatch):
     assert len(make_source(str(tiny_tfds.parent), "test")) == 3
     assert len(make_source(str(tiny_tfds), "train[:50%]+test")) == 7
     assert make_source(str(tiny_tfds), text=["kind", "caption"])[0]["texts"] == ["k", "thing 0 문어"]
+    assert make_source(str(tiny_tfds), label="kind").class_names == ["k"]
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_tfds.parent.parent))
     assert len(make_source("tfds:tiny")) == 8
 
@@ -186,7 +189,6 @@ def test_tfds_splits_versions_and_fields(tiny_tfds, monkeypatch):
         (dict(split="tset"), "no split 'tset' \\(did you mean 'test'\\?\\); splits: "),
         (dict(split="test[:0]"), "split 'test\\[:0\\]' is empty"),
         (dict(text="captoin"), "no field 'captoin' \\(did you mean 'caption'\\?\\); fields: "),
-        (dict(label="kind"), "label field 'kind' holds text"),
     ],
 )
 def test_tfds_mistakes(tiny_tfds, arguments, message):
@@ -310,8 +312,8 @@ def test_array_record_with_names_in_the_label_field(tmp_path):
     write_array_record(tmp_path / "x.array_record", [{"image": jpeg(), "text": "a", "label": ["dog", "cat"]}])
     path = str(tmp_path / "x.array_record")
     assert "label" not in make_source(path)[0]
-    with pytest.raises(UserError, match=r"'label' holds text; .*, or write .*x.array_record\?label=label, which makes"):
-        make_source(path, label="label")
+    source = make_source(path, label="label")
+    assert (source.class_names, source[0]["label"], source[0]["class_name"]) == (["cat", "dog"], (1, 0), ["dog", "cat"])
 
 
 @pytest.mark.parametrize("content", [b"", b"not an array record" * 100])
@@ -402,7 +404,7 @@ def test_bad_rows_are_bad_records(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"", "no column for the image path: name it with --config.data.image=COLUMN.*columns: none"),
+        ("a.csv", b"", "no column for the image path; name it with --config.data.image=COLUMN.*columns: none"),
         ("a.csv", b"foo,caption\n1,2\n", "no column for the image path.*columns: foo, caption"),
         ("a.csv", b'foo,"two\nlines \xff"\n', r"columns: foo, two lines \?$"),
         ("a.csv", b"path,caption\n", "no rows"),

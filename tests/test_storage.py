@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import orbax.checkpoint as ocp
 import PIL.Image
 import pytest
 from conftest import COMPILE_FAST, REPO
-from helpers import run, tiny_config, train_command
+from helpers import events, run, tiny_config, train_command
 from storage_emulators import emulator
 
 import clip_jax
@@ -24,7 +23,7 @@ from clip_jax import evaluate, inference, train
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluation.results import EvalResult
 from clip_jax.interop import export
-from clip_jax.runtime import command, compile_cache, hosts, storage
+from clip_jax.runtime import command, compile_cache, hosts, lock, storage
 from clip_jax.training import checkpoint
 
 
@@ -81,21 +80,6 @@ def finished(tmp_path_factory):
 
 def rows(workdir):
     return [json.loads(line) for line in storage.read_log(workdir / "metrics.jsonl").splitlines()]
-
-
-def events(folder):
-    """Returns `{(tag, step)}` of the TensorBoard files in a folder."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = set()
-    for file in folder.iterdir():
-        data = file.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
-            found |= {(value.tag, event.step) for value in event.summary.value}
-            data = data[16 + length :]
-    return found
 
 
 @pytest.mark.parametrize("kind", ["gs", "s3", "mount"])
@@ -406,3 +390,25 @@ def test_all_hosts_have_one_bucket(monkeypatch):
     monkeypatch.setattr(hosts, "gather", lambda value: [value, "gs://bucket/other"])
     with pytest.raises(UserError, match="different work folders: gs://bucket/other, gs://bucket/run"):
         hosts.check_shared("gs://bucket/run")
+
+
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+def test_the_lock_of_a_work_folder_in_a_bucket(kind, buckets, monkeypatch):
+    """Of two that create the lock only one does, a live one is refused, and it is gone at the end."""
+    folder = storage.path(f"{buckets(kind).url}/locked")
+    assert storage.create(folder / "a", "one") and not storage.create(folder / "a", "two")
+    if kind == "s3":  # the emulator of gs:// does not read the name in the body of this request
+        with monkeypatch.context() as patch:  # another one looked at the same time
+            patch.setattr(type(folder), "exists", lambda self: False)
+            assert not storage.create(folder / "a", "three")
+    assert storage.read(folder / "a") == "one"
+    with lock.hold(folder, number=0):
+        found = lock.read(folder)
+        assert found["pid"] == os.getpid()
+        with pytest.raises(UserError, match=f"{folder} is in use by a run on .*, process {os.getpid()}, since"):
+            lock.Lock(folder).acquire(lambda line: None)
+    assert lock.read(folder) is None
+    storage.write(folder / lock.FILE, json.dumps(found | {"started": "1"}))
+    lines = []
+    with lock.hold(folder, lines.append, number=0):
+        assert lock.read(folder)["token"] != found["token"] and "taken over" in lines[0]

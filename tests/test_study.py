@@ -6,7 +6,7 @@ import types
 
 import pytest
 from conftest import REPO
-from helpers import TINY
+from helpers import TINY, Page
 
 from clip_jax import config, study
 from clip_jax.errors import UserError
@@ -61,6 +61,24 @@ def test_complete_runs_are_not_repeated(tmp_path, capsys, monkeypatch):
     assert (
         "32.00 ± 2.83" in page and "gap" in page and "[1,1]" in page.replace(" ", "").replace("1.0", "1")
     )  # the mean of 0.5 and 1.5
+
+
+def test_the_page_draws_evaluations_that_were_made_at_several_steps(tmp_path):
+    two = make_study(tmp_path)
+    for name in ("a", "b"):
+        for seed in range(2):
+            folder = tmp_path / name / f"seed_{seed}"
+            pretend(folder, 0.4 + seed / 10)
+            with (folder / "metrics.jsonl").open("a") as file:
+                rows = [{"step": 1, METRIC: 0.1 + seed / 5}, {"step": 1, "val/loss": 3.0}, {"step": 2, "val/loss": 2.0}]
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+    study.run_study(two, tmp_path, 2, [], dry_run=False)
+    page = Page((tmp_path / "study.html").read_text())
+    assert [a["aria-label"] for a in page.find("svg")] == [
+        "loss over steps", "R@10 over steps", "val/loss over steps",
+    ]  # fmt: skip
+    curves = page.data["charts"][1]["curves"]
+    assert curves == [["a", [1, 2], [0.2, 0.45]], ["b", [1, 2], [0.2, 0.45]]]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from data_helpers import write_tar
 
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import ranges, tar
-from clip_jax.data.sources.shards import ShardSource, format_of, scan_shards
+from clip_jax.data.sources.shards import ShardSource, format_of, scan_shards, scanned_source
 from clip_jax.data.sources.webdataset import WebDatasetSource
 from clip_jax.errors import UserError
 
@@ -20,14 +21,6 @@ from clip_jax.errors import UserError
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
-
-
-def write_tar(path, members, form=tarfile.USTAR_FORMAT):
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
 
 
 def pair(key, number):
@@ -169,6 +162,13 @@ def test_a_remote_shard_is_scanned_in_large_pieces(tmp_path, monkeypatch):
     assert tar.scan("memory://tar_blocks/a.tar", 8) == tar.scan(str(tmp_path / "a.tar"), 8)
     assert len(reads) <= len(data) // 20_000 + 2 and all(end - start <= 20_000 for start, end in reads)
     assert all(b[0] > a[0] for a, b in zip(reads, reads[1:], strict=False))  # forwards alone
+
+
+def test_a_field_cls_of_the_json_is_no_label(tmp_path):
+    path = str(tmp_path / "a.tar")
+    write_tar(path, [*pair("0", 0), ("0.json", b'{"cls": "cat"}')])
+    record = scanned_source(path, "x")[0]
+    assert ("label" in record, record["cls"]) == (False, "cat")
 
 
 def test_a_shard_that_shrank_or_changed_is_named(tmp_path):

@@ -61,6 +61,31 @@ def test_templates_from_a_file_and_wrong_ones(tmp_path):
         assert message in str(e.value) and "\n" not in str(e.value)
 
 
+def test_files_of_clip_benchmark(tmp_path):
+    (tmp_path / "t.json").write_text('{"pets": ["a {c}.", "the {c}"], "sun": ["{c}"], "custom": {"cat": ["a cat"]}}')
+    (tmp_path / "one.json").write_text('{"pets": ["cat", "dog"]}')
+    (tmp_path / "list.json").write_text('["cat"]')
+    (tmp_path / "t.txt").write_text("a photo of {c}.\n")
+    (tmp_path / "damaged.json").write_text("{")
+    assert load_templates(f"{tmp_path}/t.json:pets") == ("a {}.", "the {}")
+    assert load_templates(f"{tmp_path}/t.txt") == load_templates(["a photo of {c}."]) == ("a photo of {}.",)
+    assert load_class_names(f"{tmp_path}/one.json") == ["cat", "dog"]
+    assert load_class_names(f"{tmp_path}/list.json") == ["cat"]
+    for spec, message in [
+        ("t.json", "t.json:NAME with one of pets, sun, custom"),
+        ("t.json:pet", "no list 'pet' (did you mean 'pets'?)"),
+        ("t.json:custom", "a list of texts is needed, not dict"),
+        ("list.json:pets", "holds no names of lists"),
+        ("damaged.json", "cannot be read as JSON"),
+        ("no.json:pets", "no.json: No such file or directory"),
+    ]:
+        with pytest.raises(UserError) as e:
+            load_templates(f"{tmp_path}/{spec}")
+        assert message in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(UserError, match="exactly one {} is needed"):
+        load_templates(["{c} and {}"])
+
+
 def test_class_names(tmp_path):
     imagenet = load_class_names("imagenet")
     assert (len(imagenet), imagenet[0], imagenet[207]) == (1000, "tench", "Golden Retriever")

@@ -52,8 +52,14 @@ class Pipeline:
 
     def __call__(self, image, rng):
         """Applies the steps to an image from `decode.open_image`; `rng` may be None when no step is random."""
-        for step, is_random in zip(self.steps, self.random, strict=True):
-            if step.func not in (rrc, background, random_background):  # these read pixels or transparency as they need
+        transparent = next((i for i, step in enumerate(self.steps) if step.func is drop_alpha), 0)  # steps that see it
+        is_indexed = bool(transparent) and decode.is_indexed(image)
+        for number, (step, is_random) in enumerate(zip(self.steps, self.random, strict=True)):
+            if number < transparent:
+                image = decode.load(image)
+                if is_indexed and step.func in (resize, squash):
+                    step = functools.partial(step, interpolation="nearest")
+            elif step.func not in _TRANSPARENCY:
                 image = decode.flatten(image)
             image = step(image, rng) if is_random else step(image)
         return decode.flatten(image)
@@ -78,6 +84,11 @@ def parse(spec, size):
         steps.append(functools.partial(function, **kwargs))
         random.append(is_random)
         _try(steps[-1], is_random, text)
+    functions = [step.func for step in steps]
+    first = functions[: functions.index(drop_alpha)] if drop_alpha in functions else []
+    if wrong := [function.__name__ for function in first if function not in _BEFORE_DROP_ALPHA]:
+        allowed = ", ".join(function.__name__ for function in _BEFORE_DROP_ALPHA)
+        raise UserError(f"augment: {list(spec)}: {wrong[0]} before drop_alpha; allowed before it are {allowed}")
     pipeline = Pipeline(tuple(steps), tuple(random))
     result = pipeline(Image.new("RGB", (48, 40)), np.random.default_rng(0)).size
     if result != (size, size):
@@ -276,9 +287,16 @@ def _bicubic(image_HWC, size):
 
 
 @_operation
-def center_crop(image, size=None):
-    """Crops the central size x size pixels; a smaller image gets a black border."""
-    return _crop(image, size, round((image.width - size) / 2), round((image.height - size) / 2))
+def center_crop(image, size=None, rounding="even"):
+    """Crops the central size x size pixels; a smaller image gets a black border.
+
+    `rounding` is that of half of an odd margin: "even", to the nearest even number, as in torchvision and open_clip, or
+    "down", as in Hugging Face transformers.
+    """
+    if rounding not in ("even", "down"):
+        raise ValueError(f"rounding {rounding!r} is not one of even, down")
+    margins = (image.width - size, image.height - size)
+    return _crop(image, size, *(margin // 2 if rounding == "down" else round(margin / 2) for margin in margins))
 
 
 @_operation
@@ -313,7 +331,7 @@ def flip(image, rng, p=0.5):
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if _heads(rng, p) else image
 
 
-# Transparency. These come first: all other operations put the image on white.
+# Transparency. `background` and `random_background` come first: all other operations put the image on white.
 
 
 @_operation
@@ -327,6 +345,21 @@ def random_background(image, rng, p=1.0):
     """Puts transparent pixels on a random colour with probability p, else on white."""
     color = rng.integers(0, 256, 3).tolist()
     return decode.flatten(image, tuple(color) if _heads(rng, p) else decode.WHITE)
+
+
+@_operation
+def drop_alpha(image):
+    """Leaves transparency out, so that the colours under it show, as Pillow's `convert("RGB")` does.
+
+    First, it is what big_vision and transformers before 5.23 do. After `resize` and crops it is what OpenAI's CLIP and
+    open_clip do: Pillow resizes a transparent image with its colours weighted by alpha, and one with a palette by the
+    nearest pixel.
+    """
+    return image.convert("RGB")
+
+
+_TRANSPARENCY = (rrc, background, random_background, drop_alpha)  # these read pixels or transparency as they need
+_BEFORE_DROP_ALPHA = (resize, squash, center_crop, random_crop, flip)
 
 
 # Colour

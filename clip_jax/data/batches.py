@@ -14,6 +14,7 @@ from clip_jax.data.blocks import Block, blocks_of, is_sequential, read_block
 from clip_jax.data.lanes import choose_lanes
 from clip_jax.data.order import Order, randomness
 from clip_jax.data.records import BadRecord, listed
+from clip_jax.data.threads import end_with_parent
 from clip_jax.data.views import RenderView, TextView, make_example
 from clip_jax.data.windows import WindowReader
 from clip_jax.errors import UserError, did_you_mean
@@ -86,6 +87,10 @@ class Batches(abc.ABC):
         self._check_fields()
         zeros = {key: np.zeros_like(value) for key, value in self._with_defaults(probes[0]).items()}
         self.padding = zeros | {"example_id": np.int64(-1)}
+
+    def __setstate__(self, state):
+        self.__dict__ |= state
+        end_with_parent()  # a worker process gets a copy
 
     def __getstate__(self):
         return self.__dict__ | {"_cache": {}, "_bad": {}}
@@ -235,23 +240,21 @@ class TrainingBatches(Batches):
     def split(self, count):
         """Returns the batches of each of `count` workers, which share this host's rows by whole lanes.
 
-        There are fewer when the host has fewer lanes. Raises ValueError where no part is read by blocks.
+        There are fewer when the host has fewer lanes. For orders in which some part is read by blocks.
         """
         length = self.batch_size // self._order.lanes
-        lanes = range(self.rows.start // length, self.rows.stop // length)
-        shares = [share for share in np.array_split(lanes, count) if len(share)]
-        return [self._share(range(share[0] * length, (share[-1] + 1) * length)) for share in shares]
+        shares = np.array_split(range(self.rows.start // length, self.rows.stop // length), count)
+        return [self._share(lanes.tolist(), length) for lanes in shares if len(lanes)]
 
-    def _share(self, rows):
+    def _share(self, lanes, length):
+        """Returns the batches of adjacent lanes of `length` rows."""
         share = copy.copy(self)
-        share.rows = rows
-        length = self.batch_size // self._order.lanes
-        lanes = range(rows.start // length, rows.stop // length)
+        share._readers, share.rows = [], range(lanes[0] * length, (lanes[-1] + 1) * length)
         first = {lane: self._order.first_draws(self._start_step, lane) for lane in lanes}
-        share._readers = [
-            part and WindowReader(part, functools.partial(_read_part, self.source, number), _of_part(first, number))
-            for number, part in enumerate(self._order.parts)
-        ]
+        for number, part in enumerate(self._order.parts):
+            read = functools.partial(_read_part, self.source, number)
+            first_of_part = {lane: numbers[number] for lane, numbers in first.items()}
+            share._readers.append(part and WindowReader(part, read, first_of_part))
         return share
 
     def examples(self, step, skipped):
@@ -264,11 +267,17 @@ class TrainingBatches(Batches):
                 return self.make(example_id, randomness(self._seed, draw.epoch, example_id), self._record)
             except BadRecord as bad:
                 skipped[bad.args[0]] += 1
-        raise self._no_record(skipped)
+        raise UserError(
+            f"{self.source.name}: no usable record among {skipped.total()} tried in a row ({list_reasons(skipped)})"
+        )
 
     def _from_window(self, draw, skipped):
-        """Returns the example of a draw; an unusable record is replaced by another one of its window."""
-        opened = self._readers[draw.part].get(draw)
+        """Returns the example of a draw; an unusable record is replaced by another one of its window.
+
+        A window may hold a single record, or those of one damaged block. Then it is replaced by any record of the part.
+        """
+        reader = self._readers[draw.part]
+        opened = reader.get(draw)
         ids, stride = opened.window.ids, _stride(len(opened.window.ids))
         for k in range(min(len(ids), _MAX_BAD_RUN)):
             place = (draw.place + k * stride) % len(ids)
@@ -276,15 +285,12 @@ class TrainingBatches(Batches):
             try:
                 rng = randomness(self._seed, draw.epoch, example_id)
                 example = self.make(example_id, rng, lambda _, place=place: opened.record(place))
-                self._readers[draw.part].release(draw)
+                reader.release(draw)
                 return example
             except BadRecord as bad:
                 skipped[bad.args[0]] += 1
-        raise self._no_record(skipped)
-
-    def _no_record(self, skipped):
-        tried = skipped.total()
-        return UserError(f"{self.source.name}: no usable record among {tried} tried in a row ({list_reasons(skipped)})")
+        reader.release(draw)
+        return self._from_record(draw._replace(example_id=example_id), skipped)
 
 
 def _read_part(source, part, number):
@@ -293,10 +299,6 @@ def _read_part(source, part, number):
     if not hasattr(source, "of_part"):
         return records
     return Block(len(records), lambda index: source.of_part(part, records[index]))
-
-
-def _of_part(numbers, part):
-    return {lane: of_parts[part] for lane, of_parts in numbers.items()}
 
 
 class EvaluationBatches(Batches):

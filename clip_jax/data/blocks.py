@@ -9,7 +9,7 @@ A source may also have `column(field)`: the values of a field of all records, wi
 of them is an array of NumPy or Arrow. Selections are made of them (`clip_jax.data.sources.selection`).
 
 Where single records cost a request, as in a bucket, `sequential` is True, and training reads whole blocks
-(`data.order`). Of any other source, 512 records in a row are a block.
+(`data.order`). In any other source, 512 records in a row are a block.
 """
 
 import threading

@@ -22,6 +22,7 @@ _UPRIGHT = {
 }
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_INDEXED = "clip_jax.indexed"  # key of an image's `info`
 _ROOM = 16  # `resize` makes no image with more pixels than the given image, or this multiple of the result
 _LONGEST = 2**19  # pixels of a side that `resize` filters; a longer side is averaged first
 _VALUES_AT_ONCE = 2**20  # grey values that are scaled to 8 bits in one go, 8 MB each in float64
@@ -66,6 +67,11 @@ def open_image(data, max_pixels=MAX_PIXELS):
     if is_rgb_jpeg and image.width * image.height > SMALL_PIXELS and _orientation(image) == 1:
         return image
     return _to_rgb(load(image))
+
+
+def is_indexed(image):
+    """Returns whether an image that `open_image` returned had a palette, or black and white pixels alone."""
+    return _INDEXED in image.info
 
 
 def load(image):
@@ -186,10 +192,14 @@ def _to_rgb(image):
             image = image.transpose(_UPRIGHT[orientation])
         if image.mode.startswith("I") or image.mode == "F":
             image = _to_8bit(image)
+        indexed = {_INDEXED: True} if image.mode in ("P", "1") else {}
         if image.mode in _ALPHA_MODES or "transparency" in image.info:
             image = image.convert("RGBA")
-            return image if image.getextrema()[3][0] < 255 else image.convert("RGB")
-        return image.convert("RGB")
+            image = image if image.getextrema()[3][0] < 255 else image.convert("RGB")
+        else:
+            image = image.convert("RGB")
+        image.info |= indexed
+        return image
     except Exception:
         raise BadRecord("corrupt image") from None
 

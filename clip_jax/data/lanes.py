@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clip_jax.data.shared import Shared
+
 
 class Window(NamedTuple):
     """The records of a window, in the order in which they are drawn.
@@ -46,19 +48,20 @@ class Lanes:
     """
 
     def __init__(self, sizes, seed, lanes, window):
-        self._sizes, self._seed = sizes, seed
-        self._lanes = lanes
-        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        self._seed, self._lanes = seed, lanes
+        self._shared = Shared([sizes, np.concatenate([[0], np.cumsum(sizes)])])
+        self._sizes, self._starts = self._shared.arrays
         self.lane_length = int(self._starts[-1]) // lanes
         self.mean_size = float(self._starts[-1] / max(1, np.count_nonzero(sizes)))
         self.window_length = max(1, min(round(window * self.mean_size), self.lane_length))
         self._epoch = functools.lru_cache(2)(self._make_epoch)
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_epoch"}
+        return self.__dict__ | {"_sizes": None, "_starts": None, "_epoch": None}
 
     def __setstate__(self, state):
         self.__dict__ |= state
+        self._sizes, self._starts = self._shared.arrays
         self._epoch = functools.lru_cache(2)(self._make_epoch)
 
     def _shift(self, lane):
@@ -88,7 +91,8 @@ class Lanes:
         """Returns the `Window` with a number in an epoch of a lane."""
         first, end = self.span(lane, number)
         order, ends = self._epoch(epoch)
-        shuffled = np.random.default_rng((self._seed, epoch, lane, number)).permutation(end - first)
+        # Lane 0 would share the numbers of the blocks' permutation: NumPy fills up seeds with zeros.
+        shuffled = np.random.default_rng((self._seed, epoch, lane + 1, number)).permutation(end - first)
         sequence = lane * self.lane_length + first + np.arange(end - first)
         turns = np.searchsorted(ends, sequence, "right")  # which block of the epoch, by record
         blocks = order[turns]

@@ -21,6 +21,7 @@ from clip_jax.data.batches import (
     check_hosts,
     list_reasons,
     make_order,
+    parts_of,
 )
 from clip_jax.data.reading import AUTO
 from clip_jax.data.records import check_labels
@@ -99,7 +100,7 @@ class Loader:
         self._name, self._max_bad_share = source.name, max_bad_share
         self._used, self._bad = 0, 0
         order = make_order(source, batch_size, seed, one_source, reading)
-        self.blocks = order.describe(source, hosts)
+        self.blocks = order.describe(parts_of(source), hosts)
         batches = TrainingBatches(
             source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed, order, start_step
         )

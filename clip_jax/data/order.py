@@ -85,9 +85,8 @@ class Mixed:
     def draws(self, positions):
         """Returns (parts, numbers of the parts' draws), each int64 `[n]`, of positions int64 `[n]`."""
         left = sum(self._weights)
-        rounds, now = np.divmod(positions, left)  # the pattern repeats
-        if left >= _SAFE_SUM:
-            now = now.astype(object)
+        positions = positions.astype(object) if left >= _SAFE_SUM else positions
+        rounds, now = positions // left, positions % left  # the pattern repeats
         after = now + 1
         parts, numbers = np.full(len(positions), -1), np.zeros(len(positions), np.int64)
         for part, weight in enumerate(self._weights):
@@ -219,16 +218,14 @@ class Order:
             return [step * self._length]
         return (np.array(self._mixed.before((step + lane) * self._length)) - self._begin[lane]).tolist()
 
-    def describe(self, source, hosts):
+    def describe(self, sources, hosts):
         """Returns a line on how a host reads blocks; empty when no part is read by blocks.
 
         Args:
-          source: the source of this order.
+          sources: list of the sources of the parts.
           hosts: int, the number of hosts.
         """
-        read = [
-            (part, lanes) for part, lanes in zip(getattr(source, "sources", [source]), self.parts, strict=True) if lanes
-        ]
+        read = [(part, lanes) for part, lanes in zip(sources, self.parts, strict=True) if lanes]
         if not read:
             return ""
         records = " + ".join(f"{lanes.window_length:,}" for _, lanes in read)

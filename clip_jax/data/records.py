@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from clip_jax.data.threads import mapped, runs_of
-from clip_jax.errors import UserError, did_you_mean
+from clip_jax.errors import TextLabelError, UserError, did_you_mean
 
 Record = dict[str, Any]
 
@@ -83,7 +83,8 @@ _LABEL_NAMES = ("label", "class_id", "class", "category", "target")
 _CAPTION_KEYS = ("caption", "raw")  # of the objects that COCO's annotations hold instead of a text
 _NO_TEXT = "caption is not text"
 # Set by this package; a data set's own fields are dropped.
-_CANONICAL = {"image", "texts", "label", "source_id", "caption_error"}
+CANONICAL = {"image", "texts", "label", "source_id", "caption_error"}
+LABEL_TEXT = "label_text"  # the record field of a text in a field "label" that is not the source's label
 MAX_LABEL = 2**31  # labels of a batch are int32
 PEEKED = 16  # records whose fields are looked at when a source is made
 
@@ -155,11 +156,13 @@ class BaseSource:
         image, chosen, label = self._fields
         texts = chosen if texts is None else texts
         values = {key: plain(value) for key, value in raw.items() if key != image}
-        record = {key: value for key, value in values.items() if key not in _CANONICAL and key != label}
+        record = {key: value for key, value in values.items() if key not in CANONICAL and key != label}
         if image in raw:
             record["image"] = raw[image]
         if label is not None:
             record["label"] = self._label(values.get(label))
+        if label != "label" and any(isinstance(value, str) for value in as_list(values.get("label"))):
+            record[LABEL_TEXT] = values["label"]
         self._add_class_name(record, replace=True)
         if texts:
             return with_texts(record, [values.get(text) for text in texts])
@@ -179,10 +182,8 @@ class BaseSource:
         if label is None or self.class_names is not None or not is_text:
             return
         if asked:
-            raise UserError(
-                f"{self.name}: label field {label!r} holds text; must hold integers or a TFDS ClassLabel, or write "
-                f"{self.name}?label={label}, which makes classes of the text"
-            )
+            label = LABEL_TEXT if label == "label" else label
+            raise TextLabelError(self.name, label)
         self._fields, self.multi_label = self._fields._replace(label=None), False
 
     def _label(self, value):

@@ -61,7 +61,7 @@ def read(path, start=0, end=None):
 
 
 def size(path):
-    """Returns the size of a file or object in bytes; raises as `read`. Of an object it is one request."""
+    """Returns the size of a file or object in bytes; raises as `read`. An object costs one request."""
     return _retry(path, functools.partial(clients.size if is_remote(path) else os.path.getsize, path))
 
 

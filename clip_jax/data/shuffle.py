@@ -1,4 +1,4 @@
-"""A random permutation of a range of any length, computed index by index, for arrays.
+"""A random permutation of a range of any length, computed index by index, for arrays; and hashes of integers.
 
 A block cipher permutes the numbers of an even number of bits. A result outside of the range is encrypted again until it
 falls inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking). The cipher is four rounds
@@ -10,6 +10,8 @@ import functools
 
 import numpy as np
 
+#: The state of SplitMix64 grows by it from number to number.
+SPLITMIX_STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIN_BITS = 16
 _ROUNDS = 4
 
@@ -72,3 +74,12 @@ def _keys(seed):
         keys[(k + q) % n] ^= r
         keys[k % n] = r
     return keys
+
+
+def splitmix64(states):
+    """Returns the numbers that SplitMix64 (Steele et al. 2014) gives next from some states, uint64 as `states`."""
+    with np.errstate(over="ignore"):  # of single numbers
+        x = states + SPLITMIX_STEP
+        x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)

@@ -1,9 +1,26 @@
 """Threads that work ahead with results in order, and the runs of records that one thread reads."""
 
 import functools
+import multiprocessing
 import os
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+
+@functools.cache
+def end_with_parent():
+    """Lets a worker process end when its parent is killed; else it waits for work for ever. Elsewhere does nothing."""
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+
+    def wait():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def mapped(work, items, ahead):
@@ -37,8 +54,8 @@ def runs_of(source, first, end, size=64):
 
 
 def _blocks(source, sizes, first, end):
-    begin = 0
-    for number, size in enumerate(map(int, sizes)):
-        if indices := range(max(first - begin, 0), min(size, end - begin)):
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    for number in range(np.searchsorted(starts, first, "right") - 1, np.searchsorted(starts, end)):
+        begin = int(starts[number])
+        if indices := range(max(first - begin, 0), min(int(sizes[number]), end - begin)):
             yield functools.partial(source.read_block, number), begin, indices
-        begin += size

@@ -1,13 +1,14 @@
 """Reads the windows of lanes (`clip_jax.data.lanes`) ahead: each block once, by few threads, in bounded memory.
 
 While a window is drawn from, the blocks of the next one are read in step with it. A window is dropped with its last
-draw. So a lane takes the memory of at most two windows.
+draw. So a lane takes the memory of at most two windows, and of more only where the batches that threads make at a time
+are longer than a window.
 """
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-_THREADS = 16  # requests at a time
+_THREADS = 16  # requests at a time for each part of a mixture
 
 
 class _Open:
@@ -67,9 +68,12 @@ class WindowReader:
             windows = self._open[draw.lane]
             opened = windows[draw.epoch, draw.window]
             opened.left -= 1
-            following = self._window(draw.lane, *self._lanes.next(draw.lane, draw.epoch, draw.window))
-            blocks, used = len(following.window.reading), 1 - opened.left / len(opened.window.ids)
-            self._ask(draw.lane, following, min(blocks, 1 + int(blocks * used)))
+            number = self._lanes.next(draw.lane, draw.epoch, draw.window)
+            # Threads may draw from later windows meanwhile: one that is dropped already is not to be opened again.
+            if number in windows or number > max(windows):
+                following = self._window(draw.lane, *number)
+                blocks, used = len(following.window.reading), 1 - opened.left / len(opened.window.ids)
+                self._ask(draw.lane, following, min(blocks, 1 + int(blocks * used)))
             if not opened.left:
                 del windows[draw.epoch, draw.window]
 

@@ -1,4 +1,4 @@
-"""Baselines of zero-shot accuracy: chance, and the nearest neighbour in pixels."""
+"""Baselines of accuracy: chance, the most frequent class, and the nearest neighbour in pixels."""
 
 import functools
 
@@ -13,6 +13,16 @@ def chance(classes, k=1, labels=1):
     """Returns the probability that a random ranking of the classes has one of an image's labels among the first k."""
     ranks = np.arange(min(k, classes))
     return float(1 - np.prod(np.maximum(classes - labels - ranks, 0) / (classes - ranks)))
+
+
+def majority(labels, reference):
+    """Returns the share of `labels` that are the most frequent class of `reference`, the lowest among equal ones.
+
+    Args:
+      labels: int `[n]`, of the tested images.
+      reference: int `[m]`: the training images' labels, or `labels` itself where there is no training set.
+    """
+    return float(np.mean(np.asarray(labels) == np.bincount(reference).argmax())) if len(labels) else 0.0
 
 
 def pixel_features(images, size=16):

@@ -3,9 +3,14 @@
 If the source names its classes, given names are matched by name, never by position. A name matches a class when both
 are equal, else when their canonical names are (`clip_jax.data.class_names`), else when they differ in punctuation only,
 else when one of them is among the other's comma-separated synonyms ("tench, Tinca tinca"). Each match must be the only
-one of its kind. WordNet ids of ImageNet's 1,000 classes match the names of `class_names.json`.
+one of its kind.
+
+`"imagenet"`, the names of `class_names.json`, suits all of ImageNet's classes and any part of them. A source names them
+all in one of three ways: by WordNet id, by number from 0 to 999 in the order of the ids, or by name. A name may also be
+one of the class's words in WordNet (`imagenet_ids.json`).
 """
 
+import difflib
 import functools
 import json
 import re
@@ -14,7 +19,7 @@ from collections import Counter
 from etils import epath
 
 from clip_jax.data.class_names import canonical_name
-from clip_jax.data.records import check_labels
+from clip_jax.data.records import LABEL_TEXT, check_labels
 from clip_jax.errors import UserError
 from clip_jax.evaluation.prompts import load_class_names
 
@@ -22,10 +27,15 @@ _LISTED = 5  # names that a message lists
 
 
 @functools.cache
+def _imagenet_words():
+    """Returns `{WordNet id: its words in WordNet, separated by commas}` of ImageNet's 1,000 classes."""
+    return json.loads((epath.Path(__file__).parent / "imagenet_ids.json").read_text())
+
+
+@functools.cache
 def imagenet_names():
     """Returns `{WordNet id: name}` of ImageNet's 1,000 classes."""
-    ids = json.loads((epath.Path(__file__).parent / "imagenet_ids.json").read_text())
-    return dict(zip(ids, load_class_names("imagenet"), strict=True))
+    return dict(zip(_imagenet_words(), load_class_names("imagenet"), strict=True))
 
 
 def names_of(source, given, task):
@@ -58,12 +68,22 @@ def _names_of(source, given, task):
         return _by_number(source, given, task) if isinstance(given, dict) else given
     if given == list(classes):
         return given
-    pairs = given if isinstance(given, dict) else _matches(classes, given)
+    if given == list(imagenet_names().values()):
+        return _imagenet_of(source, task)
+    pairs = given if isinstance(given, dict) else match_classes(classes, given) or _numbered(classes, given)
     left_out = [name for name in classes if name not in pairs]
     unused = sorted(set(pairs) - set(classes)) if pairs is given else _unused(given, pairs)
     if left_out or unused:
         raise _mismatch(source, given, left_out, unused, task)
     return [pairs[name] for name in classes]
+
+
+def label_hint(record):
+    """Returns the end of a message for a record without a label: which of its fields may name its class, or ""."""
+    names = ("label", LABEL_TEXT, "cls", "class_name", "class", "category", "target", "breed", "species")
+    found = next((name for name in names if isinstance(record.get(name), str) and record[name].strip()), "")
+    field = "label" if found == LABEL_TEXT else found
+    return f"; its field {field!r} holds text: set label={field!r}" if found else ""
 
 
 def match_classes(names, among):
@@ -91,13 +111,77 @@ def listed(names):
 
 
 def _own_names(source, task):
-    ids = imagenet_names() if all(re.fullmatch(r"n\d{8}", name) for name in source.class_names) else {}
-    if unknown := [name for name in source.class_names if ids and name not in ids]:
+    classes = source.class_names
+    if all(map(_is_id, classes)):
+        return _imagenet_of(source, task)
+    if len(classes) > 10 and all(name.isdecimal() for name in classes):  # up to 10 they may be digits, as in MNIST
         raise UserError(
-            f"{task}: the classes of {source.name} include WordNet ids outside of ImageNet's 1,000 classes: "
-            f"{listed(unknown)}; give class_names as pairs of class and name"
+            f"{task}: the classes of {source.name} are {len(classes)} numbers, such as {classes[0]!r}, which are no "
+            "names; set classes='imagenet' for ImageNet's, or a file or list with a name for each number"
         )
-    return [ids.get(name, name).replace("_", " ") for name in source.class_names]
+    return [name.replace("_", " ") for name in classes]
+
+
+def _is_id(name):
+    return re.fullmatch(r"n\d{8}", name) is not None
+
+
+def _imagenet_of(source, task):
+    """Returns ImageNet's names of a source's classes; raises UserError that lists the classes without one."""
+    classes, names = list(source.class_names), imagenet_names()
+    ids = _imagenet_ids(classes)
+    if unknown := [name for name, wnid in zip(classes, ids, strict=True) if wnid is None]:
+        what, hint = "names that are none of", _near(unknown[0], names.values())
+        if all(map(_is_id, unknown)):
+            what, hint = "WordNet ids outside of", ""
+        elif any(map(_is_id, classes)):
+            hint = "; name all classes in one way: by WordNet id, by number or by name"
+        raise UserError(
+            f"{task}: the classes of {source.name} include {what} ImageNet's 1,000 classes: {listed(unknown)}{hint}; "
+            "leave these classes out, or give classes as pairs, {class: name}"
+        )
+    return [names[wnid] for wnid in ids]
+
+
+def _near(name, known):
+    """Returns the end of a message with the known name that is nearly equal; empty where there is none."""
+    found = difflib.get_close_matches(name.replace("_", " "), list(known), 1, 0.75)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _imagenet_ids(classes):
+    """Returns the WordNet id of each class, None for one that is not ImageNet's."""
+    words = _imagenet_words()
+    order = list(words)
+    if any(map(_is_id, classes)):
+        return [name if name in words else None for name in classes]
+    if all(re.fullmatch(r"\d{1,4}", name) for name in classes):
+        numbers = list(map(int, classes))
+        return [order[i] if i < len(order) and numbers.count(i) == 1 else None for i in numbers]
+    by_name = _unique(imagenet_names())
+    found = {name: by_name[known] for name, known in match_classes(classes, list(by_name)).items()}
+    by_words = _unique({wnid: text for wnid, text in words.items() if wnid not in found.values()})
+    left = [name for name in classes if name not in found]
+    found |= {name: by_words[text] for name, text in match_classes(left, list(by_words)).items()}
+    ids = [found.get(name) for name in classes]
+    # The list of all classes in their order, in which WordNet's name "crane" occurs twice.
+    if len(ids) == len(order) and all(wnid in (None, known) for wnid, known in zip(ids, order, strict=True)):
+        return order if ids.count(None) <= 10 else ids
+    return ids
+
+
+def _unique(texts):
+    """Returns `{text: key}` of a dict, without the texts that several keys have."""
+    counts = Counter(texts.values())
+    return {text: key for key, text in texts.items() if counts[text] == 1}
+
+
+def _numbered(classes, given):
+    """Returns `{class: given name}` where the classes are the numbers of the names, 0 to n - 1; else {}."""
+    if not all(re.fullmatch(r"\d+", name) for name in classes):
+        return {}
+    numbers = {name: int(name) for name in classes}
+    return {n: given[i] for n, i in numbers.items()} if sorted(numbers.values()) == list(range(len(given))) else {}
 
 
 def _pairs(given):
@@ -135,13 +219,6 @@ def _by_number(source, pairs, task):
     return [pairs[label] for label in labels]
 
 
-def _matches(classes, given):
-    """Returns `{class: given name}` of the classes that match exactly one given name."""
-    if given == list(imagenet_names().values()) and set(classes) <= set(imagenet_names()):
-        return {name: imagenet_names()[name] for name in classes}
-    return match_classes(classes, given)
-
-
 def _unused(given, pairs):
     """Returns the given names that no class has, each as often as it is left over."""
     return list((Counter(given) - Counter(pairs.values())).elements())
@@ -158,10 +235,7 @@ def _mismatch(source, given, left_out, unused, task):
         parts.append(f"without a name: {listed(left_out)}")
     if unused:
         parts.append(f"without a class: {listed(dict.fromkeys(unused))}")
-    if set(source.class_names) <= set(imagenet_names()):
-        parts.append("without class_names these WordNet ids get their ImageNet names")
-    else:
-        parts.append("give pairs: a dict {class: name}, or a file with lines class<TAB>name")
+    parts.append("give pairs: a dict {class: name}, or a file with lines class<TAB>name")
     return UserError("; ".join(parts))
 
 

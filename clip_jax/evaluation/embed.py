@@ -13,6 +13,7 @@ A model is any object with
   text_similarity(z_text, z_image): `[m, ...]`, `[n, ...]` -> `[m, n]`, where it is not the transpose of `similarity`.
   patch_similarity(images, texts): n images uint8 `[n, size, size, 3]` and their n texts -> float32 `[n, P, L]`, the
     similarity of each patch and each token of the text, -inf for padding. The attribute may be None.
+  scale: the factor of the similarities in the softmax of the loss, a float.
   token_ids(texts): a list of n strings -> an array `[n, ...]`, equal for texts that the model cannot tell apart.
   process_shard: `(index, count)`, which of `count` shards of the images this process reads; with `embed_image_share`
     and `image_features_share`.
@@ -28,6 +29,7 @@ from clip_jax.data.records import BadRecord, Record, label_tuple, several_labels
 from clip_jax.data.sources import make_source
 from clip_jax.data.sources.splits import evaluation_split
 from clip_jax.errors import UserError
+from clip_jax.evaluation.class_names import label_hint
 from clip_jax.evaluation.results import Images
 from clip_jax.runtime import hosts
 
@@ -150,7 +152,8 @@ def label_sets(embedded, source, task, classes=None):
     for row, of_image in zip(labels, sets, strict=True):
         row[: len(of_image)] = of_image
     if unlabelled := sum(not of_image for of_image in sets):
-        raise UserError(f"{task}: {source.name} has records without a label: {unlabelled} of {len(labels)}")
+        hint = label_hint(embedded.records[0]) if unlabelled == len(labels) else ""
+        raise UserError(f"{task}: {source.name} has records without a label: {unlabelled} of {len(labels)}{hint}")
     if classes is not None and labels.max() >= classes:
         given = f"{source.name} has labels {labels[labels >= 0].min()}..{labels.max()}"
         raise UserError(f"{task}: {given}, but there are names for 0..{classes - 1}")

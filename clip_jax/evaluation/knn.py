@@ -4,7 +4,10 @@ Metrics; `<name>` is the option `name`:
 
   <name>/top1: the share of test images whose class has the most votes of the k nearest training images.
   <name>/top5: the share of those whose class is among the five with the most votes; a class without a vote is not.
+  <name>/majority_top1: the share of test images of the most frequent training class, which a constant answer gets.
   <name>/images, classes, skipped: numbers of test images, classes and unusable records.
+
+Artefact: "confusion", named `<name>`.
 
 Neighbours are those with the highest cosine. A neighbour votes with the weight `exp(cosine / temperature)`, and with
 weight 1 where `temperature` is 0. Among classes with equal votes that of the nearer neighbour comes first, and among
@@ -24,12 +27,14 @@ import numpy as np
 from clip_jax.errors import UserError
 from clip_jax.evaluation import train_test
 from clip_jax.evaluation.embed import normalize
+from clip_jax.evaluation.report.confusion import Confusion
 from clip_jax.evaluation.report.headline import accuracy_table
 from clip_jax.evaluation.results import EvalResult, by_name, named
 
-_COLUMNS = {"top1": "top-1", "top5": "top-5"}
+_COLUMNS = {"top1": "top-1", "top5": "top-5", "majority_top1": "most frequent class"}
 _MEANING = """<p class="notes"><b>Top-1</b>: the share of test images whose class has the most votes of the most similar
-training images. <b>Top-5</b>: it is among the five classes with the most votes. <b>±</b>: the 95 % sampling error for
+training images. <b>Top-5</b>: it is among the five classes with the most votes. <b>Most frequent class</b>:
+the top-1 of always answering the most frequent class of the training images. <b>±</b>: the 95 % sampling error for
 this number of images.</p>"""
 _PAIRS_AT_ONCE = 2**24  # of neighbours of one image
 
@@ -81,19 +86,24 @@ def knn_task(
     For the other arguments see `run`. Raises UserError for another `k` or `temperature`, and as
     `train_test.embed_labelled` does.
     """
+    from clip_jax.evaluation.baselines import majority
+
     _check(k, temperature, name)
     opened = {"train": train, "test": test}
-    x, labels, skipped = train_test.embed_labelled(model, opened, features, name, limit, batch_size)
+    x, labels, names, skipped = train_test.embed_labelled(model, opened, features, name, limit, batch_size)
     top = classes_by_votes(x["train"], labels["train"], x["test"], k, temperature)
     hits = top[:, :5] == labels["test"][:, None]
     metrics = {
         "top1": hits[:, 0].mean(),
         "top5": hits.any(1).mean(),
+        "majority_top1": majority(labels["test"], labels["train"]),
         "images": len(labels["test"]),
         "classes": labels["train"].max() + 1,
         "skipped": skipped,
     }
-    return EvalResult(named(name, metrics)).credit(__name__)
+    result = EvalResult(named(name, metrics)).credit(__name__)
+    result.artefacts["confusion"][name] = Confusion(names, labels["test"], top[:, 0])
+    return result
 
 
 def classes_by_votes(x_train, labels_train, x_test, k, temperature):

@@ -4,7 +4,10 @@ Metrics; `<name>` is the option `name`:
 
   <name>/accuracy, val_accuracy: shares of test images and of validation images that the probe classifies correctly.
   <name>/l2: lambda, the strength of the regularisation, chosen by `val_accuracy`.
+  <name>/majority_accuracy: the share of test images of the most frequent training class, which a constant answer gets.
   <name>/images, classes, skipped: numbers of test images, classes and unusable records.
+
+Artefact: "confusion", named `<name>`.
 
 Classes are those of the training source. Where the sources name their classes, labels are matched by name.
 
@@ -14,13 +17,20 @@ normalised. `features="embedding"` are the unit vectors that the model compares 
 """
 
 from clip_jax.evaluation import train_test
+from clip_jax.evaluation.report.confusion import Confusion
 from clip_jax.evaluation.report.headline import accuracy_table
 from clip_jax.evaluation.results import EvalResult, by_name, named
 
-_COLUMNS = {"accuracy": "accuracy", "val_accuracy": "validation accuracy", "l2": "L2 strength λ"}
+_COLUMNS = {
+    "accuracy": "accuracy",
+    "val_accuracy": "validation accuracy",
+    "majority_accuracy": "most frequent class",
+    "l2": "L2 strength λ",
+}
 _MEANING = """<p class="notes"><b>Accuracy</b>: the share of test images that a linear classifier, trained on the frozen
-image features, gets right. The strength λ of its regularisation was chosen by <b>validation accuracy</b>. <b>±</b>: the
-95 % sampling error for this number of images.</p>"""
+image features, gets right. The strength λ of its regularisation was chosen by <b>validation accuracy</b>. <b>Most
+frequent class</b>: the accuracy of always answering the most frequent class of the training images. <b>±</b>: the 95 %
+sampling error for this number of images.</p>"""
 
 
 def run(
@@ -67,11 +77,12 @@ def probe_task(model, train, test, *, val=None, features="before_projection", na
 
     For the other arguments see `run`. Raises UserError as `train_test.embed_labelled` does.
     """
+    from clip_jax.evaluation.baselines import majority
     from clip_jax.evaluation.linear_probe import linear_probe
 
     sources = {"train": train, "val": val, "test": test}
     sources = {part: source for part, source in sources.items() if source is not None}
-    x, labels, skipped = train_test.embed_labelled(model, sources, features, name, limit, batch_size)
+    x, labels, names, skipped = train_test.embed_labelled(model, sources, features, name, limit, batch_size)
     probe = linear_probe(
         x["train"], labels["train"], x["test"], labels["test"], x_val=x.get("val"), labels_val=labels.get("val")
     )
@@ -79,11 +90,14 @@ def probe_task(model, train, test, *, val=None, features="before_projection", na
         "accuracy": probe.accuracy,
         "val_accuracy": probe.val_accuracy,
         "l2": probe.l2,
+        "majority_accuracy": majority(labels["test"], labels["train"]),
         "images": len(labels["test"]),
         "classes": labels["train"].max() + 1,
         "skipped": skipped,
     }
-    return EvalResult(named(name, metrics)).credit(__name__)
+    result = EvalResult(named(name, metrics)).credit(__name__)
+    result.artefacts["confusion"][name] = Confusion(names, labels["test"], probe.predictions)
+    return result
 
 
 def sources(options):

@@ -1,19 +1,22 @@
 """Class names and prompt templates of zero-shot classification.
 
-A template contains one `{}` for the class name. `templates.json` holds the named sets: "clip_80" and "clip_7" (CLIP's
-ensembles for ImageNet), "simple", "emoji", and CLIP's sets for other data sets under the data set's name ("cifar10",
-"food101", "pets", ...). `class_names.json` holds the 1,000 names for ImageNet in the order of the WordNet ids.
+A template contains one `{}` for the class name; CLIP_benchmark's `{c}` is the same. `templates.json` holds the named
+sets: "clip_80" and "clip_7" (CLIP's ensembles for ImageNet), "simple", "emoji", and CLIP's sets for other data sets
+under the data set's name ("cifar10", "food101", "pets", ...). `class_names.json` holds the 1,000 names for ImageNet in
+the order of the WordNet ids.
 """
 
 import functools
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable
 from numbers import Integral
 
 from etils import epath
 
 from clip_jax.data.tokenizers.base import canonicalize
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, unknown
 
 _FOLDER = epath.Path(__file__).parent
 
@@ -33,7 +36,8 @@ def load_templates(spec):
     """Returns templates, a tuple of strings.
 
     Args:
-      spec: the name of a set, the path of a text file with one template per line, or a list of templates.
+      spec: the name of a set, the path of a text file with one template per line, a JSON file (`_json`), or a list of
+        templates.
 
     Raises UserError for an unknown name, an empty file or list, and a template that is not text with exactly one `{}`.
     """
@@ -49,18 +53,20 @@ def load_templates(spec):
         templates = _listed(spec, "templates", str)
     if not templates:
         raise UserError(f"templates={spec!r}: at least one is needed")
+    templates = tuple(template.replace("{c}", "{}") for template in templates)
     for template in templates:
         if template.count("{}") != 1:
             raise UserError(f"template {template!r}: exactly one {{}} is needed, for the class name")
-    return tuple(templates)
+    return templates
 
 
 def load_class_names(spec):
     """Returns class names by label, a list of strings.
 
     Args:
-      spec: "imagenet", the path of a text file with one name per line, or a list of names; an integer is its digits. A
-        file may also hold pairs "class<TAB>name", which `clip_jax.evaluation.class_names` reads.
+      spec: "imagenet", the path of a text file with one name per line, a JSON file (`_json`), or a list of names; an
+        integer is its digits. A text file may also hold pairs "class<TAB>name", which
+        `clip_jax.evaluation.class_names` reads.
 
     Raises UserError for an unknown name, an unreadable file, an empty list, an empty name and names that are no text.
     """
@@ -91,8 +97,38 @@ def _listed(values, what, kinds):
     return values
 
 
+def _json(path, name):
+    """Returns the list of a JSON file: the file's own, or that under a key, as in CLIP_benchmark's `{data set: [...]}`.
+
+    Args:
+      path: the file.
+      name: the key; "" where the file holds a list, or an object with one key.
+    """
+    try:
+        content = json.loads(epath.Path(path).read_text("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if isinstance(content, dict) and not name and len(content) == 1:
+        (content,) = content.values()
+    elif isinstance(content, dict) and name not in content:
+        if name:
+            raise unknown(f"{path}: no list", name, content)
+        raise UserError(f"{path} holds several lists; write {path}:NAME with one of {', '.join(content)}")
+    elif isinstance(content, dict):
+        content = content[name]
+    elif name:
+        raise UserError(f"{path} holds no names of lists, so {path}:{name} names none; write {path}")
+    if not isinstance(content, list):
+        raise UserError(f"{path}: a list of texts is needed, not {type(content).__name__}")
+    return _listed(content, path, str)
+
+
 def _lines(path, error, blank=False):
     """Returns the stripped lines of a file; blank ones are left out, or with `blank` only those at its end."""
+    if match := re.fullmatch(r"(.+\.json)(?::(.*))?", path):
+        return _json(match[1], match[2] or "")
     try:
         text = epath.Path(path).read_text().removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError):
@@ -107,7 +143,8 @@ def resolve_duplicates(names, duplicates="error", forms=None):
       names: class names by label.
       duplicates: how classes with equal names are treated. "error" raises UserError that lists them. "merge" makes them
         one class. "keep" leaves them apart; the lower label wins among equal scores, so the later class is never
-        predicted. Published ImageNet figures are computed this way.
+        predicted. Published ImageNet figures are computed this way: its shipped names hold "missile" and "sunglasses"
+        twice, and "error" keeps these two pairs where all names are ImageNet's.
       forms: what the model sees of each name, hashable. Names of equal form are equal. By default the names themselves.
     """
     if duplicates not in ("error", "merge", "keep"):
@@ -118,6 +155,9 @@ def resolve_duplicates(names, duplicates="error", forms=None):
     for name, form in zip(names, forms, strict=True):
         by_form.setdefault(form, []).append(name)
     repeated = [group for group in by_form.values() if len(group) > 1]
+    if duplicates == "error" and not Counter(names) - Counter(_data("class_names.json")["imagenet"]):
+        if repeated and all(len(set(group)) == 1 for group in repeated):
+            return list(names), list(range(len(names)))
     if repeated and duplicates == "error":
         some = ", ".join(" = ".join(map(repr, dict.fromkeys(group))) for group in repeated[:5])
         some += f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""

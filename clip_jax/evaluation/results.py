@@ -49,11 +49,15 @@ class EvalResult:
       metrics: name -> value, such as "pets/top1" -> 0.5.
       artefacts: kind, such as "map" -> name, such as "pets" -> artefact.
       tasks: metric name -> import path of the task's module that computed it.
+      model: what is known of the model: "step" of its checkpoint, number of "parameters", whether they are the "ema".
+      evaluated: what the report shows of each task that ran (`report.head.describe_task`).
     """
 
     metrics: dict[str, float]
     artefacts: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     tasks: dict[str, str] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    evaluated: list[dict[str, str]] = field(default_factory=list)
 
     def credit(self, task):
         """Records that the module `task` computed every metric; returns the result itself."""
@@ -67,6 +71,8 @@ def merge_results(results):
     for result in results:
         merged.metrics |= result.metrics
         merged.tasks |= result.tasks
+        merged.model |= result.model
+        merged.evaluated += result.evaluated
         for kind, items in result.artefacts.items():
             merged.artefacts[kind].update(items)
     return merged

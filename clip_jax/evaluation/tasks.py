@@ -30,6 +30,7 @@ import types
 
 from clip_jax import plugins
 from clip_jax.errors import Problems, UserError, did_you_mean, unknown
+from clip_jax.evaluation.class_names import label_hint
 
 _PACKAGE = "clip_jax.evaluation"
 _STRINGS = ("source", "train", "test", "train_split", "name", "language")
@@ -82,7 +83,7 @@ class Task:
             source = make_source(spec, split or evaluation_split(spec), **fields)
             record = read_any(source)
             if "label" in fields and record is not None and "label" not in record:
-                raise UserError(f"{self.text}: {source.name} has no labels")
+                raise UserError(f"{self.text}: {source.name} has no labels{label_hint(record)}")
             if hasattr(self.module, "check_source"):
                 self.module.check_source(source, self.options)
 

@@ -71,7 +71,7 @@ def open_sources(options, **fields):
 
 
 def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
-    """Returns `(features, labels, skipped)` of labelled sources.
+    """Returns `(features, labels, class names, skipped)` of labelled sources.
 
     Args:
       model: as `clip_jax.evaluation.embed` describes it.
@@ -81,7 +81,8 @@ def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
       limit: at most this many images of each source, evenly spaced.
       batch_size: images per batch.
 
-    Returns: float32 `[n, D]` and int32 `[n]` of each part, and the number of unusable records. Classes are counted from
+    Returns: float32 `[n, D]` and int32 `[n]` of each part, a name of each class, which is its number in the source
+    where that names none, and the number of unusable records. Classes are counted from
     0, in the order of the training set's, those alone that have training images. Embeddings are unit rows; features
     before the projection are not normalised.
 
@@ -101,7 +102,9 @@ def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
         labels[part] = _training_labels(labels[part], sources[part], labels[train], sources[train], task)
     classes = np.unique(labels[train])  # the numbers of a source may leave out any
     labels = {part: np.searchsorted(classes, numbers).astype(np.int32) for part, numbers in labels.items()}
-    return x, labels, sum(embedded.skipped for embedded in parts.values())
+    named = sources[train].class_names
+    names = [str(i) if named is None else named[i] for i in classes]
+    return x, labels, names, sum(embedded.skipped for embedded in parts.values())
 
 
 def _training_labels(labels, source, train_labels, train, task):

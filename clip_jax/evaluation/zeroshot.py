@@ -5,13 +5,14 @@ Metrics, shares in [0, 1]; `<name>` is the option `name`:
   <name>/top1, top5: the right class is the most similar one, or among the five most similar ones.
   <name>/mean_per_class: top-1 averaged over the classes that have images.
   <name>/chance_top1, chance_top5: what a random choice reaches.
+  <name>/majority_top1: the share of the most frequent class, which a constant answer reaches.
   <name>/F@K, chance_F@K: with the option `flat_hit`, for each of its K, in place of all metrics above: the flat hit at
     K, the share of images of which at least one label is among the K most similar classes (OTTER, Wu et al. 2022). It
     is the top-K accuracy where each image has one label.
   <name>/images, classes, skipped: numbers of images, classes and unusable records.
 
-Artefacts: "classification", "similarity", "alignment" (methods that compare patches with words) and "map",
-named `<name>`.
+Artefacts: "classification", "confusion" (without `flat_hit`), "similarity", "alignment" (methods that compare patches
+with words) and "map", named `<name>`.
 """
 
 import numpy as np
@@ -21,6 +22,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.class_names import names_of
 from clip_jax.evaluation.embed import embed, label_sets, labels_of, open_source
 from clip_jax.evaluation.prompts import class_prompts, load_templates, resolve_duplicates
+from clip_jax.evaluation.report.confusion import Confusion
 from clip_jax.evaluation.report.embedding_map import make_map
 from clip_jax.evaluation.report.figures import add_similarity
 from clip_jax.evaluation.report.galleries import Classification
@@ -33,11 +35,13 @@ _COLUMNS = {
     "mean_per_class": "mean per class",
     "chance_top1": "chance top-1",
     "chance_top5": "chance top-5",
+    "majority_top1": "most frequent class",
 }
 _MEANING = """<p class="notes"><b>Top-1</b>: the share of images whose right class name is the most similar of all.
 <b>Top-5</b>: it is among the five most similar. <b>Mean per class</b>: top-1 of each class, averaged, so that every
 class counts alike. <b>F@K</b>: the share of images of which at least one label is among the K most similar.
-<b>Chance</b>: a random choice. <b>±</b>: the 95 % sampling error for this number of images.</p>"""
+<b>Chance</b>: a random choice. <b>Most frequent class</b>: the accuracy of always answering the most frequent class.
+<b>±</b>: the 95 % sampling error for this number of images.</p>"""
 
 
 def run(
@@ -121,6 +125,8 @@ def zeroshot_task(
     result = EvalResult(named(name, metrics)).credit(__name__)
     groups = [class_names[i] for i in labels]
     shown = (labels if sets.shape[1] == 1 else sets), top[:, :5], scores[:, :5]
+    if not flat_hit:
+        result.artefacts["confusion"][name] = Confusion(class_names, labels, top[:, 0])
     result.artefacts["classification"][name] = Classification(class_names, *shown, embedded.images, groups)
     prompts = class_prompts(class_names, load_templates(templates)[:1], canonical)
     z_text = np.asarray(model.embed_text(prompts))
@@ -150,7 +156,7 @@ def _check_labels(source, flat_hit, task):
 
 def _accuracies(top, labels, classes):
     """Returns the metrics of images with one label each; `top` int `[n, K]`, `labels` int `[n]`."""
-    from clip_jax.evaluation.baselines import chance
+    from clip_jax.evaluation.baselines import chance, majority
     from clip_jax.evaluation.classifier import accuracy, per_class_accuracy
 
     return {
@@ -159,6 +165,7 @@ def _accuracies(top, labels, classes):
         "mean_per_class": np.nanmean(per_class_accuracy(top, labels, classes)),
         "chance_top1": chance(classes, 1),
         "chance_top5": chance(classes, 5),
+        "majority_top1": majority(labels, labels),
     }
 
 

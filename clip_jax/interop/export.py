@@ -69,7 +69,7 @@ def export(model, to, out, tokenizer=True):
     theirs = layouts.save(entries, arrays)
     _same_model(config, files, theirs, to)
     layouts.check(entries, theirs, arrays)
-    notes = [note] if note else []
+    notes = [line for line in (note, _alpha_note(config, to)) if line]
     if not tokenizer or model.tokenizer is None:
         notes.append("note: no tokenizer is written")
     elif to == "open_clip":
@@ -300,9 +300,18 @@ def _steps(config):
             found |= dict(keep=name == "resize", filter=kwargs.get("interpolation", "bicubic"))
             found["edge"] = (args[0] if args else kwargs.get("size")) or found["edge"]
             found["exact"] &= len(args) < 2 and kwargs.get("antialias", True)
-        else:
-            found["exact"] &= name == "center_crop" and not (args or kwargs)
+        elif name != "drop_alpha":  # `_alpha_note` tells of transparency
+            found["exact"] &= name == "center_crop" and not args and kwargs.keys() <= {"rounding"}
     return found
+
+
+def _alpha_note(config, to):
+    """Returns a line when the target treats transparent pictures in another way; otherwise None."""
+    drops = "drop_alpha" in config.eval.transform
+    if drops == (to == "open_clip"):
+        return None
+    ways = ("their colours show", "they are put on white")
+    return f"note: transparent pictures: here {ways[not drops]}; in the target {ways[drops]}"
 
 
 def _preprocessing_note(config, steps, written):

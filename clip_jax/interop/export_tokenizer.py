@@ -87,9 +87,9 @@ def _sentencepiece(tokenizer):
     model = Tokenizer.from_str(tokenizer.data.decode()) if tokenizer.data[:1] == b"{" else unigram(tokenizer.data)
     clean = tokenizer.options.get("clean", "lower" if tokenizer.options.get("lower") else "")
     steps = [normalizers.Lowercase()] if clean else []
-    if clean == "canonical":
+    if clean in ("canonical", "open_clip", "transformers"):
         steps = [
-            normalizers.Replace("_", " "),
+            normalizers.Replace("_", "" if clean == "transformers" else " "),
             normalizers.Replace(Regex("[" + "".join("\\" + c for c in string.punctuation) + "]"), ""),
             normalizers.Lowercase(),
             normalizers.Replace(Regex(r"\s+"), " "),

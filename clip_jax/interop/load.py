@@ -23,6 +23,7 @@ from clip_jax.interop.towers.load import resize_positions, tower_shapes
 from clip_jax.runtime import storage
 
 POS = "params/img/pos"
+ALPHA = ("white", "drop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Imported:
     summary: list[str]
 
 
-def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
+def load(path, act=None, heads=None, size=None, tokenizer=None, alpha=None, mesh=None):
     """Returns the `Imported` model of third-party weights.
 
     Args:
@@ -53,6 +54,8 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
       size: pixels of a side. Position embeddings are resized when it is not the model's own size.
       tokenizer: a string of clip_jax.data.tokenizers; by default the tokenizer in the folder, or CLIP's when its
         vocabulary has the right size.
+      alpha: what becomes of transparent pictures: "white" puts them on white, "drop" shows the colours under the
+        transparency; by default as in the library of the weights.
       mesh: the mesh over which the parameters are sharded (runtime/sharding.py); by default all devices.
 
     Raises UserError, in one line and before anything is loaded, when the model cannot be loaded.
@@ -61,6 +64,7 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
     if "image" not in foreign.config.model:
         raise UserError(f"{path} holds a text tower alone: use it in init_from")
     config, tensors = foreign.config, foreign.tensors
+    _set_alpha(config, alpha)
     tokenizer = _tokenizer(foreign, tokenizer)
     ours = shapes(config)
     entries = foreign.entries(ours)
@@ -77,6 +81,17 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, mesh=None):
     found = layouts.load(entries, tensors, _placed(config, ours, mesh))
     tree = _nested(found)
     return Imported(config.lock(), tree["params"], tree.get("extra", {}), tokenizer, summary)
+
+
+def _set_alpha(config, alpha):
+    """Sets what becomes of transparent pictures in `eval.transform`; None leaves it as it is."""
+    if alpha not in (None, *ALPHA):
+        raise UserError(f"--alpha={alpha}: allowed are {', '.join(ALPHA)}")
+    steps = tuple(config.eval.transform)
+    if alpha == "white":
+        config.eval.transform = tuple(step for step in steps if step != "drop_alpha")
+    elif alpha == "drop" and "drop_alpha" not in steps:
+        config.eval.transform = ("drop_alpha", *steps)
 
 
 def is_image_tower(config):
@@ -146,7 +161,7 @@ def _resize(config, entries, tensors, ours, size, how):
 def _tokenizer(foreign, spec):
     """Returns the tokenizer of a spec or of the model's folder, or None; sets its name in the configuration."""
     from clip_jax.data.tokenizers import make_tokenizer
-    from clip_jax.interop.tokenizer import find
+    from clip_jax.interop.tokenizer import find, spec_of
 
     config, text = foreign.config, foreign.config.model.get("text", {})
     tokenizer = (
@@ -154,9 +169,9 @@ def _tokenizer(foreign, spec):
         if spec
         else None
         if is_image_tower(config)
-        else find(foreign.file.parent, config.method, text.get("vocab_size"))
+        else find(foreign.file.parent, config.method, text.get("vocab_size"), foreign.kind)
     )
-    config.tokenizer = spec or (tokenizer.kind if tokenizer else "")
+    config.tokenizer = spec or (spec_of(tokenizer) if tokenizer else "")
     if tokenizer is None or "vocab_size" not in text:
         return tokenizer
     if tokenizer.vocab_size > text.vocab_size:
@@ -193,7 +208,10 @@ def _describe(foreign, config, ours, tokenizer):
         "unknown" if values is None else f"({', '.join(f'{x:.4g}' for x in values)})"
         for values in (config.model.image_mean, config.model.image_std)
     ]
+    drops = "drop_alpha" in config.eval.transform
+    alpha = "their colours show (--alpha=white: on white)" if drops else "on white (--alpha=drop: their colours show)"
     lines.append(f"preprocessing: {', '.join(config.eval.transform)}; mean {colours[0]}, std {colours[1]}")
+    lines.append(f"transparent pictures: {alpha}")
     lines.append(
         f"tokenizer: {config.tokenizer or 'none'}"
         + (f", {tokenizer.vocab_size:,} ids" if tokenizer and tokenizer.vocab_size else "")
@@ -240,6 +258,11 @@ def main(argv=None):
     parser.add_argument(
         "--size", type=int, metavar="PIXELS", help="resize the position embeddings for images of this size"
     )
+    parser.add_argument(
+        "--alpha",
+        choices=ALPHA,
+        help="transparent pictures: on white, or the colours under the transparency (default: as in their library)",
+    )
     parser.add_argument("--tokenizer", metavar="SPEC", help="tokenizer (default: the one in the folder of the weights)")
     args = parser.parse_args(argv)
     return command.run(lambda: _run(args))
@@ -251,7 +274,7 @@ def _pair(text):
 
 
 def _run(args):
-    imported = load(args.source, args.act, args.heads, args.size, args.tokenizer)
+    imported = load(args.source, args.act, args.heads, args.size, args.tokenizer, args.alpha)
     write(imported, args.workdir)
     print("\n".join(imported.summary))
     print(

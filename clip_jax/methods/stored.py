@@ -21,6 +21,8 @@ class Stored(NamedTuple):
       params: the parameters or their moving average (EMA), on a mesh.
       extra: the method's state without a gradient, on the mesh.
       tokenizer: its tokenizer.
+      step: the step of the checkpoint; None where its folder is named otherwise.
+      ema: whether `params` are the moving average.
     """
 
     config: Any
@@ -28,6 +30,8 @@ class Stored(NamedTuple):
     params: Any
     extra: Any
     tokenizer: Any
+    step: int | None
+    ema: bool
 
 
 def load(path, which="latest", ema=None, mesh=None, overrides=()):
@@ -55,4 +59,5 @@ def load(path, which="latest", ema=None, mesh=None, overrides=()):
     target = {weights: params, "extra": extra}
     layouts = sharding.state_shardings(target, mesh, method.sharding_rules)
     state = checkpoint.restore_arrays(folder, sharding.with_shardings(target, layouts))
-    return Stored(config, method, state[weights], state["extra"], checkpoint.unpack_tokenizer(meta))
+    step = int(folder.name) if folder.name.isdigit() else None
+    return Stored(config, method, state[weights], state["extra"], checkpoint.unpack_tokenizer(meta), step, ema)

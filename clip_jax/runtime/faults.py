@@ -33,6 +33,8 @@ _stage = None  # (name of the stage that the main thread is in, its start time)
 _spent = collections.Counter()  # {name of a stage: seconds}, without those of inner stages
 _leaving = None  # the exit status of a process that is about to end
 _handlers = []  # signal handlers; the C library keeps no reference to them
+#: Functions that `end` calls, within `_TOGETHER_SECONDS`, before it ends the process.
+at_end = []
 
 
 class Stopped(BaseException):
@@ -196,6 +198,9 @@ def end(status, line, stacks=False):
     host_log.stop()
     for child in multiprocessing.active_children():
         child.kill()
+    calls = threading.Thread(target=lambda: [call() for call in list(at_end)], daemon=True)
+    calls.start()
+    calls.join(_TOGETHER_SECONDS)  # storage may hang as well
     sys.stdout.flush()
     os._exit(status)
 

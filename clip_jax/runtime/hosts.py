@@ -87,6 +87,18 @@ def _on_slurm():
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
+def place(cluster):
+    """Returns `(number of this process, name of the run's processes together)` before the processes have joined.
+
+    The number is None on Cloud TPU, which tells it when they join; the name of a single process is empty.
+    """
+    if cluster is not None:
+        return cluster.process, cluster.coordinator if cluster.processes > 1 else ""
+    if _on_slurm():
+        return int(os.environ["SLURM_PROCID"]), f"SLURM job {os.environ.get('SLURM_JOB_ID', '')}"
+    return (None if _on_cloud_tpu() else 0), ""
+
+
 def tpu_chips():
     """Returns the device files of this machine's TPU chips; empty without a TPU."""
     return glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")

@@ -208,13 +208,14 @@ def id_words(ids):
 
 
 def to_global(batch, mesh):
-    """Returns the global arrays `[B, ...]` on the mesh; those of int64 `[b]` become uint32 `[B, 2]` (`id_words`).
+    """Returns the global arrays `[B, ...]` on the mesh; int64 `example_id` `[b]` becomes uint32 `[B, 2]` (`id_words`).
 
     Args:
       batch: this host's share of the rows, `{name: ndarray [b, ...]}`.
       mesh: the mesh.
     """
-    batch = {name: id_words(x) if x.dtype == np.int64 else x for name, x in batch.items()}
+    if "example_id" in batch and batch["example_id"].dtype == np.int64:
+        batch = batch | {"example_id": id_words(batch["example_id"])}
     sharding, (_, count) = batch_sharding(mesh), process_shard(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:]))

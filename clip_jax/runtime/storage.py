@@ -182,6 +182,37 @@ def write(place, content):
             temporary.unlink(missing_ok=True)
 
 
+def create(place, content):
+    """Writes a file or object that does not exist yet; returns False, and writes nothing, when there is one.
+
+    Nothing comes between the look and the write: the file is opened exclusively, and the services get the condition
+    that there is no object (`ifGenerationMatch=0` of Google Cloud Storage, `If-None-Match: *` of S3). A service that
+    ignores the condition, as some with S3's interface do, would replace an object that was made in that instant.
+
+    Args:
+      place: the path.
+      content: text.
+
+    Raises OSError, or StorageError for a bucket.
+    """
+    place = path(place)
+    with guard(place):
+        try:
+            if not is_remote(place):
+                with open(place, "x") as file:
+                    file.write(content)
+                return True
+            import fsspec
+
+            system, name = fsspec.core.url_to_fs(str(place))
+            if place.exists():
+                return False
+            system.pipe_file(name, content.encode(), mode="create")
+            return True
+        except FileExistsError:
+            return False
+
+
 def read(place):
     """Returns the text of a file or object, None when it is missing. Raises OSError, or StorageError for a bucket."""
     try:
@@ -200,15 +231,21 @@ def files(folder):
             yield item.name
 
 
-def copy(folder, place, last=""):
-    """Copies all files below a folder to a place, the file with the name `last` after all others.
+def copy(folder, place, last="", instead=()):
+    """Copies all files below a folder to a place.
+
+    Args:
+      folder: the folder.
+      place: the place, another folder.
+      last: the name of the file that is copied after all others.
+      instead: `{name: content}` of files whose content is replaced.
 
     Raises OSError, or StorageError for a bucket.
     """
     folder, place = path(folder), path(place)
     for name in sorted(files(folder), key=last.__eq__):
         with guard(folder):
-            content = (folder / name).read_bytes()
+            content = instead[name] if name in instead else (folder / name).read_bytes()
         write(place / name, content)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data.records import BadRecord
+from clip_jax.data.shuffle import splitmix64
 
 EXAMPLES = 12  # of each kind
 
@@ -17,18 +18,10 @@ def hashed(seed, *columns):
       seed: int.
       columns: arrays `[n]` of integers; none gives the hash of the seed.
     """
-    value = _mixed(np.uint64(seed % 2**64))
+    value = splitmix64(np.uint64(seed % 2**64))
     for column in columns:
-        value = _mixed(value ^ np.asarray(column).astype(np.uint64))
+        value = splitmix64(value ^ np.asarray(column).astype(np.uint64))
     return value
-
-
-def _mixed(value):
-    with np.errstate(over="ignore"):
-        value = value + np.uint64(0x9E3779B97F4A7C15)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 def uniform(seed, *columns):

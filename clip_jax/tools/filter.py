@@ -40,6 +40,7 @@ from clip_jax.tools import examples
 from clip_jax.tools.filter_rules import ALIGN, RULES, Rules, flag
 from clip_jax.tools.filter_tables import NearDuplicates, Table, contains, image_hash
 from clip_jax.tools.index_writer import IndexWriter, cost, example_lines, headline
+from clip_jax.tools.passes import show
 from clip_jax.tools.source_arguments import open_source, source_parser
 
 _ROWS = 4096  # rows of the index that are held in memory
@@ -354,9 +355,7 @@ def _main(args):
     exclude = [
         make_source(*spec.rsplit(":", 1)) if re.search(r"\w:\w+$", spec) else make_source(spec) for spec in args.exclude
     ]
-    for line in describe(run(open_source(args), args.out, rules, exclude)):
-        print(line)
-    print(f"\nindex: {args.out}; train on it with --config.data='{args.source}?index={args.out}'")
+    show(describe(run(open_source(args), args.out, rules, exclude)), args)
 
 
 if __name__ == "__main__":

@@ -16,25 +16,28 @@ that see the same OUT, run `--part=1/4` to `--part=4/4`, one on each, and then t
 
 import base64
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
-import re
 import shlex
 import shutil
+import signal
 import sys
-import threading
 import time
 import zlib
 
+from clip_jax.data.blocks import RUN
 from clip_jax.data.records import BadRecord, plain
 from clip_jax.data.sources import manifest
 from clip_jax.data.sources.shards import find_shards, load_format, scan_shard
+from clip_jax.data.threads import end_with_parent
 from clip_jax.errors import UserError
 from clip_jax.runtime import command
+from clip_jax.tools.passes import run_command, share_of
 
 _SECONDS = 10.0  # between lines of progress
 _FEW = 5  # shards that could not be read, which are named at the end
@@ -89,11 +92,17 @@ def _values(form, path, start, end, fields):
 
 
 def _simple(value):
-    """Returns a value as a bool, number, text or None."""
+    """Returns a value as JSON holds it; None for NaN, and text for what JSON does not know."""
     value = plain(value)
-    if value is None or isinstance(value, bool | float) or isinstance(value, int) and abs(value) < 2**63:
-        return value
-    return (value if isinstance(value, str) else str(value)).encode("utf-8", "replace").decode()
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_simple(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _simple(item) for key, item in value.items()}
+    return value if value is None or isinstance(value, bool | float | int) else str(value)
 
 
 class Parts:
@@ -168,6 +177,8 @@ class Parts:
 
 
 def _kind(value):
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "large"
     return "none" if value is None else type(value).__name__
 
 
@@ -211,6 +222,11 @@ def scan_part(kind, shards, parts, part, processes, length, columns, show):
                 if time.monotonic() - shown >= _SECONDS:
                     shown = time.monotonic()
                     show(_progress(finished, len(todo), samples, shown - start))
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, which happens when the memory is full; the same command continues, with "
+                f"fewer --processes than {processes}"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -222,17 +238,13 @@ def _pool(processes):
     if processes == 1:
         return concurrent.futures.ThreadPoolExecutor(1)
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_end_with_parent)
+    return concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_prepare)
 
 
-def _end_with_parent():
-    """Lets a worker process end when the command is killed; else it waits for work for ever."""
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _prepare():
+    """Lets a worker process end at Ctrl-C without a message, and when the command is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()
 
 
 def _progress(finished, todo, samples, seconds):
@@ -285,26 +297,26 @@ def join(out, source, kind, shards, parts, columns, line):
 
 def _rows(out, shards, done, types):
     """Yields the shards as `clip_jax.data.sources.manifest.write` takes them."""
+    import pyarrow
+
     for number, path in enumerate(shards):
         rows, columns = Parts.read(done[number])
         if rows:
             for field, kind in types.items():
-                if str(kind) == "string":
-                    columns[field] = [v if v is None else str(v) for v in columns[field]]
-                elif str(kind) == "double":
-                    columns[field] = [v if v is None else float(v) for v in columns[field]]
+                if kind == pyarrow.json_():
+                    columns[field] = [v if v is None else json.dumps(v) for v in columns[field]]
             yield manifest.relative(path, out), done[number][3]["size"], rows, columns
 
 
 def _column_type(field, summaries):
-    """Returns the pyarrow type that holds all values of a field; text where there are several kinds."""
+    """Returns the pyarrow type that holds all values of a field; JSON where they are lists or of several kinds."""
     import pyarrow
 
     kinds = set().union(*(summary["types"].get(field, ()) for summary in summaries)) - {"none"}
     if not kinds:
         raise UserError(f"--columns: no sample has a field {field!r}")
-    numbers = {("int",): pyarrow.int64(), ("float",): pyarrow.float64(), ("bool",): pyarrow.bool_()}
-    return numbers.get(tuple(kinds), pyarrow.float64() if kinds == {"int", "float"} else pyarrow.string())
+    types = {"int": pyarrow.int64(), "float": pyarrow.float64(), "bool": pyarrow.bool_(), "str": pyarrow.string()}
+    return types.get(kinds.pop(), pyarrow.json_()) if len(kinds) == 1 else pyarrow.json_()
 
 
 def main(argv=None):
@@ -322,25 +334,29 @@ def main(argv=None):
     parser.add_argument(
         "--join", action="store_true", help="joins the parts that several hosts made, and scans nothing"
     )
-    parser.add_argument("--length", type=int, default=512, help="samples of a block (default: 512)")
+    parser.add_argument("--length", type=int, default=RUN, help="samples of a block (default: %(default)s)")
     args = parser.parse_args(argv)
-    return command.run(lambda: _main(args))
+    return run_command(lambda: _main(args))
 
 
 def _main(args):
     _check(args)
     kind, shards = find_shards(args.source)
-    columns = list(filter(None, args.columns.split(",")))
+    columns = list(dict.fromkeys(filter(None, map(str.strip, args.columns.split(",")))))
     digest = hashlib.blake2b("\0".join(shards).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     job = {"source": args.source, "format": kind, "shards": len(shards), "digest": digest, "columns": columns}
+    if args.join and not os.path.isdir(f"{args.out}.parts"):
+        raise UserError(f"{args.out}.parts: no such folder; --part=1/N to --part=N/N make it")
     parts = Parts(args.out, job | {"length": args.length})
     if not args.join:
         scan_part(kind, shards, parts, args.part or "1/1", args.processes, args.length, columns, print)
     if args.part:
         print(f"part {args.part} is done; after the last one: the same command with --join in the place of --part")
         return
-    options = [f"--columns={shlex.quote(args.columns)}"] if columns else []
-    line = " ".join(["python -m clip_jax.data.manifest", shlex.quote(args.source), f"--out={args.out}", *options])
+    options = [f"--out={shlex.quote(args.out)}"]
+    options += [f"--columns={shlex.quote(args.columns)}"] if columns else []
+    options += [f"--length={args.length}"] if args.length != RUN else []
+    line = " ".join(["python -m clip_jax.data.manifest", shlex.quote(args.source), *options])
     for text in join(args.out, args.source, kind, shards, parts, columns, line):
         print(text)
     print(f"train on it with --config.data={shlex.quote(args.out)}")
@@ -353,9 +369,7 @@ def _check(args):
     for name in ("processes", "length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
-    match = re.fullmatch(r"(\d+)/(\d+)", args.part or "1/1")
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--part={args.part} must be one of 1/N to N/N, such as 2/4")
+    share_of(args.part)
     if args.join and args.part:
         raise UserError("--join takes no --part: it joins the parts that are done")
 

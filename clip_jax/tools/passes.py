@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data.records import BadRecord, fingerprint, hash64, records
+from clip_jax.data.sources.kept import starts_of
 from clip_jax.data.threads import mapped
 from clip_jax.errors import UserError
 from clip_jax.runtime import command, faults
@@ -25,7 +26,7 @@ def pass_parser(module, doc, fields=("image", "text", "label")):
     parser = source_parser(module, doc, fields)
     parser.add_argument("--out", required=True, help="folder of the parts, the index and the report")
     parser.add_argument(
-        "--part", default="", metavar="K/N", help="read share K of N only, K in 0..N-1; then run it without --part"
+        "--part", default="", metavar="K/N", help="read share K of N only, K in 1..N; then run it without --part"
     )
     return parser
 
@@ -40,13 +41,13 @@ def run_command(work):
 
 
 def share_of(text):
-    """Returns `(k, n)` of the argument "K/N", None for an empty one; raises UserError for any other."""
+    """Returns `(k - 1, n)` of the argument "K/N", None for an empty one; raises UserError for any other."""
     if not text:
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise UserError(f"--part={text}: must be K/N with K in 0..N-1, such as 0/4")
-    return int(match[1]), int(match[2])
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--part={text} must be one of 1/N to N/N, such as 2/4")
+    return int(match[1]) - 1, int(match[2])
 
 
 def checkpoint_arguments(parser):
@@ -137,7 +138,7 @@ class Pass:
         return tuple(self._edges[number : number + 2].tolist())
 
     def missing(self, share=None):
-        """Returns the numbers of the parts that are not on disk; `share` is `(k, n)`, or None for all parts."""
+        """Returns the numbers of the parts that are not on disk; `share` is that of `share_of`, or None for all."""
         index, count = share or (0, 1)
         mine = range(index * len(self) // count, (index + 1) * len(self) // count)
         return [number for number in mine if not self._path(number).exists()]
@@ -147,7 +148,7 @@ class Pass:
 
         Args:
           work: `(first, end) -> {name: array}` of the records first..end-1.
-          share: `(k, n)`, or None for all parts.
+          share: of `share_of`, or None for all parts.
           log: function of a line.
         """
         for number in self.missing(share):
@@ -157,10 +158,8 @@ class Pass:
             rate = (end - first) / max(time.monotonic() - start, 1e-9)
             log(f"part {number + 1} of {len(self)}: {end - first:,} records, {rate:,.0f} a second")
         if share:
-            missing = len(self.missing())
-            log(
-                f"share {share[0]}/{share[1]} is done; {missing:,} parts of others are missing. Then run without --part"
-            )
+            done, missing = f"share {share[0] + 1}/{share[1]} is done", len(self.missing())
+            log(f"{done}; {missing:,} parts of others are missing. Then run without --part")
 
     def __getitem__(self, number):
         """Returns the arrays of a part, `{name: array}`; raises UserError for a damaged one."""
@@ -181,9 +180,9 @@ class Pass:
 def _edges(source):
     """Returns the first record of each part, and the number of all records, int64; no block is in two parts."""
     edges = np.append(np.arange(0, len(source), PART), len(source))
-    if (sizes := getattr(source, "blocks", None)) is None:
+    if getattr(source, "blocks", None) is None:
         return edges
-    starts = np.concatenate([[0], np.cumsum(sizes)])
+    starts = starts_of(source)
     return np.unique(starts[np.searchsorted(starts, edges)])
 
 

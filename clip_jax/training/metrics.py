@@ -58,9 +58,15 @@ class Writer:
 
     def _add_tensorboard(self, folder):
         import tensorboardX
+        from tensorboardX.proto.summary_pb2 import Summary
 
         mirror = storage.Mirror(folder)
         board = tensorboardX.SummaryWriter(str(mirror.folder))
+
+        def write(step, values):
+            # `add_scalar` would write "R_1" for "R@1".
+            found = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+            board.file_writer.add_summary(Summary(value=found), step)
 
         def flush():
             board.flush()
@@ -70,7 +76,7 @@ class Writer:
             board.close()
             mirror.close()
 
-        self.sinks.append((lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()], close))
+        self.sinks.append((write, close))
         self.flushes.append(flush)
 
     def flush(self):

@@ -13,7 +13,7 @@ from clip_jax.data.blocks import Block, Recent
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import example
 from clip_jax.data.sources.example import preferred  # noqa: F401 part of the format
-from clip_jax.data.sources.ranges import stamp
+from clip_jax.data.sources.ranges import version
 from clip_jax.data.sources.shards import ShardSource
 from clip_jax.errors import UserError
 
@@ -90,7 +90,7 @@ def _reader(path):
     Raises UserError for a missing and a remote file.
     """
     check(path)
-    return _readers.get((path, stamp(path)), lambda key: _open(path))
+    return _readers.get(version(path), lambda key: _open(path))
 
 
 def _open(path):

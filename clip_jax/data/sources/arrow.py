@@ -18,6 +18,7 @@ from clip_jax.data import remote
 from clip_jax.data.blocks import Recent
 from clip_jax.data.sources import arrow_columns
 from clip_jax.data.sources.arrow_columns import preferred  # noqa: F401 part of the format
+from clip_jax.data.sources.ranges import version
 from clip_jax.errors import UserError, unknown
 
 BYTES = True  # start and end of a block are offsets in bytes
@@ -152,7 +153,7 @@ def _bytes(path, start, end):
 
 
 def _schema(path):
-    return _schemas.get(arrow_columns.version(path), _read_schema)
+    return _schemas.get(version(path), _read_schema)
 
 
 def _read_schema(key):

@@ -124,15 +124,6 @@ def broken(count, reason):
     return Block(count, make)
 
 
-def version(path):
-    """Returns a key of what is kept of a file: its path, with the size and time of a local one, which may change."""
-    try:
-        status = os.stat(path)
-        return path, status.st_size, status.st_mtime_ns
-    except OSError:  # remote, or missing
-        return path, 0, 0
-
-
 def joined(counts, length):
     """Returns the `(first, last + 1, rows)` of blocks of whole groups, each about `length` rows.
 

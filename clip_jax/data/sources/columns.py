@@ -5,7 +5,7 @@
     NAME.jsonl, NAME.jsonl.xz   texts: a header, then one object per record, {"of": hash of its texts, FIELD: value}
     a folder                    features: FIELD.npy, arrays `[records, ...]`, and header.json
     NAME.parquet, or a folder   either: rows in the order of the records, read by row group, so that memory does not
-      of .parquet files         grow with the data set. Of files without our header only the rows are counted
+      of .parquet files         grow with the data set. Without our header only the rows are counted
     FIELD.txt                   one text per line, as other programs write them; only the number of lines is checked
     a name                      columns of an embedded set, such as emoji_rewrites
 

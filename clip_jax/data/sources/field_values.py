@@ -2,11 +2,12 @@
 
 import functools
 import itertools
+import json
 import math
 
 import numpy as np
 
-from clip_jax.data.records import BadRecord, as_list, listed, plain
+from clip_jax.data.records import BadRecord, as_list, listed, plain, records
 from clip_jax.data.sources.kept import column_of
 from clip_jax.errors import UserError, did_you_mean
 
@@ -85,6 +86,8 @@ def _columns(columns, length):
         array = column[start : min(start + CHUNK, length)]
         array = pa.array(array) if isinstance(array, np.ndarray) else array
         array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+        if isinstance(array.type, pa.JsonType):
+            return _Json(array.storage)
         kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
         is_scalar = pa.types.is_primitive(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
         return array if is_scalar else list(map(plain, array.to_pylist()))
@@ -95,14 +98,11 @@ def _columns(columns, length):
 
 def _records(source, fields, name):
     """Yields `(first record, {field: list of values})` of the records; reads all of them."""
-    known = set()
+    known, every = set(), records(source)
     for start in range(0, len(source), CHUNK):
         rows = {field: [] for field in fields}
-        for i in range(start, min(start + CHUNK, len(source))):
-            try:
-                record = source[i]
-            except BadRecord:
-                record = {}
+        for _, record in itertools.islice(every, CHUNK):
+            record = {} if isinstance(record, BadRecord) else record
             known |= record.keys()
             if ALL_TEXT in fields:
                 values = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in record.values())
@@ -116,8 +116,10 @@ def _records(source, fields, name):
 
 
 def _values(column):
-    """Returns the `Values` of a list or an array of Arrow."""
-    return _encode(column, lambda value, index: str(value)) if isinstance(column, list) else _ArrowValues(column)
+    """Returns the `Values` of a list, a `_Json` or an array of Arrow."""
+    if isinstance(column, list | _Json):
+        return _encode(column, lambda value, index: str(value))
+    return _ArrowValues(column)
 
 
 class _ArrowValues(Values):
@@ -154,7 +156,7 @@ class _ArrowValues(Values):
 
 def _classes(column, where, field, start):
     """Returns the `Values` of classes: a str, or a tuple of them for a list."""
-    if not isinstance(column, list):
+    if not isinstance(column, list | _Json):
         return _values(column)
 
     def read(value, index):
@@ -163,8 +165,20 @@ def _classes(column, where, field, start):
     return _encode(column, read)
 
 
+class _Json:
+    """Values as JSON: an array of Arrow of text, of which each distinct one is read once."""
+
+    def __init__(self, texts):
+        encoded = texts.dictionary_encode()
+        self.codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        self.distinct = [json.loads(text) for text in encoded.dictionary.to_pylist()]
+
+
 def _encode(values, read):
-    """Returns the `Values` of a list; `read(value, index)` is what is compared."""
+    """Returns the `Values` of a list or a `_Json`; `read(value, index)` is what is compared."""
+    if isinstance(values, _Json):
+        found = _encode(values.distinct, lambda value, code: read(value, int(np.argmax(values.codes == code))))
+        return Values(np.append(found.codes, -1)[values.codes], lambda: found.distinct)
     codes, distinct = np.empty(len(values), np.int64), {}
     for i, value in enumerate(values):
         codes[i] = -1 if _is_empty(value) else distinct.setdefault(read(value, i), len(distinct))

@@ -10,9 +10,10 @@ from PIL import Image
 from clip_jax.data.files import IMAGE_EXTENSIONS, OTHER_EXTENSIONS, PLUGIN_EXTENSIONS, is_hidden, read_file
 from clip_jax.data.records import BaseSource, listed, plain
 from clip_jax.data.sources.shards import format_of
+from clip_jax.data.sources.tar_samples import lines_of
 from clip_jax.errors import UserError
 
-_SPLIT_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(\d{4})?", re.IGNORECASE)
+SPLIT_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(\d{4})?", re.IGNORECASE)
 _DATA_ENDINGS = (*IMAGE_EXTENSIONS, *PLUGIN_EXTENSIONS, ".tar", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
 
 
@@ -28,12 +29,17 @@ class FolderSource(BaseSource):
     of at least five digits and holds .txt or .json files next to its images, or images whose names start with its
     number.
 
+    Args:
+      folder: the folder.
+      lines: bool, whether each line of a .txt file is a caption.
+
     Raises UserError for an unreadable folder and for one without images.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, lines=False):
         super().__init__(os.fspath(folder))
-        self._folder, self._paths = os.fspath(folder), []
+        self._folder, self._lines = os.fspath(folder), lines
+        self._paths = []
         self._labels, classes = array.array("q"), {}
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if is_hidden(entry.name):
@@ -79,7 +85,8 @@ class FolderSource(BaseSource):
             record |= {"label": label, "class_name": name, "texts": [name]}
         caption = os.path.splitext(path)[0] + ".txt"
         if os.path.exists(caption):
-            record["texts"] = [plain(read_file(caption)).strip()]
+            text = plain(read_file(caption))
+            record["texts"] = lines_of(text) if self._lines else [text.strip()]
         return record
 
     def _is_image(self, path):
@@ -132,7 +139,7 @@ def folder_splits(folder):
     """
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     names = [e.name for e in entries if e.is_dir() and not is_hidden(e.name) and holds_data(e.path)]
-    splits = [name for name in names if _SPLIT_FOLDER.fullmatch(name)]
+    splits = [name for name in names if SPLIT_FOLDER.fullmatch(name)]
     if len(splits) == 1 and len(names) > 1:
         others = ", ".join(name for name in names if name not in splits)
         raise UserError(

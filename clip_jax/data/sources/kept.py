@@ -10,6 +10,7 @@ import numpy as np
 
 from clip_jax.data.blocks import Block, blocks_of, is_sequential, read_block
 from clip_jax.data.records import DerivedSource
+from clip_jax.data.shared import Shared
 
 _SPARSE = 64  # where fewer than one record in 64 is kept, places of 8 bytes take less memory than bits
 _SPAN = 2**22  # records whose bits are unpacked at once, a multiple of 8
@@ -31,12 +32,28 @@ def keep(bits, starts):
     return kept if len(kept) * _SPARSE >= starts[-1] else Places(kept.between(0, len(kept)), starts)
 
 
-class Places:
+class _Shareable:
+    """What shares its arrays, the attributes `_names`, with its pickled copies."""
+
+    _names, _shared = (), None
+
+    def __getstate__(self):
+        self._shared = self._shared or Shared([getattr(self, name) for name in self._names])
+        return {"_shared": self._shared}
+
+    def __setstate__(self, state):
+        self._shared = state["_shared"]
+        self.__dict__ |= dict(zip(self._names, self._shared.arrays, strict=True))
+
+
+class Places(_Shareable):
     """Kept records by their places, increasing ints `[kept]`; `kept[number]` is a place.
 
     Attributes:
       firsts: int64 `[blocks + 1]`, the number of kept records before each block of the source, then that of all.
     """
+
+    _names = ("_places", "_starts")
 
     def __init__(self, places, starts):
         self._places, self._starts = places, starts
@@ -62,8 +79,10 @@ class Places:
         return self.between(start, stop) - int(self._starts[block])
 
 
-class Bits:
+class Bits(_Shareable):
     """Kept records by one bit for each record of the source; the attributes and methods are those of `Places`."""
+
+    _names = ("_bits", "_starts", "firsts")
 
     def __init__(self, bits, starts):
         self._bits, self._starts = bits, starts

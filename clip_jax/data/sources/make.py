@@ -16,7 +16,10 @@ A base is one of
     a folder with state.json               a data set that Hugging Face's `save_to_disk` wrote; with dataset_dict.json
                                            it has splits
     *.csv, *.tsv, *.jsonl                  a table with image paths
-    a folder with one sub-folder a class   image files
+    a folder with one sub-folder a class   image files; "?captions=lines" as for tars
+    a folder with metadata.csv or .jsonl   image files and a table with their `file_name`, as Hugging Face's ImageFolder
+    *.json                                 Karpathy's COCO and Flickr, COCO's captions; "?images=FOLDER" says where the
+                                           images are: `clip_jax.data.sources.caption_json`
     text:FILE                              pairs of consecutive sentences of .txt or .jsonl files (CLIPPO)
     my_package.my_source?KEY=VALUE         a module with `make(split, **options)`; the options are str
 
@@ -38,11 +41,11 @@ import re
 
 from clip_jax import plugins
 from clip_jax.data.files import expand
-from clip_jax.data.sources import arrow, selection, tfds
+from clip_jax.data.sources import arrow, caption_json, selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, shards_in
 from clip_jax.data.sources.spec import parse
-from clip_jax.errors import UserError, did_you_mean, unknown
+from clip_jax.errors import TextLabelError, UserError, did_you_mean, unknown
 
 _JOINS = ("index", "columns", "uids")  # steps made by the module of this name; each takes one option
 _STEPS = (*_JOINS, *selection.FORMS)
@@ -88,7 +91,11 @@ def _make_part(part, split, fields):
     """Returns the source of one `Spec`."""
     own = int(bool(part.steps) and part.steps[0][0][0] not in _STEPS)  # the first step may hold options of the base
     options = dict(part.steps[0]) if own else {}
-    source = _make_base(part.base, options, split, fields, part.prefix(own))
+    try:
+        source = _make_base(part.base, dict(options), split, fields, part.prefix(own))
+    except TextLabelError as text:  # the names of classes; a selection numbers them
+        source = _make_base(part.base, dict(options), split, fields | {"label": None}, part.prefix(own))
+        source = selection.select(source, (("label", text.field),), part.prefix(own))
     for number, step in enumerate(part.steps[own:], own + 1):
         source = _apply_step(source, step, part.prefix(number))
     return source
@@ -117,10 +124,22 @@ def _make_base(base, options, split, fields, name):
     if (module := user_module(base)) is not None:
         return _make_user_source(module, split, options | {k: v for k, v in fields.items() if v}, name)
     if (lines := options.pop("captions", None)) not in (None, "lines"):
-        raise UserError(f"{name}: captions={lines}: allowed is captions=lines, each line of a .txt member a caption")
-    folder = options.pop("shards", "")
+        raise UserError(f"{name}: captions={lines}: allowed is captions=lines, each line of a .txt file a caption")
+    folder, images = options.pop("shards", ""), options.pop("images", "")
     if options:
-        raise unknown(f"{name}: unknown option", next(iter(options)), _STEPS)
+        key = next(iter(options))
+        if key in _STEPS:
+            raise UserError(f"{name}: {key}= is a step of its own; write it after another '?'")
+        raise unknown(f"{name}: unknown option", key, (*_STEPS, "captions", "shards", "images"))
+    if base.endswith(".json") and os.path.isfile(base):
+        if lines or folder:
+            raise UserError(f"{name}: the only option of a JSON file of captions is images=FOLDER")
+        caption_json.check_fields(name, fields)
+        return caption_json.CaptionJsonSource(base, split, images)
+    if images:
+        raise UserError(
+            f"{name}: images={images} is an option of JSON files of captions alone, such as dataset_coco.json"
+        )
     if lines or folder:
         return _source_at(base, split, fields, bool(lines), folder)
     if base.startswith("tfds:"):
@@ -138,7 +157,7 @@ def user_module(base):
     """Returns the module at an import path, or None when the base is a path or has the ending of a file."""
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", base) or os.path.exists(base):
         return None
-    return None if base.endswith((".tar", ".csv", ".tsv", ".jsonl", *FORMATS)) else plugins.find(base)
+    return None if base.endswith((".tar", ".csv", ".tsv", ".jsonl", ".json", *FORMATS)) else plugins.find(base)
 
 
 def _make_user_source(module, split, options, name):
@@ -157,6 +176,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
     `lines` is whether each line of a .txt member is a caption, `folder` where the shards of a manifest are now.
     """
     from clip_jax.data.sources.folder import FolderSource, folder_splits
+    from clip_jax.data.sources.metadata import MetadataSource, find_for
 
     path = spec.replace("{split}", split)
     has_split, spec = path != spec, path  # messages name the files of this split
@@ -166,8 +186,15 @@ def _source_at(spec, split, fields, lines=False, folder=""):
         # The default "train" is no choice of the user between a split and a class of this name.
         if split == "train" and split not in (splits := folder_splits(path)):
             raise unknown(f"{path}: no split", split, splits)
+        table = find_for(path, split)
         if os.path.isdir(os.path.join(path, split)):
             path = os.path.join(path, split)
+    else:
+        table = find_for(path)
+    if table and (has_split or path != spec or split == "train"):
+        if lines or folder:
+            raise UserError(f"{spec}: a folder with {os.path.basename(table[0])} has no captions= and no shards=")
+        return MetadataSource(*table, **fields)
     if not has_split and path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     path = shards_in(path) or path
@@ -188,8 +215,8 @@ def _source_at(spec, split, fields, lines=False, folder=""):
         if "://" in path:
             return scanned_source(path, spec, **fields, lines=lines)
         return WebDatasetSource(expand(path), spec, **fields, lines=lines)
-    if lines:
-        raise UserError(f"{spec}: captions=lines is an option of tar shards alone")
+    if lines and not os.path.isdir(path):
+        raise UserError(f"{spec}: captions=lines is an option of tar shards and folders of images alone")
     if format_of(path):
         return scanned_source(path, spec, **fields)
     if "://" in path:
@@ -201,7 +228,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
     if os.path.isdir(path):
         if any(fields.values()):
             raise UserError(f"{spec}: a folder of images has no fields to choose from")
-        return FolderSource(path)
+        return FolderSource(path, lines)
     if os.path.exists(path):
         known = ", ".join((*FORMATS, ".csv", ".tsv", ".jsonl"))
         raise UserError(f"{spec}: unknown kind of data; known are {known} and folders")

@@ -21,8 +21,8 @@ from clip_jax.errors import UserError
 KEY = "clip_jax.manifest"
 VERSION = 1
 COLUMN = "column."  # before the name of a field
-_ROWS = 2**18  # blocks of a row group, a few without columns
-_ROWS_WITH_COLUMNS = 2**12
+_ROWS = 2**18  # blocks of a row group without columns
+_SAMPLES = 2**21  # of a row group with columns
 
 
 class Manifest:
@@ -167,7 +167,7 @@ def write(path, shards, about, types):
     )
     digest, partial = hashlib.blake2b(digest_size=16), f"{path}.{os.getpid()}.tmp"
     sizes, group = [], []
-    rows = 0
+    size = 0  # of the group
     try:
         with parquet.ParquetWriter(partial, schema, compression="zstd", use_dictionary=["shard"]) as writer:
             for shard in shards:
@@ -176,10 +176,10 @@ def write(path, shards, about, types):
                 digest.update(shard[0].encode("utf-8", "surrogateescape") + np.array(shard[2], np.int64).tobytes())
                 sizes.append(shard[1])
                 group.append(shard)
-                rows += len(shard[2])
-                if rows >= (_ROWS_WITH_COLUMNS if types else _ROWS):
+                size += sum(row[2] for row in shard[2]) if types else len(shard[2])
+                if size >= (_SAMPLES if types else _ROWS):
                     writer.write_table(_table(group, schema, types))
-                    group, rows = [], 0
+                    group, size = [], 0
             if group or not sizes:
                 writer.write_table(_table(group, schema, types))
             facts = {"version": VERSION, **about, "columns": list(types), "fingerprint": digest.hexdigest()}

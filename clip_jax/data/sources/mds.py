@@ -20,7 +20,7 @@ from clip_jax.data import remote
 from clip_jax.data.blocks import Block, Recent
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources.example import preferred  # noqa: F401 part of the format
-from clip_jax.data.sources.ranges import stamp
+from clip_jax.data.sources.ranges import version
 from clip_jax.errors import UserError
 
 BYTES = True
@@ -95,7 +95,7 @@ def read(path, start, end):
     data = remote.read(path, start, end)
     if len(data) < end - start:
         raise EOFError
-    front = _fronts.get((path, stamp(path)), lambda key: _front(path))
+    front = _fronts.get(version(path), lambda key: _front(path))
     first, last = np.searchsorted(front.offsets, (start, end)).tolist()
     offsets = front.offsets[first : last + 1] - start
     if offsets[:1].tolist() != [0] or offsets[-1] != end - start:

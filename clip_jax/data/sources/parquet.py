@@ -20,6 +20,7 @@ from clip_jax.data import remote
 from clip_jax.data.blocks import Recent
 from clip_jax.data.sources import arrow_columns
 from clip_jax.data.sources.arrow_columns import preferred  # noqa: F401 part of the format
+from clip_jax.data.sources.ranges import version
 from clip_jax.errors import UserError
 
 FOOTER = True  # `scan` reads a footer alone
@@ -44,7 +45,7 @@ def scan(path, length=512):
     except errors():
         return [], Counter({"unreadable shard": 1})
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    if large := [group for group in groups if group.num_rows > _LARGE * length]:
+    if large := [g for g in groups if g.num_rows > _LARGE * length or g.total_byte_size > _MAX_BYTES]:
         most, size = max(g.num_rows for g in large), max(g.total_byte_size for g in large)
         what = f"{path}: row groups of up to {most:,} rows, {size / 2**30:.2f} GiB"
         command = f"python -m clip_jax.tools.to_parquet {path} --out=FOLDER"
@@ -84,7 +85,9 @@ def block_bytes(path, start, end):
 
 def values(path, start, end, fields):
     """Returns `{field: values of all records}` of a block for those of the fields that the file has; reads no other."""
-    names = [field for field in fields if field in schema_of(path).names]
+    schema = schema_of(path)
+    image = arrow_columns.image_column(schema)
+    names = [name for name in arrow_columns.kept_columns(schema, image) if name in fields and name != image]
     try:
         found = batches(path, start, end, names) if names else []
     except errors() as error:
@@ -138,7 +141,7 @@ def errors():
 
 def _footer(path):
     """Returns the `pyarrow.parquet.FileMetaData` of a file and the file's size in bytes."""
-    return _footers.get(arrow_columns.version(path), _read_footer)
+    return _footers.get(version(path), _read_footer)
 
 
 def _read_footer(key):

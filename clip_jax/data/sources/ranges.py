@@ -13,7 +13,7 @@ _PIECE = 32 * 2**20  # bytes of a remote shard that are read at once, and held
 def heads(path):
     """Gives `(get, size)` of a shard: `get(offset, n)` returns n bytes, fewer at the end of the shard.
 
-    Of a local shard only what is asked for is read. A remote one is read in large pieces; offsets have to ascend.
+    In a local shard only what is asked for is read. A remote one is read in large pieces; offsets have to ascend.
     """
     if remote.is_remote(path):
         size = remote.size(path)
@@ -30,15 +30,18 @@ def heads(path):
         yield get, os.fstat(file.fileno()).st_size
 
 
-def stamp(path):
-    """Returns what tells the versions of a local file apart, None for a remote one; raises UserError for no file."""
+def version(path):
+    """Returns a key of what is kept of a file: its path, with the size and time of a local one, which may change.
+
+    Raises UserError for a missing local file.
+    """
     if remote.is_remote(path):
-        return None
+        return path, None, None
     try:
         status = os.stat(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    return status.st_size, status.st_mtime_ns
+    return path, status.st_size, status.st_mtime_ns
 
 
 def _pieces(path, size):

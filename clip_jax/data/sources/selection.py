@@ -21,6 +21,7 @@ import re
 
 import numpy as np
 
+from clip_jax.data.shuffle import SPLITMIX_STEP, splitmix64
 from clip_jax.data.sources import field_values
 from clip_jax.data.sources.kept import KeptSource, keep, starts_of
 from clip_jax.data.sources.mixture import MixtureSource
@@ -255,11 +256,8 @@ def _hash_text(text):
 
 
 def _hash_indices(start, count):
-    """Returns hashes of indices, uint64 `[count]`: numbers of SplitMix64 (Steele et al. 2014) from seed 0."""
-    x = np.arange(start + 1, start + 1 + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
+    """Returns hashes of indices, uint64 `[count]`: numbers of SplitMix64 from seed 0."""
+    return splitmix64(np.arange(start, start + count, dtype=np.uint64) * SPLITMIX_STEP)
 
 
 def _held_out_names():

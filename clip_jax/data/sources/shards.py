@@ -37,7 +37,7 @@ import numpy as np
 from absl import logging
 
 from clip_jax.data.blocks import Block, BlockSource
-from clip_jax.data.records import PEEKED, hash64, listed
+from clip_jax.data.records import CANONICAL, PEEKED, hash64, listed
 from clip_jax.data.shared import Shared
 from clip_jax.errors import UserError
 
@@ -218,7 +218,8 @@ class ShardSource(BlockSource):
         self._manifest = manifest
         self.broken.update(broken)
         self._set_blocks(blocks.samples)
-        self._shared = Shared([blocks.shard, blocks.start, blocks.end, self.blocks, self._starts])
+        sizes = np.empty(0, np.int64) if manifest is None else manifest.sizes
+        self._shared = Shared([blocks.shard, blocks.start, blocks.end, self.blocks, self._starts, sizes])
         self._use_shared()
         if not len(self):
             reasons = ", ".join(self.broken) or "empty"
@@ -235,7 +236,7 @@ class ShardSource(BlockSource):
         self._numbering = hash64("\0".join(self._shards).encode("utf-8", "surrogateescape"))
 
     def __getstate__(self):
-        return self.__dict__ | {"_rows": None, "blocks": None, "_starts": None}
+        return self.__dict__ | {"_rows": None, "blocks": None, "_starts": None, "_sizes": None}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -243,7 +244,7 @@ class ShardSource(BlockSource):
 
     def _use_shared(self):
         """Sets the arrays of the blocks to those that copies of this source share."""
-        *rows, self._starts = self._shared.arrays
+        *rows, self._starts, self._sizes = self._shared.arrays
         self._rows = Blocks(*rows)
         self.blocks = self._rows.samples
 
@@ -271,8 +272,12 @@ class ShardSource(BlockSource):
 
     def _raw(self, number):
         """Returns the raw records of a block; raises UserError when the shard is not what it was."""
+        from clip_jax.data import remote
+
         shard, start, end, samples = (column[number].item() for column in self._rows)
         path = self._shards[shard]
+        if not remote.is_remote(path):  # of a remote one the size is a request
+            self._check_size(shard)
         try:
             raw = load_format(self._kind).read(path, start, end, **self._options)
         except EOFError:
@@ -287,11 +292,15 @@ class ShardSource(BlockSource):
         return UserError(f"{path} changed since the manifest was made; make it again: {self._manifest.remedy}")
 
     def column(self, field):
-        """Returns the values of a field of all records, from the manifest; None where it has no such column.
+        """Returns the values of a field of all records, from the manifest.
 
-        A slice of them is a `pyarrow.ChunkedArray`.
+        A slice of them is a `pyarrow.ChunkedArray`. None where the manifest has no such column, and where the records
+        do not have the field as it is in the shards, such as the names of labels.
         """
-        return self._manifest.column(field) if self._manifest else None
+        column = self._manifest.column(field) if self._manifest else None
+        if column is None or field not in (*CANONICAL, self._fields.image, self._fields.label):
+            return column
+        return column if field == self._fields.label == "label" and str(column[:1].type) == "int64" else None
 
     def _span_of(self, number):
         """Returns the path, start and end of a block."""
@@ -328,7 +337,7 @@ class ShardSource(BlockSource):
             size = remote.size(path)
         except UserError as error:
             raise UserError(f"{error}, but the manifest names it; {self.name}?shards=FOLDER says where it is") from None
-        if size != self._manifest.sizes[shard]:
+        if size != self._sizes[shard]:
             raise self._changed(path)
 
     def _choose(self, fields, label):

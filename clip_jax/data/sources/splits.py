@@ -5,7 +5,7 @@ import os
 import re
 
 from clip_jax.data.files import expand
-from clip_jax.data.sources import scenes, tfds
+from clip_jax.data.sources import caption_json, scenes, tfds
 from clip_jax.data.sources.folder import folder_splits, holds_data
 from clip_jax.data.sources.make import missing_data, user_module
 from clip_jax.data.sources.spec import parse
@@ -81,6 +81,8 @@ def _splits_of(base):
         return _tfds_splits(folder)
     if os.path.isdir(path):
         return folder_splits(path)
+    if path == base and path.endswith(".json") and os.path.isfile(path):
+        return caption_json.list_splits(path)
     if not os.path.exists(path):
         if not _WILD.search(path) and path == base:
             raise missing_data(path)

@@ -11,7 +11,7 @@ from clip_jax.data.files import FileReader, read_file, read_json
 from clip_jax.data.records import MAX_LABEL, BadRecord, BaseSource, as_list, listed, read_label
 from clip_jax.errors import UserError
 
-# Of a table that is read as it is. 1 M rows take 16 MB and 9 to 13 s (benchmarks/memory.py).
+# Limits of a table that is read as it is. 1 M rows take 16 MB and 9 to 13 s (benchmarks/memory.py).
 MAX_BYTES = 2**31
 MAX_ROWS = 5_000_000
 _JSON_ROWS_PEEKED = 100  # rows of JSON lines that are searched for field names

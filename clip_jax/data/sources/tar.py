@@ -6,10 +6,12 @@ would find other samples than in the whole shard. Such a sample, and one that th
 between two blocks.
 """
 
+import re
 from collections import Counter
 
 from clip_jax.data import remote
 from clip_jax.data.blocks import Block
+from clip_jax.data.records import plain
 from clip_jax.data.sources.ranges import heads
 from clip_jax.data.sources.tar_members import read_members
 from clip_jax.data.sources.tar_samples import (
@@ -103,8 +105,14 @@ def records_of(data, lines=False):
 
 
 def preferred(fields):
-    """Returns the image field and the label field: a sample's own members, not fields of its JSON."""
-    return {"image": "image", "label": "cls" if "cls" in fields else None}
+    """Returns the image field and the label field: a sample's own members, not fields of its JSON.
+
+    A .cls member with a word in it names the class, of which only a selection makes labels.
+    """
+    is_member = isinstance(fields.get("cls"), bytes)
+    cls = plain(fields["cls"]) if is_member else ""
+    is_name = re.search(r"[^\W\d_]{2}", cls) and cls.lower() != "nan"
+    return {"image": "image", "label": "cls" if is_member and not is_name else None}
 
 
 def captions(raw):

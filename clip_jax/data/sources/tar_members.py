@@ -104,7 +104,7 @@ def _read_header(get, position, block):
         path = _text(block[:100])
         if block[257:263] == b"ustar\0" and block[345]:
             path = f"{_text(block[345:500])}/{path}"
-    if kind == b"S":  # sparse files of GNU tar are not read; their maps may go on in further blocks
+    if kind == b"S":  # sparse files of GNU tar are not read; their maps may fill further blocks
         more = block[482]
         while more:
             more = (get(position, _BLOCK) + b"\0" * _BLOCK)[504]

@@ -226,10 +226,15 @@ def raw_record(image, txt, meta, cls, others=(), lines=False):
         record = found | record
     record["image"] = image
     if txt is not None:
-        record["txt"] = [line for line in _LINE_END.split(plain(txt)) if line.strip()] if lines else txt
+        record["txt"] = lines_of(plain(txt)) if lines else txt
     if cls is not None:
         record["cls"] = cls.strip()
     return record
+
+
+def lines_of(text):
+    """Returns the lines of a text that are not blank."""
+    return [line for line in _LINE_END.split(text) if line.strip()]
 
 
 def _read_json(data, kind=lambda value: value):

@@ -5,6 +5,7 @@ folder when that place is read-only. Every later read is one `pread`. A truncate
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import os
@@ -16,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from clip_jax.data.files import FileReader, cache_folder
-from clip_jax.data.records import BaseSource
+from clip_jax.data.records import PEEKED, BadRecord, BaseSource, read_label
 from clip_jax.data.sources import tar
 from clip_jax.data.sources.shards import LOCAL, too_many
 from clip_jax.data.sources.tar_samples import CLS, REASONS, SLOTS, raw_record
@@ -87,7 +88,8 @@ class WebDatasetSource(BaseSource):
             self._fields = self._fields._replace(image="image")
         self._prefers_txt = text is None
         if label is None:
-            self._fields = self._fields._replace(label="cls" if any(index.labelled for index in indexed) else None)
+            has_numbers = any(index.labelled for index in indexed) and not self._names_classes()
+            self._fields = self._fields._replace(label="cls" if has_numbers else None)
         else:
             self._check_label_field(names, asked=True)
         self._files_of_labels = self._shards
@@ -98,6 +100,15 @@ class WebDatasetSource(BaseSource):
     def __getitem__(self, index):
         raw = self._members(index)
         return self._canonical(raw, ("txt",) if self._prefers_txt and "txt" in raw else None)
+
+    def _names_classes(self):
+        """Returns whether the first .cls members are all text, the names of classes."""
+        labels = []
+        for index in range(min(len(self), PEEKED)):
+            with contextlib.suppress(BadRecord):
+                labels.append(read_label(self._members(index).get("cls")))
+        labels = [label for label in labels if label is not None]
+        return bool(labels) and all(isinstance(label, str) for label in labels)
 
     def _members(self, index):
         """Returns the raw record: the JSON's fields, `image`, and `txt` and `cls` where the sample has them."""

@@ -3,6 +3,7 @@
 import abc
 import functools
 import hashlib
+import html
 import json
 import string
 from typing import ClassVar
@@ -167,6 +168,13 @@ class Tokenizer(TextInput):
             return (ids != (self.eot_id if self.options["pad_with_eot"] else self.pad_id)).sum(-1, dtype=np.int32)
         is_eot = ids == self.eot_id
         return np.where(is_eot.any(-1), is_eot.argmax(-1) + 1, ids.shape[-1]).astype(np.int32)
+
+
+def repaired(text):
+    """Returns a text with its broken characters repaired (ftfy) and HTML entities replaced, as OpenAI's CLIP does."""
+    import ftfy
+
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

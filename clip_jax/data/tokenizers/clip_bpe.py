@@ -1,18 +1,16 @@
 """The byte-level BPE tokenizer of OpenAI CLIP."""
 
 import gzip
-import html
 
-from clip_jax.data.tokenizers.base import Tokenizer
+from clip_jax.data.tokenizers.base import Tokenizer, repaired
 from clip_jax.errors import UserError
 
 
 class ClipBpeTokenizer(Tokenizer):
     """The byte-level BPE of OpenAI CLIP.
 
-    A text is repaired with ftfy, HTML-unescaped twice, and lower-cased; runs of white space become one space. PAD is 0,
-    which is also the id of "!". Words are split by the Unicode tables of the `tokenizers` library, which learn a few
-    rare scripts (Tangut) later than others.
+    PAD is 0, which is also the id of "!". Words are split by the Unicode tables of the `tokenizers` library, which
+    learn a few rare scripts (Tangut) later than others.
 
     Args:
       data: bytes, the list of merges, gzipped or not.
@@ -21,10 +19,12 @@ class ClipBpeTokenizer(Tokenizer):
       pad_with_eot: bool, whether EOT is the padding instead of PAD.
       specials: str, the literal strings that become the ids of SOT and EOT: "open_clip" (`<start_of_text>`,
         `<end_of_text>`), "openai" (`<|startoftext|>`, `<|endoftext|>`) or "none". Everything else is plain text.
+      clean: str, the cleaning of a text. "open_clip", as in OpenAI's CLIP too: it is repaired with ftfy, HTML-unescaped
+        twice, and lower-cased; runs of white space become one space. "transformers": NFC, white space, lower case.
       mask: bool, whether a mask token is added as in DeCLIP, before SOT and EOT (49406, 49407, 49408), so that EOT
         stays the largest id.
 
-    Raises UserError for another vocabulary and for unknown `specials`.
+    Raises UserError for another vocabulary and for unknown `specials` or `clean`.
     """
 
     kind, file = "clip_bpe", "bpe_simple_vocab_16e6.txt.gz"
@@ -35,11 +35,17 @@ class ClipBpeTokenizer(Tokenizer):
     }
     _MERGES = 48_894
 
-    def __init__(self, data, *, sot=True, eot=True, pad_with_eot=False, specials="open_clip", mask=False):
-        from tokenizers import Regex, models, pre_tokenizers
+    def __init__(
+        self, data, *, sot=True, eot=True, pad_with_eot=False, specials="open_clip", mask=False, clean="open_clip"
+    ):
+        from tokenizers import Regex, models, normalizers, pre_tokenizers
         from tokenizers import Tokenizer as HfTokenizer
 
         super().__init__(data, sot=sot, eot=eot, pad_with_eot=pad_with_eot, specials=specials, mask=mask)
+        if clean != "open_clip":
+            self.options["clean"] = clean  # not otherwise: fingerprints of earlier runs lack it
+        if clean not in ("open_clip", "transformers"):
+            raise UserError(f"clean={clean!r} is unknown; allowed: open_clip, transformers")
         if specials not in self._SPECIALS:
             raise UserError(f"specials={specials!r} is unknown; allowed: {', '.join(self._SPECIALS)}")
         try:
@@ -72,10 +78,10 @@ class ClipBpeTokenizer(Tokenizer):
         self.special_ids = frozenset(range(len(self._pieces), self.vocab_size))  # without PAD, which is also "!"
 
         self._literals = dict(zip(self._SPECIALS[specials], (first, first + 1), strict=False))
-        # [sſ]: the published pattern ignores case, and ſ is a case variant of s that lower-casing keeps.
+        # [sſ]: the pattern of OpenAI and open_clip ignores case, and ſ is a case variant of s that lower-casing keeps.
         words = [
             *self._literals,
-            "'[sſ]",
+            "'[sſ]" if clean == "open_clip" else "'s",
             "'t",
             "'re",
             "'ve",
@@ -91,13 +97,12 @@ class ClipBpeTokenizer(Tokenizer):
         bytes_to_chars = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         vocab = {piece: i for i, piece in enumerate(self._pieces)}
         self._bpe = HfTokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+        steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        self._normalizer = normalizers.Sequence(steps) if clean == "transformers" else None
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence([self._words, bytes_to_chars])
 
     def _encode(self, text):
-        import ftfy
-
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        text = " ".join(text.split()).lower()
+        text = self._normalizer.normalize_str(text) if self._normalizer else " ".join(repaired(text).split()).lower()
         if not any(literal in text for literal in self._literals):
             return self._bpe.encode(text).ids
         ids = []

@@ -14,7 +14,7 @@ KIND and PATH are one of
 
     sentencepiece                 the model in the package: 4k unigram pieces with byte fallback, lower-casing
     sentencepiece:/path/spm.model any SentencePiece model (c4_en, mC4, Gemma); lower=true if it does not lower-case
-    clip_bpe                      the vocabulary of OpenAI CLIP, 49,408 ids; options specials, mask
+    clip_bpe                      the vocabulary of OpenAI CLIP, 49,408 ids; options specials, mask, clean
     wordpiece:/path/vocab.txt     uncased BERT; option lower
     siglip:/path/spiece.model     SigLIP's SentencePiece model or tokenizer.json, padded with EOT; option clean
     unifont[:/path/unifont.hex]   the font that draws texts as images (CLIPPO); options lower, monospace

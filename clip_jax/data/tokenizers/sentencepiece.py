@@ -1,6 +1,6 @@
 """SentencePiece tokenizers, SigLIP's among them."""
 
-from clip_jax.data.tokenizers.base import Tokenizer, canonicalize
+from clip_jax.data.tokenizers.base import Tokenizer, canonicalize, repaired
 from clip_jax.errors import UserError
 
 
@@ -50,6 +50,14 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.decode([int(i) for i in ids if int(i) not in self.special_ids])
 
 
+_CLEAN = {
+    "canonical": canonicalize,
+    "open_clip": lambda text: canonicalize(repaired(text)),
+    "transformers": lambda text: canonicalize(text.lower().replace("_", "")),
+    "lower": str.lower,
+}
+
+
 class SiglipTokenizer(Tokenizer):
     """SigLIP's tokenizer as released: a SentencePiece model, or the tokenizer.json that Hugging Face made of one.
 
@@ -59,8 +67,9 @@ class SiglipTokenizer(Tokenizer):
       data: bytes, the file.
       eot: bool, whether EOT is appended.
       pad_with_eot: bool, whether EOT is the padding.
-      clean: str, the preprocessing of a text: "canonical" (SigLIP in open_clip and transformers: `canonicalize`) or
-        "lower" (lower-casing; SigLIP and SigLIP 2 in big_vision).
+      clean: str, the preprocessing of a text: "canonical" (`canonicalize`), "open_clip" (repaired as CLIP's texts, then
+        `canonicalize`), "transformers" (`canonicalize`, but "_" is removed as other punctuation is) or "lower"
+        (lower-casing; SigLIP and SigLIP 2 in big_vision, SigLIP 2 in transformers).
 
     Raises UserError for another file, one without an EOT piece, and an unknown `clean`.
     """
@@ -70,8 +79,8 @@ class SiglipTokenizer(Tokenizer):
 
     def __init__(self, data, *, eot=True, pad_with_eot=True, clean="canonical"):
         super().__init__(data, eot=eot, pad_with_eot=pad_with_eot, clean=clean)
-        if clean not in ("canonical", "lower"):
-            raise UserError(f"clean={clean!r} is unknown; allowed: canonical, lower")
+        if clean not in _CLEAN:
+            raise UserError(f"clean={clean!r} is unknown; allowed: {', '.join(_CLEAN)}")
         if data[:1] == b"{":
             from tokenizers import Tokenizer as HfTokenizer
 
@@ -96,7 +105,7 @@ class SiglipTokenizer(Tokenizer):
         self.sot_id = self.mask_id = None
 
     def _encode(self, text):
-        return self._ids(canonicalize(text) if self.options["clean"] == "canonical" else text.lower())
+        return self._ids(_CLEAN[self.options["clean"]](text))
 
     def decode(self, ids):
         return self._text([int(i) for i in ids if int(i) not in self.special_ids])

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 
 from clip_jax.evaluation import tasks
 from clip_jax.evaluation.report.charts import training_curves
+from clip_jax.evaluation.report.head import head
 from clip_jax.evaluation.report.headline import metric_table
 from clip_jax.evaluation.report.page import Page, panels, write_page
 
 # These sections come first, others after them.
-_ORDER = ("Predictions", "Relations", "Retrieval", "Similarity", "Words and patches", "Map")
+_ORDER = ("Predictions", "Classes", "Relations", "Retrieval", "Similarity", "Words and patches", "Map")
 
 
 def write_report(path, result, *, title, config=None, metrics_jsonl=None):
@@ -38,7 +39,7 @@ def write_report(path, result, *, title, config=None, metrics_jsonl=None):
 def render(result, *, title, config=None, metrics_jsonl=None):
     """Returns the page as a string; for the arguments see `write_report`."""
     page, panel_of = Page(), tasks.panel_finder(result)
-    sections = {"Results": _results(result), "Training": ""}
+    sections = {"Run": head(result, config or {}, metrics_jsonl), "Results": _results(result), "Training": ""}
     if metrics_jsonl is not None:
         sections["Training"] = training_curves(page, metrics_jsonl, lambda name: panel_of(name)[1])
     sections |= _figures(page, result, panel_of)

@@ -1,5 +1,6 @@
 """Line charts, and the curves of a training run."""
 
+import itertools
 import json
 import math
 import re
@@ -20,6 +21,7 @@ _CURVES = {
     "Share of the time that was spent on training": r"goodput",
 }
 _EVALUATION_CURVES = [
+    "loss",
     "top1",
     "top5",
     "mean_per_class",
@@ -30,7 +32,10 @@ _EVALUATION_CURVES = [
     "text_to_image_R@10",
 ]
 # Evaluation metrics that do not depend on the model.
-_CONSTANT = re.compile(r"chance_.*|images.*|classes|texts|skipped|pixel_1nn_.*")
+_CONSTANT = re.compile(r"chance_.*|majority_.*|images.*|classes|texts|skipped|pixel_1nn_.*")
+# A change of the learning rate by this share of its maximum between two logged steps is a jump, unless the changes
+# beside it are of the same size.
+_JUMP, _USUAL = 0.15, 4
 _CURVE_WORDS = {
     "image_to_text": "image → text",
     "text_to_image": "text → image",
@@ -39,6 +44,7 @@ _CURVE_WORDS = {
     "top1": "top-1",
     "top5": "top-5",
     "mean_per_class": "mean per class",
+    "loss": "held-out loss",
 }
 # The plotting area of a chart, in a view box of 360 x 190.
 _LEFT, _TOP = 46, 10
@@ -85,28 +91,65 @@ def training_curves(page, path, title_of=str):
     if not training and not evaluation:
         return "<p>There are no metrics of a training run with this checkpoint, hence no curves.</p>"
     spent = {part: evaluation.pop(f"seconds/{part}", [(0, 0.0)])[-1][1] or 0.0 for part in goodput.PARTS}
-    blocks, rest = [f"<p>{goodput.describe(spent)}.</p>" if any(spent.values()) else ""], dict(training)
-    main = []
-    for title, pattern in _CURVES.items():
-        chosen = {name: rest.pop(name) for name in sorted(rest) if re.fullmatch(pattern, name)}
-        if chosen:
-            main.append(chart(page, title, {_CURVE_WORDS.get(name, name): series for name, series in chosen.items()}))
-    if main:
-        blocks.append(_charts(main))
+    blocks = [f"<p>{goodput.describe(spent)}.</p>" if any(spent.values()) else ""]
+    rest = {name: series for name, series in training.items() if _is_curve(series)}
     by_metric = {}
     for name, series in evaluation.items():
         task, _, metric = name.rpartition("/")
-        if not _CONSTANT.fullmatch(metric):
+        if not _CONSTANT.fullmatch(metric) and _is_curve(series):
             by_metric.setdefault(metric, {})[title_of(task)] = series
+    if not rest and not by_metric:
+        return "".join(blocks) + "<p>Nothing was logged at two steps or more, hence there are no curves.</p>"
+    changes = learning_rate_changes(training.get("lr", ()))
+    marks, main = [step for step, _ in changes], []
+    for title, pattern in _CURVES.items():
+        chosen = {name: rest.pop(name) for name in sorted(rest) if re.fullmatch(pattern, name)}
+        if chosen:
+            series = {_CURVE_WORDS.get(name, name) if len(chosen) > 1 else name: chosen[name] for name in chosen}
+            main.append(chart(page, title, series, marks=marks))
+    if main:
+        blocks.append(_charts(main))
+    if changes:
+        blocks.append(f'<p class="notes">Dashed: {"; ".join(f"step {step:,}, {what}" for step, what in changes)}.</p>')
     chosen = [metric for metric in _EVALUATION_CURVES if metric in by_metric]
-    charts = [chart(page, _metric_title(metric), by_metric.pop(metric), named=True) for metric in chosen]
+    charts = [_evaluation_chart(page, metric, by_metric.pop(metric), marks) for metric in chosen]
     if charts:
         blocks.append(f"<h3>Evaluations during training</h3>{_charts(charts)}")
-    more = [chart(page, name, {name: series}) for name, series in sorted(rest.items())]
-    more += [chart(page, _metric_title(metric), by_metric[metric], named=True) for metric in sorted(by_metric)]
+    more = [chart(page, name, {name: series}, marks=marks) for name, series in sorted(rest.items())]
+    more += [_evaluation_chart(page, metric, by_metric[metric], marks) for metric in sorted(by_metric)]
     if more:
         blocks.append(f"<details><summary>More curves ({len(more)})</summary>{_charts(more)}</details>")
     return "".join(blocks)
+
+
+def _evaluation_chart(page, metric, curves, marks):
+    return chart(page, _metric_title(metric), curves, named=True, marks=marks)
+
+
+def _is_curve(series):
+    """Returns whether there are two points to join, or several values of which none is finite."""
+    return len(series) > 1 and sum(value is not None for _, value in series) != 1
+
+
+def learning_rate_changes(series):
+    """Returns `[(step, what happens), ...]`: where the learning rate reaches its peak, and where it jumps.
+
+    Args:
+      series: `[(step, learning rate or None), ...]` by step.
+    """
+    points = [(step, value) for step, value in series if value is not None]
+    if len(points) < 3 or max(value for _, value in points) <= 0:
+        return []
+    rates = [value for _, value in points]
+    peak, found = rates.index(max(rates)), []
+    differences = [abs(b - a) / max(rates) for a, b in itertools.pairwise(rates)]
+    for i, difference in enumerate(differences):
+        beside = max(differences[max(i - 1, 0) : i] + differences[i + 1 : i + 2])
+        if i + 1 != peak and difference > max(_JUMP, _USUAL * beside):
+            found.append((points[i + 1][0], f"the learning rate jumps from {rates[i]:.2g} to {rates[i + 1]:.2g}"))
+    if peak and all(a <= b for a, b in itertools.pairwise(rates[: peak + 1])):
+        found.append((points[peak][0], f"the learning rate reaches its peak, {rates[peak]:.2g}"))
+    return sorted(found)
 
 
 def _charts(charts):
@@ -119,7 +162,7 @@ def _metric_title(metric):
     return metric if title is None else title[0].upper() + title[1:]
 
 
-def chart(page, title, curves, named=False):
+def chart(page, title, curves, named=False, marks=()):
     """Returns a line chart as SVG and adds its numbers to the page, for tooltips.
 
     Args:
@@ -127,6 +170,7 @@ def chart(page, title, curves, named=False):
       title: untrusted text.
       curves: name -> `[(step, number or None), ...]`, at least one.
       named: show a legend also for a single curve.
+      marks: steps that a dashed line marks.
     """
     thin = {name: _thinned(series) for name, series in curves.items()}
     values = np.asarray([value for series in thin.values() for _, value in series if value is not None])
@@ -135,7 +179,8 @@ def chart(page, title, curves, named=False):
         note = '<p class="small">No finite value was logged.</p>'
         return f'<figure class="chart"><figcaption>{heading}</figcaption>{note}</figure>'
     axes = _Axes([step for series in thin.values() for step, _ in series], values)
-    marks = [*axes.ticks(), *(mark for i, series in enumerate(thin.values()) for mark in _line(axes, series, i))]
+    drawn = [*axes.ticks(), *axes.marks(marks)]
+    drawn += [mark for i, series in enumerate(thin.values()) for mark in _line(axes, series, i)]
     legend = ""
     if named or len(curves) > 1:
         items = (f'<li><i class="c{i % COLOURS}"></i>{escaped(name)}</li>' for i, name in enumerate(curves))
@@ -152,7 +197,7 @@ def chart(page, title, curves, named=False):
     return (
         f'<figure class="chart" data-chart="{page.add("charts", plot)}"><figcaption>{heading}'
         f"{latest}{'<small>logarithmic</small>' if axes.is_log else ''}</figcaption>"
-        f'<svg viewBox="0 0 360 190" role="img" aria-label="{heading} over steps">{"".join(marks)}'
+        f'<svg viewBox="0 0 360 190" role="img" aria-label="{heading} over steps">{"".join(drawn)}'
         f'<path class="cross" d="M0 {_TOP}v{_HEIGHT}"/></svg>{legend}{note}</figure>'
     )
 
@@ -184,6 +229,12 @@ class _Axes:
             yield f'<text x="{_LEFT - 5}" y="{self.y(tick) + 3.5:.1f}" class="y">{tick:.4g}</text>'
         for tick in (tick for tick in _ticks(self.first, self.last, 5) if tick == round(tick)):
             yield f'<text x="{self.x(tick):.1f}" y="{_TOP + _HEIGHT + 16}" class="x">{_steps(tick)}</text>'
+
+    def marks(self, steps):
+        """Yields a vertical line at each of `steps` as SVG."""
+        for step in steps:
+            if self.first <= step <= self.last:
+                yield f'<path class="mark" d="M{self.x(step):.1f} {_TOP}v{_HEIGHT}"/>'
 
 
 def _line(axes, series, index):

@@ -11,6 +11,7 @@ from clip_jax.evaluation.report.page import data_uri, escaped, percent, shortene
 from clip_jax.evaluation.results import Images
 
 _QUERIES = 12  # queries shown in each direction of a retrieval
+_TEXTS = 5  # texts shown for each image
 _MATRIX = 48  # images in a similarity matrix
 _LIGHT_MAP = ((250, 250, 248), (190, 219, 222), (94, 165, 184), (36, 100, 145), (20, 38, 84))
 _DARK_MAP = ((24, 27, 34), (28, 62, 96), (32, 118, 140), (112, 184, 150), (246, 233, 160))
@@ -63,17 +64,18 @@ first; <mark>right ones</mark> are marked.</p>"""
             )
         cards = []
         for image in images:
-            best = np.asarray(self.image_to_text)[image][:5]
-            hits = (text_ids[best] == image_ids[image]).tolist()
+            found = {}  # equal texts of several images stand once
+            for text in np.asarray(self.image_to_text)[image]:
+                found[self.texts[text]] = found.get(self.texts[text]) or text_ids[text] == image_ids[image]
             lines = "".join(
-                f"<li{' class=hit' if hit else ''}><span>{escaped(self.texts[text])}</span></li>"
-                for text, hit in zip(best, hits, strict=True)
+                f"<li{' class=hit' if hit else ''}><span>{escaped(text)}</span></li>"
+                for text, hit in list(found.items())[:_TEXTS]
             )
             head = f"{thumbnail(image, labels[image])}<div><b>{escaped(labels[image])}</b>"
             cards.append(f'<div class="card">{head}<ol>{lines}</ol></div></div>')
         return (
             f"<h4>From text to image</h4>{''.join(rows)}"
-            f'<h4>From image to text</h4><div class="cards">{"".join(cards)}</div>'
+            f'<h4>From image to text</h4><div class="cards packed">{"".join(cards)}</div>'
         )
 
 

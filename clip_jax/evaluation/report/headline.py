@@ -45,11 +45,13 @@ def accuracy_table(results, columns, numbers=()):
 def recall_table(results):
     """Returns a table of R@1, 5 and 10 in both directions; results: name -> metrics."""
     counts = [key for key in ("images", "texts", "skipped") if any(m.get(key) for m in results.values())]
-    head = ["", *(f"{_ARROWS[d]} R@{k}" for d, k in _RECALLS), *(COUNTS[key] for key in counts)]
+    loss = ["held-out loss"] if any("loss" in m for m in results.values()) else []
+    head = ["", *(f"{_ARROWS[d]} R@{k}" for d, k in _RECALLS), *loss, *(COUNTS[key] for key in counts)]
     rows = [
         (
             escaped(name),
             *(percent(m.get(f"{d}_R@{k}")) for d, k in _RECALLS),
+            *(number(m.get("loss")) for _ in loss),
             *(number(m.get(key)) for key in counts),
         )
         for name, m in results.items()

@@ -57,7 +57,7 @@ class Page:
             return name, lambda row, label: ""
 
         def read(row):
-            return _thumbnail(images, row, tile)
+            return thumbnail(images, row, tile)
 
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
             sheet = _tiled(list(pool.map(read, place)), SHEET_COLUMNS)
@@ -152,6 +152,12 @@ def table(head, rows, css=""):
     return f'<div class="scroll"><table class="{css}">{head}<tbody>{body}</tbody></table></div>'
 
 
+def facts(items):
+    """Returns pairs `(name, text)` as a list with the names above; both are untrusted, empty texts are left out."""
+    cells = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(text)}</dd></div>" for name, text in items if text)
+    return f'<dl class="facts">{cells}</dl>' if cells else ""
+
+
 def panels(intro, items):
     """Returns an introduction (HTML) and one panel per item `(title, HTML)`; the script turns panels into tabs."""
     items = "".join(f'<div class="panel"><h3>{escaped(title)}</h3>{content}</div>' for title, content in items)
@@ -171,7 +177,7 @@ def data_uri(image, kind):
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _thumbnail(images, row, tile):
+def thumbnail(images, row, tile):
     """Returns the whole image on white, uint8 `[tile, tile, 3]`; white alone when it cannot be read any more."""
     from PIL import Image
 

@@ -60,7 +60,7 @@ def from_weights(shapes, cfg):
         del c.model.text
         c.method = "clippo" if "t" in shapes else ""
     c.model.logit_scale_max = math.inf  # big_vision does not bound the logit scale
-    set_preprocessing(c, HALF, HALF, (BILINEAR,))
+    set_preprocessing(c, HALF, HALF, ("drop_alpha", BILINEAR))
     return c
 
 

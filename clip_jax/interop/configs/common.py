@@ -17,7 +17,10 @@ def start(method, embed_dim):
 
 
 def set_preprocessing(c, mean, std, transform):
-    """Sets the mean and standard deviation of each channel and the steps of `eval.transform`."""
+    """Sets the mean and standard deviation of each channel and the steps of `eval.transform`.
+
+    What the library does with transparency is among the steps, see `clip_jax.data.augment.drop_alpha`.
+    """
     c.model.image_mean, c.model.image_std = tuple(mean), tuple(std)
     c.eval.transform = tuple(transform)
 

@@ -7,6 +7,7 @@ from clip_jax.interop.configs.common import HALF, known, map_vit, set_preprocess
 # Activations by their names in Hugging Face transformers.
 ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu"}
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+CROP = "center_crop(rounding='down')"  # transformers.image_transforms.center_crop
 
 # Defaults of the configuration classes; a configuration file may leave out fields with these values.
 _TRANSFORMER = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -163,10 +164,10 @@ def _preprocess(c, given, defaults):
         and c.method == "clip"
     ):
         edge = to["shortest_edge"] if isinstance(to, dict) else to
-        steps = (_sized("resize", edge, size, filter_), "center_crop")
+        steps = (_sized("resize", edge, size, filter_), CROP)
     else:
         edge = to["height"] if isinstance(to, dict) else to
-        steps = (_sized("squash", edge, size, filter_),) + (("center_crop",) if p.get("do_center_crop") else ())
+        steps = (_sized("squash", edge, size, filter_),) + ((CROP,) if p.get("do_center_crop") else ())
     set_preprocessing(c, p["image_mean"], p["image_std"], steps)
 
 

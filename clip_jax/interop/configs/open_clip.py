@@ -78,8 +78,8 @@ def from_config(cfg, preprocess, shapes):
     )
     filter_ = preprocess["interpolation"]
     modes = {
-        "shortest": (f"resize(interpolation={filter_!r})", "center_crop"),
-        "squash": (f"squash(interpolation={filter_!r})",),
+        "shortest": (f"resize(interpolation={filter_!r})", "center_crop", "drop_alpha"),
+        "squash": (f"squash(interpolation={filter_!r})", "drop_alpha"),
     }
     set_preprocessing(
         c, preprocess["mean"], preprocess["std"], known(modes, preprocess["resize_mode"], "preprocess_cfg.resize_mode")

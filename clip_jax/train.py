@@ -345,10 +345,11 @@ def main(argv=None):
         profile.ignore_signal()
         config, workdir, cluster, fork = parse_args(argv)
         open_remote = storage.Log if storage.is_remote(workdir) else None
-        folder, log = storage.prepare(workdir), lambda line: print(line, flush=True)
-        with lock.hold(folder, log, *hosts.place(cluster)):
-            host_log.start(folder, host_log.process_name(cluster), open_remote)
-            train(config, workdir, log, cluster, fork)
+        with preflight.nothing_left(workdir):
+            folder, log = storage.prepare(workdir), lambda line: print(line, flush=True)
+            with lock.hold(folder, log, *hosts.place(cluster)):
+                host_log.start(folder, host_log.process_name(cluster), open_remote)
+                train(config, workdir, log, cluster, fork)
 
     return command.run(work)
 

@@ -405,7 +405,7 @@ def test_bad_rows_are_bad_records(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"", "no column for the image path; name it with image=..., columns: none"),
+        ("a.csv", b"", "no column for the image path; name it with --config.data.image=COLUMN.*columns: none"),
         ("a.csv", b"foo,caption\n1,2\n", "no column for the image path.*columns: foo, caption"),
         ("a.csv", b'foo,"two\nlines \xff"\n', r"columns: foo, two lines \?$"),
         ("a.csv", b"path,caption\n", "no rows"),

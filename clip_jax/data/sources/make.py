@@ -186,9 +186,10 @@ def _source_at(spec, split, fields, lines=False, folder=""):
     from clip_jax.data.sources.metadata import MetadataSource, find_for
 
     path = spec.replace("{split}", split)
-    if saved := arrow.saved_folder(path, split if path == spec else "train"):
+    has_split, spec = path != spec, path  # messages name the files of this split
+    if saved := arrow.saved_folder(path, "train" if has_split else split):
         return scanned_source(saved, spec, **fields)
-    if path == spec and os.path.isdir(path):
+    if not has_split and os.path.isdir(path):
         # The default "train" is no choice of the user between a split and a class of this name.
         if split == "train" and split not in (splits := folder_splits(path)):
             raise unknown(f"{path}: no split", split, splits)
@@ -197,11 +198,11 @@ def _source_at(spec, split, fields, lines=False, folder=""):
             path = os.path.join(path, split)
     else:
         table = find_for(path)
-    if table and (path != spec or split == "train"):
+    if table and (has_split or path != spec or split == "train"):
         if lines or folder:
             raise UserError(f"{spec}: a folder with {os.path.basename(table[0])} has no captions= and no shards=")
         return MetadataSource(*table, **fields)
-    if path == spec and split != "train":
+    if not has_split and path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     path = shards_in(path) or path
     if re.search(r"\.((tar|mds)\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):

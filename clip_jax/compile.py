@@ -165,7 +165,8 @@ def search(args, topology, devices, tries, log):
     for overrides, _ in tries:
         flags = " ".join(f"--config.{o}" for o in overrides)
         try:
-            result = compile_for_tpu(make_program(run_folder.load(args.config, [*args.overrides, *overrides])), devices)
+            config = run_folder.load(args.config, [*args.overrides, *overrides])
+            result = compile_for_tpu(make_program(config), devices)
         except DoesNotFit as error:
             log(f"  {flags}: {error}")
             continue

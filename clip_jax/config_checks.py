@@ -95,7 +95,7 @@ def check(config):
     problems = Problems()
     for low, key in ((low, key) for low, keys in _LOWEST.items() for key in keys.split()):
         problems.check(_check_lowest, key, _get(config, key), low)
-    for key in ("data.max_bad_share", "data.word_dropout"):
+    for key in ("data.max_bad_share", "data.word_dropout", "data.holdout"):
         if not 0 <= _get(config, key) < 1:
             problems.add(f"{key}={_get(config, key)}: must be at least 0 and below 1")
     if not math.isfinite(config.model.logit_scale_init):
@@ -108,7 +108,8 @@ def check(config):
         problems.add(
             f"optim.grad_dtype={config.optim.grad_dtype!r}: must be 'float32' or model.dtype={config.model.dtype!r}"
         )
-    if not config.init_from and (config.init_from_params or config.init_from_resize or config.init_from_allow):
+    options = (config.init_from_params, config.init_from_resize, config.init_from_allow)
+    if any(options) and not (config.init_from or config.init_from_model):
         problems.add("init_from_params, init_from_resize and init_from_allow need init_from")
     if config.eval.ema and not config.optim.ema_decay:
         problems.add("eval.ema=True needs optim.ema_decay above 0")

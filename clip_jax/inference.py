@@ -49,7 +49,8 @@ class Model:
         self.tokenizer = tokenizer
         self.step, self.ema = None, False
         self.image_view = method.eval_view
-        self._context = next(view.context for view in method.views if isinstance(view, TextView))
+        contexts = [view.context for view in method.views if isinstance(view, TextView)]
+        self._context = contexts[0] if contexts else config.model.text.context
         self.mesh = mesh or sharding.make_mesh(config_lib.base().mesh)
         self.process_shard = sharding.process_shard(self.mesh)
         whole = NamedSharding(self.mesh, PartitionSpec())
@@ -58,6 +59,7 @@ class Model:
         self._text = jax.jit(method.embed_text, out_shardings=whole)
         self._patches = method.patch_similarity and jax.jit(method.patch_similarity, out_shardings=whole)
         self._similarity = jax.jit(method.similarity)
+        self._class_logits = method.class_logits and jax.jit(method.class_logits)
         self._text_similarity = jax.jit(method.text_similarity or functools.partial(transposed, method.similarity))
 
     @property
@@ -190,18 +192,35 @@ class Model:
         _finite(np.where(np.isneginf(similarity), 0, similarity))  # padding is no fault of the weights
         return similarity
 
-    def classify(self, images, class_names, templates=("{}",)):
-        """Returns zero-shot class probabilities, float32 `[n, classes]`: softmax of `Method.scale` times similarities.
+    @property
+    def class_names(self):
+        """The names of the classes that the model was trained to tell apart, a tuple; empty for most methods."""
+        return self.config.classify.classes if self._class_logits else ()
+
+    def class_logits(self, z_image):
+        """Returns the logits of `class_names`, float32 `[n, classes]`, of image embeddings `[n, E]`; UserError without.
+
+        `clip_jax/methods/classify.py` trains such classes.
+        """
+        if not self._class_logits:
+            raise UserError(f"method={self.config.method!r} was not trained on classes: give class names")
+        return np.asarray(self._class_logits(self.params, z_image))
+
+    def classify(self, images, class_names=None, templates=("{}",)):
+        """Returns class probabilities, float32 `[n, classes]`: softmax of `Method.scale` times similarities.
 
         Args:
           images: as for `embed_image`.
-          class_names: a list of strings. A single string counts as a list of one.
+          class_names: a list of strings. A single string counts as a list of one. None: the classes of `class_names`,
+            by the classifier that was trained on them.
           templates: prompts with `{}` for the class name. Their embeddings are averaged; a method that compares tokens
             averages their scores.
 
         Raises TypeError for class names that are no strings; images and templates as `embed_image` and
         `clip_jax.evaluation.prompts.load_templates`.
         """
+        if class_names is None:
+            return np.asarray(jax.nn.softmax(self.class_logits(self.embed_image(images)), axis=1))
         class_names = _strings(class_names, "class_names")
         scores = class_scores(self, self.embed_image(images), class_names, templates)
         return np.asarray(jax.nn.softmax(self.method.scale(self.params) * scores, axis=1))

@@ -48,9 +48,20 @@ class Source:
     resize: str = "antialias"
 
 
-def check_path(config, workdir):
-    """Checks, before a device is touched, that a new run in `workdir` finds its weights. Raises UserError."""
+def check(config, tokenizer, workdir):
+    """Checks, without touching a device, that a new run in `workdir` finds its weights and that they fit.
+
+    Args:
+      config: the configuration, resolved.
+      tokenizer: the run's tokenizer.
+      workdir: the work folder.
+
+    Raises UserError as `start` does.
+    """
+    import jax
+
     from clip_jax.interop.towers.files import is_foreign, sources
+    from clip_jax.methods.interface import init_shapes
     from clip_jax.training import checkpoint
 
     for field in config.init_from_allow:
@@ -60,26 +71,14 @@ def check_path(config, workdir):
         return
     for path in sources(config.init_from).values():
         if is_foreign(path):
-            _recognize(path)
+            recognized(path)
             continue
         try:
             checkpoint.find(path)
         except UserError as error:
             hint = f"train it first with --workdir={path}, or name another one: --config.init_from=PATH"
             raise UserError(f"init_from: {error}; {hint}") from None
-
-
-def check(config, shapes, tokenizer):
-    """Checks that the weights of `config.init_from` fit the run, before its state is made; raises as `start` does.
-
-    Args:
-      config: the configuration.
-      shapes: the `TrainState` of the run as shapes.
-      tokenizer: the run's tokenizer.
-    """
-    import jax
-
-    for _ in _matched(config, jax.eval_shape(_flat, shapes.params, shapes.extra), tokenizer):
+    for _ in _matched(config, jax.eval_shape(_flat, *init_shapes(config)), tokenizer):
         pass
 
 
@@ -113,6 +112,48 @@ def start(config, state, tokenizer):
     line += "; position embeddings resized" if resized else ""
     ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
     return state.replace(params=params, extra=extra, ema=ema), line
+
+
+def complete(state, method, tokenizer, mesh):
+    """Returns a new state with the parameters that `Method.start` computes from others."""
+    import jax
+
+    from clip_jax.methods.interface import Method
+    from clip_jax.runtime import sharding
+
+    if method.start is Method.start:
+        return state
+    params = method.start(state.params, state.extra, tokenizer, mesh)
+    params = sharding.place(params, jax.tree.map(lambda x: x.sharding, state.params))
+    ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
+    return state.replace(params=params, ema=ema)
+
+
+def beginning(config, method, tokenizer, mesh):
+    """Returns `(params, extra)` as a run with `init_from` had them before its first step, on the mesh.
+
+    State that comes from data (`Method.init_from_data`) is left out. Raises UserError as `start` does.
+
+    Args:
+      config: the run's configuration, resolved.
+      method: its `Method`.
+      tokenizer: its tokenizer.
+      mesh: the mesh.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from clip_jax.methods.interface import init_shapes
+    from clip_jax.runtime import sharding
+    from clip_jax.training.step import TrainState
+
+    batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in method.batch_spec(2).items()}
+    layouts = sharding.state_shardings(init_shapes(config), mesh, method.sharding_rules)
+    with jax.set_mesh(mesh):
+        init = jax.jit(lambda key: method.init(key, batch), out_shardings=layouts)
+        state = TrainState(0, *init(jax.random.key(config.seed)), None, None, 0)
+        state = complete(start(config, state, tokenizer)[0], method, tokenizer, mesh)
+    return state.params, state.extra
 
 
 def _matched(config, current, tokenizer):
@@ -246,7 +287,8 @@ def _resize(path, pos, target, model, how):
     return jax.make_array_from_callback(target.shape, target.sharding, new.astype(target.dtype).__getitem__)
 
 
-def _recognize(path):
+def recognized(path):
+    """Returns the `Foreign` model of third-party weights; raises UserError that names `init_from`."""
     from clip_jax.interop import recognize
 
     try:
@@ -262,7 +304,7 @@ def _foreign(path):
     from clip_jax.interop import layouts
     from clip_jax.interop import load as interop
 
-    foreign = _recognize(path)
+    foreign = recognized(path)
     ours = interop.shapes(foreign.config)
     entries = foreign.entries(ours)
     layouts.check(entries, foreign.tensors, ours, foreign.ignored, f"init_from: {foreign.file}")
@@ -285,7 +327,7 @@ def _own(path):
     """Returns the Source of a checkpoint of this project: its moving average when its configuration evaluates that."""
     import jax
 
-    from clip_jax.methods.interface import make_method
+    from clip_jax.methods.interface import init_shapes, make_method
     from clip_jax.runtime import sharding
     from clip_jax.training import checkpoint
 
@@ -295,8 +337,7 @@ def _own(path):
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
     config = config_lib.from_json(json.dumps(meta["config"]))
-    method = make_method(config)
-    params, extra = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2))
+    params, extra = init_shapes(config)
     weights = "ema" if config.eval.ema else "params"
     unstacked = jax.eval_shape(_flat, params, extra)
 
@@ -310,7 +351,7 @@ def _own(path):
 
         tree = _only({weights: params, "extra": extra}, is_needed)
         mesh = next(iter(targets.values())).sharding.mesh
-        placed = sharding.with_shardings(tree, sharding.state_shardings(tree, mesh, method.sharding_rules))
+        placed = sharding.with_shardings(tree, sharding.state_shardings(tree, mesh, make_method(config).sharding_rules))
         try:
             state = checkpoint.restore_arrays(folder, placed)
         except UserError as error:

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from clip_jax import config as config_lib
+from clip_jax import from_weights
 from clip_jax.data.reading import configured_reading
 from clip_jax.errors import Problems, UserError
 from clip_jax.runtime import faults, lock, profile, storage
@@ -42,15 +43,21 @@ def need_data(spec, config, overrides):
         raise UserError(f"{spec} is a published recipe without data: give the data: --config.data=/data/pairs/*.tar")
 
 
-def make_parts(config):
-    """Returns `(config, source, tokenizer, method)`, all checked, without touching a device. Raises UserError."""
-    from clip_jax import evaluate
+def make_parts(config, workdir=None, log=lambda line: None):
+    """Returns `(config, source, tokenizer, method)`, all checked, without touching a device. Raises UserError.
+
+    Args:
+      config: the configuration.
+      workdir: the work folder; a run in it keeps the fields of a variant `small` that it found in the data.
+      log: takes the line about these fields.
+    """
+    from clip_jax import evaluate, small
     from clip_jax.data.loader import check_source
     from clip_jax.data.sources import configured_source
     from clip_jax.data.tokenizers import make_tokenizer
     from clip_jax.methods import interface
 
-    problems = Problems()
+    config, problems = small.fitted(from_weights.take(config), workdir, log), Problems()
     problems.check(config_lib.validate, config)
     problems.check(profile.check, config)
     problems.check(evaluate.check_tasks, config)

@@ -18,6 +18,7 @@ import os
 import time
 
 from clip_jax import config as config_lib
+from clip_jax import from_weights
 from clip_jax.errors import UserError
 from clip_jax.runtime import hosts, lock, storage
 from clip_jax.version import __version__
@@ -86,7 +87,7 @@ def load(spec, overrides=()):
     if not spec.endswith(".json"):
         if not storage.is_remote(spec) and os.path.isfile(os.path.join(spec, CONFIG)):
             raise UserError(f"--config={spec} is a run: its configuration is --config={os.path.join(spec, CONFIG)}")
-        return config_lib.load(spec, overrides)
+        return from_weights.load(spec, overrides)
     text = storage.read(spec)
     if text is None:
         raise UserError(f"--config={spec}: there is no such file")

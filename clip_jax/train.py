@@ -76,13 +76,12 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     preflight.check_room(parts, checkpointer.folder.parent, not checkpointer.newest())
     state = checkpointer.restore(parts.state)
     if state is None:
-        if config.init_from:
-            init_from.check(config, shapes, tokenizer)
         state = jax.jit(init, out_shardings=shardings)(rng)
         state = state.replace(extra=sharding.place(method.init_from_data(state.extra, source, mesh), shardings.extra))
         if config.init_from:
             state, line = init_from.start(config, state, tokenizer)
             log(line)
+        state = init_from.complete(state, method, tokenizer, mesh)
     return state, tx
 
 
@@ -145,8 +144,8 @@ def train(config, workdir, log=print, cluster=None, fork=None):
     cache = compile_cache.prepare(config.compile.cache, workdir)
     # The hosts join before data is opened, because they may take very different times for that.
     hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
-    config, source, tokenizer, method = make_parts(config)
-    init_from.check_path(config, workdir)
+    config, source, tokenizer, method = make_parts(config, workdir, hosts.on_first(log))
+    init_from.check(config, tokenizer, workdir)
     hosts.devices()
     with faults.stage("waiting until all hosts have opened their data"):
         hosts.wait("opened")

@@ -4,6 +4,8 @@
 
 Variants, after a colon:
   (none)   a small model on emoji and clip art (no held-out concept in it) for 2 CPU cores; README.md gives its result
+  finetune tunes weights of a run or of others on your data: --config.init_from=PATH --config.data=PATH
+  small    for your own data on one small machine (clip_jax/small.py): --config.data=pairs.tsv, or a folder of images
   emoji    the same on emoji alone: the control of the other methods' configurations
   smoke    a few steps on emoji, under a minute with compilation; accuracy near chance
   scenes   the control of configs/filip.py:scenes; two of three images show two emoji, and the caption says how they lie
@@ -14,16 +16,17 @@ Variants, after a colon:
   h14      open_clip's H/14 on LAION-2B; expected 78.0 %. Assumption: its learning rate
 """
 
-from clip_jax import config
+from clip_jax import config, from_weights, small
 from clip_jax.models.towers import use_size
 
 SIZES = {"b32": "ViT-B/32", "b16": "ViT-B/16", "l14": "ViT-L/14", "l14_336": "ViT-L/14@336", "h14": "ViT-H/14"}
 SIZES |= {"rn50": "RN50", "rn101": "RN101", "rn50x4": "RN50x4"}
-VARIANTS = ["emoji", "smoke", "scenes", *SIZES]
+VARIANTS = ["small", "finetune", "emoji", "smoke", "scenes", *SIZES]
 
 
 def get_config(variant=""):
-    c = published(SIZES[variant]) if variant in SIZES else embedded()
+    bases = {"finetune": from_weights.base, "small": small.base}
+    c = published(SIZES[variant]) if variant in SIZES else bases.get(variant, embedded)()
     if variant == "":
         c.data.source, c.train.steps = "emoji*3 + openclipart?without=emoji&has=keywords*1", 1250
         c.data.templates += ("{caption}, {keywords}",)  # only clip art has captions, only emoji have names
@@ -32,7 +35,7 @@ def get_config(variant=""):
     elif variant == "smoke":
         c.data.batch_size, c.eval.steps = 64, 0
         c.update(train=dict(steps=10, log_steps=2), optim=dict(warmup_steps=2))
-    elif variant not in ("emoji", *SIZES):
+    elif variant not in VARIANTS:
         raise config.unknown("configs/clip.py has no variant", variant, VARIANTS)
     return c
 
@@ -43,8 +46,7 @@ def published(size):
     samples, c.data.batch_size = (32_000_000_000, 79104) if size == "ViT-H/14" else (32 * 400_000_000, 32768)
     c.train.steps = samples // c.data.batch_size // (32 if "@336" in size else 1)
     c.init_from, c.init_from_resize = ("runs/clip_l14", True) if "@336" in size else ("", False)
-    if size.startswith(("ViT-L", "ViT-H")):  # L/14 fits 256 chips of 16 GB: docs/scaling.md
-        c.model.remat, c.model.scan = "full", True
+    c.model.update(dict(remat="full", scan=True) if size.startswith(("ViT-L", "ViT-H")) else {})  # docs/scaling.md
     c.optim.update(dict(b2=0.999, eps=1e-8) if size.startswith("RN") else {})
     c.optim.lr, c.eval.tasks = {"ViT-L/14": 4e-4, "ViT-L/14@336": 2e-5}.get(size, 5e-4), ()
     c.tokenizer, c.data.workers = "clip_bpe", 8
@@ -72,8 +74,7 @@ def scenes(c):
     c.data.update(dict(source=f"emoji*1 + {objects}*2", batch_size=128, templates=templates, word_dropout=0.0))
     # No flip and hardly a crop: left stays left, and the image keeps all that its caption names.
     c.data.augment = ("random_background(0.5)", "rrc(0.85, 1.0, (0.9, 1.11))", "jitter(0.2, 0.2, 0.2, 0.0)")
-    c.model.image.update(dict(size=64, stem=(24, 48, 96, 128)))  # 16 patches, 4 for the cell of each object
-    c.model.text.context = 28  # the longest caption
+    c.model.update(image=dict(size=64, stem=(24, 48, 96, 128)), text=dict(context=28))  # 4 patches for an object
     c.update(train=dict(steps=800), checkpoint=dict(steps=400), eval=dict(steps=400))
     c.eval.tasks, c.eval.transform = ("emoji()", f"relations(source='{objects}')"), ("resize", "center_crop")
     c.eval.train_tasks += (f"relations(source='{objects}', split='val', name='scenes_val', limit=600)",)

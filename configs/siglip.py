@@ -4,7 +4,9 @@
 
 Variants, after a colon:
   (none)   model, data and optimizer of configs/clip.py:emoji with the sigmoid loss, sized for 2 CPU cores
+  small    for your own data, as configs/clip.py:small
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
+  finetune configs/clip.py:finetune for weights of SigLIP, with its loss
   b16_224 l16_256 so400m_14_224 siglip2_b16_256
            the published models. Give data and tokenizer: --config.data=/data/pairs/{00000..41407}.tar
            --config.tokenizer="sentencepiece:/data/c4_en.model?lower=true&pad_with_eot=true" (siglip2: Gemma's)
@@ -20,13 +22,13 @@ from clip_jax.models.towers import use_size
 
 PUBLISHED = {"b16_224": "SigLIP-B/16-224", "l16_256": "SigLIP-L/16-256", "so400m_14_224": "SigLIP-So400m/14-224"}
 PUBLISHED |= {"siglip2_b16_256": "SigLIP2-B/16-256"}
-VARIANTS = ["smoke", *PUBLISHED]
+VARIANTS = ["smoke", "small", "finetune", *PUBLISHED]
 
 
 def get_config(variant=""):
     if variant in PUBLISHED:
         c = published(PUBLISHED[variant])
-    elif variant in ("", "smoke"):
+    elif variant in ("", "smoke", "small", "finetune"):
         c = config.sibling(__file__, f"clip.py:{variant or 'emoji'}")
     else:
         raise config.unknown("configs/siglip.py has no variant", variant, VARIANTS)

@@ -248,7 +248,7 @@ def test_sentencepiece_gives_the_same_ids(spec, tmp_path):
     if ours.options["pad_with_eot"]:  # SigLIP's tokenizer cleans texts as before after it is loaded again
         for name, content in export_tokenizer.for_hf(ours, 77).items():
             (tmp_path / name).write_text(json.dumps(content))
-        again = find_tokenizer(tmp_path, "siglip", None)
+        again = make_tokenizer(find_tokenizer(tmp_path, "siglip", None))
         assert again(TEXTS, 300).tolist() == ours(TEXTS, 300).tolist()
 
 

@@ -516,7 +516,7 @@ def test_weights_are_the_ones_of_the_file(with_tokenizer):
 
 
 def ids_of(folder, method, vocab_size, texts, context=12):
-    return tokenizer_files.find(folder, method, vocab_size)(texts, context).tolist()
+    return make_tokenizer(tokenizer_files.find(folder, method, vocab_size))(texts, context).tolist()
 
 
 TEXTS = ["A Photo, of: a_cat!", "pizza", ""]
@@ -578,7 +578,7 @@ def test_siglip_tokenizer_as_json(tmp_path):
     model.post_processor = library.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     model.save(str(tmp_path / "tokenizer.json"))
     assert ids_of(tmp_path, "siglip", 9, ["A photo, a cat!", ""], 6) == [[4, 5, 4, 6, 1, 1], [1] * 6]
-    tokenizer = tokenizer_files.find(tmp_path, "siglip", 9)
+    tokenizer = make_tokenizer(tokenizer_files.find(tmp_path, "siglip", 9))
     assert tokenizer.decode([4, 5, 4, 6, 1, 1]) == "a photo a cat" and tokenizer.vocab_size == 9
     tokenizer.save(tmp_path / "saved")
     assert make_tokenizer(tmp_path / "saved") == tokenizer and pickle.loads(pickle.dumps(tokenizer))(
@@ -586,7 +586,7 @@ def test_siglip_tokenizer_as_json(tmp_path):
     ).tolist() == [[4, 1, 1]]
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(UserError, match="not a tokenizer.json"):
-        tokenizer_files.find(tmp_path, "siglip", 9)
+        make_tokenizer(tokenizer_files.find(tmp_path, "siglip", 9))
 
 
 def test_the_first_block_of_a_stage_has_no_residual_in_hugging_face():

@@ -57,7 +57,7 @@ def run(recipe, workdir, *overrides):
     """
     c = config.load(str(REPO / "configs" / recipe), [*RUN, *overrides])
     resolved, source, tokenizer, method = train.make_parts(c)
-    init_from.check_path(resolved, workdir)
+    init_from.check(resolved, tokenizer, workdir)
     mesh = sharding.make_mesh(resolved.mesh, jax.devices()[:1])
     init, tx = make_init(resolved, method, method.batch_spec(8))
     one, rng = sharding.NamedSharding(mesh, jax.P()), np.random.default_rng(0)
@@ -149,4 +149,4 @@ def test_raclip_looks_up_by_a_vit_and_a_sentence_transformer(tmp_path):
 def test_what_may_contradict_a_source_is_one_of_the_checked_fields(tmp_path):
     c = config.load(str(REPO / "configs" / "otter.py:otter"), ["init_from_allow=model.image.size"])
     with pytest.raises(UserError, match="init_from_allow 'model.image.size'"):
-        init_from.check_path(c, tmp_path)
+        init_from.check(c, None, tmp_path)

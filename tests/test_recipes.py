@@ -96,5 +96,6 @@ def test_every_published_recipe_has_a_table():
         module, _ = config.load_module(str(path))
         for variant in module.VARIANTS:
             name = f"{path.name}:{variant}"
-            if load(name)["model.image.size"] >= 224:
+            c = load(name)
+            if c["model.image.size"] >= 224 and not c["init_from_model"]:
                 assert name in described, f"{name} has no table in docs/recipes/"

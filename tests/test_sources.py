@@ -99,6 +99,7 @@ def test_the_text_of_the_first_steps():
         ("?index=x", "data: no data set is named"),
         ("emoji?wher=vendor:noto", r"emoji\?wher=vendor:noto: unknown option 'wher' \(did you mean 'where'\?\)"),
         ("a.tar?captions=lines&where=a:b", "where= is a step of its own; write it after another '.'$"),
+        ("https://h/{split}.jsonl", "a table is read from a local disk alone; clip_jax.tools.to_parquet"),
         ("a.tar?shard=b", "unknown option 'shard' .did you mean 'shards'"),
         ("emoji?xyz=1", "unknown option 'xyz'; allowed: index, columns, uids, where, part, label, by, has, without"),
         ("emoji?where=vendor:noto&lable=group", "unknown option 'lable' .did you mean 'label'"),

@@ -29,7 +29,7 @@ from clip_jax.evaluation.report.galleries import Classification
 from clip_jax.evaluation.report.headline import accuracy_table
 from clip_jax.evaluation.results import EvalResult, by_name, named
 
-_COLUMNS = {
+COLUMNS = {
     "top1": "top-1",
     "top5": "top-5",
     "mean_per_class": "mean per class",
@@ -120,7 +120,7 @@ def zeroshot_task(
     sets = np.where(sets >= 0, np.asarray(class_of_label, np.int32)[sets], -1)
     labels = sets[:, 0]  # the only ones, or the first ones, by which the figures are sorted
     top, scores = classifier.top(embedded.z, max((5, *flat_hit)))
-    metrics = _flat_hits(top, sets, len(class_names), flat_hit) or _accuracies(top, labels, len(class_names))
+    metrics = _flat_hits(top, sets, len(class_names), flat_hit) or accuracies(top, labels, len(class_names))
     metrics |= {"images": len(labels), "classes": len(class_names), "skipped": embedded.skipped}
     result = EvalResult(named(name, metrics)).credit(__name__)
     groups = [class_names[i] for i in labels]
@@ -154,7 +154,7 @@ def _check_labels(source, flat_hit, task):
     return values
 
 
-def _accuracies(top, labels, classes):
+def accuracies(top, labels, classes):
     """Returns the metrics of images with one label each; `top` int `[n, K]`, `labels` int `[n]`."""
     from clip_jax.evaluation.baselines import chance, majority
     from clip_jax.evaluation.classifier import accuracy, per_class_accuracy
@@ -204,7 +204,7 @@ def check_source(source, options):
 def metric_names(options):
     """Returns the names of the metrics that a run with these options computes."""
     values = _check_values(options["flat_hit"], options["name"])
-    keys = [f"{prefix}F@{k}" for k in values for prefix in ("", "chance_")] or _COLUMNS
+    keys = [f"{prefix}F@{k}" for k in values for prefix in ("", "chance_")] or COLUMNS
     return [f"{options['name']}/{key}" for key in (*keys, "images", "classes", "skipped")]
 
 
@@ -212,7 +212,7 @@ def headline(metrics):
     """Returns the numbers for the top of the report as HTML."""
     with_columns = {}
     for name, m in by_name(metrics).items():
-        columns = {k: k.replace("chance_", "chance ") for k in m if "F@" in k} or _COLUMNS
+        columns = {k: k.replace("chance_", "chance ") for k in m if "F@" in k} or COLUMNS
         with_columns.setdefault(tuple(columns.items()), {})[name] = m
     tables = "".join(accuracy_table(results, dict(columns)) for columns, results in with_columns.items())
     return f"<h3>Zero-shot classification</h3>{tables}{_MEANING}"

@@ -69,7 +69,8 @@ def export(model, to, out, tokenizer=True):
     theirs = layouts.save(entries, arrays)
     _same_model(config, files, theirs, to)
     layouts.check(entries, theirs, arrays)
-    notes = [line for line in (note, _alpha_note(config, to)) if line]
+    head = f"note: the classifier of {len(model.class_names)} classes is left out" if model.class_names else None
+    notes = [line for line in (note, _alpha_note(config, to), head) if line]
     if not tokenizer or model.tokenizer is None:
         notes.append("note: no tokenizer is written")
     elif to == "open_clip":
@@ -103,7 +104,8 @@ def _arrays(model):
     from clip_jax.models.transformer import unstack_layers
     from clip_jax.runtime.sharding import path_name
 
-    tree = unstack_layers({"params": model.params, "extra": model.extra})
+    params = {name: x for name, x in model.params.items() if not (name == "head" and model.class_names)}
+    tree = unstack_layers({"params": params, "extra": model.extra})
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 

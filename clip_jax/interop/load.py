@@ -65,7 +65,7 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, alpha=None, mesh
         raise UserError(f"{path} holds a text tower alone: use it in init_from")
     config, tensors = foreign.config, foreign.tensors
     _set_alpha(config, alpha)
-    tokenizer = _tokenizer(foreign, tokenizer)
+    tokenizer = find_tokenizer(foreign, tokenizer)
     ours = shapes(config)
     entries = foreign.entries(ours)
     layouts.check(entries, tensors, ours, foreign.ignored, str(foreign.file))
@@ -102,21 +102,18 @@ def is_image_tower(config):
 def shapes(config):
     """Returns `{path: ShapeDtypeStruct}` of the parameters and running statistics of a configuration.
 
-    Fills in all fields of the configuration's towers.
+    Fills in all fields of the configuration's towers, and touches no device.
     """
     import jax
 
-    from clip_jax.methods.interface import make_method
+    from clip_jax.methods.interface import init_shapes
     from clip_jax.models import towers
     from clip_jax.runtime.sharding import path_name
 
     if is_image_tower(config):
         return tower_shapes(config)
     towers.fill(config.model)
-    method = make_method(config)
-    tree = dict(
-        zip(("params", "extra"), jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2)), strict=True)
-    )
+    tree = dict(zip(("params", "extra"), init_shapes(config), strict=True))
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -158,20 +155,16 @@ def _resize(config, entries, tensors, ours, size, how):
     return tensors | {entry.theirs: Tensor(shape, np.dtype(np.float32), read)}
 
 
-def _tokenizer(foreign, spec):
+def find_tokenizer(foreign, spec=None):
     """Returns the tokenizer of a spec or of the model's folder, or None; sets its name in the configuration."""
     from clip_jax.data.tokenizers import make_tokenizer
-    from clip_jax.interop.tokenizer import find, spec_of
+    from clip_jax.interop.tokenizer import find
 
     config, text = foreign.config, foreign.config.model.get("text", {})
-    tokenizer = (
-        make_tokenizer(spec)
-        if spec
-        else None
-        if is_image_tower(config)
-        else find(foreign.file.parent, config.method, text.get("vocab_size"), foreign.kind)
-    )
-    config.tokenizer = spec or (spec_of(tokenizer) if tokenizer else "")
+    if not spec and not is_image_tower(config):
+        spec = find(foreign.file.parent, config.method, text.get("vocab_size"), foreign.kind)
+    tokenizer = make_tokenizer(spec) if spec else None
+    config.tokenizer = spec or ""
     if tokenizer is None or "vocab_size" not in text:
         return tokenizer
     if tokenizer.vocab_size > text.vocab_size:

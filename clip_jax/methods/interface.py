@@ -51,6 +51,10 @@ class Method:
         the logit scale.
       init_from_data: `(extra, source, mesh) -> extra`, once, at the start of a run: fills the parts of `extra` that
         come from data or from other weights. It returns NumPy arrays or arrays on the mesh.
+      start: `(params, extra, tokenizer, mesh) -> params`, once, at the start of a run, after `init_from`: computes
+        parameters from others, such as a classifier from a text tower. It returns NumPy arrays or arrays on the mesh.
+      class_logits: `(params, unit image embeddings [n, E]) -> float32 [n, C]`, the logits of the classes in
+        `config.classify.classes`, where the method trains a classifier; else None.
       similarity: `(image embeddings [n, ...], text embeddings [m, ...]) -> float32 [n, m]`; images are the queries.
       text_similarity: `(text embeddings [m, ...], image embeddings [n, ...]) -> float32 [m, n]`; texts are the queries.
         None: the transpose of `similarity`. Where embeddings are not single vectors, search also compares images with
@@ -76,6 +80,8 @@ class Method:
     update: Callable = lambda params, extra, features, step: extra
     constrain: Callable = lambda params: params
     init_from_data: Callable = lambda extra, source, mesh: extra
+    start: Callable = lambda params, extra, tokenizer, mesh: params
+    class_logits: Callable | None = None
     similarity: Callable = lambda z_image, z_text: jnp.matmul(z_image, z_text.T)
     text_similarity: Callable | None = None
     patch_similarity: Callable | None = None
@@ -159,6 +165,17 @@ def make_method(config):
     Raises UserError when the module is missing or has no function `make(config)`.
     """
     return _module(config).make(config)
+
+
+def init_shapes(config):
+    """Returns `(params, extra)` of the method of a configuration as shapes, without touching a device.
+
+    Raises UserError as `make_method` does.
+    """
+    config = config.copy_and_resolve_references()
+    config.model.dtype = "float32"  # in which attention does not ask for the kind of the devices
+    method = make_method(config)
+    return jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0), method.batch_spec(2))
 
 
 def resolve(config, tokenizer, source=None):

@@ -97,13 +97,10 @@ def attend(q, k, v, mask=None, causal=False, attention="plain", bias=None, drop_
         logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min / 2)
         weights = drop_weights(jax.nn.softmax(logits).astype(v.dtype))
         return jnp.einsum("bhts,bshd->bthd", weights, v)
-    fits = (
-        jax.default_backend() == "gpu"
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-    )
-    if attention == "auto" and fits and mask is None and bias is None and q.shape[1] > 1:
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    fits = fits and mask is None and bias is None and q.shape[1] > 1
+    # The devices are asked last: shapes of a model in float32 need none.
+    if attention == "auto" and fits and jax.default_backend() == "gpu":
         return attend_even(q, k, v, causal, "cudnn")
     if q.dtype == jnp.float16 and jax.default_backend() != "gpu":  # JAX's float16 attention runs on GPUs only
         wide = (x.astype(jnp.float32) for x in (q, k, v))

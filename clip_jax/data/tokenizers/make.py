@@ -5,7 +5,7 @@
     tokenizer.save("runs/clip/tokenizer")
     make_tokenizer("runs/clip/tokenizer")                     # the same tokenizer
 
-The string is a spec or a folder that `save` wrote:
+The string is a spec, a folder that `save` wrote, or a SentencePiece file whose name ends in .model:
 
     SPEC   = KIND [":" PATH] ["?" OPTION {"&" OPTION}]
     OPTION = KEY "=" VALUE
@@ -16,6 +16,7 @@ KIND and PATH are one of
     sentencepiece:/path/spm.model any SentencePiece model (c4_en, mC4, Gemma); lower=true if it does not lower-case
     clip_bpe                      the vocabulary of OpenAI CLIP, 49,408 ids; options specials, mask, clean
     wordpiece:/path/vocab.txt     uncased BERT; option lower
+                                  Hugging Face's tokenizer.json serves both, in place of the vocabulary
     siglip:/path/spiece.model     SigLIP's SentencePiece model or tokenizer.json, padded with EOT; option clean
     unifont[:/path/unifont.hex]   the font that draws texts as images (CLIPPO); options lower, monospace
 
@@ -64,6 +65,8 @@ def make_tokenizer(spec):
     """
     name, _, options = str(spec).partition("?")
     kind, _, path = name.partition(":")
+    if kind not in _KINDS and name.endswith(".model") and epath.Path(name).is_file():
+        return make_tokenizer(f"sentencepiece:{spec}")
     if kind not in _KINDS:
         return _load(epath.Path(spec))
     cls, shipped = _KINDS[kind]
@@ -100,10 +103,24 @@ def _make(cls, file, options):
         data = file.read_bytes()
     except OSError as e:
         raise UserError(f"tokenizer {cls.kind}: cannot read {file} ({e.strerror or e})") from e
+    if file.suffix == ".json" and cls in (ClipBpeTokenizer, WordPieceTokenizer):
+        data = _vocabulary(cls, data, file)
     try:
         return cls(data, **options)
     except UserError as e:
         raise UserError(f"tokenizer {cls.kind}: {file}: {e}") from e
+
+
+def _vocabulary(cls, data, file):
+    """Returns the vocabulary file of a class from the bytes of Hugging Face's `tokenizer.json`."""
+    try:
+        model = json.loads(data)["model"]
+        if cls is WordPieceTokenizer:
+            return "\n".join(sorted(model["vocab"], key=model["vocab"].get)).encode()
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not a Hugging Face tokenizer ({type(error).__name__}: {error})") from None
+    return "\n".join(["#version: 0.2", *merges]).encode()
 
 
 def _parse_options(cls, text, spec):

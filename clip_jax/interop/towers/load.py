@@ -23,10 +23,10 @@ def tower_shapes(config):
     if "image" in config.model:
         size = config.model.image.size
         image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-        found["img"] = jax.eval_shape(towers.image_tower(config.model).init, jax.random.key(0), image)
+        found["img"] = jax.eval_shape(towers.image_tower(config.model).init, jax.eval_shape(jax.random.key, 0), image)
     if "text" in config.model:
         ids = jax.ShapeDtypeStruct((1, config.model.text.context), np.int32)
-        found["txt"] = jax.eval_shape(towers.text_tower(config.model).init, jax.random.key(0), ids)
+        found["txt"] = jax.eval_shape(towers.text_tower(config.model).init, jax.eval_shape(jax.random.key, 0), ids)
     statistics = {name: x["batch_stats"] for name, x in found.items() if "batch_stats" in x}
     tree = {"params": {name: x["params"] for name, x in found.items()}, "extra": {"batch_stats": statistics}}
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}

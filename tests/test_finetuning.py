@@ -226,6 +226,9 @@ def test_a_run_on_labels(weights, classified):
     assert moved and all(path.startswith("img/") for path in moved) and model.class_names[0] == "big bear"
     p = model.classify([Image.open(path) for path in sorted((weights / "data" / "test").glob("*/*.png"))])
     assert (p.argmax(1) == np.repeat(range(3), 3)).mean() == pytest.approx(metrics["accuracy/top1"])
+    lines = export(model, "open_clip", weights / "exported")
+    assert "note: the classifier of 3 classes is left out" in lines
+    assert flat(clip_jax.load(weights / "exported").params).keys() == before.keys()
     # A part of the classes is evaluated among that part; other classes are refused.
     (weights / "part").mkdir(exist_ok=True)
     for name in ("cat", "dog"):

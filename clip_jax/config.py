@@ -8,24 +8,20 @@ import ast
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import re
 
 from ml_collections import ConfigDict
 
-from clip_jax import optim_checks
-from clip_jax.errors import UserError, did_you_mean, unknown
+from clip_jax import config_checks
+from clip_jax.config_checks import DTYPES
+from clip_jax.errors import Problems, UserError
+from clip_jax.errors import unknown as unknown
 
-DTYPES = ("float32", "bfloat16", "float16")
-REMATS = ("none", "dots", "full")
-ATTENTIONS = ("auto", "plain")
 _COLOURS = ("image_mean", "image_std")
 _TEXTS = set(  # fields that hold tuples of str
     "augment templates rewrites transform tasks train_tasks init_from_params init_from_allow freeze no_decay".split()
 )
-ORDERS = ("auto", "records", "blocks")
-SAMPLINGS = ("mixed", "one_source")
 
 
 def base():
@@ -220,29 +216,34 @@ def set_method(config, name, options):
 def override(config, overrides):
     """Sets fields of a configuration in place, `["optim.lr=3e-4", ...]`, and returns it.
 
-    Raises UserError like `load`.
+    Raises one UserError for all wrong overrides, like `load`.
     """
+    problems = Problems()
     for text in overrides:
         key, _, value = text.partition("=")
-        _override(config, key, value)
+        problems.check(_override, config, key, value)
+    problems.end()
     return config
 
 
 def parse_overrides(arguments):
     """Returns `["optim.lr=3e-4", ...]` for the arguments `--config.optim.lr=3e-4` or `--config.optim.lr 3e-4`.
 
-    Raises UserError for any other argument.
+    Raises one UserError for all other arguments.
     """
     rest, overrides = list(arguments), []
+    problems = Problems()
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith("--config."):
-            raise UserError(f"unknown argument {argument!r}; set fields of the configuration with --config.FIELD=VALUE")
-        if "=" not in argument:
-            if not rest:
-                raise UserError(f"{argument!r} has no value")
+        if "=" not in argument and argument.startswith("--") and rest and not rest[0].startswith("--"):
             argument += "=" + rest.pop(0)
-        overrides.append(argument.removeprefix("--config."))
+        if not argument.startswith("--config."):
+            problems.add(config_checks.unknown_argument(argument, list(_keys(base()))))
+        elif "=" not in argument:
+            problems.add(f"{argument!r} has no value")
+        else:
+            overrides.append(argument.removeprefix("--config."))
+    problems.end()
     return overrides
 
 
@@ -260,7 +261,7 @@ def _override(config, key, text):
     for parent in parents:
         section = section.get(parent) if isinstance(section, ConfigDict) else None
     if not isinstance(section, ConfigDict) or name not in section:
-        raise UserError(f"unknown config key {key!r}{did_you_mean(key, _keys(config))}")
+        raise UserError(f"unknown config key {key!r}{config_checks.nearest_field(key, list(_keys(config)))}")
     old = section[name]
     if isinstance(old, ConfigDict):
         values = _literal(text)
@@ -380,47 +381,8 @@ def resolve(config, tokenizer):
 
 
 def validate(config):
-    """Checks the values that no other part of the program checks. Raises UserError for the first wrong value."""
-    _check_ranges(config)
-    optim_checks.check(config.optim, config.train.steps)
-    if config.optim.grad_dtype not in ("float32", config.model.dtype):
-        raise UserError(
-            f"optim.grad_dtype={config.optim.grad_dtype!r}: must be 'float32' or model.dtype={config.model.dtype!r}"
-        )
-    choices = {"model.dtype": DTYPES, "model.remat": REMATS, "model.attention": ATTENTIONS}
-    for key, allowed in (choices | {"data.sampling": SAMPLINGS, "data.order": ORDERS}).items():
-        if _get(config, key) not in allowed:
-            raise unknown(key, _get(config, key), allowed)
-    options = (config.init_from_params, config.init_from_resize, config.init_from_allow)
-    if any(options) and not (config.init_from or config.init_from_model):
-        raise UserError("init_from_params, init_from_resize and init_from_allow need init_from")
-    if config.eval.ema and not config.optim.ema_decay:
-        raise UserError("eval.ema=True needs optim.ema_decay above 0")
-    patterns = {key: _get(config, key) for key in ("optim.freeze", "optim.no_decay", "init_from_params")}
-    patterns["optim.lr_mult"] = [pattern for pattern, _ in config.optim.lr_mult]
-    for key, entry in ((key, entry) for key, entries in patterns.items() for entry in entries):
-        try:
-            re.compile(entry)
-        except (re.error, TypeError):
-            raise UserError(f"{key}: {entry!r} is not a regular expression") from None
-
-
-def _check_ranges(config):
-    lowest = {
-        1: "micro_batches data.batch_size data.threads data.prefetch train.steps train.log_steps train.max_bad_steps"
-        " checkpoint.keep eval.batch_size data.window",
-        0: "train.stall_minutes checkpoint.steps checkpoint.minutes eval.steps data.workers data.cache_mb data.lanes"
-        " profile.port",
-    }
-    for low, key in ((low, key) for low, keys in lowest.items() for key in keys.split()):
-        value = _get(config, key)
-        if not low <= value < math.inf:  # also for NaN
-            raise UserError(f"{key}={value}: must be at least {low}" + " and finite" * (value == math.inf))
-    if not math.isfinite(config.model.logit_scale_init):
-        raise UserError(f"model.logit_scale_init={config.model.logit_scale_init}: must be finite")
-    for key in ("data.max_bad_share", "data.word_dropout"):
-        if not 0 <= _get(config, key) < 1:
-            raise UserError(f"{key}={_get(config, key)}: must be at least 0 and below 1")
+    """Checks the values that no other part of the program checks. Raises one UserError for all wrong values."""
+    config_checks.check(config)
 
 
 def _get(config, key):

@@ -38,3 +38,43 @@ def unknown(what, name, allowed):
     """Returns the UserError for a name that is not in `allowed`. It suggests the nearest name or lists all of them."""
     allowed = [str(a) for a in allowed]
     return UserError(f"{what} {str(name)!r}{did_you_mean(name, allowed) or '; allowed: ' + ', '.join(allowed)}")
+
+
+class Problems:
+    """Collects the UserErrors of several checks, so that a user reads all of them at once.
+
+    Attributes:
+      lines: the messages, each once, in the order of the checks.
+    """
+
+    def __init__(self):
+        self.lines = []
+
+    def check(self, function, *arguments):
+        """Returns `function(*arguments)`, or None where it raises a UserError, whose message is kept."""
+        try:
+            return function(*arguments)
+        except UserError as error:
+            found = error.args[1] if isinstance(error, Several) else [str(error)]
+            for line in found:
+                self.add(line)
+            return None
+
+    def add(self, line):
+        """Keeps a message."""
+        if line not in self.lines:
+            self.lines.append(line)
+
+    def end(self):
+        """Raises one UserError for all messages: the only one as it is, or one a line."""
+        if len(self.lines) == 1:
+            raise UserError(self.lines[0])
+        if self.lines:
+            raise Several(f"{len(self.lines)} problems:" + "".join(f"\n  {line}" for line in self.lines), self.lines)
+
+
+class Several(UserError):
+    """Several wrong inputs; its second argument is the list of their messages."""
+
+    def __str__(self):
+        return self.args[0]

@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_jax import config as config_lib
-from clip_jax import from_weights, init_from, run_folder
+from clip_jax import init_from, preflight, run_folder
+from clip_jax.data import summary
 from clip_jax.data.reading import configured_reading
 from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import command, compile_cache, faults, goodput, host_log, hosts, lock, profile, storage
 from clip_jax.version import __version__
 
 # Importing JAX takes seconds and wrong input is refused before, so functions import what needs JAX.
+
+make_parts = preflight.make_parts
 
 #: Request shared by all hosts: 0 none, SAVE saves now, a larger value is the exit status after saving.
 SAVE = 1
@@ -33,29 +36,11 @@ def parse_args(argv):
     run_folder.add_arguments(parser)
     hosts.add_arguments(parser)
     args, rest = parser.parse_known_args(argv)
-    config, fork = run_folder.from_arguments(args, config_lib.parse_overrides(rest))
+    overrides = config_lib.parse_overrides(rest)
+    config, fork = run_folder.from_arguments(args, overrides)
+    if not fork:
+        preflight.need_data(args.config, config, overrides)
     return config, args.workdir, hosts.from_arguments(args), fork
-
-
-def make_parts(config):
-    """Returns `(config, source, tokenizer, method)`, all checked, without touching a device. Raises UserError."""
-    from clip_jax import evaluate
-    from clip_jax.data.loader import check_source
-    from clip_jax.data.sources import configured_source
-    from clip_jax.data.tokenizers import make_tokenizer
-    from clip_jax.methods import interface
-
-    config = from_weights.take(config)
-    config_lib.validate(config)
-    profile.check(config)
-    evaluate.check_tasks(config)
-    tokenizer = make_tokenizer(config.tokenizer)
-    data, source = config.data, configured_source(config.data)
-    config = interface.resolve(config, tokenizer, source)
-    method = interface.make_method(config)
-    one_source = data.sampling == "one_source"
-    check_source(source, method.views, tokenizer, data.batch_size, one_source, configured_reading(data))
-    return config, source, tokenizer, method
 
 
 def make_loader(config, source, tokenizer, method, mesh, start_step):
@@ -79,6 +64,7 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     """
     import jax
 
+    from clip_jax import program
     from clip_jax.runtime import sharding
     from clip_jax.training.step import make_init
 
@@ -86,7 +72,9 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     rng = jax.random.key(config.seed)
     shapes = jax.eval_shape(init, rng)
     shardings = sharding.state_shardings(shapes, mesh, method.sharding_rules)
-    state = checkpointer.restore(sharding.with_shardings(shapes, shardings))
+    parts = program.Program(config, method, tx, sharding.with_shardings(shapes, shardings), batch)
+    preflight.check_room(parts, checkpointer.folder.parent, not checkpointer.newest())
+    state = checkpointer.restore(parts.state)
     if state is None:
         state = jax.jit(init, out_shardings=shardings)(rng)
         state = state.replace(extra=sharding.place(method.init_from_data(state.extra, source, mesh), shardings.extra))
@@ -227,7 +215,9 @@ def compile_on_all_hosts(run, source, tx, state, batch):
     start = time.perf_counter()
     parts = program.Program(run.config, run.method, tx, state, batch)
     step_fn, found = compile_cache.run(lambda: program.compile_step(parts), run.cache)
-    flops, size = program.model_flops(run.config), program.device_bytes(step_fn)
+    size = program.device_bytes(step_fn)
+    preflight.check_step(parts, size)
+    flops = program.model_flops(run.config)
     # A host with a cached step waits here, outside of the stage "step", whose time is limited.
     hosts.wait("compiled")
     found, seconds = sum(hosts.gather(found)), time.perf_counter() - start
@@ -309,6 +299,9 @@ def loop(run, source, tx, state):
     steps = config.train.steps
     loader = make_loader(config, source, run.tokenizer, run.method, run.mesh, first - 1)
     skipped = loader.skipped.total()
+    if first == 1 and hosts.is_first():
+        for line in summary.describe(source, run.method.views, run.tokenizer):
+            run.log(line)
     run.log("\n".join(filter(None, [loader.blocks, "reading the first batch and compiling the step ..."])))
     batch, waited = next_batch(loader, run.mesh)[0], 0.0  # nothing trains yet
     step_fn, flops = compile_on_all_hosts(run, source, tx, state, batch)

@@ -67,6 +67,12 @@ def test_fewer_records_than_lanes_are_left_out_and_others_each_epoch():
     assert [len(out) for out in left_out] == [3, 3, 3] and len(set.union(*left_out)) > 3
 
 
+def test_blocks_and_records_are_shuffled_independently():
+    lanes = Lanes(np.ones(50, int), 3, 1, 50)
+    blocks, _ = lanes._epoch(0)
+    assert lanes.window(0, 0, 0).ids.tolist() != blocks[blocks].tolist()  # as by one permutation for both
+
+
 def test_a_row_is_near_the_rows_of_its_lane_and_lanes_are_apart():
     sizes = np.full(400, 16)
     order = Order([0, 6400], [1.0], 0, 64, False, lanes=4, blocks=[sizes], window=4)

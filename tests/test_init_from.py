@@ -27,7 +27,7 @@ def begin(workdir, *overrides, save=True):
     config, source, tokenizer, method = train.make_parts(tiny_config(*overrides))
     init_from.check(config, tokenizer, workdir)
     mesh = sharding.make_mesh(config.mesh)
-    batch = method.batch_spec(config.data.batch_size)
+    batch = method.batch_spec(config.data.batch_size, sharding.batch_sharding(mesh))
     lines = []
     with jax.set_mesh(mesh), checkpoint.Checkpointer(workdir, config, tokenizer) as checkpointer:
         state, _ = train.init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer, lines.append)

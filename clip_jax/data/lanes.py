@@ -91,7 +91,8 @@ class Lanes:
         """Returns the `Window` with a number in an epoch of a lane."""
         first, end = self.span(lane, number)
         order, ends = self._epoch(epoch)
-        shuffled = np.random.default_rng((self._seed, epoch, lane, number)).permutation(end - first)
+        # Lane 0 would share the numbers of the blocks' permutation: NumPy fills up seeds with zeros.
+        shuffled = np.random.default_rng((self._seed, epoch, lane + 1, number)).permutation(end - first)
         sequence = lane * self.lane_length + first + np.arange(end - first)
         turns = np.searchsorted(ends, sequence, "right")  # which block of the epoch, by record
         blocks = order[turns]

@@ -29,7 +29,7 @@ import re
 import types
 
 from clip_jax import plugins
-from clip_jax.errors import UserError, did_you_mean, unknown
+from clip_jax.errors import Problems, UserError, did_you_mean, unknown
 from clip_jax.evaluation.class_names import label_hint
 
 _PACKAGE = "clip_jax.evaluation"
@@ -95,9 +95,11 @@ def parse_tasks(texts, key):
       texts: the strings.
       key: the field or flag that holds them, for messages.
 
-    Raises UserError for a wrong string and when two tasks compute metrics of one name.
+    Raises one UserError for all wrong strings, and one when two tasks compute metrics of one name.
     """
-    tasks, owners = [parse_task(text) for text in texts], {}
+    problems, owners = Problems(), {}
+    tasks = [problems.check(parse_task, text) for text in texts]
+    problems.end()
     for number, task in enumerate(tasks):
         names = task.metric_names() or [str(task.options[name]) for name in ("name",) if name in task.options]
         for metric in names:
@@ -116,21 +118,36 @@ def check(config):
     Raises UserError for a wrong task string, two tasks with metrics of one name, data that does not exist or does not
     suit its task, and a metric that no task computes.
     """
-    lists = {key: parse_tasks(config.eval[key], f"eval.{key}") for key in ("tasks", "train_tasks")}
-    for task in itertools.chain.from_iterable(lists.values()):
+    problems = Problems()
+    lists = {key: problems.check(parse_tasks, config.eval[key], f"eval.{key}") for key in ("tasks", "train_tasks")}
+    for task in itertools.chain.from_iterable(filter(None, lists.values())):
+        problems.check(_check_data, task)
+    if config.checkpoint.best and None not in lists.values():
+        problems.check(_check_best, config, lists["tasks"] + (lists["train_tasks"] if config.eval.steps else []))
+    problems.end()
+
+
+def _check_data(task):
+    """Raises UserError, which names the task, when its data does not exist or does not suit it."""
+    try:
         task.check_sources()
         task.open_sources()
-    if config.checkpoint.best:
-        best = config.checkpoint.best.removeprefix("-")
-        running = lists["tasks"] + (lists["train_tasks"] if config.eval.steps else [])
-        names = [task.metric_names() for task in running]
-        if None not in names and not any(_matches(best, name) for name in itertools.chain.from_iterable(names)):
-            known = sorted(set(itertools.chain.from_iterable(names)))
-            hint = did_you_mean(best, known) or (f"; they compute: {', '.join(known[:10])}, ..." if known else "")
-            raise UserError(
-                f"checkpoint.best={config.checkpoint.best!r}: no task of eval.tasks, or of eval.train_tasks with "
-                f"eval.steps={config.eval.steps}, computes this metric{hint}"
-            )
+    except UserError as error:
+        line = str(error)
+        raise UserError(line if line.startswith(task.text) else f"{task.text}: {line}") from None
+
+
+def _check_best(config, running):
+    """Raises UserError when no running task computes the metric `checkpoint.best`."""
+    best = config.checkpoint.best.removeprefix("-")
+    names = [task.metric_names() for task in running]
+    if None not in names and not any(_matches(best, name) for name in itertools.chain.from_iterable(names)):
+        known = sorted(set(itertools.chain.from_iterable(names)))
+        hint = did_you_mean(best, known) or (f"; they compute: {', '.join(known[:10])}, ..." if known else "")
+        raise UserError(
+            f"checkpoint.best={config.checkpoint.best!r}: no task of eval.tasks, or of eval.train_tasks with "
+            f"eval.steps={config.eval.steps}, computes this metric{hint}"
+        )
 
 
 def _matches(metric, pattern):

@@ -10,10 +10,11 @@ import importlib.util
 import json
 import os
 import re
+import sys
 
 from ml_collections import ConfigDict
 
-from clip_jax import config_checks
+from clip_jax import config_checks, own_data
 from clip_jax.config_checks import DTYPES
 from clip_jax.errors import Problems, UserError
 from clip_jax.errors import unknown as unknown
@@ -58,6 +59,7 @@ def _data():
     c = ConfigDict()
     c.source = "emoji"  # see docs/data.md; --config.data=PATH is short for --config.data.source=PATH
     c.split = "train"  # split of the source
+    c.holdout = 0.0  # share of the records that is kept out of training, by a hash of their images (docs/data.md)
     c.image = c.text = c.label = ""  # names of the record's fields; empty: found automatically
     c.templates = ()  # captions built from a record's fields, e.g. ("{name}", "{tags}"); empty: captions as they are
     c.word_dropout = 0.0  # each word of a caption is left out with this probability
@@ -167,12 +169,13 @@ def _eval():
 
 
 def load_module(spec):
-    """Returns `(module, variant)` of `"path/to/file.py[:variant]"`. Raises UserError when the file is missing."""
+    """Returns `(module, variant)` of `"FILE.py[:variant]"`; its folder joins the import path. Raises UserError."""
     path, _, variant = spec.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"--config={spec}: there is no file {path!r}")
     module_spec = importlib.util.spec_from_file_location("clip_jax_config", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.path += {os.path.dirname(os.path.abspath(path))} - {*sys.path}
     module_spec.loader.exec_module(module)
     return module, variant
 
@@ -187,7 +190,7 @@ def load(spec, overrides=()):
         raise UserError(f"--config={spec} is a study: python -m clip_jax.study --config={spec} --workdir=...")
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {module.__file__!r} has no function get_config(variant)")
-    return override(module.get_config(variant), overrides)
+    return own_data.adapt(override(module.get_config(variant), overrides), overrides)
 
 
 def sibling(file, spec):

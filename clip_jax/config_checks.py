@@ -95,7 +95,7 @@ def check(config):
     problems = Problems()
     for low, key in ((low, key) for low, keys in _LOWEST.items() for key in keys.split()):
         problems.check(_check_lowest, key, _get(config, key), low)
-    for key in ("data.max_bad_share", "data.word_dropout"):
+    for key in ("data.max_bad_share", "data.word_dropout", "data.holdout"):
         if not 0 <= _get(config, key) < 1:
             problems.add(f"{key}={_get(config, key)}: must be at least 0 and below 1")
     if not math.isfinite(config.model.logit_scale_init):

@@ -3,15 +3,17 @@
 JAX is imported in functions, because wrong input is answered before it loads.
 """
 
+import contextlib
 import math
 import os
 import shutil
+from pathlib import Path
 
 from clip_jax import config as config_lib
 from clip_jax import from_weights
 from clip_jax.data.reading import configured_reading
 from clip_jax.errors import Problems, UserError
-from clip_jax.runtime import profile
+from clip_jax.runtime import faults, lock, profile, storage
 
 GIB = 2**30
 #: The activations that a backward pass keeps are at most this many times the bytes of its batch.
@@ -41,15 +43,21 @@ def need_data(spec, config, overrides):
         raise UserError(f"{spec} is a published recipe without data: give the data: --config.data=/data/pairs/*.tar")
 
 
-def make_parts(config):
-    """Returns `(config, source, tokenizer, method)`, all checked, without touching a device. Raises UserError."""
-    from clip_jax import evaluate
+def make_parts(config, workdir=None, log=lambda line: None):
+    """Returns `(config, source, tokenizer, method)`, all checked, without touching a device. Raises UserError.
+
+    Args:
+      config: the configuration.
+      workdir: the work folder; a run in it keeps the fields of a variant `small` that it found in the data.
+      log: takes the line about these fields.
+    """
+    from clip_jax import evaluate, small
     from clip_jax.data.loader import check_source
     from clip_jax.data.sources import configured_source
     from clip_jax.data.tokenizers import make_tokenizer
     from clip_jax.methods import interface
 
-    config, problems = from_weights.take(config), Problems()
+    config, problems = small.fitted(from_weights.take(config), workdir, log), Problems()
     problems.check(config_lib.validate, config)
     problems.check(profile.check, config)
     problems.check(evaluate.check_tasks, config)
@@ -61,6 +69,28 @@ def make_parts(config):
     one_source = data.sampling == "one_source"
     check_source(source, method.views, tokenizer, data.batch_size, one_source, configured_reading(data))
     return config, source, tokenizer, method
+
+
+@contextlib.contextmanager
+def nothing_left(workdir):
+    """Removes a local work folder that did not exist before when wrong input ends the run before its first checkpoint.
+
+    Several processes share their work folder, so that they leave it.
+    """
+    is_new = not storage.is_remote(workdir) and not os.path.exists(workdir)
+    top = next((p for p in [Path(workdir), *Path(workdir).parents][::-1] if not p.exists()), None) if is_new else None
+    try:
+        yield
+    except UserError:
+        files = [Path(workdir) / name for name in (lock.FILE, "metrics.jsonl")]
+        has_begun = any(file.exists() and file.stat().st_size for file in files)
+        has_begun = has_begun or any((Path(workdir) / "checkpoints").glob("[0-9]*"))
+        if top and not has_begun and not faults.several_processes():
+            shutil.rmtree(workdir, ignore_errors=True)
+            while top != Path(workdir) and top.exists() and not any(Path(workdir).parent.iterdir()):
+                workdir = Path(workdir).parent
+                workdir.rmdir()
+        raise
 
 
 def check_room(program, workdir, is_new):

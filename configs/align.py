@@ -4,6 +4,7 @@
 
 Variants, after a colon:
   (none)   a small EfficientNet and BERT on the embedded emoji images, sized for 2 CPU cores
+  small    for your own data, as configs/clip.py:small
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b3 b7    coyo-align's recipes: CC3M, COYO-700M
   l2       the paper's recipe: 1.8 G alt-texts
@@ -24,7 +25,7 @@ PUBLISHED = {
 }
 
 
-VARIANTS = ["smoke", *PUBLISHED]
+VARIANTS = ["smoke", "small", *PUBLISHED]
 
 
 def get_config(variant=""):
@@ -57,13 +58,19 @@ def embedded(variant):
     c = config.sibling(__file__, f"clip.py:{variant or 'emoji'}")
     c.tokenizer = "sentencepiece?sot=true"  # BERT embeds a text by its first token
     stages = ((24, 1, 3, 2, 1), (48, 2, 3, 2, 4), (96, 2, 3, 1, 4))
-    c.model.image = dict(kind="efficientnet", size=32, stages=stages, stochastic_depth=0.1)
-    text = dict(kind="bert", context=16, positions=16, width=128, depth=1, heads=2, mlp_dim=512)
+    size, text = 32, dict(kind="bert", context=16, positions=16, width=128, depth=1, heads=2, mlp_dim=512)
+    if variant == "small":
+        stages = ((16, 1, 3, 1, 1), (24, 2, 3, 2, 4), (48, 2, 5, 2, 4), (96, 2, 3, 2, 4), (192, 2, 5, 2, 4))
+        size, text = 128, text | dict(context=32, positions=77, width=192, depth=2, heads=3, mlp_dim=768)
+    c.model.image = dict(kind="efficientnet", size=size, stages=stages, stochastic_depth=0.1)
+    if variant == "small":
+        # AlignModel's of transformers, so that a run can be exported.
+        c.model.image.update(dict(padding="even", proj=False, stochastic_depth=0.2))
     c.model.text = dict(text, vocab_size=0, eot_id=-1)  # the tokenizer sets both
     c.model.temperature_init = 0.05
     c.optim.lr_mult = (("^temperature$", 0.1),)  # LAMB's steps are proportional to a tensor's norm
     c.optim.lr = 1e-2
-    if variant != "smoke":
+    if variant == "":
         c.train.steps = 900
         c.checkpoint.steps = c.eval.steps = 300
     return c

@@ -6,6 +6,9 @@ Variants, after a colon; clip_jax/methods/alip.py documents the section alip:
   (none)   model, data and optimizer of configs/clip.py:emoji. The package has the synthetic captions: the name
            in the training set that a model of configs/clip.py:emoji ranks first for an image, its own or a similar one:
            python -m clip_jax.tools.caption --source=emoji --captioner=retrieval:runs/clip --out=emoji_captions.jsonl
+  small    for your own data, as configs/clip.py:small. Synthetic captions, by a model that was trained on it:
+           python -m clip_jax.tools.caption --source=pairs.tsv --captioner=retrieval:runs/mine --out=captions.jsonl,
+           then --config.data="pairs.tsv?columns=captions.jsonl"
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b32      the released recipe on YFCC15M: 32 epochs of batch 4,096. Give data whose field synthetic holds captions
            (docs/texts.md): --config.data="/data/yfcc15m/{00000..01538}.tar?columns=yfcc15m_captions.jsonl"
@@ -17,7 +20,7 @@ from clip_jax import config
 from clip_jax.methods.alip import Options
 from clip_jax.models.towers import use_size
 
-VARIANTS = ["smoke", "b32"]
+VARIANTS = ["smoke", "small", "b32"]
 
 
 def get_config(variant=""):
@@ -26,7 +29,10 @@ def get_config(variant=""):
     if variant == "b32":
         return config.set_method(published(), "alip", Options())
     c = config.sibling(__file__, f"clip.py:{variant or 'emoji'}")
-    c.data.source = "emoji?columns=emoji_captions"
+    c.data.source = "" if variant == "small" else "emoji?columns=emoji_captions"
+    if variant == "small":
+        command = "python -m clip_jax.tools.caption --source=DATA --captioner=retrieval:RUN --out=captions.jsonl"
+        c.small.needs = ("synthetic", f"{command}, then --config.data='DATA?columns=captions.jsonl'")
     return config.set_method(c, "alip", Options(momentum=0.9))  # the averages settle in some 30 steps, not 300
 
 

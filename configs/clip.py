@@ -5,6 +5,7 @@
 Variants, after a colon:
   (none)   a small model on emoji and clip art (no held-out concept in it) for 2 CPU cores; README.md gives its result
   finetune tunes weights of a run or of others on your data: --config.init_from=PATH --config.data=PATH
+  small    for your own data on one small machine (clip_jax/small.py): --config.data=pairs.tsv, or a folder of images
   emoji    the same on emoji alone: the control of the other methods' configurations
   smoke    a few steps on emoji, under a minute with compilation; accuracy near chance
   scenes   the control of configs/filip.py:scenes; two of three images show two emoji, and the caption says how they lie
@@ -15,16 +16,16 @@ Variants, after a colon:
   h14      open_clip's H/14 on LAION-2B; expected 78.0 %. Assumption: its learning rate
 """
 
-from clip_jax import config, from_weights
+from clip_jax import config, from_weights, small
 from clip_jax.models.towers import use_size
 
 SIZES = {"b32": "ViT-B/32", "b16": "ViT-B/16", "l14": "ViT-L/14", "l14_336": "ViT-L/14@336", "h14": "ViT-H/14"}
 SIZES |= {"rn50": "RN50", "rn101": "RN101", "rn50x4": "RN50x4"}
-VARIANTS = ["finetune", "emoji", "smoke", "scenes", *SIZES]
+VARIANTS = ["small", "finetune", "emoji", "smoke", "scenes", *SIZES]
 
 
 def get_config(variant=""):
-    bases = {"finetune": from_weights.base}
+    bases = {"finetune": from_weights.base, "small": small.base}
     c = published(SIZES[variant]) if variant in SIZES else bases.get(variant, embedded)()
     if variant == "":
         c.data.source, c.train.steps = "emoji*3 + openclipart?without=emoji&has=keywords*1", 1250

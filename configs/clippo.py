@@ -5,6 +5,7 @@
 Variants, after a colon:
   (none)   a small model on the embedded emoji, named in 28 languages, evaluated in English and Korean; for 2 CPU cores
            README.md gives its accuracy with --config.train.steps=2400; all 3,000 steps were not run
+  small    for your own data, as configs/clip.py:small, at 128 pixels
   smoke    a few steps of the default; accuracy near chance
   b16 l16  the paper's recipe (docs/recipes/clippo.md), 100,000 steps of batch 10,240 without augmentation. Data:
            --config.data=/data/pairs/{00000..41407}.tar; for a quarter of text pairs, over 333,000 steps:
@@ -14,20 +15,20 @@ Variants, after a colon:
            weights 47.4 %, and 44.8 % with a quarter of text pairs, which lower it
 """
 
-from clip_jax import config
+from clip_jax import config, small
 
 SIZES = {
     "b16": dict(width=768, depth=12, heads=12, mlp_dim=3072),
     "l16": dict(width=1024, depth=24, heads=16, mlp_dim=4096),
 }
-VARIANTS = ["smoke", *SIZES]
+VARIANTS = ["smoke", "small", *SIZES]
 LANGUAGES = "bn da de en en_gb es es_mx et fi fr hi hu it ja ko lt ms nb nl pl pt ru sv th uk vi zh zh_hant".split()
 
 
 def get_config(variant=""):
     if variant not in ("", *VARIANTS):
         raise config.unknown("configs/clippo.py has no variant", variant, VARIANTS)
-    c = config.base()
+    c = small.base(sizes=(128,)) if variant == "small" else config.base()
     c.method, c.tokenizer = "clippo", "unifont"  # the font takes the tokenizer's place; unifont:FILE names another one
     with c.unlocked():
         del c.model.text
@@ -37,6 +38,8 @@ def get_config(variant=""):
     c.model.image.update(dict(act="gelu_tanh", ln_eps=1e-6, weight_init="xavier"))
     if variant in SIZES:
         return published(c, SIZES[variant])
+    if variant == "small":
+        return c
     embedded(c)
     if variant == "smoke":
         c.train.update(dict(steps=10, log_steps=2))

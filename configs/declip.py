@@ -5,9 +5,9 @@
 Variants, after a colon; clip_jax/methods/declip.py documents the section declip, docs/recipes/declip.md every constant:
   (none)   model, data and optimizer of configs/clip.py:emoji, sized for 2 CPU cores, for half of its steps: a step runs
            each tower twice and costs 2.6 times CLIP's FLOPs (benchmarks/methods.py). README.md gives its result
+  small    for your own data, as configs/clip.py:small
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
-  small_paper small_slip small_defilip
-           other sums of loss terms on the embedded images
+  small_paper small_slip small_defilip other sums of loss terms, on emoji
   b32 rn50 the released recipe on YFCC15M: 32 epochs of batch 4096. --config.data=/data/yfcc15m/{00000..01538}.tar
            YFCC15M is DeCLIP's list of 15,388,848 pairs (docs/dataset_prepare.md of Sense-GVT/DeCLIP links it).
            Expected ImageNet zero-shot top-1: B/32 43.2, RN50 44.4 %. Not run
@@ -37,7 +37,7 @@ OPTIONS = {
 }
 PUBLISHED = {"b32": "ViT-B/32", "rn50": "RN50"}
 SMALL = [f"small_{name}" for name in ("paper", "slip", "defilip")]
-VARIANTS = ["smoke", *SMALL, *PUBLISHED, *(f"b32_{name}" for name in OPTIONS)]
+VARIANTS = ["smoke", "small", *SMALL, *PUBLISHED, *(f"b32_{name}" for name in OPTIONS)]
 
 
 def get_config(variant=""):
@@ -48,12 +48,12 @@ def get_config(variant=""):
     if size in PUBLISHED:
         c = config.set_method(published(PUBLISHED[size], name), "declip", options)
     else:
-        c = config.sibling(__file__, "clip.py:smoke" if variant == "smoke" else "clip.py:emoji")
+        c = config.sibling(__file__, f"clip.py:{variant if variant in ('smoke', 'small') else 'emoji'}")
         config.set_method(c, "declip", options)
         c.declip.update(dict(head_width=256, predictor_width=64, simclr_width=256, filip_width=128))
         c.declip.update(dict(wait_for_queue=True, queue_size=64 * c.data.batch_size))  # 32 steps of two views
         c.declip.simclr_augment = ()  # the embedded images' own
-        if variant != "smoke":
+        if variant not in ("smoke", "small"):
             c.train.steps //= 2  # not much more than CLIP's FLOPs
     if name == "defilip":
         c.model.image.token_norm = False

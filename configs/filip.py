@@ -4,6 +4,7 @@
 
 Variants, after a colon; clip_jax/methods/filip.py documents the section filip:
   (none)   model, data and optimizer of configs/clip.py:emoji, sized for 2 CPU cores
+  small    for your own data, as configs/clip.py:small
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   scenes   configs/clip.py:scenes: scenes of two emoji, captions that say how they lie, test of relations and attributes
   paper25 repo16
@@ -32,7 +33,7 @@ PUBLISHED = {
     "b32": ("ViT-B/32", 340_000_000, 40_960, 2e-3, 3e-3),
     "l14": ("ViT-L/14", 340_000_000, 30_720, 1.5e-3, 3e-3),
 }
-VARIANTS = ["smoke", "scenes", "paper25", "repo16", *PUBLISHED, "b32_repo"]
+VARIANTS = ["smoke", "small", "scenes", "paper25", "repo16", *PUBLISHED, "b32_repo"]
 
 
 def get_config(variant=""):
@@ -49,7 +50,7 @@ def get_config(variant=""):
         # 15 % of the tokens are chosen: 80 % of them become a mask, 10 % a random token, 10 % stay.
         options = Options(token_select="repo16", text_augment=("tokens(0.135, 0.8888889, 0.1111111)",))
     else:
-        c = config.sibling(__file__, f"clip.py:{variant if variant in ('smoke', 'scenes') else 'emoji'}")
+        c = config.sibling(__file__, f"clip.py:{variant if variant in ('smoke', 'small', 'scenes') else 'emoji'}")
         options = Options(token_select=variant if variant in ("paper25", "repo16") else "none")
     return config.set_method(c, "filip", options)
 

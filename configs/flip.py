@@ -4,6 +4,7 @@
 
 Variants, after a colon:
   (none)   a small ViT on the embedded emoji images, sized for 2 CPU cores
+  small    for your own data, as configs/clip.py:small
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b16 l16 h14
            the published recipe (docs/recipes/flip.md): 12.8 G examples of LAION-400M, half of the patches. Data, words:
@@ -25,7 +26,7 @@ SIZES = {
     "h14": ((1280, 32, 16, 5120), (1024, 24, 16, 4096), 14),
 }
 EPOCH = 1_281_167  # FLIP counts in epochs of ImageNet
-VARIANTS = ["smoke", *SIZES, *(f"{size}_tune" for size in SIZES)]
+VARIANTS = ["smoke", "small", *SIZES, *(f"{size}_tune" for size in SIZES)]
 
 
 def get_config(variant=""):
@@ -36,6 +37,9 @@ def get_config(variant=""):
         c = published(size, bool(tune))
     else:
         c = config.sibling(__file__, f"clip.py:{variant or 'emoji'}")
+        if variant == "small":  # with CLIP's towers, so that a run can be exported
+            c.model.image.patch_drop = 0.5
+            return c
         c.model.image.update(dict(patch=4, depth=3))
     c.model.image.update(dict(stem=(), pool="mean_all", cls_token=True, ln_pre=False, posemb="sincos2d_moco"))
     c.model.image.update(dict(patch_bias=True, act="gelu_tanh", ln_eps=1e-6, weight_init="flip"))

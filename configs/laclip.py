@@ -8,6 +8,9 @@ Variants, after a colon; clip_jax/methods/laclip.py documents the section laclip
            --out=emoji_rewrites.jsonl && xz -9e emoji_rewrites.jsonl
   mt       LaCLIP-MT: the batch holds all five texts of an image
   slip     LaSLIP: configs/declip.py:small_slip on the same texts
+  small    for your own data, as configs/clip.py:small. Rewrites of its captions:
+           python -m clip_jax.tools.rewrite --source=pairs.tsv --llm=offline --out=rewrites.jsonl, then
+           --config.data="pairs.tsv?columns=rewrites.jsonl"
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   cc3m cc12m redcaps
            the paper's recipe, ViT-B/16: 40, 35, 30 epochs of batch 8,192. Give data with rewrites (docs/texts.md):
@@ -25,7 +28,8 @@ from clip_jax.models.towers import use_size
 # Pairs, epochs
 PAIRS = {"cc3m": (2_900_000, 40), "cc12m": (11_000_000, 35), "redcaps": (12_000_000, 30), "laion": (400_000_000, 32)}
 LAION = {"b32": "ViT-B/32", "b16": "ViT-B/16", "l14": "ViT-L/14"}
-SMALL, PUBLISHED = ("", "smoke", "mt", "slip"), ("cc3m", "cc12m", "redcaps", *(f"laion_{size}" for size in LAION))
+SMALL = ("", "smoke", "small", "mt", "slip")
+PUBLISHED = ("cc3m", "cc12m", "redcaps", *(f"laion_{size}" for size in LAION))
 VARIANTS = [*SMALL[1:], *PUBLISHED]
 
 
@@ -35,9 +39,13 @@ def get_config(variant=""):
     elif variant not in SMALL:
         raise config.unknown("configs/laclip.py has no variant", variant, VARIANTS)
     else:
-        base = {"smoke": "clip.py:smoke", "slip": "declip.py:small_slip"}.get(variant, "clip.py:emoji")
+        plain = f"clip.py:{variant if variant in ('smoke', 'small') else 'emoji'}"
+        base = "declip.py:small_slip" if variant == "slip" else plain
         c = config.sibling(__file__, base)
-        c.data.source = "emoji?columns=emoji_rewrites"
+        c.data.source = "" if variant == "small" else "emoji?columns=emoji_rewrites"
+        if variant == "small":
+            command = "python -m clip_jax.tools.rewrite --source=DATA --llm=offline --out=rewrites.jsonl"
+            c.small.needs = ("rewrites", f"{command}, then --config.data='DATA?columns=rewrites.jsonl'")
     c.data.rewrites = ("rewrites",)
     return c if variant == "slip" else config.set_method(c, "laclip", Options(multi_text=variant == "mt"))
 

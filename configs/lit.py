@@ -5,6 +5,8 @@
 
 Variants, after a colon:
   (none)   a new text tower for the image tower of runs/clip; --config.init_from=PATH: of another run of configs/clip.py
+  small    for your own data, as configs/clip.py:small.
+           --config.init_from=runs/mine: the image tower of a run of configs/clip.py:small, or of other data's
   smoke    a few steps, under a minute with compilation, with a random image tower
   b16 l16  the published models' sizes and text tower (BERT), 60,000 steps. Give data, vocabulary and towers:
            --config.data=/data/pairs/{00000..12287}.tar --config.tokenizer=wordpiece:/data/vocab.txt?eot=false
@@ -21,7 +23,7 @@ from clip_jax import config
 from clip_jax.models.towers import TEXT_TOWERS, all_fields
 
 # The image tower and the text tower have the same size.
-VARIANTS = ["smoke", "b16", "l16"]
+VARIANTS = ["smoke", "small", "b16", "l16"]
 SIZES = {
     "b16": dict(width=768, depth=12, heads=12, mlp_dim=3072),
     "l16": dict(width=1024, depth=24, heads=16, mlp_dim=4096),
@@ -58,6 +60,8 @@ def published(tower):
 
 def embedded(variant):
     c = config.sibling(__file__, f"clip.py:{variant}")
-    if variant != "smoke":
+    if variant == "small":
+        c.small.needs = ("init_from", "python -m clip_jax.train --config=configs/clip.py:small --config.data=DATA ...")
+    elif variant != "smoke":
         c.init_from, c.init_from_params = "runs/clip", ("^img/",)
     return c

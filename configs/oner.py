@@ -4,7 +4,7 @@
 
 Variants, after a colon; clip_jax/methods/oner.py documents the section oner, whose values are all assumptions:
   (none)   the last row of the paper's table, small, on the embedded emoji images, for 2 CPU cores
-  smoke    a few steps of the default, under a minute with compilation; accuracy near chance
+  smoke    a few steps of the default, accuracy near chance; small: for your own data, as configs/clip.py:small
   small_ROW  one of the rows below on the embedded images, as many steps as the default
   ablation   all rows, three seeds each:
            python -m clip_jax.study --config=configs/oner.py:ablation --workdir=runs/oner_ablation
@@ -23,7 +23,7 @@ NO_MASKS = dict.fromkeys(("cmc", "mim", "mlm", "joint_mim", "joint_mlm", "image_
 ROWS = {"itc": NO_MASKS, "itc_two_heads": dict(NO_MASKS, two_heads=True, embed="query_key")}
 ROWS |= {"itc_xmc": dict(NO_MASKS, xmc=1.0), "itc_xmc_cic": dict(NO_MASKS, xmc=1.0, cic=1.0), "itc_cmc": {}}
 PUBLISHED = ((1.65, 5.25), (17.46, 35.32), (22.12, 42.12), (22.86, 42.88), (23.70, 43.15))  # top-1, top-5 in percent
-VARIANTS, STUDIES = ["smoke", *ROWS, *(f"small_{row}" for row in ROWS)], ("ablation",)
+VARIANTS, STUDIES = ["smoke", "small", *ROWS, *(f"small_{row}" for row in ROWS)], ("ablation",)
 
 
 def get_study(variant):
@@ -45,9 +45,8 @@ def get_config(variant=""):
     c.optim.no_decay += ("/type$", "/mask$")
     config.set_method(c, "oner", Options(**ROWS.get(variant.removeprefix("small_"), {})))
     if variant not in ROWS:
-        c.oner.update(
-            dict(head_width=512, teacher_augment=("resize(36)", "center_crop"), temperature=0.1, momentum=0.9)
-        )
+        resized = ("resize" if variant == "small" else "resize(36)", "center_crop")
+        c.oner.update(dict(head_width=512, teacher_augment=resized, temperature=0.1, momentum=0.9))
         for name in ("mim", "mlm", "joint_mim", "joint_mlm"):
             c.oner[name] *= 0.1  # so that in few steps the words' cross-entropy does not outweigh the contrast
     return c
@@ -66,13 +65,15 @@ def published():
 
 
 def embedded(variant):
-    c = config.sibling(__file__, "clip.py:smoke" if variant == "smoke" else "clip.py:emoji")
-    c.model = config.base().model
-    image = dict(size=32, patch=16, stem=(32, 64, 128), width=128, depth=2, heads=2, mlp_dim=512, act="gelu_tanh")
-    c.model.image, c.model.text = image, dict(context=12, vocab_size=0, eot_id=-1)
+    c = config.sibling(__file__, f"clip.py:{variant if variant in ('smoke', 'small') else 'emoji'}")
+    c.model, tower = config.base().model, dict(size=32, stem=(32, 64, 128), width=128, depth=2, heads=2, mlp_dim=512)
+    if variant == "small":
+        tower = dict(size=128, stem=(), width=192, depth=4, heads=3, mlp_dim=768)
+    c.model.image = dict(tower, patch=16, act="gelu_tanh")
+    c.model.text = dict(context=32 if variant == "small" else 12, vocab_size=0, eot_id=-1)
     c.model.update(dict(embed_dim=128, dtype="float32", scan=variant == "smoke"))  # a scan compiles in half of the time
-    c.optim.lr = 2e-3
-    if variant != "smoke":
+    c.optim.lr = min(2e-3, c.optim.lr)
+    if variant not in ("smoke", "small"):
         c.train.steps, c.data.batch_size = 700, 128
     if variant.startswith("small_"):
         c.update(train=dict(log_steps=20), checkpoint=dict(steps=0), eval=dict(steps=0))

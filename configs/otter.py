@@ -6,6 +6,7 @@ Variants, after a colon; clip_jax/methods/otter.py documents the section otter:
   (none)   model, data and optimizer of configs/clip.py:emoji, sized for 2 CPU cores; README.md gives its result
            Not in the paper, whose towers are pretrained: a warm-up of the distillation, as a teacher from scratch knows
            nothing at first
+  small    for your own data, as configs/clip.py:small
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   small_infonce small_ls small_kd
            the other rows of the paper's table on the embedded images; small_kd has the same warm-up
@@ -25,7 +26,7 @@ from clip_jax.models.towers import IMAGE_TOWERS, TEXT_TOWERS, all_fields
 ROWS = {"otter": {}, "infonce": dict(alpha=1.0), "ls": dict(alpha=1.0, label_smoothing=0.1)}
 ROWS |= {"kd": dict(iterations=0, entropy=0.01, remove_diag=False)}
 SMALL = [f"small_{row}" for row in ROWS if row != "otter"]
-VARIANTS = ["smoke", *SMALL, *ROWS]
+VARIANTS = ["smoke", "small", *SMALL, *ROWS]
 
 
 def get_config(variant=""):
@@ -34,10 +35,10 @@ def get_config(variant=""):
     options = Options(**ROWS.get(variant.removeprefix("small_"), {}))
     if variant in ROWS:
         return config.set_method(published(), "otter", options)
-    clip = config.sibling(__file__, "clip.py:smoke" if variant == "smoke" else "clip.py:emoji")
+    clip = config.sibling(__file__, f"clip.py:{variant if variant in ('smoke', 'small') else 'emoji'}")
     c = config.set_method(clip, "otter", options)
     c.otter.decay, c.otter.keys_stopgrad = 0.99, False  # from scratch every gradient helps
-    c.otter.warmup_steps = c.train.steps // 2
+    c.otter.warmup_steps = 150 if variant == "small" else c.train.steps // 2
     return c
 
 

@@ -10,6 +10,10 @@ Variants, after a colon; clip_jax/methods/pyramidclip.py documents the section p
            Differences from the paper, without which so few steps do not teach which object is where: a text is the mean
            over its words, not the maximum; the crossing terms, which ignore places, weigh a tenth in all, not two
            thirds; local crops keep all that a caption places; a batch holds either emoji or scenes
+  small    for your own data, as configs/clip.py:small, with regions. Captions stand for summaries and tags, unless
+           --config.pyramidclip.summary={summary} and .tags={tags} name fields
+           python -m clip_jax.tools.regions --source=pairs.tsv --grid=2 --encoder=runs/mine --out=regions, then
+           --config.data="pairs.tsv?columns=regions"
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b32 b16 rn50
            the released models on DeCLIP's YFCC15M, 32 epochs of batch 4,096. Give data with a detector's regions
@@ -26,24 +30,28 @@ from clip_jax.methods.pyramidclip import Options
 from clip_jax.models.pyramid import PyramidViT
 from clip_jax.models.towers import all_fields, use_size
 
-VARIANTS = ["smoke", "b32", "b16", "rn50"]
+VARIANTS = ["smoke", "small", "b32", "b16", "rn50"]
 PUBLISHED = {"b32": "PyramidCLIP-B/32", "b16": "PyramidCLIP-B/16", "rn50": "PyramidCLIP-RN50"}
 
 
 def get_config(variant=""):
     if variant in PUBLISHED:
         return config.set_method(published(PUBLISHED[variant]), "pyramidclip", Options())
-    if variant not in ("", "smoke"):
+    if variant not in ("", "smoke", "small"):
         raise config.unknown("configs/pyramidclip.py has no variant", variant, VARIANTS)
-    c = config.sibling(__file__, "clip.py:scenes")
+    c = config.sibling(__file__, "clip.py:small" if variant == "small" else "clip.py:scenes")
     tower = {name: value for name, value in c.model.image.items() if name in PyramidViT.__dataclass_fields__}
     tower |= dict(kind="pyramid_vit", front=1, region_dim=PIXEL_FEATURES + 4)
     c.model.image = all_fields({"pyramid_vit": PyramidViT}, tower)
-    c.data.sampling = "one_source"
+    c.data.sampling = "mixed" if variant == "small" else "one_source"
     if variant == "smoke":
         c.update(train=dict(steps=6, log_steps=2), optim=dict(warmup_steps=2))
         c.data.batch_size, c.eval.steps = 32, 0
+    if variant == "small":
+        command = "python -m clip_jax.tools.regions --source=DATA --grid=2 --encoder=RUN --out=regions"
+        c.small.needs = ("boxes", f"{command}, then --config.data='DATA?columns=regions'")
     options = dict(features="pixels", regions=4, local_augment=tuple(c.data.augment), summary=("{summary}", "{name}"))
+    options |= dict(summary=("{texts}",), tags=("{texts}",)) if variant == "small" else {}
     return config.set_method(c, "pyramidclip", Options(cross_global=0.05, cross_local=0.05, **options))
 
 

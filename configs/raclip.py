@@ -10,6 +10,7 @@ Evaluation without retrieval augmentation:
 
 Variants, after a colon; clip_jax/methods/raclip.py documents the section raclip:
   (none)   small, on the embedded emoji, for 2 CPU cores. A tenth of them is the reference set, searched by pixels
+  small    for your own data, as configs/clip.py:small. A tenth of it is the reference set
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b32      ViT-B/32 on YFCC15M, a tenth held out, 32 epochs. Give both parts and the frozen encoders (the paper's:
            DINO's ViT and a sentence transformer; which ones is an assumption):
@@ -24,7 +25,7 @@ Variants, after a colon; clip_jax/methods/raclip.py documents the section raclip
 from clip_jax import config
 from clip_jax.methods.raclip import Options
 
-VARIANTS = ["smoke", "b32"]
+VARIANTS = ["smoke", "small", "b32"]
 
 
 def get_config(variant=""):
@@ -35,6 +36,9 @@ def get_config(variant=""):
         c.data.batch_size, c.optim.lr = 4096, 1e-3
         c.train.steps = 32 * 13_600_000 // c.data.batch_size
         options = Options(bank_size=1_600_000)  # for clip_jax.compile; training counts the records
+    elif variant == "small":
+        c.small.apart = "raclip.reference"
+        options = Options(k=4, heads=3, out_init="zeros")
     else:
         c.data.source = "emoji?part=record:!1/10"
         options = Options(reference="emoji?part=record:1/10", k=8, heads=4, out_init="zeros")

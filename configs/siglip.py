@@ -4,6 +4,7 @@
 
 Variants, after a colon:
   (none)   model, data and optimizer of configs/clip.py:emoji with the sigmoid loss, sized for 2 CPU cores
+  small    for your own data, as configs/clip.py:small
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   finetune configs/clip.py:finetune for weights of SigLIP, with its loss
   b16_224 l16_256 so400m_14_224 siglip2_b16_256
@@ -21,13 +22,13 @@ from clip_jax.models.towers import use_size
 
 PUBLISHED = {"b16_224": "SigLIP-B/16-224", "l16_256": "SigLIP-L/16-256", "so400m_14_224": "SigLIP-So400m/14-224"}
 PUBLISHED |= {"siglip2_b16_256": "SigLIP2-B/16-256"}
-VARIANTS = ["smoke", "finetune", *PUBLISHED]
+VARIANTS = ["smoke", "small", "finetune", *PUBLISHED]
 
 
 def get_config(variant=""):
     if variant in PUBLISHED:
         c = published(PUBLISHED[variant])
-    elif variant in ("", "smoke", "finetune"):
+    elif variant in ("", "smoke", "small", "finetune"):
         c = config.sibling(__file__, f"clip.py:{variant or 'emoji'}")
     else:
         raise config.unknown("configs/siglip.py has no variant", variant, VARIANTS)

@@ -7,6 +7,8 @@ Variants, after a colon; clip_jax/methods/unicl.py documents the section unicl:
            (99 classes), half have captions, in equal parts of a batch; the numbers in --config.data set other shares
   labels   only the half with classes
   captions only the half with captions, which is CLIP
+  small    for your own data, as configs/clip.py:small.
+           Records with a class read its name, the others their captions
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b16      the paper's recipe: 32 epochs of batch 4,096, equal parts of ImageNet-21k and YFCC14M. Give data:
            --config.data="tfds:imagenet21k*1 + /data/yfcc14m/{00000..01400}.tar*1"
@@ -24,8 +26,8 @@ from clip_jax.models.towers import use_size
 
 CLASSES, CAPTIONS = "emoji?part=concept:1/2&label=subgroup", "emoji?part=concept:2/2"
 SOURCES = {"": f"{CLASSES}*1 + {CAPTIONS}*1", "labels": CLASSES, "captions": CAPTIONS}
-SOURCES["smoke"] = SOURCES[""]
-VARIANTS = ["labels", "captions", "smoke", "b16"]
+SOURCES |= {"smoke": SOURCES[""], "small": ""}
+VARIANTS = ["labels", "captions", "smoke", "small", "b16"]
 EPOCH = 2 * 14_000_000  # as many captions as classes
 
 
@@ -33,7 +35,7 @@ def get_config(variant=""):
     if variant == "b16":
         c, templates = published(), [t.replace("{}", "{class_name}") for t in ("{}.", *load_templates("clip_80"))]
     elif variant in SOURCES:
-        c = config.sibling(__file__, "clip.py:smoke" if variant == "smoke" else "clip.py:emoji")
+        c = config.sibling(__file__, f"clip.py:{variant if variant in ('smoke', 'small') else 'emoji'}")
         c.data.source, templates = SOURCES[variant], ["{class_name}"]
     else:
         raise config.unknown("configs/unicl.py has no variant", variant, VARIANTS)

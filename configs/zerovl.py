@@ -5,6 +5,7 @@
 Variants, after a colon; clip_jax/methods/zerovl.py documents the section zerovl:
   (none)   model, data and optimizer of configs/clip.py:emoji; the vendors of the embedded emoji images are the sources.
            README.md gives its result
+  small    for your own data, as configs/clip.py:small. A mixture, one source a batch: --config.data.sampling=one_source
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b16 b16_1024
            the paper's recipe: ViT-B/16 and BERT, 20 epochs of 14.2 M pairs, batch 16,384 or 1,024, encoded in parts of
@@ -22,18 +23,18 @@ from clip_jax.methods.zerovl import Options
 from clip_jax.models.towers import IMAGE_TOWERS, TEXT_TOWERS, all_fields
 
 BATCHES = {"b16": 16384, "b16_1024": 1024}
-VARIANTS = ["smoke", *BATCHES]
+VARIANTS = ["smoke", "small", *BATCHES]
 
 
 def get_config(variant=""):
     if variant in BATCHES:
         c, options = published(BATCHES[variant]), Options(temperature=0.02)
-    elif variant in ("", "smoke"):
+    elif variant in ("", "smoke", "small"):
         c, options = config.sibling(__file__, f"clip.py:{variant or 'emoji'}"), Options()
-        c.data.source = "emoji?by=vendor"
+        c.data.source = "" if variant == "small" else "emoji?by=vendor"
     else:
         raise config.unknown("configs/zerovl.py has no variant", variant, VARIANTS)
-    c.data.sampling = "one_source"
+    c.data.sampling = "mixed" if variant == "small" else "one_source"
     return config.set_method(c, "zerovl", options)
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import REPO
 from helpers import losses, tiny_config
 
-from clip_jax import plugins, train
+from clip_jax import config, plugins, train
 from clip_jax.errors import UserError
 
 
@@ -46,3 +46,48 @@ def test_names_of_modules(example):
 def test_wrong_names_are_one_line(name, message):
     with pytest.raises(UserError, match=message):
         plugins.load(name, "clip_jax.methods", "make")
+
+
+def test_a_checkpoint_remembers_the_module(tmp_path, monkeypatch):
+    """It is found beside the configuration and in the current folder, recalled from its path, and else named."""
+    (code,) = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "adding_a_method.md").read_text(), re.DOTALL)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for number, folder in enumerate(("here", "configs")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"method_of_mine_{number}.py").write_text(code)
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "configs" / "a.py").write_text("from clip_jax import config\nget_config = lambda v: config.base()\n")
+    config.load(f"{tmp_path}/configs/a.py")
+    about = [plugins.describe(f"method_of_mine_{number}", "clip_jax.methods", "make") for number in (0, 1)]
+    assert about[0] == dict(name="method_of_mine_0", path=f"{tmp_path}/here/method_of_mine_0.py", text=code)
+    assert plugins.describe("clip", "clip_jax.methods", "make") is None
+
+    def forget():
+        monkeypatch.setattr(sys, "path", [p for p in sys.path if not p.startswith(str(tmp_path))])
+        sys.modules.pop("method_of_mine_0", None)
+
+    forget()
+    plugins.recall(about[0], "runs/x/method")
+    assert plugins.find("method_of_mine_0").__file__ == about[0]["path"]
+    forget()
+    (tmp_path / "here" / "method_of_mine_0.py").unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'method_of_mine_0' is missing, .*: set PYTHONPATH=runs/x/method$"):
+        plugins.recall(about[0], "runs/x/method")
+
+
+def test_a_changed_module_is_a_warning(tmp_path, example, caplog):
+    about = plugins.describe("my_method", "clip_jax.methods", "make")
+    plugins.recall(about, "runs/x/method")
+    assert not caplog.text
+    plugins.recall(about | {"text": "other"}, "runs/x/method")
+    assert "differs from the module 'my_method'" in caplog.text
+
+
+def test_the_run_has_a_copy(tmp_path, example):
+    from clip_jax.training import checkpoint
+
+    train.train(tiny_config("method=my_method", "train.steps=1", "checkpoint.steps=0"), tmp_path / "run", print)
+    text = (tmp_path / "run" / "method" / "my_method.py").read_text()
+    assert text == (tmp_path / "my_method.py").read_text()
+    assert checkpoint.read_meta(checkpoint.find(tmp_path / "run"))["method"]["text"] == text

@@ -341,5 +341,7 @@ def test_command_trains_on_a_manifest(tmp_path, capsys):
     )
     assert "295 ids" in capsys.readouterr().out
     assert make_tokenizer(f"sentencepiece:{tmp_path}/out/my.model").vocab_size == 295
-    assert main([f"--source={tmp_path}/pairs.csv", f"--out={tmp_path}/out/my.model", "--vocab-size=9999"]) == 2
-    assert "9999" in capsys.readouterr().err
+    assert main([f"--source={tmp_path}/pairs.csv", f"--out={tmp_path}/out/folder", "--vocab-size=9999"]) == 0
+    assert "pieces for 283 ids at most, so the vocabulary is that, not 9999" in capsys.readouterr().out
+    assert make_tokenizer(f"{tmp_path}/out/folder").vocab_size == 283
+    assert make_tokenizer(f"{tmp_path}/out/my.model") == make_tokenizer(f"sentencepiece:{tmp_path}/out/my.model")

@@ -12,8 +12,9 @@ those subsets of the unseen concepts, followed by the language of the names unle
     seen concepts, as there is no training image of an unseen one. A training image is not its own neighbour.
   image_to_text_R@1, R@5, R@10, text_to_image_R@...: only for unseen concepts, the cell's images against their names.
 
-`<prefix>/skipped` counts unusable records. The model was trained on the images of seen_concept_seen_vendor, so that
-cell measures memory.
+`<prefix>/skipped` counts unusable records. A model that was trained on the embedded emoji has seen the images of
+seen_concept_seen_vendor, so that cell measures its memory. `<prefix>/trained_on_emoji` is 1 for such a model and 0 for
+another one, which has seen none of the images; it is missing where the training data is not known.
 
 Artefacts: "classification", and for unseen concepts "retrieval", "similarity" and "alignment" (methods that compare
 patches with words), named `<prefix>/<cell>`; "map" named `<prefix>/unseen_concept`, the images of all vendors together.
@@ -26,6 +27,7 @@ import numpy as np
 
 from clip_jax.data.decode import decode_image
 from clip_jax.data.sources import make_source
+from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, did_you_mean
 from clip_jax.evaluation.embed import all_images, embed, join, read
 from clip_jax.evaluation.prompts import class_prompts, load_templates
@@ -44,6 +46,7 @@ _MEANINGS = {
     ("unseen", "seen"): "Things that never occurred in training, drawn in known styles.",
     ("unseen", "unseen"): "Neither the thing nor the drawing style occurred in training: the most informative number.",
 }
+_NOT_TRAINED = "This model was not trained on the emoji set. “Seen” and “unseen” are only names of its parts."
 _NOTES = """<ul class="notes">
 <li><b>Top-1</b>: the share of images whose right name is the most similar of all the names. <b>Top-5</b>: it is among
 the five most similar.</li>
@@ -129,7 +132,14 @@ def emoji_task(
         _add_seen_cells(result, prefix, make, field, train, seen)
         skipped += seen["seen"].skipped + seen["unseen"].skipped
     result.metrics[f"{prefix}/skipped"] = float(skipped)
+    if (source := trained_on(model)) is not None:
+        result.metrics[f"{prefix}/trained_on_emoji"] = float(any(p.base in ("emoji", "scenes") for p in parse(source)))
     return result.credit(__name__)
+
+
+def trained_on(model):
+    """Returns the source string of a model's training data, None where it is not known."""
+    return getattr(getattr(getattr(model, "config", None), "data", None), "source", "").strip() or None
 
 
 def _prefix(subset, language):
@@ -151,7 +161,7 @@ def metric_names(options):
         else:
             keys += [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
         names += [f"{prefix}/{concept}_concept_{vendor}_vendor/{key}" for key in keys]
-    return [*names, f"{prefix}/skipped"]
+    return [*names, f"{prefix}/skipped", f"{prefix}/trained_on_emoji"]
 
 
 def _check_language(records, field, language):
@@ -268,7 +278,9 @@ def summary(metrics):
                 f"  {m['chance_top1']:6.2%}  {pixel}   {' / '.join(recalls) or '-':>13}"
                 f"   {m['top1_without_compositions']:8.1%}   {m['images']:.0f} x {m['classes']:.0f}"
             )
-        if ("seen", "seen") in cells:
+        if not metrics.get(f"{prefix}/trained_on_emoji", 1):
+            yield "  (this model was not trained on the emoji set: it has seen none of these pictures)"
+        elif ("seen", "seen") in cells:
             yield "  (the pictures of seen concepts from seen vendors were trained on)"
 
 
@@ -279,7 +291,7 @@ def headline(metrics):
         subset, language = _PREFIX.fullmatch(prefix).groups()
         concepts = {"val": " (validation concepts)", "test": " (test concepts)", None: ""}[subset]
         title = f"Naming emoji{concepts}" + (f", names in {escaped(language)}" if language else "")
-        blocks.append(f"<h3>{title}</h3>{_headline(cells, results.get(prefix, {}).get('skipped', 0))}")
+        blocks.append(f"<h3>{title}</h3>{_headline(cells, results.get(prefix, {}))}")
     return "".join(blocks)
 
 
@@ -310,8 +322,10 @@ def _title(concept, vendor=None):
     return f"{concept.capitalize()} concepts{vendors}"
 
 
-def _headline(cells, skipped):
-    cards = "".join(_card(cell, m) for cell, m in cells.items())
+def _headline(cells, about):
+    """Returns the numbers of a subset as HTML; `about` are the metrics that are of no cell."""
+    skipped, is_trained = about.get("skipped", 0), about.get("trained_on_emoji", 1)
+    cards = "".join(_card(cell, m, _MEANINGS[cell] if is_trained else _NOT_TRAINED) for cell, m in cells.items())
     left_out = f"<p>{number(skipped)} unusable records were left out.</p>" if skipped else ""
     rows = [[_title(*cell), *(_accuracy_without(m, kind) for kind in _KINDS)] for cell, m in cells.items()]
     kinds = table(["top-1 / top-5", *_KINDS.values()], rows, "wide")
@@ -322,14 +336,14 @@ def _headline(cells, skipped):
     return "".join(blocks)
 
 
-def _card(cell, m):
+def _card(cell, m, meaning):
     rows = [
         (title, percent(m.get(f"{key}top1")), percent(m.get(f"{key}top5")))
         for title, key in (("model", ""), ("chance", "chance_"), ("nearest in pixels", "pixel_1nn_"))
     ]
     size = f"{number(m.get('images'))} images, {number(m.get('classes'))} names to choose from{sampling_error(m)}"
     return (
-        f'<div class="cell"><h4>{_title(*cell)}</h4><p>{_MEANINGS[cell]}</p>{table(["", "top-1", "top-5"], rows)}'
+        f'<div class="cell"><h4>{_title(*cell)}</h4><p>{meaning}</p>{table(["", "top-1", "top-5"], rows)}'
         f'<p class="small">{size}</p></div>'
     )
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from clip_jax import config as config_lib
+from clip_jax import plugins
 from clip_jax.errors import UserError
 from clip_jax.methods.interface import make_method
 from clip_jax.runtime import sharding
@@ -49,6 +50,8 @@ def load(path, which="latest", ema=None, mesh=None, overrides=()):
     folder = checkpoint.find(path, which)
     meta = checkpoint.read_meta(folder)
     config = config_lib.override(config_lib.from_json(json.dumps(meta["config"])), overrides)
+    if meta.get("method"):
+        plugins.recall(meta["method"], folder.parent.parent / checkpoint.METHOD)
     method = make_method(config)
     ema = config.eval.ema if ema is None else ema
     if ema and not config.optim.ema_decay:

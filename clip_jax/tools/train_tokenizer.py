@@ -1,8 +1,10 @@
 """Trains a SentencePiece tokenizer on the texts of any data source.
 
-    python -m clip_jax.tools.train_tokenizer --source='/data/cc3m/{00000..00331}.tar' --out=cc3m.model \\
-        --vocab-size=32000
-    python -m clip_jax.train --config=configs/clip.py --config.tokenizer=sentencepiece:cc3m.model
+    python -m clip_jax.tools.train_tokenizer --source=pairs.tsv --out=tokenizer
+    python -m clip_jax.train --config=configs/clip.py:small --config.tokenizer=tokenizer --config.data=pairs.tsv ...
+
+OUT is a folder, or a single model file if its name ends in .model, for --config.tokenizer=sentencepiece:OUT. Texts that
+have too few pieces for the vocabulary make a smaller one, and a line says so.
 
 The pieces are unigram pieces with byte fallback, so no text is ever unknown. The model itself applies NFKC and case
 folding. The control symbols are `<pad>` 0, `</s>` 1 (end of text), `<unk>` 2, `<s>` 3 and `<mask>` 4; a caption that
@@ -29,12 +31,13 @@ import sys
 from etils import epath
 
 from clip_jax.data.records import BadRecord
+from clip_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from clip_jax.errors import UserError
 from clip_jax.runtime import command
 from clip_jax.tools.source_arguments import open_source, source_parser
 
 
-def train(texts, vocab_size, *, character_coverage=0.9995):
+def train(texts, vocab_size, *, character_coverage=0.9995, reduce=False):
     """Returns a trained SentencePiece unigram model, serialised. Equal texts in equal order give the same model.
 
     Args:
@@ -42,6 +45,7 @@ def train(texts, vocab_size, *, character_coverage=0.9995):
         skipped.
       vocab_size: number of ids, including 5 control symbols and 256 bytes.
       character_coverage: share of all characters that get their own pieces; the others are spelled in bytes.
+      reduce: bool, whether texts that are too few for `vocab_size` make the largest model that they allow.
 
     Raises UserError when there is no text, or when `vocab_size` is too large or too small for the texts.
     """
@@ -62,8 +66,10 @@ def train(texts, vocab_size, *, character_coverage=0.9995):
             num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as e:
-        reason = " ".join(str(e).split())
-        if most := re.search(r"value <= (\d+)", str(e)):
+        reason, most = " ".join(str(e).split()), re.search(r"value <= (\d+)", str(e))
+        if most and reduce:
+            return train(lines, int(most[1]), character_coverage=character_coverage)
+        if most:
             reason = f"at most {most[1]} is possible"
         elif least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(e)):
             reason = f"at least {least[1]} is needed"
@@ -141,7 +147,7 @@ def main(argv=None):
     add(
         "--out",
         required=True,
-        help="model file to write; my.model is used by --config.tokenizer=sentencepiece:my.model",
+        help="folder to write, for --config.tokenizer=FOLDER; or a model file my.model, for sentencepiece:my.model",
     )
     add(
         "--vocab-size",
@@ -162,14 +168,22 @@ def main(argv=None):
 def _main(args):
     source = open_source(args)
     texts = itertools.chain(source_texts(source, args.fields), *map(file_texts, args.add_texts))
-    model = train(texts, args.vocab_size, character_coverage=args.character_coverage)
-    out = epath.Path(args.out)
+    model = train(texts, args.vocab_size, character_coverage=args.character_coverage, reduce=True)
+    out, tokenizer = epath.Path(args.out), SentencePieceTokenizer(model)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(model)
+        if out.suffix == ".model":
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_bytes(model)
+        else:
+            tokenizer.save(out)
     except OSError as error:
         raise UserError(f"--out={args.out}: cannot be written ({error.strerror or error})") from error
-    print(f"{args.out}: {args.vocab_size} ids, {len(model) / 1e3:.0f} kB, from {len(source)} records of {args.source}")
+    size = tokenizer.vocab_size
+    if size < args.vocab_size:
+        print(f"the texts have pieces for {size} ids at most, so the vocabulary is that, not {args.vocab_size}")
+    spec = f"sentencepiece:{args.out}" if out.suffix == ".model" else args.out
+    print(f"{args.out}: {size} ids, {len(model) / 1e3:.0f} kB, from {len(source)} records of {args.source}")
+    print(f"use it: --config.tokenizer={spec}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Checkpoints by Orbax: asynchronous, sharded and self-contained.
 
 `<workdir>/checkpoints/<step>/` holds the state and a `meta` item with the configuration, the tokenizer's files, the
-versions and the metrics, so that one such folder is enough to evaluate, resume or export. Each host writes the arrays
+versions and the metrics, so that one such folder is enough to evaluate, resume or export. A method that is a module of
+the user is remembered by its path and content, and `<workdir>/method` has a copy of it. Each host writes the arrays
 of its own devices into one shared folder. A checkpoint counts once its file `commit_success.txt` is there, which is
 written last: buckets, and mounts of buckets, cannot rename folders.
 """
@@ -21,6 +22,7 @@ import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers
 
 from clip_jax import config as config_lib
+from clip_jax import plugins
 from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import faults, hosts, storage
 from clip_jax.version import __version__
@@ -28,6 +30,9 @@ from clip_jax.version import __version__
 #: Fields that determine shape and meaning of the saved arrays. A run cannot resume with other values.
 IDENTITY = ("method", "model", "tokenizer", "optim.name", "optim.freeze", "optim.ema_decay", "seed")
 IDENTITY += ("data.batch_size", "data.order", "data.lanes", "data.window")
+
+#: The folder in a work folder that holds a copy of the user's module.
+METHOD = "method"
 
 #: Parts of Orbax's messages about arrays that are readable but are not those asked for.
 _MISFITS = ("not compatible with the stored shape", "Type mismatch at key path")
@@ -64,6 +69,10 @@ class Checkpointer:
         self.folder = storage.absolute(workdir) / "checkpoints"
         storage.prepare_orbax(self.folder)
         self.config, self.tokenizer = config, _pack(tokenizer)
+        self.method = plugins.describe(config.method, "clip_jax.methods", "make")
+        if self.method and hosts.is_first():
+            file = self.method["name"].replace(".", "/") + ".py"
+            storage.write(storage.path(workdir) / METHOD / file, self.method["text"])
         policies = [checkpoint_managers.LatestN(config.checkpoint.keep)]
         if best := config.checkpoint.best:
             by = functools.partial(score, best=best)
@@ -100,6 +109,7 @@ class Checkpointer:
             "step": step,
             "config": json.loads(config_lib.to_json(self.config)),
             "tokenizer": self.tokenizer,
+            "method": self.method,
             "metrics": metrics,
             "seconds": seconds or {},
         }

@@ -77,6 +77,10 @@ class FolderSource(BaseSource):
     def __len__(self):
         return len(self._paths)
 
+    def key_of(self, index):
+        """Returns the path of an image, relative to the folder."""
+        return self._paths[index]
+
     def __getitem__(self, index):
         path = os.path.join(self._folder, self._paths[index])
         record = {"image": read_file(path), "path": path, "texts": []}

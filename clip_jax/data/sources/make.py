@@ -28,6 +28,8 @@ A path or pattern may hold wildcards, numeric ranges and "{split}". A step chang
     SOURCE?where=FIELD:VALUE               a selection by a field: `clip_jax.data.sources.selection`
     SOURCE?index=FOLDER                    the records that an index keeps: `clip_jax.data.sources.index`
     SOURCE?uids=FILE.npy                   the records of a subset that DataComp publishes
+    SOURCE?holdout=0.1                     a tenth of the records by a hash of their images, "!0.1" the others:
+                                           `clip_jax.data.sources.holdout`
     SOURCE?columns=PATH                    additional fields from a file or folder: `clip_jax.data.sources.columns`
 
 A mixture `SOURCE*3 + SOURCE*1` draws examples in this proportion. The default weight is 1; "size" stands for the
@@ -44,10 +46,11 @@ from clip_jax.data.files import expand
 from clip_jax.data.sources import arrow, caption_json, selection, tfds
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, shards_in
-from clip_jax.data.sources.spec import parse
+from clip_jax.data.sources.spec import parse, with_step
 from clip_jax.errors import TextLabelError, UserError, did_you_mean, unknown
 
-_JOINS = ("index", "columns", "uids")  # steps made by the module of this name; each takes one option
+_JOINS = ("index", "columns", "uids", "holdout")  # steps made by the module of this name; each takes one option
+_TABLES = (".csv", ".tsv", ".jsonl")
 _STEPS = (*_JOINS, *selection.FORMS)
 
 
@@ -77,14 +80,18 @@ def make_source(spec, split="train", *, image=None, text=None, label=None):
 
 
 def configured_source(data, spec=""):
-    """Returns the source of the configuration's section `data`; raises UserError as `make_source` does.
+    """Returns the source of the configuration's section `data`, without the records that `data.holdout` keeps out.
 
     Args:
-      data: the section, with the keys `source`, `split`, `image`, `text` and `label`.
+      data: the section, with the keys `source`, `split`, `image`, `text`, `label` and, optionally, `holdout`.
       spec: str, read instead of `data.source` with that section's split and fields.
+
+    Raises UserError as `make_source` does.
     """
-    fields = {name: data[name] or None for name in ("image", "text", "label")}
-    return make_source(spec or data["source"], data["split"], **fields)
+    fields, spec = {name: data[name] or None for name in ("image", "text", "label")}, spec or data["source"]
+    if share := data.get("holdout", 0.0):
+        spec = with_step(spec, "holdout", f"!{share:g}")
+    return make_source(spec, data["split"], **fields)
 
 
 def _make_part(part, split, fields):
@@ -157,7 +164,7 @@ def user_module(base):
     """Returns the module at an import path, or None when the base is a path or has the ending of a file."""
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", base) or os.path.exists(base):
         return None
-    return None if base.endswith((".tar", ".csv", ".tsv", ".jsonl", ".json", *FORMATS)) else plugins.find(base)
+    return None if base.endswith((*_TABLES, ".json", *FORMATS)) else plugins.find(base)
 
 
 def _make_user_source(module, split, options, name):
@@ -179,9 +186,10 @@ def _source_at(spec, split, fields, lines=False, folder=""):
     from clip_jax.data.sources.metadata import MetadataSource, find_for
 
     path = spec.replace("{split}", split)
-    if saved := arrow.saved_folder(path, split if path == spec else "train"):
+    has_split, spec = path != spec, path  # messages name the files of this split
+    if saved := arrow.saved_folder(path, "train" if has_split else split):
         return scanned_source(saved, spec, **fields)
-    if path == spec and os.path.isdir(path):
+    if not has_split and os.path.isdir(path):
         # The default "train" is no choice of the user between a split and a class of this name.
         if split == "train" and split not in (splits := folder_splits(path)):
             raise unknown(f"{path}: no split", split, splits)
@@ -190,11 +198,11 @@ def _source_at(spec, split, fields, lines=False, folder=""):
             path = os.path.join(path, split)
     else:
         table = find_for(path)
-    if table and (path != spec or split == "train"):
+    if table and (has_split or path != spec or split == "train"):
         if lines or folder:
             raise UserError(f"{spec}: a folder with {os.path.basename(table[0])} has no captions= and no shards=")
         return MetadataSource(*table, **fields)
-    if path == spec and split != "train":
+    if not has_split and path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     path = shards_in(path) or path
     if re.search(r"\.((tar|mds)\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):
@@ -218,9 +226,13 @@ def _source_at(spec, split, fields, lines=False, folder=""):
         raise UserError(f"{spec}: captions=lines is an option of tar shards and folders of images alone")
     if format_of(path):
         return scanned_source(path, spec, **fields)
+    if "://" in path and path.endswith(_TABLES):
+        raise UserError(
+            f"{spec}: a table is read from a local disk alone; clip_jax.tools.to_parquet makes Parquet of it"
+        )
     if "://" in path:
         raise UserError(f"{spec}: an address names shards: {', '.join(FORMATS)}; write a pattern such as {spec}/*.tar")
-    if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):
+    if path.endswith(_TABLES) and os.path.isfile(path):
         from clip_jax.data.sources.table import TableSource
 
         return TableSource(path, **fields)
@@ -229,7 +241,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
             raise UserError(f"{spec}: a folder of images has no fields to choose from")
         return FolderSource(path, lines)
     if os.path.exists(path):
-        known = ", ".join((*FORMATS, ".csv", ".tsv", ".jsonl"))
+        known = ", ".join((*FORMATS, *_TABLES))
         raise UserError(f"{spec}: unknown kind of data; known are {known} and folders")
     raise missing_data(spec)
 

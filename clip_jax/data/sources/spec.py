@@ -47,6 +47,13 @@ def parse(text):
     return specs
 
 
+def with_step(text, key, value):
+    """Returns a source string with the step `?key=value` at the end of each of its parts; raises UserError."""
+    parts = parse(text)
+    steps = (f"{part.prefix(len(part.steps))}?{key}={value}" for part in parts)
+    return " + ".join(step + f"*{part.weight}" * bool(part.weight) for step, part in zip(steps, parts, strict=True))
+
+
 def _parse_part(text, weighted):
     match = re.fullmatch(r"(.+)\*(size|\d+(?:\.\d+)?)", text) if weighted else None
     text, weight = (match[1].strip(), match[2]) if match else (text, "")

@@ -49,7 +49,10 @@ class _Table(BaseSource):
         self._choose_fields(names)
         if self._fields.image is None:
             columns = listed(names) or "none"
-            raise UserError(f"{path}: no column for the image path; name it with image=..., columns: {columns}")
+            raise UserError(
+                f"{path}: no column for the image path; name it with --config.data.image=COLUMN, "
+                f"in Python and in tasks with image='COLUMN'; columns: {columns}"
+            )
         self._check_header()
         labels, count = _Labels(self._path, self._fields.label), 0
         for count, (start, end, row) in enumerate(rows, 1):
@@ -159,9 +162,16 @@ class TableSource(_Table):
     def __len__(self):
         return len(self._spans)
 
-    def __getitem__(self, index):
+    def key_of(self, index):
+        """Returns the path of an image as the table has it; raises BadRecord."""
+        return self._row(index)[self._fields.image]
+
+    def _row(self, index):
         start, end = self._spans[index].tolist()
-        raw = self._raw(next(iter(self._parse([self._files.read(self._path, start, end - start)])), None))
+        return self._raw(next(iter(self._parse([self._files.read(self._path, start, end - start)])), None))
+
+    def __getitem__(self, index):
+        raw = self._row(index)
         return self._canonical(raw | {self._fields.image: read_file(raw["path"])})
 
 

@@ -5,7 +5,7 @@
     tokenizer.save("runs/clip/tokenizer")
     make_tokenizer("runs/clip/tokenizer")                     # the same tokenizer
 
-The string is a spec or a folder that `save` wrote:
+The string is a spec, a folder that `save` wrote, or a SentencePiece file whose name ends in .model:
 
     SPEC   = KIND [":" PATH] ["?" OPTION {"&" OPTION}]
     OPTION = KEY "=" VALUE
@@ -65,6 +65,8 @@ def make_tokenizer(spec):
     """
     name, _, options = str(spec).partition("?")
     kind, _, path = name.partition(":")
+    if kind not in _KINDS and name.endswith(".model") and epath.Path(name).is_file():
+        return make_tokenizer(f"sentencepiece:{spec}")
     if kind not in _KINDS:
         return _load(epath.Path(spec))
     cls, shipped = _KINDS[kind]

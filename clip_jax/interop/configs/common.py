@@ -12,6 +12,7 @@ def start(method, embed_dim):
     """Returns the default configuration, unlocked, with a method and an embedding width."""
     c = config_lib.base().unlock()
     c.method, c.model.embed_dim = method, embed_dim
+    c.data.source = ""  # not known
     c.model.dtype = "float32"  # embeddings are equal to those of the original program
     return c
 

@@ -284,3 +284,8 @@ def test_weights_between_two_checkpoints(weights, classified, tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match=r"this run did not start from weights \(init_from\): give --a"):
         interpolate.beginning(clip_jax.load(workdir, overrides=["init_from="]), workdir)
+
+
+def test_held_out_records_evaluate_the_head(weights):
+    c, source, _, _ = train.make_parts(classes(weights, "eval.tasks=()", "data.holdout=0.3"))
+    assert len(source) < 24 and [task.partition("(")[0] for task in c.eval.tasks] == ["accuracy"]

@@ -90,7 +90,7 @@ def fitted(config, workdir=None, log=print):
         _check_needs(config, source)
     if fields:
         fields = _from_run(config, fields, workdir)
-        lines = fit(config, source, fields)
+        lines = fit(config, source, fields) if fields else []
         config.small.fields = ()
         for line in lines:
             log(line)

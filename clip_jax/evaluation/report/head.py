@@ -58,7 +58,9 @@ def _facts(model, config, metrics_jsonl, history):
         data, size = config["data"], config["model"].get("image", {}).get("size")
         context = config["model"].get("text", {}).get("context")
         yield "Method", config["method"]
-        yield "Trained on", filled(data["source"], data["split"])
+        share = data.get("holdout", 0.0)
+        rest = f", without the {100 * share:g} % that are held out" if share else ""
+        yield "Trained on", data["source"] and filled(data["source"], data["split"]) + rest
         step, steps = model.get("step"), config["train"]["steps"]
         batch = data["batch_size"]
         if step is not None:

@@ -3,7 +3,7 @@
     python -m clip_jax.train --config=configs/otter.py --workdir=runs/otter
 
 Variants, after a colon; clip_jax/methods/otter.py documents the section otter:
-  (none)   model, data and optimizer of configs/clip.py:emoji, sized for 2 CPU cores; README.md gives its result
+  (none)   model, data and optimizer of configs/clip.py:emoji, sized for 2 CPU cores; docs/results.md gives its result
            Not in the paper, whose towers are pretrained: a warm-up of the distillation, as a teacher from scratch knows
            nothing at first
   small    for your own data, as configs/clip.py:small

@@ -4,7 +4,7 @@
 
 Variants, after a colon; clip_jax/methods/zerovl.py documents the section zerovl:
   (none)   model, data and optimizer of configs/clip.py:emoji; the vendors of the embedded emoji images are the sources.
-           README.md gives its result
+           docs/results.md has it
   small    for your own data, as configs/clip.py:small. A mixture, one source a batch: --config.data.sampling=one_source
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   b16 b16_1024

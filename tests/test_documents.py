@@ -1,0 +1,155 @@
+"""README and docs: their shell and Python blocks run as printed, on small data.
+
+A block is fenced or indented. Not run are blocks below `<!-- not run: reason -->`, and blocks that show no commands: output,
+tables of fields, a path of a batch.
+
+Changed in each block: `/data/...` is the folder `data` of a fixture, a range of shards such as `{00000..00331}` ends at 1.
+Folders below `runs/` that an earlier command did not make are one tiny trained run.
+
+- Python: executed, the blocks of a page one after the other in one namespace.
+- `python -m clip_jax...`: its `main` is called in this process. Trainings are checked by `train.parse_args` and
+  `preflight.make_parts`: the configuration, its options, data, tokenizer and method. Those of `TRAINED` train a step of tiny towers.
+  `clip_jax.study` and `clip_jax.compile` load their configuration; both take minutes.
+- `bash launch/...`: with `--dry-run`, or as it stands with `--help`.
+- `python benchmarks/...`: with `--help` behind the printed arguments, so that these are parsed.
+- other commands, such as `printf`: by bash.
+"""
+
+import importlib
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+from document_helpers import write_data
+from helpers import TINY, tiny_config
+
+from clip_jax import compile as compiler
+from clip_jax import config as config_lib
+from clip_jax import preflight, study, train
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+TRAINED = ("runs/mine", "runs/my_method", "runs/a", "runs/again", "runs/b")
+COMMAND = re.compile(r"(PYTHONPATH=\S+ )?(python|bash|pip|docker|export|printf|tfds) ")
+
+
+def blocks(text):
+    """Yields `(line, kind, code, marked)` of each block: kind is "shell" or "python", line its number in the page."""
+    lines, mark, i = text.splitlines() + [""], False, 0
+    while i < len(lines):
+        line, start = lines[i], i
+        if line.startswith("<!-- not run: "):
+            mark = True
+        elif line.startswith("```"):
+            end = lines.index("```", i + 1)
+            code, language = "\n".join(lines[i + 1 : end]), line[3:]
+            i = end
+        elif line.startswith("    ") and not lines[i - 1].strip():
+            body = list(itertools.takewhile(lambda x: x.startswith("    ") or not x.strip(), lines[i:]))
+            code, language = "\n".join(x[4:] for x in body).rstrip(), ""
+            i += len(body) - 1
+        if i > start or line.startswith("    ") and not lines[start - 1].strip():
+            if language == "python":
+                yield start + 1, "python", code, mark
+            elif language == "bash" or not language and COMMAND.match(code):
+                yield start + 1, "shell", code, mark
+            mark = False
+        elif line.strip() and not line.startswith("<!--"):
+            mark = False
+        i += 1
+
+
+def commands(code):
+    """Returns the commands of a shell block, continued lines joined and comments left out."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A folder in which commands run: `data`, pictures, links to configs and launch, and `clip`, a trained tiny run."""
+    root = tmp_path_factory.mktemp("documents")
+    for name in ("configs", "launch", "benchmarks"):
+        (root / name).symlink_to(REPO / name)
+    write_data(root)
+    task = "retrieval(source='emoji', split='val_seen_vendor', limit=16)"
+    values = ["train.steps=1", "data.workers=0", "eval.batch_size=16", f'eval.tasks=("{task}",)']
+    train.train(tiny_config(*values), root / "clip", lambda line: None)
+    return root
+
+
+class Session:
+    """Runs the blocks of one page in a folder."""
+
+    def __init__(self, root, monkeypatch):
+        self.root, self.monkeypatch, self.names = root, monkeypatch, {}
+
+    def run(self, kind, code):
+        code = re.sub(r"(?<![\w.])/data\b", str(self.root / "data"), code)
+        code = re.sub(r"\{(0+)\.\.\d+\}", lambda m: "{%s..%s1}" % (m[1], m[1][1:]), code)
+        if kind == "python":
+            exec(compile(code, "block", "exec"), self.names)
+        else:
+            for command in commands(code):
+                self.shell(command)
+
+    def shell(self, command):
+        words = shlex.split(command, comments=True)
+        if words[0].startswith("PYTHONPATH="):
+            words = words[1:]
+        if words[0] == "export":
+            for word in words[1:]:
+                self.monkeypatch.setenv(*word.split("=", 1))
+        elif words[:2] == ["python", "-m"]:
+            self.module(words[2], words[3:])
+        else:
+            if words[0] == "bash" and "--help" not in words:
+                place = 3 if words[1].endswith(("tpu.sh", "gke.sh")) else 2
+                words.insert(min(place, len(words)), "--dry-run")
+                command = shlex.join(words)
+            elif words[0] == "python":
+                assert words[1].startswith("benchmarks/"), command
+                command = shlex.join([sys.executable, *words[1:], "--help"])
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+            assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+    def module(self, name, arguments):
+        options = dict(word[2:].split("=", 1) for word in arguments if word.startswith("--") and "=" in word)
+        if name == "clip_jax.train" and options["workdir"] not in TRAINED:
+            config = train.parse_args(arguments)[0]
+            preflight.make_parts(config)
+        elif name == "clip_jax.compile":
+            compiler.parse_args(arguments)
+            config_lib.load(options["config"])
+        elif name == "clip_jax.study":
+            assert study.load(options["config"]).rows
+        else:
+            if name == "clip_jax.train":
+                tiny = TINY if "fork-from" not in options else []
+                arguments = arguments + [f"--config.{o}" for o in [*tiny, "train.steps=1", "data.workers=0"]]
+            for word in arguments:
+                for run in re.findall(r"(?<![\w/])runs/\w+", word) if "workdir" not in word else ():
+                    if not (self.root / run).exists():
+                        shutil.copytree(self.root / "clip", self.root / run)
+            assert importlib.import_module(name).main(arguments) == 0, (name, arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_run(page, tree, monkeypatch, capsys):
+    monkeypatch.chdir(tree)
+    monkeypatch.setenv("CLIP_JAX_CACHE", str(tree / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
+    session = Session(tree, monkeypatch)
+    for line, kind, code, marked in blocks(page.read_text()):
+        if marked:
+            continue
+        try:
+            session.run(kind, code)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{page.name}:{line}: {error!r}\n{capsys.readouterr().err}") from error
+    shutil.rmtree(tree / "runs", ignore_errors=True)

@@ -221,12 +221,12 @@ def kept_bytes(program, remat=None):
     import jax
 
     from clip_jax.methods import interface
+    from clip_jax.training.step import make_init
 
-    config, method = program.config, program.method
-    if remat not in (None, config.model.remat):
-        config = config.copy_and_resolve_references()
-        config.model.remat = remat
-        method = interface.make_method(config.lock())
+    config = program.config.copy_and_resolve_references()
+    config.model.update(remat=remat or config.model.remat, scan=True)  # a scanned block is traced once
+    method = interface.make_method(config.lock())
+    shapes = jax.eval_shape(make_init(config, method, program.batch)[0], jax.random.key(0))
 
     def pullback(params, extra, batch):
         rng = jax.random.key(0)
@@ -236,7 +236,7 @@ def kept_bytes(program, remat=None):
     # A dimension is one of examples when it is a multiple of this prime, which no width is.
     prime, group = 31, config.model.get("image", {}).get("bn_group") or 1
     batch = {k: jax.ShapeDtypeStruct((prime * group, *x.shape[1:]), x.dtype) for k, x in program.batch.items()}
-    kept = jax.tree.leaves(jax.eval_shape(pullback, program.state.params, program.state.extra, batch))
+    kept = jax.tree.leaves(jax.eval_shape(pullback, shapes.params, shapes.extra, batch))
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in kept if any(n and n % prime == 0 for n in x.shape))
     return size / (prime * group) * _rows(program) / config.micro_batches
 

@@ -4,8 +4,8 @@
 
 Variants, after a colon:
   (none)   a small model on emoji and clip art (no held-out concept in it) for 2 CPU cores; README.md gives its result
-  finetune tunes weights of a run or of others on your data: --config.init_from=PATH --config.data=PATH
   small    for your own data on one small machine (clip_jax/small.py): --config.data=pairs.tsv, or a folder of images
+  finetune tunes weights of a run or of others on your data: --config.init_from=PATH --config.data=PATH
   emoji    the same on emoji alone: the control of the other methods' configurations
   smoke    a few steps on emoji, under a minute with compilation; accuracy near chance
   scenes   the control of configs/filip.py:scenes; two of three images show two emoji, and the caption says how they lie

@@ -12,7 +12,7 @@ from clip_jax.data.sources import MemorySource, configured_source, holdout, make
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.errors import UserError
 
-CONFIGS = sorted(path.stem for path in (REPO / "configs").glob("*.py") if path.stem != "classify")  # it needs weights
+CONFIGS = sorted({path.stem for path in (REPO / "configs").glob("*.py")} - {"classify"})  # it tunes weights
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 40)}
 
 

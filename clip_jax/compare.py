@@ -17,6 +17,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.report import page as html_page
 from clip_jax.evaluation.report import queries
 from clip_jax.evaluation.report.charts import chart, read_metrics
+from clip_jax.evaluation.report.head import examples_read
 from clip_jax.evaluation.report.headline import sampling_error
 from clip_jax.runtime import command, goodput, storage
 
@@ -70,13 +71,7 @@ class Run:
         size = self.fields.get("data.batch_size")
         if size is None:
             return None
-        end, total = self.step(), 0
-        for row in reversed(self.history[1:]):  # backwards from the present size
-            old, _ = row.get("changes", {}).get("data.batch_size", (size, size))
-            if old != size:
-                total += size * max(0, end - row["step"])
-                end, size = row["step"], old
-        return total + size * max(0, end - self.first())
+        return examples_read(self.history, self.step(), size)
 
     def seconds(self):
         """The seconds of the run by what they were spent on, {} before its end."""

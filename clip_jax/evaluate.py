@@ -75,6 +75,7 @@ def write_report(workdir, config, result, path=None):
 
     Raises UserError when it cannot be written.
     """
+    from clip_jax import run_folder
     from clip_jax.evaluation.report import assembly, queries
 
     workdir = storage.path(workdir)
@@ -87,6 +88,7 @@ def write_report(workdir, config, result, path=None):
         title=" on ".join(filter(None, [config.method, config.data.source.replace("{split}", config.data.split)])),
         config=config.to_dict(),
         metrics_jsonl=workdir / "metrics.jsonl",
+        history=run_folder.history(workdir),
     )
 
 

@@ -218,7 +218,8 @@ def _choose(config, current, source, prefix):
         raise UserError(f"init_from_params={config.init_from_params}: no pattern matches a parameter below {prefix!r}")
     if missing := chosen.keys() - source.shapes.keys():
         raise UserError(
-            f"init_from: {source.path} has no {list_names(missing)}; init_from_params chooses the parameters to take"
+            f"init_from: {source.path} has no {list_names(missing)}; init_from_params chooses the parameters to take; "
+            "configs/clip.py:finetune takes the sizes from the weights"
         )
     return chosen
 
@@ -260,7 +261,8 @@ def _check_shapes(config, source, targets):
     resized = resizable if config.init_from_resize else []
     if rest := differ.keys() - set(resized):
         notes = {path: f"{shape_text(differ[path])} there, {shape_text(targets[path].shape)} here" for path in rest}
-        hint = "; init_from_resize=True resizes the position embeddings" if rest <= set(resizable) else ""
+        hint = "; configs/clip.py:finetune takes the sizes from the weights"
+        hint = "; init_from_resize=True resizes the position embeddings" if rest <= set(resizable) else hint
         raise UserError(f"init_from: {source.path}: other shapes: {list_names(notes)}{hint}")
     return resized
 

@@ -3,15 +3,17 @@
 JAX is imported in functions, because wrong input is answered before it loads.
 """
 
+import contextlib
 import math
 import os
 import shutil
+from pathlib import Path
 
 from clip_jax import config as config_lib
 from clip_jax import from_weights
 from clip_jax.data.reading import configured_reading
 from clip_jax.errors import Problems, UserError
-from clip_jax.runtime import profile
+from clip_jax.runtime import faults, lock, profile, storage
 
 GIB = 2**30
 #: The activations that a backward pass keeps are at most this many times the bytes of its batch.
@@ -45,9 +47,9 @@ def make_parts(config, workdir=None, log=lambda line: None):
     """Returns `(config, source, tokenizer, method)`, all checked, without touching a device. Raises UserError.
 
     Args:
-      config: a configuration.
-      workdir: the work folder, whose run has the fields that followed from the data (`clip_jax.small`).
-      log: takes the lines that say what follows from the data.
+      config: the configuration.
+      workdir: the work folder; a run in it keeps the fields of a variant `small` that it found in the data.
+      log: takes the line about these fields.
     """
     from clip_jax import evaluate, small
     from clip_jax.data.loader import check_source
@@ -67,6 +69,28 @@ def make_parts(config, workdir=None, log=lambda line: None):
     one_source = data.sampling == "one_source"
     check_source(source, method.views, tokenizer, data.batch_size, one_source, configured_reading(data))
     return config, source, tokenizer, method
+
+
+@contextlib.contextmanager
+def nothing_left(workdir):
+    """Removes a local work folder that did not exist before when wrong input ends the run before its first checkpoint.
+
+    Several processes share their work folder, so that they leave it.
+    """
+    is_new = not storage.is_remote(workdir) and not os.path.exists(workdir)
+    top = next((p for p in [Path(workdir), *Path(workdir).parents][::-1] if not p.exists()), None) if is_new else None
+    try:
+        yield
+    except UserError:
+        files = [Path(workdir) / name for name in (lock.FILE, "metrics.jsonl")]
+        has_begun = any(file.exists() and file.stat().st_size for file in files)
+        has_begun = has_begun or any((Path(workdir) / "checkpoints").glob("[0-9]*"))
+        if top and not has_begun and not faults.several_processes():
+            shutil.rmtree(workdir, ignore_errors=True)
+            while top != Path(workdir) and top.exists() and not any(Path(workdir).parent.iterdir()):
+                workdir = Path(workdir).parent
+                workdir.rmdir()
+        raise
 
 
 def check_room(program, workdir, is_new):
@@ -197,12 +221,12 @@ def kept_bytes(program, remat=None):
     import jax
 
     from clip_jax.methods import interface
+    from clip_jax.training.step import make_init
 
-    config, method = program.config, program.method
-    if remat not in (None, config.model.remat):
-        config = config.copy_and_resolve_references()
-        config.model.remat = remat
-        method = interface.make_method(config.lock())
+    config = program.config.copy_and_resolve_references()
+    config.model.update(remat=remat or config.model.remat, scan=True)  # a scanned block is traced once
+    method = interface.make_method(config.lock())
+    shapes = jax.eval_shape(make_init(config, method, program.batch)[0], jax.random.key(0))
 
     def pullback(params, extra, batch):
         rng = jax.random.key(0)
@@ -212,7 +236,7 @@ def kept_bytes(program, remat=None):
     # A dimension is one of examples when it is a multiple of this prime, which no width is.
     prime, group = 31, config.model.get("image", {}).get("bn_group") or 1
     batch = {k: jax.ShapeDtypeStruct((prime * group, *x.shape[1:]), x.dtype) for k, x in program.batch.items()}
-    kept = jax.tree.leaves(jax.eval_shape(pullback, program.state.params, program.state.extra, batch))
+    kept = jax.tree.leaves(jax.eval_shape(pullback, shapes.params, shapes.extra, batch))
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in kept if any(n and n % prime == 0 for n in x.shape))
     return size / (prime * group) * _rows(program) / config.micro_batches
 

@@ -7,6 +7,7 @@ same. `held_out_tasks` are the tasks of `data.holdout`.
 
 import dataclasses
 import os
+import re
 import statistics
 
 from clip_jax import config as config_lib
@@ -229,6 +230,8 @@ def _add_tasks(config, source, log):
     if any("holdout=" in task for key in others for task in others[key]):
         return
     tasks, count = held_out_tasks(config.data)
+    if config.method == "classify":  # its head is evaluated, and not the texts of the classes
+        tasks = [re.sub(r"^zeroshot\(", "accuracy(", task) for task in tasks]
     log(f"held out of training: {count:,} of {len(source) + count:,} records; tasks: {', '.join(tasks)}")
     for key, own in others.items():
         config.eval[key] = (*own, *tasks)

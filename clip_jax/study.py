@@ -26,6 +26,8 @@ from clip_jax import from_weights
 from clip_jax.errors import StorageError, UserError, unknown
 from clip_jax.runtime import command, faults, storage
 
+_DRAWN = ("loss", "top1", "accuracy", "image_to_text_R@1", "text_to_image_R@1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -55,8 +57,8 @@ class Study:
       metrics: `{column heading: metric of the last evaluation}`. Each metric is a fraction; the first decides the
         order.
       published: the heading of the published figures.
-      curves: the training metrics that the page plots. It also plots the `metrics` that were evaluated at several
-        steps, and the losses of held-out data.
+      curves: the training metrics that the page plots. It also plots the `metrics` and the usual others that were
+        evaluated at several steps.
       map_task: the evaluation task whose 2-D maps the page shows, one for each row; empty: none.
       equal_compute: gives every row the number of steps that costs as many FLOPs as the first row's steps. Otherwise
         each row takes the steps of its configuration.
@@ -265,7 +267,7 @@ def write(study, runs, found, workdir):
     items = "".join(f"<li>{html.escape(line)}</li>" for line in verdicts)
     curves = "".join(_chart(page, curve, _mean_curves(study, runs, 0, curve)) for curve in study.curves)
     evaluated = {name: label for label, name in study.metrics.items()}
-    evaluated |= {name: name for name in _held_out_losses(runs) if name not in evaluated}
+    evaluated |= {name: name for name in _repeated(runs) if name not in evaluated}
     evaluations = "".join(_chart(page, label, _mean_curves(study, runs, 1, name)) for name, label in evaluated.items())
     maps = {}
     for run in runs if study.map_task else ():
@@ -312,13 +314,13 @@ def _mean_curves(study, runs, kind, name):
     return found
 
 
-def _held_out_losses(runs):
-    """Returns the names of the losses of held-out data that any run has, sorted."""
+def _repeated(runs):
+    """Returns the names of evaluation metrics to draw: those of `_DRAWN` that any run has at two steps or more."""
     from clip_jax.evaluation.report.charts import read_metrics
 
-    return sorted(
-        {name for run in runs for name in read_metrics(run.folder / "metrics.jsonl")[1] if name.endswith("/loss")}
-    )
+    found = [read_metrics(run.folder / "metrics.jsonl")[1] for run in runs]
+    names = {name for evaluation in found for name, series in evaluation.items() if len(series) > 1}
+    return sorted(name for name in names if name.rpartition("/")[2] in _DRAWN)
 
 
 def run_study(study, workdir, seeds, overrides, dry_run):

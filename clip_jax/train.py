@@ -144,7 +144,8 @@ def train(config, workdir, log=print, cluster=None, fork=None):
     cache = compile_cache.prepare(config.compile.cache, workdir)
     # The hosts join before data is opened, because they may take very different times for that.
     hosts.start(cluster, timeout=max(5, int(min(limit, 100))) if limit else 100)
-    config, source, tokenizer, method = make_parts(config, workdir, hosts.on_first(log))
+    lines = []  # which host is the first one is known by the devices, and nothing touches these yet
+    config, source, tokenizer, method = make_parts(config, workdir, lines.append)
     init_from.check(config, tokenizer, workdir)
     hosts.devices()
     with faults.stage("waiting until all hosts have opened their data"):
@@ -158,6 +159,8 @@ def train(config, workdir, log=print, cluster=None, fork=None):
     from clip_jax.training import checkpoint, metrics
 
     log = hosts.on_first(log)
+    for line in lines:
+        log(line)
     run_folder.begin(config, method, workdir, fork, log)
     log(f"clip_jax {__version__}: {config.method} on {config.data.source}, work folder {workdir}")
     mesh = sharding.make_mesh(config.mesh)
@@ -345,10 +348,11 @@ def main(argv=None):
         profile.ignore_signal()
         config, workdir, cluster, fork = parse_args(argv)
         open_remote = storage.Log if storage.is_remote(workdir) else None
-        folder, log = storage.prepare(workdir), lambda line: print(line, flush=True)
-        with lock.hold(folder, log, *hosts.place(cluster)):
-            host_log.start(folder, host_log.process_name(cluster), open_remote)
-            train(config, workdir, log, cluster, fork)
+        with preflight.nothing_left(workdir):
+            folder, log = storage.prepare(workdir), lambda line: print(line, flush=True)
+            with lock.hold(folder, log, *hosts.place(cluster)):
+                host_log.start(folder, host_log.process_name(cluster), open_remote)
+                train(config, workdir, log, cluster, fork)
 
     return command.run(work)
 

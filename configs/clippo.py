@@ -4,12 +4,8 @@
 
 Variants, after a colon:
   (none)   a small model on the embedded emoji, named in 28 languages, evaluated in English and Korean; for 2 CPU cores
-<<<<<<< HEAD
            docs/results.md gives its accuracy with --config.train.steps=2400; all 3,000 steps were not run
-=======
-           README.md gives its accuracy with --config.train.steps=2400; all 3,000 steps were not run
   small    for your own data, as configs/clip.py:small, at 128 pixels
->>>>>>> ea62f58e5b51bd4d7599d5f420c7ae903374021b
   smoke    a few steps of the default; accuracy near chance
   b16 l16  the paper's recipe (docs/recipes/clippo.md), 100,000 steps of batch 10,240 without augmentation. Data:
            --config.data=/data/pairs/{00000..41407}.tar; for a quarter of text pairs, over 333,000 steps:

@@ -4,12 +4,8 @@
 
 Variants, after a colon; clip_jax/methods/declip.py documents the section declip, docs/recipes/declip.md every constant:
   (none)   model, data and optimizer of configs/clip.py:emoji, sized for 2 CPU cores, for half of its steps: a step runs
-<<<<<<< HEAD
            each tower twice and costs 2.6 times CLIP's FLOPs (benchmarks/methods.py). docs/results.md gives its result
-=======
-           each tower twice and costs 2.6 times CLIP's FLOPs (benchmarks/methods.py). README.md gives its result
   small    for your own data, as configs/clip.py:small
->>>>>>> ea62f58e5b51bd4d7599d5f420c7ae903374021b
   smoke    a few steps of the default, under a minute with compilation; accuracy near chance
   small_paper small_slip small_defilip other sums of loss terms, on emoji
   b32 rn50 the released recipe on YFCC15M: 32 epochs of batch 4096. --config.data=/data/yfcc15m/{00000..01538}.tar

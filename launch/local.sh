@@ -3,16 +3,21 @@
 #   bash launch/local.sh [--processes N] [configs/clip.py[:variant]] [--workdir=runs/NAME] [--config.FIELD=VALUE ...]
 # Uses a virtual environment in .venv (made if it is not there; CLIP_JAX_VENV names another) and a GPU if there is one. With --processes
 # several processes share the work as hosts do, over loopback, each with one GPU or the CPU. clip_jax/train.py lists the exit statuses.
-# With --dry-run as its first argument it prints the command and runs nothing.
+# --dry-run prints the command: nothing is installed, written or run. --help prints this text.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 source launch/venv.sh
 
-case ${1:-} in
-  -h | --help) show_help && exit ;;
-  --dry-run) DRY_RUN=1 && shift ;;
-esac
+arguments=()
+for argument in "$@"; do
+  case $argument in
+    -h | --help) show_help && exit ;;
+    --dry-run) DRY_RUN=1 ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+set -- ${arguments[@]+"${arguments[@]}"}
 module=(clip_jax.train)
 case ${1:-} in
   --processes=*) module=(clip_jax.runtime.hosts "$1" clip_jax.train); shift ;;
@@ -20,11 +25,15 @@ case ${1:-} in
 esac
 config=configs/clip.py
 if [[ $# -gt 0 && $1 != --* ]]; then config=$1; shift; fi
+case ${1:-} in --config=*) config=${1#*=}; shift ;; esac
 name=$(basename "${config%%:*}" .py)
 [[ $config == *:* ]] && name+="_${config#*:}"
 workdir=runs/$name
+previous=
 for argument in "$@"; do
   case $argument in --workdir=*) workdir=${argument#*=} ;; esac
+  [[ $previous != --workdir ]] || workdir=$argument
+  previous=$argument
 done
 
 gpu=

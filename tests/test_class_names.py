@@ -219,6 +219,8 @@ def test_imagenet_names_by_number_and_by_name():
     assert imagenet_of("1", "0", given=None) == ["1", "0"]  # digits, as in MNIST
     with pytest.raises(UserError, match="are 1000 numbers, such as '0', which are no names; set classes='imagenet'"):
         imagenet_of(*numbers, given=None)
+    german = [f"{name} (de)" for name in names]
+    assert imagenet_of("n02099601", "n01440764", given=german) == ["Golden Retriever (de)", "tench (de)"]
     with pytest.raises(UserError, match="none of ImageNet's 1,000 classes: '1000'"):
         imagenet_of("0", "1000")
     imagenette = ["tench", "English_springer", "cassette_player", "chain_saw", "church", "French horn", "gas_pump"]

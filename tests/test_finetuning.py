@@ -20,7 +20,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation import accuracy
 from clip_jax.interop.export import export
 from clip_jax.methods.classify import Options
-from clip_jax.methods.interface import make_method
+from clip_jax.methods.interface import init_shapes, make_method
 from clip_jax.tools import interpolate
 
 CLIP, CLASSIFY = (str(REPO / "configs" / name) for name in ("clip.py:finetune", "classify.py"))
@@ -119,15 +119,31 @@ def test_what_is_missing_is_named(overrides, message):
         from_weights.load(CLIP, overrides)
 
 
+def test_siglip_follows_from_its_weights(weights, tmp_path):
+    towers = """image.pool=map image.patch_bias=true image.proj=false image.ln_eps=1e-6 embed_dim=32 text.pool=last
+        text.mask_padding=false text.proj_bias=true text.ln_eps=1e-6""".split()
+    given = [
+        "method=siglip",
+        "tokenizer=sentencepiece?pad_with_eot=true",
+        "eval.transform=squash(interpolation='bicubic')",
+    ]
+    c, _, tokenizer, method = train.make_parts(tiny_config(*given, *(f"model.{field}" for field in towers)))
+    params, extra = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), init_shapes(c))
+    export(clip_jax.Model(c, method, params, extra, tokenizer), "hf", tmp_path / "model")
+    found = from_weights.load(CLIP, [f"init_from={tmp_path / 'model'}", "data.source=emoji"])
+    assert (found.method, found.model.image.pool, found.model.text.causal) == ("siglip", "map", False)
+    assert found.tokenizer.startswith("siglip:") and found.data.augment == found.eval.transform == c.eval.transform
+    with pytest.raises(UserError, match="method='clip' there, 'siglip' here, whose logit_bias"):
+        tuned(weights, spec=SIGLIP)
+
+
 @pytest.mark.parametrize("folder", golden_files("hf_siglip"))
-def test_siglip_follows_from_its_weights(folder, weights):
+def test_a_tokenizer_that_is_not_beside_the_weights_is_asked_for(folder):
     given = [f"init_from={folder}", "data.source=emoji", "tokenizer=sentencepiece?pad_with_eot=true"]
     with pytest.raises(UserError, match="tokenizer: .* ids there"):
         from_weights.load(CLIP, given)
     with pytest.raises(UserError, match="their tokenizer is not found: give it"):
         from_weights.load(CLIP, given[:2])
-    with pytest.raises(UserError, match="method='clip' there, 'siglip' here, whose logit_bias"):
-        tuned(weights, spec=SIGLIP)
 
 
 def test_a_run_takes_two_steps_and_is_a_source_itself(weights, tmp_path):
@@ -226,6 +242,9 @@ def test_a_run_on_labels(weights, classified):
     assert moved and all(path.startswith("img/") for path in moved) and model.class_names[0] == "big bear"
     p = model.classify([Image.open(path) for path in sorted((weights / "data" / "test").glob("*/*.png"))])
     assert (p.argmax(1) == np.repeat(range(3), 3)).mean() == pytest.approx(metrics["accuracy/top1"])
+    lines = export(model, "open_clip", weights / "exported")
+    assert "note: the classifier of 3 classes is left out" in lines
+    assert flat(clip_jax.load(weights / "exported").params).keys() == before.keys()
     # A part of the classes is evaluated among that part; other classes are refused.
     (weights / "part").mkdir(exist_ok=True)
     for name in ("cat", "dog"):
@@ -265,3 +284,8 @@ def test_weights_between_two_checkpoints(weights, classified, tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match=r"this run did not start from weights \(init_from\): give --a"):
         interpolate.beginning(clip_jax.load(workdir, overrides=["init_from="]), workdir)
+
+
+def test_held_out_records_evaluate_the_head(weights):
+    c, source, _, _ = train.make_parts(classes(weights, "eval.tasks=()", "data.holdout=0.3"))
+    assert len(source) < 24 and [task.partition("(")[0] for task in c.eval.tasks] == ["accuracy"]

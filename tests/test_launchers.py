@@ -775,6 +775,19 @@ def test_a_dry_run_on_one_machine(stand):
     assert not stand.calls(".*")
 
 
+def test_a_dry_run_takes_its_flags_anywhere_and_writes_nothing(stand):
+    before = sorted(stand.root.rglob("*"))
+    for arguments, end in (
+        (["configs/clip.py:smoke", "--dry-run"], "--config=configs/clip.py:smoke --workdir=runs/clip_smoke"),
+        (["--config=configs/lit.py", "--dry-run"], "--config=configs/lit.py --workdir=runs/lit"),
+        (["--dry-run", "--workdir", "runs/a"], "--config=configs/clip.py --workdir=runs/a --workdir runs/a"),
+        (["--dry-run"], "--config=configs/clip.py --workdir=runs/clip"),
+    ):
+        assert stand.launch("local", *arguments).endswith(f"python -m clip_jax.train {end}\n")
+    assert stand.launch("local", "configs/clip.py", "--help") == stand.launch("local", "--help")
+    assert sorted(stand.root.rglob("*")) == before and not stand.calls(".*")
+
+
 def test_slurm_job_of_one_process_per_node_uses_all_gpus(stand):
     options, script, env = submit(stand, "--per-node")
     assert "--ntasks-per-node=1" in options

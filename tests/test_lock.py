@@ -24,6 +24,7 @@ from clip_jax.training import checkpoint
 def quick(monkeypatch):
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.2)
     monkeypatch.setattr(lock, "STALE_SECONDS", 30)
+    monkeypatch.setattr(lock, "WATCH_SECONDS", 0.5)
 
 
 def write_lock(folder, beat=0.0, **fields):
@@ -34,9 +35,9 @@ def write_lock(folder, beat=0.0, **fields):
     return content
 
 
-def beat_on(folder, fields, ended):
+def beat_on(folder, beat, fields, ended):
     while not ended.wait(0.2):
-        write_lock(folder, **fields)
+        write_lock(folder, beat, **fields)
 
 
 def files(folder):
@@ -85,18 +86,26 @@ def test_a_run_of_another_host_lives_while_it_refreshes_its_lock(tmp_path, monke
         write_lock(tmp_path, beat=31, **fields)
         lines = []
         with lock.hold(tmp_path, lines.append, number=0):
-            assert "token" in lock.read(tmp_path) and len(lines) == 1
+            assert "token" in lock.read(tmp_path) and len(lines) == 2
 
+        lock.check_free(tmp_path, "")
+        for beat in (5, 1000):  # the clocks may differ
+            write_lock(tmp_path, beat, **fields)
+            monkeypatch.setattr(lock, "WATCH_SECONDS", 20)
+            ended = threading.Event()
+            owner = threading.Thread(target=beat_on, args=(tmp_path, beat, fields, ended))
+            owner.start()
+            with pytest.raises(UserError, match="is in use by a run on"), lock.hold(tmp_path, lines.append, number=0):
+                pass
+            ended.set()
+            owner.join()
+            assert lock.read(tmp_path)["token"] == "other"
+            assert f"looking up to {25 if beat == 5 else 20} s" in lines[-1]
+        monkeypatch.setattr(lock, "WATCH_SECONDS", 0.5)
+        lock.check_free(tmp_path, "")  # 1000 s
         write_lock(tmp_path, beat=5, **fields)
-        ended = threading.Event()
-        owner = threading.Thread(target=beat_on, args=(tmp_path, fields, ended))
-        owner.start()
-        with pytest.raises(UserError, match="is in use by a run on"), lock.hold(tmp_path, lines.append, number=0):
-            pass
-        ended.set()
-        owner.join()
-        assert lock.read(tmp_path)["token"] == "other"
-        assert "looking up to 25 s" in lines[-1]
+        with pytest.raises(UserError, match="is in use by a run on .* it writes"):
+            lock.check_free(tmp_path, "it writes")
 
     monkeypatch.setattr(lock, "STALE_SECONDS", 1.5)
     write_lock(tmp_path, host="pod-3", beat=0.5)  # the node was taken away; the pod comes back on another one
@@ -163,6 +172,27 @@ def test_the_lock_is_refreshed_and_a_run_that_lost_it_ends(tmp_path, monkeypatch
         wait_for(lambda: ends)
     assert ends[0][0] == 2 and "taken for dead" in ends[0][1]
     assert lock.read(tmp_path) == stranger
+
+
+def test_a_run_that_is_ending_is_waited_for(tmp_path, monkeypatch):
+    """A cluster starts the new host while the old one, asked to end, still saves its state."""
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    lines = []
+    for fields, coordinator in (({"ending": True}, ""), ({"coordinator": "job-0:1"}, "job-0:1")):
+        write_lock(tmp_path, **fields)
+        threading.Timer(0.5, (tmp_path / lock.FILE).unlink).start()
+        with lock.hold(tmp_path, lines.append, number=0, coordinator=coordinator):
+            assert lock.read(tmp_path)["pid"] == os.getpid()
+        assert "waiting for the end of a run on" in lines.pop() and not lines
+    monkeypatch.setattr(lock, "ENDING_SECONDS", 0.2)
+    write_lock(tmp_path, ending=True)
+    with pytest.raises(UserError, match="is in use by"), lock.hold(tmp_path, lines.append, number=0):
+        pass
+    os.remove(tmp_path / lock.FILE)
+    with lock.hold(tmp_path, number=0):
+        assert not lock.read(tmp_path).get("ending")
+        monkeypatch.setattr(faults, "_asked", faults.PREEMPTED)
+        wait_for(lambda: lock.read(tmp_path).get("ending"))
 
 
 def test_a_process_that_ends_at_once_leaves_no_lock(tmp_path, monkeypatch):

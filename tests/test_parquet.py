@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_helpers import Bytes, assert_equal, concatenate, encoded, loader, take, write_table
+from test_tar_blocks import pair, write_tar
 from web_server import serve_as_hub, web_server
 
 from clip_jax.data import clients, decode, remote
@@ -25,7 +26,7 @@ from clip_jax.data.sources import (
 )
 from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
-from clip_jax.tools import to_parquet
+from clip_jax.tools import manifest, to_parquet
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 #: What `datasets` writes into the metadata of a schema.
@@ -374,6 +375,15 @@ def test_other_sources_become_parquet(tmp_path, capsys, monkeypatch):
     joined = make_source(str(tmp_path / "joined"))
     assert (joined[9]["rewrites"], joined[9]["image"]) == (["rewrite 9"], encoded(9))
     assert joined.class_names == ["cat", "dog"] and joined[9]["class_name"] == "dog"
+
+
+def test_tables_beside_shards_and_manifests_are_not_copied(tmp_path, capsys):
+    pq.write_table(pa.table({"url": ["x"]}), tmp_path / "0.parquet")
+    write_tar(tmp_path / "0.tar", pair("0", 0))
+    assert manifest.main([f"{tmp_path}/0.tar", f"--out={tmp_path}/m.parquet", "--processes=1"]) == 0
+    capsys.readouterr()
+    for source in (tmp_path, tmp_path / "m.parquet"):
+        assert "write them into Parquet with --embed" in run(capsys, source, f"--out={tmp_path}/out")[1]
 
 
 def test_arrays_become_images_of_parquet(tmp_path):

@@ -371,6 +371,9 @@ def test_changes_of_the_learning_rate_are_marked(tmp_path):
     for plain in ([1.0] * 9, [0.0] * 5, [1 - i / 9 for i in range(10)], [0.5]):
         assert charts.learning_rate_changes(list(enumerate(plain))) == []
     rows = [{"step": step, "loss": 1.0, "lr": rate} for step, rate in enumerate(rates)]
+    history = [{"step": 0, "changes": {}}, {"step": 5, "changes": {"optim.lr": [1.0, EVIL]}}]
+    page = render(EvalResult({}), metrics_jsonl=write_metrics(tmp_path / "m.jsonl", rows), history=history)
+    assert "its peak, 1; step 5, optim.lr from 1.0 to </script>" in page.text and "jumps" not in page.text
     page = render(EvalResult({}), metrics_jsonl=write_metrics(tmp_path / "metrics.jsonl", rows))
     assert [a["d"] for a in page.find("path", class_="mark")] == ["M112.7 10v150", "M246.0 10v150"] * 2
     assert "Dashed: step 2, the learning rate reaches its peak, 1; step 6, the learning rate jumps" in page.text
@@ -398,6 +401,9 @@ def test_the_head_says_what_was_trained_and_evaluated(tmp_path):
         "emoji {} emoji(subset='val')",
     ):
         assert text in page.text, text
+    history = [{"step": 1, "forked_from": "runs/a"}, {"step": 3, "changes": {"data.batch_size": [8, 16]}}]
+    page = render(result, config=settings, history=history)
+    assert "Examples seen 32 in batches of 16, after step 1 of runs/a" in page.text  # steps 2 and 3 of 8, step 4 of 16
     assert "Training 8 steps of 16 examples" in render(EvalResult({}), config=settings).text
 
 
@@ -445,7 +451,7 @@ def test_thumbnails_lie_where_their_tags_say():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (300, 200)])
 def test_thumbnails_keep_the_shape_of_an_image(shape):
     images = Images([MemorySource([{"image": np.zeros((*shape, 3), np.uint8)}])], np.zeros((1, 2), int))
-    thumbnail = html_page._thumbnail(images, 0, 64)
+    thumbnail = html_page.thumbnail(images, 0, 64)
     dark = np.argwhere(thumbnail[..., 0] < 128)
     assert thumbnail.shape == (64, 64, 3)
     height, width = np.ptp(dark, axis=0) + 1

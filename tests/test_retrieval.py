@@ -69,7 +69,7 @@ def test_recall_uses_the_given_similarity():
     assert recall(z_image, z_text, [0, 1], [1, 0], ks=(1,)).metrics["image_to_text_R@1"] == 0.5
 
 
-def test_held_out_loss_is_the_contrastive_loss_of_blocks(monkeypatch):
+def test_the_loss_of_pairs_is_the_contrastive_loss_of_blocks(monkeypatch):
     monkeypatch.setattr(retrieval, "_LOSS_PAIRS", 3)
     z_image, z_text = np.random.default_rng(0).normal(size=(2, 5, 4))
 
@@ -83,6 +83,6 @@ def test_held_out_loss_is_the_contrastive_loss_of_blocks(monkeypatch):
     for rows in (slice(0, 3), slice(3, 5)):  # five pairs in two blocks
         exp = np.exp(7 * z_image[rows] @ z_text[rows].T)
         wanted -= (np.log(np.diag(exp) / exp.sum(0)) + np.log(np.diag(exp) / exp.sum(1))).sum() / 2 / 5
-    assert retrieval.held_out_loss(Scaled(), z_image, z_text) == {"loss": pytest.approx(wanted, rel=1e-9)}
-    assert retrieval.held_out_loss(Scaled(), z_image[:1], z_text[:1]) == {}
-    assert retrieval.held_out_loss(object(), z_image, z_text) == {}
+    assert retrieval.pair_loss(Scaled(), z_image, z_text) == {"loss": pytest.approx(wanted, rel=1e-9)}
+    assert retrieval.pair_loss(Scaled(), z_image[:1], z_text[:1]) == {}
+    assert retrieval.pair_loss(object(), z_image, z_text) == {}

@@ -99,6 +99,7 @@ def test_the_text_of_the_first_steps():
         ("?index=x", "data: no data set is named"),
         ("emoji?wher=vendor:noto", r"emoji\?wher=vendor:noto: unknown option 'wher' \(did you mean 'where'\?\)"),
         ("a.tar?captions=lines&where=a:b", "where= is a step of its own; write it after another '.'$"),
+        ("https://h/{split}.jsonl", "a table is read from a local disk alone; clip_jax.tools.to_parquet"),
         ("a.tar?shard=b", "unknown option 'shard' .did you mean 'shards'"),
         ("emoji?xyz=1", "unknown option 'xyz'; allowed: index, columns, uids, where, part, label, by, has, without"),
         ("emoji?where=vendor:noto&lable=group", "unknown option 'lable' .did you mean 'label'"),
@@ -404,7 +405,7 @@ def test_bad_rows_are_bad_records(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"", "no column for the image path; name it with image=..., columns: none"),
+        ("a.csv", b"", "no column for the image path; name it with --config.data.image=COLUMN.*columns: none"),
         ("a.csv", b"foo,caption\n1,2\n", "no column for the image path.*columns: foo, caption"),
         ("a.csv", b'foo,"two\nlines \xff"\n', r"columns: foo, two lines \?$"),
         ("a.csv", b"path,caption\n", "no rows"),

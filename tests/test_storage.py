@@ -19,7 +19,7 @@ from helpers import events, run, tiny_config, train_command
 from storage_emulators import emulator
 
 import clip_jax
-from clip_jax import evaluate, inference, train
+from clip_jax import compare, evaluate, inference, run_folder, train
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluation.results import EvalResult
 from clip_jax.interop import export
@@ -412,3 +412,24 @@ def test_the_lock_of_a_work_folder_in_a_bucket(kind, buckets, monkeypatch):
     lines = []
     with lock.hold(folder, lines.append, number=0):
         assert lock.read(folder)["token"] != found["token"] and "taken over" in lines[0]
+
+
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+def test_runs_in_a_bucket_are_compared_and_forked(kind, buckets, finished, tmp_path, capsys):
+    folder = storage.path(f"{buckets(kind).url}/compared")
+    storage.copy(finished / "checkpoints" / "6", folder / "checkpoints" / "6", last=checkpoint.COMMIT)
+    for name in ("config.json", "config_history.jsonl", "run.json"):
+        storage.write(folder / name, (finished / name).read_bytes())
+    storage.write(folder / "metrics.jsonl" / "000001", (finished / "metrics.jsonl").read_bytes())
+    storage.write(folder / "evaluations" / "6.json", '{"pets/top1": 0.25}')
+    assert compare.main([str(finished), str(folder), f"--html={tmp_path}/page.html"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"examples +96 +96\n", out) and re.search(r"pets/top1 +– +25.00", out)
+    config, _, _, fork = train.parse_args(
+        [f"--fork-from={folder}", f"--workdir={tmp_path}/fork", "--config.train.steps=9"]
+    )
+    assert (fork.step, config.train.steps) == (6, 9)
+    config, _, _, method = train.make_parts(config)
+    run_folder.begin(config, method, storage.prepare(tmp_path / "fork"), fork, lambda line: None)
+    assert checkpoint.find(tmp_path / "fork").name == "6"
+    assert checkpoint.read_meta(tmp_path / "fork" / "checkpoints" / "6")["config"]["train"]["steps"] == 9

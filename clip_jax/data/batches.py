@@ -211,7 +211,10 @@ def make_order(source, batch_size, seed, one_source, reading):
         raise UserError(f"data.lanes={lanes} must divide data.batch_size={batch_size}")
     for part, chosen in zip(parts, by_blocks, strict=True):
         if chosen and len(part) < lanes:
-            raise UserError(f"{part.name} has {len(part)} records, fewer than data.lanes={lanes}")
+            raise UserError(
+                f"{part.name} has {len(part)} records, fewer than data.lanes={lanes}; take fewer lanes, or "
+                "data.order=records"
+            )
     starts = [0, *itertools.accumulate(len(part) for part in parts)]
     weights = getattr(source, "weights", [1.0])
     return Order(starts, weights, seed, batch_size, one_source, lanes=lanes, blocks=blocks, window=reading.window)

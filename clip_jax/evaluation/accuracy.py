@@ -1,12 +1,12 @@
 """Classification by the classes that a model was trained on (`clip_jax/methods/classify.py`).
 
 The metrics are those of the task `zeroshot` under the option `name`: top1, top5, mean_per_class, chance_top1,
-chance_top5, images, classes, skipped.
+chance_top5, majority_top1, images, classes, skipped.
 
 Classes of the source are matched with those of the model by name. A source with a part of the classes is evaluated
 among that part, as Wortsman et al. (2022) evaluate on ImageNet-A and ImageNet-R.
 
-Artefacts: "classification" named `<name>`.
+Artefacts: "classification" and "confusion" named `<name>`.
 """
 
 import numpy as np
@@ -14,14 +14,16 @@ import numpy as np
 from clip_jax.errors import UserError
 from clip_jax.evaluation.class_names import listed, match_classes, names_of
 from clip_jax.evaluation.embed import embed, labels_of, open_source
+from clip_jax.evaluation.report.confusion import Confusion
 from clip_jax.evaluation.report.galleries import Classification
 from clip_jax.evaluation.report.headline import accuracy_table
 from clip_jax.evaluation.results import EvalResult, by_name, named
 from clip_jax.evaluation.zeroshot import COLUMNS, accuracies
 
 _MEANING = """<p class="notes"><b>Top-1</b>: the share of images whose right class has the highest score of the trained
-classifier. <b>Mean per class</b>: top-1 of each class, averaged. <b>Chance</b>: a random choice. <b>±</b>: the 95 %
-sampling error for this number of images.</p>"""
+classifier. <b>Mean per class</b>: top-1 of each class, averaged. <b>Chance</b>: a random choice. <b>Most
+frequent class</b>: the accuracy of always answering the most frequent class. <b>±</b>: the 95 % sampling error for this
+number of images.</p>"""
 
 
 def run(model, source, split="", classes=None, name="accuracy", label="", image="", limit=None):
@@ -60,6 +62,7 @@ def accuracy_task(model, source, class_names=None, *, name="accuracy", limit=Non
     metrics |= {"images": len(labels), "classes": len(names), "skipped": embedded.skipped}
     result = EvalResult(named(name, metrics)).credit(__name__)
     groups = [names[i] for i in labels]
+    result.artefacts["confusion"][name] = Confusion(names, labels, top[:, 0])
     result.artefacts["classification"][name] = Classification(names, labels, top, scores, embedded.images, groups)
     return result
 

@@ -70,6 +70,8 @@ def _names_of(source, given, task):
         return given
     if given == list(imagenet_names().values()):
         return _imagenet_of(source, task)
+    if isinstance(given, list) and len(given) == len(imagenet_names()) and all(map(_is_id, classes)):
+        return _imagenet_of(source, task, given)  # the 1,000 names in another language or wording
     pairs = given if isinstance(given, dict) else match_classes(classes, given) or _numbered(classes, given)
     left_out = [name for name in classes if name not in pairs]
     unused = sorted(set(pairs) - set(classes)) if pairs is given else _unused(given, pairs)
@@ -126,9 +128,13 @@ def _is_id(name):
     return re.fullmatch(r"n\d{8}", name) is not None
 
 
-def _imagenet_of(source, task):
-    """Returns ImageNet's names of a source's classes; raises UserError that lists the classes without one."""
+def _imagenet_of(source, task, given=None):
+    """Returns ImageNet's names of a source's classes; raises UserError that lists the classes without one.
+
+    `given` are other names for the 1,000 classes, in the order of the ids.
+    """
     classes, names = list(source.class_names), imagenet_names()
+    names = dict(zip(names, given, strict=True)) if given else names
     ids = _imagenet_ids(classes)
     if unknown := [name for name, wnid in zip(classes, ids, strict=True) if wnid is None]:
         what, hint = "names that are none of", _near(unknown[0], names.values())

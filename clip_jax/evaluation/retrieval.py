@@ -4,9 +4,9 @@ Metrics; `<name>` is the option `name`:
 
   <name>/image_to_text_R@1, R@5, R@10: share of images with one of their captions among the K most similar texts.
   <name>/text_to_image_R@1, R@5, R@10: share of captions with their image among the K most similar images.
-  <name>/loss: the held-out loss, cross-entropy (InfoNCE) of the images and their first captions at the model's scale,
-    mean of both directions, in equal blocks of at most 256 pairs. It is comparable between steps and runs on the same
-    data, not with a training loss of other batches or of another kind. Absent where the model has no scale.
+  <name>/loss: cross-entropy (InfoNCE) of the images and their first captions at the model's scale, mean of both
+    directions, in equal blocks of at most 256 pairs. It is comparable between steps and runs on the same data, not with
+    a training loss of other batches or of another kind. Absent where the model has no scale.
   <name>/images, texts, skipped: numbers of images, captions and unusable records.
 
 Artefacts: "retrieval", "similarity", "alignment" (methods that compare patches with words) and "map",
@@ -27,7 +27,7 @@ from clip_jax.evaluation.results import EvalResult, by_name, named
 
 _LOSS_PAIRS = 256
 
-_LOSS_MEANING = f"""<p class="notes"><b>Held-out loss</b>: the contrastive loss (InfoNCE) of these pairs at the model's
+_LOSS_MEANING = f"""<p class="notes"><b>Loss</b>: the contrastive loss (InfoNCE) of these pairs at the model's
 scale, in blocks of at most {_LOSS_PAIRS} pairs. Compare it between steps and runs on the same data alone.</p>"""
 
 
@@ -63,7 +63,7 @@ def retrieval_task(model, source, *, name="retrieval", limit=None, batch_size=25
     z_text = np.asarray(model.embed_text(texts))
     found = model_recall(model, embedded.z, z_text, image_ids, text_ids)
     captioned, first = np.unique(text_ids, return_index=True)  # the first caption of every image
-    loss = held_out_loss(model, embedded.z[captioned], z_text[first])
+    loss = pair_loss(model, embedded.z[captioned], z_text[first])
     metrics = found.metrics | loss | {"images": len(image_ids), "texts": len(texts), "skipped": embedded.skipped}
     result = EvalResult(named(name, metrics)).credit(__name__)
     result.artefacts["retrieval"][name] = Retrieval(
@@ -76,7 +76,7 @@ def retrieval_task(model, source, *, name="retrieval", limit=None, batch_size=25
     return result
 
 
-def held_out_loss(model, z_image, z_text):
+def pair_loss(model, z_image, z_text):
     """Returns `{"loss": InfoNCE of n pairs}`, natural logarithm; {} for a model without `scale` or a single pair.
 
     Args:

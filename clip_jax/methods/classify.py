@@ -75,7 +75,8 @@ def resolve(config, source):
     options = read_options(config, "classify", Options)
     if getattr(source, "multi_label", False) or (source.class_names is None and not options.names):
         problem = "several labels of one image" if getattr(source, "multi_label", False) else "no names of classes"
-        raise UserError(f"method='classify' needs one label of each image: {source.name} has {problem}")
+        hint = "give a folder with a sub-folder for each class, or SOURCE?label=FIELD with a field that names the class"
+        raise UserError(f"method='classify' needs one label of each image: {source.name} has {problem}; {hint}")
     config = config.copy_and_resolve_references().unlock()
     config.classify.classes = tuple(names_of(source, options.names or None, "classify"))
     config.optim.freeze += tuple(pattern for pattern in FROZEN if pattern not in config.optim.freeze)

@@ -37,6 +37,11 @@ _handlers = []  # signal handlers; the C library keeps no reference to them
 at_end = []
 
 
+def asked():
+    """Returns the exit status that a signal asked this process for, 0 without a signal."""
+    return _asked
+
+
 class Stopped(BaseException):
     """A signal ends the run. Like KeyboardInterrupt it is no Exception, so that no handler mistakes it for an error."""
 

@@ -3,7 +3,10 @@
 `run.lock` names the process that owns the folder and is refreshed every `BEAT_SECONDS`. It is deleted when the run
 ends, also after a signal, a stall or the loss of another host. After kill -9 or a dead machine it stays, and the next
 run takes it over: at once when the owner was a process of this machine that no longer runs, otherwise when it was not
-refreshed for `STALE_SECONDS`. The clocks of hosts must agree to well within that time.
+refreshed for `STALE_SECONDS`, of which the next run watches `WATCH_SECONDS` at least, as clocks of hosts may differ.
+
+A run that received a signal says so in its lock, and the next one waits until it has saved its state: a cluster may
+start the new host while the old one still ends. So does a run that joins at the address at which the owner joined.
 
 All hosts of a run share one lock, which its first host owns. Files and objects are made with the condition that there
 is none (`storage.create`). A lock that is taken over is read back, and its former owner, should it still live, finds a
@@ -25,6 +28,9 @@ from clip_jax.runtime import faults, hosts, storage
 FILE = "run.lock"
 #: Seconds between two refreshes, and seconds without one after which an owner counts as dead.
 BEAT_SECONDS, STALE_SECONDS = 10, 120
+WATCH_SECONDS = 1.5 * BEAT_SECONDS
+#: Seconds that a run waits for the end of one that received a signal.
+ENDING_SECONDS = 600
 #: Seconds after which a lock that was taken over is read back.
 SETTLE_SECONDS = 1
 _MACHINE_KEYS = ("host", "machine")
@@ -89,7 +95,7 @@ def hold(folder, log=print, number=None, coordinator="", name=FILE):
         return _hold(folder, log, coordinator, name) if hosts.is_first() else contextlib.nullcontext()
     if number:
         found = read(folder, name)
-        if found and not (coordinator and found.get("coordinator") == coordinator) and _state(found) == "alive":
+        if found and not _is_leaving(found, coordinator) and _state(found) == "alive":
             raise _in_use(folder, found)
         return contextlib.nullcontext()
     return _hold(folder, log, coordinator, name)
@@ -112,7 +118,8 @@ def _hold(folder, log, coordinator, name):
 def check_free(folder, what, name=FILE):
     """Raises UserError when a run owns a folder; `what` says what would be written, and what to do."""
     found = read(folder, name)
-    if found and _state(found) != "dead" and found.get("token") not in _held.values():
+    is_dead = found and (_state(found) == "dead" or (_state(found) == "unknown" and _age(found) > STALE_SECONDS))
+    if found and not is_dead and found.get("token") not in _held.values():
         raise UserError(f"{_in_use(folder, found)}; {what}")
 
 
@@ -129,14 +136,22 @@ def read(folder, name=FILE):
 
 
 def _state(found):
-    """Returns whether the owner of a lock is "alive", "dead", or "unknown": alive if it refreshes the lock."""
+    """Returns whether the owner of a lock is "alive" or "dead"; "unknown" on another machine."""
     here = {"host": socket.gethostname(), "machine": _machine()}
     if all(found.get(key) == here[key] for key in _MACHINE_KEYS) and isinstance(found.get("pid"), int):
         return "alive" if _started(found["pid"]) == found.get("started") else "dead"
+    return "unknown"
+
+
+def _age(found):
+    """Returns the seconds since the last refresh of a lock, by the clocks of both hosts."""
     beat = found.get("beat")
-    if not isinstance(beat, int | float):
-        return "unknown"
-    return "dead" if time.time() - beat > STALE_SECONDS else "unknown"
+    return time.time() - beat if isinstance(beat, int | float) else 0.0
+
+
+def _is_leaving(found, coordinator):
+    """Whether the owner of a lock ends, or is an earlier start of the run that joins at `coordinator`."""
+    return bool(found.get("ending") or (coordinator and found.get("coordinator") == coordinator))
 
 
 def _in_use(folder, found):
@@ -184,22 +199,25 @@ class Lock:
             found = read(self.folder, self.name)
             if created and found is not None and found.get("token") == self.token:
                 break
-            if found is None:
+            if found is None or not self._is_dead(found, log):
                 continue
-            self._wait_for_death(found, log)
-            former = found
-            with contextlib.suppress(FileNotFoundError), storage.guard(self.path):
-                self.path.unlink()
+            now = read(self.folder, self.name)
+            if now is not None and now.get("token") == found.get("token"):
+                former = found
+                with contextlib.suppress(FileNotFoundError), storage.guard(self.path):
+                    self.path.unlink()
         if former is not None:
             log(f"{self.folder}: taken over from {_owner(former)}, which no longer runs")
         self._beats.start()
 
-    def _wait_for_death(self, found, log):
-        """Returns when the owner of a lock is dead. Raises UserError as soon as it is known to live."""
+    def _is_dead(self, found, log):
+        """Returns whether the owner of a lock is dead, when that is known; False also when it has gone meanwhile.
+
+        Raises UserError as soon as the owner is known to live, unless it is ending.
+        """
         state, first = _state(found), found
         if state == "unknown":
-            age = time.time() - (found.get("beat") or time.time())
-            limit = min(STALE_SECONDS, max(STALE_SECONDS - age, 0)) if found else 2 * SETTLE_SECONDS
+            limit = min(STALE_SECONDS, max(STALE_SECONDS - _age(found), WATCH_SECONDS)) if found else 2 * SETTLE_SECONDS
             if found:
                 log(f"{self.folder}: looking up to {limit:.0f} s whether {_owner(found)}, still lives ...")
             end = time.monotonic() + limit
@@ -207,14 +225,35 @@ class Lock:
                 time.sleep(min(1, limit))
                 found = read(self.folder, self.name)
                 if found is None:
-                    return
+                    return False
                 if found.get("token") != first.get("token") or found.get("beat") != first.get("beat"):
                     state = "alive"
         if state == "alive":
-            raise _in_use(self.folder, found)
+            if not _is_leaving(found, self.content["coordinator"]):
+                raise _in_use(self.folder, found)
+            return self._has_ended(found, log)
+        return True
+
+    def _has_ended(self, found, log):
+        """As `_is_dead`, for an owner that is ending."""
+        token, end = found.get("token"), time.monotonic() + ENDING_SECONDS
+        log(f"{self.folder}: waiting for the end of {_owner(found)} ...")
+        while time.monotonic() < end:
+            if _state(found) == "dead" or _age(found) > STALE_SECONDS:
+                return True
+            time.sleep(min(1, BEAT_SECONDS))
+            found = read(self.folder, self.name)
+            if found is None or found.get("token") != token:
+                return False
+        raise _in_use(self.folder, found)
 
     def _refresh(self):
-        while not self._ended.wait(BEAT_SECONDS):
+        beaten, told = time.monotonic(), False
+        while not self._ended.wait(min(BEAT_SECONDS, 1)):
+            ending = bool(faults.asked())
+            if ending == told and time.monotonic() - beaten < BEAT_SECONDS:
+                continue
+            beaten, told = time.monotonic(), ending
             try:
                 found = read(self.folder, self.name)
                 if found and found.get("token") != self.token:
@@ -223,6 +262,7 @@ class Lock:
                 # A folder that was deleted is not made again.
                 if self._ended.is_set() or not (storage.is_remote(self.folder) or self.folder.is_dir()):
                     continue
+                self.content["ending"] = ending
                 storage.write(self.path, self._text())
             except (OSError, StorageError):  # the next refresh tries again
                 continue

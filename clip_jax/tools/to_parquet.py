@@ -13,7 +13,6 @@ OUT gets part-000000.parquet and so on, of about 512 MiB, with the columns `imag
 type of its values in the first 4,096 records; a value that does not fit becomes null, or text in a field of text.
 """
 
-import glob
 import io
 import itertools
 import json
@@ -28,6 +27,8 @@ from clip_jax.data.files import read_file
 from clip_jax.data.records import BadRecord, plain, records
 from clip_jax.data.sources import parquet
 from clip_jax.data.sources.arrow_columns import image_column
+from clip_jax.data.sources.manifest import read_about
+from clip_jax.data.sources.shards import find_shards, shards_in
 from clip_jax.data.sources.spec import parse
 from clip_jax.data.sources.table import TableStream
 from clip_jax.errors import UserError
@@ -303,10 +304,9 @@ def main(argv=None):
 def _main(args):
     spec = parse(args.source)
     base = spec[0].base.replace("{split}", args.split) if len(spec) == 1 and not spec[0].steps else ""
-    if glob.glob(tables := os.path.join(glob.escape(base), "*.parquet")):
-        base = tables
-    if base.endswith(".parquet") and not args.embed:
-        print(f"{args.out}: {regroup(remote.expand(base), args.out):,} rows")
+    base = shards_in(base) or base
+    if base.endswith(".parquet") and not args.embed and not (os.path.isfile(base) and read_about(base)):
+        print(f"{args.out}: {regroup(find_shards(base)[1], args.out):,} rows")
         return
     if base.endswith((".csv", ".tsv", ".jsonl")):
         source = TableStream(base, args.image, args.text, args.label)

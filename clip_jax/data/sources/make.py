@@ -50,6 +50,7 @@ from clip_jax.data.sources.spec import parse, with_step
 from clip_jax.errors import TextLabelError, UserError, did_you_mean, unknown
 
 _JOINS = ("index", "columns", "uids", "holdout")  # steps made by the module of this name; each takes one option
+_TABLES = (".csv", ".tsv", ".jsonl")
 _STEPS = (*_JOINS, *selection.FORMS)
 
 
@@ -163,7 +164,7 @@ def user_module(base):
     """Returns the module at an import path, or None when the base is a path or has the ending of a file."""
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", base) or os.path.exists(base):
         return None
-    return None if base.endswith((".tar", ".csv", ".tsv", ".jsonl", ".json", *FORMATS)) else plugins.find(base)
+    return None if base.endswith((*_TABLES, ".json", *FORMATS)) else plugins.find(base)
 
 
 def _make_user_source(module, split, options, name):
@@ -185,9 +186,10 @@ def _source_at(spec, split, fields, lines=False, folder=""):
     from clip_jax.data.sources.metadata import MetadataSource, find_for
 
     path = spec.replace("{split}", split)
-    if saved := arrow.saved_folder(path, split if path == spec else "train"):
+    has_split, spec = path != spec, path  # messages name the files of this split
+    if saved := arrow.saved_folder(path, "train" if has_split else split):
         return scanned_source(saved, spec, **fields)
-    if path == spec and os.path.isdir(path):
+    if not has_split and os.path.isdir(path):
         # The default "train" is no choice of the user between a split and a class of this name.
         if split == "train" and split not in (splits := folder_splits(path)):
             raise unknown(f"{path}: no split", split, splits)
@@ -196,11 +198,11 @@ def _source_at(spec, split, fields, lines=False, folder=""):
             path = os.path.join(path, split)
     else:
         table = find_for(path)
-    if table and (path != spec or split == "train"):
+    if table and (has_split or path != spec or split == "train"):
         if lines or folder:
             raise UserError(f"{spec}: a folder with {os.path.basename(table[0])} has no captions= and no shards=")
         return MetadataSource(*table, **fields)
-    if path == spec and split != "train":
+    if not has_split and path == spec and split != "train":
         raise UserError(f"{spec}: no split {split!r}; a path without {{split}} has the split 'train' alone")
     path = shards_in(path) or path
     if re.search(r"\.((tar|mds)\.\w+|tgz|tfrec\S*\.(gz|zlib))$", path):
@@ -224,9 +226,13 @@ def _source_at(spec, split, fields, lines=False, folder=""):
         raise UserError(f"{spec}: captions=lines is an option of tar shards and folders of images alone")
     if format_of(path):
         return scanned_source(path, spec, **fields)
+    if "://" in path and path.endswith(_TABLES):
+        raise UserError(
+            f"{spec}: a table is read from a local disk alone; clip_jax.tools.to_parquet makes Parquet of it"
+        )
     if "://" in path:
         raise UserError(f"{spec}: an address names shards: {', '.join(FORMATS)}; write a pattern such as {spec}/*.tar")
-    if path.endswith((".csv", ".tsv", ".jsonl")) and os.path.isfile(path):
+    if path.endswith(_TABLES) and os.path.isfile(path):
         from clip_jax.data.sources.table import TableSource
 
         return TableSource(path, **fields)
@@ -235,7 +241,7 @@ def _source_at(spec, split, fields, lines=False, folder=""):
             raise UserError(f"{spec}: a folder of images has no fields to choose from")
         return FolderSource(path, lines)
     if os.path.exists(path):
-        known = ", ".join((*FORMATS, ".csv", ".tsv", ".jsonl"))
+        known = ", ".join((*FORMATS, *_TABLES))
         raise UserError(f"{spec}: unknown kind of data; known are {known} and folders")
     raise missing_data(spec)
 

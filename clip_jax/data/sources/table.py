@@ -49,7 +49,10 @@ class _Table(BaseSource):
         self._choose_fields(names)
         if self._fields.image is None:
             columns = listed(names) or "none"
-            raise UserError(f"{path}: no column for the image path; name it with image=..., columns: {columns}")
+            raise UserError(
+                f"{path}: no column for the image path; name it with --config.data.image=COLUMN, "
+                f"in Python and in tasks with image='COLUMN'; columns: {columns}"
+            )
         self._check_header()
         labels, count = _Labels(self._path, self._fields.label), 0
         for count, (start, end, row) in enumerate(rows, 1):

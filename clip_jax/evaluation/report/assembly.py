@@ -18,7 +18,7 @@ from clip_jax.evaluation.report.page import Page, panels, write_page
 _ORDER = ("Predictions", "Classes", "Relations", "Retrieval", "Similarity", "Words and patches", "Map")
 
 
-def write_report(path, result, *, title, config=None, metrics_jsonl=None):
+def write_report(path, result, *, title, config=None, metrics_jsonl=None, history=()):
     """Writes the page of an evaluation; an existing page is replaced only by a complete one.
 
     Args:
@@ -28,20 +28,22 @@ def write_report(path, result, *, title, config=None, metrics_jsonl=None):
       config: nested configuration to show.
       metrics_jsonl: the training run's metrics, rows `{"step": int, "time": float, name: number or null, ...}`. The
         last row counts where a resumed run repeats a step. Other lines are ignored, and so is a missing file.
+      history: the changes of the run's configuration, `[{"step": int, "changes": {"optim.lr": [old, new]}}, ...]`; the
+        first one is its start.
 
     Returns: `path`.
 
     Raises UserError when it cannot be written.
     """
-    return write_page(path, render(result, title=title, config=config, metrics_jsonl=metrics_jsonl))
+    return write_page(path, render(result, title=title, config=config, metrics_jsonl=metrics_jsonl, history=history))
 
 
-def render(result, *, title, config=None, metrics_jsonl=None):
+def render(result, *, title, config=None, metrics_jsonl=None, history=()):
     """Returns the page as a string; for the arguments see `write_report`."""
     page, panel_of = Page(), tasks.panel_finder(result)
-    sections = {"Run": head(result, config or {}, metrics_jsonl), "Results": _results(result), "Training": ""}
+    sections = {"Run": head(result, config or {}, metrics_jsonl, history), "Results": _results(result), "Training": ""}
     if metrics_jsonl is not None:
-        sections["Training"] = training_curves(page, metrics_jsonl, lambda name: panel_of(name)[1])
+        sections["Training"] = training_curves(page, metrics_jsonl, lambda name: panel_of(name)[1], history)
     sections |= _figures(page, result, panel_of)
     sections |= {"All metrics": _all_metrics(result.metrics), "Configuration": _configuration(config or {})}
     return page.html(title, sections)

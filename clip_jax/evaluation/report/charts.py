@@ -44,7 +44,7 @@ _CURVE_WORDS = {
     "top1": "top-1",
     "top5": "top-5",
     "mean_per_class": "mean per class",
-    "loss": "held-out loss",
+    "loss": "evaluation loss",
 }
 # The plotting area of a chart, in a view box of 360 x 190.
 _LEFT, _TOP = 46, 10
@@ -79,13 +79,14 @@ def read_metrics(path):
     return tuple({name: sorted(values.items()) for name, values in kind.items()} for kind in (training, evaluation))
 
 
-def training_curves(page, path, title_of=str):
+def training_curves(page, path, title_of=str, history=()):
     """Returns the charts of a training run as HTML.
 
     Args:
       page: the `Page`.
       path: the run's metrics.jsonl.
       title_of: name of an evaluation's result, such as "pets", -> its title.
+      history: the changes of the run's configuration, as for `assembly.write_report`.
     """
     training, evaluation = read_metrics(path)
     if not training and not evaluation:
@@ -100,7 +101,8 @@ def training_curves(page, path, title_of=str):
             by_metric.setdefault(metric, {})[title_of(task)] = series
     if not rest and not by_metric:
         return "".join(blocks) + "<p>Nothing was logged at two steps or more, hence there are no curves.</p>"
-    changes = learning_rate_changes(training.get("lr", ()))
+    changes = _configuration_changes(history)
+    changes = sorted(changes + learning_rate_changes(training.get("lr", ()), [step for step, _ in changes]))
     marks, main = [step for step, _ in changes], []
     for title, pattern in _CURVES.items():
         chosen = {name: rest.pop(name) for name in sorted(rest) if re.fullmatch(pattern, name)}
@@ -110,7 +112,9 @@ def training_curves(page, path, title_of=str):
     if main:
         blocks.append(_charts(main))
     if changes:
-        blocks.append(f'<p class="notes">Dashed: {"; ".join(f"step {step:,}, {what}" for step, what in changes)}.</p>')
+        blocks.append(
+            f'<p class="notes">Dashed: {"; ".join(f"step {step:,}, {escaped(what)}" for step, what in changes)}.</p>'
+        )
     chosen = [metric for metric in _EVALUATION_CURVES if metric in by_metric]
     charts = [_evaluation_chart(page, metric, by_metric.pop(metric), marks) for metric in chosen]
     if charts:
@@ -131,11 +135,23 @@ def _is_curve(series):
     return len(series) > 1 and sum(value is not None for _, value in series) != 1
 
 
-def learning_rate_changes(series):
+def _configuration_changes(history):
+    """Returns `[(step, what changed), ...]` of the lines of a run's history."""
+    found = []
+    for row in history:
+        fields = [f"{name} from {old} to {new}" for name, (old, new) in row.get("changes", {}).items()]
+        if fields and row["step"]:
+            more = f" and {len(fields) - 3} more fields" if len(fields) > 3 else ""
+            found.append((row["step"], ", ".join(fields[:3]) + more))
+    return found
+
+
+def learning_rate_changes(series, known=()):
     """Returns `[(step, what happens), ...]`: where the learning rate reaches its peak, and where it jumps.
 
     Args:
       series: `[(step, learning rate or None), ...]` by step.
+      known: steps of changes that are told otherwise; a jump after one of them is left out.
     """
     points = [(step, value) for step, value in series if value is not None]
     if len(points) < 3 or max(value for _, value in points) <= 0:
@@ -145,7 +161,8 @@ def learning_rate_changes(series):
     differences = [abs(b - a) / max(rates) for a, b in itertools.pairwise(rates)]
     for i, difference in enumerate(differences):
         beside = max(differences[max(i - 1, 0) : i] + differences[i + 1 : i + 2])
-        if i + 1 != peak and difference > max(_JUMP, _USUAL * beside):
+        told = any(points[i][0] <= step <= points[i + 1][0] for step in known)
+        if not told and i + 1 != peak and difference > max(_JUMP, _USUAL * beside):
             found.append((points[i + 1][0], f"the learning rate jumps from {rates[i]:.2g} to {rates[i + 1]:.2g}"))
     if peak and all(a <= b for a, b in itertools.pairwise(rates[: peak + 1])):
         found.append((points[peak][0], f"the learning rate reaches its peak, {rates[peak]:.2g}"))

@@ -33,15 +33,16 @@ def filled(source, split):
     return f"{source}, split {split}" if split else source
 
 
-def head(result, config, metrics_jsonl):
+def head(result, config, metrics_jsonl, history=()):
     """Returns the head as HTML; empty where nothing is known.
 
     Args:
       result: the `EvalResult`; its `model` may have "step" and "parameters", its `evaluated` what `describe_task` says.
       config: nested configuration, or an empty dict.
       metrics_jsonl: the training run's metrics, or None.
+      history: the changes of the run's configuration, as for `assembly.write_report`.
     """
-    blocks = [facts(_facts(result.model, config, metrics_jsonl))]
+    blocks = [facts(_facts(result.model, config, metrics_jsonl, history))]
     if result.evaluated:
         rows = [
             (escaped(ran["name"]), *(escaped(ran[key]) for key in ("data", "prompts")), _code(ran["task"]))
@@ -51,7 +52,7 @@ def head(result, config, metrics_jsonl):
     return "".join(blocks)
 
 
-def _facts(model, config, metrics_jsonl):
+def _facts(model, config, metrics_jsonl, history):
     """Yields `(name, text or None)` of the run."""
     if "data" in config:
         data, size = config["data"], config["model"].get("image", {}).get("size")
@@ -65,7 +66,7 @@ def _facts(model, config, metrics_jsonl):
         if step is not None:
             weights = ", moving average of the weights" if model.get("ema") else ""
             yield "Checkpoint", f"step {step:,} of {steps:,}{weights}"
-            yield "Examples seen", f"{step * batch:,} in batches of {batch:,}"
+            yield "Examples seen", f"{examples_read(history, step, batch):,} in batches of {batch:,}{_origin(history)}"
         else:
             yield "Training", f"{steps:,} steps of {batch:,} examples"
         yield "Pictures", size and f"{size} × {size} pixels"
@@ -74,6 +75,32 @@ def _facts(model, config, metrics_jsonl):
     seconds = read_metrics(metrics_jsonl)[1] if metrics_jsonl is not None else {}
     spent = [seconds.get(f"seconds/{part}", [(0, None)])[-1][1] or 0.0 for part in goodput.PARTS]
     yield "Time of the run", goodput.duration(sum(spent)) if any(spent) else None
+
+
+def examples_read(history, step, batch):
+    """Returns the number of examples that a run itself has read until a step.
+
+    Args:
+      history: the changes of its configuration, as for `assembly.write_report`; its first line may have "forked_from".
+      step: the step.
+      batch: the batch size of its present configuration.
+    """
+    end, total = step, 0
+    for row in reversed(history[1:]):  # backwards from the present size
+        old, _ = row.get("changes", {}).get("data.batch_size", (batch, batch))
+        if old != batch:
+            total += batch * max(0, end - row["step"])
+            end, batch = row["step"], old
+    first = history[0]["step"] if _is_fork(history) else 0
+    return total + batch * max(0, end - first)
+
+
+def _origin(history):
+    return f", after step {history[0]['step']:,} of {history[0]['forked_from']}" if _is_fork(history) else ""
+
+
+def _is_fork(history):
+    return bool(history) and "forked_from" in history[0]
 
 
 def _usual_split(source):

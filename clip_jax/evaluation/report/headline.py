@@ -45,7 +45,7 @@ def accuracy_table(results, columns, numbers=()):
 def recall_table(results):
     """Returns a table of R@1, 5 and 10 in both directions; results: name -> metrics."""
     counts = [key for key in ("images", "texts", "skipped") if any(m.get(key) for m in results.values())]
-    loss = ["held-out loss"] if any("loss" in m for m in results.values()) else []
+    loss = ["loss"] if any("loss" in m for m in results.values()) else []
     head = ["", *(f"{_ARROWS[d]} R@{k}" for d, k in _RECALLS), *loss, *(COUNTS[key] for key in counts)]
     rows = [
         (

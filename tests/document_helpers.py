@@ -6,7 +6,9 @@ import numpy as np
 import PIL.Image
 import pyarrow
 import pyarrow.parquet
+import test_mds
 from data_helpers import encoded, write_tar
+from example_helpers import write_array_record
 
 CAPTIONS = ["a cat asleep on a chair", "a dog in the snow", "a red apple", "two birds above the sea"]
 
@@ -26,6 +28,10 @@ def write_data(root):
         for image in images:
             picture(data / folder / image["filename"])
         (data / f"dataset_{name}.json").write_text(json.dumps(dict(images=images)))
+    rows = [{"jpeg": encoded(i, "JPEG"), "alt_text": text.encode()} for i, text in enumerate(CAPTIONS)]
+    write_array_record(data / "pairs-00000.array_record", rows)
+    (data / "mds/train").mkdir(parents=True)
+    (data / "mds/train/shard.00000.mds").write_bytes(test_mds.shard(test_mds.rows(3)))
     for name in ("n01440764", "n02102040"):
         picture(data / f"imagenette2/val/{name}/1.jpg")
     for name in ("cat.jpg", "dog.jpg"):
@@ -68,3 +74,4 @@ def write_data(root):
                 members += [(f"{key}.png", encoded(7 * i + 40 * shard, size=208)), (f"{key}.txt", text.encode())]
                 members += [(f"{key}.json", json.dumps(fields).encode())]
             write_tar(data / folder / f"{shard:0{digits}}.tar", members)
+    np.save(data / "datacomp/subset.npy", np.array([(0, 1), (0, 6)], "u8,u8"))

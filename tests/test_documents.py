@@ -42,7 +42,7 @@ TRAINED = {
     "adding_a_method": ("runs/my_method",),
     "checkpoints": ("runs/a", "runs/b"),
 }
-COMMAND = re.compile(r"(python|bash|pip|docker|export|printf|tfds) ")
+COMMAND = re.compile(r"([A-Z_]+=\S+ )?(python|bash|pip|docker|export|printf|tfds) ")
 
 
 def blocks(text):
@@ -178,3 +178,43 @@ def test_blocks_run(page, tree, monkeypatch, capsys):
         except Exception as error:
             pytest.fail(f"{page.name}:{line}: {error!r}\n{capsys.readouterr().err[-500:]}", pytrace=False)
     shutil.rmtree(tree / "runs", ignore_errors=True)
+
+
+def test_what_counts_as_a_block():
+    text = """
+Text.
+
+    python -m a --x=1 \\
+        --y=2   # a comment
+    bash b.sh
+
+    loss 1.5
+
+```python
+c = 1
+```
+
+<!-- not run: a download -->
+
+    pip install d
+
+```
+printf e
+```
+
+- an item
+    of a list
+
+```text
+python f
+```
+"""
+    found = list(blocks(text))
+    assert [(kind, code.split()[0], marked) for _, kind, code, marked in found] == [
+        ("shell", "python", False),
+        ("python", "c", False),
+        ("shell", "pip", True),
+        ("shell", "printf", False),
+    ]
+    assert [line for line, *_ in found] == [4, 10, 16, 18]
+    assert commands(found[0][2])[:2] == ["python -m a --x=1      --y=2   # a comment", "bash b.sh"]

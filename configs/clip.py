@@ -3,7 +3,7 @@
     python -m clip_jax.train --config=configs/clip.py --workdir=runs/clip
 
 Variants, after a colon:
-  (none)   a small model on emoji and clip art (no held-out concept in it) for 2 CPU cores; README.md gives its result
+  (none)   a small model on emoji and clip art (no held-out concept in it) for 2 CPU cores; result in docs/results.md
   small    for your own data on one small machine (clip_jax/small.py): --config.data=pairs.tsv, or a folder of images
   finetune tunes weights of a run or of others on your data: --config.init_from=PATH --config.data=PATH
   emoji    the same on emoji alone: the control of the other methods' configurations

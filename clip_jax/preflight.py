@@ -39,7 +39,10 @@ def need_data(spec, config, overrides):
     """
     keys = {text.partition("=")[0] for text in overrides}
     is_default = config.data.source == config_lib.base().data.source and not keys & {"data", "data.source"}
-    if is_default and not config.data.templates and not config.eval.tasks and ".json" not in spec:
+    if not is_default or ".json" in spec:
+        return
+    own = config_lib.load(spec, [])  # an override may have emptied both fields
+    if not own.data.templates and not own.eval.tasks:
         raise UserError(f"{spec} is a published recipe without data: give the data: --config.data=/data/pairs/*.tar")
 
 

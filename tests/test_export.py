@@ -130,7 +130,9 @@ def test_a_checkpoint_with_stacked_layers_through_the_command(tmp_path, capsys):
     assert export_command.main(arguments) == 0
     count = sum(x.size for x in jax.tree.leaves(model.params))
     files = "open_clip_config.json, open_clip_model.safetensors"
-    assert capsys.readouterr().out == f"written: {tmp_path / 'out'}: {count:,} parameters; {files}\n"
+    first, note = capsys.readouterr().out.splitlines()
+    assert first == f"written: {tmp_path / 'out'}: {count:,} parameters; {files}"
+    assert note == "note: transparent pictures: here they are put on white; in the target their colours show"
     theirs, ours = clip_jax.load(tmp_path / "out"), clip_jax.load(tmp_path / "run")
     np.testing.assert_array_equal(
         theirs.params["img"]["block_1"]["mlp"]["fc1"]["kernel"], ours.params["img"]["block"]["mlp"]["fc1"]["kernel"][1]

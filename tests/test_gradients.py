@@ -13,7 +13,7 @@ from clip_jax.program import make_program
 from clip_jax.runtime.sharding import id_words, path_name
 from clip_jax.training.step import make_gradients, make_step
 
-METHODS = plugins.names("clip_jax.methods", "make")
+METHODS = sorted(set(plugins.names("clip_jax.methods", "make")) - {"classify"})  # it starts from weights
 #: At their initial parameters, rounding the parameters of these methods to bfloat16, with all arithmetic in float32,
 #: changes gradients by more than 3 %: batch norm divides nearly equal embeddings by their small spread, and FILIP's
 #: maximum changes its argument. Random cotangents of the features replace those of their losses.

@@ -132,7 +132,7 @@ def test_hosts_join_before_they_open_their_data(monkeypatch, tmp_path):
     """They may take very different times for it, and those that wait to be joined give up after minutes."""
     order = []
 
-    def make_parts(config):
+    def make_parts(*_):
         order.append("open")
         raise UserError("enough")
 

@@ -103,7 +103,8 @@ def test_one_text_and_one_image_are_lists_of_one(model, tmp_path):
 def test_other_texts_are_a_type_error(model, texts):
     with pytest.raises(TypeError, match="texts: .*strings?"):
         model.embed_text(texts)
-    with pytest.raises(TypeError, match="class_names: .*strings?"):
+    error, message = (TypeError, "class_names: .*strings?") if texts is not None else (UserError, "give class names")
+    with pytest.raises(error, match=message):
         model.classify(pictures(1), texts)
 
 

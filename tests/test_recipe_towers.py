@@ -70,9 +70,9 @@ def run(recipe, workdir, *overrides):
         if resolved.init_from:
             state, line = init_from.start(resolved, state, tokenizer)
         loader = train.make_loader(resolved, source, tokenizer, method, mesh, 0)
-        batch = next(iter(loader))
+        batch = sharding.to_global(next(iter(loader)), mesh)
         loader.close()
-        state, metrics = jax.jit(make_step(resolved, method, tx))(state, jax.device_put(batch, one))
+        state, metrics = jax.jit(make_step(resolved, method, tx))(state, batch)
     assert np.isfinite(metrics["loss"]) and int(state.bad_steps) == 0
     return c, jax.tree.map(np.asarray, state), line
 

@@ -38,7 +38,8 @@ NAMES = ["a cat", "a dog", "a house"]
 
 
 def test_every_method_has_a_case():
-    assert {name for name, *_ in CASES} == set(plugins.names("clip_jax.methods", "make"))
+    # The loss of classify has no similarities of pictures and texts.
+    assert {name for name, *_ in CASES} == set(plugins.names("clip_jax.methods", "make")) - {"classify"}
 
 
 @pytest.mark.parametrize("name, overrides, scalars, expected", CASES)

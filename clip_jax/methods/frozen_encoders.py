@@ -170,12 +170,13 @@ class CheckpointEncoder:
 
     def embed_text(self, texts):
         """Returns unit rows, float32 `[n, E]`, of n texts."""
-        _, _, params, extra, tokenizer = self._stored
+        params, extra = self._stored.params, self._stored.extra
         rows = [np.zeros((0, self.text_dim), np.float32)]
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             block = list(texts[start : start + TEXTS_AT_ONCE])
             padded = block + [""] * (TEXTS_AT_ONCE - len(block))  # all blocks have one shape, which compiles once
-            rows.append(np.asarray(self._embed_text(params, extra, tokenizer(padded, self._context)))[: len(block)])
+            ids = self._stored.tokenizer(padded, self._context)
+            rows.append(np.asarray(self._embed_text(params, extra, ids))[: len(block)])
         return np.concatenate(rows)
 
 

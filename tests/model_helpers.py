@@ -78,16 +78,16 @@ def run_steps(c, method, sizes, steps=5, devices=None, batch=BATCH):
     Args:
       c: the configuration.
       method: the method.
-      sizes: `{mesh axis: size}` over all devices; None with `devices`.
+      sizes: `{mesh axis: size}`; None for one device.
       steps: how many steps.
-      devices: the one device to use instead, in a list.
+      devices: list of devices, by default all; a single one where `sizes` is None.
       batch: the global batch.
 
     Returns:
       The metrics of each step, and the last state.
     """
-    if devices is None:
-        mesh = sharding.make_mesh(sizes)
+    if sizes is not None:
+        mesh = sharding.make_mesh(sizes, devices or jax.devices())
     else:
         mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1), sharding.AXES)
     with jax.set_mesh(mesh):

@@ -456,7 +456,7 @@ def one_device():
 @pytest.mark.parametrize("sizes, micro_batches", [((2, 2, 1), 2), (None, 4)])
 def test_oracle_g1_any_mesh_and_micro_batches_give_the_result_of_one_device(one_device, sizes, micro_batches):
     c, (expected, expected_state) = tiny(*ENGINE, f"micro_batches={micro_batches}"), one_device
-    sizes, devices = (dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[:4]) if sizes else (None, jax.devices()[:1])
+    sizes, devices = dict(zip(sharding.AXES, sizes, strict=True)) if sizes else None, jax.devices()[: 4 if sizes else 1]
     history, state = steps(c, sizes, 3, devices)
     for a, b in zip(history, expected, strict=True):
         for name in ("loss", "grad_norm", *(f"loss_{term}" for term in TERMS[:5])):

@@ -48,6 +48,11 @@ def parts_of(source):
     return getattr(source, "sources", [source])
 
 
+def _first_ids(parts):
+    """Returns the first example id of each part of a mixture, then the number of all examples, a list of int."""
+    return [0, *itertools.accumulate(len(part) for part in parts)]
+
+
 def list_reasons(skipped):
     """Returns the most common reasons of a Counter as text."""
     return ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common(5))
@@ -79,7 +84,7 @@ class Batches(abc.ABC):
         self._bad, self._defaults = {}, {}
         self._fields = set()  # of the records that were looked at
         parts = parts_of(source)
-        self.starts = [0, *itertools.accumulate(len(part) for part in parts)]
+        self.starts = _first_ids(parts)
         self._strides = [_stride(len(part)) for part in parts]
         probes = [self._probe(part) for part in range(len(parts))]
         keys = set().union(*probes) | ({"label"} if source.class_names is not None else set())
@@ -197,11 +202,12 @@ def _stride(length):
     return next(s for s in range(max(1, round(0.618 * length)), length + 1) if math.gcd(s, length) == 1)
 
 
-def make_order(source, batch_size, seed, one_source, reading):
-    """Returns the `Order` of a source; raises UserError for wrong arguments."""
+def choose_blocks(source, batch_size, one_source, reading):
+    """Returns how a source is read: the number of lanes, 0 without any, and of each part the sizes of its blocks.
+
+    The sizes are None for a part that is read by records. Raises UserError for wrong arguments.
+    """
     parts = parts_of(source)
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} is not in 0..2**32-1")
     if one_source:
         check_one_source(source, batch_size)
     by_blocks = [reading.order == "blocks" or reading.order == "auto" and is_sequential(part) for part in parts]
@@ -215,8 +221,15 @@ def make_order(source, batch_size, seed, one_source, reading):
                 f"{part.name} has {len(part)} records, fewer than data.lanes={lanes}; take fewer lanes, or "
                 "data.order=records"
             )
-    starts = [0, *itertools.accumulate(len(part) for part in parts)]
-    weights = getattr(source, "weights", [1.0])
+    return lanes, blocks
+
+
+def make_order(source, batch_size, seed, one_source, reading):
+    """Returns the `Order` of a source; raises UserError for wrong arguments."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} is not in 0..2**32-1")
+    lanes, blocks = choose_blocks(source, batch_size, one_source, reading)
+    starts, weights = _first_ids(parts_of(source)), getattr(source, "weights", [1.0])
     return Order(starts, weights, seed, batch_size, one_source, lanes=lanes, blocks=blocks, window=reading.window)
 
 
@@ -226,13 +239,12 @@ class TrainingBatches(Batches):
     Args: as `clip_jax.data.loader.Loader`; `order` is the `Order`.
     """
 
-    def __init__(self, source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed, order, start_step):
+    def __init__(self, source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed, order):
         cache_bytes = 0 if order.lanes else cache_bytes
         super().__init__(source, views, tokenizer, cache_bytes, batch_size, host, hosts)
         if order.lanes and order.lanes % hosts:
             raise UserError(f"data.lanes={order.lanes} must be a multiple of the number of hosts, {hosts}")
         self._seed, self._order = seed, order
-        self._start_step = start_step
         self._readers = []  # of windows, one per part, None for a part that is read by records
 
     def close(self):
@@ -240,20 +252,20 @@ class TrainingBatches(Batches):
         for reader in filter(None, self._readers):
             reader.close()
 
-    def split(self, count):
-        """Returns the batches of each of `count` workers, which share this host's rows by whole lanes.
+    def split(self, count, start_step):
+        """Returns the batches, from a step on, of each of `count` workers, which share this host's rows by whole lanes.
 
         There are fewer when the host has fewer lanes. For orders in which some part is read by blocks.
         """
         length = self.batch_size // self._order.lanes
         shares = np.array_split(range(self.rows.start // length, self.rows.stop // length), count)
-        return [self._share(lanes.tolist(), length) for lanes in shares if len(lanes)]
+        return [self._share(lanes.tolist(), length, start_step) for lanes in shares if len(lanes)]
 
-    def _share(self, lanes, length):
-        """Returns the batches of adjacent lanes of `length` rows."""
+    def _share(self, lanes, length, start_step):
+        """Returns the batches of adjacent lanes of `length` rows, from a step on."""
         share = copy.copy(self)
         share._readers, share.rows = [], range(lanes[0] * length, (lanes[-1] + 1) * length)
-        first = {lane: self._order.first_draws(self._start_step, lane) for lane in lanes}
+        first = {lane: self._order.first_draws(start_step, lane) for lane in lanes}
         for number, part in enumerate(self._order.parts):
             read = functools.partial(_read_part, self.source, number)
             first_of_part = {lane: numbers[number] for lane, numbers in first.items()}

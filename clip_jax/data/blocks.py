@@ -12,6 +12,7 @@ Where single records cost a request, as in a bucket, `sequential` is True, and t
 (`data.order`). In any other source, 512 records in a row are a block.
 """
 
+import abc
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ class Block(Sequence):
         return self._make(index)
 
 
-class BlockSource(BaseSource):
+class BlockSource(BaseSource, abc.ABC):
     """A source that reads whole blocks; `source[index]` reads the block of the record and keeps it for a while.
 
     A subclass calls `_set_blocks` and has `read_block(number)`. A pickled copy starts with no block in memory.
@@ -76,9 +77,9 @@ class BlockSource(BaseSource):
         number = int(np.searchsorted(self._starts, index, "right")) - 1
         return number, index - int(self._starts[number])
 
+    @abc.abstractmethod
     def read_block(self, number):
         """Returns the records of a block, a sequence of `blocks[number]`."""
-        raise NotImplementedError
 
 
 class Recent:
@@ -122,7 +123,7 @@ def blocks_of(source):
 def runs(count):
     """Returns the sizes of blocks of `RUN` records, and a smaller last one, for `count` records, int64 `[blocks]`."""
     whole, rest = divmod(count, RUN)
-    return np.array([RUN] * whole + [rest] * (rest > 0), np.int64)
+    return np.append(np.full(whole, RUN), [rest][: rest > 0]).astype(np.int64)
 
 
 def read_block(source, number):

@@ -19,6 +19,7 @@ from clip_jax.data.batches import (
     EvaluationBatches,
     TrainingBatches,
     check_hosts,
+    choose_blocks,
     list_reasons,
     make_order,
     parts_of,
@@ -101,13 +102,11 @@ class Loader:
         self._used, self._bad = 0, 0
         order = make_order(source, batch_size, seed, one_source, reading)
         self.blocks = order.describe(parts_of(source), hosts)
-        batches = TrainingBatches(
-            source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed, order, start_step
-        )
+        batches = TrainingBatches(source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed, order)
         if threads is None:
             threads = 1 if workers or batches.keeps_images else _default_threads()
         # In the order by blocks each process has lanes of its own, so that no block is read twice.
-        shares = batches.split(max(1, workers)) if order.lanes else [batches]
+        shares = batches.split(max(1, workers), start_step) if order.lanes else [batches]
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads) if threads else 0)
         datasets = [grain.MapDataset.range(start_step, 2**62).map(share).to_iter_dataset(options) for share in shares]
         if workers:
@@ -198,7 +197,7 @@ def check_source(source, views, tokenizer, batch_size=1, one_source=False, readi
     if any(getattr(view, "class_templates", ()) for view in views):
         check_labels(source, "a text of the class (class_templates)")
     EvaluationBatches(source, views, tokenizer, 0, 1, 0, 1)
-    make_order(source, batch_size, 0, one_source, reading)
+    choose_blocks(source, batch_size, one_source, reading)
 
 
 def _count_skipped(dataset, skipped):

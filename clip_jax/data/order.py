@@ -189,7 +189,8 @@ class Order:
                 found[drawn, 1:3] = np.stack(self._streams[part].take(positions), 1)
             else:
                 epochs, windows, places = self.parts[part].locate(lanes[drawn], numbers[drawn])
-                found[drawn] = np.stack([parts[drawn], epochs, epochs * 0 - 1, lanes[drawn], windows, places], 1)
+                found[drawn, 1] = epochs
+                found[drawn, 3:] = np.stack([lanes[drawn], windows, places], 1)
         return list(map(Draw._make, found.tolist()))
 
     def _draws(self, step, lanes, rows):

@@ -32,6 +32,7 @@ import zlib
 
 from clip_jax.data.blocks import RUN
 from clip_jax.data.records import BadRecord, plain
+from clip_jax.data.replacing import replacing
 from clip_jax.data.sources import manifest
 from clip_jax.data.sources.shards import find_shards, load_format, scan_shard
 from clip_jax.data.threads import end_with_parent
@@ -122,10 +123,8 @@ class Parts:
         place = os.path.join(self.folder, "job.json")
         os.makedirs(self.folder, exist_ok=True)
         if not os.path.exists(place):
-            partial = f"{place}.{os.getpid()}.tmp"
-            with open(partial, "w") as file:
-                file.write(self._job)
-            os.replace(partial, place)
+            with replacing(place) as file:
+                file.write(self._job.encode())
         with open(place) as file:
             found = file.read()
         if found != self._job:

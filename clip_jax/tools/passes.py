@@ -1,7 +1,6 @@
 """A pass over a data source that leaves its results on disk in parts, so that the same command resumes it."""
 
 import json
-import os
 import re
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data.records import BadRecord, fingerprint, hash64, records
+from clip_jax.data.replacing import replacing
 from clip_jax.data.sources.kept import starts_of
 from clip_jax.data.threads import mapped
 from clip_jax.errors import UserError
@@ -100,7 +100,8 @@ class Pass:
                 found = json.loads(path.read_text())
                 self.key, self.about = found["key"], found["about"]
             else:
-                _replace(self._folder / "writable", lambda file: None)
+                with replacing(self._folder / "writable"):
+                    pass
                 (self._folder / "writable").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from None
@@ -121,8 +122,8 @@ class Pass:
         if self.key:
             return self._check(self._fixed | key)
         self.key, self.about = self._fixed | key, about
-        text = json.dumps({"key": self.key, "about": about}, indent=1)
-        _replace(self._folder / "key.json", lambda file: file.write(text.encode()))
+        with replacing(self._folder / "key.json") as file:
+            file.write(json.dumps({"key": self.key, "about": about}, indent=1).encode())
 
     def _check(self, key):
         for name, value in key.items():
@@ -154,7 +155,8 @@ class Pass:
         for number in self.missing(share):
             start, (first, end) = time.monotonic(), self.bounds(number)
             arrays = work(first, end)
-            _replace(self._path(number), lambda file, arrays=arrays: np.savez(file, **arrays))
+            with replacing(self._path(number)) as file:
+                np.savez(file, **arrays)
             rate = (end - first) / max(time.monotonic() - start, 1e-9)
             log(f"part {number + 1} of {len(self)}: {end - first:,} records, {rate:,.0f} a second")
         if share:
@@ -184,17 +186,6 @@ def _edges(source):
         return edges
     starts = starts_of(source)
     return np.unique(starts[np.searchsorted(starts, edges)])
-
-
-def _replace(path, write):
-    """Writes a file that is there either whole or not at all; `write` takes the open binary file."""
-    partial = path.with_suffix(f".{os.getpid()}.{time.time_ns()}.partial")  # several hosts may share the folder
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def prepared(source, first, end, work):

@@ -187,10 +187,7 @@ def describe(report):
     yield f"{'captions':>12}{'kept':>12}  most frequent entries"
     for entry, count, kept in report["most_frequent"]:
         yield f"{count:>12,}{kept:>12,}  {entry}"
-    for heading, found in report["examples"].items():
-        yield ""
-        yield f"{heading.lower()}:"
-        yield from example_lines(found)
+    yield from example_lines({f"{heading.lower()}:": found for heading, found in report["examples"].items()})
 
 
 def main(argv=None):

@@ -219,15 +219,11 @@ def describe(report):
     yield cost(report)
     yield ""
     yield f"{'score at least':>14}{'pairs':>14}{'share':>9}"
-    above, lines = 0, []
+    above = 0
     for low, count in reversed(report["pairs_by_score"]):
         above += count
-        lines.append(f"{low:>14.2f}{above:>14,}{above / pairs:>9.1%}")
-    yield from lines
-    for heading, found in report["examples"].items():
-        yield ""
-        yield f"{heading.lower()}:"
-        yield from example_lines(found)
+        yield f"{low:>14.2f}{above:>14,}{above / pairs:>9.1%}"
+    yield from example_lines({f"{heading.lower()}:": found for heading, found in report["examples"].items()})
 
 
 def main(argv=None):

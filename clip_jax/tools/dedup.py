@@ -229,10 +229,7 @@ def describe(report):
     yield f"the largest group has {report['largest_group']:,} pictures"
     yield f"{report['unusable_records']:,} unusable records are removed"
     yield cost(report)
-    for heading, found in report["examples"].items():
-        yield ""
-        yield f"{heading}"
-        yield from example_lines(found)
+    yield from example_lines(report["examples"])
 
 
 def main(argv=None):

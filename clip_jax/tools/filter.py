@@ -316,11 +316,8 @@ def describe(report):
         counts = report["rules"][rule]
         yield f"{rule:14}{value:>12}{counts['removed']:>12,}{counts['alone']:>13,}  {meaning}"
     yield "(a record removed by several rules counts for each of them)"
-    for rule, counts in report["rules"].items():
-        if counts["examples"]:
-            yield ""
-            yield f"examples of {rule}:"
-            yield from example_lines(counts["examples"])
+    found = {f"examples of {rule}:": counts["examples"] for rule, counts in report["rules"].items()}
+    yield from example_lines({heading: some for heading, some in found.items() if some})
 
 
 def main(argv=None):

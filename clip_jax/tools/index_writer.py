@@ -145,9 +145,15 @@ def places(captions):
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(captions) - captions, captions)
 
 
-def example_lines(examples):
-    """Yields the lines of a report about examples: dicts with `record`, `texts`, and `size` or `note` where known."""
-    for example in examples:
-        facts = [f"record {example['record']:,}", "x".join(map(str, example.get("size", ()))), example.get("note", "")]
-        texts = (" ".join(text.split())[:100] for text in itertools.islice(example["texts"], 3))
-        yield f"  {', '.join(filter(None, facts))}: " + " | ".join(texts)
+def example_lines(sections):
+    """Yields the lines of a report about `{heading: examples}`.
+
+    Examples are dicts with `record`, `texts`, and `size` or `note` where known.
+    """
+    for heading, examples in sections.items():
+        yield from ("", heading)
+        for example in examples:
+            size = "x".join(map(str, example.get("size", ())))
+            facts = [f"record {example['record']:,}", size, example.get("note", "")]
+            texts = (" ".join(text.split())[:100] for text in itertools.islice(example["texts"], 3))
+            yield f"  {', '.join(filter(None, facts))}: " + " | ".join(texts)

@@ -246,11 +246,8 @@ def run(args, log=print):
         raise UserError(f"--keep={args.keep:g}: must be more than 0 and at most 1")
     source = open_source(args)
     made = Pass(source, args.out, "clip_score")
-    if args.checkpoint:
-        model = load_model(args, made)
+    if model := load_model(args, made):
         made.run(functools.partial(score, model, source), share, log)
-    elif missing := len(made.missing()):
-        raise UserError(f"{missing:,} of {len(made):,} parts of {args.out} are missing: give --checkpoint")
     if not share:
         report = select(made, args.out, args.keep, args.threshold)
         show(describe(report), args, log)

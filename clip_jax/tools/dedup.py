@@ -264,10 +264,8 @@ def run(args, log=print):
     if args.by != "embedding":
         made.begin({})
         features = Contents() if args.by == "content" else Hashes()
-    elif args.checkpoint:
-        features = Embeddings(load_model(args, made))
-    elif missing := len(made.missing()):
-        raise UserError(f"{missing:,} of {len(made):,} parts of {args.out} are missing: give --checkpoint")
+    elif model := load_model(args, made):
+        features = Embeddings(model)
     if made.missing(share):
         made.run(functools.partial(look, features, source), share, log)
     if not share:

@@ -61,8 +61,14 @@ def checkpoint_arguments(parser):
 def load_model(args, made):
     """Returns the model of `--checkpoint` and begins a `Pass` whose parts depend on its weights.
 
-    Raises UserError when it cannot be loaded, or the folder holds parts of other weights.
+    Without `--checkpoint` returns None; then all parts must be there.
+
+    Raises UserError when it cannot be loaded, the folder holds parts of other weights, or parts are missing.
     """
+    if not args.checkpoint:
+        if missing := len(made.missing()):
+            raise UserError(f"{missing:,} of {len(made):,} parts of {args.out} are missing: give --checkpoint")
+        return None
     from clip_jax import inference
     from clip_jax.search_index import model_key
 

@@ -41,7 +41,7 @@ from clip_jax.tools.filter_rules import ALIGN, RULES, Rules, flag
 from clip_jax.tools.filter_tables import NearDuplicates, Table, contains, image_hash
 from clip_jax.tools.index_writer import IndexWriter, cost, example_lines, headline
 from clip_jax.tools.passes import show
-from clip_jax.tools.source_arguments import open_source, source_parser
+from clip_jax.tools.source_arguments import FIELDS, open_source, source_parser
 
 _ROWS = 4096  # rows of the index that are held in memory
 _EXAMPLES = 5  # examples of each rule in the report
@@ -322,7 +322,7 @@ def describe(report):
 
 def main(argv=None):
     """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
-    parser = source_parser("clip_jax.tools.filter", __doc__, ("image", "text", "label"))
+    parser = source_parser("clip_jax.tools.filter", __doc__, FIELDS)
     parser.add_argument("--out", required=True, help="folder of the index and the report")
     parser.add_argument(
         "--exclude",

@@ -15,15 +15,15 @@ from clip_jax.data.threads import mapped
 from clip_jax.errors import UserError
 from clip_jax.runtime import command, faults
 from clip_jax.tools.index_writer import check_single
-from clip_jax.tools.source_arguments import source_parser
+from clip_jax.tools.source_arguments import FIELDS, source_parser
 
 PART = 65_536  # records of a part; those of whole blocks where the source has such
 _PREPARED = 512  # records that threads prepare ahead
 
 
-def pass_parser(module, doc, fields=("image", "text", "label")):
-    """Returns the parser of a command that makes a pass: with `--source`, `--split`, `--out`, `--part` and `fields`."""
-    parser = source_parser(module, doc, fields)
+def pass_parser(module, doc):
+    """Returns the parser of a command that makes a pass: with `--out`, `--part` and the arguments of a source."""
+    parser = source_parser(module, doc, FIELDS)
     parser.add_argument("--out", required=True, help="folder of the parts, the index and the report")
     parser.add_argument(
         "--part", default="", metavar="K/N", help="read share K of N only, K in 1..N; then run it without --part"

@@ -128,7 +128,7 @@ def kth_largest(arrays, k):
 
 
 def _ordered(values):
-    """Returns uint32 in the order of float32 values: of negative ones all bits are flipped, of others the sign bit."""
+    """Returns uint32 in the order of float32 values: negative ones have all bits flipped, others the sign bit."""
     bits = values.view(np.uint32)
     return np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(0x80000000))
 

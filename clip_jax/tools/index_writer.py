@@ -139,7 +139,7 @@ def bits_of(captions, kept):
 
 
 def places(captions):
-    """Returns of each caption its record and its number in it, int64 `[captions]`; for the argument see `bits_of`."""
+    """Returns the record of each caption and its number in it, int64 `[captions]`; for the argument see `bits_of`."""
     captions = captions.astype(np.int64)
     owner = np.repeat(np.arange(len(captions)), captions)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(captions) - captions, captions)

@@ -50,7 +50,7 @@ class Parts:
     Args:
       folder: the folder; it is made, and must hold no Parquet file.
 
-    Raises UserError for a folder with Parquet files and one that cannot be written.
+    Raises UserError when the folder holds Parquet files or cannot be written.
     """
 
     def __init__(self, folder):

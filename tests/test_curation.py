@@ -172,7 +172,7 @@ def test_an_interrupted_command_resumes_and_gives_the_same_index(name, command, 
         for module in (passes, balance):
             monkeypatch.setattr(module, "records", until(stop))
         assert command(name, out) == 130 and capsys.readouterr().err == "interrupted; the same command resumes\n"
-        assert len(list((out / "parts").glob("*.npz"))) == stop // 5 and not list(out.glob("parts/*.partial"))
+        assert len(list((out / "parts").glob("*.npz"))) == stop // 5 and not list(out.glob("parts/*.tmp"))
         with pytest.raises(ValueError, match="no index in this folder"):
             IndexedSource(pairs(), out)
     for module in (passes, balance):

@@ -8,11 +8,11 @@ import contextlib
 import functools
 import hashlib
 import os
-import tempfile
 import threading
 
 from absl import logging
 
+from clip_jax.data.replacing import replacing
 from clip_jax.errors import UserError
 
 FOLDER = "CLIP_JAX_SHARD_CACHE"
@@ -73,15 +73,9 @@ class DiskCache:
 
     def _write(self, path, data):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        number, temporary = tempfile.mkstemp(dir=os.path.dirname(path), suffix=".tmp")
-        try:
-            with open(number, "wb") as file:
-                file.write(data)
-                file.write(_digest(data))
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as file:
+            file.write(data)
+            file.write(_digest(data))
         with self._lock:
             self._written += len(data) + _DIGEST
             if self._written < self._limit / _SHARE:

@@ -116,7 +116,7 @@ def select(made, out, entries, per_entry, seed=0):
             },
             describe,
         )
-    _write_counts(out, entries, counts, kept_counts)
+        _write_counts(out, entries, counts, kept_counts)
     examples.write_page(out, f"{made.source.name}: balanced captions", list(describe(report)), sections)
     return report
 
@@ -161,10 +161,7 @@ def _write_counts(out, entries, counts, kept):
     """Writes `entry_counts.json`: `[entry, captions, kept captions]` of each entry, the most frequent first."""
     order = np.argsort(-counts, kind="stable").tolist()
     rows = (json.dumps([entries[i], int(counts[i]), int(kept[i])], ensure_ascii=False) for i in order)
-    try:
-        (Path(out) / "entry_counts.json").write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from None
+    (Path(out) / "entry_counts.json").write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
 
 
 def describe(report):
@@ -187,10 +184,7 @@ def describe(report):
     yield f"{'captions':>12}{'kept':>12}  most frequent entries"
     for entry, count, kept in report["most_frequent"]:
         yield f"{count:>12,}{kept:>12,}  {entry}"
-    for heading, found in report["examples"].items():
-        yield ""
-        yield f"{heading.lower()}:"
-        yield from example_lines(found)
+    yield from example_lines({f"{heading.lower()}:": found for heading, found in report["examples"].items()})
 
 
 def main(argv=None):

@@ -128,7 +128,7 @@ def kth_largest(arrays, k):
 
 
 def _ordered(values):
-    """Returns uint32 in the order of float32 values: of negative ones all bits are flipped, of others the sign bit."""
+    """Returns uint32 in the order of float32 values: negative ones have all bits flipped, others the sign bit."""
     bits = values.view(np.uint32)
     return np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(0x80000000))
 
@@ -219,15 +219,11 @@ def describe(report):
     yield cost(report)
     yield ""
     yield f"{'score at least':>14}{'pairs':>14}{'share':>9}"
-    above, lines = 0, []
+    above = 0
     for low, count in reversed(report["pairs_by_score"]):
         above += count
-        lines.append(f"{low:>14.2f}{above:>14,}{above / pairs:>9.1%}")
-    yield from lines
-    for heading, found in report["examples"].items():
-        yield ""
-        yield f"{heading.lower()}:"
-        yield from example_lines(found)
+        yield f"{low:>14.2f}{above:>14,}{above / pairs:>9.1%}"
+    yield from example_lines({f"{heading.lower()}:": found for heading, found in report["examples"].items()})
 
 
 def main(argv=None):
@@ -250,11 +246,8 @@ def run(args, log=print):
         raise UserError(f"--keep={args.keep:g}: must be more than 0 and at most 1")
     source = open_source(args)
     made = Pass(source, args.out, "clip_score")
-    if args.checkpoint:
-        model = load_model(args, made)
+    if model := load_model(args, made):
         made.run(functools.partial(score, model, source), share, log)
-    elif missing := len(made.missing()):
-        raise UserError(f"{missing:,} of {len(made):,} parts of {args.out} are missing: give --checkpoint")
     if not share:
         report = select(made, args.out, args.keep, args.threshold)
         show(describe(report), args, log)

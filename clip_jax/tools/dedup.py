@@ -27,7 +27,7 @@ from clip_jax.data.sources.index import TEXTS
 from clip_jax.errors import UserError, unknown
 from clip_jax.tools import duplicates, examples
 from clip_jax.tools.filter_tables import image_hash
-from clip_jax.tools.index_writer import IndexWriter, cost, example_lines, headline
+from clip_jax.tools.index_writer import IndexWriter, bits_of, cost, example_lines, headline
 from clip_jax.tools.passes import (
     Pass,
     checkpoint_arguments,
@@ -121,39 +121,40 @@ def gather(made, folder):
         first, end = made.bounds(number)
         usable = part["pixels"] > 0
         if usable.any() and "features" not in arrays:
-            arrays["features"] = _mapped(folder, "features", (len(made.source), *part["features"].shape[1:]), part)
+            shape = (len(made.source), *part["features"].shape[1:])
+            arrays["features"] = _mapped(folder, "features", shape, part["features"].dtype)
         if usable.any():
             arrays["features"][first + np.flatnonzero(usable)] = part["features"]
         for name in ("captions", "pixels"):
             if name not in arrays:
-                arrays[name] = _mapped(folder, name, (len(made.source),), part)
+                arrays[name] = _mapped(folder, name, (len(made.source),), part[name].dtype)
             arrays[name][first:end] = part[name]
     if "features" not in arrays:
         raise UserError(f"{made.source.name}: no usable picture among {len(made.source):,} records")
     return arrays["captions"], arrays["pixels"], arrays["features"]
 
 
-def _mapped(folder, name, shape, part):
-    return np.memmap(os.path.join(folder, f"{name}.map"), part[name].dtype, "w+", shape=shape)
+def _mapped(folder, name, shape, dtype):
+    return np.memmap(os.path.join(folder, f"{name}.map"), dtype, "w+", shape=shape)
 
 
 def judge(folder, by, pixels, features, near, similarity):
-    """Returns of each record the number of the picture that stays for it, int64 `[n]`, or `duplicates.UNUSABLE`."""
+    """Returns the number of the picture that stays for each record, int64 `[n]`, or `duplicates.UNUSABLE`."""
     stays = duplicates.start(pixels)
     if by == "content":
         duplicates.join_equal(folder, features, pixels, stays)
     elif by == "hash":
-        for_equal = _mapped(folder, "keys", (len(pixels),), {"keys": np.zeros(0, np.uint64)})
+        keys = _mapped(folder, "keys", (len(pixels),), np.uint64)
         for start in range(0, len(pixels), 2**18):
-            for_equal[start : start + 2**18] = duplicates.hash_keys(features[start : start + 2**18])
-        duplicates.join_equal(folder, for_equal, pixels, stays)
+            keys[start : start + 2**18] = duplicates.hash_keys(features[start : start + 2**18])
+        duplicates.join_equal(folder, keys, pixels, stays)
         duplicates.join_near(folder, features, pixels, stays, near)
     else:
         from clip_jax import config
         from clip_jax.runtime import sharding
 
         rows = duplicates.best_first(pixels, np.flatnonzero(stays == duplicates.OPEN))
-        z = _mapped(folder, "sorted", (len(rows), features.shape[1]), {"sorted": features})
+        z = _mapped(folder, "sorted", (len(rows), features.shape[1]), features.dtype)
         for start in range(0, len(rows), 2**12):
             z[start : start + 2**12] = features[rows[start : start + 2**12]]
         duplicates.join_similar(z, rows, stays, similarity, sharding.make_mesh(config.base().mesh))
@@ -179,9 +180,7 @@ def select(made, out, by, near=7, similarity=0.95):
         for number in range(len(made)):
             first, end = made.bounds(number)
             rows = first + np.flatnonzero(stays[first:end] == np.arange(first, end))
-            full = np.uint64(2**64 - 1)
-            bits = np.where(captions[rows] < 64, ~(full << (captions[rows] % 64).astype(np.uint64)), full)
-            writer.add(rows, bits)
+            writer.add(rows, bits_of(captions[rows], np.ones(captions[rows].sum(), bool)))
         gone = np.flatnonzero((stays != np.arange(len(stays))) & (stays != duplicates.UNUSABLE))
         best, sizes = np.unique(stays[gone], return_counts=True)
         groups = _groups(best, sizes, gone, stays)
@@ -229,10 +228,7 @@ def describe(report):
     yield f"the largest group has {report['largest_group']:,} pictures"
     yield f"{report['unusable_records']:,} unusable records are removed"
     yield cost(report)
-    for heading, found in report["examples"].items():
-        yield ""
-        yield f"{heading}"
-        yield from example_lines(found)
+    yield from example_lines(report["examples"])
 
 
 def main(argv=None):
@@ -268,10 +264,8 @@ def run(args, log=print):
     if args.by != "embedding":
         made.begin({})
         features = Contents() if args.by == "content" else Hashes()
-    elif args.checkpoint:
-        features = Embeddings(load_model(args, made))
-    elif missing := len(made.missing()):
-        raise UserError(f"{missing:,} of {len(made):,} parts of {args.out} are missing: give --checkpoint")
+    elif model := load_model(args, made):
+        features = Embeddings(model)
     if made.missing(share):
         made.run(functools.partial(look, features, source), share, log)
     if not share:

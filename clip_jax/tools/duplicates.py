@@ -22,7 +22,7 @@ _QUERIES = 1024  # embeddings that are compared at a time
 
 
 def start(pixels):
-    """Returns `stays` of pictures of whom none is judged: `OPEN`, or `UNUSABLE` where `pixels` `[n]` is 0."""
+    """Returns `stays` before a picture is judged: `OPEN`, or `UNUSABLE` where `pixels` `[n]` is 0."""
     return np.where(np.asarray(pixels) > 0, OPEN, UNUSABLE)
 
 

@@ -41,7 +41,7 @@ from clip_jax.tools.filter_rules import ALIGN, RULES, Rules, flag
 from clip_jax.tools.filter_tables import NearDuplicates, Table, contains, image_hash
 from clip_jax.tools.index_writer import IndexWriter, cost, example_lines, headline
 from clip_jax.tools.passes import show
-from clip_jax.tools.source_arguments import open_source, source_parser
+from clip_jax.tools.source_arguments import FIELDS, open_source, source_parser
 
 _ROWS = 4096  # rows of the index that are held in memory
 _EXAMPLES = 5  # examples of each rule in the report
@@ -316,16 +316,13 @@ def describe(report):
         counts = report["rules"][rule]
         yield f"{rule:14}{value:>12}{counts['removed']:>12,}{counts['alone']:>13,}  {meaning}"
     yield "(a record removed by several rules counts for each of them)"
-    for rule, counts in report["rules"].items():
-        if counts["examples"]:
-            yield ""
-            yield f"examples of {rule}:"
-            yield from example_lines(counts["examples"])
+    found = {f"examples of {rule}:": counts["examples"] for rule, counts in report["rules"].items()}
+    yield from example_lines({heading: some for heading, some in found.items() if some})
 
 
 def main(argv=None):
     """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
-    parser = source_parser("clip_jax.tools.filter", __doc__, ("image", "text", "label"))
+    parser = source_parser("clip_jax.tools.filter", __doc__, FIELDS)
     parser.add_argument("--out", required=True, help="folder of the index and the report")
     parser.add_argument(
         "--exclude",

@@ -139,15 +139,21 @@ def bits_of(captions, kept):
 
 
 def places(captions):
-    """Returns of each caption its record and its number in it, int64 `[captions]`; for the argument see `bits_of`."""
+    """Returns the record of each caption and its number in it, int64 `[captions]`; for the argument see `bits_of`."""
     captions = captions.astype(np.int64)
     owner = np.repeat(np.arange(len(captions)), captions)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(captions) - captions, captions)
 
 
-def example_lines(examples):
-    """Yields the lines of a report about examples: dicts with `record`, `texts`, and `size` or `note` where known."""
-    for example in examples:
-        facts = [f"record {example['record']:,}", "x".join(map(str, example.get("size", ()))), example.get("note", "")]
-        texts = (" ".join(text.split())[:100] for text in itertools.islice(example["texts"], 3))
-        yield f"  {', '.join(filter(None, facts))}: " + " | ".join(texts)
+def example_lines(sections):
+    """Yields the lines of a report about `{heading: examples}`.
+
+    Examples are dicts with `record`, `texts`, and `size` or `note` where known.
+    """
+    for heading, examples in sections.items():
+        yield from ("", heading)
+        for example in examples:
+            size = "x".join(map(str, example.get("size", ())))
+            facts = [f"record {example['record']:,}", size, example.get("note", "")]
+            texts = (" ".join(text.split())[:100] for text in itertools.islice(example["texts"], 3))
+            yield f"  {', '.join(filter(None, facts))}: " + " | ".join(texts)

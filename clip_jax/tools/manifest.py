@@ -32,6 +32,7 @@ import zlib
 
 from clip_jax.data.blocks import RUN
 from clip_jax.data.records import BadRecord, plain
+from clip_jax.data.replacing import replacing
 from clip_jax.data.sources import manifest
 from clip_jax.data.sources.shards import find_shards, load_format, scan_shard
 from clip_jax.data.threads import end_with_parent
@@ -122,10 +123,8 @@ class Parts:
         place = os.path.join(self.folder, "job.json")
         os.makedirs(self.folder, exist_ok=True)
         if not os.path.exists(place):
-            partial = f"{place}.{os.getpid()}.tmp"
-            with open(partial, "w") as file:
-                file.write(self._job)
-            os.replace(partial, place)
+            with replacing(place) as file:
+                file.write(self._job.encode())
         with open(place) as file:
             found = file.read()
         if found != self._job:
@@ -149,9 +148,9 @@ class Parts:
                     offset += len(line)
         return found
 
-    def writer(self, part):
-        """Returns the file of a part, opened to add lines; a line that was cut off before is ended."""
-        file = open(os.path.join(self.folder, f"{part.replace('/', '-of-')}.part"), "ab+", buffering=0)
+    def writer(self, share):
+        """Returns the file of a `share_of`, opened to add lines; a line that was cut off before is ended."""
+        file = open(os.path.join(self.folder, f"{share[0] + 1}-of-{share[1]}.part"), "ab+", buffering=0)
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -182,21 +181,20 @@ def _kind(value):
     return "none" if value is None else type(value).__name__
 
 
-def scan_part(kind, shards, parts, part, processes, length, columns, show):
+def scan_part(kind, shards, parts, share, processes, length, columns, show):
     """Scans the shards of a part that are not done yet.
 
     Args:
       kind: the name of the format.
       shards: list of all shards.
       parts: the `Parts`.
-      part: str, such as "1/4".
+      share: of `share_of`.
       processes: int.
       length: int, samples of a block where the format leaves the choice.
       columns: list of fields.
       show: a function of a line of progress.
     """
-    number, count = map(int, part.split("/"))
-    mine = range(number - 1, len(shards), count)
+    mine = range(share[0], len(shards), share[1])
     done = parts.done()
     todo = [i for i in mine if i not in done]
     if len(todo) < len(mine):
@@ -204,7 +202,7 @@ def scan_part(kind, shards, parts, part, processes, length, columns, show):
     work = functools.partial(scan, kind, length=length, columns=columns)
     start = shown = time.monotonic()
     finished, samples = 0, 0
-    with parts.writer(part) as file, _pool(processes) as pool:
+    with parts.writer(share) as file, _pool(processes) as pool:
         waiting, left = {}, iter(todo)
         try:
             while True:
@@ -277,7 +275,7 @@ def join(out, source, kind, shards, parts, columns, line):
     broken = collections.Counter()
     for summary in summaries:
         broken.update(summary["broken"])
-    errors = [f"{summary['error']}" for summary in summaries if summary["error"]]
+    errors = [summary["error"] for summary in summaries if summary["error"]]
     samples = sum(summary["samples"] for summary in summaries)
     if not samples:
         reasons = ", ".join(broken) or "empty"
@@ -349,7 +347,8 @@ def _main(args):
         raise UserError(f"{args.out}.parts: no such folder; --part=1/N to --part=N/N make it")
     parts = Parts(args.out, job | {"length": args.length})
     if not args.join:
-        scan_part(kind, shards, parts, args.part or "1/1", args.processes, args.length, columns, print)
+        share = share_of(args.part) or (0, 1)
+        scan_part(kind, shards, parts, share, args.processes, args.length, columns, print)
     if args.part:
         print(f"part {args.part} is done; after the last one: the same command with --join in the place of --part")
         return

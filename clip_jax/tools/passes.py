@@ -1,7 +1,6 @@
 """A pass over a data source that leaves its results on disk in parts, so that the same command resumes it."""
 
 import json
-import os
 import re
 import sys
 import time
@@ -10,20 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data.records import BadRecord, fingerprint, hash64, records
+from clip_jax.data.replacing import replacing
 from clip_jax.data.sources.kept import starts_of
 from clip_jax.data.threads import mapped
 from clip_jax.errors import UserError
 from clip_jax.runtime import command, faults
 from clip_jax.tools.index_writer import check_single
-from clip_jax.tools.source_arguments import source_parser
+from clip_jax.tools.source_arguments import FIELDS, source_parser
 
 PART = 65_536  # records of a part; those of whole blocks where the source has such
 _PREPARED = 512  # records that threads prepare ahead
 
 
-def pass_parser(module, doc, fields=("image", "text", "label")):
-    """Returns the parser of a command that makes a pass: with `--source`, `--split`, `--out`, `--part` and `fields`."""
-    parser = source_parser(module, doc, fields)
+def pass_parser(module, doc):
+    """Returns the parser of a command that makes a pass: with `--out`, `--part` and the arguments of a source."""
+    parser = source_parser(module, doc, FIELDS)
     parser.add_argument("--out", required=True, help="folder of the parts, the index and the report")
     parser.add_argument(
         "--part", default="", metavar="K/N", help="read share K of N only, K in 1..N; then run it without --part"
@@ -61,8 +61,14 @@ def checkpoint_arguments(parser):
 def load_model(args, made):
     """Returns the model of `--checkpoint` and begins a `Pass` whose parts depend on its weights.
 
-    Raises UserError when it cannot be loaded, or the folder holds parts of other weights.
+    Without `--checkpoint` returns None; then all parts must be there.
+
+    Raises UserError when it cannot be loaded, the folder holds parts of other weights, or parts are missing.
     """
+    if not args.checkpoint:
+        if missing := len(made.missing()):
+            raise UserError(f"{missing:,} of {len(made):,} parts of {args.out} are missing: give --checkpoint")
+        return None
     from clip_jax import inference
     from clip_jax.search_index import model_key
 
@@ -100,7 +106,8 @@ class Pass:
                 found = json.loads(path.read_text())
                 self.key, self.about = found["key"], found["about"]
             else:
-                _replace(self._folder / "writable", lambda file: None)
+                with replacing(self._folder / "writable"):
+                    pass
                 (self._folder / "writable").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from None
@@ -121,8 +128,8 @@ class Pass:
         if self.key:
             return self._check(self._fixed | key)
         self.key, self.about = self._fixed | key, about
-        text = json.dumps({"key": self.key, "about": about}, indent=1)
-        _replace(self._folder / "key.json", lambda file: file.write(text.encode()))
+        with replacing(self._folder / "key.json") as file:
+            file.write(json.dumps({"key": self.key, "about": about}, indent=1).encode())
 
     def _check(self, key):
         for name, value in key.items():
@@ -154,7 +161,8 @@ class Pass:
         for number in self.missing(share):
             start, (first, end) = time.monotonic(), self.bounds(number)
             arrays = work(first, end)
-            _replace(self._path(number), lambda file, arrays=arrays: np.savez(file, **arrays))
+            with replacing(self._path(number)) as file:
+                np.savez(file, **arrays)
             rate = (end - first) / max(time.monotonic() - start, 1e-9)
             log(f"part {number + 1} of {len(self)}: {end - first:,} records, {rate:,.0f} a second")
         if share:
@@ -184,17 +192,6 @@ def _edges(source):
         return edges
     starts = starts_of(source)
     return np.unique(starts[np.searchsorted(starts, edges)])
-
-
-def _replace(path, write):
-    """Writes a file that is there either whole or not at all; `write` takes the open binary file."""
-    partial = path.with_suffix(f".{os.getpid()}.{time.time_ns()}.partial")  # several hosts may share the folder
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def prepared(source, first, end, work):

@@ -3,6 +3,8 @@
 from clip_jax.data.sources import make_source
 from clip_jax.runtime import command
 
+FIELDS = ("image", "text", "label")
+
 
 def source_parser(module, doc, fields):
     """Returns the parser of a command that reads a data source.
@@ -12,20 +14,23 @@ def source_parser(module, doc, fields):
     Args:
       module: the import path of the command's module.
       doc: its docstring, which is the help text.
-      fields: some of `image`, `text` and `label`.
+      fields: some of `FIELDS`.
     """
     parser = command.make_parser(module, doc)
     parser.add_argument("--source", required=True, help="any source string of clip_jax.data.sources")
+    add_fields(parser, fields)
+    return parser
+
+
+def add_fields(parser, fields=FIELDS):
+    """Adds `--split` and one argument for each of `fields` to a parser."""
     parser.add_argument("--split", default="train", help="split of the source (default: train)")
     for name in fields:
         parser.add_argument(
             f"--{name}", help=f"record field of the {name}, when it has an unusual name; as in training"
         )
-    return parser
 
 
 def open_source(args):
     """Returns the source that parsed arguments name; raises UserError as `make_source` does."""
-    return make_source(
-        args.source, args.split, **{name: getattr(args, name, None) for name in ("image", "text", "label")}
-    )
+    return make_source(args.source, args.split, **{name: getattr(args, name, None) for name in FIELDS})

@@ -33,7 +33,7 @@ from clip_jax.data.sources.spec import parse
 from clip_jax.data.sources.table import TableStream
 from clip_jax.errors import UserError
 from clip_jax.runtime import command
-from clip_jax.tools.source_arguments import open_source
+from clip_jax.tools.source_arguments import add_fields, open_source
 from clip_jax.tools.text_columns import format_reasons
 
 ROWS = 512  # of a row group
@@ -50,7 +50,7 @@ class Parts:
     Args:
       folder: the folder; it is made, and must hold no Parquet file.
 
-    Raises UserError for a folder with Parquet files and one that cannot be written.
+    Raises UserError when the folder holds Parquet files or cannot be written.
     """
 
     def __init__(self, folder):
@@ -294,9 +294,7 @@ def main(argv=None):
     parser.add_argument("source", help="any source string of clip_jax.data.sources")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument("--embed", action="store_true", help="write the images into the files")
-    parser.add_argument("--split", default="train", help="split of the source (default: train)")
-    for name in ("image", "text", "label"):
-        parser.add_argument(f"--{name}", help=f"record field of the {name}, when it has an unusual name")
+    add_fields(parser)
     args = parser.parse_args(argv)
     return command.run(lambda: _main(args))
 

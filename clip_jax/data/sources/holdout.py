@@ -20,6 +20,7 @@ from absl import logging
 from clip_jax.data import threads
 from clip_jax.data.files import cache_folder
 from clip_jax.data.records import BadRecord, fingerprint, hash64, image_key
+from clip_jax.data.replacing import replacing
 from clip_jax.data.sources.kept import KeptSource, column_of, keep, starts_of
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.errors import UserError
@@ -80,8 +81,8 @@ def _cached(source, digest):
     hashes = _of_images(source)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        np.save(f"{path}.{os.getpid()}.npy", hashes)
-        os.replace(f"{path}.{os.getpid()}.npy", path)
+        with replacing(path) as file:
+            np.save(file, hashes)
     except OSError as error:
         logging.warning("%s: the hashes are not kept (%s)", source.name, error)
     return hashes

@@ -14,6 +14,7 @@ import os
 
 import numpy as np
 
+from clip_jax.data.replacing import replacing
 from clip_jax.data.sources.parquet_values import ParquetColumn
 from clip_jax.data.sources.shards import Blocks, ShardSource
 from clip_jax.errors import UserError
@@ -165,29 +166,27 @@ def write(path, shards, about, types):
             *((COLUMN + field, pyarrow.list_(kind)) for field, kind in types.items()),
         ]
     )
-    digest, partial = hashlib.blake2b(digest_size=16), f"{path}.{os.getpid()}.tmp"
+    digest = hashlib.blake2b(digest_size=16)
     sizes, group = [], []
     size = 0  # of the group
-    try:
-        with parquet.ParquetWriter(partial, schema, compression="zstd", use_dictionary=["shard"]) as writer:
-            for shard in shards:
-                if not shard[2]:
-                    continue
-                digest.update(shard[0].encode("utf-8", "surrogateescape") + np.array(shard[2], np.int64).tobytes())
-                sizes.append(shard[1])
-                group.append(shard)
-                size += sum(row[2] for row in shard[2]) if types else len(shard[2])
-                if size >= (_SAMPLES if types else _ROWS):
-                    writer.write_table(_table(group, schema, types))
-                    group, size = [], 0
-            if group or not sizes:
+    with (
+        replacing(path) as file,
+        parquet.ParquetWriter(file, schema, compression="zstd", use_dictionary=["shard"]) as writer,
+    ):
+        for shard in shards:
+            if not shard[2]:
+                continue
+            digest.update(shard[0].encode("utf-8", "surrogateescape") + np.array(shard[2], np.int64).tobytes())
+            sizes.append(shard[1])
+            group.append(shard)
+            size += sum(row[2] for row in shard[2]) if types else len(shard[2])
+            if size >= (_SAMPLES if types else _ROWS):
                 writer.write_table(_table(group, schema, types))
-            facts = {"version": VERSION, **about, "columns": list(types), "fingerprint": digest.hexdigest()}
-            writer.add_key_value_metadata({KEY: json.dumps(facts | {"sizes": sizes})})
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+                group, size = [], 0
+        if group or not sizes:
+            writer.write_table(_table(group, schema, types))
+        facts = {"version": VERSION, **about, "columns": list(types), "fingerprint": digest.hexdigest()}
+        writer.add_key_value_metadata({KEY: json.dumps(facts | {"sizes": sizes})})
 
 
 def _table(group, schema, types):

@@ -16,6 +16,7 @@ from absl import logging
 
 from clip_jax.data import remote
 from clip_jax.data.blocks import Recent
+from clip_jax.data.replacing import replacing
 from clip_jax.data.sources import arrow_columns, parquet
 from clip_jax.data.sources.parquet_values import ParquetColumn
 from clip_jax.errors import UserError
@@ -145,9 +146,8 @@ class ParquetWriter:
         names = dict.fromkeys(name for row in self._rows for name in row)
         table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in self._rows])
         table = table.replace_schema_metadata({_HEADER: json.dumps(self._header).encode()})
-        path = os.path.join(self._folder, f"part-{self._part:06d}.parquet")
-        pq.write_table(table, f"{path}.tmp", row_group_size=_GROUP)
-        os.replace(f"{path}.tmp", path)
+        with replacing(os.path.join(self._folder, f"part-{self._part:06d}.parquet")) as file:
+            pq.write_table(table, file, row_group_size=_GROUP)
         self._part, self._rows = self._part + 1, []
 
     def __enter__(self):

@@ -18,6 +18,7 @@ from absl import logging
 
 from clip_jax.data.files import FileReader, cache_folder
 from clip_jax.data.records import PEEKED, BadRecord, BaseSource, read_label
+from clip_jax.data.replacing import replacing
 from clip_jax.data.sources import tar
 from clip_jax.data.sources.shards import LOCAL, too_many
 from clip_jax.data.sources.tar_samples import CLS, REASONS, SLOTS, raw_record
@@ -168,9 +169,8 @@ def _index_shard(shard):
     for place in places:
         try:
             os.makedirs(os.path.dirname(os.path.abspath(place)), exist_ok=True)
-            partial = f"{place}.{os.getpid()}.tmp"
-            np.concatenate([head, rows]).tofile(partial)
-            os.replace(partial, place)  # atomic: several processes may write the same index
+            with replacing(place) as file:
+                np.concatenate([head, rows]).tofile(file)
             return _Index(place, len(rows), labelled, broken)
         except OSError:
             continue

@@ -74,6 +74,7 @@ class DiskCache:
     def _write(self, path, data):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with replacing(path) as file:
+            os.fchmod(file.fileno(), 0o600)  # what credentials gave is for this user alone
             file.write(data)
             file.write(_digest(data))
         with self._lock:

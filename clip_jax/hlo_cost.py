@@ -23,7 +23,8 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-_NO_TRAFFIC = {
+#: Instructions that only name data.
+NO_TRAFFIC = {
     "parameter",
     "constant",
     "tuple",
@@ -103,6 +104,16 @@ class _Instruction(NamedTuple):
         """The name of the computation in an attribute whose key matches the regular expression `keys`."""
         return re.search(rf"\b(?:{keys})=%?([\w.\-]+)", self.attributes)[1]
 
+    @property
+    def source(self):
+        """The operation of the source program that the instruction comes from, with its path of modules, or ""."""
+        return self.attribute(r'op_name="([^"]*)"')
+
+    def attribute(self, pattern):
+        """The text that the first group of the regular expression `pattern` finds in the attributes, or ""."""
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else ""
+
     def branches(self):
         """The names of the computations of a conditional."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
@@ -112,11 +123,11 @@ class _Instruction(NamedTuple):
 
 def hlo_cost(text):
     """Returns the `Cost` of a program from its optimized HLO text, `compiled.as_text()`."""
-    module = _HloModule(text)
+    module = HloModule(text)
     return module.cost(module.entry)
 
 
-class _HloModule:
+class HloModule:
     """The computations of a program.
 
     Attributes:
@@ -203,10 +214,9 @@ class _HloModule:
         arrays = [a for o in i.operands for a in _arrays(scope[o].shape)]
         group = self.group_size(i.attributes)
         rounds = {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group, "collective-permute": 1}
-        name = re.search(r'op_name="([^"]*)"', i.attributes)
         shapes = ", ".join(f"{n} x {shape}" if n > 1 else shape for shape, n in Counter(str(a) for a in arrays).items())
         sent = sum(a.bytes for a in arrays) * rounds.get(kind, (group - 1) / group)
-        return Collective(kind, shapes, group, sent, name[1] if name else "")
+        return Collective(kind, shapes, group, sent, i.source)
 
     def group_size(self, attributes):
         """The number of devices in a replica group; all devices when the attributes name no group.
@@ -227,7 +237,7 @@ class _HloModule:
 
     def traffic(self, i, scope):
         """Bytes that an instruction itself moves between the device and its main memory."""
-        if i.op in _NO_TRAFFIC or i.op in ("while", "conditional", "call", "async-start") or i.op.endswith("-done"):
+        if i.op in NO_TRAFFIC or i.op in ("while", "conditional", "call", "async-start") or i.op.endswith("-done"):
             return 0
         if i.op == "fusion":
             body = self.computations[i.called("calls")]

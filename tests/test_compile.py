@@ -15,7 +15,7 @@ from clip_jax import compile as compile_lib
 from clip_jax import config, estimates
 from clip_jax import program as program_lib
 from clip_jax.errors import UserError
-from clip_jax.hlo_cost import _HloModule, hlo_cost
+from clip_jax.hlo_cost import HloModule, hlo_cost
 from clip_jax.program import jaxpr_flops, make_program
 from clip_jax.runtime import hardware, xla_flags
 
@@ -355,7 +355,7 @@ def test_the_schedule():
     ],
 )
 def test_groups_of_a_collective(groups, size):
-    module = _HloModule("HloModule x, num_partitions=16\n")
+    module = HloModule("HloModule x, num_partitions=16\n")
     assert (
         module.group_size(f"channel_id=1, replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true")
         == size

@@ -8,7 +8,7 @@ so that the wait for asynchronous exchanges and copies follows from what runs in
 
 import re
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clip_jax.hlo_cost import COLLECTIVES, NO_TRAFFIC, HloModule
 
@@ -153,11 +153,19 @@ def _key(i, scope):
     return " ".join([i.attribute(r'"body":"([^"]*)"'), i.shape, *(scope[o].shape for o in i.operands)])
 
 
+class _Transfer(NamedTuple):
+    instruction: Any
+    engine: str  # LINKS or COPIES
+    key: str  # under which its end finds it
+    cycles: float
+
+
 class _Walk:
     """Collects the rows of a program, one computation after the other."""
 
     def __init__(self, module, peaks, kernels):
-        self.module, self.peaks, self.kernels = module, peaks, kernels
+        self.module, self.kernels = module, kernels
+        self.peaks = peaks
         self.unknown_loops, self._rows = 0, {}
 
     def rows(self, name):
@@ -176,28 +184,26 @@ class _Walk:
             rows.append(Row(i.name, i.op, i.source, part, basis, cycles, hidden))
 
         def end(key):
-            i, engine, ends, cycles = flying.pop(key)
-            wait = max(0.0, ends - clock)
-            basis = "none" if self.peaks is None else "links" if engine == LINKS else "memory"
-            add(i, engine, basis, wait, max(0.0, cycles - wait))
+            transfer, at = flying.pop(key)
+            wait = max(0.0, at - clock)
+            basis = "none" if self.peaks is None else "links" if transfer.engine == LINKS else "memory"
+            add(transfer.instruction, transfer.engine, basis, wait, max(0.0, transfer.cycles - wait))
 
         for i in (i for key, i in scope.items() if key is not None):
             for row in self._called(i, scope):
                 clock += row.total
                 rows.append(row)
-            if key := self._ends(i):
+            if (key := self._ends(i)) is not None:
                 if key in flying:
                     end(key)
                 continue
-            engine, key, size = self._transfer(i, scope)
-            if engine:
+            if transfer := self._transfer(i, scope):
                 # An engine makes one transfer after the other.
-                cycles = size / getattr(self.peaks, _ENGINES[engine]) if self.peaks else 0.0
-                free[engine] = max(clock, free[engine]) + cycles
-                flying[key] = i, engine, free[engine], cycles
-                if key == i.name and not i.op.endswith("-start"):
-                    end(key)
-            basis, cycles = self._own(i, scope, bool(engine))
+                free[transfer.engine] = max(clock, free[transfer.engine]) + transfer.cycles
+                flying[transfer.key] = transfer, free[transfer.engine]
+                if transfer.key == i.name and not i.op.endswith("-start"):
+                    end(transfer.key)
+            basis, cycles = self._own(i, scope, transfer)
             if basis:
                 add(i, self._part(i), basis, cycles)
         for key in list(flying):
@@ -238,17 +244,20 @@ class _Walk:
         return self._channel(i) if self._marker(i) == "Done" else None
 
     def _transfer(self, i, scope):
-        """`(engine, key, bytes)` of the transfer that an instruction starts or makes; engine None without one."""
-        kind = i.op.removesuffix("-start")
+        """The `_Transfer` that an instruction starts or makes, or None."""
+        kind, key = i.op.removesuffix("-start"), i.name
+        engine = LINKS
         if i.op in ("copy-start", "slice-start"):
-            return COPIES, i.name, self.module.traffic(i, scope)
-        if kind in COLLECTIVES:
-            return LINKS, i.name, self.module.collective(i, scope, kind).sent
-        if i.op in ("fusion", "async-start") and (sent := self._sent(i)):
-            return LINKS, self._channel(i) if self._marker(i) else i.name, sent
-        return None, None, 0
+            engine, size = COPIES, self.module.traffic(i, scope)
+        elif kind in COLLECTIVES:
+            size = self.module.collective(i, scope, kind).sent
+        elif i.op in ("fusion", "async-start") and (size := self._sent(i)):
+            key = self._channel(i) if self._marker(i) else i.name
+        else:
+            return None
+        return _Transfer(i, engine, key, size / getattr(self.peaks, _ENGINES[engine]) if self.peaks else 0.0)
 
-    def _own(self, i, scope, transfers):
+    def _own(self, i, scope, transfer):
         """`(basis, cycles)` of an instruction itself; basis None when it takes no time."""
         if i.op in ("while", "conditional", "call", "async-start"):
             return None, 0.0
@@ -258,7 +267,7 @@ class _Walk:
             return self._kernel(i, scope)
         if i.op == "custom-call":
             return (None if _target(i) in _FREE else "none"), 0.0
-        size = 0 if transfers else self.module.traffic(i, scope)
+        size = 0 if transfer else self.module.traffic(i, scope)
         if not size:
             return None, 0.0
         return ("memory", size / self.peaks.memory) if self.peaks else ("none", 0.0)

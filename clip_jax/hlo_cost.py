@@ -178,7 +178,7 @@ class HloModule:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
                 total.collectives[self.collective(i, scope, kind)] += 1
             elif i.op == "send" and "xla_megascale" in i.attributes:
-                total.between_slices += sum(a.bytes for a in _arrays(scope[i.operands[0]].shape))
+                total.between_slices += sum(a.bytes for a in arrays(scope[i.operands[0]].shape))
             elif i.op == "fusion":
                 total.add(self.cost(i.called("calls"), True))
             elif i.op == "dot":
@@ -211,11 +211,11 @@ class HloModule:
 
     def collective(self, i, scope, kind):
         """The `Collective` of an instruction."""
-        arrays = [a for o in i.operands for a in _arrays(scope[o].shape)]
+        inputs = [a for o in i.operands for a in arrays(scope[o].shape)]
         group = self.group_size(i.attributes)
         rounds = {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group, "collective-permute": 1}
-        shapes = ", ".join(f"{n} x {shape}" if n > 1 else shape for shape, n in Counter(str(a) for a in arrays).items())
-        sent = sum(a.bytes for a in arrays) * rounds.get(kind, (group - 1) / group)
+        shapes = ", ".join(f"{n} x {shape}" if n > 1 else shape for shape, n in Counter(str(a) for a in inputs).items())
+        sent = sum(a.bytes for a in inputs) * rounds.get(kind, (group - 1) / group)
         return Collective(kind, shapes, group, sent, i.source)
 
     def group_size(self, attributes):
@@ -249,10 +249,10 @@ class HloModule:
                 else read + _written(root, body)
             )
         if i.op in ("copy-start", "slice-start"):
-            ends = _arrays(i.shape)[:2]  # source and destination, of which one may be a slice of the other
+            ends = arrays(i.shape)[:2]  # source and destination, of which one may be a slice of the other
             return min(a.bytes for a in ends) * sum(a.main > 0 for a in ends)
         if i.op in _SLICES:
-            return sum(a.bytes for a in _arrays(i.shape)) * (_bytes(scope[i.operands[0]].shape) > 0) + _bytes(i.shape)
+            return sum(a.bytes for a in arrays(i.shape)) * (_bytes(scope[i.operands[0]].shape) > 0) + _bytes(i.shape)
         if i.op == "dynamic-update-slice":
             return 2 * _bytes(scope[i.operands[1]].shape)
         read = sum(_bytes(scope[o].shape) for o in i.operands)
@@ -270,7 +270,7 @@ class HloModule:
 
     def _read_by(self, user, body, name, shape):
         if user.op in _SLICES:
-            return sum(a.bytes for a in _arrays(user.shape))
+            return sum(a.bytes for a in arrays(user.shape))
         if user.op == "tuple" or user.op == "dynamic-update-slice" and name not in user.operands[1:]:
             return 0  # passed on in place
         if user.op == "bitcast":
@@ -302,25 +302,25 @@ def _size(dtype, dims):
 
 
 @functools.cache
-def _arrays(shape):
+def arrays(shape):
     """The arrays of a shape such as `(f32[8,128]{1,0:T(8,128)S(1)}, u32[])`.
 
     `S(n)` with n > 0 marks memory on the chip or on the host.
     """
-    arrays = []
+    found = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         dims = tuple(int(n) for n in dims.split(",") if n)
         elsewhere = re.search(r"S\([1-9]", layout)
-        arrays.append(_Array(dtype, dims, 0 if elsewhere else _size(dtype, dims)))
-    return arrays
+        found.append(_Array(dtype, dims, 0 if elsewhere else _size(dtype, dims)))
+    return found
 
 
 def _bytes(shape):
-    return sum(a.main for a in _arrays(shape))
+    return sum(a.main for a in arrays(shape))
 
 
 def _dims(name, scope):
-    return _arrays(scope[name].shape)[0].dims
+    return arrays(scope[name].shape)[0].dims
 
 
 def _closing(text, start):
@@ -364,7 +364,7 @@ def _written(i, scope):
     if i.op == "parameter":  # passed on in place
         return 0
     if i.op == "dynamic-update-slice" and _bytes(shape):
-        return sum(a.bytes for a in _arrays(scope[i.operands[1]].shape))
+        return sum(a.bytes for a in arrays(scope[i.operands[1]].shape))
     return _bytes(shape)
 
 
@@ -382,7 +382,7 @@ def _dot_flops(i, scope):
     lhs = _dims(i.operands[0], scope)
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
     sizes = [lhs[int(d)] for d in contracted[1].split(",") if d] if contracted else []
-    return 2 * math.prod(_arrays(i.shape)[0].dims) * math.prod(sizes)
+    return 2 * math.prod(arrays(i.shape)[0].dims) * math.prod(sizes)
 
 
 def _convolution_flops(i, scope):
@@ -392,7 +392,7 @@ def _convolution_flops(i, scope):
     """
     lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
     lhs, rhs = (_dims(operand, scope) for operand in i.operands[:2])
-    out = _arrays(i.shape)[0].dims
+    out = arrays(i.shape)[0].dims
     batches = re.search(r"batch_group_count=(\d+)", i.attributes)
     products = (
         rhs[rhs_labels.index("i")]

@@ -30,7 +30,8 @@ _MOVES = NO_TRAFFIC | {"copy", "transpose", "reshape", "slice", "dynamic-slice",
 _MOVES |= {"concatenate", "broadcast", "copy-start", "copy-done", "slice-start", "slice-done"}
 #: Custom calls that take no time.
 _FREE = {"AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone"}
-_KERNEL = "tpu_custom_call"
+#: The target of the custom calls that run Pallas kernels.
+KERNEL = "tpu_custom_call"
 #: What moves the data of asynchronous exchanges and copies, and the rate of `Peaks` at which it does.
 _ENGINES = {LINKS: "links", COPIES: "memory"}
 
@@ -88,6 +89,22 @@ class StepCycles(NamedTuple):
             sums[getattr(row, field)] += row.total
         return dict(sums.most_common())
 
+    def merged(self):
+        """One `Row` for the same operation in all blocks, with the means over its runs; the dearest comes first.
+
+        The name is that of one of the instructions; numbers of blocks in the source become `*`.
+        """
+        groups = {}
+        for row in self.rows:
+            source = re.sub(r"(?<=_)\d+", "*", row.source)
+            groups.setdefault((row.op, source, row.part, row.basis), []).append(row)
+        merged = []
+        for (_, source, _, _), rows in groups.items():
+            times = sum(row.times for row in rows)
+            cycles, hidden = (sum(r.times * getattr(r, f) for r in rows) / (times or 1) for f in ("cycles", "hidden"))
+            merged.append(rows[0]._replace(source=source, cycles=cycles, hidden=hidden, times=times))
+        return sorted(merged, key=lambda row: -row.total)
+
 
 class Peaks(NamedTuple):
     """What one device does in a cycle of its clock.
@@ -124,13 +141,16 @@ def step_cycles(text, peaks=None, kernels=None):
 
 
 def kernels_of(text):
-    """Returns the Pallas kernels of a program, `{key: instruction}`, with one key for equal kernels."""
-    module = HloModule(text)
+    """Returns the Pallas kernels of a program, equal ones once.
+
+    Returns:
+      `{key: (instruction, shapes of its operands)}`; `step_cycles` takes the cycles of a kernel by its key.
+    """
     return {
         _key(i, scope): (i, [scope[o].shape for o in i.operands])
-        for scope in module.computations.values()
-        for name, i in scope.items()
-        if name is not None and _target(i) == _KERNEL
+        for scope in HloModule(text).computations.values()
+        for i in scope.values()
+        if _target(i) == KERNEL
     }
 
 
@@ -263,7 +283,7 @@ class _Walk:
             return None, 0.0
         if estimate := int(i.attribute(r'"estimated_cycles":"(\d+)"') or 0):
             return "compiler", estimate
-        if _target(i) == _KERNEL:
+        if _target(i) == KERNEL:
             return self._kernel(i, scope)
         if i.op == "custom-call":
             return (None if _target(i) in _FREE else "none"), 0.0

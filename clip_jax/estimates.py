@@ -233,7 +233,8 @@ def _describe_cycles(topology, config, cycles, estimate):
             yield f"  {words}: {row['times']} x {row['source'] or row['name']}{each}"
     yield f"  dearest operations, {unit} in all:"
     for row in rows[:_DEAREST]:
-        yield f"  {row['times'] * row['cycles'] / scale:>9.2f} {row['times']:>5} x {row['op']} {row['source'] or row['name']}"
+        name = row["source"] or row["name"]
+        yield f"  {row['times'] * row['cycles'] / scale:>9.2f} {row['times']:>5} x {row['op']} {name}"
 
 
 def _run(times):

@@ -92,6 +92,7 @@ def compile_for_tpu(program, topology, devices):
         cycles=dict(
             total=cycles.cycles,
             parts=cycles.by("part"),
+            backward=cycles.by("part", backward=True),
             bases=cycles.by("basis"),
             instructions=[row._asdict() for row in cycles.merged()],
         ),

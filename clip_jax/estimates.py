@@ -219,8 +219,10 @@ def _describe_cycles(topology, config, cycles, estimate):
         yield f"  at {chip.clock / 1e9:.2f} GHz, a clock that is inferred from the chip's peak FLOP/s"
     else:
         yield "  the clock of this chip is unknown, so exchanges and copies are not in it"
+    yield f"  {'part':<14}{unit:>9}{'share':>8}{'backward':>10}"
     for part, count in cycles["parts"].items():
-        yield f"  {part:<14}{count / scale:>9.2f} {unit}{count / max(1, cycles['total']):>8.1%}"
+        share, backward = count / max(1, cycles["total"]), cycles["backward"][part]
+        yield f"  {part:<14}{count / scale:>9.2f}{share:>8.1%}{backward / scale:>10.2f}"
     for basis, words in _BY_BYTES.items():
         found = [row for row in rows if row["basis"] == basis]
         waits, hidden = (sum(row["times"] * row[field] for row in found) / scale for field in ("cycles", "hidden"))

@@ -65,6 +65,11 @@ class Row(NamedTuple):
         """The cycles of all runs."""
         return self.times * self.cycles
 
+    @property
+    def backward(self):
+        """Whether the row belongs to a gradient."""
+        return "transpose(" in self.source
+
 
 class StepCycles(NamedTuple):
     """The estimated cycles of one run of a program on one device.
@@ -82,11 +87,14 @@ class StepCycles(NamedTuple):
         """The cycles of the program."""
         return sum(row.total for row in self.rows)
 
-    def by(self, field):
-        """The cycles for each value of a field of `Row`, the largest first, `{value: cycles}`."""
+    def by(self, field, backward=False):
+        """The cycles for each value of a field of `Row`, the largest first, `{value: cycles}`.
+
+        With `backward` only those of gradients count.
+        """
         sums = Counter()
         for row in self.rows:
-            sums[getattr(row, field)] += row.total
+            sums[getattr(row, field)] += row.total if row.backward or not backward else 0.0
         return dict(sums.most_common())
 
     def merged(self):

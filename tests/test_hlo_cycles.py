@@ -119,7 +119,7 @@ SENT = 256 / 16  # cycles on the links: a ring of two sends every byte once
         (START + WORK + DONE, SENT - 10, 10),
         (START + WORK + WORK_2 + DONE, 0, SENT),
         # The second exchange waits for the first one.
-        (START + START.replace("s1", "s2") + WORK + DONE + DONE.replace("s1", "s2"), 2 * SENT - 10, 10),
+        (START + START.replace("s1", "s2") + WORK + DONE + DONE.replace("1", "2"), 2 * SENT - 10, 10),
     ],
 )
 def test_exchanges_wait_for_what_other_work_does_not_hide(lines, waits, hidden):
@@ -235,12 +235,12 @@ def test_a_scan_and_its_unrolled_form_take_the_same_time(device):
 
     products = []
     for function in (scanned, unrolled):
-        found = step_cycles(compiled(function, device, (8192, 512), (3, 512, 512)), PEAKS)
+        found = step_cycles(compiled(function, device, (4096, 1024), (3, 1024, 1024)), PEAKS)
         products.append(sum(row.total for row in found.rows if row.source.endswith("dot_general")))
         assert found.unknown_loops == 0
     assert products[0] == pytest.approx(products[1], rel=0.03)
-    # A matrix unit of 128 x 128 takes a row of 128 numbers a cycle; a v5e chip has four.
-    assert products[1] == pytest.approx(3 * 8192 * 4 * 4 / 4, rel=0.1)
+    # Each of a v5e chip's four matrix units of 128 x 128 takes a row of 128 numbers a cycle.
+    assert 1 < products[1] / (3 * 4096 * 8 * 8 / 4) < 1.2
 
 
 @needs_libtpu

@@ -232,7 +232,7 @@ def _describe_cycles(topology, config, cycles, estimate):
         found = [row for row in rows if row["basis"] == basis]
         for row in found:
             each = "" if basis == "none" else f", {row['cycles'] / scale:.3f} {unit} each"
-            yield f"  {words}: {row['times']} x {row['source'] or row['name']}{each}"
+            yield f"  {words}: {row['times']} x {row['op']} {row['source'] or row['name']}{each}"
     yield f"  dearest operations, {unit} in all:"
     for row in rows[:_DEAREST]:
         name = row["source"] or row["name"]

@@ -29,7 +29,7 @@ OTHER = "other"
 _MOVES = NO_TRAFFIC | {"copy", "transpose", "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "pad"}
 _MOVES |= {"concatenate", "broadcast", "copy-start", "copy-done", "slice-start", "slice-done"}
 #: Custom calls that take no time.
-_FREE = {"AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone"}
+_FREE = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
 #: The target of the custom calls that run Pallas kernels.
 KERNEL = "tpu_custom_call"
 #: What moves the data of asynchronous exchanges and copies, and the rate of `Peaks` at which it does.
@@ -40,7 +40,7 @@ class Row(NamedTuple):
     """An instruction that takes time.
 
     Attributes:
-      name, op: its name and its operation in HLO.
+      name, op: its name and its operation in HLO; of a custom call the target.
       source: the operation of the source program, with its path of modules, or "".
       part: a key of `PARTS`, or one of `COPIES`, `LINKS`, `OTHER`.
       basis: where the figure comes from. "compiler": the compiler's estimate. "kernel": the compiler's estimate of a
@@ -209,7 +209,7 @@ class _Walk:
         def add(i, part, basis, cycles, hidden=0.0):
             nonlocal clock
             clock += cycles
-            rows.append(Row(i.name, i.op, i.source, part, basis, cycles, hidden))
+            rows.append(Row(i.name, _target(i) or i.op, i.source, part, basis, cycles, hidden))
 
         def end(key):
             transfer, at = flying.pop(key)

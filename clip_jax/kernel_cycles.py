@@ -43,10 +43,11 @@ def kernel_cycles(text, topology, options):
 
 def _request(i, operands):
     """What compiles a kernel again: its program, and the dtypes and shapes of its operands and results."""
-    start = i.attributes.index('"custom_call_config":') + len('"custom_call_config":')
-    config, _ = json.JSONDecoder().raw_decode(i.attributes[start:])
+    _, _, text = i.attributes.partition("backend_config=")
+    written, _ = json.JSONDecoder().raw_decode(text)
+    config = {key: written[key] for key in ("custom_call_config", "scoped_memory_configs") if key in written}
     shapes = [[(_DTYPES[a.dtype], a.dims) for shape in group for a in arrays(shape)] for group in (operands, [i.shape])]
-    return dict(config=json.dumps({"custom_call_config": config}), operands=shapes[0], results=shapes[1])
+    return dict(config=json.dumps(config), operands=shapes[0], results=shapes[1])
 
 
 def _ask(request):

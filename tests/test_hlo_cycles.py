@@ -13,6 +13,8 @@ from clip_jax.runtime import hardware
 from clip_jax.runtime.topology import parse_topology, tpu_devices
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+# The cache of the tests cannot hold programs for devices that are not present.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 PEAKS = Peaks(flops=100, memory=64, links=16)
 
 HEAD = """HloModule step, num_partitions=2

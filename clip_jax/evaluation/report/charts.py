@@ -31,8 +31,8 @@ _EVALUATION_CURVES = [
     "image_to_text_R@10",
     "text_to_image_R@10",
 ]
-# Evaluation metrics that do not depend on the model.
-_CONSTANT = re.compile(r"chance_.*|majority_.*|images.*|classes|texts|skipped|pixel_1nn_.*")
+#: Last parts of evaluation metrics that do not depend on the model.
+CONSTANT = re.compile(r"chance_.*|majority_.*|images.*|classes|texts|skipped|pixel_1nn_.*")
 # A change of the learning rate by this share of its maximum between two logged steps is a jump, unless the changes
 # beside it are of the same size.
 _JUMP, _USUAL = 0.15, 4
@@ -97,7 +97,7 @@ def training_curves(page, path, title_of=str, history=()):
     by_metric = {}
     for name, series in evaluation.items():
         task, _, metric = name.rpartition("/")
-        if not _CONSTANT.fullmatch(metric) and _is_curve(series):
+        if not CONSTANT.fullmatch(metric) and _is_curve(series):
             by_metric.setdefault(metric, {})[title_of(task)] = series
     if not rest and not by_metric:
         return "".join(blocks) + "<p>Nothing was logged at two steps or more, hence there are no curves.</p>"

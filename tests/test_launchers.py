@@ -191,7 +191,17 @@ def stand(tmp_path, monkeypatch):
         (stand.checkout / name).write_text("")
     for command in (["init", "-q"], ["add", "launch", "setup.py"]):
         subprocess.run(["git", *command], cwd=stand.checkout, check=True, timeout=60)
-    for variable in ("NAME", "ZONE", "PROJECT", "TYPE", "VERSION", "PYTHON", "CLIP_JAX_VENV", "JAX_PLATFORMS", "GLIBC_TUNABLES"):
+    for variable in (
+        "NAME",
+        "ZONE",
+        "PROJECT",
+        "TYPE",
+        "VERSION",
+        "PYTHON",
+        "CLIP_JAX_VENV",
+        "JAX_PLATFORMS",
+        "GLIBC_TUNABLES",
+    ):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("STAND_INS", str(tmp_path))

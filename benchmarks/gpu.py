@@ -33,8 +33,8 @@ TIMED = {"loss": 40, "b16": 85, "b32": 60, "l14": 70, "b16 torch": 60, "b32 torc
 LIMIT = 525
 CORES_PER_CHECK = 4
 
-#: Batches of the GPU with the memory of `MEMORY`, the largest first; a smaller GPU starts at a smaller one. PyTorch does
-#: not recompute the blocks of L/14, and gets smaller ones.
+#: Batches for a GPU with the bytes `MEMORY`, the largest first; a smaller GPU starts at a smaller one. PyTorch does not
+#: recompute the blocks of L/14, and gets smaller ones.
 MEMORY = 141e9
 BATCHES = {"b32": (3072, 2048, 1024, 512), "b16": (1024, 768, 512, 256), "l14": (2048, 1024, 512, 256)}
 TORCH_BATCHES = {"b32": (2048, 1024, 512, 256), "b16": (768, 512, 256, 128), "l14": (384, 256, 128, 64)}
@@ -133,7 +133,7 @@ def check_attention(args):
             )
             got, program[attention] = fn(q, k, v, weights), fn.as_text()
             errors = [float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in zip(got, exact, strict=True)]
-            seconds = timed(lambda fn=fn: fn(q, k, v, weights))
+            seconds = timed(functools.partial(fn, q, k, v, weights))
             row |= {f"{attention} value": errors[0], f"{attention} gradient": max(errors[1:])}
             row |= {f"{attention} ms": 1e3 * seconds}
         row["cuDNN"] = "cudnn" in program["auto"].lower()
@@ -310,7 +310,7 @@ def measure_step(args, variant, torch=False):
 
 
 def top_kernels(folder, count=8):
-    """Returns `(ms of all kernels, [(name, ms, runs)])` of a trace; kernels that differ in their number are one name."""
+    """Returns `(ms of all kernels, [(name, ms, runs)])` of a trace. Numbers are cut off the names."""
     import collections
 
     from jax.profiler import ProfileData
@@ -364,7 +364,10 @@ def work(name, args):
 
 
 def run_part(name, args, seconds, add):
-    """Runs a part in a process of its own; calls `add(case, values)` for each row and returns what is wrong, or None."""
+    """Runs a part in a process of its own, and `add(case, values)` for each row.
+
+    Returns None, or what is wrong in a line, and the end of the process's own messages.
+    """
     options = dict(vars(args), json=None)
     env = dict(os.environ, JAX_PLATFORMS="cuda,cpu" if args.gpu else "cpu")
     if name in CHECKS:

@@ -6,7 +6,7 @@
 Each side runs in a process of its own, and they take turns. The data are random and already on the device.
 open_clip runs as in its trainer, with the numbers of our configuration; the two models must have the same number of
 parameters. Memory is the peak of the device's allocator, on a CPU that of the process. MFU counts the model's own
-matrix products and divides by the device's bf16 peak. Page faults are those of the process. See benchmarks/README.md.
+matrix products and divides by the device's bf16 peak. Page faults are those of a step. See benchmarks/README.md.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ import time
 import common
 
 COLUMNS = {
-    "model": "<6", "side": "<20", "pages": "<6", "batch": ">7,", "ms": ">10.1f", "fastest": ">10.1f", "images/s": ">9.1f",
-    "TFLOP/s": ">8.3f", "MFU": ">6.1%", "GiB": ">7.2f", "faults": ">10,", "ours / it": ">9.2f",
+    "model": "<6", "side": "<20", "pages": "<6", "batch": ">7,", "ms": ">10.1f", "fastest": ">10.1f",
+    "images/s": ">9.1f", "TFLOP/s": ">8.3f", "MFU": ">6.1%", "GiB": ">7.2f", "faults": ">10,", "ours / it": ">9.2f",
 }  # fmt: skip
 WARM_UP = 2
 TUNABLE = "glibc.malloc.hugetlb"

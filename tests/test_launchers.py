@@ -203,7 +203,7 @@ def stand(tmp_path, monkeypatch):
         os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("script", ["common", "tpu", "gke", "slurm", "local", "test", "venv"])
+@pytest.mark.parametrize("script", ["common", "tpu", "gke", "slurm", "local", "test", "docs", "venv"])
 def test_shellcheck_finds_nothing(script):
     program = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
     if not program:
@@ -212,11 +212,11 @@ def test_shellcheck_finds_nothing(script):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", ["tpu", "gke", "slurm", "local"])
+@pytest.mark.parametrize("script", ["tpu", "gke", "slurm", "local", "docs"])
 def test_help_is_the_head_of_the_script(stand, script):
     text = stand.launch(script, "--help")
     assert f"bash launch/{script}.sh" in text and "--dry-run" in text and "set -euo" not in text
-    assert script == "local" or stand.launch(script) == text
+    assert script in ("local", "docs") or stand.launch(script) == text
 
 
 GKE = ["--name=clip", "--image=registry/clip_jax:1", "--accelerator=tpu-v5-lite-podslice", "--topology=4x8"]
@@ -786,6 +786,12 @@ def test_a_dry_run_takes_its_flags_anywhere_and_writes_nothing(stand):
         assert stand.launch("local", *arguments).endswith(f"python -m clip_jax.train {end}\n")
     assert stand.launch("local", "configs/clip.py", "--help") == stand.launch("local", "--help")
     assert sorted(stand.root.rglob("*")) == before and not stand.calls(".*")
+
+
+def test_the_site_is_built_or_served(stand):
+    assert stand.launch("docs", "--dry-run") == ".venv/bin/mkdocs build --strict\n"
+    assert stand.launch("docs", "--serve", "--dry-run") == ".venv/bin/mkdocs serve\n"
+    assert "unknown option --port=1" in stand.launch("docs", "--port=1", "--dry-run", status=2)
 
 
 def test_slurm_job_of_one_process_per_node_uses_all_gpus(stand):

@@ -19,7 +19,7 @@ setup(
     packages=[*find_packages(include=["clip_jax", "clip_jax.*"]), *FOLDERS],
     package_dir=FOLDERS,
     package_data={
-        "clip_jax.launch": ["*.sh"],
+        "clip_jax.launch": ["common.sh", "venv.sh", "gke.sh", "slurm.sh"],  # the others need a checkout
         "clip_jax.data": ["vocab/*", "embedded/columns/*", "embedded/*/*/*"],
         "clip_jax.tools": ["*.json"],
         "clip_jax.evaluation": ["*.json"],

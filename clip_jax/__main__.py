@@ -7,8 +7,10 @@ folder has no file `configs/clip.py`, the name stands for the configuration of t
 """
 
 import importlib
+import os
 import sys
 
+from clip_jax import config_files
 from clip_jax.errors import unknown
 from clip_jax.version import __version__
 
@@ -42,8 +44,10 @@ COMMANDS = {
     },
     "Machines": {
         "hosts": ("clip_jax.runtime.hosts", "runs a command as several processes of this machine"),
+        "launch": ("clip_jax.__main__", "starts training on a cluster: launch slurm, launch gke"),
     },
 }
+LAUNCHERS = ("gke", "slurm")  # those that need no checkout
 
 
 def usage():
@@ -54,6 +58,21 @@ def usage():
     return "\n".join([*lines, "", f"version {__version__}"])
 
 
+def launch(arguments):
+    """Becomes the launcher that the first argument names, in the current folder; returns 2 where there is none."""
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print("\n".join(f"clip-jax launch {name} --help" for name in LAUNCHERS))
+    elif name not in LAUNCHERS:
+        print(f"error: {unknown('clip-jax launch: no launcher', name, LAUNCHERS)}", file=sys.stderr)
+        return 2
+    else:
+        place = config_files.folder("launch")
+        os.environ |= {"CLIP_JAX_LAUNCH": place, "CLIP_JAX_VENV": sys.prefix}
+        os.execvp("bash", ["bash", os.path.join(place, f"{name}.sh"), *rest])
+    return 0
+
+
 def main(argv=None):
     """Runs a command and returns its exit status; 2 for an unknown command. Imports nothing but that command."""
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -62,6 +81,8 @@ def main(argv=None):
         print(usage())
     elif name == "--version":
         print(f"clip-jax {__version__}")
+    elif name == "launch":
+        return launch(arguments)
     elif (key := name.replace("-", "_")) in modules:
         return importlib.import_module(modules[key]).main(arguments)
     else:

@@ -6,16 +6,18 @@ import os
 from clip_jax.errors import UserError, did_you_mean
 
 
-def shipped():
-    """Returns `{name: file}` of the configurations of this package, such as `clip` and `studies/methods`.
-
-    They lie in `configs`: beside the package in a checkout, inside the package where a wheel was installed.
-    """
+def folder(name):
+    """Returns `configs` or `launch`: beside the package in a checkout, inside it where a wheel was installed."""
     package = os.path.dirname(os.path.abspath(__file__))
-    folders = [os.path.join(parent, "configs") for parent in (package, os.path.dirname(package))]
-    folder = next(filter(os.path.isdir, folders), folders[0])
-    files = sorted(glob.glob(os.path.join(folder, "**", "*.py"), recursive=True))
-    return {os.path.relpath(file, folder).removesuffix(".py").replace(os.sep, "/"): file for file in files}
+    inside, beside = (os.path.join(parent, name) for parent in (package, os.path.dirname(package)))
+    return inside if os.path.isdir(inside) else beside
+
+
+def shipped():
+    """Returns `{name: file}` of the configurations of this package, such as `clip` and `studies/methods`."""
+    configs = folder("configs")
+    files = sorted(glob.glob(os.path.join(configs, "**", "*.py"), recursive=True))
+    return {os.path.relpath(file, configs).removesuffix(".py").replace(os.sep, "/"): file for file in files}
 
 
 def find(path):

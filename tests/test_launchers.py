@@ -736,6 +736,31 @@ def test_slurm_job_of_one_process_per_gpu(stand):
     assert trained["platforms"] == "cuda,cpu", "without its GPU it must not train on its CPU"
 
 
+def test_slurm_jobs_of_an_installed_package_run_in_the_current_folder(stand):
+    """`clip-jax launch` sets these two variables: the scripts lie elsewhere, and the environment has the package."""
+    place, venv = stand.root / "package" / "launch", stand.root / "environment"
+    shutil.move(stand.checkout / "launch", place)
+    subprocess.run(["python3", "-m", "venv", str(venv)], check=True, timeout=60)
+    env = {**os.environ, "CLIP_JAX_LAUNCH": str(place), "CLIP_JAX_VENV": str(venv)}
+
+    def slurm(*arguments, folder=stand.checkout, **more):
+        command = ["bash", str(place / "slurm.sh"), *arguments]
+        done = subprocess.run(command, cwd=folder, env=env | more, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "  clip-jax launch slurm --nodes=4" in slurm("--help")
+    slurm("--gpus-per-node=8", "--", *TRAIN)
+    (call,) = stand.arguments("sbatch")
+    job = call[call.index(str(place / "slurm.sh")) + 1 :]
+    slurm(*job, folder=stand.root, SLURM_SUBMIT_DIR=str(stand.checkout), SLURM_JOB_ID="17")
+    assert {trained["cwd"] for trained in stand.trained(0)} == {str(stand.checkout)}
+    assert [path.name for path in stand.checkout.iterdir() if path.name == "runs"] and not (
+        place.parent / "runs"
+    ).exists()
+    assert not [call for call in stand.calls("python3?") if "pip" in call["arguments"]]
+
+
 def test_slurm_job_in_a_container(stand):
     (stand.root / "bin" / "python").symlink_to("python3")  # of the container
     for image in ("registry#clip:1", "/images/clip.sif"):

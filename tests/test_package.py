@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -35,8 +34,8 @@ def test_every_command_of_the_package_has_a_name():
     found = {file for file, text in files.items() if '\nif __name__ == "__main__":\n' in text}
     found -= {file for file in found if "runpy.run_module(" in files[file] or file.parent.name == "build"}
     modules = {".".join(file.relative_to(REPO).with_suffix("").parts) for file in found}
-    assert set(MODULES.values()) == modules - {"clip_jax.__main__"}
-    assert all(module.rpartition(".")[2] == name for name, module in MODULES.items())
+    assert set(MODULES.values()) == modules
+    assert all(module.rpartition(".")[2] == name for name, module in MODULES.items() if name != "launch")
 
 
 def test_the_help_imports_nothing_that_takes_time(tmp_path):
@@ -59,6 +58,18 @@ def test_a_command_gets_its_arguments_and_returns_its_status(capsys, monkeypatch
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == "error: clip-jax has no command 'trian' (did you mean 'train'?)\n"
     assert cli.main(["--version"]) == 0 and capsys.readouterr().out == f"clip-jax {__version__}\n"
+
+
+def test_launchers_get_the_folder_of_their_files_and_this_python(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(os, "execvp", lambda program, arguments: calls.append((program, *arguments)))
+    for variable in ("CLIP_JAX_LAUNCH", "CLIP_JAX_VENV"):
+        monkeypatch.setenv(variable, "")
+    cli.main(["launch", "slurm", "--dry-run"])
+    assert calls == [("bash", "bash", str(REPO / "launch" / "slurm.sh"), "--dry-run")]
+    assert (os.environ["CLIP_JAX_LAUNCH"], os.environ["CLIP_JAX_VENV"]) == (str(REPO / "launch"), sys.prefix)
+    assert cli.main(["launch", "tpu"]) == 2
+    assert capsys.readouterr().err == "error: clip-jax launch: no launcher 'tpu'; allowed: gke, slurm\n"
 
 
 def test_a_file_wins_over_a_configuration_of_the_package(tmp_path, monkeypatch):
@@ -115,6 +126,10 @@ def test_a_wheel_contains_the_package_its_configurations_and_the_command(wheel):
     assert {path.name for path in wheel.iterdir()} == {"clip_jax", f"clip_jax_pretraining-{__version__}.dist-info"}
     (entry,) = wheel.glob("*.dist-info/entry_points.txt")
     assert "clip-jax = clip_jax.__main__:main" in entry.read_text()
+    assert {file.name for file in (package / "launch").iterdir()} == {
+        *("common.sh", "venv.sh"),
+        *(f"{name}.sh" for name in cli.LAUNCHERS),
+    }
     data = {file.relative_to(REPO) for file in (REPO / "clip_jax").rglob("*") if file.suffix in (".html", ".json")}
     assert data and all((wheel / file).is_file() for file in data)
 
@@ -137,4 +152,4 @@ for row in study.load("configs/oner.py:ablation").rows[:1]:
 
 def test_there_is_one_version():
     assert re.search(r"^version: (\S+)$", (REPO / "CITATION.cff").read_text(), re.MULTILINE)[1] == __version__
-    assert re.search(r"^## (\S+)$", pathlib.Path(REPO / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
+    assert re.search(r"^## (\S+)$", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__

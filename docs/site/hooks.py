@@ -21,14 +21,15 @@ def modules():
     for file in sorted((ROOT / "clip_jax").rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
         code = file.read_text()
-        if parts[-1] != "__init__" and parts[1:3] != ("tools", "build") and "\nimport runpy\n" not in code:
+        if not parts[-1].startswith("__") and parts[1:3] != ("tools", "build") and "\nimport runpy\n" not in code:
             found[".".join(parts)] = ast.get_docstring(ast.parse(code)) or ""
     return found
 
 
 def reference(module):
     """Returns the page of a module."""
-    return f"reference/{module.removeprefix('clip_jax.').replace('.', '/')}.md"
+    path = module.removeprefix("clip_jax.").replace(".", "/")
+    return f"reference/{path}{'_module' * path.endswith('/index')}.md"  # index.md would be the page of its package
 
 
 def on_config(config):

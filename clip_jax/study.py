@@ -12,7 +12,6 @@ import dataclasses
 import html
 import itertools
 import json
-import os
 import shlex
 import signal
 import statistics
@@ -22,7 +21,7 @@ import time
 from typing import Any
 
 from clip_jax import config as config_lib
-from clip_jax import from_weights
+from clip_jax import config_files, from_weights
 from clip_jax.errors import StorageError, UserError, unknown
 from clip_jax.runtime import command, faults, storage
 
@@ -131,8 +130,7 @@ def plan(study, workdir, seeds, overrides):
         if study.equal_compute and runs:
             steps = max(1, round(runs[0].flops / flops))
             changes.append(f"train.steps={steps}")
-        path, colon, variant = row.config.partition(":")
-        spec = os.path.relpath(path) + colon + variant
+        spec = config_files.spec_of(row.config)
         for seed in range(seeds):
             folder = storage.path(workdir) / row.name / f"seed_{seed}"
             command = ["-m", "clip_jax.train", f"--config={spec}", f"--workdir={folder}"]

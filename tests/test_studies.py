@@ -14,6 +14,7 @@ from clip_jax import study
 from clip_jax.errors import UserError
 from clip_jax.evaluation import outcomes
 from clip_jax.evaluation.results import Outcomes
+from clip_jax.evaluation.tasks import parse_tasks
 from clip_jax.studies import definition, intervals, runs
 from clip_jax.study import Row, Study
 
@@ -198,3 +199,25 @@ def test_wrong_reports(tmp_path, capsys):
     ]:
         assert study.main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+STUDIES = "methods noise few_pairs scale detail labels sources one_encoder batch cost".split()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_studies_are_planned_and_their_metrics_are_those_of_their_tasks(name, tmp_path, capsys, monkeypatch):
+    """Every configuration, every tuned value and every task is checked; the FLOPs of a step are not computed here."""
+    monkeypatch.setattr("clip_jax.program.model_flops", lambda c: 1e6 * c.data.batch_size)
+    found = study.load(f"{REPO}/configs/studies/{name}.py")
+    study.run_study(found, tmp_path / "runs", 3, [], dry_run=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python -m clip_jax.train")]
+    tried = sum(len(row.tune[1]) for row in found.rows if row.tune)
+    assert len(lines) == 3 * len(found.rows) + tried and tried >= 6
+    assert all(len(row.tune[1]) == 3 for row in found.rows if row.tune)
+    assert all(row.tune or row.tuned_as for row in found.rows)  # every row has the same budget of tuning
+    for tasks, metrics in ((found.tasks, found.metrics.values()), (found.tune_tasks, [found.tune_metric])):
+        known = {metric for task in parse_tasks(tasks, "tasks") for metric in task.metric_names()}
+        assert {part for m in metrics for part in ([m] if isinstance(m, str) else m)} <= known
+    text = (REPO / "configs" / "studies" / f"{name}.py").read_text()
+    assert f"python -m clip_jax.study --config=configs/studies/{name}.py --workdir=runs/{name}" in text
+    assert found.question and found.claim and len({found.base(row).name for row in found.rows}) < len(found.rows)

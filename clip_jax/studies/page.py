@@ -10,6 +10,7 @@ from clip_jax.evaluation.report import page as html_page
 from clip_jax.evaluation.report.charts import chart, read_metrics
 from clip_jax.runtime import storage
 from clip_jax.studies import figure, tables
+from clip_jax.studies.definition import key
 
 FILE = "study.json"
 FIGURE, PAGE = "study.svg", "study.html"
@@ -19,7 +20,7 @@ _NOTES = {
     "is the compiler's estimate for a step. * marks a difference whose 95 % interval excludes 0.",
     "differences": "Percentage points, with the 95 % interval over seeds and pictures, clustered by seed and by the "
     "thing that a picture shows. Where nothing differs, about one of twenty intervals excludes 0 all the same.",
-    "tuning": "Each value was trained once, seed 0, for half of the steps. The highest metric decided.",
+    "tuning": "Each value was trained once, seed 0, for half of the steps. The highest value decided of: {}.",
     "order": "Against the published order, neighbours compared by Welch's t-test.",
 }
 
@@ -47,6 +48,7 @@ def write(found, runs, workdir, command, done):
         "differences": _table(tables.differences(found)),
         "tuning": _table(tables.tuning(found)),
         "tried": found.tried,
+        "tune_metric": key(study.tune_metric),
         "chosen": {row: value for row, value in found.chosen.items() if value},
         "order": list(tables.order(study, found.metrics)),
         "figure": drawn,
@@ -115,7 +117,7 @@ def _sections(about):
         "Study": f"{lines}{_figure(about['figure'])}",
         "Results": _section(about["table"], _NOTES["table"]),
         "Differences": _section(about["differences"], _NOTES["differences"]),
-        "Tuning": _section(about["tuning"], _NOTES["tuning"], "texts"),
+        "Tuning": _section(about["tuning"], _NOTES["tuning"].format(about["tune_metric"]), "texts"),
         "Order": f"<p>{html.escape(_NOTES['order'])}</p><ul>{items}</ul>" if items else "",
     }
 
@@ -125,14 +127,20 @@ def _figure(svg):
     if not svg:
         return ""
     address = base64.b64encode(str(svg).encode()).decode()
-    alt, style = "The first metric of each row; the table below has the numbers", "width:100%;max-width:760px"
-    return f'<img src="data:image/svg+xml;base64,{address}" alt="{alt}" style="{style}">'
+    alt, style = (
+        "The first metric of each row; the table below has the numbers",
+        "width:100%;min-width:560px;max-width:760px",
+    )
+    image = f'<img src="data:image/svg+xml;base64,{address}" alt="{alt}" style="{style}">'
+    return f'<div class="scroll">{image}</div>'
 
 
 def _section(cells, note, css="wide"):
     if not cells:
         return ""
     head, *rows = [[html.escape(str(cell)) for cell in row] for row in cells]
+    if css == "wide":  # figures stay on one line
+        rows = [[first, *(cell.replace(" ", "&nbsp;") for cell in rest)] for first, *rest in rows]
     return f'<p class="small">{html.escape(note)}</p>{html_page.table(head, rows, css)}'
 
 

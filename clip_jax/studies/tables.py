@@ -6,7 +6,6 @@ import math
 import statistics
 
 from clip_jax.studies import intervals, runs
-from clip_jax.studies.definition import key
 
 
 @dataclasses.dataclass
@@ -101,9 +100,9 @@ def differences(found):
         of_labels = [found.difference(readout, row, name) for name in labels.values()]
         if known := [d for d in of_labels if d]:
             name = f"{row.name}, read by {readout}" if len(found.metrics) > 1 else row.name
-            images = " / ".join(f"{d.images:,} of {d.things:,}" for d in of_labels if d and d.images)
+            images = dict.fromkeys(f"{d.images:,} of {d.things:,}" for d in of_labels if d and d.images)
             cells = [_interval(d) for d in of_labels]
-            rows.append([name, study.base(row).name, str(known[0].seeds), *cells, images])
+            rows.append([name, study.base(row).name, str(known[0].seeds), *cells, ", ".join(images)])
     return ["row", "minus", "seeds", *labels, "pictures of things"], rows
 
 
@@ -116,7 +115,7 @@ def tuning(found):
             chosen = found.chosen.get(p.row.name)
             cells = [f"{v}: {_percent(scores.get(v))}{' (chosen)' if v == chosen else ''}" for v in p.costs]
             rows.append([p.row.name, p.field, f"{p.tuning()[0].steps:,}", "; ".join(cells)])
-    return ["row", "field", "steps", f"{key(found.study.tune_metric)}, %"], rows
+    return ["row", "field", "steps", "values and their metric, %"], rows
 
 
 def order(study, metrics):

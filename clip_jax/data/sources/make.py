@@ -51,7 +51,8 @@ from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, sha
 from clip_jax.data.sources.spec import parse, with_step
 from clip_jax.errors import TextLabelError, UserError, did_you_mean, unknown
 
-_JOINS = ("index", "columns", "uids", "holdout", "exchange")  # steps made by the module of this name; each takes one option
+# Steps that are made by the module of this name; each takes one option.
+_JOINS = ("index", "columns", "uids", "holdout", "exchange")
 _TABLES = (".csv", ".tsv", ".jsonl")
 _STEPS = (*_JOINS, *selection.FORMS)
 

@@ -241,10 +241,10 @@ class _Axes:
 
     def ticks(self):
         """Yields grid lines and tick labels as SVG."""
-        for tick in _log_ticks(self._low, self._high) if self.is_log else _ticks(self._low, self._high, 5):
+        for tick in _log_ticks(self._low, self._high) if self.is_log else ticks(self._low, self._high, 5):
             yield f'<path class="grid" d="M{_LEFT} {self.y(tick):.1f}h{_WIDTH}"/>'
             yield f'<text x="{_LEFT - 5}" y="{self.y(tick) + 3.5:.1f}" class="y">{tick:.4g}</text>'
-        for tick in (tick for tick in _ticks(self.first, self.last, 5) if tick == round(tick)):
+        for tick in (tick for tick in ticks(self.first, self.last, 5) if tick == round(tick)):
             yield f'<text x="{self.x(tick):.1f}" y="{_TOP + _HEIGHT + 16}" class="x">{_steps(tick)}</text>'
 
     def marks(self, steps):
@@ -290,7 +290,7 @@ def _pieces(series):
     return [piece for piece in pieces if piece]
 
 
-def _ticks(low, high, count):
+def ticks(low, high, count):
     """Returns about `count` round numbers from low to high."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))

@@ -219,10 +219,11 @@ def compile_on_all_hosts(run, source, tx, state, batch):
 
     start = time.perf_counter()
     parts = program.Program(run.config, run.method, tx, state, batch)
-    step_fn, found = compile_cache.run(lambda: program.compile_step(parts), run.cache)
+    traced = program.trace_step(parts)
+    step_fn, found = compile_cache.run(lambda: program.compile_step(parts, traced), run.cache)
     size = program.device_bytes(step_fn)
     preflight.check_step(parts, size)
-    flops = program.model_flops(run.config)
+    flops = program.model_flops(run.config, traced)
     # A host with a cached step waits here, outside of the stage "step", whose time is limited.
     hosts.wait("compiled")
     found, seconds = sum(hosts.gather(found)), time.perf_counter() - start

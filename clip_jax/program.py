@@ -63,16 +63,21 @@ def shard_bytes(tree):
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def compile_step(program):
-    """Returns the compiled step `(state, batch) -> (state, metrics)`, which donates the state, a `jax.stages.Compiled`.
+def trace_step(program):
+    """Returns the traced step `(state, batch) -> (state, metrics)`, which donates the state, a `jax.stages.Traced`.
 
     Args:
       program: a `Program` whose state and batch have shardings; the step returns the state in the same ones.
     """
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
     step = make_step(program.config, program.method, program.tx)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return _compile(step.lower(program.state, program.batch), compiler_options(program))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).trace(program.state, program.batch)
+
+
+def compile_step(program, traced=None):
+    """Returns the compiled step of a `Program` with shardings, a `jax.stages.Compiled`; `traced` saves its tracing."""
+    traced = traced or trace_step(program)
+    return _compile(traced.lower(), compiler_options(program))
 
 
 def compiler_options(program):
@@ -110,11 +115,14 @@ def step_flops(program):
     return jaxpr_flops(jax.make_jaxpr(step)(program.state, program.batch))
 
 
-def model_flops(config):
+def model_flops(config, traced=None):
     """FLOPs of the model in a step: forward and backward pass, over the whole batch.
 
-    What rematerialisation and micro-batches compute twice counts once.
+    What rematerialisation and micro-batches compute twice counts once. Where the configuration has neither, `traced`,
+    its step by `trace_step`, saves the tracing.
     """
+    if traced and config.micro_batches == 1 and config.model.remat == "none":
+        return jaxpr_flops(traced.jaxpr)
     plain = config.copy_and_resolve_references()
     plain.micro_batches, plain.model.remat = 1, "none"
     return step_flops(make_program(plain))

@@ -4,5 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 make_venv dev
+use_huge_pages
 "$venv/bin/ruff" check .
 "$venv/bin/python" -m pytest -n "${CLIP_JAX_TEST_PROCESSES:-2}" "$@"

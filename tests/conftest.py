@@ -1,5 +1,6 @@
 """Set-up of the tests: CPU with 8 simulated devices, a persistent compilation cache, golden fixtures."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -35,6 +36,13 @@ def golden_files(pattern):
     return [pytest.param(path, id=name) for name, path in found.items()] or [
         pytest.param(None, marks=pytest.mark.skip(f"no fixture {pattern}"))
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_collections():
+    """Hides from the garbage collector what earlier files left: programs of JAX, which it would walk again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

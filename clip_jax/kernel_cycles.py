@@ -3,9 +3,15 @@
 The compiler's estimate of a whole step leaves kernels out. It gives their cycles when it writes a static profile of its
 own instructions, `--xla_jf_dump_static_llo_profile_to`. That flag is read when libtpu loads, and some programs make
 the compiler abort with it, so the kernels are compiled in a process of their own.
+
+The profile takes time that grows with the square of a kernel's grid, and its cycles grow linearly. A large grid is cut
+to two small ones, whose difference gives the cycles of the rest. A kernel with a loop inside gets no estimate: zero.
 """
 
+import base64
+import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -14,12 +20,16 @@ import sys
 import tempfile
 
 from clip_jax.hlo_cost import arrays
-from clip_jax.hlo_cycles import kernels_of
+from clip_jax.hlo_cycles import KERNEL, kernels_of
 from clip_jax.runtime import topology as topology_lib
 
 _DTYPES = {"pred": "bool", "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 _DTYPES |= {f"{short}{bits}": f"{long}{bits}" for short, long in (("s", "int"), ("u", "uint")) for bits in (8, 16, 32)}
 _FLAG = "--xla_jf_dump_static_llo_profile_to="
+#: A grid of more than twice as many rounds is cut.
+_ROUNDS = 8
+#: Seconds after which the process is ended; the kernels that it has not reached count as those without an estimate.
+_TIMEOUT = 1800
 
 
 def kernel_cycles(text, topology, options):
@@ -54,39 +64,84 @@ def _ask(request):
     """The cycles that a process of its own finds for the first kernels of a request, until one ends it."""
     with tempfile.TemporaryDirectory() as folder:
         flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-        answer = subprocess.run(
-            [sys.executable, "-m", "clip_jax.kernel_cycles", folder],
-            input=json.dumps(request),
-            env={**os.environ, "LIBTPU_INIT_ARGS": f"{flags} {_FLAG}{folder}".strip()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-    return [json.loads(line) for line in answer.stdout.splitlines()]
+        try:
+            output = subprocess.run(
+                [sys.executable, "-m", "clip_jax.kernel_cycles", folder],
+                input=json.dumps(request).encode(),
+                env={**os.environ, "LIBTPU_INIT_ARGS": f"{flags} {_FLAG}{folder}".strip()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=_TIMEOUT,
+            ).stdout
+        except subprocess.TimeoutExpired as error:
+            output = error.stdout or b""
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def _grid(config, size=None):
+    """The rounds of a kernel's grid, and the configuration of its custom call with `size` rounds in one direction.
+
+    The direction is the first that has several rounds. Without `size` the configuration is the given one.
+
+    Args:
+      config: JSON whose `custom_call_config` holds the kernel as MLIR bytecode, base64.
+    """
+    from jaxlib.mlir import ir
+    from jaxlib.mosaic.python import tpu
+
+    config = json.loads(config)
+    with ir.Context() as context, ir.Location.unknown():
+        context.allow_unregistered_dialects = True  # the kernel is in a dialect for storage
+        tpu.register_dialect(context)
+        module = ir.Module.parse(base64.b64decode(config["custom_call_config"]["body"]))
+        kernel = next(op for op in module.body.operations if "iteration_bounds" in op.attributes)
+        rounds = list(ir.DenseI64ArrayAttr(kernel.attributes["iteration_bounds"]))
+        if size:
+            first = next(i for i, n in enumerate(rounds) if n > 1)
+            cut = [*rounds[:first], size, *rounds[first + 1 :]]
+            kernel.attributes["iteration_bounds"] = ir.DenseI64ArrayAttr.get(cut)
+            body = io.BytesIO()
+            module.operation.write_bytecode(body)
+            config["custom_call_config"]["body"] = base64.b64encode(body.getvalue()).decode()
+    return rounds, json.dumps(config)
 
 
 def _main(folder):
-    """Compiles the kernels of a request on stdin; prints the cycles of each, or null, as a line."""
+    """Compiles the kernels of a request on stdin; prints the cycles of each as a line.
+
+    A kernel that cannot be compiled ends the process.
+    """
     import jax
+    from jax.experimental.layout import Format, Layout
 
     request = json.load(sys.stdin)
     topology = topology_lib.parse_topology(request["topology"].partition("*")[0])
     placed = jax.sharding.SingleDeviceSharding(topology_lib.tpu_devices(topology)[0])
+
+    def compiled_cycles(kernel, config):
+        # Kernels take and return row-major arrays. Other layouts would add copies, whose profile takes long.
+        def rows(array):
+            dtype, dims = array
+            return jax.ShapeDtypeStruct(dims, dtype, sharding=Format(Layout(tuple(range(len(dims)))), placed))
+
+        operands, results = (list(map(rows, kernel[name])) for name in ("operands", "results"))
+        call = jax.ffi.ffi_call(KERNEL, results, custom_call_api_version=1, legacy_backend_config=config)
+        compiled = jax.jit(call, out_shardings=[result.format for result in results]).lower(*operands)
+        compiled = compiled.compile(compiler_options=request["options"])
+        name = re.search(rf'%([\w.\-]+) = [^\n]* custom_call_target="{KERNEL}"', compiled.as_text())[1]
+        profile = (pathlib.Path(folder) / f"{name}_static_llo_profile.textproto").read_text()
+        return int(re.search(r"estimated_cycles: (\d+)", profile)[1])
+
     for kernel in request["kernels"]:
-        operands = [jax.ShapeDtypeStruct(dims, dtype, sharding=placed) for dtype, dims in kernel["operands"]]
-        results = [jax.ShapeDtypeStruct(dims, dtype) for dtype, dims in kernel["results"]]
-        call = jax.ffi.ffi_call(
-            "tpu_custom_call", results, custom_call_api_version=1, legacy_backend_config=kernel["config"]
-        )
-        try:
-            compiled = jax.jit(call).lower(*operands).compile(compiler_options=request["options"])
-        except jax.errors.JaxRuntimeError:
-            print("null", flush=True)
-            continue
-        name = re.search(r"%([\w.\-]+) = [^\n]* custom-call\(", compiled.as_text())[1]
-        profile = pathlib.Path(folder) / f"{name}_static_llo_profile.textproto"
-        cycles = re.search(r"estimated_cycles: (\d+)", profile.read_text() if profile.exists() else "")
-        print(cycles[1] if cycles else "null", flush=True)
+        rounds, config = _grid(kernel["config"])
+        first = next((n for n in rounds if n > 1), 1)
+        size = -(-_ROUNDS * first // math.prod(rounds))
+        if first <= 2 * size:
+            cycles = compiled_cycles(kernel, config)
+        else:
+            small, large = (compiled_cycles(kernel, _grid(config, n)[1]) for n in (size, 2 * size))
+            cycles = large + (first - 2 * size) * (large - small) / size
+        print(cycles, flush=True)
 
 
 if __name__ == "__main__":

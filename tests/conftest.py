@@ -40,7 +40,7 @@ def golden_files(pattern):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_collections():
-    """Hides from the garbage collector what earlier files left: programs of JAX, which it would walk again and again."""
+    """Hides from the garbage collector what earlier files left: JAX programs, which it would walk again and again."""
     gc.collect()
     gc.freeze()
 

@@ -34,7 +34,7 @@ def test_every_command_of_the_package_has_a_name():
     found = {file for file, text in files.items() if '\nif __name__ == "__main__":\n' in text}
     found -= {file for file in found if "runpy.run_module(" in files[file] or file.parent.name == "build"}
     modules = {".".join(file.relative_to(REPO).with_suffix("").parts) for file in found}
-    assert set(MODULES.values()) == modules
+    assert set(MODULES.values()) == modules - {"clip_jax.kernel_cycles"}  # a process that clip_jax.compile starts
     assert all(module.rpartition(".")[2] == name for name, module in MODULES.items() if name != "launch")
 
 

@@ -151,9 +151,10 @@ def plan(study, workdir, overrides):
         path, colon, variant = row.config.partition(":")
         changes = (*study.overrides, *row.overrides, *overrides)
         spec = os.path.relpath(path) + colon + variant
-        planned = Planned(study, row, workdir, spec, changes, field, {})
+        planned, config = Planned(study, row, workdir, spec, changes, field, {}), None
         for value in map(str, values):
-            steps, flops = _cost(planned, value, known)
+            config = _checked(planned, value, config)
+            steps, flops = config.train.steps, _flops(config, known)
             if study.equal_compute:
                 budget = budget or steps * flops
                 steps = max(1, round(budget / flops))
@@ -162,31 +163,44 @@ def plan(study, workdir, overrides):
     return found
 
 
-def _cost(planned, value, known):
-    """Returns `(steps, FLOPs of a step)` of a row with a value. An optimizer's field does not change them.
+def _checked(planned, value, config):
+    """Returns the resolved configuration of a row with a value. Raises UserError.
 
     Args:
       planned: the row.
       value: the value of its field.
-      known: `{configuration: FLOPs}` of what was computed before, which grows.
+      config: that of another value, whose data and tasks are checked already; None for the first.
     """
-    from clip_jax.program import model_flops
+    from clip_jax.methods.interface import make_method
     from clip_jax.train import make_parts
 
-    changes = [_filled(planned, text, with_index=(planned.folder / "index").exists()) for text in planned.overrides]
-    changes += [f"{planned.field}={value}"] * bool(planned.field) + _tasks(planned.study.tasks)
-    config = from_weights.load(planned.row.config, changes)
-    if planned.field.startswith("optim.") and planned.costs:
-        config_lib.validate(config)
-        return next(iter(planned.costs.values()))
-    config = make_parts(config)[0]
+    tuned = [f"{planned.field}={value}"] * bool(planned.field)
+    if config is None:
+        with_index = (planned.folder / "index").exists()
+        changes = [_filled(planned, text, with_index) for text in planned.overrides]
+        return make_parts(from_weights.load(planned.row.config, changes + tuned + _tasks(planned.study.tasks)))[0]
+    config = config_lib.override(config.copy_and_resolve_references(), tuned)
+    config_lib.validate(config)
+    make_method(config)
+    return config
+
+
+def _flops(config, known):
+    """Returns the FLOPs of a step of a configuration.
+
+    Args:
+      config: a resolved configuration.
+      known: `{what the FLOPs follow from: FLOPs}` of others, which grows.
+    """
+    from clip_jax.program import model_flops
+
     shape = config.to_dict()
     shape["optim"] = {"freeze": shape["optim"]["freeze"]}
-    shape["data"] = {"batch_size": shape["data"]["batch_size"], "templates": shape["data"]["templates"]}
+    shape["data"] = {"batch_size": shape["data"]["batch_size"]}
     shape = repr({name: section for name, section in shape.items() if name not in ("train", "eval", "seed")})
     if shape not in known:
         known[shape] = model_flops(config)
-    return config.train.steps, known[shape]
+    return known[shape]
 
 
 def in_order(planned, seeds, chosen):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import REPO, golden_files
 from data_helpers import EOT, texts
-from helpers import TINY, losses, unit
+from helpers import TINY, interrupted, losses, unit
 from model_helpers import run_steps
 
 import clip_jax
@@ -477,7 +477,7 @@ def test_a_run_resumes_bit_by_bit_with_its_queue(tmp_path):
         train.train(config.load(f"{CONFIG}:smoke", overrides), tmp_path / name, lambda line: None)
 
     run("whole", 3)
-    run("parts", 2)
+    interrupted(tmp_path / "whole", tmp_path / "parts", 2)
     run("parts", 3)
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert np.isfinite(list(whole.values())).all() and whole == parts and len(whole) == 3

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO
-from helpers import TINY, losses, unit
+from helpers import TINY, interrupted, losses, unit
 from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
@@ -270,5 +270,5 @@ def test_a_run(tmp_path):
     clip = run("clip", str(REPO / "configs" / "clip.py:emoji"), "train.steps=3")
     assert run("none", CONFIG, "train.steps=3", "data.rewrite_prob=0") == clip and len(clip) == 3
     whole = run("whole", CONFIG, "train.steps=3")
-    run("parts", CONFIG, "train.steps=2")
+    interrupted(tmp_path / "whole", tmp_path / "parts", 2)
     assert run("parts", CONFIG, "train.steps=3") == whole != clip

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO, golden_files
-from helpers import TINY, losses, unit
+from helpers import TINY, interrupted, losses, unit
 from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
@@ -422,7 +422,7 @@ def test_a_run_resumes_bit_by_bit(tmp_path):
         train.train(c, tmp_path / name, lambda line: None)
 
     run("whole", 3)
-    run("parts", 2)
+    interrupted(tmp_path / "whole", tmp_path / "parts", 2)
     run("parts", 3)
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert np.isfinite(list(whole.values())).all() and whole == parts and len(whole) == 3

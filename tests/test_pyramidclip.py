@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO, golden_files
-from helpers import TINY, losses
+from helpers import TINY, interrupted, losses
 from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
@@ -360,7 +360,7 @@ def test_a_run_that_was_interrupted_goes_on_the_same_with_its_statistics(tmp_pat
         return losses(tmp_path / name), jax.device_get(load(tmp_path / name).extra)
 
     whole, extra = run("whole", "train.steps=4")
-    run("parts", "train.steps=2")
+    interrupted(tmp_path / "whole", tmp_path / "parts", 2)
     found, after = run("parts", "train.steps=4")
     assert found == whole and len(whole) == 4 and np.isfinite(list(whole.values())).all()
     jax.tree.map(np.testing.assert_array_equal, after, extra)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import REPO, golden_files
 from data_helpers import write_table
-from helpers import TINY, losses, unit
+from helpers import TINY, interrupted, losses, unit
 from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
@@ -289,7 +289,7 @@ def run(folder, table, *overrides):
 
 def test_a_run_that_was_interrupted_goes_on_the_same(table, tmp_path):
     whole = run(tmp_path / "whole", table, "train.steps=4")
-    run(tmp_path / "parts", table, "train.steps=2")
+    interrupted(tmp_path / "whole", tmp_path / "parts", 2)
     assert run(tmp_path / "parts", table, "train.steps=4") == whole and len(whole) == 4
     assert np.isfinite(list(whole.values())).all()
 

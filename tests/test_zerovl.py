@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import REPO, golden_files
 from data_helpers import write_table
-from helpers import TINY, losses
+from helpers import TINY, interrupted, losses
 from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
@@ -306,5 +306,5 @@ def test_a_run_that_was_interrupted_goes_on_the_same(table, tmp_path):
         return losses(tmp_path / folder)
 
     whole = run("whole", 4)
-    run("parts", 2)
+    interrupted(tmp_path / "whole", tmp_path / "parts", 2)
     assert run("parts", 4) == whole and len(whole) == 4 and np.isfinite(list(whole.values())).all()

@@ -1,23 +1,31 @@
 """Package of clip_jax; the distribution's name differs because clip-jax on PyPI is another project."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+# The wheel has these folders of the checkout inside the package: {package: folder}.
+FOLDERS = {"clip_jax.configs": "configs", "clip_jax.configs.studies": "configs/studies", "clip_jax.launch": "launch"}
+
 setup(
     name="clip-jax-pretraining",
-    version="0.1.0",
+    version=runpy.run_path(str(ROOT / "clip_jax" / "version.py"))["__version__"],
     description="Pretraining of CLIP-like models in JAX: one trainer, many methods, any machine",
-    long_description=(Path(__file__).parent / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["clip_jax", "clip_jax.*"]),
+    packages=[*find_packages(include=["clip_jax", "clip_jax.*"]), *FOLDERS],
+    package_dir=FOLDERS,
     package_data={
+        "clip_jax.launch": ["common.sh", "venv.sh", "gke.sh", "slurm.sh"],  # the others need a checkout
         "clip_jax.data": ["vocab/*", "embedded/columns/*", "embedded/*/*/*"],
         "clip_jax.tools": ["*.json"],
         "clip_jax.evaluation": ["*.json"],
         "clip_jax.evaluation.report": ["*.html"],
     },
+    entry_points={"console_scripts": ["clip-jax = clip_jax.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
@@ -49,6 +57,7 @@ setup(
         "http": ["aiohttp>=3.10"],
         "gcs": ["gcsfs>=2026.9"],
         "s3": ["s3fs>=2026.9"],
+        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings-python>=2.0"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

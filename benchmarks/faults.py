@@ -38,10 +38,10 @@ class Failure(Exception):
     """A step was lost or changed, or a process ended with a wrong status."""
 
 
-def start(processes, workdir, steps):
-    """Starts the processes of a run; returns them as `list[Popen]`."""
+def start(processes, workdir, steps, more=()):
+    """Starts the processes of a run, with `more` overrides; returns them as `list[Popen]`."""
     command = ["clip_jax.train", f"--config={REPO / 'configs' / 'clip.py'}:emoji", f"--workdir={workdir}"]
-    command += [f"--config.{override}" for override in [*CONFIG, f"train.steps={steps}"]]
+    command += [f"--config.{override}" for override in [*CONFIG, f"train.steps={steps}", *more]]
     return hosts.spawn(processes, command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

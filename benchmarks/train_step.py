@@ -1,15 +1,16 @@
 """One training step compared with open_clip's: same model, batch, precision and AdamW, on one device, in one run.
 
-    python benchmarks/train_step.py --variants b32 --batch 32 --dtype float32
+    python benchmarks/train_step.py --variants b32 --batch 32 --dtype float32 --huge-pages
     python benchmarks/train_step.py --variants b16,l14 --largest --compile --torch-python /path/to/python
 
 Each side runs in a process of its own, and they take turns. The data are random and already on the device.
 open_clip runs as in its trainer, with the numbers of our configuration; the two models must have the same number of
 parameters. Memory is the peak of the device's allocator, on a CPU that of the process. MFU counts the model's own
-matrix products and divides by the device's bf16 peak. See benchmarks/README.md.
+matrix products and divides by the device's bf16 peak. Page faults are those of a step. See benchmarks/README.md.
 """
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -23,10 +24,12 @@ import time
 import common
 
 COLUMNS = {
-    "model": "<6", "side": "<20", "batch": ">7,", "ms": ">10.1f", "fastest": ">10.1f", "images/s": ">9.1f",
-    "TFLOP/s": ">8.3f", "MFU": ">6.1%", "GiB": ">7.2f", "ours / it": ">9.2f",
+    "model": "<6", "side": "<20", "pages": "<6", "batch": ">7,", "ms": ">10.1f", "fastest": ">10.1f",
+    "images/s": ">9.1f", "TFLOP/s": ">8.3f", "MFU": ">6.1%", "GiB": ">7.2f", "faults": ">10,", "ours / it": ">9.2f",
 }  # fmt: skip
 WARM_UP = 2
+TUNABLE = "glibc.malloc.hugetlb"
+MODES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 class OutOfMemory(Exception):
@@ -40,35 +43,38 @@ class Ours:
         import jax
 
         from clip_jax import config as config_lib
-        from clip_jax.program import make_program
+        from clip_jax import program
+        from clip_jax.runtime import sharding
 
         self.jax = jax
         self.config = config_lib.load(spec["config"], spec["overrides"])
         self.device = jax.devices()[0]
-        self.make_program = make_program
+        self.program, self.mesh = program, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, [self.device])
 
     def prepare(self, batch_size):
         """Compiles for a batch size and makes state and batch; returns parameters, compile seconds and device."""
         import numpy as np
 
-        from clip_jax.training.step import make_init, make_step
+        from clip_jax.training.step import make_init
 
         jax, self.state = self.jax, None
         self.config.data.batch_size = batch_size
-        program = self.make_program(self.config)
+        program, *_ = self.program.shard(self.program.make_program(self.config), self.mesh)
         rng = np.random.default_rng(0)
         high = {
             name: 256 if x.dtype == np.uint8 else program.config.model.text.vocab_size
             for name, x in program.batch.items()
         }
-        with self.out_of_memory():
-            batch = {name: rng.integers(0, high[name], x.shape, x.dtype) for name, x in program.batch.items()}
-            self.batch = jax.device_put(batch, self.device)
-            init, tx = make_init(program.config, program.method, program.batch)
-            self.state = jax.jit(init)(jax.random.key(0))
-            step = jax.jit(make_step(program.config, program.method, tx), donate_argnums=0)
+        with self.out_of_memory(), jax.set_mesh(self.mesh):
+            self.batch = {
+                name: jax.device_put(rng.integers(0, high[name], x.shape, x.dtype), x.sharding)
+                for name, x in program.batch.items()
+            }
+            init, _ = make_init(program.config, program.method, program.batch)
+            shardings = jax.tree.map(lambda x: x.sharding, program.state)
+            self.state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
             start = time.perf_counter()
-            self.step = step.lower(self.state, self.batch).compile()
+            self.step = self.program.compile_step(program)
         parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
         return {
             "parameters": parameters,
@@ -169,6 +175,7 @@ def work(spec):
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries must not mix with answers
     side = (Ours if spec["side"] == "clip_jax" else OpenClip)(spec)
+    usage = functools.partial(resource.getrusage, resource.RUSAGE_SELF)
     for line in sys.stdin:
         name, argument = json.loads(line)
         try:
@@ -177,12 +184,17 @@ def work(spec):
                 side.run(WARM_UP)
                 with contextlib.suppress(OSError):
                     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the compiler's
+            elif name == "trace":
+                with side.jax.profiler.trace(argument):
+                    side.run(WARM_UP)
+                answer = WARM_UP
             else:
                 start, cpu_start = time.perf_counter(), time.process_time()
+                faults = usage().ru_minflt
                 loss = side.run(argument)
                 seconds, cpu = (time.perf_counter() - start) / argument, (time.process_time() - cpu_start) / argument
-                peak = side.memory() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-                answer = {"seconds": seconds, "cpu_seconds": cpu, "loss": loss, "memory": peak}
+                peak, faults = side.memory() or usage().ru_maxrss * 1024, (usage().ru_minflt - faults) // argument
+                answer = {"seconds": seconds, "cpu_seconds": cpu, "loss": loss, "memory": peak, "page_faults": faults}
         except OutOfMemory:
             answer = None
         print(json.dumps(answer), file=answers, flush=True)
@@ -192,13 +204,14 @@ class Side:
     """The process of a side, controlled from the main process."""
 
     def __init__(self, spec, python):
-        env = dict(os.environ)
+        env = with_pages(os.environ, spec["pages"])
         if spec["largest"]:
             env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
         else:
             env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side shares the device
         command = [python, __file__, "--worker", json.dumps(spec)]
         self.name, self.turns = spec["side"], []
+        self.pages = spec["pages"]
         self.about = None
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
@@ -226,6 +239,13 @@ class Side:
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+
+
+def with_pages(env, pages):
+    """Returns the variables of a process whose memory lies in pages of a kind: "small", "huge", or None as it is."""
+    tunables = [x for x in env.get("GLIBC_TUNABLES", "").split(":") if x and not x.startswith(f"{TUNABLE}=")]
+    tunables += [f"{TUNABLE}=1"] if pages == "huge" else []
+    return dict(env) | ({"GLIBC_TUNABLES": ":".join(tunables)} if pages else {})
 
 
 def open_clip_model(config):
@@ -257,7 +277,7 @@ def open_clip_model(config):
 
 
 def sides_of(args, variant):
-    """Returns `({side: (specification, interpreter)}, FLOPs per example)` of a variant of the configuration."""
+    """Returns `({name: (specification, interpreter)}, FLOPs per example)` of the sides of a variant."""
     from clip_jax import config as config_lib
     from clip_jax.program import make_program, model_flops
 
@@ -286,6 +306,12 @@ def sides_of(args, variant):
     else:
         reason = f"{args.torch_python} cannot import it" if model else "it has no model of this configuration"
         print(f"no rows of open_clip: {reason}")
+    kinds = ("small", "huge") if args.huge_pages else (None,)
+    sides = {
+        f"{name} {pages}" if pages else name: (dict(spec, pages=pages), python)
+        for name, (spec, python) in sides.items()
+        for pages in kinds
+    }
     return sides, flops
 
 
@@ -332,15 +358,17 @@ def measure(args, variant, report):
             "error: the models differ: "
             + ", ".join(f"{side.name} has {side.about['parameters']:,} parameters" for side in done)
         )
-    rates = {side.name: side.batch / statistics.median(side.seconds()) for side in done}
+    rates = {(side.name, side.pages): side.batch / statistics.median(side.seconds()) for side in done}
     for side in done:
-        chip, rate = hardware.chip_of(side.about["device"]), flops * rates[side.name]
+        its = rates[side.name, side.pages]
+        chip, rate = hardware.chip_of(side.about["device"]), flops * its
         report.add(**{
-            "model": variant, "side": side.name, "batch": side.batch, "images/s": rates[side.name],
+            "model": variant, "side": side.name, "pages": side.pages, "batch": side.batch, "images/s": its,
+            "faults": statistics.median_low(turn["page_faults"] for turn in side.turns),
             "GiB": side.turns[-1]["memory"] / 2**30, "ms": 1e3 * statistics.median(side.seconds()),
             "fastest": 1e3 * min(side.seconds()),
             "TFLOP/s": rate / 1e12, "MFU": chip and rate * chip.devices / chip.flops,
-            "ours / it": rates["clip_jax"] / rates[side.name], "flops_per_example": flops, "dtype": args.dtype,
+            "ours / it": rates["clip_jax", side.pages] / its, "flops_per_example": flops, "dtype": args.dtype,
             "turns": side.turns, **side.about,
         })  # fmt: skip
 
@@ -368,9 +396,18 @@ def main():
         "--fused", action="store_true", help="PyTorch's fused AdamW, which open_clip's trainer does not use"
     )
     parser.add_argument(
+        "--huge-pages", action="store_true", help=f"each side also with {TUNABLE}=1, as the launchers set it (Linux)"
+    )
+    parser.add_argument(
         "--torch-python", default=sys.executable, help="the interpreter with open_clip (default: this one)"
     )
     args = common.parse(parser)
+    if args.huge_pages and (not MODES.exists() or "[never]" in MODES.read_text()):
+        parser.error(f"--huge-pages: this system has none ({MODES})")
+    import jax
+
+    # The workers have the device and its memory, and FLOPs are counted in plain attention, not in a fused kernel.
+    jax.config.update("jax_platforms", "cpu")
     report = common.Report(COLUMNS)
     report.header()
     for variant in args.variants.split(","):

@@ -16,7 +16,7 @@ from clip_jax import run_folder
 from clip_jax.errors import UserError
 from clip_jax.evaluation.report import page as html_page
 from clip_jax.evaluation.report import queries
-from clip_jax.evaluation.report.charts import chart, read_metrics
+from clip_jax.evaluation.report.charts import CONSTANT, chart, read_metrics
 from clip_jax.evaluation.report.head import examples_read
 from clip_jax.evaluation.report.headline import sampling_error
 from clip_jax.runtime import command, goodput, storage
@@ -27,8 +27,6 @@ CURVES = ("loss", "_acc", "lr", "logit_scale", "grad_norm", "images_per_s", "goo
 SHARES = ("top1", "top5", "accuracy", "mean_per_class", "R@", "F@", "relations", "attributes", "goodput")
 #: Metrics that the first table of results has.
 MAIN = ("top1", "top5", "accuracy", "mean_per_class", "R@1", "R@10", "relations", "attributes")
-#: Metrics that do not depend on the model.
-_FIXED = ("chance_", "images", "texts", "classes", "skipped", "pixel_1nn_", "seconds/")
 _ABSENT = "–"
 
 
@@ -84,7 +82,7 @@ class Run:
 
 
 def _is_fixed(name):
-    return name.startswith("seconds/") or name.rpartition("/")[2].startswith(_FIXED)
+    return name.startswith("seconds/") or bool(CONSTANT.fullmatch(name.rpartition("/")[2]))
 
 
 def read_run(path, name):

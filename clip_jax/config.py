@@ -14,7 +14,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from clip_jax import config_checks, own_data
+from clip_jax import config_checks, config_files, own_data
 from clip_jax.config_checks import DTYPES
 from clip_jax.errors import Problems, UserError
 from clip_jax.errors import unknown as unknown
@@ -169,10 +169,9 @@ def _eval():
 
 
 def load_module(spec):
-    """Returns `(module, variant)` of `"FILE.py[:variant]"`; its folder joins the import path. Raises UserError."""
+    """Returns `(module, variant)` of `"FILE.py[:variant]"` (`config_files.find`); its folder joins the import path."""
     path, _, variant = spec.partition(":")
-    if not os.path.isfile(path):
-        raise UserError(f"--config={spec}: there is no file {path!r}")
+    path = config_files.find(path)
     module_spec = importlib.util.spec_from_file_location("clip_jax_config", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.path += {os.path.dirname(os.path.abspath(path))} - {*sys.path}

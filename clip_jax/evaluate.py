@@ -64,6 +64,13 @@ def check_tasks(config):
     check(config)
 
 
+def keep_outcomes(workdir, step, result):
+    """Writes the outcomes of a result image by image into a work folder (`clip_jax.evaluation.outcomes`)."""
+    from clip_jax.evaluation import outcomes
+
+    outcomes.write(storage.path(workdir) / outcomes.FILE, step, result.outcomes)
+
+
 def write_report(workdir, config, result, path=None):
     """Writes the HTML page of a result; returns its path.
 

@@ -54,7 +54,7 @@ def take(config, overrides=()):
       config: a configuration.
       overrides: its overrides from the command line, `["model.image.size=336", ...]`.
 
-    Raises UserError without weights or data, for weights that cannot be read or are no whole model, and for fields
+    Raises UserError without weights or data, for weights that are unreadable or are no whole model, and for fields
     that are set on purpose and contradict the weights.
     """
     if not config.init_from_model:

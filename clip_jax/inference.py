@@ -1,9 +1,11 @@
 """A trained model in use: embeddings of images and texts, and zero-shot classification.
 
-model = clip_jax.load("runs/clip")
-z_image = model.embed_image([PIL.Image.open("cat.jpg")])
-z_text = model.embed_text(["a photo of a cat", "a photo of a dog"])
-probabilities = model.classify(images, ["cat", "dog"], templates=("a photo of a {}.",))
+    model = clip_jax.load("runs/clip")
+    z_image = model.embed_image([PIL.Image.open("cat.jpg")])
+    z_text = model.embed_text(["a photo of a cat", "a photo of a dog"])
+    probabilities = model.classify(images, ["cat", "dog"], templates=("a photo of a {}.",))
+
+`clip_jax.load` is `load`, and `clip_jax.Model` is `Model`.
 """
 
 import functools

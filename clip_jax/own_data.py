@@ -1,4 +1,4 @@
-"""What of a configuration belongs to the embedded data sets, and is left out when the user names other data."""
+"""The fields of a configuration that belong to the embedded data sets and are left out for other data."""
 
 import ast
 import re

@@ -278,7 +278,7 @@ def history(workdir):
     return rows
 
 
-def describe(workdir, config, params, flops):
+def describe(workdir, config, params, flops, size):
     """Writes run.json on the first host: what the run costs, and where it runs.
 
     Args:
@@ -286,6 +286,7 @@ def describe(workdir, config, params, flops):
       config: the configuration.
       params: the parameters.
       flops: the model's FLOPs of a step, over all devices.
+      size: the bytes of a step on one device, the compiler's estimate; None where it gives none.
     """
     import jax
 
@@ -295,6 +296,7 @@ def describe(workdir, config, params, flops):
     found = {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "flops_per_example": flops / config.data.batch_size,
+        "step_bytes": size,
         "devices": len(devices),
         "device": devices[0].device_kind,
         "hosts": hosts.count(),

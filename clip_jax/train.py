@@ -186,6 +186,8 @@ def train(config, workdir, log=print, cluster=None, fork=None):
             else:
                 log(f"the run in {workdir} is complete: {int(state.step)} of {config.train.steps} steps")
             result = run.evaluate(state, config.eval.tasks)
+            if hosts.is_first():
+                evaluate.keep_outcomes(workdir, int(state.step), result)
             run.save(int(state.step), state, result.metrics)
             checkpointer.wait()
             if trains:  # a run that was complete has lost no time since
@@ -226,7 +228,7 @@ def compile_on_all_hosts(run, source, tx, state, batch):
     hosts.wait("compiled")
     found, seconds = sum(hosts.gather(found)), time.perf_counter() - start
     run.goodput.begin_steps(seconds)
-    run_folder.describe(run.workdir, run.config, state.params, flops)
+    run_folder.describe(run.workdir, run.config, state.params, flops, size)
     for line in metrics.describe_run(run.config, len(source), run.mesh, state, flops, size, seconds, found):
         run.log(line)
     return step_fn, flops

@@ -8,7 +8,11 @@ fail() {
 }
 
 # Prints the comment at the head of the script, whose path may be relative to the folder that the user is in.
-show_help() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "launch/${0##*/}"; }
+show_help() {
+  local installed='' # clip-jax launch
+  [[ -z ${CLIP_JAX_LAUNCH:-} ]] || installed='gsub(/bash launch\//, "clip-jax launch "); gsub(/\.sh /, " ");'
+  awk "NR > 1 { if (!/^#/) exit; sub(/^# ?/, \"\"); $installed print }" "${CLIP_JAX_LAUNCH:-launch}/${0##*/}"
+}
 
 # parse_flags "name max-restarts" "dry-run" ARGUMENT...: --name=VALUE sets NAME, --dry-run sets DRY_RUN. --env=VARIABLE=VALUE, if it is
 # among the names, may be repeated and is collected in the array VARIABLES. Other options are left in the array EXTRA, what follows -- in the

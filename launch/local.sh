@@ -41,8 +41,10 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
   gpu=gpu
   export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # JAX fails when it cannot use the GPU, instead of training on the CPU
 fi
+use_huge_pages
 if [[ -n $DRY_RUN ]]; then
-  run ${gpu:+env "JAX_PLATFORMS=$JAX_PLATFORMS"} "$venv/bin/python" -m "${module[@]}" --config="$config" --workdir="$workdir" "$@"
+  variables=(${gpu:+"JAX_PLATFORMS=$JAX_PLATFORMS"} ${GLIBC_TUNABLES:+"GLIBC_TUNABLES=$GLIBC_TUNABLES"})
+  run ${variables[0]:+env} ${variables[@]+"${variables[@]}"} "$venv/bin/python" -m "${module[@]}" --config="$config" --workdir="$workdir" "$@"
   exit
 fi
 make_venv "$gpu"

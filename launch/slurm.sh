@@ -10,9 +10,16 @@
 # into the queue again. A trainer that failed starts again at most --max-restarts=3 times in a row, --pause=10 seconds later. --nodes (1 by
 # default), --gpus-per-node, ... can also be given as NODES, GPUS_PER_NODE, ... in the environment. --dry-run prints the commands and runs none.
 set -euo pipefail
-if [[ ${1:-} == job ]]; then cd "$SLURM_SUBMIT_DIR"; else cd "$(dirname "$0")/.."; fi # SLURM runs a copy of the script from elsewhere
-source launch/common.sh
-source launch/venv.sh
+launch=${CLIP_JAX_LAUNCH:-launch} # clip-jax launch sets it: jobs then run in the current folder
+if [[ ${1:-} == job ]]; then # SLURM runs a copy of the script from elsewhere
+  cd "$SLURM_SUBMIT_DIR"
+elif [[ -z ${CLIP_JAX_LAUNCH:-} ]]; then
+  cd "$(dirname "$0")/.."
+fi
+# shellcheck source=launch/common.sh
+source "$launch/common.sh"
+# shellcheck source=launch/venv.sh
+source "$launch/venv.sh"
 
 NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-} PER_NODE=${PER_NODE:-} GRACE=${GRACE:-300}
 CONTAINER=${CONTAINER:-} CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-}
@@ -24,7 +31,7 @@ submit() {
   if [[ -z $DRY_RUN && -z $CONTAINER ]]; then make_venv gpu; fi
   run sbatch --job-name=clip_jax --nodes="$NODES" --gpus-per-node="$GPUS_PER_NODE" --ntasks-per-node="$tasks" \
     --requeue --signal="TERM@$GRACE" --output=runs/slurm/%x-%j.log --open-mode=append ${EXTRA[@]+"${EXTRA[@]}"} \
-    launch/slurm.sh job --gpus-per-node="$GPUS_PER_NODE" ${PER_NODE:+--per-node} --max-restarts="$MAX_RESTARTS" --pause="$PAUSE" \
+    "$launch/slurm.sh" job --gpus-per-node="$GPUS_PER_NODE" ${PER_NODE:+--per-node} --max-restarts="$MAX_RESTARTS" --pause="$PAUSE" \
     ${CONTAINER:+--container="$CONTAINER"} ${CONTAINER_MOUNTS:+--container-mounts="$CONTAINER_MOUNTS"} -- "${TRAIN[@]}"
 }
 

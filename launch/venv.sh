@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# Sourced by the other scripts, from the repository's root: make_venv [extra,...] makes $venv and installs the package with those extras.
+# Sourced by the other scripts, from the repository's root: make_venv [extra,...] makes $venv and installs the package with those extras,
+# use_huge_pages sets GLIBC_TUNABLES.
 venv=${CLIP_JAX_VENV:-.venv}
 
 make_venv() {
   local extra=${1:-} python
+  if [[ -n ${CLIP_JAX_LAUNCH:-} ]]; then return; fi # clip-jax launch: $venv has the package
   local stamp=$venv/.clip_jax${extra:+_$extra}
   if [[ $stamp -nt setup.py ]]; then return; fi
   for python in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
@@ -15,4 +17,15 @@ make_venv() {
   [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
   touch "$stamp"
+}
+
+# glibc reads the variable when a process starts, so that a Python program cannot set it for itself. With huge pages a step on a CPU has far
+# fewer page faults (docs/launching.md). glibc knows the option since 2.35. A value that the user has given stays.
+use_huge_pages() {
+  local modes=${1:-/sys/kernel/mm/transparent_hugepage/enabled} library version
+  [[ :${GLIBC_TUNABLES:-} != *:glibc.malloc.hugetlb=* ]] || return 0
+  read -r library version 2>/dev/null < <(getconf GNU_LIBC_VERSION 2>/dev/null) || return 0
+  [[ $library == glibc && $(printf '2.35\n%s\n' "$version" | sort -V | head -n 1) == 2.35 ]] || return 0
+  [[ -r $modes && $(<"$modes") != *\[never\]* ]] || return 0
+  export GLIBC_TUNABLES=${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1
 }

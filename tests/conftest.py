@@ -79,7 +79,7 @@ def golden_files(pattern):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_collections():
-    """Hides from the garbage collector what earlier files left, which it would look through again and again."""
+    """Hides from the garbage collector what earlier files left: JAX programs, which it would walk again and again."""
     gc.collect()
     gc.freeze()
 

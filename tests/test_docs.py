@@ -7,7 +7,8 @@ from conftest import REPO
 
 from clip_jax import config
 
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+DOCS = sorted((REPO / "docs").glob("*.md"))
+PAGES = [*(REPO / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *DOCS]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -35,8 +36,16 @@ def test_links_lead_to_a_file(page):
 def test_the_readme_is_short_and_leads_to_every_page():
     text = (REPO / "README.md").read_text()
     assert len(text.split()) <= 700
-    assert {f"docs/{page.name}" for page in PAGES[1:]} <= set(re.findall(r"\((docs/\w+\.md)\)", text))
+    assert {f"docs/{page.name}" for page in DOCS} <= set(re.findall(r"\((docs/\w+\.md)\)", text))
     assert (REPO / "docs" / "report.png").stat().st_size < 150_000
+
+
+def test_the_site_has_every_page_in_the_order_of_the_readme():
+    nav = re.findall(r"(?:- |: )([\w/]+\.md)$", (REPO / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [page.relative_to(REPO / "docs").as_posix() for page in (REPO / "docs").rglob("*.md")]
+    assert sorted(nav) == sorted([*pages, "index.md", "changelog.md", "contributing.md"])
+    order = re.findall(r"\(docs/(\w+\.md)\)", (REPO / "README.md").read_text().partition("## Documentation")[2])
+    assert [page for page in nav if page in order] == order
 
 
 def has(section, key):

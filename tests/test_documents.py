@@ -9,9 +9,10 @@ sets.
 
 - Python: executed, the blocks of a page one after the other in one namespace. One whose first line is `# FILE.py` is
   written there.
-- `python -m clip_jax...`: its `main` is called in this process. Trainings are checked by `train.parse_args` and
-  `preflight.make_parts`: the configuration, its options, data, tokenizer and method. Those of `TRAINED` train a step or
-  two of tiny towers. `clip_jax.study` and `clip_jax.compile` load their configuration; both take minutes.
+- `python -m clip_jax...` and `clip-jax ...`: its `main` is called in this process. Trainings are checked by
+  `train.parse_args` and `preflight.make_parts`: the configuration, its options, data, tokenizer and method. Those of
+  `TRAINED` train a step or two of tiny towers. `clip_jax.study` and `clip_jax.compile` load their configuration; both
+  take minutes.
 - `bash launch/...`: with `--dry-run`, or as it stands with `--help`.
 - `python benchmarks/...`: with `--help` behind the printed arguments, so that these are parsed.
 - other commands, such as `printf`: by bash.
@@ -34,6 +35,7 @@ from helpers import TINY, tiny_config
 from clip_jax import compile as compiler
 from clip_jax import config as config_lib
 from clip_jax import preflight, study, train
+from clip_jax.__main__ import COMMANDS
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 #: The trainings of each page that are run.
@@ -42,7 +44,7 @@ TRAINED = {
     "adding_a_method": ("runs/my_method",),
     "checkpoints": ("runs/a", "runs/b"),
 }
-COMMAND = re.compile(r"([A-Z_]+=\S+ )?(python|bash|pip|docker|export|printf|tfds) ")
+COMMAND = re.compile(r"([A-Z_]+=\S+ )?(python|clip-jax|bash|pip|docker|export|printf|tfds) ")
 
 
 def blocks(text):
@@ -119,6 +121,8 @@ class Session:
                 self.monkeypatch.setenv(*word.split("=", 1))
         elif words[:2] == ["python", "-m"]:
             self.module(words[2], words[3:])
+        elif words[0] == "clip-jax":
+            self.module({n: m for group in COMMANDS.values() for n, (m, _) in group.items()}[words[1]], words[2:])
         else:
             if words[0] == "bash" and "--help" not in words:
                 place = 3 if words[1].endswith(("tpu.sh", "gke.sh")) else 2

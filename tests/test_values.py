@@ -78,7 +78,7 @@ def test_a_mixture_of_numbers_and_text_names_examples_of_both(folder, labels):
 @quick
 @given(st.data())
 def test_lists_of_labels_are_tuples(folder, data):
-    """Of numbers or names; one label of an image is then a tuple of one, and none an empty one."""
+    """Labels are numbers or names. One label of an image becomes a tuple of one; an image without labels has ()."""
     kind = data.draw(st.sampled_from([st.integers(0, 9), st.sampled_from(_NAMES[:3])]))
     lists = data.draw(st.lists(st.lists(kind, max_size=4), min_size=1, max_size=5))
     single = [data.draw(kind), None, ""]

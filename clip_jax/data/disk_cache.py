@@ -57,7 +57,7 @@ class DiskCache:
     def get(self, key, make):
         """Returns the bytes of a key, `make()` where the folder has none or a damaged one.
 
-        A folder that cannot be written costs a warning, and nothing is kept.
+        Where the folder cannot be written, a warning says so and nothing is kept.
         """
         name = hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
         path = os.path.join(self._folder, name[:2], name)

@@ -49,9 +49,9 @@ def describe(source, views, tokenizer, records=RECORDS, seconds=SECONDS):
             seen[image_key(record["image"])] += 1
             shown.append((image.size, caption))
     used = read - bad.total()
-    parts = [f"{captions / max(used, 1):.3g} captions per record"]
+    parts = [f"captions per record: {captions / max(used, 1):.3g}"]
     if room is not None:
-        parts.append(f"{longer / max(used, 1):.0%} longer than {view.context} tokens and cut off")
+        parts.append(f"longer than {view.context} tokens and cut off: {longer / max(used, 1):.0%}")
     parts.append(f"exact duplicates of pictures: {seen.total() - len(seen)}")
     reasons = f" ({', '.join(f'{reason}: {count}' for reason, count in bad.most_common(5))})" if bad else ""
     yield f"sample of {read:,} of {len(source):,} records: {', '.join(parts)}, unusable: {bad.total()}{reasons}"

@@ -26,6 +26,7 @@ import re
 import numpy as np
 
 from clip_jax.data.decode import decode_image
+from clip_jax.data.records import hash64
 from clip_jax.data.sources import make_source
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, did_you_mean
@@ -184,6 +185,11 @@ def _add_cell(result, cell, classifier, names, field, embedded):
     top, scores = classifier.top(embedded.z)
     vendors = [record["vendor"] for record in embedded.records]
     result.artefacts["classification"][cell] = Classification(names, labels, top, scores, embedded.images, vendors)
+    concepts = np.asarray([hash64(record["concept"].encode()) for record in embedded.records], np.uint64)
+    for kind, keep in _kept(embedded.records).items():
+        for k in (1, 5):
+            hits = (top[keep, :k] == labels[keep, None]).any(1)
+            result.keep(f"{cell}/top{k}{kind}", hits, concepts[keep].view(np.int64))
     metrics = _accuracies(top, labels, embedded.records) | {
         "chance_top1": chance(len(names), 1),
         "chance_top5": chance(len(names), 5),
@@ -239,11 +245,16 @@ def _accuracies(top, labels, records):
     from clip_jax.evaluation.classifier import accuracy
 
     metrics = {}
-    for suffix, left_out in zip(_KINDS, (None, _is_sign, _is_composition), strict=True):
-        keep = np.asarray([left_out is None or not left_out(record) for record in records], bool)
+    for kind, keep in _kept(records).items():
         for k in (1, 5):
-            metrics[f"top{k}{suffix}"] = accuracy(top[keep], labels[keep], k)
+            metrics[f"top{k}{kind}"] = accuracy(top[keep], labels[keep], k)
     return metrics
+
+
+def _kept(records):
+    """Returns `{kind: bool [records]}`: the records that each of `_KINDS` counts."""
+    left_out = dict(zip(_KINDS, (lambda record: False, _is_sign, _is_composition), strict=True))
+    return {kind: np.asarray([not test(record) for record in records], bool) for kind, test in left_out.items()}
 
 
 def _is_sign(record):

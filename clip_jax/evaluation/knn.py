@@ -102,6 +102,7 @@ def knn_task(
         "skipped": skipped,
     }
     result = EvalResult(named(name, metrics)).credit(__name__)
+    result.keep(f"{name}/top1", hits[:, 0])
     result.artefacts["confusion"][name] = Confusion(names, labels["test"], top[:, 0])
     return result
 

@@ -16,11 +16,13 @@ class Recall:
       metrics: "image_to_text_R@k" and "text_to_image_R@k", in [0, 1].
       image_to_text: int32 `[n, K]`, the best texts of every image, best first.
       text_to_image: int32 `[m, K]`, the best images of every text, best first.
+      hits: metric -> bool `[queries]`, whether each query with a match has one among its k best candidates.
     """
 
     metrics: dict[str, float]
     image_to_text: np.ndarray
     text_to_image: np.ndarray
+    hits: dict[str, np.ndarray]
 
 
 def recall(z_image, z_text, image_ids, text_ids, ks=(1, 5, 10), similarity=None, text_similarity=None):
@@ -44,15 +46,16 @@ def recall(z_image, z_text, image_ids, text_ids, ks=(1, 5, 10), similarity=None,
     image_ids, text_ids = np.asarray(image_ids), np.asarray(text_ids)
     image_to_text, _ = top_k(z_image, z_text, max(ks), similarity)
     text_to_image, _ = top_k(z_text, z_image, max(ks), text_similarity or functools.partial(transposed, similarity))
-    metrics = {}
+    found = {}
     for name, top, query_ids, candidate_ids in (
         ("image_to_text", image_to_text, image_ids, text_ids),
         ("text_to_image", text_to_image, text_ids, image_ids),
     ):
         hits = (candidate_ids[top] == query_ids[:, None])[np.isin(query_ids, candidate_ids)]
         for k in ks:
-            metrics[f"{name}_R@{k}"] = float(hits[:, :k].any(1).mean()) if len(hits) else 0.0
-    return Recall(metrics, image_to_text, text_to_image)
+            found[f"{name}_R@{k}"] = hits[:, :k].any(1)
+    metrics = {name: float(hits.mean()) if len(hits) else 0.0 for name, hits in found.items()}
+    return Recall(metrics, image_to_text, text_to_image, found)
 
 
 def model_recall(model, z_image, z_text, image_ids, text_ids):

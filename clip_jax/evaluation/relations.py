@@ -131,6 +131,7 @@ def relations_task(model, source, *, name="scenes", limit=1500, batch_size=256):
             in_part, end = correct[part_of_row == part] if part else correct, part and f"_{part}"
             result.metrics[f"{name}/{test}{end}"] = float(in_part.mean())
             result.metrics[f"{name}/{count}{end}"] = float(len(in_part))
+            result.keep(f"{name}/{test}{end}", in_part)
         captions = [right[i] for i in rows], [wrong[i] for i in rows]
         result.artefacts["relations"][f"{name}/{test}"] = CaptionPairs(
             *captions, pairs, embedded.images.select(rows), part_of_row.tolist()
@@ -138,6 +139,8 @@ def relations_task(model, source, *, name="scenes", limit=1500, batch_size=256):
     texts, first, ids = np.unique(right, return_index=True, return_inverse=True)
     found = model_recall(model, embedded.z, z_right, ids, ids)
     result.metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
+    for key, hits in found.hits.items():
+        result.keep(f"{name}/{key}", hits, ids)
     result.metrics[f"{name}/skipped"] = float(skipped)
     add_similarity(result, name, model, embedded, ids, texts.tolist(), z_right[first], texts.tolist())
     return result.credit(__name__)

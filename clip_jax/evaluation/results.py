@@ -35,6 +35,19 @@ class Images(Sequence):
         return Images(self.sources, self.where[rows])
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """A metric image by image; the metric is the mean of the values.
+
+    Attributes:
+      values: float32 `[n]`, in [0, 1]: 1 where the model was right.
+      groups: int64 `[n]`. Images of one thing, whose outcomes depend on each other, have the same number.
+    """
+
+    values: np.ndarray
+    groups: np.ndarray
+
+
 @dataclass
 class EvalResult:
     """The result of one task, or of several merged ones.
@@ -49,6 +62,7 @@ class EvalResult:
       metrics: name -> value, such as "pets/top1" -> 0.5.
       artefacts: kind, such as "map" -> name, such as "pets" -> artefact.
       tasks: metric name -> import path of the task's module that computed it.
+      outcomes: metric name -> `Outcomes`, for the metrics that are a mean over images.
       model: what is known of the model: "step" of its checkpoint, number of "parameters", whether they are the "ema".
       evaluated: what the report shows of each task that ran (`report.head.describe_task`).
     """
@@ -56,6 +70,7 @@ class EvalResult:
     metrics: dict[str, float]
     artefacts: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     tasks: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, Outcomes] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     evaluated: list[dict[str, str]] = field(default_factory=list)
 
@@ -64,6 +79,17 @@ class EvalResult:
         self.tasks = dict.fromkeys(self.metrics, task)
         return self
 
+    def keep(self, name, values, groups=None):
+        """Keeps the outcomes of a metric.
+
+        Args:
+          name: the metric.
+          values: `[n]`, the outcome of each image in [0, 1].
+          groups: ints `[n]`, as in `Outcomes`; None: each image is a thing of its own.
+        """
+        groups = np.arange(len(values)) if groups is None else groups
+        self.outcomes[name] = Outcomes(np.asarray(values, np.float32), np.asarray(groups, np.int64))
+
 
 def merge_results(results):
     """Returns one result with the metrics and artefacts of all; the later one wins where names are equal."""
@@ -71,6 +97,7 @@ def merge_results(results):
     for result in results:
         merged.metrics |= result.metrics
         merged.tasks |= result.tasks
+        merged.outcomes |= result.outcomes
         merged.model |= result.model
         merged.evaluated += result.evaluated
         for kind, items in result.artefacts.items():

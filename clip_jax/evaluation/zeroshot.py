@@ -123,6 +123,9 @@ def zeroshot_task(
     metrics = _flat_hits(top, sets, len(class_names), flat_hit) or accuracies(top, labels, len(class_names))
     metrics |= {"images": len(labels), "classes": len(class_names), "skipped": embedded.skipped}
     result = EvalResult(named(name, metrics)).credit(__name__)
+    if not flat_hit:
+        for k in (1, 5):
+            result.keep(f"{name}/top{k}", (top[:, :k] == labels[:, None]).any(1))
     groups = [class_names[i] for i in labels]
     shown = (labels if sets.shape[1] == 1 else sets), top[:, :5], scores[:, :5]
     if not flat_hit:

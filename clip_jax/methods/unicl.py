@@ -34,9 +34,12 @@ class Options:
     Attributes:
       class_templates: templates of the texts of records with a label, with fields of the record as in `data.templates`.
         `{class_name}` is the name of the class. Records without a label use `data.templates`.
+      pairs_only: only the own text of an image is its positive. This is CLIP with the labels as captions, a baseline of
+        the paper.
     """
 
     class_templates: tuple[str, ...] = ("{class_name}",)
+    pairs_only: bool = False
 
     def __post_init__(self):
         if not self.class_templates:
@@ -50,7 +53,9 @@ def make(config):
     def loss(params, extra, features, batch, rng):
         scale = base.scale(params)
         # The only place that converts the labels of the data into those of the paper.
-        y = batch["label"] + 1 if "label" in batch else jnp.zeros(len(features["image"]), jnp.int32)
+        y = jnp.zeros(len(features["image"]), jnp.int32)
+        if "label" in batch and not options.pairs_only:
+            y = batch["label"] + 1
         value, metrics = unified_infonce(features["image"], features["text"], scale, y)
         return value, {**metrics, "logit_scale": scale}
 

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 
@@ -30,8 +31,10 @@ def make_parser(module, doc):
       module: the import path of the command's module.
       doc: its docstring, which becomes the help text.
     """
-    raw = argparse.RawDescriptionHelpFormatter
-    return Parser(prog=f"python -m {module}", description=doc, formatter_class=raw, allow_abbrev=False)
+    raw, program = argparse.RawDescriptionHelpFormatter, f"python -m {module}"
+    if os.path.basename(sys.argv[0]) == "clip-jax":
+        program, doc = (re.sub(r"python -m clip_jax\.(?:\w+\.)*(\w+)", r"clip-jax \1", t) for t in (program, doc))
+    return Parser(prog=program, description=doc, formatter_class=raw, allow_abbrev=False)
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,7 +6,7 @@ move one to the other side, and what a smaller share holds out, a larger one doe
 another tenth.
 
 The images of up to `IMAGES` records are read once for it; from `CACHED` records on, their hashes are kept in the cache
-folder. Of a larger source the key decides: the path of the image in a table or folder, else the first of the columns
+folder. In a larger source the key decides: the path of the image in a table or folder, else the first of the columns
 `KEYS` that the source has. Equal images with different keys may then be on different sides, which a line says. Where a
 source has no key either, its images are read.
 """

@@ -30,6 +30,8 @@ A path or pattern may hold wildcards, numeric ranges and "{split}". A step chang
     SOURCE?uids=FILE.npy                   the records of a subset that DataComp publishes
     SOURCE?holdout=0.1                     a tenth of the records by a hash of their images, "!0.1" the others:
                                            `clip_jax.data.sources.holdout`
+    SOURCE?exchange=0.3                    three of ten records have the captions of each other:
+                                           `clip_jax.data.sources.exchange`
     SOURCE?columns=PATH                    additional fields from a file or folder: `clip_jax.data.sources.columns`
 
 A mixture `SOURCE*3 + SOURCE*1` draws examples in this proportion. The default weight is 1; "size" stands for the
@@ -49,7 +51,8 @@ from clip_jax.data.sources.shards import FORMATS, format_of, scanned_source, sha
 from clip_jax.data.sources.spec import parse, with_step
 from clip_jax.errors import TextLabelError, UserError, did_you_mean, unknown
 
-_JOINS = ("index", "columns", "uids", "holdout")  # steps made by the module of this name; each takes one option
+# Steps that are made by the module of this name; each takes one option.
+_JOINS = ("index", "columns", "uids", "holdout", "exchange")
 _TABLES = (".csv", ".tsv", ".jsonl")
 _STEPS = (*_JOINS, *selection.FORMS)
 

@@ -116,7 +116,7 @@ class ParquetWriter:
     Attributes:
       done: int, the number of records that are written.
 
-    Raises UserError for a folder that cannot be written, and one with another header.
+    Raises UserError when the folder cannot be written, or has another header.
     """
 
     def __init__(self, path, header, hash_of):

@@ -31,8 +31,8 @@ _EVALUATION_CURVES = [
     "image_to_text_R@10",
     "text_to_image_R@10",
 ]
-# Evaluation metrics that do not depend on the model.
-_CONSTANT = re.compile(r"chance_.*|majority_.*|images.*|classes|texts|skipped|pixel_1nn_.*")
+#: Last parts of evaluation metrics that do not depend on the model.
+CONSTANT = re.compile(r"chance_.*|majority_.*|images.*|classes|texts|skipped|pixel_1nn_.*")
 # A change of the learning rate by this share of its maximum between two logged steps is a jump, unless the changes
 # beside it are of the same size.
 _JUMP, _USUAL = 0.15, 4
@@ -97,7 +97,7 @@ def training_curves(page, path, title_of=str, history=()):
     by_metric = {}
     for name, series in evaluation.items():
         task, _, metric = name.rpartition("/")
-        if not _CONSTANT.fullmatch(metric) and _is_curve(series):
+        if not CONSTANT.fullmatch(metric) and _is_curve(series):
             by_metric.setdefault(metric, {})[title_of(task)] = series
     if not rest and not by_metric:
         return "".join(blocks) + "<p>Nothing was logged at two steps or more, hence there are no curves.</p>"
@@ -241,10 +241,10 @@ class _Axes:
 
     def ticks(self):
         """Yields grid lines and tick labels as SVG."""
-        for tick in _log_ticks(self._low, self._high) if self.is_log else _ticks(self._low, self._high, 5):
+        for tick in _log_ticks(self._low, self._high) if self.is_log else ticks(self._low, self._high, 5):
             yield f'<path class="grid" d="M{_LEFT} {self.y(tick):.1f}h{_WIDTH}"/>'
             yield f'<text x="{_LEFT - 5}" y="{self.y(tick) + 3.5:.1f}" class="y">{tick:.4g}</text>'
-        for tick in (tick for tick in _ticks(self.first, self.last, 5) if tick == round(tick)):
+        for tick in (tick for tick in ticks(self.first, self.last, 5) if tick == round(tick)):
             yield f'<text x="{self.x(tick):.1f}" y="{_TOP + _HEIGHT + 16}" class="x">{_steps(tick)}</text>'
 
     def marks(self, steps):
@@ -290,7 +290,7 @@ def _pieces(series):
     return [piece for piece in pieces if piece]
 
 
-def _ticks(low, high, count):
+def ticks(low, high, count):
     """Returns about `count` round numbers from low to high."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))

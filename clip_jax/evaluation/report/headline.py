@@ -7,7 +7,7 @@ from clip_jax.evaluation.report.page import escaped, number, percent, table
 COUNTS = {"images": "images", "texts": "texts", "classes": "classes", "skipped": "unusable, left out"}
 RECALL_MEANING = """<p class="notes"><b>R@K</b>, image to text: the share of images for which a right text is among
 the K most similar texts. Text to image: the share of texts for which a right image is among the K most similar
-images.</p>"""
+images. A random order with one right candidate gives K divided by the number of candidates.</p>"""
 _RECALLS = [(direction, k) for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 _ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 

@@ -61,7 +61,8 @@ def is_foreign(path):
     if storage.is_remote(path):  # third-party weights are read from local files
         return False
     path = pathlib.Path(path)
-    return path.is_file() or path.is_dir() and bool(_candidates(path))
+    is_run = (path / "checkpoints").is_dir()  # a work folder may hold other arrays, such as outcomes.npz
+    return path.is_file() or path.is_dir() and not is_run and bool(_candidates(path))
 
 
 def _candidates(folder):

@@ -1,0 +1,358 @@
+"""The runs of a study: their commands, their training, what they measured, and the values that tuning chose."""
+
+import dataclasses
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+from clip_jax import config as config_lib
+from clip_jax import config_files, from_weights
+from clip_jax.errors import StorageError, UserError
+from clip_jax.evaluation import outcomes
+from clip_jax.evaluation.report.charts import read_metrics
+from clip_jax.evaluation.results import Outcomes
+from clip_jax.runtime import faults, storage
+from clip_jax.studies import definition
+
+#: Stands in a printed command for the value that tuning has not chosen yet.
+CHOSEN = "CHOSEN"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run of a study.
+
+    Attributes:
+      row: its row.
+      seed: its seed.
+      folder: its work folder.
+      command: the arguments of the Python interpreter.
+      steps: the number of training steps.
+      flops: the model's FLOPs of the whole training.
+      value: the value that it tries; empty for a run of the table.
+    """
+
+    row: definition.Row
+    seed: int
+    folder: Any
+    command: tuple[str, ...]
+    steps: int
+    flops: float
+    value: str = ""
+
+    @property
+    def name(self):
+        """What messages call it."""
+        return (
+            f"{self.row.name}, {self.row.tune[0]}={self.value}" if self.value else f"{self.row.name}, seed {self.seed}"
+        )
+
+    def metrics(self):
+        """Returns the metrics of its last evaluation, or None while the run is incomplete."""
+        last = {name: series[-1] for name, series in read_metrics(self.folder / "metrics.jsonl")[1].items()}
+        return {name: value for name, (step, value) in last.items() if step == self.steps} or None
+
+    def outcomes(self):
+        """Returns metric -> `Outcomes` of its last evaluation; {} where they are not kept."""
+        return outcomes.read(self.folder / outcomes.FILE, self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A row of a study that is checked and costed.
+
+    Attributes:
+      study: the study.
+      row: the row.
+      workdir: the work folder of the study.
+      spec: `FILE[:VARIANT]`, relative to the current folder.
+      overrides: the changes of all runs, before the tuned value.
+      field: the tuned field; empty: none.
+      costs: `{value: (steps, FLOPs of a step)}` of each value of the field; `{"": ...}` without a field.
+    """
+
+    study: definition.Study
+    row: definition.Row
+    workdir: Any
+    spec: str
+    overrides: tuple[str, ...]
+    field: str
+    costs: dict[str, tuple[int, float]]
+
+    @property
+    def folder(self):
+        """The folder of the row."""
+        return self.workdir / self.row.name
+
+    def seed(self, seed, value=""):
+        """Returns the run of a seed; `value` is the chosen one, empty while it is unknown."""
+        steps, flops = self.costs.get(value) or next(iter(self.costs.values()))
+        changes = [f"{self.field}={value or CHOSEN}"] if self.field else []
+        changes += [f"train.steps={steps}"] if self.study.equal_compute else []
+        changes += _tasks(self.study.tasks)
+        return self._run(seed, self.folder / f"seed_{seed}", changes, steps, flops)
+
+    def tuning(self):
+        """Returns the runs that try the values of the row: the seed 0 and half of the steps."""
+        found = []
+        for value, (steps, flops) in self.costs.items() if self.row.tune else ():
+            half = max(1, steps // 2)
+            folder = self.folder / "tune" / re.sub(r"[^\w.=-]+", "_", f"{self.field}={value}")
+            changes = [f"{self.field}={value}", f"train.steps={half}", *_tasks(self.study.tune_tasks)]
+            found.append(self._run(0, folder, changes, half, flops, value))
+        return found
+
+    def index_command(self):
+        """Returns the arguments of the interpreter that write the row's index, or None where it has none."""
+        if not self.row.index:
+            return None
+        module, *arguments = self.row.index
+        return ("-m", module, *(_filled(self, text) for text in arguments), f"--out={self.folder / 'index'}")
+
+    def _run(self, seed, folder, changes, steps, flops, value=""):
+        command = ["-m", "clip_jax.train", f"--config={self.spec}", f"--workdir={folder}"]
+        changes = (*self.overrides, *changes, f"seed={seed}")
+        command += [f"--config.{_filled(self, change)}" for change in changes]
+        return Run(self.row, seed, folder, tuple(command), steps, steps * flops, value)
+
+
+def _tasks(tasks):
+    return [f"eval.tasks={tuple(tasks)!r}"] if tasks else []
+
+
+def _filled(planned, text, with_index=True):
+    """Returns an argument with the folders that its placeholders stand for."""
+    index = f"?index={planned.folder / 'index'}" if with_index else ""
+    after = planned.workdir / planned.row.after / "seed_0"
+    return text.replace(definition.INDEX, index).replace(definition.AFTER, str(after))
+
+
+def plan(study, workdir, overrides):
+    """Returns the `Planned` rows of a study. Raises UserError when a configuration is wrong.
+
+    Args:
+      study: the study.
+      workdir: its work folder.
+      overrides: changes of all rows, the last ones, such as `["optim.lr=0.5"]`.
+    """
+    definition.check(study)
+    workdir, found = storage.path(workdir), []
+    budget, known = None, {}
+    for row in study.rows:
+        source = study.row(row.tuned_as) if row.tuned_as else row
+        field, values = source.tune if source.tune else ("", ("",))
+        changes = (*study.overrides, *row.overrides, *overrides)
+        planned = Planned(study, row, workdir, config_files.spec_of(row.config), changes, field, {})
+        for value in map(str, values):
+            steps, flops = _cost(planned, value, known)
+            if study.equal_compute:
+                budget = budget or steps * flops
+                steps = max(1, round(budget / flops))
+            planned.costs[value] = steps, flops
+        found.append(planned)
+    return found
+
+
+def _cost(planned, value, known):
+    """Returns `(steps, FLOPs of a step)` of a row with a value. An optimizer's field does not change them.
+
+    Args:
+      planned: the row.
+      value: the value of its field.
+      known: `{configuration: FLOPs}` of what was computed before, which grows.
+    """
+    from clip_jax.program import model_flops
+    from clip_jax.train import make_parts
+
+    changes = [_filled(planned, text, with_index=(planned.folder / "index").exists()) for text in planned.overrides]
+    changes += [f"{planned.field}={value}"] * bool(planned.field) + _tasks(planned.study.tasks)
+    config = from_weights.load(planned.row.config, changes)
+    if planned.field.startswith("optim.") and planned.costs:
+        config_lib.validate(config)
+        return next(iter(planned.costs.values()))
+    config = make_parts(config)[0]
+    shape = config.to_dict()
+    shape["optim"] = {"freeze": shape["optim"]["freeze"]}
+    shape["data"] = {"batch_size": shape["data"]["batch_size"], "templates": shape["data"]["templates"]}
+    shape = repr({name: section for name, section in shape.items() if name not in ("train", "eval", "seed")})
+    if shape not in known:
+        known[shape] = model_flops(config)
+    return config.train.steps, known[shape]
+
+
+def in_order(planned, seeds, chosen):
+    """Yields what a study does, in order.
+
+    All values are tried before the first seed, and all rows get a seed before any gets the next. Rows that need another
+    row's first seed begin after all first seeds of the others.
+
+    Args:
+      planned: the rows.
+      seeds: the number of seeds.
+      chosen: a function of a `Planned` that returns its chosen value; called when the values have been tried.
+
+    Yields: `Planned` whose index is needed next, or a `Run`.
+    """
+    groups = [p for p in planned if not p.row.after], [p for p in planned if p.row.after]
+    for group in groups:
+        for p in group:
+            yield from [p] * bool(p.row.index)
+            yield from p.tuning()
+        for p in group:
+            yield p.seed(0, chosen(p))
+    for seed in range(1, seeds):
+        for p in planned:
+            yield p.seed(seed, chosen(p))
+
+
+def chooser(planned):
+    """Returns the function of a `Planned` that gives the value that its tuning chose; "" while runs are missing.
+
+    The value with the highest metric is chosen, the first of equal ones.
+    """
+    by_name = {p.row.name: p for p in planned}
+
+    def choose(p):
+        p = by_name[p.row.tuned_as or p.row.name]
+        scores = tried(p)
+        return max(scores, key=scores.get) if scores and None not in scores.values() else ""
+
+    return choose
+
+
+def tried(planned):
+    """Returns `{value: metric, None while the run is incomplete}` of the values of a row; {} without any.
+
+    Raises UserError when a complete run lacks the metric.
+    """
+    metric, found = planned.study.tune_metric, {}
+    for run in planned.tuning():
+        read = results(run, [metric])
+        if read is not None and (value := read[0].get(definition.key(metric))) is None:
+            raise UserError(f"{run.name}: {run.folder} has no metric {definition.key(metric)}: see Study.tune_tasks")
+        found[run.value] = None if read is None else (value if math.isfinite(value) else -math.inf)
+    return found
+
+
+def results(run, metrics):
+    """Returns `(metrics, outcomes)` of a complete run with those over several cells, or None.
+
+    Args:
+      run: the run.
+      metrics: names, and tuples of names, as in `Study.metrics`.
+    """
+    found = run.metrics()
+    return None if found is None else pooled(found, run.outcomes(), metrics)
+
+
+def pooled(found, kept, metrics):
+    """Returns `(metrics, outcomes)` with the pooled metrics, whose outcomes are those of all parts together.
+
+    Args:
+      found: metric -> value.
+      kept: metric -> `Outcomes`.
+      metrics: names, and tuples of names.
+    """
+    found, kept = dict(found), dict(kept)
+    for parts in metrics:
+        if not isinstance(parts, str) and all(part in kept for part in parts):
+            values, groups = (
+                np.concatenate([getattr(kept[part], name) for part in parts]) for name in ("values", "groups")
+            )
+            kept[definition.key(parts)] = Outcomes(values, groups)
+            found[definition.key(parts)] = float(values.mean()) if len(values) else 0.0
+    return found, kept
+
+
+def train(run):
+    """Runs the training command of a run, with its output in `train.log`.
+
+    Raises Stopped after a signal, and UserError or StorageError when the command fails.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with storage.local_folder(run.folder) as folder:
+        status, line = _call(run.command, folder / "train.log")
+    _check(status, run.name, f"{line} ({run.folder / 'train.log'})")
+
+
+def write_index(planned):
+    """Writes the index of a row unless it is there, with the output in `index.log`; raises as `train` does."""
+    if not (planned.folder / "index" / "report.json").exists():
+        planned.folder.mkdir(parents=True, exist_ok=True)
+        status, line = _call(planned.index_command(), planned.folder / "index.log")
+        _check(status, f"the index of {planned.row.name}", f"{line} ({planned.folder / 'index.log'})")
+
+
+def _call(command, log):
+    """Runs the interpreter with its output in a file; returns `(exit status, last line)`. SIGTERM is passed on."""
+    with (
+        log.open("a") as out,
+        subprocess.Popen([sys.executable, *command], stdout=out, stderr=subprocess.STDOUT) as process,
+    ):
+        before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # the terminal sends Ctrl-C to the run as well
+            status = process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return status, (log.read_text(errors="replace").splitlines() or ["it printed nothing"])[-1]
+
+
+def _check(status, name, line):
+    if status in (faults.PREEMPTED, faults.INTERRUPTED):
+        raise faults.Stopped(status, f"in {name}")
+    if status:
+        kind = StorageError if status == faults.STORAGE else UserError
+        raise kind(f"{name} ended with status {status}: {line}")
+
+
+def read_out(study, run, metrics, kept):
+    """Returns `{readout: (metrics, outcomes)}` of a complete run.
+
+    A readout that changes nothing takes those of the run. The others are evaluated once and kept in the run's folder,
+    in readouts.json and one file of outcomes each.
+
+    Args:
+      study: the study.
+      run: the run.
+      metrics, kept: the metrics and outcomes of its last evaluation.
+    """
+    from clip_jax import evaluate, inference
+
+    file, wanted = run.folder / "readouts.json", study.metrics.values()
+    stored = json.loads(storage.read(file) or "{}")
+    found, config = {}, from_weights.load(run.row.config, config_lib.parse_overrides(run.command[4:]))
+    for number, (name, changes) in enumerate(study.readouts.items()):
+        if config_lib.override(config.copy_and_resolve_references(), changes) == config:
+            found[name] = metrics, kept
+            continue
+        key, place = f"step {run.steps}: {' '.join(changes)}", run.folder / f"readout_{number}.npz"
+        if key not in stored:
+            model = inference.load(run.folder, overrides=changes)
+            result = evaluate.run(model, model.config.eval.tasks, log=lambda line: None)
+            outcomes.write(place, run.steps, result.outcomes)
+            stored[key] = result.metrics
+            storage.write(file, json.dumps(stored, indent=1))
+        found[name] = pooled(stored[key], outcomes.read(place, run.steps), wanted)
+    return found
+
+
+def memory(run):
+    """Returns the bytes of a step of a run, the compiler's estimate; None where it is not known."""
+    try:
+        return json.loads(storage.read(run.folder / "run.json") or "{}").get("step_bytes")
+    except ValueError:
+        return None
+
+
+def minutes(metrics):
+    """Returns the minutes that a run has trained, waiting for data included; None where it is not known."""
+    parts = [metrics.get(f"seconds/{part}") for part in ("training", "data")]
+    return None if None in parts else sum(parts) / 60

@@ -5,86 +5,19 @@ needs the package libtpu (extra `tpu`) but no TPU. For GPUs (`gpu:h100x8`) the c
 shapes. docs/scaling.md explains the figures. Exit status: 0 it fits, 1 it does not, 2 wrong input.
 """
 
-import importlib.util
 import json
-import math
 import os
 import re
 import sys
 import time
-from typing import NamedTuple
 
 from clip_jax import config as config_lib
 from clip_jax import run_folder
-from clip_jax.errors import UserError, unknown
-from clip_jax.runtime import command, hardware, storage
+from clip_jax.errors import UserError
+from clip_jax.runtime import command, storage
+from clip_jax.runtime.topology import parse_topology, tpu_devices
 
 # `main` sets JAX's environment variables before anything imports JAX, so functions import what needs JAX.
-
-
-class Topology(NamedTuple):
-    """The chips that a run uses.
-
-    Attributes:
-      name: as given on the command line.
-      chip: the kind of chip.
-      count: the number of chips, over all slices.
-      shape: how a TPU slice is wired, such as `"16x16"`; None for GPUs.
-      slices: the number of TPU slices.
-    """
-
-    name: str
-    chip: hardware.Chip
-    count: int
-    shape: str | None
-    slices: int = 1
-
-
-def parse_topology(name):
-    """Returns the `Topology` of `"v5e:16x16"`, `"v5e:16x16*2"` (two slices) or `"gpu:h100x8"`. Raises UserError."""
-    generation, _, shape = name.partition(":")
-    if generation == "gpu":
-        match = re.fullmatch(r"(\w+)x([1-9]\d*)", shape)
-        if not match:
-            raise UserError(f"--topology={name}: write a GPU and the number of GPUs, such as gpu:h100x8")
-        if match[1] not in hardware.GPUS:
-            raise unknown(f"--topology={name}: GPU", match[1], hardware.GPUS)
-        return Topology(name, hardware.GPUS[match[1]], int(match[2]), None)
-    if generation not in hardware.TPUS:
-        raise unknown(f"--topology={name}: accelerator", generation, [*hardware.TPUS, "gpu"])
-    chip = hardware.TPUS[generation]
-    match = re.fullmatch(rf"([1-9]\d*(?:x[1-9]\d*){{{chip.torus - 1}}})(?:\*([1-9]\d*))?", shape)
-    if not match:
-        example = "x".join("4" * chip.torus)
-        raise UserError(
-            f"--topology={name}: write the chips in each of the {chip.torus} directions, such as {generation}:{example}"
-        )
-    slices = int(match[2] or 1)
-    return Topology(name, chip, slices * math.prod(map(int, match[1].split("x"))), match[1], slices)
-
-
-def tpu_devices(topology):
-    """Returns the devices of TPU slices as the compiler describes them.
-
-    Raises UserError when libtpu is not installed or no such slice exists.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={topology.name} needs the TPU compiler: pip install 'clip-jax-pretraining[tpu]'")
-    for key, value in command.QUIET_LIBTPU.items():
-        os.environ.setdefault(key, value)
-    import jax
-    from jax.experimental import topologies
-
-    # A v4 chip is one device with two cores, as on Cloud TPU.
-    options = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
-    if topology.slices > 1:
-        options["num_slices"] = topology.slices
-    try:
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name.partition("*")[0], **options
-        ).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology={topology.name}: {str(error).splitlines()[0]}") from None
 
 
 class DoesNotFit(Exception):
@@ -106,20 +39,22 @@ class DoesNotFit(Exception):
         return cls(message.partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0], temporary)
 
 
-def compile_for_tpu(program, devices):
+def compile_for_tpu(program, topology, devices):
     """Compiles a step for TPU devices.
 
     Args:
       program: a `clip_jax.program.Program` of shapes.
-      devices: a result of `tpu_devices`.
+      topology: the `Topology`.
+      devices: its devices, a result of `tpu_devices`.
 
     Returns:
-      A dict with the bytes, FLOPs and collectives of one device.
+      A dict with the bytes, FLOPs, collectives and estimated cycles of one device.
 
     Raises DoesNotFit when the step needs too much memory, and UserError when the compiler fails otherwise.
     """
     import jax
 
+    from clip_jax import hlo_cycles, kernel_cycles
     from clip_jax import program as program_lib
     from clip_jax.hlo_cost import hlo_cost
     from clip_jax.runtime import sharding
@@ -137,12 +72,15 @@ def compile_for_tpu(program, devices):
         raise UserError(
             f"the TPU compiler failed; extra 'tpu' installs the libtpu that belongs to this jax: {line}"
         ) from None
-    memory, cost = compiled.memory_analysis(), hlo_cost(compiled.as_text())
+    text, options = compiled.as_text(), program_lib.compiler_options(sharded)
+    memory, cost = compiled.memory_analysis(), hlo_cost(text)
+    kernels = kernel_cycles.kernel_cycles(text, topology, options)
+    cycles = hlo_cycles.step_cycles(text, hlo_cycles.peaks(topology.chip), kernels)
     fields = ("argument", "output", "alias", "temp", "generated_code")
     sizes = {field: getattr(memory, f"{field}_size_in_bytes") for field in fields}
     return dict(
         mesh=dict(mesh.shape),
-        options=program_lib.compiler_options(sharded),
+        options=options,
         compile_seconds=time.perf_counter() - start,
         memory=dict(sizes, total=sum(sizes.values()) - 2 * sizes["alias"], state=state_bytes, batch=batch_bytes),
         flops=cost.flops,
@@ -151,6 +89,13 @@ def compile_for_tpu(program, devices):
         between_slices=cost.between_slices,
         unknown_loops=cost.unknown_loops,
         collectives=[dict(key._asdict(), count=count) for key, count in cost.collectives.most_common()],
+        cycles=dict(
+            total=cycles.cycles,
+            parts=cycles.by("part"),
+            backward=cycles.by("part", backward=True),
+            bases=cycles.by("basis"),
+            instructions=[row._asdict() for row in cycles.merged()],
+        ),
     )
 
 
@@ -166,7 +111,7 @@ def search(args, topology, devices, tries, log):
         flags = " ".join(f"--config.{o}" for o in overrides)
         try:
             config = run_folder.load(args.config, [*args.overrides, *overrides])
-            result = compile_for_tpu(make_program(config), devices)
+            result = compile_for_tpu(make_program(config), topology, devices)
         except DoesNotFit as error:
             log(f"  {flags}: {error}")
             continue
@@ -236,7 +181,7 @@ def run(args, log=print):
     else:
         log(f"compiling for {topology.count} chips, which takes minutes for a large model ...")
         try:
-            result = compile_for_tpu(program, devices)
+            result = compile_for_tpu(program, topology, devices)
             memory, hbm = result["memory"], topology.chip.device_hbm
             if memory["total"] > hbm:  # the compiler refuses a step only when its temporaries alone are too large
                 sizes = f"{estimates.gib(memory['total'])} of {estimates.gib(hbm)}"

@@ -1,7 +1,7 @@
 """Time and memory of a training step on an absent machine, and the lines that report them.
 
-The estimates divide the cost of a step by the makers' peak figures (`clip_jax.runtime.hardware`). They are not
-measurements.
+The estimates are the TPU compiler's (`clip_jax.hlo_cycles`), and bounds: the cost of a step divided by the makers' peak
+figures (`clip_jax.runtime.hardware`). They are not measurements.
 """
 
 import math
@@ -12,6 +12,19 @@ from clip_jax.runtime import sharding
 GIB = 2**30
 #: The share of the memory that a step may take. The next batch and the runtime need the rest.
 USABLE = 0.9
+#: How many operations are listed as the dearest.
+_DEAREST = 12
+#: What the report says of rows whose time is their bytes over a bandwidth (`clip_jax.hlo_cycles.Row.basis`).
+_BY_BYTES = {
+    "links": "exchanges between chips, by bytes over the links",
+    "memory": "copies and operations without an estimate, by bytes",
+}
+#: What the report says of rows for which the compiler gives no estimate within the step.
+_BASES = {
+    "kernel": "kernel, by the compiler's estimate of it alone",
+    "stated": "kernel, at least, by the cost that it states",
+    "none": "not counted, no figure is known",
+}
 
 
 def gib(size):
@@ -23,14 +36,15 @@ def estimate(topology, config, result, flops):
     """Estimates the time of a compiled step.
 
     Args:
-      topology: a `clip_jax.compile.Topology`.
+      topology: a `clip_jax.runtime.topology.Topology`.
       config: the configuration.
       result: a result of `clip_jax.compile.compile_for_tpu`.
       flops: the model's FLOPs of a step, on all chips.
 
     Returns:
-      A dict: `parts` holds the seconds of compute, memory traffic and links, each at its peak. `at_best` and
-      `one_by_one` are the `schedule` of their maximum, as if all of them overlapped, and of their sum.
+      A dict: `compiler` is the `schedule` of the compiler's estimate, where the chip's clock is known. `parts` holds
+      the seconds of compute, memory traffic and links, each at its peak. `at_best` and `one_by_one` are the `schedule`
+      of their maximum, as if all of them overlapped, and of their sum.
     """
     chip = topology.chip
     parts = {
@@ -39,6 +53,8 @@ def estimate(topology, config, result, flops):
         "links": result["sent"] * chip.devices / chip.link_bandwidth,
     }
     times = {"at_best": max(parts.values()), "one_by_one": sum(parts.values())}
+    if chip.clock:
+        times = {"compiler": result["cycles"]["total"] / chip.clock} | times
     return {"parts": parts} | {name: schedule(topology, config, seconds, flops) for name, seconds in times.items()}
 
 
@@ -61,7 +77,7 @@ def estimate_gpu(topology, program, flops):
     those that every step needs: the state is read and written once, and the gradients are summed in one ring.
 
     Args:
-      topology: a `clip_jax.compile.Topology`.
+      topology: a `clip_jax.runtime.topology.Topology`.
       program: a `clip_jax.program.Program` of shapes.
       flops: the model's FLOPs of a step, on all GPUs.
 
@@ -100,7 +116,7 @@ def variants(config, topology, state_bytes, temporary):
 
     Args:
       config: the configuration that does not fit.
-      topology: a `clip_jax.compile.Topology`.
+      topology: a `clip_jax.runtime.topology.Topology`.
       state_bytes: the bytes of the state on one device.
       temporary: the bytes of temporaries that the step needs on one device, or None when unknown.
 
@@ -154,7 +170,9 @@ def describe(topology, config, result, flops):
         yield f"sent to other slices: {result['between_slices'] / 1e9:.2f} GB; the times below leave this network out"
     if count := result.get("unknown_loops"):
         yield f"  {count} loop(s) of unknown length count as one round: FLOPs, traffic and collectives are too low"
-    yield from _describe_time(topology, config, result["estimate"])
+    if cycles := result.get("cycles"):
+        yield from _describe_cycles(topology, config, cycles, result["estimate"])
+    yield from _describe_bounds(topology, config, result["estimate"])
 
 
 def _describe_memory(topology, result):
@@ -191,7 +209,45 @@ def _describe_collectives(collectives):
         yield f"    {c['count']} x {c['kind']} of {shape} among {c['group']}: {sent}; {c['name']}"
 
 
-def _describe_time(topology, config, estimate):
+def _describe_cycles(topology, config, cycles, estimate):
+    """Lines with the compiler's estimate: the whole, its parts, what it leaves out, and the dearest operations."""
+    chip, rows = topology.chip, cycles["instructions"]
+    unit, scale = ("ms", 1e-3 * chip.clock) if chip.clock else ("Mcycles", 1e6)
+    yield f"step time by the compiler's estimate: {cycles['total'] / scale:.1f} {unit}"
+    if times := estimate.get("compiler"):
+        yield f"  {_run(times)}; {_hours(config, times)}"
+        yield f"  at {chip.clock / 1e9:.2f} GHz, a clock that is inferred from the chip's peak FLOP/s"
+    else:
+        yield "  the clock of this chip is unknown, so exchanges and copies are not in it"
+    yield f"  {'part':<14}{unit:>9}{'share':>8}{'backward':>10}"
+    for part, count in cycles["parts"].items():
+        share, backward = count / max(1, cycles["total"]), cycles["backward"][part]
+        yield f"  {part:<14}{count / scale:>9.2f}{share:>8.1%}{backward / scale:>10.2f}"
+    for basis, words in _BY_BYTES.items():
+        found = [row for row in rows if row["basis"] == basis]
+        waits, hidden = (sum(row["times"] * row[field] for row in found) / scale for field in ("cycles", "hidden"))
+        if found:
+            yield f"  {words}: {waits:.2f} {unit}, and {hidden:.2f} {unit} beside other work"
+    for basis, words in _BASES.items():
+        found = [row for row in rows if row["basis"] == basis]
+        for row in found:
+            each = "" if basis == "none" else f", {row['cycles'] / scale:.3f} {unit} each"
+            yield f"  {words}: {row['times']} x {row['op']} {row['source'] or row['name']}{each}"
+    yield f"  dearest operations, {unit} in all:"
+    for row in rows[:_DEAREST]:
+        name = row["source"] or row["name"]
+        yield f"  {row['times'] * row['cycles'] / scale:>9.2f} {row['times']:>5} x {row['op']} {name}"
+
+
+def _run(times):
+    return f"MFU {times['mfu']:.0%}, {times['examples_per_second']:,.0f} examples/s"
+
+
+def _hours(config, times):
+    return f"{config.train.steps:,} steps {times['hours']:,.1f} h, {times['chip_hours']:,.0f} chip-hours"
+
+
+def _describe_bounds(topology, config, estimate):
     chip = topology.chip
     parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in estimate["parts"].items())
     yield f"step time by part, each at its peak: {parts}"
@@ -202,11 +258,8 @@ def _describe_time(topology, config, estimate):
     }
     for name, label in labels.items():
         if times := estimate.get(name):
-            yield (
-                f"  {label}: {1e3 * times['seconds']:.1f} ms, MFU {times['mfu']:.0%},"
-                f" {times['examples_per_second']:,.0f} examples/s;"
-                f" {config.train.steps:,} steps {times['hours']:,.1f} h, {times['chip_hours']:,.0f} chip-hours"
-            )
+            hours = "" if "compiler" in estimate else f"; {_hours(config, times)}"
+            yield f"  {label}: {1e3 * times['seconds']:.1f} ms, {_run(times)}{hours}"
     yield (
         f"  assumed for a chip: {chip.flops / 1e12:.0f} TFLOP/s (bf16), {chip.hbm_bandwidth / 1e9:,.0f} GB/s of memory"
         f" and {chip.link_bandwidth / 1e9:.0f} GB/s sent over all its links, in rings; other arithmetic, latency and"

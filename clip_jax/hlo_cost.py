@@ -23,7 +23,8 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-_NO_TRAFFIC = {
+#: Instructions that only name data.
+NO_TRAFFIC = {
     "parameter",
     "constant",
     "tuple",
@@ -105,6 +106,16 @@ class _Instruction(NamedTuple):
         """The name of the computation in an attribute whose key matches the regular expression `keys`."""
         return re.search(rf"\b(?:{keys})=%?([\w.\-]+)", self.attributes)[1]
 
+    @property
+    def source(self):
+        """The operation of the source program that the instruction comes from, with its path of modules, or ""."""
+        return self.attribute(r'op_name="([^"]*)"')
+
+    def attribute(self, pattern):
+        """The text that the first group of the regular expression `pattern` finds in the attributes, or ""."""
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else ""
+
     def branches(self):
         """The names of the computations of a conditional."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
@@ -114,11 +125,11 @@ class _Instruction(NamedTuple):
 
 def hlo_cost(text):
     """Returns the `Cost` of a program from its optimized HLO text, `compiled.as_text()`."""
-    module = _HloModule(text)
+    module = HloModule(text)
     return module.cost(module.entry)
 
 
-class _HloModule:
+class HloModule:
     """The computations of a program.
 
     Attributes:
@@ -169,7 +180,7 @@ class _HloModule:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
                 total.collectives[self.collective(i, scope, kind)] += 1
             elif i.op == "send" and "xla_megascale" in i.attributes:
-                total.between_slices += sum(a.bytes for a in _arrays(scope[i.operands[0]].shape))
+                total.between_slices += sum(a.bytes for a in arrays(scope[i.operands[0]].shape))
             elif i.op == "fusion":
                 total.add(self.cost(i.called("calls"), True))
             elif i.op == "dot":
@@ -204,13 +215,12 @@ class _HloModule:
 
     def collective(self, i, scope, kind):
         """The `Collective` of an instruction."""
-        arrays = [a for o in i.operands for a in _arrays(scope[o].shape)]
+        inputs = [a for o in i.operands for a in arrays(scope[o].shape)]
         group = self.group_size(i.attributes)
         rounds = {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group, "collective-permute": 1}
-        name = re.search(r'op_name="([^"]*)"', i.attributes)
-        shapes = ", ".join(f"{n} x {shape}" if n > 1 else shape for shape, n in Counter(str(a) for a in arrays).items())
-        sent = sum(a.bytes for a in arrays) * rounds.get(kind, (group - 1) / group)
-        return Collective(kind, shapes, group, sent, name[1] if name else "")
+        shapes = ", ".join(f"{n} x {shape}" if n > 1 else shape for shape, n in Counter(str(a) for a in inputs).items())
+        sent = sum(a.bytes for a in inputs) * rounds.get(kind, (group - 1) / group)
+        return Collective(kind, shapes, group, sent, i.source)
 
     def group_size(self, attributes):
         """The number of devices in a replica group; all devices when the attributes name no group.
@@ -231,7 +241,7 @@ class _HloModule:
 
     def traffic(self, i, scope):
         """Bytes that an instruction itself moves between the device and its main memory."""
-        if i.op in _NO_TRAFFIC or i.op in ("while", "conditional", "call", "async-start") or i.op.endswith("-done"):
+        if i.op in NO_TRAFFIC or i.op in ("while", "conditional", "call", "async-start") or i.op.endswith("-done"):
             return 0
         if i.op == "fusion":
             body = self.computations[i.called("calls")]
@@ -243,10 +253,10 @@ class _HloModule:
                 else read + _written(root, body)
             )
         if i.op in ("copy-start", "slice-start"):
-            ends = _arrays(i.shape)[:2]  # source and destination, of which one may be a slice of the other
+            ends = arrays(i.shape)[:2]  # source and destination, of which one may be a slice of the other
             return min(a.bytes for a in ends) * sum(a.main > 0 for a in ends)
         if i.op in _SLICES:
-            return sum(a.bytes for a in _arrays(i.shape)) * (_bytes(scope[i.operands[0]].shape) > 0) + _bytes(i.shape)
+            return sum(a.bytes for a in arrays(i.shape)) * (_bytes(scope[i.operands[0]].shape) > 0) + _bytes(i.shape)
         if i.op == "dynamic-update-slice":
             return 2 * _bytes(scope[i.operands[1]].shape)
         read = sum(_bytes(scope[o].shape) for o in i.operands)
@@ -264,7 +274,7 @@ class _HloModule:
 
     def _read_by(self, user, body, name, shape):
         if user.op in _SLICES:
-            return sum(a.bytes for a in _arrays(user.shape))
+            return sum(a.bytes for a in arrays(user.shape))
         if user.op == "tuple" or user.op == "dynamic-update-slice" and name not in user.operands[1:]:
             return 0  # passed on in place
         if user.op == "bitcast":
@@ -296,25 +306,25 @@ def _size(dtype, dims):
 
 
 @functools.cache
-def _arrays(shape):
+def arrays(shape):
     """The arrays of a shape such as `(f32[8,128]{1,0:T(8,128)S(1)}, u32[])`.
 
     `S(n)` with n > 0 marks memory on the chip or on the host.
     """
-    arrays = []
+    found = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         dims = tuple(int(n) for n in dims.split(",") if n)
         elsewhere = re.search(r"S\([1-9]", layout)
-        arrays.append(_Array(dtype, dims, 0 if elsewhere else _size(dtype, dims)))
-    return arrays
+        found.append(_Array(dtype, dims, 0 if elsewhere else _size(dtype, dims)))
+    return found
 
 
 def _bytes(shape):
-    return sum(a.main for a in _arrays(shape))
+    return sum(a.main for a in arrays(shape))
 
 
 def _dims(name, scope):
-    return _arrays(scope[name].shape)[0].dims
+    return arrays(scope[name].shape)[0].dims
 
 
 def _closing(text, start):
@@ -358,7 +368,7 @@ def _written(i, scope):
     if i.op == "parameter":  # passed on in place
         return 0
     if i.op == "dynamic-update-slice" and _bytes(shape):
-        return sum(a.bytes for a in _arrays(scope[i.operands[1]].shape))
+        return sum(a.bytes for a in arrays(scope[i.operands[1]].shape))
     return _bytes(shape)
 
 
@@ -376,7 +386,7 @@ def _dot_flops(i, scope):
     lhs = _dims(i.operands[0], scope)
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
     sizes = [lhs[int(d)] for d in contracted[1].split(",") if d] if contracted else []
-    return 2 * math.prod(_arrays(i.shape)[0].dims) * math.prod(sizes)
+    return 2 * math.prod(arrays(i.shape)[0].dims) * math.prod(sizes)
 
 
 def _convolution_flops(i, scope):
@@ -386,7 +396,7 @@ def _convolution_flops(i, scope):
     """
     lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
     lhs, rhs = (_dims(operand, scope) for operand in i.operands[:2])
-    out = _arrays(i.shape)[0].dims
+    out = arrays(i.shape)[0].dims
     batches = re.search(r"batch_group_count=(\d+)", i.attributes)
     products = (
         rhs[rhs_labels.index("i")]

@@ -286,5 +286,3 @@ def _has_one_label(record):
 def _call(task, options, fields, names, name):
     given = options | {key: fields[key] for key in names if key in fields} | {"name": name}
     return f"{task}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
-
-

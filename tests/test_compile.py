@@ -15,7 +15,7 @@ from clip_jax import compile as compile_lib
 from clip_jax import config, estimates
 from clip_jax import program as program_lib
 from clip_jax.errors import UserError
-from clip_jax.hlo_cost import _HloModule, hlo_cost
+from clip_jax.hlo_cost import HloModule, hlo_cost
 from clip_jax.program import jaxpr_flops, make_program
 from clip_jax.runtime import hardware, xla_flags
 
@@ -355,7 +355,7 @@ def test_the_schedule():
     ],
 )
 def test_groups_of_a_collective(groups, size):
-    module = _HloModule("HloModule x, num_partitions=16\n")
+    module = HloModule("HloModule x, num_partitions=16\n")
     assert (
         module.group_size(f"channel_id=1, replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true")
         == size
@@ -382,7 +382,32 @@ def test_a_tiny_model_on_four_chips(tmp_path, capsys):
     } == {4}
     assert "f32[" in sums(result) and "bf16[" not in sums(result), "every sum over examples is in float32"
     assert 0 < result["estimate"]["at_best"]["seconds"] < result["estimate"]["one_by_one"]["seconds"]
-    assert "it fits" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "it fits" in output
+    check_cycles(result, output)
+
+
+def check_cycles(result, output):
+    """The compiler's estimate in the figures of a step and in its report."""
+    cycles, by = result["cycles"], result["estimate"]["compiler"]
+    assert by["seconds"] == pytest.approx(cycles["total"] / 1.5e9)
+    assert by["seconds"] > result["estimate"]["one_by_one"]["seconds"], "the bounds stay below it"
+    for sums in (cycles["parts"], cycles["bases"]):
+        assert sum(sums.values()) == pytest.approx(cycles["total"])
+    rows = cycles["instructions"]
+    assert sum(row["times"] * row["cycles"] for row in rows) == pytest.approx(cycles["total"])
+    parts = {"attention", "MLP", "norms", "embedding", "projection", "loss", "optimizer", "copies", "collectives"}
+    assert parts <= cycles["parts"].keys() and cycles["parts"].get("other", 0) < 0.1 * cycles["total"]
+    assert cycles["backward"]["optimizer"] == 0 < cycles["backward"]["attention"] < cycles["parts"]["attention"]
+    assert f"by the compiler's estimate: {1e3 * by['seconds']:.1f} ms" in output and "\n  attention " in output
+    hours = [line for line in output.splitlines() if "chip-hours" in line]
+    assert len(hours) == 1 and f"MFU {by['mfu']:.0%}" in hours[0], "hours follow the compiler's estimate"
+    # Without a clock the report counts cycles.
+    topology, c = compile_lib.parse_topology("tpu7x:2x2x1"), config.load(CLIP, TINY)
+    estimate = estimates.estimate(topology, c, result, result["model_flops"])
+    assert "compiler" not in estimate
+    lines = list(estimates.describe(topology, c, result | {"estimate": estimate}, result["model_flops"]))
+    assert any("Mcycles" in line for line in lines) and sum("chip-hours" in line for line in lines) == 2
 
 
 @needs_libtpu
@@ -448,7 +473,7 @@ def test_variants_start_with_the_cheapest():
 def test_search_stops_at_the_first_that_fits(monkeypatch):
     compiled = []
 
-    def fake(program, devices):
+    def fake(program, *_):
         compiled.append((program.config.model.remat, program.config.micro_batches))
         if program.config.micro_batches == 1:
             raise compile_lib.DoesNotFit.of_compiler(

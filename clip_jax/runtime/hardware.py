@@ -14,6 +14,7 @@ class Chip(NamedTuple):
       kinds: the beginnings of its `jax.Device.device_kind`.
       devices: the number of JAX devices on the chip.
       torus: the number of directions in which a slice of these chips is wired.
+      clock: cycles/s, None when unknown. A TPU's is its peak FLOP/s divided by those of its matrix units in a cycle.
     """
 
     flops: float
@@ -23,6 +24,7 @@ class Chip(NamedTuple):
     kinds: tuple[str, ...]
     devices: int = 1
     torus: int = 0
+    clock: float | None = None
 
     @property
     def device_hbm(self):
@@ -35,12 +37,14 @@ GB, GIB = 1e9, 2**30
 #: From cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e, tpu7x. Links: half of the bidirectional interconnect bandwidth
 #: per chip. The exceptions are v3 (656 Gbit/s per link: Norrie et al. 2021, four links of 82 GB/s) and v4 (a pod's
 #: all-reduce bandwidth, divided by its 4,096 chips).
+#: Clocks: inferred from the peaks; that of v6e, whose matrix units are larger, from the compiler's estimate of an
+#: operation that only reads memory. That of tpu7x is unknown.
 TPUS = {
-    "v3": Chip(123e12, 32 * GIB, 900 * GB, 328 * GB, ("TPU v3",), devices=2, torus=2),
-    "v4": Chip(275e12, 32 * GIB, 1200 * GB, 268 * GB, ("TPU v4",), torus=3),
-    "v5e": Chip(197e12, 16 * GIB, 819 * GB, 200 * GB, ("TPU v5 lite", "TPU v5e"), torus=2),
-    "v5p": Chip(459e12, 95 * GIB, 2765 * GB, 600 * GB, ("TPU v5",), torus=3),
-    "v6e": Chip(918e12, 32 * GIB, 1638 * GB, 400 * GB, ("TPU v6",), torus=2),
+    "v3": Chip(123e12, 32 * GIB, 900 * GB, 328 * GB, ("TPU v3",), devices=2, torus=2, clock=0.94e9),
+    "v4": Chip(275e12, 32 * GIB, 1200 * GB, 268 * GB, ("TPU v4",), torus=3, clock=1.05e9),
+    "v5e": Chip(197e12, 16 * GIB, 819 * GB, 200 * GB, ("TPU v5 lite", "TPU v5e"), torus=2, clock=1.5e9),
+    "v5p": Chip(459e12, 95 * GIB, 2765 * GB, 600 * GB, ("TPU v5",), torus=3, clock=1.75e9),
+    "v6e": Chip(918e12, 32 * GIB, 1638 * GB, 400 * GB, ("TPU v6",), torus=2, clock=1.75e9),
     "tpu7x": Chip(2307e12, 192 * GIB, 7380 * GB, 600 * GB, ("TPU7x", "TPU v7"), devices=2, torus=3),
 }
 

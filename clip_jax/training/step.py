@@ -99,7 +99,8 @@ def make_gradients(method, micro_batches, group=1):
 
     def finish(params, extra, features, batch, rng):
         features, extra = method.heads(params, extra, features, batch, rng)
-        loss, metrics = method.loss(params, extra, features, batch, rng)
+        with jax.named_scope("loss"):
+            loss, metrics = method.loss(params, extra, features, batch, rng)
         return loss, (metrics, features, extra)
 
     def whole(params, extra, batch, rng, view):
@@ -189,29 +190,30 @@ def make_step(config, method, tx):
         marked = mark_frozen(state.extra, is_frozen)
         loss, metrics, features, extra, grads = gradients(state.params, marked, batch, rng, view)
         extra = unmark_frozen(extra)
-        grad_norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
-        params = method.constrain(optax.apply_updates(state.params, updates))
-        # A constraint may move a frozen parameter, such as a scale above its bound.
-        params = jax.tree.map(lambda old, new, f: old if f else new, state.params, params, is_frozen)
-        new = TrainState(
-            step=state.step,
-            params=params,
-            extra=method.update(params, extra, features, state.step),
-            opt_state=opt_state,
-            ema=moving_average(state.ema, params, decay) if decay else None,
-            bad_steps=jnp.zeros_like(state.bad_steps),
-        )
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state.replace(bad_steps=state.bad_steps + 1))
-        metrics = {
-            **metrics,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(new.params),
-            "lr": schedule(state.step),
-            "bad_steps": new.bad_steps,
-        }
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(grads)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
+            params = method.constrain(optax.apply_updates(state.params, updates))
+            # A constraint may move a frozen parameter, such as a scale above its bound.
+            params = jax.tree.map(lambda old, new, f: old if f else new, state.params, params, is_frozen)
+            new = TrainState(
+                step=state.step,
+                params=params,
+                extra=method.update(params, extra, features, state.step),
+                opt_state=opt_state,
+                ema=moving_average(state.ema, params, decay) if decay else None,
+                bad_steps=jnp.zeros_like(state.bad_steps),
+            )
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state.replace(bad_steps=state.bad_steps + 1))
+            metrics = {
+                **metrics,
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "param_norm": optax.tree.norm(new.params),
+                "lr": schedule(state.step),
+                "bad_steps": new.bad_steps,
+            }
         return new.replace(step=state.step + 1), metrics
 
     return step

@@ -125,7 +125,8 @@ def model_flops(config, traced=None):
     if traced and is_plain and config.micro_batches == 1 and config.model.remat == "none":
         return jaxpr_flops(traced.jaxpr)
     plain = config.copy_and_resolve_references()
-    plain.micro_batches, plain.model.remat, plain.model.attention = 1, "none", "plain"
+    plain.micro_batches = 1
+    plain.model.remat, plain.model.attention = "none", "plain"
     return step_flops(make_program(plain))
 
 

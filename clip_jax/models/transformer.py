@@ -169,8 +169,8 @@ class Attention(nn.Module):
             keys = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], x_kv.shape[:2])
             x = attention_tpu.attention(*products, biases, self.heads, keys, causal).reshape(b, t, *split)
         else:
-            q, k, v = project("query", x_q), project("key", x_kv), project("value", x_kv)
-            x = attend(q, k, v, mask, causal, self.attention, bias, drop_weights)
+            q, k = project("query", x_q), project("key", x_kv)
+            x = attend(q, k, project("value", x_kv), mask, causal, self.attention, bias, drop_weights)
         inits = dict(kernel_init=self.inits.attn_out, bias_init=self.inits.attn_out_bias)
         return Dense(width, axes=2, dtype=self.dtype, **inits, name="out")(x)
 

@@ -28,8 +28,8 @@ import common
 
 COLUMNS = {"part": "<10", "case": "<26", "result": "<1"}
 #: `{part: limit in seconds}`, of a run of `LIMIT` seconds in all. The checks come first; several run at once.
-CHECKS = {"methods": 150, "attention": 70, "resume": 110, "import": 70}
-TIMED = {"loss": 40, "b16": 85, "b32": 60, "l14": 70, "b16 torch": 60, "b32 torch": 50, "l14 torch": 60}
+CHECKS = {"methods": 130, "attention": 70, "resume": 110, "import": 70}
+TIMED = {"loss": 30, "b16": 80, "b32": 55, "l14": 65, "b16 torch": 55, "b32 torch": 45, "l14 torch": 55}
 LIMIT = 525
 CORES_PER_CHECK = 4
 

@@ -13,6 +13,7 @@ COMPILE_FAST = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 
+gc.set_threshold(20_000)  # the objects of a trace live long: looking through them often finds nothing
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for flag in (*COMPILE_FAST.split(), "--xla_force_host_platform_device_count=8"):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
@@ -27,6 +28,44 @@ REPO = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(os.environ.get("CLIP_JAX_GOLDEN", REPO.parent / "shared" / "golden"))
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
+#: The files that take longest. They start first, so that no process ends long after the others.
+LONGEST = """
+    clippo oner faults models pyramidclip alip compile export raclip step otter train declip storage gradients
+    adding_a_method filip transformer align_config contrastive documents hosts init_from scale launchers zerovl laclip
+    frozen caption interop recipe_towers efficientnet align unicl finetuning resnet lit_flip options small inference
+""".split()
+#: What `--fast` runs, for the loop of a developer: whole files, and single tests as `file::test`.
+FAST = """
+    architecture docs config recipes formats columns values sources manifest webdataset tar_blocks tfrecord mds parquet
+    tokenizers augment text_augment decode ids uids splits filter report summary tools zeroshot retrieval knn
+    step::test_the_state_is_donated step::test_the_moving_average_follows_the_weights
+    contrastive::test_equal_embeddings_give_ln_b contrastive::test_accuracy_counts_both_directions
+""".split()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="run only the quick tests that conftest.py lists in FAST")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves files without a quick test unread under `--fast`."""
+    if config.getoption("--fast") and collection_path.suffix == ".py":
+        return collection_path.stem.removeprefix("test_") not in {name.split("::")[0] for name in FAST} or None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the single tests of FAST under `--fast`; sorts the files by their time."""
+
+    def is_fast(item):
+        name = item.path.stem.removeprefix("test_")
+        return name in FAST or f"{name}::{item.name.split('[')[0]}" in FAST
+
+    if config.getoption("--fast"):
+        config.hook.pytest_deselected(items=[item for item in items if not is_fast(item)])
+        items[:] = filter(is_fast, items)
+    order = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 def golden_files(pattern):
     """Returns the golden files or folders of a pattern, from CLIP_JAX_GOLDEN and the fixtures, as test parameters."""
@@ -40,7 +79,7 @@ def golden_files(pattern):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_collections():
-    """Hides from the garbage collector what earlier files left: programs of JAX, which it would walk again and again."""
+    """Hides from the garbage collector what earlier files left: JAX programs, which it would walk again and again."""
     gc.collect()
     gc.freeze()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import struct
 import subprocess
 import sys
@@ -30,6 +31,18 @@ def losses(workdir):
     """Returns `{step: loss}` of metrics.jsonl, with the last loss of a step that ran twice."""
     rows = map(json.loads, (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def interrupted(workdir, folder, step):
+    """Copies a finished run as a kill after the checkpoint of `step` would have left it; returns `folder`."""
+    shutil.copytree(workdir, folder)
+    later = [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit() and int(path.name) > step]
+    assert later and (folder / "checkpoints" / str(step)).exists()
+    for path in later:
+        shutil.rmtree(path)
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
+    return folder
 
 
 def unit(seed, *shape):

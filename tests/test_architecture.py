@@ -5,7 +5,7 @@ import functools
 import re
 
 import pytest
-from conftest import REPO
+from conftest import FAST, LONGEST, REPO
 
 MAX_LINES = {"clip_jax/train.py": 365, "clip_jax/methods/clip.py": 25}
 
@@ -103,3 +103,9 @@ def test_modules_are_short_and_in_one_dialect(name):
             assert len(node.targets[0].elts) <= 2, f"{where}: more than two targets"
         text = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) else None
         assert "``" not in (text or "") and ":func:" not in (text or ""), f"{where}: another kind of backticks"
+
+
+@pytest.mark.parametrize("name", sorted({*FAST, *LONGEST}))
+def test_the_lists_of_quick_and_long_tests_name_tests(name):
+    file, _, test = name.partition("::")
+    assert f"def {test or 'test_'}" in (REPO / "tests" / f"test_{file}.py").read_text()

@@ -32,7 +32,7 @@ def test_golden_text_tower_of_align(folder):
 @pytest.mark.parametrize("pad_id", [-1, 0])
 def test_padding_is_not_attended_to(pad_id):
     tower = text_tower(tiny_bert(pad_id=pad_id))
-    params = tower.init(jax.random.key(0), IDS)
+    params = jax.jit(tower.init)(jax.random.key(0), IDS)
     z = tower.apply(params, IDS)[0]
     np.testing.assert_allclose(z[0], tower.apply(params, IDS[:1, :3])[0][0], atol=1e-5)
     other = np.where(IDS == 0, 17, IDS)  # still padding after [SEP], but with a pad_id no longer padding
@@ -43,7 +43,7 @@ def test_padding_is_not_attended_to(pad_id):
 
 def test_the_embedding_is_the_projected_state_of_the_first_token():
     tower = text_tower(tiny_bert())
-    variables = tower.init(jax.random.key(0), IDS)
+    variables = jax.jit(tower.init)(jax.random.key(0), IDS)
     z, tokens = tower.apply(variables, IDS)
     proj = variables["params"]["proj"]
     np.testing.assert_allclose(z, tokens[:, 0] @ proj["kernel"] + proj["bias"], rtol=1e-4, atol=1e-5)
@@ -58,7 +58,7 @@ def test_the_embedding_is_the_projected_state_of_the_first_token():
 
 def test_scan_and_rematerialisation_change_only_the_layout():
     model = tiny_bert()
-    params = text_tower(model).init(jax.random.key(0), IDS)["params"]
+    params = jax.jit(text_tower(model).init)(jax.random.key(0), IDS)["params"]
     expected, expected_grads = run_tower("text", model, params, IDS)
     model.scan, model.remat = True, "full"
     embedding, grads = run_tower("text", model, stack_layers(params, parameter_shapes("text", model, IDS)), IDS)
@@ -82,7 +82,7 @@ def test_dropout_acts_in_training_and_depends_only_on_the_keys_of_an_example(sca
     model = tiny_bert(dropout=0.5, attention_dropout=0.5)
     model.scan, model.remat = scan, "full" if scan else "none"
     tower, keys = text_tower(model), jax.random.split(jax.random.key(1), 3)
-    params = tower.init(jax.random.key(0), IDS)
+    params = jax.jit(tower.init)(jax.random.key(0), IDS)
     trained = jax.jit(lambda ids, keys: tower.apply(params, ids, train=True, keys=keys)[0])
     z = trained(IDS, keys)
     np.testing.assert_allclose(trained(IDS[1:], keys[1:]), z[1:], rtol=1e-4, atol=1e-5)
@@ -93,7 +93,7 @@ def test_dropout_acts_in_training_and_depends_only_on_the_keys_of_an_example(sca
 
 def test_scanned_layers_drop_the_same_as_single_layers():
     model, keys = tiny_bert(dropout=0.5, attention_dropout=0.5), jax.random.split(jax.random.key(1), 3)
-    params = text_tower(model).init(jax.random.key(0), IDS)["params"]
+    params = jax.jit(text_tower(model).init)(jax.random.key(0), IDS)["params"]
     expected = text_tower(model).apply({"params": params}, IDS, train=True, keys=keys)[0]
     model.scan = True
     stacked = stack_layers(params, parameter_shapes("text", model, IDS))
@@ -112,7 +112,7 @@ def test_attention_weights_are_dropped_in_training_by_the_keys_of_an_example():
     model, keys = tiny_bert(attention_dropout=0.3, depth=1, heads=1), jax.random.split(jax.random.key(1), 3)
     model.attention = "auto"
     tower = text_tower(model)
-    variables = tower.init(jax.random.key(0), IDS)
+    variables = jax.jit(tower.init)(jax.random.key(0), IDS)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["bert"])
 
     def norm(x, p):

@@ -43,7 +43,7 @@ BATCH = {"image": random_images(0), "text": random_images(1, channels=1), "examp
 def start(c):
     """Returns `(method, params)`."""
     method = make_method(c)
-    return method, method.init(jax.random.key(0), BATCH)[0]
+    return method, jax.jit(method.init)(jax.random.key(0), BATCH)[0]
 
 
 @pytest.mark.parametrize("variant, total", [("b16", 93_474_817), ("l16", 316_681_985)])
@@ -92,16 +92,17 @@ def test_golden_big_vision(folder):
 def test_both_inputs_go_through_the_same_parameters():
     """One pass over both equals the two passes of the paper. The same image twice is a pair with cosine 1."""
     method, params = start(tiny("model.dtype=float32"))
-    features, _ = method.encode(params, {}, BATCH, jax.random.key(0), train=True)
-    np.testing.assert_allclose(features["image"], method.embed_image(params, {}, BATCH["image"]), atol=1e-6)
-    np.testing.assert_allclose(features["text"], method.embed_text(params, {}, BATCH["text"]), atol=1e-6)
-    before, proj = method.image_features(params, {}, BATCH["image"]), params["img"]["proj"]
+    encode = jax.jit(lambda batch: method.encode(params, {}, batch, jax.random.key(0), train=True)[0])
+    embed_image, features = jax.jit(method.embed_image), encode(BATCH)
+    np.testing.assert_allclose(features["image"], embed_image(params, {}, BATCH["image"]), atol=1e-6)
+    np.testing.assert_allclose(features["text"], jax.jit(method.embed_text)(params, {}, BATCH["text"]), atol=1e-6)
+    before, proj = jax.jit(method.image_features)(params, {}, BATCH["image"]), params["img"]["proj"]
     z = before @ proj["kernel"] + proj.get("bias", 0)
     np.testing.assert_allclose(l2_normalize(z), features["image"], atol=1e-5)
     np.testing.assert_allclose(
-        features["text"], method.embed_image(params, {}, np.repeat(BATCH["text"], 3, axis=3)), atol=1e-6
+        features["text"], embed_image(params, {}, np.repeat(BATCH["text"], 3, axis=3)), atol=1e-6
     )
-    features, _ = method.encode(params, {}, {**BATCH, "text": BATCH["image"]}, jax.random.key(0), train=True)
+    features = encode({**BATCH, "text": BATCH["image"]})
     np.testing.assert_allclose(jnp.sum(features["image"] * features["text"], axis=1), 1, rtol=1e-6)
 
 
@@ -130,8 +131,8 @@ def test_the_gradient_is_the_sum_of_both_passes():
         features, _ = method.encode(params, {}, BATCH, jax.random.key(0), train=True)
         return method.loss(params, {}, features, BATCH, None)[0]
 
-    of_images, of_texts = (g["img"]["patch"]["kernel"] for g in jax.grad(loss, argnums=(0, 1))(params, params))
-    both = jax.grad(one_pass)(params)["img"]["patch"]["kernel"]
+    of_images, of_texts = (g["img"]["patch"]["kernel"] for g in jax.jit(jax.grad(loss, argnums=(0, 1)))(params, params))
+    both = jax.jit(jax.grad(one_pass))(params)["img"]["patch"]["kernel"]
     np.testing.assert_allclose(both, of_images + of_texts, atol=2e-5)
     assert min(jnp.abs(of_images).max(), jnp.abs(of_texts).max()) > 1e-4
 
@@ -215,7 +216,8 @@ def test_the_checkpoint_alone_embeds_texts(trained):
     texts = ["a cat", "문어", "", "a very long text " * 50, "octopus"]
     z = model.embed_text(texts)
     assert z.shape == (5, 16) and z.dtype == np.float32
-    np.testing.assert_allclose(z, model.method.embed_text(model.params, {}, model.tokenizer(texts, 32)), atol=1e-5)
+    embed = jax.jit(model.method.embed_text)
+    np.testing.assert_allclose(z, embed(model.params, {}, model.tokenizer(texts, 32)), atol=1e-5)
     np.testing.assert_allclose(np.concatenate([model.embed_text(texts[:3]), model.embed_text(texts[3:])]), z, atol=1e-5)
     assert model.embed_text([]).shape == (0, 16)
     probabilities = model.classify(list(random_images(3, 2)), ["a cat", "문어"], templates=("{}", "a picture of {}"))

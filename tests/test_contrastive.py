@@ -19,7 +19,9 @@ def loss(z_image, z_text, log_scale, smoothing=0.0):
 @pytest.mark.parametrize("path", golden_files("loss_clip_infonce_*.npz"))
 def test_golden_value_and_gradients(path):
     g = np.load(path)
-    value, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(g["image_features"], g["text_features"], g["log_scale"])
+    value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(
+        g["image_features"], g["text_features"], g["log_scale"]
+    )
     np.testing.assert_allclose(value, g["loss"], rtol=1e-4, atol=1e-5)
     for grad, name in zip(grads, ("grad_image", "grad_text", "grad_log_scale"), strict=True):
         np.testing.assert_allclose(grad, g[name], rtol=1e-4, atol=1e-5)
@@ -32,7 +34,7 @@ def test_golden_label_smoothing(path):
     def summed(image, text, temperature):
         return 2 * infonce(image, text, 1 / temperature, float(g["label_smoothing"]))[0]
 
-    value, grads = jax.value_and_grad(summed, argnums=(0, 1, 2))(
+    value, grads = jax.jit(jax.value_and_grad(summed, argnums=(0, 1, 2)))(
         g["image_features"], g["text_features"], g["temperature"]
     )
     np.testing.assert_allclose(value, g["loss_sum"], rtol=1e-4, atol=1e-5)
@@ -51,7 +53,7 @@ def check_golden(path, fn, args, grads, rtol=1e-4, atol=1e-5):
       rtol, atol: tolerances.
     """
     g = np.load(path)
-    value, found = jax.value_and_grad(fn, argnums=tuple(range(len(grads))))(*(g[name] for name in args))
+    value, found = jax.jit(jax.value_and_grad(fn, argnums=tuple(range(len(grads)))))(*(g[name] for name in args))
     np.testing.assert_allclose(value, g["loss"], rtol=rtol, atol=atol)
     for grad, name in zip(found, grads, strict=True):
         np.testing.assert_allclose(grad, g[name], rtol=rtol, atol=atol, err_msg=name)
@@ -186,7 +188,9 @@ def plain(a, b, s, t):
 def test_tiles_give_value_and_gradients_of_the_whole_matrix(monkeypatch, mesh8, name, b, spread):
     monkeypatch.setattr(pairwise, "TILE_ENTRIES", 16 if name != "filip" else 64)
     args = unit(0, b, 16), unit(1, b, 16), jnp.float32(9.0), jnp.float32(0.5)
-    expected, expected_grads = jax.value_and_grad(lambda *args: plain(*args)[name], argnums=(0, 1, 2, 3))(*args)
+    expected, expected_grads = jax.jit(jax.value_and_grad(lambda *args: plain(*args)[name], argnums=(0, 1, 2, 3)))(
+        *args
+    )
     rows = batch_sharding(mesh8) if spread else None
     args = *(jax.device_put(x, rows) for x in args[:2]), *args[2:]
     value, grads = jax.jit(jax.value_and_grad(LOSSES[name], argnums=(0, 1, 2, 3)))(*args)
@@ -253,7 +257,7 @@ def test_any_scale_has_gradients(scale):
         def loss_fn(u, scale, outputs=outputs):
             return jnp.mean(jax.tree.leaves(outputs(u, scale))[0])
 
-        value, grad = jax.value_and_grad(loss_fn)(u, scale)
-        wanted, wanted_grad = jax.value_and_grad(loss_fn)(u, jnp.float32(50))
+        value, grad = jax.jit(jax.value_and_grad(loss_fn))(u, scale)
+        wanted, wanted_grad = jax.jit(jax.value_and_grad(loss_fn))(u, jnp.float32(50))
         np.testing.assert_allclose(jnp.squeeze(value), wanted, rtol=1e-6)
         np.testing.assert_allclose(grad, wanted_grad, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ sets.
 
 - Python: executed, the blocks of a page one after the other in one namespace. One whose first line is `# FILE.py` is
   written there.
-- `python -m clip_jax...`, `clip-jax ...`: its `main` is called in this process. Trainings are checked by
+- `python -m clip_jax...` and `clip-jax ...`: its `main` is called in this process. Trainings are checked by
   `train.parse_args` and `preflight.make_parts`: the configuration, its options, data, tokenizer and method. Those of
   `TRAINED` train a step or two of tiny towers. `clip_jax.study` and `clip_jax.compile` load their configuration; both
   take minutes.

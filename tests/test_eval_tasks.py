@@ -86,6 +86,14 @@ def labelled(n=21, wrong=()):
     return records, OracleModel(known)
 
 
+def check_outcomes(result, count):
+    """Checks that as many metrics have outcomes, whose mean each of them is."""
+    assert len(result.outcomes) == count
+    for name, found in result.outcomes.items():
+        assert found.values.mean() == pytest.approx(result.metrics[name]), name
+        assert len(found.values) == len(found.groups)
+
+
 def test_zeroshot_task():
     records, model = labelled(wrong=(1, 2, 8))  # two of three dogs, one of three hot dogs
     result = zeroshot_task(model, MemorySource(records, class_names=NAMES), name="pets", batch_size=8)
@@ -96,6 +104,7 @@ def test_zeroshot_task():
     assert (m["pets/images"], m["pets/classes"], m["pets/skipped"]) == (21, 7, 0)
     assert all(type(value) is float for value in m.values())
     assert model.image_calls == [8, 8, 5]
+    check_outcomes(result, 2)
 
     table = result.artefacts["classification"]["pets"]
     assert table.class_names[2] == "hot dog"
@@ -275,6 +284,8 @@ def test_retrieval_task():
     m = result.metrics
     assert (m["coco/images"], m["coco/texts"], m["coco/skipped"]) == (30, 58, 0)
     assert m["coco/image_to_text_R@1"] == 1.0  # any caption of the image counts
+    check_outcomes(result, 6)
+    assert len(set(result.outcomes["coco/text_to_image_R@1"].groups)) == 29  # the captions of an image are one thing
     assert 0.5 <= m["coco/text_to_image_R@1"] < 0.7  # every second caption is known, the others are random
     found = result.artefacts["retrieval"]["coco"]
     assert found.image_to_text.shape == (30, 10) and found.text_to_image.shape == (58, 10)
@@ -443,8 +454,11 @@ def test_emoji_task_counts_classes_and_kinds():
 def test_emoji_task_excludes_images_but_no_classes():
     splits = emoji_splits()
     fails = {("flag: Peru", "emojione"), ("man judge", "emojione")}
-    m = run_emoji(emoji_oracle(splits, fails), splits)[0].metrics
-    cell = "emoji/unseen_concept_unseen_vendor"
+    result = run_emoji(emoji_oracle(splits, fails), splits)[0]
+    m, cell = result.metrics, "emoji/unseen_concept_unseen_vendor"
+    check_outcomes(result, 4 * 2 * 3)
+    both = [result.outcomes[f"emoji/unseen_concept_{vendor}_vendor/top1"].groups for vendor in ("seen", "unseen")]
+    assert sorted(both[0]) == sorted([*both[1]] * 2)  # two vendors and one drew the same concepts
     assert m[f"{cell}/top1"] == pytest.approx(0.8)
     assert m[f"{cell}/top1_without_flags_clocks_keycaps"] == pytest.approx(7 / 8)
     assert m[f"{cell}/top1_without_compositions"] == 1.0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO
-from helpers import TINY, losses, unit
+from helpers import TINY, interrupted, losses, unit
 from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
@@ -179,8 +179,8 @@ def test_the_loss_is_that_of_the_formula(which):
         to_image = sum(cross_entropy(9.0 * v[:, j] @ u.T) for j in range(5)) / 5
         return 0.5 * (to_text + (to_image if which == "all" else cross_entropy(9.0 * v[jnp.arange(12), DRAWN] @ u.T)))
 
-    expected, expected_grads = jax.value_and_grad(plain, argnums=(0, 1))(U, V)
-    found, grads = jax.value_and_grad(lambda u, v: mt(u, v, DRAWN, which)[0], argnums=(0, 1))(U, V)
+    expected, expected_grads = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(U, V)
+    found, grads = jax.jit(jax.value_and_grad(lambda u, v: mt(u, v, DRAWN, which)[0], argnums=(0, 1)))(U, V)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for a, b in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -198,7 +198,7 @@ def test_a_mesh_and_micro_batches_give_the_result_of_one_device():
 
 def test_the_text_that_finds_its_picture_is_drawn_for_each_example():
     _, method = setup("mt")
-    params, extra = method.init(jax.random.key(0), WITH_REWRITES)
+    params, extra = jax.jit(method.init)(jax.random.key(0), WITH_REWRITES)
     features = jax.jit(lambda rng: method.encode(params, extra, WITH_REWRITES, rng, True)[0]["drawn"])
     drawn = np.stack([features(jax.random.key(k)) for k in range(40)])
     assert drawn.min() == 0 and drawn.max() == 4 and all(len(set(column)) > 2 for column in drawn.T)
@@ -270,5 +270,5 @@ def test_a_run(tmp_path):
     clip = run("clip", str(REPO / "configs" / "clip.py:emoji"), "train.steps=3")
     assert run("none", CONFIG, "train.steps=3", "data.rewrite_prob=0") == clip and len(clip) == 3
     whole = run("whole", CONFIG, "train.steps=3")
-    run("parts", CONFIG, "train.steps=2")
+    interrupted(tmp_path / "whole", tmp_path / "parts", 2)
     assert run("parts", CONFIG, "train.steps=3") == whole != clip

@@ -131,7 +131,7 @@ def test_embeddings_of_a_locked_tower_may_be_computed_before():
         "text": rng.integers(0, 50, (4, c.model.text.context), np.int32),
         "example_id": id_words(np.arange(4)),
     }
-    params, extra = method.init(jax.random.key(0), batch)
+    params, extra = jax.jit(method.init)(jax.random.key(0), batch)
     features, _ = method.encode(params, extra, batch, jax.random.key(1), train=True)
     cached = features | {"image": method.embed_image(params, extra, batch["image"])}
     losses = [method.loss(params, extra, f, batch, jax.random.key(1))[0] for f in (features, cached)]
@@ -169,7 +169,7 @@ def kept(keys, n=16, drop=0.5):
 def test_the_masked_forward_pass_is_that_of_the_kept_patches():
     tower, image = flip_tower(0.5)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16, 16, 3)), jnp.float32)
-    params = tower.init(jax.random.key(0), images)["params"]
+    params = jax.jit(tower.init)(jax.random.key(0), images)["params"]
     keys = jax.random.split(jax.random.key(1), 2)
     z, _ = tower.apply({"params": params}, images, train=True, keys=keys)
     block = Block(

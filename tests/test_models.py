@@ -165,7 +165,7 @@ def test_golden_open_clip_vit(folder):
 
 def embed(model, ids):
     module = text_tower(model)
-    params = module.init(jax.random.key(0), ids)
+    params = jax.jit(module.init)(jax.random.key(0), ids)
     return module.apply(params, ids)[0]
 
 
@@ -208,7 +208,7 @@ def test_text_pools(pool):
 def test_image_switches(switches, tokens):
     module = image_tower(tiny(**switches))
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    params = module.init(jax.random.key(0), images)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), images)["params"]
     z, x = module.apply({"params": params}, images)
     assert z.shape == (2, 16) and x.shape == (2, tokens, 32) and np.isfinite(z).all()
     assert ("pos" in params) == (switches.get("posemb") != "sincos2d") and ("ln_pre" in params) == switches.get(
@@ -222,7 +222,7 @@ def test_a_text_tower_without_blocks_is_a_bag_of_words():
     model.text.update(dict(depth=0, pool="mean"))
     module = text_tower(model)
     ids = np.array([[5, 9, 63, 0], [9, 5, 63, 0]])
-    params = module.init(jax.random.key(0), ids)
+    params = jax.jit(module.init)(jax.random.key(0), ids)
     params["params"]["pos"] = jnp.zeros_like(params["params"]["pos"])
     z = module.apply(params, ids)[0]
     np.testing.assert_allclose(z[0], z[1], atol=1e-6)
@@ -258,7 +258,7 @@ def test_bfloat16_compute_keeps_float32_weights():
     model = tiny()
     model.dtype = "bfloat16"
     module = image_tower(model)
-    params = module.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     z, tokens = module.apply(params, jnp.ones((1, 16, 16, 3)))
     assert z.dtype == jnp.float32 and tokens.dtype == jnp.bfloat16
@@ -324,7 +324,7 @@ def test_scan_and_remat_change_only_the_layout(name, scan, remat):
     inputs = {"image": jax.random.normal(jax.random.key(1), (3, 16, 16, 3)), "text": jnp.arange(30).reshape(3, 10)}[
         name
     ]
-    params = TOWERS[name](model).init(jax.random.key(0), inputs)["params"]
+    params = jax.jit(TOWERS[name](model).init)(jax.random.key(0), inputs)["params"]
     expected, expected_grads = run_tower(name, model, params, inputs)
     model.scan, model.remat = scan, remat
     embedding, grads = run_tower(name, model, stack_layers(params, parameter_shapes(name, model, inputs)), inputs)
@@ -338,12 +338,12 @@ def test_scan_and_remat_change_only_the_layout(name, scan, remat):
 def test_scanned_layers_are_initialised_like_single_ones():
     model = tiny()
     model.scan = True
-    stacked = image_tower(model).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    stacked = jax.jit(image_tower(model).init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     assert stacked["block"]["mlp"]["fc1"]["kernel"].shape == (2, 32, 64)
     first, second = (unstack_layers(stacked)[f"block_{i}"] for i in range(2))
     assert not np.allclose(first["mlp"]["fc1"]["kernel"], second["mlp"]["fc1"]["kernel"])
     model.scan = False
-    single = image_tower(model).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]["block_0"]
+    single = jax.jit(image_tower(model).init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]["block_0"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a.std(), b.std(), rtol=0.2, atol=0.02), first, single)
 
 
@@ -445,7 +445,7 @@ def initial(tower, *args):
     """The parameters of a tower, `{path: array}`."""
     from flax import traverse_util
 
-    params = tower.init(jax.random.key(0), *args)["params"]
+    params = jax.jit(tower.init)(jax.random.key(0), *args)["params"]
     return {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO, golden_files
-from helpers import TINY, losses
+from helpers import TINY, interrupted, losses
 from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
@@ -97,7 +97,9 @@ def test_oracle_3_gradient_of_the_logits_is_softmax_minus_target():
     logits = 2 * jax.random.normal(jax.random.key(1), (N, N))
     features = dict.fromkeys(IMAGES, logits) | dict.fromkeys(TEXTS, jnp.eye(N))  # so a similarity is a logit
     weights = Options(cross_global=0.0, cross_local=0.0).weights
-    found = jax.grad(lambda x: pyramid_infonce(features | {"global": x}, np.float32(1), 0.2, weights)[0])(logits)
+    found = jax.jit(jax.grad(lambda x: pyramid_infonce(features | {"global": x}, np.float32(1), 0.2, weights)[0]))(
+        logits
+    )
     targets = 0.8 * np.eye(N) + 0.2 / (N - 1) * (1 - np.eye(N))
     both = (jax.nn.softmax(logits, 1) - targets) / N + (jax.nn.softmax(logits, 0) - targets) / N
     np.testing.assert_allclose(found, both / 2 / 2, atol=1e-6)  # the mean of two directions, and half of the weight
@@ -209,7 +211,7 @@ def test_golden_leff(folder):
     np.testing.assert_allclose(
         leff.apply(variables, x, True, mutable=["batch_stats"])[0], g["y_train"].swapaxes(0, 1), rtol=1e-4, atol=1e-5
     )
-    grad = jax.grad(lambda x: jnp.mean(leff.apply(variables, x) ** 2))(x)
+    grad = jax.jit(jax.grad(lambda x: jnp.mean(leff.apply(variables, x) ** 2)))(x)
     np.testing.assert_allclose(grad, g["grad_x_of_mean_y_squared"].swapaxes(0, 1), rtol=1e-4, atol=1e-7)
 
 
@@ -228,7 +230,7 @@ def test_weights_round_trip_through_the_layout(folder):
 def test_oracle_6_leff_keeps_the_class_token_and_can_be_silent():
     leff = LeFF(32, "quick_gelu", block_init("clip_image", 16, 32, 2))
     x = jax.random.normal(jax.random.key(0), (2, 10, 16))
-    variables = leff.init(jax.random.key(1), x)
+    variables = jax.jit(leff.init)(jax.random.key(1), x)
     y = leff.apply(variables, x)
     assert np.array_equal(y[:, 0], x[:, 0]) and np.abs(y[:, 1:]).min() > 0
     silent = {**variables, "params": variables["params"] | {"bn3": dict.fromkeys(("scale", "bias"), jnp.zeros(16))}}
@@ -242,7 +244,7 @@ def tower():
     """Returns `(image tower, variables, regions)`."""
     c, _ = setup()
     towers = TwoTower(c.model)
-    variables = towers.image.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))
+    variables = jax.jit(towers.image.init)(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))
     return towers.image, variables, jax.random.normal(jax.random.key(1), (3, 5, c.model.image.region_dim))
 
 
@@ -257,7 +259,7 @@ def test_oracle_5_order_and_padding_of_regions_do_not_matter(tower, kind):
             TwoTower(c.copy_and_resolve_references().model).image,
             jax.random.normal(jax.random.key(1), (3, 5, 2052)),
         )
-        variables = image.init(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
+        variables = jax.jit(image.init)(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
     embed = jax.jit(
         lambda regions, mask: image.apply({"params": variables["params"]}, None, regions=regions, mask=mask)[0]
     )
@@ -270,11 +272,13 @@ def test_oracle_5_order_and_padding_of_regions_do_not_matter(tower, kind):
 
 def test_oracle_7_regions_touch_neither_the_first_blocks_nor_statistics(tower):
     image, variables, regions = tower
-    grads, new = jax.grad(
-        lambda p: (lambda out, new: (jnp.sin(out[0]).sum(), new))(
-            *image.apply({**variables, "params": p}, None, train=True, regions=regions, mutable=["batch_stats"])
-        ),
-        has_aux=True,
+    grads, new = jax.jit(
+        jax.grad(
+            lambda p: (lambda out, new: (jnp.sin(out[0]).sum(), new))(
+                *image.apply({**variables, "params": p}, None, train=True, regions=regions, mutable=["batch_stats"])
+            ),
+            has_aux=True,
+        )
     )(variables["params"])
     jax.tree.map(np.testing.assert_array_equal, new["batch_stats"], variables["batch_stats"])
     touched = {name for name, g in grads.items() if any(np.any(x) for x in jax.tree.leaves(g))}
@@ -285,7 +289,7 @@ def test_pooling_over_real_words_ignores_padding():
     c, _ = setup()
     text, end = TwoTower(c.model).text.clone(pool="max_masked"), c.model.text.eot_id
     ids = np.array([[7, 8, end, 0, 0, 0], [7, 8, end, 5, 9, 9]], np.int32)
-    variables = text.init(jax.random.key(0), ids)
+    variables = jax.jit(text.init)(jax.random.key(0), ids)
     z = text.apply(variables, ids)[0]
     np.testing.assert_allclose(z[0], z[1], rtol=1e-5)
     everything = text.clone(pool="max").apply(variables, ids)[0]
@@ -360,7 +364,7 @@ def test_a_run_that_was_interrupted_goes_on_the_same_with_its_statistics(tmp_pat
         return losses(tmp_path / name), jax.device_get(load(tmp_path / name).extra)
 
     whole, extra = run("whole", "train.steps=4")
-    run("parts", "train.steps=2")
+    interrupted(tmp_path / "whole", tmp_path / "parts", 2)
     found, after = run("parts", "train.steps=4")
     assert found == whole and len(whole) == 4 and np.isfinite(list(whole.values())).all()
     jax.tree.map(np.testing.assert_array_equal, after, extra)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import TINY, losses, run, tiny_config, train_command
+from helpers import TINY, interrupted, losses, run, tiny_config, train_command
 from model_helpers import BATCH
 
 from clip_jax import config, evaluate, search
@@ -228,7 +228,12 @@ def trained(tmp_path_factory):
     """A run of six steps, and the command that resumes it."""
     workdir = tmp_path_factory.mktemp("raclip")
     command = train_command(
-        workdir, *RACLIP, "raclip.retrieval=cached", "raclip.out_init=xavier", config="configs/raclip.py:smoke"
+        workdir,
+        *RACLIP,
+        "raclip.retrieval=cached",
+        "raclip.out_init=xavier",
+        "checkpoint.keep=3",
+        config="configs/raclip.py:smoke",
     )
     assert run(command).returncode == 0
     return workdir, command
@@ -238,12 +243,11 @@ def test_a_checkpoint_carries_its_bank_and_a_run_resumes_bit_by_bit(trained, tmp
     from clip_jax.inference import load
 
     workdir, command = trained
-    parts = [part.replace(str(workdir), str(tmp_path)) for part in command]
-    assert run([*parts, "--config.train.steps=2"]).returncode == 0
-    again = run(parts)
+    parts = interrupted(workdir, tmp_path / "parts", 2)
+    again = run([part.replace(str(workdir), str(parts)) for part in command])
     assert again.returncode == 0 and "from step 2" in again.stdout, again.stderr
-    whole, resumed = load(workdir), load(tmp_path)
-    assert losses(tmp_path) == losses(workdir) and len(losses(workdir)) == 6
+    whole, resumed = load(workdir), load(parts)
+    assert losses(parts) == losses(workdir) and len(losses(workdir)) == 6
     jax.tree.map(np.testing.assert_array_equal, (whole.params, whole.extra), (resumed.params, resumed.extra))
     bank, count = whole.extra["bank"], int(whole.extra["bank"]["count"])
     assert count == whole.config.raclip.bank_size and not np.any(bank["image"][count:])

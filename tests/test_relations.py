@@ -95,6 +95,7 @@ def test_only_the_wrong_objects_are_necessary():
     records[4]["texts"] += ["another caption"]  # the wrong caption belongs to the first one
     result = relations_task(Stub(scores), source(records), name="mine")
     m = result.metrics
+    assert list(result.outcomes["mine/relations"].values) == [1.0, 1.0] and len(result.outcomes) == 7
     assert (m["mine/relations"], m["mine/images"], m["mine/skipped"]) == (1.0, 2, 3)
     assert not [key for key in m if "attributes" in key or "seen" in key]
     assert list(result.artefacts["relations"]) == ["mine/relations"]

@@ -1,5 +1,6 @@
 """Tuning, intervals, the figure, the report, and the studies in configs/studies."""
 
+import importlib
 import json
 import math
 import re
@@ -10,7 +11,7 @@ import pytest
 from conftest import REPO
 from helpers import TINY, Page
 
-from clip_jax import study
+from clip_jax import study, train
 from clip_jax.errors import UserError
 from clip_jax.evaluation import outcomes
 from clip_jax.evaluation.results import Outcomes
@@ -56,7 +57,7 @@ def test_values_are_tried_for_half_of_the_steps_and_the_best_one_is_trained(tmp_
 
     trained = []
 
-    def train(run):
+    def pretend_to_train(run):
         trained.append(run)
         right = {"0.1": [0, 0, 0, 1], "0.2": [1, 1, 0, 1], "0.3": [1, 1, 1, 0]}
         if run.value:
@@ -64,7 +65,7 @@ def test_values_are_tried_for_half_of_the_steps_and_the_best_one_is_trained(tmp_
         else:
             pretend(run, a=[1, 0, 1, run.seed], b=[0, 0] if run.row.name == "CLIP" else [1, 1])
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs, "train", pretend_to_train)
     study.run_study(two, tmp_path / "s", 2, [], line="python -m x")
     out = capsys.readouterr().out
     order = [(run.row.name, run.seed, run.value) for run in trained]
@@ -199,6 +200,54 @@ def test_wrong_reports(tmp_path, capsys):
     ]:
         assert study.main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_whole_study_with_tuning_an_index_and_a_report(tmp_path, capsys, monkeypatch):
+    """All real but for the processes: the commands run in this one."""
+
+    def in_process(command, log):
+        _, module, *arguments = command
+        if module == "clip_jax.train":
+            chosen, workdir, *_ = train.parse_args(arguments)
+            train.train(chosen, workdir, lambda line: None)
+            return 0, ""
+        return importlib.import_module(module).main(arguments), ""
+
+    monkeypatch.setattr(runs, "_call", in_process)
+    monkeypatch.chdir(tmp_path)
+    few = "emoji?part=concept:1/60"
+    score = ("clip_jax.tools.clip_score", f"--source={few}", "--checkpoint={after}", "--keep=0.5")
+    tiny = (*TINY, "train.steps=4", "checkpoint.steps=0", "eval.batch_size=16")
+    rows = (
+        Row("CLIP", CLIP, (*tiny, f"data.source={few}"), tune=("optim.lr", (0.001, 0.01, 0.1))),
+        Row("filtered", CLIP, (*tiny, f"data.source={few}{{index}}"), tuned_as="CLIP", after="CLIP", index=score),
+    )
+    task = "retrieval(source='emoji', split='{}_unseen_vendor', limit=16, name='{}')"
+    metric = "{}/image_to_text_R@5"
+    tiny_study = Study(
+        "Tiny",
+        rows,
+        {"R@5": metric.format("test")},
+        equal_compute=True,
+        tasks=(task.format("test", "test"),),
+        tune_tasks=(task.format("val", "val"),),
+        tune_metric=metric.format("val"),
+    )
+    study.run_study(tiny_study, tmp_path / "tiny", 1, [])
+    about = json.loads((tmp_path / "tiny" / "study.json").read_text())
+    assert set(about["tried"]["CLIP"]) == {"0.001", "0.01", "0.1"} and about["done"] == [5, 5]
+    best = max(about["tried"]["CLIP"], key=about["tried"]["CLIP"].get)
+    for row in ("CLIP", "filtered"):
+        stored = json.loads((tmp_path / "tiny" / row / "seed_0" / "config.json").read_text())
+        assert stored["optim"]["lr"] == float(best) and stored["train"]["steps"] == 4
+        kept = outcomes.read(tmp_path / "tiny" / row / "seed_0" / outcomes.FILE, 4)
+        (value,) = (m[metric.format("test")] for m in about["runs"]["as trained"][row])
+        assert kept[metric.format("test")].values.mean() == pytest.approx(value) and len(kept) == 6
+    assert stored["data"]["source"].endswith(f"?index={tmp_path}/tiny/filtered/index")
+    (difference,) = about["differences"][1:]
+    assert "[" in difference[3] and difference[4] == "16 of 16"
+    assert study.main(["--report", str(tmp_path / "tiny"), "--out=all.html"]) == 0
+    assert "(chosen)" in Page((tmp_path / "all.html").read_text()).text
 
 
 STUDIES = "methods noise few_pairs scale detail labels sources one_encoder batch cost".split()

@@ -67,7 +67,7 @@ def test_attention_on_padded_sequences_is_attention(tokens, causal):
     inputs = jax.random.normal(jax.random.key(2), (4, 2, tokens, 3, 8))
 
     def run(attend):
-        return jax.value_and_grad(lambda qkv: jnp.sum(inputs[3] * attend(*qkv)))(inputs[:3])
+        return jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(inputs[3] * attend(*qkv))))(inputs[:3])
 
     expected = run(lambda q, k, v: transformer.attend(q, k, v, causal=causal))
     found = run(lambda q, k, v: transformer.attend_even(q, k, v, causal, "xla"))
@@ -115,5 +115,5 @@ def test_float16_attention_runs_on_every_device(causal):
     z = jax.jit(lambda *x: transformer.attend(*x, causal=causal))(*half)
     assert z.dtype == jnp.float16
     np.testing.assert_allclose(z, transformer.attend(q, k, v, causal=causal), atol=5e-3)
-    gradient = jax.grad(lambda *x: transformer.attend(*x, causal=causal).astype(jnp.float32).sum())(*half)
+    gradient = jax.jit(jax.grad(lambda *x: transformer.attend(*x, causal=causal).astype(jnp.float32).sum()))(*half)
     assert gradient.dtype == jnp.float16 and np.isfinite(gradient).all()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import REPO, golden_files
 from data_helpers import write_table
-from helpers import TINY, losses
+from helpers import TINY, interrupted, losses
 from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
@@ -115,7 +115,9 @@ def test_golden_loss(file):
     def loss(u, v, tau):
         return mixed_infonce(u, v, 1 / tau, g["lam"])[0]
 
-    found, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(g["image_features"], g["text_features"], g["tau"])
+    found, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(
+        g["image_features"], g["text_features"], g["tau"]
+    )
     np.testing.assert_allclose(found, g["loss"], rtol=2e-4, atol=1e-4)
     for grad, name in zip(grads, ("grad_image", "grad_text", "grad_tau"), strict=True):
         np.testing.assert_allclose(grad, g[name], rtol=2e-4, atol=1e-4)
@@ -306,5 +308,5 @@ def test_a_run_that_was_interrupted_goes_on_the_same(table, tmp_path):
         return losses(tmp_path / folder)
 
     whole = run("whole", 4)
-    run("parts", 2)
+    interrupted(tmp_path / "whole", tmp_path / "parts", 2)
     assert run("parts", 4) == whole and len(whole) == 4 and np.isfinite(list(whole.values())).all()

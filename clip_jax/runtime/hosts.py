@@ -353,7 +353,10 @@ def launch(processes, command):
 
 def main(argv=None):
     """Runs the command `--processes=N MODULE ...` and returns its exit status."""
-    count_flag, *command = sys.argv[1:] if argv is None else argv
+    count_flag, *command = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if count_flag in ("-h", "--help"):
+        print(__doc__)
+        return 0
     name, _, processes = count_flag.partition("=")
     if name != "--processes" or not processes.isdecimal() or not int(processes) or not command:
         print(f"error: give --processes=N, N at least 1, and a module; got {count_flag!r}", file=sys.stderr)

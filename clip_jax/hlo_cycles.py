@@ -44,8 +44,9 @@ class Row(NamedTuple):
       source: the operation of the source program, with its path of modules, or "".
       part: a key of `PARTS`, or one of `COPIES`, `LINKS`, `OTHER`.
       basis: where the figure comes from. "compiler": the compiler's estimate. "kernel": the compiler's estimate of a
-        Pallas kernel compiled alone. "stated": the cost that a Pallas kernel states, at the chip's peaks. "memory",
-        "links": bytes over the bandwidth. "none": no figure is known, and the row counts as nothing.
+        Pallas kernel compiled alone, or the time of its bytes where that is longer. "stated": the cost that a Pallas
+        kernel states, at the chip's peaks. "memory", "links": bytes over the bandwidth. "none": no figure is known, and
+        the row counts as nothing.
       cycles: of one run; for asynchronous exchanges and copies only the wait for their end.
       hidden: the cycles of one asynchronous exchange or copy during which other instructions run.
       times: how often it runs in a step.
@@ -302,7 +303,8 @@ class _Walk:
 
     def _kernel(self, i, scope):
         if (key := _key(i, scope)) in self.kernels:
-            return "kernel", self.kernels[key]
+            memory = self.module.traffic(i, scope) / self.peaks.memory if self.peaks else 0.0
+            return "kernel", max(self.kernels[key], memory)
         stated = {name: float(n) for name, n in re.findall(r'"(flops|bytes_accessed)":"(\d+)"', i.attributes)}
         if not self.peaks or not any(stated.values()):
             return "none", 0.0

@@ -4,8 +4,9 @@ The compiler's estimate of a whole step leaves kernels out. It gives their cycle
 own instructions, `--xla_jf_dump_static_llo_profile_to`. That flag is read when libtpu loads, and some programs make
 the compiler abort with it, so the kernels are compiled in a process of their own.
 
-The profile takes time that grows with the square of a kernel's grid, and its cycles grow linearly. A large grid is cut
-to two small ones, whose difference gives the cycles of the rest. A kernel with a loop inside gets no estimate: zero.
+The profile takes time that grows with the square of the work, and for some kernels that read from the HBM it is zero. So
+a kernel is compiled for two rounds of its grid, on arrays that hold the blocks of these rounds and lie on the chip.
+`clip_jax.hlo_cycles` compares the cycles with the time that the HBM needs for the whole arrays.
 """
 
 import base64
@@ -26,8 +27,6 @@ from clip_jax.runtime import topology as topology_lib
 _DTYPES = {"pred": "bool", "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 _DTYPES |= {f"{short}{bits}": f"{long}{bits}" for short, long in (("s", "int"), ("u", "uint")) for bits in (8, 16, 32)}
 _FLAG = "--xla_jf_dump_static_llo_profile_to="
-#: A grid of more than twice as many rounds is cut.
-_ROUNDS = 8
 #: Seconds after which the process is ended; the kernels that it has not reached count as those without an estimate.
 _TIMEOUT = 1800
 
@@ -78,13 +77,14 @@ def _ask(request):
     return [json.loads(line) for line in output.splitlines()]
 
 
-def _grid(config, size=None):
-    """The rounds of a kernel's grid, and the configuration of its custom call with `size` rounds in one direction.
-
-    The direction is the first that has several rounds. Without `size` the configuration is the given one.
+def _cut(config, rounds):
+    """A kernel for fewer rounds of its grid: `(config, the rounds of the whole grid, blocks)`.
 
     Args:
       config: JSON whose `custom_call_config` holds the kernel as MLIR bytecode, base64.
+      rounds: the rounds to keep, in the first direction that has several.
+
+    The blocks are the shapes in which the kernel takes its operands and results, None for those that it takes whole.
     """
     from jaxlib.mlir import ir
     from jaxlib.mosaic.python import tpu
@@ -94,54 +94,56 @@ def _grid(config, size=None):
         context.allow_unregistered_dialects = True  # the kernel is in a dialect for storage
         tpu.register_dialect(context)
         module = ir.Module.parse(base64.b64decode(config["custom_call_config"]["body"]))
-        kernel = next(op for op in module.body.operations if "iteration_bounds" in op.attributes)
-        rounds = list(ir.DenseI64ArrayAttr(kernel.attributes["iteration_bounds"]))
-        if size:
-            first = next(i for i, n in enumerate(rounds) if n > 1)
-            cut = [*rounds[:first], size, *rounds[first + 1 :]]
-            kernel.attributes["iteration_bounds"] = ir.DenseI64ArrayAttr.get(cut)
-            body = io.BytesIO()
-            module.operation.write_bytecode(body)
-            config["custom_call_config"]["body"] = base64.b64encode(body.getvalue()).decode()
-    return rounds, json.dumps(config)
+        attributes = next(op for op in module.body.operations if "iteration_bounds" in op.attributes).attributes
+        grid = list(ir.DenseI64ArrayAttr(attributes["iteration_bounds"]))
+        first = next((i for i, n in enumerate(grid) if n > 1), None)
+        attributes["iteration_bounds"] = ir.DenseI64ArrayAttr.get(
+            [rounds if i == first else 1 for i in range(len(grid))]
+        )
+        windows = [ir.DictAttr(window) for window in ir.ArrayAttr(attributes["window_params"])]
+        blocks = [list(ir.DenseI64ArrayAttr(w["window_bounds"])) if "window_bounds" in w else None for w in windows]
+        blocks = [None] * ir.IntegerAttr(attributes["scalar_prefetch"]).value + blocks
+        body = io.BytesIO()
+        module.operation.write_bytecode(body)
+    config["custom_call_config"]["body"] = base64.b64encode(body.getvalue()).decode()
+    return json.dumps(config), math.prod(grid), blocks
 
 
 def _main(folder):
-    """Compiles the kernels of a request on stdin; prints the cycles of each as a line.
+    """Compiles the kernels of a request on stdin; prints the cycles of each as a line, null where there are none.
 
     A kernel that cannot be compiled ends the process.
     """
     import jax
-    from jax.experimental.layout import Format, Layout
+    import jax.numpy as jnp
 
     request = json.load(sys.stdin)
     topology = topology_lib.parse_topology(request["topology"].partition("*")[0])
     placed = jax.sharding.SingleDeviceSharding(topology_lib.tpu_devices(topology)[0])
 
-    def compiled_cycles(kernel, config):
-        # Kernels take and return row-major arrays. Other layouts would add copies, whose profile takes long.
-        def rows(array):
-            dtype, dims = array
-            return jax.ShapeDtypeStruct(dims, dtype, sharding=Format(Layout(tuple(range(len(dims)))), placed))
+    def cycles_of_rounds(kernel, rounds):
+        config, _, blocks = _cut(kernel["config"], rounds)
+        arrays = [
+            jax.ShapeDtypeStruct(dims if block is None else list(map(min, dims, (rounds * n for n in block))), dtype)
+            for (dtype, dims), block in zip(kernel["operands"] + kernel["results"], blocks, strict=True)
+        ]
+        count = len(kernel["operands"])
+        call = jax.ffi.ffi_call(KERNEL, arrays[count:], custom_call_api_version=1, legacy_backend_config=config)
 
-        operands, results = (list(map(rows, kernel[name])) for name in ("operands", "results"))
-        call = jax.ffi.ffi_call(KERNEL, results, custom_call_api_version=1, legacy_backend_config=config)
-        compiled = jax.jit(call, out_shardings=[result.format for result in results]).lower(*operands)
-        compiled = compiled.compile(compiler_options=request["options"])
-        name = re.search(rf'%([\w.\-]+) = [^\n]* custom_call_target="{KERNEL}"', compiled.as_text())[1]
+        def run(value):  # the compiler keeps arrays on the chip that are made there
+            return call(*(jnp.full(x.shape, value.astype(x.dtype)) for x in arrays[:count]))
+
+        lowered = jax.jit(run).lower(jax.ShapeDtypeStruct((), "float32", sharding=placed))
+        text = lowered.compile(compiler_options=request["options"]).as_text()
+        name = re.search(rf'%([\w.\-]+) = [^\n]* custom_call_target="{KERNEL}"', text)[1]
         profile = (pathlib.Path(folder) / f"{name}_static_llo_profile.textproto").read_text()
         return int(re.search(r"estimated_cycles: (\d+)", profile)[1])
 
     for kernel in request["kernels"]:
-        rounds, config = _grid(kernel["config"])
-        first = next((n for n in rounds if n > 1), 1)
-        size = -(-_ROUNDS * first // math.prod(rounds))
-        if first <= 2 * size:
-            cycles = compiled_cycles(kernel, config)
-        else:
-            small, large = (compiled_cycles(kernel, _grid(config, n)[1]) for n in (size, 2 * size))
-            cycles = large + (first - 2 * size) * (large - small) / size
-        print(cycles, flush=True)
+        _, whole, _ = _cut(kernel["config"], 1)
+        # What does not fit onto the chip in two rounds may fit in one.
+        tries = (whole / rounds * cycles_of_rounds(kernel, rounds) for rounds in (min(2, whole), 1))
+        print(json.dumps(next(filter(None, tries), None)), flush=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+#: The FLOPs that a Pallas kernel states.
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _DIGITS = re.compile(r"[a-z]+(\d+)")
 
 
@@ -185,6 +187,8 @@ class HloModule:
                 total.flops += _dot_flops(i, scope)
             elif i.op == "convolution":
                 total.flops += _convolution_flops(i, scope)
+            elif i.op == "custom-call" and (known := _KERNEL_FLOPS.search(i.attributes)):
+                total.flops += int(known[1])
             if not fused:
                 total.traffic += self.traffic(i, scope)
         return total

@@ -118,21 +118,23 @@ def step_flops(program):
 def model_flops(config, traced=None):
     """FLOPs of the model in a step: forward and backward pass, over the whole batch.
 
-    What rematerialisation and micro-batches compute twice counts once. Where the configuration has neither, `traced`,
-    its step by `trace_step`, saves the tracing.
+    What rematerialisation, micro-batches and fused attention compute twice counts once. Where the step has none of
+    them, `traced`, the step by `trace_step` for the devices of this machine, saves the tracing.
     """
-    if traced and config.micro_batches == 1 and config.model.remat == "none":
+    is_plain = config.model.attention == "plain" or jax.default_backend() == "cpu"
+    if traced and is_plain and config.micro_batches == 1 and config.model.remat == "none":
         return jaxpr_flops(traced.jaxpr)
     plain = config.copy_and_resolve_references()
-    plain.micro_batches, plain.model.remat = 1, "none"
+    plain.micro_batches = 1
+    plain.model.remat, plain.model.attention = "none", "plain"
     return step_flops(make_program(plain))
 
 
 def jaxpr_flops(jaxpr):
     """FLOPs of the matrix products and convolutions of a `ClosedJaxpr`.
 
-    A scan counts all of its rounds, a `cond` its most expensive branch, a `while` one round. A multiplication and an
-    addition are two FLOPs.
+    A scan counts all of its rounds, a `cond` its most expensive branch, a `while` one round, a Pallas kernel its own
+    figure. A `shard_map` counts once for every device of its mesh. A multiplication and an addition are two FLOPs.
     """
     return _jaxpr_flops(jaxpr.jaxpr)
 
@@ -147,8 +149,11 @@ def _jaxpr_flops(jaxpr):
         elif name == "conv_general_dilated":
             kernel = eqn.invars[1].aval.shape
             total += 2 * out * math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        elif name == "pallas_call":
+            total += eqn.params["cost_estimate"].flops
         else:
             values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else (p,))]
             inner = [_jaxpr_flops(getattr(v, "jaxpr", v)) for v in values if hasattr(getattr(v, "jaxpr", v), "eqns")]
-            total += max(inner) if name == "cond" else eqn.params.get("length", 1) * sum(inner)
+            times = eqn.params["mesh"].size if name == "shard_map" else eqn.params.get("length", 1)
+            total += max(inner) if name == "cond" else times * sum(inner)
     return total

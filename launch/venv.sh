@@ -19,8 +19,8 @@ make_venv() {
   touch "$stamp"
 }
 
-# glibc reads the variable when a process starts, so that a Python program cannot set it for itself. With huge pages a step on a CPU has far
-# fewer page faults (docs/launching.md). glibc knows the option since 2.35. A value that the user has given stays.
+# glibc reads the variable when a process starts, so that a Python program cannot set it for itself. Huge pages save
+# page faults (docs/launching.md). glibc knows the option since 2.35. A value that the user has given stays.
 use_huge_pages() {
   local modes=${1:-/sys/kernel/mm/transparent_hugepage/enabled} library version
   [[ :${GLIBC_TUNABLES:-} != *:glibc.malloc.hugetlb=* ]] || return 0

@@ -139,15 +139,20 @@ def _check_data(task):
 
 def _check_best(config, running):
     """Raises UserError when no running task computes the metric `checkpoint.best`."""
-    best = config.checkpoint.best.removeprefix("-")
-    names = [task.metric_names() for task in running]
-    if None not in names and not any(_matches(best, name) for name in itertools.chain.from_iterable(names)):
+    line = (
+        f"checkpoint.best={config.checkpoint.best!r}: no task of eval.tasks, or of eval.train_tasks with "
+        f"eval.steps={config.eval.steps}, computes this metric"
+    )
+    check_metric(config.checkpoint.best.removeprefix("-"), running, line)
+
+
+def check_metric(metric, tasks, line):
+    """Raises UserError, with a line and a hint, when none of the `Task`s computes a metric."""
+    names = [task.metric_names() for task in tasks]
+    if None not in names and not any(_matches(metric, name) for name in itertools.chain.from_iterable(names)):
         known = sorted(set(itertools.chain.from_iterable(names)))
-        hint = did_you_mean(best, known) or (f"; they compute: {', '.join(known[:10])}, ..." if known else "")
-        raise UserError(
-            f"checkpoint.best={config.checkpoint.best!r}: no task of eval.tasks, or of eval.train_tasks with "
-            f"eval.steps={config.eval.steps}, computes this metric{hint}"
-        )
+        hint = did_you_mean(metric, known) or (f"; they compute: {', '.join(known[:10])}, ..." if known else "")
+        raise UserError(line + hint)
 
 
 def _matches(metric, pattern):

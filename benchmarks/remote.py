@@ -19,7 +19,7 @@ import urllib.request
 
 import common
 import numpy as np
-from loader import synthetic_jpeg
+from loader import encoded, synthetic_photograph
 
 from clip_jax.data.loader import Loader
 from clip_jax.data.reading import Reading
@@ -94,7 +94,7 @@ def serve(folder, delay):
 def write_shards(folder, records):
     """Writes tar shards of pictures whose short side is 224, with captions; returns the bytes of a record."""
     rng = np.random.default_rng(0)
-    pictures = [synthetic_jpeg(SIZE + int(rng.integers(120)), SIZE, rng) for _ in range(PICTURES)]
+    pictures = [encoded(synthetic_photograph(SIZE + int(rng.integers(120)), SIZE, rng)) for _ in range(PICTURES)]
     for first in range(0, records, SHARD):
         with tarfile.open(f"{folder}/{first // SHARD:05d}.tar", "w") as tar:
             for number in range(first, min(first + SHARD, records)):

@@ -89,7 +89,7 @@ def _model():
     c.dtype = "bfloat16"  # of matrix products; weights, norms, softmax and losses stay float32
     c.remat = "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full (whole blocks)
     c.scan = False  # runs one compiled block depth times on stacked weights: compiles in a fraction of the time
-    c.attention = "auto"  # auto: fused by cuDNN on a GPU where possible | plain
+    c.attention = "auto"  # auto: fused where possible, on TPUs and by cuDNN on GPUs | plain
     c.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1], by colour channel
     c.image_std = (0.26862954, 0.26130258, 0.27577711)  # likewise
     # clip_jax/models/vit.py and clip_jax/models/text.py explain the fields of the towers; other kinds: their module.

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from clip_jax import compile as compile_lib
 from clip_jax.hlo_cost import hlo_cost
 from clip_jax.models import attention_tpu, transformer
 from clip_jax.models.common import platform
 from clip_jax.program import jaxpr_flops
 from clip_jax.runtime import sharding
+from clip_jax.runtime.topology import parse_topology, tpu_devices
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
@@ -67,8 +67,9 @@ def test_kernels_are_plain_attention(tpu, t, s, heads, width, causal, masked):
     found, key_bias = jax.jit(lambda: run(attention_tpu.attention, jnp.float32))()
     assert max(errors(found)) < 3e-6 and jnp.abs(key_bias).max() < 1e-4
     found, key_bias = jax.jit(lambda: run(attention_tpu.attention, jnp.bfloat16))()
-    for ours, theirs in zip(errors(found), errors(run(plain, jnp.bfloat16)[0]), strict=True):
-        assert ours < 1.1 * theirs
+    # Both round, at different places: the ratio of their errors scatters around 1.
+    ratios = np.divide(errors(found), errors(jax.jit(lambda: run(plain, jnp.bfloat16))()[0]))
+    assert np.exp(np.log(ratios).mean()) < 1.06 and ratios.max() < 1.25, ratios
     assert jnp.abs(key_bias).max() < 0.3
 
 
@@ -117,9 +118,9 @@ def test_the_module_has_the_same_parameters_values_and_gradients_on_any_mesh(tpu
     def check(found):
         def near(path, x, y):
             name, x, y = jax.tree_util.keystr(path), np.float32(x), np.float32(y)
-            # The weights depend on no bias of the keys: its gradient is nothing but rounding errors.
-            is_key_bias = "key" in name and name.endswith("['bias']")
-            assert np.linalg.norm(x - y) < (0.1 if is_key_bias else 0.01 * np.linalg.norm(y)), name
+            # The weights do not depend on the last bias of the keys: its gradient is nothing but rounding errors.
+            is_noise = f"['{'key_norm' if qk_norm_eps else 'key'}']['bias']" in name
+            assert np.linalg.norm(x - y) < (0.1 if is_noise else 0.015 * np.linalg.norm(y)), name
 
         jax.tree_util.tree_map_with_path(near, found, expected)
 
@@ -177,7 +178,7 @@ def test_flops_of_the_kernels_are_counted(tpu):
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 def test_the_compiler_of_every_chip_takes_the_kernels(slice):
     """Without a TPU; the backend of this process is a CPU."""
-    mesh = four(compile_lib.tpu_devices(compile_lib.parse_topology(slice)))
+    mesh = four(tpu_devices(parse_topology(slice)))
     m = module()
     params = jax.eval_shape(m.init, jax.random.key(0), X, X)
     params = sharding.with_shardings(params, sharding.state_shardings(params, mesh))

@@ -101,7 +101,7 @@ def test_the_text_of_the_first_steps():
         ("a.tar?captions=lines&where=a:b", "where= is a step of its own; write it after another '.'$"),
         ("https://h/{split}.jsonl", "a table is read from a local disk alone; clip_jax.tools.to_parquet"),
         ("a.tar?shard=b", "unknown option 'shard' .did you mean 'shards'"),
-        ("emoji?xyz=1", "unknown option 'xyz'; allowed: index, columns, uids, holdout, where, part, label, by, has"),
+        ("emoji?xyz=1", "option 'xyz'; allowed: index, columns, uids, holdout, exchange, where, part, label, by, has"),
         ("emoji?where=vendor:noto&lable=group", "unknown option 'lable' .did you mean 'label'"),
         ("emoji?has=tags?colums=x", "emoji.has=tags.colums=x: unknown option 'colums' .did you mean 'columns'"),
         ("emoji?index=x&where=vendor:noto", r"emoji\?index=x&where=vendor:noto: index= takes no second option"),

@@ -19,8 +19,9 @@ from clip_jax.evaluation.tasks import parse_tasks
 from clip_jax.studies import definition, intervals, runs
 from clip_jax.study import Row, Study
 
-CELLS = "test/a/top1", "test/b/top1"
-VAL = "val/top1"
+CELLS = "emoji/seen_concept_unseen_vendor/top1", "emoji/unseen_concept_unseen_vendor/top1"
+VAL = "emoji_val/unseen_concept_seen_vendor/top1"
+VAL_TASK = "emoji(subset='val')"
 CLIP = str(REPO / "configs" / "clip.py:emoji")
 
 
@@ -41,7 +42,7 @@ def small_study(**fields):
         Row("CLIP", CLIP, (*TINY, "train.steps=8"), tune=("optim.lr", (0.1, 0.2, 0.3)), line="CLIP"),
         Row("like CLIP", CLIP, (*TINY, "train.steps=8"), tuned_as="CLIP", line="like CLIP"),
     )
-    fields = dict(tune_tasks=("emoji(subset='val')",), tune_metric=VAL) | fields
+    fields = dict(tasks=("emoji()",), tune_tasks=(VAL_TASK,), tune_metric=VAL) | fields
     return Study("Small & <b>", fields.pop("rows", rows), {"both vendors": CELLS}, equal_compute=True, **fields)
 
 
@@ -102,7 +103,7 @@ def test_a_row_after_another_gets_its_folder_and_an_index(tmp_path, capsys):
         Row("filtered", CLIP, (*TINY, source), after="CLIP", index=command),
         Row("plain", CLIP, TINY),
     )
-    study.run_study(Study("", rows, {"x": VAL}), tmp_path, 2, [], dry_run=True)
+    study.run_study(Study("", rows, {"x": VAL}, tasks=(VAL_TASK,)), tmp_path, 2, [], dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     places = [re.search(r"--(?:workdir|out)=(\S+)", line)[1].removeprefix(f"{tmp_path}/") for line in lines]
     firsts = ["CLIP/seed_0", "plain/seed_0", "filtered/index", "filtered/seed_0"]

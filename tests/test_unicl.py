@@ -263,7 +263,8 @@ def test_variants_are_complete(variant, differing):
     assert c.method == "unicl" and (" + " in c.data.source) == (variant in ("", "smoke"))
     if differing:
         clip = config.load(f"{REPO}/configs/clip.py:{variant if variant == 'smoke' else 'emoji'}")
-        assert {key for key, *_ in config.differences(clip, c)} == {"method", "data.source", "unicl.class_templates"}
+        own = {"unicl.class_templates", "unicl.pairs_only"}
+        assert {key for key, *_ in config.differences(clip, c)} == {"method", "data.source", *own}
     else:
         assert len(c.unicl.class_templates) == 81 and c.optim.lr == pytest.approx(4e-3) and c.optim.grad_clip_norm == 5
         assert c.eval.transform == ("resize(256)", "center_crop")

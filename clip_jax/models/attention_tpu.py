@@ -29,6 +29,10 @@ LANES = 128
 ROWS = 16
 #: Bytes of VMEM that a kernel may take. Each core of a v4 has 16 MiB, the least of the supported chips.
 VMEM = 15 * 2**20
+#: The most heads of a block, which are one piece of straight code.
+HEADS = 8
+#: By how many heads the first products of a head are ahead of its softmax.
+AHEAD = 4
 #: Added to the scores of pairs that do not attend.
 HIDDEN = -1e30
 
@@ -72,8 +76,8 @@ def attention(q, k, v, biases, heads, mask=None, causal=False):
     It is differentiable once, in reverse mode. A query without keys gets the mean of the values, and no gradient.
 
     Args:
-      q: queries `[b, t, H * d]`, bfloat16; float32 also works.
-      k, v: keys and values `[b, s, H * d]`.
+      q: queries `[b, t, H * d]`, in the dtype of the values or float32.
+      k, v: keys and values `[b, s, H * d]`, bfloat16; float32 also works.
       biases: three float32 arrays `[H * d]`. None adds nothing.
       heads: number of heads H.
       mask: bool `[b, s]`, True at the keys that are attended to. None allows all.
@@ -88,17 +92,21 @@ def _attention(plan, q, k, v, biases, mask):
 
 
 def _forward(plan, q, k, v, biases, mask):
-    q, k, v = (x if bias is None else add(x, bias) for x, bias in zip((q, k, v), biases, strict=True))
+    k, v = (x if bias is None else add(x, bias) for x, bias in zip((k, v), biases[1:], strict=True))
+    dtype = jnp.zeros((), q.dtype)  # of the gradient
+    q = q.astype(jnp.float32) + (0.0 if biases[0] is None else biases[0])
+    # Exponentials are powers of 2 here. Rounding comes last, so that the factor costs no precision.
+    q = (q * (plan.width**-0.5 * math.log2(math.e))).astype(v.dtype)
     mask = None if mask is None else mask.astype(jnp.float32)[:, None]
     out, lse = _on_devices(_run_forward, plan, "qkkm", "ql", q, k, v, mask)
-    return out, (q, k, v, biases, mask, lse)
+    return out, (q, k, v, biases, mask, lse, dtype)
 
 
 def _backward(plan, residuals, d_out):
-    q, k, v, biases, mask, lse = residuals
-    *grads, sums = _on_devices(_run_backward, plan, "qkkmlq", "qkkb", q, k, v, mask, lse, d_out)
+    q, k, v, biases, mask, lse, dtype = residuals
+    d_q, d_k, d_v, sums = _on_devices(_run_backward, plan, "qkkmlq", "qkkb", q, k, v, mask, lse, d_out)
     d_biases = tuple(None if bias is None else sums[:, i].sum(0) for i, bias in enumerate(biases))
-    return *grads, d_biases, None
+    return d_q.astype(dtype.dtype), d_k, d_v, d_biases, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -146,23 +154,31 @@ class _Call(NamedTuple):
 
     @property
     def columns(self):
-        """The columns of a block: the fewest heads that fill whole vectors, or all."""
-        columns = math.lcm(self.plan.width, LANES)
-        return columns if self.width % columns == 0 else self.width
+        """The columns of a block: at most `HEADS` heads that fit into VMEM and fill whole vectors, or all heads."""
+        d, least = self.plan.width, math.lcm(self.plan.width, LANES)
+        if self.width % least:
+            return self.width
+        options = [n for n in range(min(self.width, HEADS * d), least, -1) if n % least == 0 and self.width % n == 0]
+        return next((n for n in options if self.most(n)), least)
 
     @property
     def padded(self):
         """The numbers of queries and keys in VMEM."""
         return _up(self.t, LANES), _up(self.s, ROWS)
 
-    def examples(self, b):
-        """Returns the number of examples in a step of a kernel, a divisor of b; 0 if one does not fit into VMEM."""
+    def most(self, columns):
+        """Returns the number of examples whose blocks of so many columns fit into VMEM."""
         t, s = self.padded
         # The backward pass: queries, their gradient and that of the output; keys, values and their gradients; all
-        # twice, as the next step's are loaded meanwhile. Scores, weights and their gradients in float32.
-        block, scores = 2 * 2 * (3 * t + 4 * s) * _up(self.columns, LANES), 8 * 4 * s * t
-        most = (VMEM - scores) // block
-        return next((n for n in range(min(b, max(most, 0)), 0, -1) if b % n == 0), 0)
+        # twice, as the next step's are loaded meanwhile. In float32 the scores and the gradients of the weights of the
+        # heads that are started, and four such arrays of the head that is finished.
+        block = 2 * 2 * (3 * t + 4 * s) * _up(columns, LANES)
+        scores = (2 * min(AHEAD, columns // self.plan.width) + 4) * 4 * s * t
+        return max(0, (VMEM - scores) // block)
+
+    def examples(self, b):
+        """Returns the number of examples in a step of a kernel, a divisor of b; 0 if one does not fit into VMEM."""
+        return next((n for n in range(min(b, self.most(self.columns)), 0, -1) if b % n == 0), 0)
 
     def __call__(self, kernel, name, products, inputs, outputs, arrays, results):
         """Returns the results of a kernel, which works on a block of heads of a few examples in each step of its grid.
@@ -200,40 +216,69 @@ class _Call(NamedTuple):
             name=name,
         )(*arrays)
 
-    def tiles(self):
-        """The rows of the queries that are worked on together."""
-        return [slice(first, first + LANES) for first in range(0, self.padded[0], LANES)]
-
-    def groups(self):
-        """Yields the columns of the heads in a block that are worked on together, and a list of these heads.
-
-        The list has the number of each head in the block, with the first and the last of its columns in the group.
-        """
+    def heads(self):
+        """The `_Head`s of a block."""
         d = self.plan.width
         size = LANES // d if LANES % d == 0 and self.columns % LANES == 0 else 1
-        for head in range(0, self.columns // d, size):
-            yield slice(head * d, (head + size) * d), [(head + h, (h * d, (h + 1) * d)) for h in range(size)]
+        return [
+            _Head(first + h, (first * d, (first + size) * d), (h * d, (h + 1) * d), h == size - 1)
+            for first in range(0, self.columns // d, size)
+            for h in range(size)
+        ]
+
+
+class _Head(NamedTuple):
+    """A head of a block.
+
+    Attributes:
+      number: its number in the block.
+      group: the first and the last column of the heads that it is worked on with.
+      lanes: the first and the last of its own columns in the group.
+      ends: whether it is the last head of its group.
+    """
+
+    number: int
+    group: tuple[int, int]
+    lanes: tuple[int, int]
+    ends: bool
+
+
+def _pipeline(heads, start, finish):
+    """Calls `finish(head, start(head))` for all heads.
+
+    The starts are `AHEAD` heads ahead in the program. The compiler keeps to its order so far that otherwise the matrix
+    unit would wait for the softmax of each head.
+    """
+    started = [start(head) for head in heads[:AHEAD]]
+    for i, head in enumerate(heads):
+        started += map(start, heads[i + AHEAD : i + AHEAD + 1])
+        finish(head, started.pop(0))
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, *refs, call):
     *mask_ref, out_ref, lse_ref = refs
 
     def example(i, carry):
-        column = _column(call, mask_ref, i)
-        for columns, heads in call.groups():
-            keys = [_keep(k_ref[i, :, columns], call.s, lanes) for _, lanes in heads]
-            values = [_keep(v_ref[i, :, columns], call.s, lanes) for _, lanes in heads]
-            for rows in call.tiles():
-                q, out = q_ref[i, rows, columns], 0.0
-                for (head, _), k, v in zip(heads, keys, values, strict=True):
-                    scores = _scores(call, k, q, column, rows)
-                    largest = jnp.max(scores, axis=0, keepdims=True)
-                    weights = jnp.exp2(scores - largest)
-                    total = jnp.sum(weights, axis=0, keepdims=True)
-                    out += _dot((weights * (1.0 / total)).astype(v.dtype), v, 0, 0)
-                    lse = jnp.where(largest > HIDDEN / 2, largest + jnp.log2(total), -HIDDEN)
-                    lse_ref[i, head : head + 1, rows] = lse
-                out_ref[i, rows, columns] = out.astype(out_ref.dtype)
+        column, outs = _column(call, mask_ref, i), []
+        turned = functools.cache(lambda group: _keep(v_ref[i, :, slice(*group)], call.s).T)
+
+        def start(head):
+            columns = slice(*head.group)
+            return _scores(call, _keep(k_ref[i, :, columns], call.s, head.lanes), q_ref[i, :, columns], column)
+
+        def finish(head, scores):
+            largest = jnp.max(scores, axis=0, keepdims=True)
+            weights = jnp.exp2(scores - largest)
+            total = jnp.sum(weights, axis=0, keepdims=True)
+            v = turned(head.group)[slice(*head.lanes)]
+            outs.append(_dot(v, weights.astype(v.dtype), 1, 0) * (1.0 / total))
+            lse = jnp.where(largest > HIDDEN / 2, largest + jnp.log2(total), -HIDDEN)
+            lse_ref[i, head.number : head.number + 1, :] = lse
+            if head.ends:
+                out_ref[i, :, slice(*head.group)] = jnp.concatenate(outs).astype(out_ref.dtype).T
+                outs.clear()
+
+        _pipeline(call.heads(), start, finish)
         return carry
 
     jax.lax.fori_loop(0, len(q_ref), example, 0)
@@ -241,37 +286,42 @@ def _forward_kernel(q_ref, k_ref, v_ref, *refs, call):
 
 def _backward_kernel(q_ref, k_ref, v_ref, *refs, call):
     *mask_ref, lse_ref, d_out_ref, d_q_ref, d_k_ref, d_v_ref, sums_ref = refs
-    factor = call.plan.width**-0.5
 
     def example(i, carry):
-        column = _column(call, mask_ref, i)
-        for columns, heads in call.groups():
-            k, v = k_ref[i, :, columns], _keep(v_ref[i, :, columns], call.s)
-            keys = [_keep(k, call.s, lanes) for _, lanes in heads]
-            d_k = d_v = sums = 0.0
-            for rows in call.tiles():
-                q, d_out = (_keep(ref[i, rows, columns], call.t - rows.start) for ref in (q_ref, d_out_ref))
-                d_q = 0.0
-                for (head, lanes), k in zip(heads, keys, strict=True):
-                    lse = lse_ref[i, head : head + 1, rows]
-                    if rows.stop > call.t:  # what is behind the last query may be no number
-                        lse = jnp.where(_iota(lse.shape, 1) < call.t - rows.start, lse, -HIDDEN)
-                    weights = jnp.exp2(_scores(call, k, q, column, rows) - lse)
-                    d_out_h = _keep(d_out, LANES, lanes)
-                    d_weights = _dot(v, d_out_h, 1, 1)
-                    mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
-                    d_scores = (weights * (d_weights - mean)).astype(q.dtype)
-                    d_q += _dot(d_scores, k, 0, 0)
-                    d_k += _dot(d_scores, _keep(q, LANES, lanes), 1, 0)
-                    d_v += _dot(weights.astype(q.dtype), d_out_h, 1, 0)
-                d_q *= factor
-                d_q_ref[i, rows, columns] = d_q.astype(d_q_ref.dtype)
-                sums += jnp.sum(d_q, axis=0, keepdims=True)
-            d_k *= factor
-            d_k_ref[i, :, columns], d_v_ref[i, :, columns] = d_k.astype(d_k_ref.dtype), d_v.astype(d_v_ref.dtype)
-            sums_ref[i, 0:1, columns] = sums
-            sums_ref[i, 1:2, columns] = jnp.sum(d_k, axis=0, keepdims=True)
-            sums_ref[i, 2:3, columns] = jnp.sum(d_v, axis=0, keepdims=True)
+        column, grads = _column(call, mask_ref, i), []
+
+        @functools.cache
+        def load(group):
+            q, d_out = (_keep(ref[i, :, slice(*group)], call.t) for ref in (q_ref, d_out_ref))
+            k, v = (_keep(ref[i, :, slice(*group)], call.s) for ref in (k_ref, v_ref))
+            return (q, k, v, d_out), (q.T, k.T, d_out.T)
+
+        def start(head):
+            (q, k, v, d_out), _ = load(head.group)
+            d_out = _keep(d_out, len(d_out), head.lanes)
+            return _scores(call, _keep(k, len(k), head.lanes), q, column), _dot(v, d_out, 1, 1)
+
+        def finish(head, started):
+            scores, d_weights = started
+            lse = lse_ref[i, head.number : head.number + 1, :]
+            if lse.shape[1] > call.t:  # what is behind the last query may be no number
+                lse = jnp.where(_iota(lse.shape, 1) < call.t, lse, -HIDDEN)
+            weights = jnp.exp2(scores - lse)
+            mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
+            d_scores = weights * (d_weights - mean)
+            q, k, d_out = (x[slice(*head.lanes)] for x in load(head.group)[1])
+            weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
+            grads.append((_dot(k, d_scores, 1, 0), _dot(q, d_scores, 1, 1), _dot(d_out, weights, 1, 1)))
+            if head.ends:
+                # The queries have the other factors of the gradient of the keys.
+                factors = call.plan.width**-0.5, math.log(2), 1.0
+                for j, ref in enumerate((d_q_ref, d_k_ref, d_v_ref)):
+                    grad = jnp.concatenate([x[j] for x in grads]).T * factors[j]
+                    ref[i, :, slice(*head.group)] = grad.astype(ref.dtype)
+                    sums_ref[i, j : j + 1, slice(*head.group)] = jnp.sum(grad, axis=0, keepdims=True)
+                grads.clear()
+
+        _pipeline(call.heads(), start, finish)
         return carry
 
     jax.lax.fori_loop(0, len(q_ref), example, 0)
@@ -285,20 +335,24 @@ def _iota(shape, axis):
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def _scores(call, k, q, column, rows):
-    """Returns the scores of the queries of `rows`, as powers of 2, `[s, rows]`; hidden ones are very small."""
-    scores = _dot(k, q, 1, 1) * (call.plan.width**-0.5 * math.log2(math.e))
+def _scores(call, k, q, column):
+    """Returns the scores of a head as powers of 2, float32 `[s, t]`; hidden ones are very small."""
+    scores = _dot(k, q, 1, 1)
     if call.plan.causal:
-        hidden = _iota(scores.shape, 0) > rows.start + _iota(scores.shape, 1)
+        hidden = _iota(scores.shape, 0) > _iota(scores.shape, 1)
         scores = scores + jnp.where(hidden, 2 * HIDDEN, 0.0)
-    return scores if column is None else scores + column
+    if column is None:
+        return scores
+    first = len(scores) - len(column)
+    return jnp.concatenate([scores[:first], scores[first:] + column]) if first else scores + column
 
 
 def _column(call, mask_ref, i):
-    """Returns what is added to the scores of the keys of an example, float32 `[s, 1]`, or None."""
+    """Returns what is added to the scores of the last keys of an example, float32 `[n, 1]`, or None."""
     rows, column = call.padded[1], None
     if rows != call.s and not call.plan.causal:  # a causal mask hides the rows behind the last key from all queries
-        column = jnp.where(_iota((rows, 1), 0) < call.s, 0.0, 2 * HIDDEN)
+        first = 0 if mask_ref else call.s // 8 * 8  # a register has 8 rows
+        column = jnp.where(first + _iota((rows - first, 1), 0) < call.s, 0.0, 2 * HIDDEN)
     if mask_ref:
         # A row of lanes becomes a column. What is behind the last key may be no number.
         row = jnp.where(mask_ref[0][i] == 1.0, 0.0, HIDDEN)

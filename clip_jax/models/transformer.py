@@ -85,7 +85,7 @@ def attend(q, k, v, mask=None, causal=False, attention="plain", bias=None, drop_
       mask: bool, broadcast to `[b, H, t, s]`, True where attention is allowed. None allows all.
       causal: allows attention to the same and earlier positions only.
       bias: float32, broadcast to `[b, H, t, s]`, added to the scaled products. None adds nothing.
-      attention: `model.attention`. `plain` uses XLA. `auto` uses cuDNN's fused attention on a GPU for bfloat16 or
+      attention: `model.attention`. `plain` uses XLA. `auto` uses cuDNN's fused attention on GPUs for bfloat16 or
         float16 and d a multiple of 8, at most 128. It falls back to XLA for a `mask`, which cuDNN would treat as a
         bias, for a `bias`, for a single query, and for `drop_weights`.
       drop_weights: None, or the dropout of the attention weights, a function `[b, H, t, s] -> [b, H, t, s]`. It needs
@@ -159,7 +159,9 @@ class Attention(nn.Module):
             if self.qk_norm_eps is None or name == "value":
                 return y
             y = add(*y).reshape(*x.shape[:2], *split) if flat else y
-            y = nn.LayerNorm(epsilon=self.qk_norm_eps, dtype=self.dtype, name=f"{name}_norm")(y)
+            # Fused attention scales the queries before it rounds them.
+            dtype = jnp.float32 if flat and name == "query" else self.dtype
+            y = nn.LayerNorm(epsilon=self.qk_norm_eps, dtype=dtype, name=f"{name}_norm")(y)
             return (y.reshape(x.shape), None) if flat else y
 
         plain = bias is not None or drop_weights is not None or self.attention != "auto" or self.dtype != jnp.bfloat16

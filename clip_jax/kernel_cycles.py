@@ -4,8 +4,8 @@ The compiler's estimate of a whole step leaves kernels out. It gives their cycle
 own instructions, `--xla_jf_dump_static_llo_profile_to`. That flag is read when libtpu loads, and some programs make
 the compiler abort with it, so the kernels are compiled in a process of their own.
 
-The profile takes time that grows with the square of the work, and for some kernels that read from the HBM it is zero. So
-a kernel is compiled for two rounds of its grid, on arrays that hold the blocks of these rounds and lie on the chip.
+The profile takes time that grows with the square of the work, and for some kernels that read from the HBM it is zero.
+So a kernel is compiled for two rounds of its grid, on arrays that hold the blocks of these rounds and lie on the chip.
 `clip_jax.hlo_cycles` compares the cycles with the time that the HBM needs for the whole arrays.
 """
 

@@ -161,8 +161,10 @@ KERNEL += f'metadata={{op_name="jit(step)/A/attn/call"}}, backend_config={CONFIG
 def test_kernels_count_by_their_own_estimate_or_by_the_cost_that_they_state():
     (key,) = hlo_cycles.kernels_of(HEAD + KERNEL + "}\n")
     for kernels, basis, cycles in (({}, "stated", 5000 / 100), ({key: 123}, "kernel", 123)):
-        (row,) = cycles_of(KERNEL, kernels=kernels).rows
+        (row,) = cycles_of(KERNEL, kernels=kernels).rows  # its bytes take 512 / 64 cycles
         assert (row.basis, row.cycles, row.part) == (basis, cycles, "attention")
+    (row,) = cycles_of(KERNEL, kernels={key: 7}).rows
+    assert row.cycles == 512 / 64, "its bytes take longer"
     (row,) = cycles_of(KERNEL.replace('"5000"', '"0"')).rows
     assert row.cycles == 640 / 64
     (row,) = cycles_of(KERNEL[: KERNEL.index(", backend_config")] + "\n").rows
@@ -267,5 +269,5 @@ def test_a_kernel_is_compiled_alone_for_its_cycles(device):
     kernels = kernel_cycles.kernel_cycles(text, parse_topology("v5e:2x2"), {})
     small, large = sorted(kernels.values())  # the kernel that runs twice is compiled once
     assert 1024 * 2 * 2 / 4 < small and large == 4 * small, "four times as many rounds of the grid"
-    bases = step_cycles(text, PEAKS, kernels).by("basis")
+    bases = step_cycles(text, hlo_cycles.peaks(hardware.TPUS["v5e"]), kernels).by("basis")
     assert bases["kernel"] == 2 * small + large and "none" not in bases

@@ -29,8 +29,10 @@ LANES = 128
 ROWS = 16
 #: Bytes of VMEM that a kernel may take. Each core of a v4 has 16 MiB, the least of the supported chips.
 VMEM = 15 * 2**20
-#: The most heads of a block, which are one piece of straight code.
+#: The most heads of a block.
 HEADS = 8
+#: The most heads, of all examples together, that are one piece of straight code.
+PAIRS = 32
 #: By how many heads the first products of a head are ahead of its softmax.
 AHEAD = 4
 #: Added to the scores of pairs that do not attend.
@@ -243,22 +245,31 @@ class _Head(NamedTuple):
     ends: bool
 
 
-def _pipeline(heads, start, finish):
-    """Calls `finish(head, start(head))` for all heads.
+def _for_all_heads(call, examples, work):
+    """Calls `finish(head, start(head))`, with `start, finish = work(i)`, for all heads of all examples i.
 
-    The starts are `AHEAD` heads ahead in the program. The compiler keeps to its order so far that otherwise the matrix
-    unit would wait for the softmax of each head.
+    Up to `PAIRS` heads of a few examples are straight code, in which the starts are `AHEAD` heads ahead: the compiler
+    keeps to the order of the program so far that otherwise the matrix unit would wait for the softmax of each head.
     """
-    started = [start(head) for head in heads[:AHEAD]]
-    for i, head in enumerate(heads):
-        started += map(start, heads[i + AHEAD : i + AHEAD + 1])
-        finish(head, started.pop(0))
+    heads = call.heads()
+    together = max(n for n in range(1, examples + 1) if examples % n == 0 and (n == 1 or n * len(heads) <= PAIRS))
+
+    def step(first, carry):
+        works = [work(first * together + n) for n in range(together)]
+        pairs = [(*both, head) for both in works for head in heads]
+        started = [start(head) for start, _, head in pairs[:AHEAD]]
+        for i, (_, finish, head) in enumerate(pairs):
+            started += [start(later) for start, _, later in pairs[i + AHEAD : i + AHEAD + 1]]
+            finish(head, started.pop(0))
+        return carry
+
+    jax.lax.fori_loop(0, examples // together, step, 0)
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, *refs, call):
     *mask_ref, out_ref, lse_ref = refs
 
-    def example(i, carry):
+    def work(i):
         column, outs = _column(call, mask_ref, i), []
         turned = functools.cache(lambda group: _keep(v_ref[i, :, slice(*group)], call.s).T)
 
@@ -278,16 +289,15 @@ def _forward_kernel(q_ref, k_ref, v_ref, *refs, call):
                 out_ref[i, :, slice(*head.group)] = jnp.concatenate(outs).astype(out_ref.dtype).T
                 outs.clear()
 
-        _pipeline(call.heads(), start, finish)
-        return carry
+        return start, finish
 
-    jax.lax.fori_loop(0, len(q_ref), example, 0)
+    _for_all_heads(call, len(q_ref), work)
 
 
 def _backward_kernel(q_ref, k_ref, v_ref, *refs, call):
     *mask_ref, lse_ref, d_out_ref, d_q_ref, d_k_ref, d_v_ref, sums_ref = refs
 
-    def example(i, carry):
+    def work(i):
         column, grads = _column(call, mask_ref, i), []
 
         @functools.cache
@@ -321,10 +331,9 @@ def _backward_kernel(q_ref, k_ref, v_ref, *refs, call):
                     sums_ref[i, j : j + 1, slice(*head.group)] = jnp.sum(grad, axis=0, keepdims=True)
                 grads.clear()
 
-        _pipeline(call.heads(), start, finish)
-        return carry
+        return start, finish
 
-    jax.lax.fori_loop(0, len(q_ref), example, 0)
+    _for_all_heads(call, len(q_ref), work)
 
 
 def _dot(x, y, x_axis, y_axis):

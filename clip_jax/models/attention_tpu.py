@@ -5,9 +5,13 @@ The kernels read queries, keys and values in the layout of their projections, `[
 of each query's sum of exponentials; the backward pass computes the weights again from it. The sums of the gradients
 over positions, which biases need, come out of the same kernel.
 
-Two properties of a TPU shape the kernels. Scores are held with keys along sublanes and queries along lanes: a softmax
-over sublanes is element-wise work. A vector has 128 lanes: narrower heads are worked on in groups that fill them, with
-the lanes of the other heads zeroed in one operand of each product. The matrix unit multiplies 128 lanes in any case.
+What a TPU does well shapes the kernels:
+  Scores lie with keys along sublanes and queries along lanes. A softmax over sublanes is element-wise work.
+  A vector has 128 lanes, and the matrix unit multiplies 128 lanes in any case. Narrower heads are worked on in groups
+  that fill them. The scores of a head come from the group's keys with the lanes of the other heads zeroed.
+  Outputs and gradients are computed with the columns of heads along sublanes, of which parts can be taken for free, and
+  a group is transposed as a whole. The scores are never transposed.
+  One head alone leaves the units waiting for each other: see `_for_all_heads`.
 """
 
 import functools

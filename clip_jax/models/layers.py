@@ -95,7 +95,7 @@ class Dense(nn.Module):
         def kernel_init(key):
             return self.kernel_init(key, shape, jnp.float32).reshape(*inputs, *features)
 
-        # A product of matrices: with more axes a TPU would choose a layout for it that what follows does not have.
+        # A product of matrices has the layout that fused attention on TPUs reads.
         kernel = self.param("kernel", kernel_init).reshape(shape)
         y, bias = matmul(x.astype(self.dtype).reshape(*batch, shape[0]), kernel), None
         if self.use_bias:

@@ -48,13 +48,12 @@ def compile_for_tpu(program, topology, devices):
       devices: its devices, a result of `tpu_devices`.
 
     Returns:
-      A dict with the bytes, FLOPs, collectives and estimated cycles of one device.
+      A dict with the bytes, FLOPs and collectives of one device, and its estimated cycles where the step fits.
 
     Raises DoesNotFit when the step needs too much memory, and UserError when the compiler fails otherwise.
     """
     import jax
 
-    from clip_jax import hlo_cycles, kernel_cycles
     from clip_jax import program as program_lib
     from clip_jax.hlo_cost import hlo_cost
     from clip_jax.runtime import sharding
@@ -72,30 +71,47 @@ def compile_for_tpu(program, topology, devices):
         raise UserError(
             f"the TPU compiler failed; extra 'tpu' installs the libtpu that belongs to this jax: {line}"
         ) from None
+    seconds = time.perf_counter() - start
     text, options = compiled.as_text(), program_lib.compiler_options(sharded)
     memory, cost = compiled.memory_analysis(), hlo_cost(text)
-    kernels = kernel_cycles.kernel_cycles(text, topology, options)
-    cycles = hlo_cycles.step_cycles(text, hlo_cycles.peaks(topology.chip), kernels)
     fields = ("argument", "output", "alias", "temp", "generated_code")
     sizes = {field: getattr(memory, f"{field}_size_in_bytes") for field in fields}
+    total = sum(sizes.values()) - 2 * sizes["alias"]
+    # Kernels are compiled again, which takes minutes and is of no use for a step that does not fit.
+    cycles = dict(cycles=estimate_cycles(text, topology, options)) if total <= topology.chip.device_hbm else {}
     return dict(
         mesh=dict(mesh.shape),
         options=options,
-        compile_seconds=time.perf_counter() - start,
-        memory=dict(sizes, total=sum(sizes.values()) - 2 * sizes["alias"], state=state_bytes, batch=batch_bytes),
+        compile_seconds=seconds,
+        memory=dict(sizes, total=total, state=state_bytes, batch=batch_bytes),
         flops=cost.flops,
         traffic=cost.traffic,
         sent=cost.sent,
         between_slices=cost.between_slices,
         unknown_loops=cost.unknown_loops,
         collectives=[dict(key._asdict(), count=count) for key, count in cost.collectives.most_common()],
-        cycles=dict(
-            total=cycles.cycles,
-            parts=cycles.by("part"),
-            backward=cycles.by("part", backward=True),
-            bases=cycles.by("basis"),
-            instructions=[row._asdict() for row in cycles.merged()],
-        ),
+        **cycles,
+    )
+
+
+def estimate_cycles(text, topology, options):
+    """Returns the cycles of a compiled step on one device, in all, by part and by instruction, as a dict for JSON.
+
+    Args:
+      text: its optimized HLO text.
+      topology: the `Topology`.
+      options: `{option: value}` of the compiler.
+    """
+    from clip_jax import hlo_cycles, kernel_cycles
+
+    kernels = kernel_cycles.kernel_cycles(text, topology, options)
+    cycles = hlo_cycles.step_cycles(text, hlo_cycles.peaks(topology.chip), kernels)
+    return dict(
+        total=cycles.cycles,
+        parts=cycles.by("part"),
+        backward=cycles.by("part", backward=True),
+        bases=cycles.by("basis"),
+        instructions=[row._asdict() for row in cycles.merged()],
     )
 
 

@@ -112,7 +112,7 @@ def _cut(config, rounds):
 def _main(folder):
     """Compiles the kernels of a request on stdin; prints the cycles of each as a line, null where there are none.
 
-    A kernel that cannot be compiled ends the process.
+    A kernel that fails to compile ends the process.
     """
     import jax
     import jax.numpy as jnp

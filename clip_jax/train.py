@@ -186,10 +186,10 @@ def train(config, workdir, log=print, cluster=None, fork=None):
             else:
                 log(f"the run in {workdir} is complete: {int(state.step)} of {config.train.steps} steps")
             result = run.evaluate(state, config.eval.tasks)
-            if hosts.is_first():
-                evaluate.keep_outcomes(workdir, int(state.step), result)
             run.save(int(state.step), state, result.metrics)
             checkpointer.wait()
+            if hosts.is_first():
+                evaluate.keep_outcomes(workdir, int(state.step), result)
             if trains:  # a run that was complete has lost no time since
                 seconds = clock.seconds()
                 writer.write(int(state.step), {f"seconds/{part}": seconds[part] for part in goodput.PARTS})

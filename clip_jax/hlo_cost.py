@@ -38,8 +38,6 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
-#: The FLOPs that a Pallas kernel states.
-_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _DIGITS = re.compile(r"[a-z]+(\d+)")
 
 
@@ -116,6 +114,11 @@ class _Instruction(NamedTuple):
         found = re.search(pattern, self.attributes)
         return found[1] if found else ""
 
+    def stated_cost(self):
+        """What a Pallas kernel states, ints by name, such as "flops" and "bytes_accessed"; {} for all others."""
+        written = self.attribute(r'"cost_estimate":\{([^}]*)\}')
+        return {name: int(n) for name, n in re.findall(r'"(\w+)":"(\d+)"', written)}
+
     def branches(self):
         """The names of the computations of a conditional."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
@@ -187,8 +190,8 @@ class HloModule:
                 total.flops += _dot_flops(i, scope)
             elif i.op == "convolution":
                 total.flops += _convolution_flops(i, scope)
-            elif i.op == "custom-call" and (known := _KERNEL_FLOPS.search(i.attributes)):
-                total.flops += int(known[1])
+            elif i.op == "custom-call":
+                total.flops += i.stated_cost().get("flops", 0)
             if not fused:
                 total.traffic += self.traffic(i, scope)
         return total

@@ -305,10 +305,11 @@ class _Walk:
         if (key := _key(i, scope)) in self.kernels:
             memory = self.module.traffic(i, scope) / self.peaks.memory if self.peaks else 0.0
             return "kernel", max(self.kernels[key], memory)
-        stated = {name: float(n) for name, n in re.findall(r'"(flops|bytes_accessed)":"(\d+)"', i.attributes)}
-        if not self.peaks or not any(stated.values()):
+        stated = i.stated_cost()
+        flops, size = (stated.get(name, 0) for name in ("flops", "bytes_accessed"))
+        if not self.peaks or not (flops or size):
             return "none", 0.0
-        return "stated", max(stated["flops"] / self.peaks.flops, stated["bytes_accessed"] / self.peaks.memory)
+        return "stated", max(flops / self.peaks.flops, size / self.peaks.memory)
 
     def _part(self, i):
         ops, source = {i.op}, i.source

@@ -97,7 +97,7 @@ def read_run(path, name):
         for metric, value in values.items():
             series = dict(evaluation.get(metric, ())) | {step: float(value)}
             evaluation[metric] = sorted(series.items())
-    cost, found = (_read_json(folder / file) for file in (run_folder.MACHINE, queries.FILE))
+    cost, found = (run_folder.read_json(folder / file) for file in (run_folder.MACHINE, queries.FILE))
     elapsed = _elapsed(storage.read_log(folder / "metrics.jsonl").splitlines())
     return Run(name, folder, fields, training, evaluation, run_folder.history(folder), cost, found, elapsed)
 
@@ -120,17 +120,9 @@ def _followed(folder):
         except (FileNotFoundError, NotADirectoryError):
             return
     for path in files:
-        values = _read_json(path)
+        values = run_folder.read_json(path)
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         yield int(path.name.removesuffix(".json")), numbers
-
-
-def _read_json(path):
-    try:
-        found = json.loads(storage.read(path) or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _flat(config, prefix=""):

@@ -278,6 +278,15 @@ def history(workdir):
     return rows
 
 
+def read_json(path):
+    """Returns the dict of a JSON file of a work folder; {} where there is none, or it is damaged."""
+    try:
+        found = json.loads(storage.read(path) or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def describe(workdir, config, params, flops, size):
     """Writes run.json on the first host: what the run costs, and where it runs.
 

@@ -54,11 +54,13 @@ def _rows(found, readout, rows, name, label):
     left = min(300, 24 + _LETTER * max(len(row.name) for row in rows))
     values = {row.name: [100 * v for v in found.values(readout, row, name)] for row in rows}
     means = {row: statistics.mean(v) for row, v in values.items()}
-    bars = {}
+    bars, starred = {}, set()
     for row in rows:
         difference, base = found.difference(readout, row, name), found.study.base(row).name
         if difference and not math.isnan(difference.low) and base in means:
             bars[row.name] = [means[base] + 100 * x for x in (difference.low, difference.high)]
+        if difference and difference.excludes_zero:
+            starred.add(row.name)
     scale = _Scale([v for some in (*values.values(), *bars.values()) for v in some], left, WIDTH - 24)
     top, step = 34, 26
     height = top + step * len(rows) + 40
@@ -71,8 +73,7 @@ def _rows(found, readout, rows, name, label):
         parts.append(f'<path class="base" d="M{scale(means[base]):.1f} {top - 8}V{bottom}"/>')
     for number, row in enumerate(rows):
         y = top + step * (number + 0.5)
-        difference = found.difference(readout, row, name)
-        star = " *" if difference and difference.excludes_zero else ""
+        star = " *" if row.name in starred else ""
         parts.append(f'<text class="end" x="{left - 12:g}" y="{y + 4.5:g}">{escaped(row.name)}{star}</text>')
         parts.append('<g style="--c:var(--c0)">')
         if row.name in bars:

@@ -57,10 +57,12 @@ def write(found, runs, workdir, command, done):
     if drawn:
         storage.write(workdir / FIGURE, drawn)
     page = html_page.Page()
-    curves = "".join(_chart(page, curve, _mean_curves(study, runs, 0, curve)) for curve in study.curves)
+    by_row = {row.name: [run for run in runs if run.row is row] for row in study.rows}
+    read = {name: [read_metrics(run.folder / "metrics.jsonl") for run in some] for name, some in by_row.items()}
+    curves = "".join(_chart(page, curve, _mean_curves(read, 0, curve)) for curve in study.curves)
     evaluated = {name: label for label, name in study.keys().items()}
-    evaluated |= {name: name for name in _repeated(runs) if name not in evaluated}
-    evaluations = "".join(_chart(page, label, _mean_curves(study, runs, 1, name)) for name, label in evaluated.items())
+    evaluated |= {name: name for name in _repeated(read) if name not in evaluated}
+    evaluations = "".join(_chart(page, label, _mean_curves(read, 1, name)) for name, label in evaluated.items())
     sections = _sections(about) | {
         "Training": f'<p>Means over the seeds.</p><div class="charts">{curves}</div>' if curves else "",
         "Evaluations during training": f'<p>Means over the seeds.</p><div class="charts">{evaluations}</div>'
@@ -161,25 +163,25 @@ def _chart(page, title, curves):
     return chart(page, title, curves, named=True) if any(len(points) > 1 for points in curves.values()) else ""
 
 
-def _mean_curves(study, runs, kind, name):
+def _mean_curves(read, kind, name):
     """Returns `{row name: [(step, mean over the seeds), ...]}` at the steps that all runs of a row have.
 
     Args:
+      read: `{row name: [read_metrics of a run, ...]}`.
       kind: 0 for a training metric, 1 for one of evaluations.
       name: the metric.
     """
     found = {}
-    for row in study.rows:
-        files = [run.folder / "metrics.jsonl" for run in runs if run.row is row]
-        curves = [dict(read_metrics(file)[kind].get(name, ())) for file in files]
+    for row, runs in read.items():
+        curves = [dict(series[kind].get(name, ())) for series in runs]
         steps = sorted(set.intersection(*map(set, curves))) if curves else []
         points = [(s, statistics.mean(c[s] for c in curves)) for s in steps if all(c[s] is not None for c in curves)]
-        found |= {row.name: points} if points else {}
+        found |= {row: points} if points else {}
     return found
 
 
-def _repeated(runs):
+def _repeated(read):
     """Returns the names of evaluation metrics to draw: those of `_DRAWN` that any run has at two steps or more."""
-    found = [read_metrics(run.folder / "metrics.jsonl")[1] for run in runs]
+    found = [evaluation for runs in read.values() for _, evaluation in runs]
     names = {name for evaluation in found for name, series in evaluation.items() if len(series) > 1}
     return sorted(name for name in names if name.rpartition("/")[2] in _DRAWN)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax import config as config_lib
-from clip_jax import config_files, from_weights
+from clip_jax import config_files, from_weights, run_folder
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluation import outcomes
 from clip_jax.evaluation.report.charts import read_metrics
@@ -374,10 +374,7 @@ def read_out(study, run, metrics, kept):
 
 def memory(run):
     """Returns the bytes of a step of a run, the compiler's estimate; None where it is not known."""
-    try:
-        return json.loads(storage.read(run.folder / "run.json") or "{}").get("step_bytes")
-    except ValueError:
-        return None
+    return run_folder.read_json(run.folder / run_folder.MACHINE).get("step_bytes")
 
 
 def minutes(metrics):

@@ -50,6 +50,7 @@ METRICS = {
     "unseen concepts": unseen("emoji_test", "top1"),
     "seen concepts, unseen vendor": "emoji/seen_concept_unseen_vendor/top1",
 }
+ALIGN_FILTER = ("clip_jax.tools.filter", "--min-side=31", "--min-words=1")  # but for `--source`
 OVERRIDES = ("train.steps=700", "checkpoint.steps=0", "eval.steps=0", "eval.report=false")
 
 

@@ -11,11 +11,10 @@ the same noise, with seed 0; its compute is not counted. ALIP's synthetic captio
 alone, and they stay with their pictures: this row knows what no other knows.
 """
 
-from embedded_rows import LR, make_row, make_study
+from embedded_rows import ALIGN_FILTER, LR, make_row, make_study
 
 STUDIES = ("",)
 LEVELS = (0, 30, 60)
-ALIGN_FILTER = ("clip_jax.tools.filter", "--min-side=31", "--min-words=1")
 SCORE_FILTER = ("clip_jax.tools.clip_score", "--checkpoint={after}", "--keep=0.5")
 
 

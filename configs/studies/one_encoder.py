@@ -10,20 +10,19 @@ SentencePiece. The pairs of texts are the names of one thing in two languages (c
 the paper has neighbouring sentences. The rows of OneR are a study of their own: configs/oner.py:ablation.
 """
 
-import importlib.util
-
 from embedded_rows import CONFIGS, LR, METHODS, make_study, unseen
 
+from clip_jax import config
 from clip_jax.study import Row
 
 STUDIES = ("",)
 
 
 def get_study(variant=""):
-    clippo = f"{CONFIGS / 'clippo.py'}"
-    tune = METHODS["CLIPPO"][2]
+    clippo, tune = f"{CONFIGS / 'clippo.py'}", METHODS["CLIPPO"][2]
+    languages = f"data.templates={tuple(config.load(clippo).data.templates)!r}"
     rows = (
-        Row("CLIP, SentencePiece", f"{CONFIGS / 'clip.py:emoji'}", (f"data.templates={languages()!r}",), tune=LR),
+        Row("CLIP, SentencePiece", f"{CONFIGS / 'clip.py:emoji'}", (languages,), tune=LR),
         Row("CLIPPO", clippo, tune=tune),
         Row("CLIPPO, a quarter text pairs", clippo, ("data.source=emoji*3 + studies.translations*1",), tune=tune),
     )
@@ -38,11 +37,3 @@ def get_study(variant=""):
         tune_tasks=("emoji(subset='val')",),
         overrides=("data.batch_size=256",),
     )
-
-
-def languages():
-    """Returns the templates of configs/clippo.py."""
-    spec = importlib.util.spec_from_file_location("clippo_config", CONFIGS / "clippo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return tuple(module.get_config().data.templates)

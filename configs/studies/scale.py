@@ -10,7 +10,7 @@ unseen concept. ALIGN's recipe is its loss, towers and optimizer. Filtered rows 
 ALIGN's rules. Values are tried on emoji.
 """
 
-from embedded_rows import TEMPLATES, make_row, make_study
+from embedded_rows import ALIGN_FILTER, TEMPLATES, make_row, make_study
 
 STUDIES = ("",)
 NOISY = "openclipart?without=emoji"
@@ -21,7 +21,7 @@ SOURCES = {
     "noisy clip art and scenes": f"emoji*3 + {NOISY}{{index}}*1 + scenes?objects=2*1",
 }
 CAPTIONS = {"emoji": (), "clip art": ("{caption}, {keywords}",)}
-FILTER = ("clip_jax.tools.filter", f"--source={NOISY}", "--min-side=31", "--min-words=1")
+FILTER = (*ALIGN_FILTER, f"--source={NOISY}")
 
 
 def get_study(variant=""):

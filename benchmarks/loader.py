@@ -96,18 +96,6 @@ def our_pipeline(jpegs, min_area, batch):
         yield arrays["image"]
 
 
-def median_seconds(calls, turns, clock=time.process_time):
-    """Returns `{name: median seconds of a call}`. The calls take turns; the first two turns do not count."""
-    seconds = {name: [] for name in calls}
-    for turn in range(turns + 2):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if turn >= 2:
-                seconds[name].append(clock() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
 def rates_of(calls, images, turns, clock=time.process_time):
     """Returns `{side: images/s}` of calls that each handle `images` images. The first two turns do not count."""
     seconds = {side: [] for side in calls}

@@ -101,9 +101,14 @@ def class_scores(model, z_image, class_names, templates=("{}",), *, canonical=Fa
     return make_classifier(model, class_names, templates, canonical=canonical).scores(np.asarray(z_image))
 
 
+def hits(top, labels, k=1):
+    """Returns whether the label of each row is among the first k of `top` int `[n, K]`, bool `[n]`."""
+    return (top[:, :k] == np.asarray(labels)[:, None]).any(1)
+
+
 def accuracy(top, labels, k=1):
     """Returns the share of rows whose label is among the first k of `top` int `[n, K]`; 0 without rows."""
-    return float((top[:, :k] == np.asarray(labels)[:, None]).any(1).mean()) if len(top) else 0.0
+    return float(hits(top, labels, k).mean()) if len(top) else 0.0
 
 
 def flat_hit_at(top, labels, k):

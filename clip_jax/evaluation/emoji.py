@@ -180,23 +180,22 @@ def _labels(records, names, field):
 def _add_cell(result, cell, classifier, names, field, embedded):
     """Adds the classification of a cell to `result`; returns the labels, int32 `[n]`. `field` holds a record's name."""
     from clip_jax.evaluation.baselines import chance
+    from clip_jax.evaluation.classifier import hits
 
     labels = _labels(embedded.records, names, field)
     top, scores = classifier.top(embedded.z)
     vendors = [record["vendor"] for record in embedded.records]
     result.artefacts["classification"][cell] = Classification(names, labels, top, scores, embedded.images, vendors)
     concepts = np.asarray([hash64(record["concept"].encode()) for record in embedded.records], np.uint64)
-    for kind, keep in _kept(embedded.records).items():
+    kept = _kept(embedded.records)
+    for kind, keep in kept.items():
         for k in (1, 5):
-            hits = (top[keep, :k] == labels[keep, None]).any(1)
-            result.keep(f"{cell}/top{k}{kind}", hits, concepts[keep].view(np.int64))
-    metrics = _accuracies(top, labels, embedded.records) | {
+            result.keep(f"{cell}/top{k}{kind}", hits(top[keep], labels[keep], k), concepts[keep].view(np.int64))
+    metrics = _accuracies(top, labels, kept) | {
         "chance_top1": chance(len(names), 1),
         "chance_top5": chance(len(names), 5),
         "classes": len(names),
-        "images": len(labels),
-        "images_without_flags_clocks_keycaps": sum(not _is_sign(record) for record in embedded.records),
-        "images_without_compositions": sum(not _is_composition(record) for record in embedded.records),
+        **{f"images{kind}": keep.sum() for kind, keep in kept.items()},
     }
     result.metrics |= {f"{cell}/{key}": float(value) for key, value in metrics.items()}
     return labels
@@ -223,7 +222,7 @@ def _add_seen_cells(result, prefix, make, field, train, seen):
         queries, _, _ = _pixels(embedded.images)
         itself = [reference_of[int(i)] for _, i in embedded.images.where] if vendor == "seen" else None
         top = nearest_classes(references, reference_labels, queries, len(names), leave_out=itself)
-        pixel = _accuracies(top, labels, embedded.records)
+        pixel = _accuracies(top, labels, _kept(embedded.records))
         result.metrics |= {f"{cell}/pixel_1nn_{key}": value for key, value in pixel.items()}
 
 
@@ -241,11 +240,11 @@ def _pixels(images):
     return np.concatenate(features), records, images.where[rows, 1]
 
 
-def _accuracies(top, labels, records):
+def _accuracies(top, labels, kept):
     from clip_jax.evaluation.classifier import accuracy
 
     metrics = {}
-    for kind, keep in _kept(records).items():
+    for kind, keep in kept.items():
         for k in (1, 5):
             metrics[f"top{k}{kind}"] = accuracy(top[keep], labels[keep], k)
     return metrics

@@ -67,8 +67,7 @@ def retrieval_task(model, source, *, name="retrieval", limit=None, batch_size=25
     metrics = found.metrics | loss | {"images": len(image_ids), "texts": len(texts), "skipped": embedded.skipped}
     result = EvalResult(named(name, metrics)).credit(__name__)
     for key, hits in found.hits.items():
-        ids = image_ids[np.isin(image_ids, text_ids)] if key.startswith("image") else text_ids
-        result.keep(f"{name}/{key}", hits, ids)
+        result.keep(f"{name}/{key}", hits, captioned if key.startswith("image") else text_ids)
     result.artefacts["retrieval"][name] = Retrieval(
         texts, image_ids, text_ids, found.image_to_text, found.text_to_image, embedded.images
     )

@@ -124,8 +124,10 @@ def zeroshot_task(
     metrics |= {"images": len(labels), "classes": len(class_names), "skipped": embedded.skipped}
     result = EvalResult(named(name, metrics)).credit(__name__)
     if not flat_hit:
+        from clip_jax.evaluation.classifier import hits
+
         for k in (1, 5):
-            result.keep(f"{name}/top{k}", (top[:, :k] == labels[:, None]).any(1))
+            result.keep(f"{name}/top{k}", hits(top, labels, k))
     groups = [class_names[i] for i in labels]
     shown = (labels if sets.shape[1] == 1 else sets), top[:, :5], scores[:, :5]
     if not flat_hit:

@@ -64,7 +64,7 @@ def finish(children, allowed):
 def losses(workdir):
     """Returns `{step: [loss of each time it ran]}`."""
     found = {}
-    for row in map(json.loads, storage.read_log(workdir / "metrics.jsonl").splitlines()):
+    for row in storage.read_rows(workdir / "metrics.jsonl"):
         if "loss" in row:
             found.setdefault(row["step"], []).append(row["loss"])
     return found
@@ -82,12 +82,16 @@ def disturb(rng, processes, workdir, steps):
     targets = rng.choice([list(range(processes)), *([process] for process in range(processes))])
     done = sum(map(len, losses(workdir).values()))
     children, end = start(processes, workdir, steps), done + rng.randint(1, 4)
-    waiting = time.monotonic()
-    while all(child.poll() is None for child in children) and time.monotonic() - waiting < TIMEOUT:
-        if sum(map(len, losses(workdir).values())) >= end and (moment == "training" or is_saving(workdir)):
-            break
-        time.sleep(0.1 if storage.is_remote(workdir) else 0.002)
-    time.sleep(rng.uniform(0, 3 if storage.is_remote(workdir) else 0.03))
+    with contextlib.ExitStack() as on_failure:  # no process stays behind and writes into a folder that is deleted
+        for child in children:
+            on_failure.callback(child.kill)
+        waiting = time.monotonic()
+        while all(child.poll() is None for child in children) and time.monotonic() - waiting < TIMEOUT:
+            if sum(map(len, losses(workdir).values())) >= end and (moment == "training" or is_saving(workdir)):
+                break
+            time.sleep(0.1 if storage.is_remote(workdir) else 0.002)
+        time.sleep(rng.uniform(0, 3 if storage.is_remote(workdir) else 0.03))
+        on_failure.pop_all()
     for target in targets:
         children[target].send_signal(number)
     if number == signal.SIGTERM:

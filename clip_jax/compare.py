@@ -6,7 +6,6 @@ where the runs hold them. Runs may be in buckets, and may still be training: fil
 """
 
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -98,17 +97,12 @@ def read_run(path, name):
             series = dict(evaluation.get(metric, ())) | {step: float(value)}
             evaluation[metric] = sorted(series.items())
     cost, found = (run_folder.read_json(folder / file) for file in (run_folder.MACHINE, queries.FILE))
-    elapsed = _elapsed(storage.read_log(folder / "metrics.jsonl").splitlines())
+    elapsed = _elapsed(storage.read_rows(folder / "metrics.jsonl"))
     return Run(name, folder, fields, training, evaluation, run_folder.history(folder), cost, found, elapsed)
 
 
-def _elapsed(lines):
-    times = []
-    for line in lines[:1] + lines[-2:]:  # a killed run leaves the last line unfinished
-        try:
-            times.append(float(json.loads(line)["time"]))
-        except (ValueError, TypeError, KeyError):
-            continue
+def _elapsed(rows):
+    times = [row["time"] for row in rows if isinstance(row.get("time"), int | float)]
     return max(times, default=0.0) - min(times, default=0.0)
 
 

@@ -267,15 +267,7 @@ def record(workdir, config, step):
 
 def history(workdir):
     """Returns the lines of config_history.jsonl as dicts; unreadable ones are left out."""
-    rows = []
-    for line in (storage.read(storage.path(workdir) / HISTORY) or "").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    return storage.read_rows(storage.path(workdir) / HISTORY)
 
 
 def read_json(path):

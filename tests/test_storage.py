@@ -289,6 +289,16 @@ def test_a_log_on_a_mount_is_closed_when_it_is_flushed(tmp_path):
     assert first.closed and storage.read_log(tmp_path / "log") == "1\n2\n"
 
 
+def test_a_torn_line_of_a_log_costs_no_other_line(tmp_path):
+    place = tmp_path / "log"
+    place.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert storage.read_rows(place) == [{"step": 1}]
+    log = storage.Log(place)
+    log.write('{"step": 3}')
+    log.close()
+    assert storage.read_rows(place) == [{"step": 1}, {"step": 3}]
+
+
 def test_a_log_in_a_bucket_has_parts(buckets, monkeypatch):
     place = storage.path(f"{buckets('gs').url}/log")
     monkeypatch.setattr(storage, "PART_CHARACTERS", 8)

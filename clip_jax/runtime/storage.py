@@ -7,6 +7,7 @@ appended to: `Log` writes a numbered object for each part.
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import pathlib
@@ -285,6 +286,8 @@ class Log:
             self.written = time.monotonic()
         else:
             self.file = open(self.path, "a")
+            if _is_torn(self.path):  # by a machine that went down
+                self.file.write("\n")
 
     def write(self, line):
         """Adds a line. Raises StorageError when a bucket does not take it."""
@@ -317,6 +320,13 @@ class Log:
             self.file.close()
 
 
+def _is_torn(file):
+    """Returns whether the last line of a file is unfinished."""
+    with open(file, "rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+        return stream.read() not in (b"", b"\n")
+
+
 def _parts(folder):
     try:
         return sorted((part for part in folder.iterdir() if part.name.isdigit()), key=_number)
@@ -340,6 +350,22 @@ def read_log(place):
             return "".join(file.read_bytes().decode("utf-8", "replace") for file in files)
     except OSError:
         return ""
+
+
+def read_rows(place):
+    """Returns the rows `{"step": int, ...}` of a `Log` of JSON lines; a line that is being written is left out.
+
+    Raises StorageError when a bucket cannot be read.
+    """
+    rows = []
+    for line in read_log(place).splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 class Mirror:

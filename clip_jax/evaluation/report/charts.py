@@ -1,7 +1,6 @@
 """Line charts, and the curves of a training run."""
 
 import itertools
-import json
 import math
 import re
 
@@ -63,13 +62,7 @@ def read_metrics(path):
     Returns: two dicts name -> `[(step, number or None), ...]` by step, of training and of evaluations.
     """
     training, evaluation = {}, {}
-    for line in storage.read_log(path).splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # a killed run left the line unfinished
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            continue
+    for row in storage.read_rows(path):
         kind = training if "loss" in row else evaluation
         for name, value in row.items():
             if name in ("step", "time") or not (value is None or isinstance(value, int | float)):

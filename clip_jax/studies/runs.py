@@ -18,7 +18,7 @@ from clip_jax.evaluation import outcomes
 from clip_jax.evaluation.report.charts import read_metrics
 from clip_jax.evaluation.results import Outcomes
 from clip_jax.evaluation.tasks import check_metric, parse_tasks
-from clip_jax.runtime import faults, storage
+from clip_jax.runtime import compile_cache, faults, storage
 from clip_jax.studies import definition
 
 #: Stands in a printed command for the value that tuning has not chosen yet.
@@ -118,7 +118,8 @@ class Planned:
 
     def _run(self, seed, folder, changes, steps, flops, value=""):
         command = ["-m", "clip_jax.train", f"--config={self.spec}", f"--workdir={folder}"]
-        changes = (*self.overrides, *changes, f"seed={seed}")
+        cache = f"compile.cache={self.workdir / compile_cache.FOLDER}"  # all seeds of a row have the same program
+        changes = (cache, *self.overrides, *changes, f"seed={seed}")
         command += [f"--config.{_filled(self, change)}" for change in changes]
         return Run(self.row, seed, folder, tuple(command), steps, steps * flops, value)
 

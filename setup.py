@@ -26,7 +26,7 @@ setup(
         "clip_jax.evaluation": ["*.json"],
         "clip_jax.evaluation.report": ["*.html"],
     },
-    entry_points={"console_scripts": ["clip-jax = clip_jax.__main__:main"]},
+    entry_points={"console_scripts": ["clip-jax = clip_jax.__main__:script"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",

@@ -73,6 +73,13 @@ def launch(arguments):
     return 0
 
 
+def script():
+    """Is the program `clip-jax`."""
+    from clip_jax.runtime import command
+
+    command.script(main)
+
+
 def main(argv=None):
     """Runs a command and returns its exit status; 2 for an unknown command. Imports nothing but that command."""
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -92,4 +99,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

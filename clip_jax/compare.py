@@ -8,7 +8,6 @@ where the runs hold them. Runs may be in buckets, and may still be training: fil
 import dataclasses
 import os
 import statistics
-import sys
 
 from clip_jax import config as config_lib
 from clip_jax import run_folder
@@ -377,4 +376,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

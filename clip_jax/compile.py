@@ -8,7 +8,6 @@ shapes. docs/scaling.md explains the figures. Exit status: 0 it fits, 1 it does 
 import json
 import os
 import re
-import sys
 import time
 
 from clip_jax import config as config_lib
@@ -228,4 +227,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

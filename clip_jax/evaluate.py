@@ -21,7 +21,6 @@ Only the checkpoint is needed. Without `--task` the tasks of the run's configura
 import argparse
 import json
 import math
-import sys
 import time
 
 from clip_jax import config as config_lib
@@ -264,4 +263,4 @@ def evaluate(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import sys
 
 import numpy as np
 
@@ -277,4 +276,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

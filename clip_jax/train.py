@@ -8,7 +8,6 @@ and 130 interrupted (Ctrl-C), both with the state saved, 43 another host is lost
 failed.
 """
 
-import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -361,4 +360,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

@@ -191,3 +191,27 @@ def test_no_step_is_lost_or_changed_by_random_kills(tmp_path, processes):
     process = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=timeout)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "equal the undisturbed run" in process.stdout
+
+
+COMPILES = """
+import os, signal, threading
+import jax
+from clip_jax.runtime import command
+
+def product(x):
+    for _ in range(1000):
+        x = jax.numpy.sin(x) @ x
+    return x
+
+def main():
+    lowered = jax.jit(product).lower(jax.numpy.ones((8, 8)))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    lowered.compile()
+
+command.script(main)
+"""
+
+
+def test_ctrl_c_while_a_thread_compiles_gives_its_status():
+    done = subprocess.run([sys.executable, "-c", COMPILES], **PIPES)
+    assert (done.returncode, done.stderr) == (faults.INTERRUPTED, "interrupted\n")

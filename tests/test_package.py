@@ -130,7 +130,7 @@ def test_a_wheel_contains_the_package_its_configurations_and_the_command(wheel):
         assert wanted <= found
     assert {path.name for path in wheel.iterdir()} == {"clip_jax", f"clip_jax_pretraining-{__version__}.dist-info"}
     (entry,) = wheel.glob("*.dist-info/entry_points.txt")
-    assert "clip-jax = clip_jax.__main__:main" in entry.read_text()
+    assert "clip-jax = clip_jax.__main__:script" in entry.read_text()
     assert {file.name for file in (package / "launch").iterdir()} == {
         *("common.sh", "venv.sh"),
         *(f"{name}.sh" for name in cli.LAUNCHERS),

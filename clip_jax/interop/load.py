@@ -11,7 +11,6 @@ OUT becomes a work folder as training leaves it, for `clip_jax.load`, `clip_jax.
 
 import dataclasses
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from clip_jax import config as config_lib
 from clip_jax.errors import UserError
 from clip_jax.interop import layouts, recognize
 from clip_jax.interop.towers.load import resize_positions, tower_shapes
-from clip_jax.runtime import storage
+from clip_jax.runtime import command, storage
 
 POS = "params/img/pos"
 ALPHA = ("white", "drop")
@@ -277,4 +276,4 @@ def _run(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

@@ -82,6 +82,22 @@ def run(work):
         host_log.stop()
 
 
+def script(main):
+    """Ends this process with the status that `main` returns; Ctrl-C gives one line and 130.
+
+    A signal may arrive while a thread of JAX compiles. The clean-up of the interpreter would make that thread crash,
+    and the status would be the crash's. So it is left out after a signal.
+    """
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = faults.INTERRUPTED
+    if status in (faults.PREEMPTED, faults.INTERRUPTED):
+        faults.end_now(status)
+    sys.exit(status)
+
+
 def _run(work):
     host_log.show_stacks(sys.__stderr__)
     if isinstance(sys.stdout, io.TextIOWrapper):

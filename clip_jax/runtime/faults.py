@@ -201,12 +201,18 @@ def end(status, line, stacks=False):
     for stream in filter(None, (sys.stderr, host_log.file())) if stacks else ():
         faulthandler.dump_traceback(stream)
     host_log.stop()
-    for child in multiprocessing.active_children():
-        child.kill()
     calls = threading.Thread(target=lambda: [call() for call in list(at_end)], daemon=True)
     calls.start()
     calls.join(_TOGETHER_SECONDS)  # storage may hang as well
+    end_now(status)
+
+
+def end_now(status):
+    """Ends this process and its workers without the interpreter's clean-up."""
+    for child in multiprocessing.active_children():
+        child.kill()
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
 
 

@@ -14,7 +14,6 @@ The matches stay in OUT/parts: the same command with another --per-entry or --se
 
 import functools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from clip_jax.data.records import BadRecord, records
 from clip_jax.data.sources.index import TEXTS
 from clip_jax.errors import UserError
+from clip_jax.runtime import command
 from clip_jax.tools import examples
 from clip_jax.tools.entries import Matcher, entries_key, read_entries
 from clip_jax.tools.index_writer import IndexWriter, bits_of, cost, example_lines, headline, places
@@ -216,4 +216,4 @@ def run(args, log=print):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

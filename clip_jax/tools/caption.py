@@ -19,7 +19,6 @@ Train with the column by --config.data="SOURCE?columns=OUT".
 """
 
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -240,4 +239,4 @@ def _main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

@@ -108,4 +108,4 @@ def _run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

@@ -13,13 +13,13 @@ The scores stay in OUT/parts. The same command without --checkpoint cuts them el
 """
 
 import functools
-import sys
 
 import numpy as np
 
 from clip_jax.data.records import BadRecord
 from clip_jax.data.sources.index import TEXTS
 from clip_jax.errors import UserError
+from clip_jax.runtime import command
 from clip_jax.tools import examples
 from clip_jax.tools.index_writer import IndexWriter, bits_of, cost, example_lines, headline, places
 from clip_jax.tools.passes import (
@@ -254,4 +254,4 @@ def run(args, log=print):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

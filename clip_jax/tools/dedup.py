@@ -17,7 +17,6 @@ does not read the source again.
 
 import functools
 import os
-import sys
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from clip_jax.data import decode
 from clip_jax.data.records import BadRecord, image_key
 from clip_jax.data.sources.index import TEXTS
 from clip_jax.errors import UserError, unknown
+from clip_jax.runtime import command
 from clip_jax.tools import duplicates, examples
 from clip_jax.tools.filter_tables import image_hash
 from clip_jax.tools.index_writer import IndexWriter, bits_of, cost, example_lines, headline
@@ -274,4 +274,4 @@ def run(args, log=print):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

@@ -11,8 +11,6 @@ FOLDER gets the weights in float32, the configuration, the preprocessing and the
 A model that the target cannot express is refused with a line that names the field. docs/checkpoints.md lists what fits.
 """
 
-import sys
-
 from clip_jax import inference
 from clip_jax.interop import export
 from clip_jax.runtime import command
@@ -39,4 +37,4 @@ def _run(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

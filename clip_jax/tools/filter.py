@@ -26,7 +26,6 @@ import itertools
 import os
 import random
 import re
-import sys
 
 import numpy as np
 
@@ -356,4 +355,4 @@ def _main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

@@ -13,7 +13,6 @@ column for each metric that is not the same in all rows. --out writes a work fol
 """
 
 import json
-import sys
 
 from clip_jax.errors import UserError
 from clip_jax.runtime import command, storage
@@ -161,4 +160,4 @@ def _write(model, out):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

@@ -26,7 +26,6 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 import time
 import zlib
 
@@ -374,4 +373,4 @@ def _check(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

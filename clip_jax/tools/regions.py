@@ -16,7 +16,6 @@ outside of it, has no regions and is counted.
 """
 
 import itertools
-import sys
 from collections import Counter
 
 import numpy as np
@@ -164,4 +163,4 @@ def _main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

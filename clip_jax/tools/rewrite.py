@@ -34,7 +34,6 @@ same command.
 import functools
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -294,4 +293,4 @@ def _main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

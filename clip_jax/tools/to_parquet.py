@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import os
-import sys
 from collections import Counter
 
 import numpy as np
@@ -321,4 +320,4 @@ def _main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

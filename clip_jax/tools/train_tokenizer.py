@@ -26,7 +26,6 @@ import itertools
 import json
 import lzma
 import re
-import sys
 
 from etils import epath
 
@@ -187,4 +186,4 @@ def _main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main)

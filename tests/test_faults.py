@@ -1,5 +1,6 @@
 """Early ends of runs, as real processes: signals, kill -9, a host that dies or hangs; and resuming after them."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -191,6 +192,30 @@ def test_no_step_is_lost_or_changed_by_random_kills(tmp_path, processes):
     process = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=timeout)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "equal the undisturbed run" in process.stdout
+
+
+def terminate_self(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Finalized:
+    def __del__(self):
+        terminate_self()
+
+
+def collect():
+    gc.callbacks.append(terminate_self)
+    gc.collect()
+    gc.callbacks.remove(terminate_self)
+
+
+@pytest.mark.parametrize("cause", [Finalized, collect])
+def test_a_signal_in_a_finalizer_or_a_callback_of_gc_is_not_dropped(monkeypatch, cause):
+    monkeypatch.setattr(faults, "_asked", 0)
+    with faults.Signals() as signals, pytest.raises(faults.Stopped):
+        cause()
+        time.sleep(10)
+    assert signals.status == faults.PREEMPTED
 
 
 COMPILES = """

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -72,8 +73,11 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _answer(self, number, _):
+    def _answer(self, number, frame):
         global _asked
+        if _drops_exceptions(frame):
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            return
         self.status = _asked = PREEMPTED if number == signal.SIGTERM else INTERRUPTED
         signal.signal(number, signal.SIG_DFL)
         self._raise()
@@ -94,6 +98,16 @@ class Signals:
         finally:
             self._deferred = False
         self._raise()
+
+
+def _drops_exceptions(frame):
+    """Returns whether Python would drop an exception that is raised in a frame: a finalizer's or a callback's of gc."""
+    callbacks = [getattr(call, "__code__", None) for call in gc.callbacks]
+    while frame:
+        if frame.f_code.co_name == "__del__" or frame.f_code in callbacks:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager

@@ -279,7 +279,24 @@ def read_json(path):
     return found if isinstance(found, dict) else {}
 
 
-def describe(workdir, config, params, flops, size):
+def check_order(workdir, digest, step, log):
+    """Logs a warning when a resumed run reads its records in another order than before.
+
+    Args:
+      workdir: the work folder.
+      digest: that of the order, `clip_jax.data.loader.Loader.digest`.
+      step: the first step of this start.
+      log: takes the line.
+    """
+    before = read_json(workdir / MACHINE).get("order", digest)
+    if step > 1 and before != digest:
+        log(
+            f"warning: from step {step} on, the records come in another order than before: records were added or "
+            "removed, or their blocks, data.*, or the seed changed; some will be seen again too early"
+        )
+
+
+def describe(workdir, config, params, flops, size, digest):
     """Writes run.json on the first host: what the run costs, and where it runs.
 
     Args:
@@ -288,6 +305,7 @@ def describe(workdir, config, params, flops, size):
       params: the parameters.
       flops: the model's FLOPs of a step, over all devices.
       size: the bytes of a step on one device, the compiler's estimate; None where it gives none.
+      digest: that of the order of the records.
     """
     import jax
 
@@ -298,6 +316,7 @@ def describe(workdir, config, params, flops, size):
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "flops_per_example": flops / config.data.batch_size,
         "step_bytes": size,
+        "order": digest,
         "devices": len(devices),
         "device": devices[0].device_kind,
         "hosts": hosts.count(),

@@ -86,6 +86,15 @@ def test_a_row_is_near_the_rows_of_its_lane_and_lanes_are_apart():
     assert len(set.union(*blocks.values())) == sum(map(len, blocks.values()))
 
 
+def test_the_digest_of_an_order_tells_its_blocks_and_records():
+    def digest(starts=(0, 64), seed=0, sizes=(32, 32), window=4):
+        blocks = [np.array(sizes)] if sizes else None
+        return Order(list(starts), [1.0], seed, 16, False, lanes=4 * bool(sizes), blocks=blocks, window=window).digest
+
+    others = [digest(starts=(0, 65)), digest(seed=1), digest(sizes=(16, 48)), digest(window=2), digest(sizes=None)]
+    assert digest() == digest() and len({digest(), *others}) == 6
+
+
 @pytest.fixture(scope="module")
 def sources():
     mixture = MixtureSource([Shards(), Shards((6,) * 9, name="other"), MemorySource(records(40))], [3, 1.5, 1])

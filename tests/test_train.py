@@ -16,7 +16,7 @@ import pytest
 from conftest import COMPILE_FAST, REPO
 from helpers import losses, run, tiny_config, train_command
 
-from clip_jax import train
+from clip_jax import run_folder, train
 from clip_jax.errors import UserError
 from clip_jax.runtime import goodput, storage
 from clip_jax.training import checkpoint
@@ -107,9 +107,20 @@ def test_resume_on_another_mesh_reads_the_same_batches(finished, tmp_path):
         train.train(config, tmp_path, stop_at_5)
     time.sleep(1)
     config = tiny_config("train.steps=8", "mesh={'data': 4, 'fsdp': 1, 'tensor': 2}")
-    train.train(config, tmp_path, lambda line: None)
+    lines = []
+    train.train(config, tmp_path, lines.append)
+    assert not any("another order" in line for line in lines)
     expected, got = losses(finished[0]), losses(tmp_path)
     np.testing.assert_allclose([got[s] for s in sorted(expected)], [expected[s] for s in sorted(expected)], rtol=1e-3)
+
+
+def test_a_run_that_reads_its_data_in_another_order_says_so(finished):
+    digest = run_folder.read_json(finished[0] / run_folder.MACHINE)["order"]
+    lines = []
+    for first, of_now in ((9, digest), (1, "00"), (9, "00")):
+        run_folder.check_order(finished[0], of_now, first, lines.append)
+    (line,) = lines
+    assert line.startswith("warning: from step 9 on, the records come in another order than before")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ class Loader:
       step: int, the step of the next batch. A loader with this `start_step` resumes from there.
       blocks: str, a line that says how blocks are read and what memory they take; empty when records are read one by
         one.
+      digest: str, that of the order of the records: it differs where records, blocks, weights or the seed do.
       skipped: `Counter` of the records that were not used, by reason.
 
     Raises UserError for wrong arguments, for a source without a usable record, and, while iterating, when more than
@@ -101,7 +102,7 @@ class Loader:
         self._name, self._max_bad_share = source.name, max_bad_share
         self._used, self._bad = 0, 0
         order = make_order(source, batch_size, seed, one_source, reading)
-        self.blocks = order.describe(parts_of(source), hosts)
+        self.blocks, self.digest = order.describe(parts_of(source), hosts), order.digest
         batches = TrainingBatches(source, views, tokenizer, cache_bytes, batch_size, host, hosts, seed, order)
         if threads is None:
             threads = 1 if workers or batches.keeps_images else _default_threads()

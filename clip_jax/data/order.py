@@ -7,6 +7,7 @@ lane. The random choices within an example are a pure function of (seed, epoch, 
 """
 
 import functools
+import hashlib
 import itertools
 import threading
 from collections import deque
@@ -159,6 +160,7 @@ class Order:
     Attributes:
       parts: list of `Lanes` or None, one per part.
       lanes: int, as given.
+      digest: str of 16 hex digits; equal orders have the same.
     """
 
     def __init__(self, starts, weights, seed, batch_size, one_source, *, lanes=0, blocks=None, window=1):
@@ -174,6 +176,11 @@ class Order:
             None if sizes is None else Lanes(sizes, _seed(seed, part), lanes, windows[part])
             for part, sizes in enumerate(blocks or [None] * len(weights))
         ]
+        known = [*map(int, starts)], [*map(float, weights)], seed, batch_size, bool(self._one_source), lanes, windows
+        digest = hashlib.blake2b(repr(known).encode(), digest_size=8)
+        for sizes in blocks or ():
+            digest.update(b"records" if sizes is None else np.asarray(sizes, np.int64).tobytes())
+        self.digest = digest.hexdigest()
 
     def rows(self, step, first, last):
         """Returns the `Draw` of each row from `first` to `last - 1` of the batch of a step, a list."""

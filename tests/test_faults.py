@@ -194,13 +194,14 @@ def test_no_step_is_lost_or_changed_by_random_kills(tmp_path, processes):
     assert "equal the undisturbed run" in process.stdout
 
 
-def terminate_self(*_):
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 class Finalized:
     def __del__(self):
-        terminate_self()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminate_self(phase, _):
+    if phase == "start":
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def collect():
@@ -209,9 +210,11 @@ def collect():
     gc.callbacks.remove(terminate_self)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("cause", [Finalized, collect])
 def test_a_signal_in_a_finalizer_or_a_callback_of_gc_is_not_dropped(monkeypatch, cause):
     monkeypatch.setattr(faults, "_asked", 0)
+    monkeypatch.setattr(faults, "_INSIST_SECONDS", 0.1)
     with faults.Signals() as signals, pytest.raises(faults.Stopped):
         cause()
         time.sleep(10)

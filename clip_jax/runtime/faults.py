@@ -10,7 +10,6 @@ import collections
 import contextlib
 import ctypes
 import faulthandler
-import gc
 import multiprocessing
 import os
 import signal
@@ -27,6 +26,8 @@ INTERRUPTED = 130
 _WORDS = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 #: Seconds that the other processes have to end as well, before this one ends alone.
 _TOGETHER_SECONDS = 10
+#: The signal that repeats another one, and the seconds after which it does.
+_AGAIN, _INSIST_SECONDS = signal.SIGVTALRM, 2
 _OUTSIDE = "outside of the training steps: the newest checkpoint is unchanged"
 
 _asked = 0  # the exit status that a signal asked this process for
@@ -63,27 +64,37 @@ class Signals:
     def __init__(self):
         self.status = 0
         self._deferred, self._previous = False, {}
+        self._is_ending = threading.Event()
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             self._previous = {number: signal.signal(number, self._answer) for number in (signal.SIGTERM, signal.SIGINT)}
+            signal.signal(_AGAIN, self._raise)  # it stays: one more may come after the context
         return self
 
     def __exit__(self, *_):
+        self._is_ending.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _answer(self, number, frame):
+    def _answer(self, number, _):
         global _asked
-        if _drops_exceptions(frame):
-            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-            return
         self.status = _asked = PREEMPTED if number == signal.SIGTERM else INTERRUPTED
         signal.signal(number, signal.SIG_DFL)
+        threading.Thread(target=self._insist, args=(threading.get_ident(),), daemon=True).start()
         self._raise()
 
-    def _raise(self):
-        if self.status and not self._deferred:
+    def _insist(self, main_thread):
+        """Repeats the signal until the context ends.
+
+        Python drops an exception that is raised in a finalizer or in a callback of the garbage collector, and libraries
+        drop some that are raised in functions that they call from C.
+        """
+        while not self._is_ending.wait(_INSIST_SECONDS):
+            signal.pthread_kill(main_thread, _AGAIN)
+
+    def _raise(self, *_):
+        if self.status and not self._deferred and not self._is_ending.is_set():
             raise Stopped(self.status, _OUTSIDE)
 
     @contextlib.contextmanager
@@ -95,19 +106,12 @@ class Signals:
         self._deferred = True
         try:
             yield
+        except Stopped:
+            self._is_ending.set()
+            raise
         finally:
             self._deferred = False
         self._raise()
-
-
-def _drops_exceptions(frame):
-    """Returns whether Python would drop an exception that is raised in a frame: a finalizer's or a callback's of gc."""
-    callbacks = [getattr(call, "__code__", None) for call in gc.callbacks]
-    while frame:
-        if frame.f_code.co_name == "__del__" or frame.f_code in callbacks:
-            return True
-        frame = frame.f_back
-    return False
 
 
 @contextlib.contextmanager

@@ -74,10 +74,10 @@ def launch(arguments):
 
 
 def script():
-    """Is the program `clip-jax`."""
-    from clip_jax.runtime import command
+    """Runs `clip-jax` and ends this process with its status."""
+    from clip_jax.runtime import faults
 
-    command.script(main)
+    faults.script(main)
 
 
 def main(argv=None):

@@ -233,7 +233,7 @@ def _copy(config, workdir, fork):
     storage.write(workdir / FORK, json.dumps(dataclasses.asdict(fork) | {"time": round(time.time(), 3)}, indent=1))
     try:
         meta = checkpoint.read_meta(source)
-        meta |= {"config": json.loads(config_lib.to_json(config)), "seconds": {}}
+        meta |= {"config": json.loads(config_lib.to_json(config)), "seconds": {}, "order": None}
         storage.remove(place)  # what a kill left
         storage.copy(source, place, last=checkpoint.COMMIT, instead={"meta/metadata": json.dumps(meta)})
     except (FileNotFoundError, UserError):
@@ -279,24 +279,7 @@ def read_json(path):
     return found if isinstance(found, dict) else {}
 
 
-def check_order(workdir, digest, step, log):
-    """Logs a warning when a resumed run reads its records in another order than before.
-
-    Args:
-      workdir: the work folder.
-      digest: that of the order, `clip_jax.data.loader.Loader.digest`.
-      step: the first step of this start.
-      log: takes the line.
-    """
-    before = read_json(workdir / MACHINE).get("order", digest)
-    if step > 1 and before != digest:
-        log(
-            f"warning: from step {step} on, the records come in another order than before: records were added or "
-            "removed, or their blocks, data.*, or the seed changed; some will be seen again too early"
-        )
-
-
-def describe(workdir, config, params, flops, size, digest):
+def describe(workdir, config, params, flops, size):
     """Writes run.json on the first host: what the run costs, and where it runs.
 
     Args:
@@ -305,7 +288,6 @@ def describe(workdir, config, params, flops, size, digest):
       params: the parameters.
       flops: the model's FLOPs of a step, over all devices.
       size: the bytes of a step on one device, the compiler's estimate; None where it gives none.
-      digest: that of the order of the records.
     """
     import jax
 
@@ -316,7 +298,6 @@ def describe(workdir, config, params, flops, size, digest):
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "flops_per_example": flops / config.data.batch_size,
         "step_bytes": size,
-        "order": digest,
         "devices": len(devices),
         "device": devices[0].device_kind,
         "hosts": hosts.count(),

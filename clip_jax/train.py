@@ -211,7 +211,7 @@ def next_batch(loader, mesh):
     return sharding.to_global(rows, mesh), waited
 
 
-def compile_on_all_hosts(run, source, tx, state, batch, digest):
+def compile_on_all_hosts(run, source, tx, state, batch):
     """Compiles the step, logs what a user reads before the first step, and returns `(step, FLOPs over all devices)`."""
     from clip_jax import program
     from clip_jax.training import metrics
@@ -227,7 +227,7 @@ def compile_on_all_hosts(run, source, tx, state, batch, digest):
     hosts.wait("compiled")
     found, seconds = sum(hosts.gather(found)), time.perf_counter() - start
     run.goodput.begin_steps(seconds)
-    run_folder.describe(run.workdir, run.config, state.params, flops, size, digest)
+    run_folder.describe(run.workdir, run.config, state.params, flops, size)
     for line in metrics.describe_run(run.config, len(source), run.mesh, state, flops, size, seconds, found):
         run.log(line)
     return step_fn, flops
@@ -304,13 +304,13 @@ def loop(run, source, tx, state):
     steps = config.train.steps
     loader = make_loader(config, source, run.tokenizer, run.method, run.mesh, first - 1)
     skipped = loader.skipped.total()
-    run_folder.check_order(run.workdir, loader.digest, first, run.log)
+    run.checkpointer.begin_order(loader.digest, first, run.log)
     if first == 1 and hosts.is_first():
         for line in summary.describe(source, run.method.views, run.tokenizer):
             run.log(line)
     run.log("\n".join(filter(None, [loader.blocks, "reading the first batch and compiling the step ..."])))
     batch, waited = next_batch(loader, run.mesh)[0], 0.0  # nothing trains yet
-    step_fn, flops = compile_on_all_hosts(run, source, tx, state, batch, loader.digest)
+    step_fn, flops = compile_on_all_hosts(run, source, tx, state, batch)
     recorder, pending = Recorder(run, loader, skipped, first, flops), None
     profiler = profile.Profiler(run.workdir / "profile", config, step_fn, run.log)
     with closing(loader), run.signals.deferred(), profiler:

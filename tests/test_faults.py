@@ -1,5 +1,6 @@
 """Early ends of runs, as real processes: signals, kill -9, a host that dies or hangs; and resuming after them."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -210,15 +211,38 @@ def collect():
     gc.callbacks.remove(terminate_self)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("cause", [Finalized, collect])
 def test_a_signal_in_a_finalizer_or_a_callback_of_gc_is_not_dropped(monkeypatch, cause):
     monkeypatch.setattr(faults, "_asked", 0)
     monkeypatch.setattr(faults, "_INSIST_SECONDS", 0.1)
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)  # pytest's keeps the exception
     with faults.Signals() as signals, pytest.raises(faults.Stopped):
         cause()
         time.sleep(10)
     assert signals.status == faults.PREEMPTED
+
+
+@contextlib.contextmanager
+def saving(saved):
+    try:
+        yield
+    finally:
+        time.sleep(0.3)
+        saved.append(True)
+
+
+def test_what_an_exception_passes_on_its_way_up_is_left_to_end(monkeypatch):
+    monkeypatch.setattr(faults, "_asked", 0)
+    monkeypatch.setattr(faults, "_INSIST_SECONDS", 0.05)
+    saved = []
+    with pytest.raises(faults.Stopped), faults.Signals(), saving(saved):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(faults.Stopped), faults.Signals() as signals, saving(saved), signals.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(ValueError), faults.Signals() as signals, saving(saved), signals.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError
+    assert len(saved) == 3
 
 
 COMPILES = """

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from conftest import COMPILE_FAST, REPO
 from helpers import losses, run, tiny_config, train_command
 
-from clip_jax import run_folder, train
+from clip_jax import train
 from clip_jax.errors import UserError
 from clip_jax.runtime import goodput, storage
 from clip_jax.training import checkpoint
@@ -110,17 +111,19 @@ def test_resume_on_another_mesh_reads_the_same_batches(finished, tmp_path):
     lines = []
     train.train(config, tmp_path, lines.append)
     assert not any("another order" in line for line in lines)
+    orders = [checkpoint.read_meta(folder / "checkpoints" / "8")["order"] for folder in (finished[0], tmp_path)]
+    assert orders[0] and orders[0] == orders[1]
     expected, got = losses(finished[0]), losses(tmp_path)
     np.testing.assert_allclose([got[s] for s in sorted(expected)], [expected[s] for s in sorted(expected)], rtol=1e-3)
 
 
-def test_a_run_that_reads_its_data_in_another_order_says_so(finished):
-    digest = run_folder.read_json(finished[0] / run_folder.MACHINE)["order"]
-    lines = []
-    for first, of_now in ((9, digest), (1, "00"), (9, "00")):
-        run_folder.check_order(finished[0], of_now, first, lines.append)
+def test_a_run_that_reads_its_records_in_another_order_says_so():
+    lines, run = [], types.SimpleNamespace(order=None)
+    for digest, step in (("a", 1), ("a", 5), ("b", 9)):
+        checkpoint.Checkpointer.begin_order(run, digest, step, lines.append)
     (line,) = lines
     assert line.startswith("warning: from step 9 on, the records come in another order than before")
+    assert run.order == "b"
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class Loader:
       step: int, the step of the next batch. A loader with this `start_step` resumes from there.
       blocks: str, a line that says how blocks are read and what memory they take; empty when records are read one by
         one.
-      digest: str, that of the order of the records: it differs where records, blocks, weights or the seed do.
+      digest: str, that of the order of the records: it differs where their numbers, blocks, weights or the seed do.
       skipped: `Counter` of the records that were not used, by reason.
 
     Raises UserError for wrong arguments, for a source without a usable record, and, while iterating, when more than

@@ -73,6 +73,11 @@ class Stream:
         return epochs, self._start + ids
 
 
+def whole_weights(weights):
+    """Returns positive weights as integers, 100 for the smallest; a list of int."""
+    return [int(weight * (100 / min(weights))) for weight in weights]
+
+
 class Mixed:
     """Interleaves parts: each one has its share, by weight, in any short run of positions.
 
@@ -81,7 +86,7 @@ class Mixed:
     """
 
     def __init__(self, weights):
-        self._weights = [int(weight * (100 / min(weights))) for weight in weights]
+        self._weights = whole_weights(weights)
 
     def draws(self, positions):
         """Returns (parts, numbers of the parts' draws), each int64 `[n]`, of positions int64 `[n]`."""
@@ -176,7 +181,7 @@ class Order:
             None if sizes is None else Lanes(sizes, _seed(seed, part), lanes, windows[part])
             for part, sizes in enumerate(blocks or [None] * len(weights))
         ]
-        known = [*map(int, starts)], [*map(float, weights)], seed, batch_size, bool(self._one_source), lanes, windows
+        known = [*map(int, starts)], whole_weights(weights), seed, batch_size, bool(self._one_source), lanes, windows
         digest = hashlib.blake2b(repr(known).encode(), digest_size=8)
         for sizes in blocks or ():
             digest.update(b"records" if sizes is None else np.asarray(sizes, np.int64).tobytes())

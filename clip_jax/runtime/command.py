@@ -12,6 +12,8 @@ import traceback
 from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import faults, host_log, hosts, storage
 
+#: What every command ends with: `if __name__ == "__main__": command.script(main)`.
+script = faults.script
 #: With these variables libtpu neither asks a metadata server whether this machine has a TPU nor prints anything.
 QUIET_LIBTPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -82,22 +84,6 @@ def run(work):
         host_log.stop()
 
 
-def script(main):
-    """Ends this process with the status that `main` returns; Ctrl-C gives one line and 130.
-
-    A signal may arrive while a thread of JAX compiles. The clean-up of the interpreter would make that thread crash,
-    and the status would be the crash's. So it is left out after a signal.
-    """
-    try:
-        status = main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = faults.INTERRUPTED
-    if status in (faults.PREEMPTED, faults.INTERRUPTED):
-        faults.end_now(status)
-    sys.exit(status)
-
-
 def _run(work):
     host_log.show_stacks(sys.__stderr__)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -113,6 +99,10 @@ def _run(work):
             status, line = faults.STORAGE, f"{line}; the same command tries again"
     except faults.Stopped as stopped:
         status, line = stopped.status, str(stopped)
+    except KeyboardInterrupt:
+        if not faults.several_processes():
+            raise
+        status, line = faults.INTERRUPTED, "interrupted"
     except Exception as error:
         if not faults.several_processes():
             raise

@@ -15,6 +15,8 @@ from clip_jax.runtime import storage
 
 #: The `compile.cache` that stands for this folder of the work folder.
 WORKDIR, FOLDER = "workdir", "compilation_cache"
+#: The variable with the folder of JAX's own cache, which replaces the default.
+VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 #: JAX's event for a program that it found.
 _FOUND = "/jax/compilation_cache/cache_hits"
 
@@ -27,12 +29,12 @@ def prepare(setting, workdir, environ=os.environ):
     Args:
       setting: `compile.cache`.
       workdir: the work folder, a path.
-      environ: the environment. Its JAX_COMPILATION_CACHE_DIR replaces the default.
+      environ: the environment. Its `VARIABLE` replaces the default.
 
     Raises UserError when a folder or bucket of its own cannot be written, and StorageError when it fails.
     """
     if setting == WORKDIR:
-        return None if environ.get("JAX_COMPILATION_CACHE_DIR") else workdir / FOLDER
+        return None if environ.get(VARIABLE) else workdir / FOLDER
     return storage.prepare(setting, "compile.cache") if setting else None
 
 

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 
 from clip_jax.runtime import host_log
 
@@ -55,7 +56,7 @@ class Stopped(BaseException):
 class Signals:
     """Handles SIGTERM and SIGINT: raises `Stopped` at once or, within `deferred`, only sets `status`.
 
-    A second signal kills the process.
+    A second signal kills the process. The handler of SIGVTALRM, which repeats `Stopped` where it was dropped, stays.
 
     Attributes:
       status: the exit status that a signal asked for, 0 without a signal.
@@ -65,6 +66,7 @@ class Signals:
         self.status = 0
         self._deferred, self._previous = False, {}
         self._is_ending = threading.Event()
+        self._raised = lambda: None  # the `Stopped` on its way up, as a weak reference
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
@@ -81,21 +83,29 @@ class Signals:
         global _asked
         self.status = _asked = PREEMPTED if number == signal.SIGTERM else INTERRUPTED
         signal.signal(number, signal.SIG_DFL)
-        threading.Thread(target=self._insist, args=(threading.get_ident(),), daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # no thread is left
+            threading.Thread(target=self._insist, args=(threading.get_ident(),), daemon=True).start()
         self._raise()
 
     def _insist(self, main_thread):
-        """Repeats the signal until the context ends.
+        """Raises `Stopped` again where it was dropped, until the context ends.
 
         Python drops an exception that is raised in a finalizer or in a callback of the garbage collector, and libraries
-        drop some that are raised in functions that they call from C.
+        drop some that are raised in functions that they call from C. An exception on its way up exists, and what it
+        passes, such as a checkpoint that is being written, is left to end.
         """
         while not self._is_ending.wait(_INSIST_SECONDS):
-            signal.pthread_kill(main_thread, _AGAIN)
+            if self._raised() is None:
+                signal.pthread_kill(main_thread, _AGAIN)
 
     def _raise(self, *_):
-        if self.status and not self._deferred and not self._is_ending.is_set():
-            raise Stopped(self.status, _OUTSIDE)
+        if self.status and not self._deferred and not self._is_ending.is_set() and self._raised() is None:
+            raise self._stopped()
+
+    def _stopped(self):
+        stopped = Stopped(self.status, _OUTSIDE)
+        self._raised = weakref.ref(stopped)
+        return stopped
 
     @contextlib.contextmanager
     def deferred(self):
@@ -106,7 +116,7 @@ class Signals:
         self._deferred = True
         try:
             yield
-        except Stopped:
+        except BaseException:
             self._is_ending.set()
             raise
         finally:
@@ -219,6 +229,7 @@ def end(status, line, stacks=False):
     for stream in filter(None, (sys.stderr, host_log.file())) if stacks else ():
         faulthandler.dump_traceback(stream)
     host_log.stop()
+    _kill_workers()
     calls = threading.Thread(target=lambda: [call() for call in list(at_end)], daemon=True)
     calls.start()
     calls.join(_TOGETHER_SECONDS)  # storage may hang as well
@@ -227,11 +238,32 @@ def end(status, line, stacks=False):
 
 def end_now(status):
     """Ends this process and its workers without the interpreter's clean-up."""
+    _kill_workers()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader has gone
+            stream.flush()
+    os._exit(status)
+
+
+def _kill_workers():
     for child in multiprocessing.active_children():
         child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+
+
+def script(main):
+    """Ends this process with the status that `main` returns; Ctrl-C gives one line and 130.
+
+    A signal may arrive while a thread of JAX compiles. The clean-up of the interpreter would make that thread crash,
+    and the status would be the crash's. So it is left out after a signal.
+    """
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    if status in _WORDS:
+        end_now(status)
+    sys.exit(status)
 
 
 def end_lost(reason):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -118,8 +119,9 @@ class Planned:
 
     def _run(self, seed, folder, changes, steps, flops, value=""):
         command = ["-m", "clip_jax.train", f"--config={self.spec}", f"--workdir={folder}"]
-        cache = f"compile.cache={self.workdir / compile_cache.FOLDER}"  # all seeds of a row have the same program
-        changes = (cache, *self.overrides, *changes, f"seed={seed}")
+        changes = (*self.overrides, *changes, f"seed={seed}")
+        if compile_cache.VARIABLE not in os.environ:  # all seeds of a row have the same program
+            changes = (f"compile.cache={self.workdir / compile_cache.FOLDER}", *changes)
         command += [f"--config.{_filled(self, change)}" for change in changes]
         return Run(self.row, seed, folder, tuple(command), steps, steps * flops, value)
 

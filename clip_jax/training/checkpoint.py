@@ -83,6 +83,7 @@ class Checkpointer:
             atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
         )
         self.seconds = {}  # of the restored checkpoint, see `save`
+        self.order = None  # of the records: the digest of the restored checkpoint, then that of this start
         with storage.guard(self.folder):
             if hosts.is_first():
                 _commit_renamed(self.folder)
@@ -112,6 +113,7 @@ class Checkpointer:
             "method": self.method,
             "metrics": metrics,
             "seconds": seconds or {},
+            "order": self.order,
         }
         with faults.stage("checkpoint"), _SaveFailure(self, step):
             self.manager.save(
@@ -119,6 +121,21 @@ class Checkpointer:
                 args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)),
                 metrics=metrics or None,
             )
+
+    def begin_order(self, digest, step, log):
+        """Keeps the digest of the order of the records, and logs a warning where it is not the restored state's.
+
+        Args:
+          digest: that of `clip_jax.data.loader.Loader`.
+          step: the first step of this start.
+          log: takes the line.
+        """
+        if self.order not in (None, digest):
+            log(
+                f"warning: from step {step} on, the records come in another order than before: records were added or "
+                "removed, or their blocks or weights changed; some will be seen again too early"
+            )
+        self.order = digest
 
     def wait(self):
         """Blocks until everything is stored. Raises as `save`."""
@@ -166,7 +183,7 @@ class Checkpointer:
                     problem = faults.one_line(error)
                 # A checkpoint that one host cannot read counts as damaged on all hosts.
                 if not any(problems := hosts.gather(problem)):
-                    self.seconds = meta.get("seconds", {})
+                    self.seconds, self.order = meta.get("seconds", {}), meta.get("order")
                     return found
                 problem = next(filter(None, problems))
                 logger.warning("checkpoint %s/%d is damaged (%s); trying the one before", self.folder, step, problem)

@@ -24,6 +24,8 @@ from clip_jax.studies import definition
 
 #: Stands in a printed command for the value that tuning has not chosen yet.
 CHOSEN = "CHOSEN"
+#: The file in the folder of a run that tells how the study defined it.
+DEFINITION = "study_run.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Run:
       command: the arguments of the Python interpreter.
       steps: the number of training steps.
       flops: the model's FLOPs of the whole training.
+      changes: the configuration and the fields that its command changes, as the study defines them.
       value: the value that it tries; empty for a run of the table.
     """
 
@@ -46,6 +49,7 @@ class Run:
     command: tuple[str, ...]
     steps: int
     flops: float
+    changes: tuple[str, ...] = ()
     value: str = ""
 
     @property
@@ -119,11 +123,11 @@ class Planned:
 
     def _run(self, seed, folder, changes, steps, flops, value=""):
         command = ["-m", "clip_jax.train", f"--config={self.spec}", f"--workdir={folder}"]
-        changes = (*self.overrides, *changes, f"seed={seed}")
+        given = changes = (*self.overrides, *changes, f"seed={seed}")
         if compile_cache.VARIABLE not in os.environ:  # all seeds of a row have the same program
             changes = (f"compile.cache={self.workdir / compile_cache.FOLDER}", *changes)
         command += [f"--config.{_filled(self, change)}" for change in changes]
-        return Run(self.row, seed, folder, tuple(command), steps, steps * flops, value)
+        return Run(self.row, seed, folder, tuple(command), steps, steps * flops, (self.spec, *given), value)
 
 
 def _tasks(tasks):
@@ -277,9 +281,22 @@ def results(run, metrics):
     Args:
       run: the run.
       metrics: names, and tuples of names, as in `Study.metrics`.
+
+    Raises UserError as `check_folder`.
     """
+    check_folder(run)
     found = run.metrics()
     return None if found is None else pooled(found, run.outcomes(), metrics)
+
+
+def check_folder(run):
+    """Raises UserError when the folder of a run holds one that the study defined otherwise."""
+    before = json.loads(storage.read(run.folder / DEFINITION) or "null")
+    if before is None or before == list(run.changes):
+        return
+    old, new = ([x for x in some if x not in others] for some, others in ((before, run.changes), (run.changes, before)))
+    was, now = (", ".join(changes) or "the same in another order" for changes in (old, new))
+    raise UserError(f"{run.name}: {run.folder} holds a run with {was}, not {now}: give another --workdir or delete it")
 
 
 def pooled(found, kept, metrics):
@@ -307,6 +324,7 @@ def train(run):
     Raises Stopped after a signal, and UserError or StorageError when the command fails.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
+    storage.write(run.folder / DEFINITION, json.dumps(run.changes))
     with storage.local_folder(run.folder) as folder:
         status, line = _call(run.command, folder / "train.log")
     _check(status, run.name, f"{line} ({run.folder / 'train.log'})")

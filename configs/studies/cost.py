@@ -10,7 +10,7 @@ estimate of the memory. FLIP has a tower of 64 patches; without dropping it is t
 picture tower is that of CLIP's first seed, whose time is not counted.
 """
 
-from embedded_rows import CONFIGS, LR, TEMPLATES, make_row, make_study
+from embedded_rows import CONFIGS, SCALE, TEMPLATES, make_row, make_study
 
 from clip_jax.study import Row
 
@@ -23,10 +23,10 @@ def get_study(variant=""):
     rows = [
         make_row("CLIP", line=""),
         *(
-            make_row("FLIP", f"FLIP, {percent} % dropped", (f"model.image.patch_drop={share}",), tune=LR)
+            make_row("FLIP", f"FLIP, {percent} % dropped", (f"model.image.patch_drop={share}",), tune=SCALE)
             for percent, share in drops
         ),
-        Row("LiT", f"{CONFIGS / 'lit.py'}", lit, tune=LR, after="CLIP"),
+        Row("LiT", f"{CONFIGS / 'lit.py'}", lit, tune=SCALE, after="CLIP"),
     ]
     return make_study(
         "Accuracy against cost",

@@ -54,8 +54,8 @@ METRICS = {
     "seen concepts, unseen vendor": "emoji/seen_concept_unseen_vendor/top1",
 }
 ALIGN_FILTER = ("clip_jax.tools.filter", "--min-side=31", "--min-words=1")  # but for `--source`
-# Trainings are shorter than those of the configurations, of costly methods most. So all have fewer steps to warm up, and
-# the learning rate that CLIP's tuning has chosen at this length.
+# Trainings are shorter than those of the configurations, those of costly methods most. So all have fewer steps to warm
+# up, and the learning rate that tuning chose for CLIP at this length.
 OVERRIDES = ("train.steps=700", "optim.lr=1.5e-3", "optim.warmup_steps=30")
 OVERRIDES += ("checkpoint.steps=0", "eval.steps=0", "eval.report=false")
 

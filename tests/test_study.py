@@ -170,7 +170,7 @@ def test_a_folder_with_a_run_of_another_definition_is_refused(tmp_path):
     row = make_study(tmp_path, ("a",))
     first, other = (runs.plan(row, tmp_path, [change])[0].seed(0) for change in ("optim.lr=0.1", "optim.lr=0.2"))
     first.folder.mkdir(parents=True)
-    (first.folder / runs.DEFINITION).write_text(json.dumps(first.changes))
+    (first.folder / runs.DEFINITION).write_text(json.dumps({"changes": first.changes}))
     assert runs.results(first, []) is None
     with pytest.raises(UserError, match="holds a run with optim.lr=0.1, not optim.lr=0.2: give another --workdir"):
         runs.results(other, [])

@@ -291,7 +291,7 @@ def results(run, metrics):
 
 def check_folder(run):
     """Raises UserError when the folder of a run holds one that the study defined otherwise."""
-    before = json.loads(storage.read(run.folder / DEFINITION) or "null")
+    before = run_folder.read_json(run.folder / DEFINITION).get("changes")
     if before is None or before == list(run.changes):
         return
     old, new = ([x for x in some if x not in others] for some, others in ((before, run.changes), (run.changes, before)))
@@ -324,7 +324,7 @@ def train(run):
     Raises Stopped after a signal, and UserError or StorageError when the command fails.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    storage.write(run.folder / DEFINITION, json.dumps(run.changes))
+    storage.write(run.folder / DEFINITION, json.dumps({"changes": run.changes}))
     with storage.local_folder(run.folder) as folder:
         status, line = _call(run.command, folder / "train.log")
     _check(status, run.name, f"{line} ({run.folder / 'train.log'})")

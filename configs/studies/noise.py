@@ -11,7 +11,7 @@ the same noise, with seed 0; its compute is not counted. ALIP's synthetic captio
 alone, and they stay with their pictures: this row knows what no other knows.
 """
 
-from embedded_rows import ALIGN_FILTER, SCALE, make_row, make_study
+from embedded_rows import ALIGN_FILTER, make_row, make_study
 
 STUDIES = ("",)
 LEVELS = (0, 30, 60)
@@ -49,5 +49,5 @@ def rows(level):
     yield make("OTTER", "OTTER", (source,))
     synthetic = f"{noise}:synthetic" if noise else ""
     yield make("ALIP", "ALIP", (f"data.source=emoji?columns=emoji_captions{synthetic}",))
-    yield filtered("ALIGN's filter", ALIGN_FILTER, tune=SCALE)
-    yield filtered("CLIP-score filter", SCORE_FILTER, tune=SCALE, after=f"CLIP, {level} %")
+    yield filtered("ALIGN's filter", ALIGN_FILTER)
+    yield filtered("CLIP-score filter", SCORE_FILTER, after=f"CLIP, {level} %")

@@ -52,13 +52,18 @@ def finish(children, allowed):
     except subprocess.TimeoutExpired:
         raise Failure(f"a process did not end within {TIMEOUT} s") from None
     finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
+        end_all(children)
     statuses = [child.returncode for child in children]
     if any(status not in expected for status, expected in zip(statuses, allowed, strict=True)):
         raise Failure(f"exit statuses {statuses}, allowed for each are {allowed}:\n" + "\n".join(errors))
     return statuses
+
+
+def end_all(children):
+    """Kills the processes that still run: one that stays behind would write into a folder that is deleted."""
+    for child in children:
+        if child.poll() is None:
+            child.kill()
 
 
 def losses(workdir):
@@ -82,16 +87,16 @@ def disturb(rng, processes, workdir, steps):
     targets = rng.choice([list(range(processes)), *([process] for process in range(processes))])
     done = sum(map(len, losses(workdir).values()))
     children, end = start(processes, workdir, steps), done + rng.randint(1, 4)
-    with contextlib.ExitStack() as on_failure:  # no process stays behind and writes into a folder that is deleted
-        for child in children:
-            on_failure.callback(child.kill)
+    try:
         waiting = time.monotonic()
         while all(child.poll() is None for child in children) and time.monotonic() - waiting < TIMEOUT:
             if sum(map(len, losses(workdir).values())) >= end and (moment == "training" or is_saving(workdir)):
                 break
             time.sleep(0.1 if storage.is_remote(workdir) else 0.002)
         time.sleep(rng.uniform(0, 3 if storage.is_remote(workdir) else 0.03))
-        on_failure.pop_all()
+    except BaseException:
+        end_all(children)
+        raise
     for target in targets:
         children[target].send_signal(number)
     if number == signal.SIGTERM:

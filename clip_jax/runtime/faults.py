@@ -103,6 +103,7 @@ class Signals:
             raise self._stopped()
 
     def _stopped(self):
+        # Not in `_raise`: the traceback keeps that frame, whose variable would keep a dropped exception alive.
         stopped = Stopped(self.status, _OUTSIDE)
         self._raised = weakref.ref(stopped)
         return stopped

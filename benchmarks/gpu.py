@@ -26,10 +26,12 @@ import time
 
 import common
 
-COLUMNS = {"part": "<10", "case": "<26", "result": "<1"}
-#: `{part: limit in seconds}`, of a run of `LIMIT` seconds in all. The checks come first; several run at once.
-CHECKS = {"methods": 130, "attention": 70, "resume": 110, "import": 70}
-TIMED = {"loss": 30, "b16": 80, "b32": 55, "l14": 65, "b16 torch": 55, "b32 torch": 45, "l14 torch": 55}
+COLUMNS = {"part": "<10", "case": "<40", "result": "<1"}
+#: The checks come first; several run at once.
+CHECKS = ("methods", "attention", "resume", "import")
+#: `{part: seconds that are kept for it}`, of a run of `LIMIT` seconds in all. A part also has what others left.
+TIMED = {"loss": 50, "b16": 85, "b16 torch": 95, "l14": 75, "b32": 90, "b32 torch": 95, "l14 torch": 120}
+DEFAULT = (*CHECKS, "loss", "b16", "b16 torch", "l14")
 LIMIT = 525
 CORES_PER_CHECK = 4
 
@@ -64,37 +66,41 @@ def need(condition, message):
 
 
 def check_methods(args):
-    """Yields `(method, {...})`: five steps of every method in bfloat16 on a random batch; its loss must stay finite."""
+    """Yields `(method, {...})`: `check_method` of every method, each in a process of its own."""
+    files = sorted(path.stem for path in pathlib.Path(common.ROOT, "configs").glob("*.py"))
+    wrong = []
+
+    def run(name):
+        rows = []
+        options = argparse.Namespace(**vars(args) | {"method": name})
+        problem = run_part("method", options, None, lambda *row: rows.append(row))
+        return (name, {"error": problem[0]}) if problem else rows[0]
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, args.cores // 3)) as pool:
+        for job in concurrent.futures.as_completed([pool.submit(run, name) for name in args.methods or files]):
+            name, values = job.result()
+            wrong += [name] if "error" in values else []
+            yield name, values
+    need(not wrong, f"these methods failed: {', '.join(wrong)}")
+
+
+def check_method(args):
+    """Yields one row: five steps of a method in bfloat16 on a random batch; its loss must stay finite."""
     import numpy as np
     from methods import Step, load
 
-    def smoke(name):
-        config = load(name, 16).unlock()
-        config.model.dtype = "bfloat16"
-        config.update(dict(optim=dict(warmup_steps=0, schedule="constant", lr=1e-3)))
-        start = time.perf_counter()
-        run = Step(config.lock())
-        compiled, losses = time.perf_counter() - start, []
-        for _ in range(5):
-            run.state, metrics = run.step(run.state, run.batch)
-            losses.append(float(metrics["loss"]))
-        return losses, int(metrics["bad_steps"]), compiled
-
-    files = sorted(path.stem for path in pathlib.Path(common.ROOT, "configs").glob("*.py"))
-    wrong = []
-    with concurrent.futures.ThreadPoolExecutor(max(1, args.cores // CORES_PER_CHECK)) as pool:
-        jobs = {pool.submit(smoke, name): name for name in (args.methods or files)}
-        for job in concurrent.futures.as_completed(jobs):
-            try:
-                losses, bad, seconds = job.result()
-            except Exception as error:
-                wrong.append(jobs[job])
-                yield jobs[job], {"error": first_line(error)}
-                continue
-            if bad or not np.isfinite(losses).all():
-                wrong.append(jobs[job])
-            yield jobs[job], {"first loss": losses[0], "last loss": losses[-1], "bad steps": bad, "compile s": seconds}
-    need(not wrong, f"these methods failed: {', '.join(wrong)}")
+    config = load(args.method, 16).unlock()
+    config.model.dtype = "bfloat16"
+    config.update(dict(optim=dict(warmup_steps=0, schedule="constant", lr=1e-3)))
+    start, losses = time.perf_counter(), []
+    run = Step(config.lock())
+    compiled = time.perf_counter() - start
+    for _ in range(5):
+        run.state, metrics = run.step(run.state, run.batch)
+        losses.append(float(metrics["loss"]))
+    bad = int(metrics["bad_steps"])
+    need(not bad and np.isfinite(losses).all(), f"losses {losses}, {bad} bad steps")
+    yield args.method, {"first loss": losses[0], "last loss": losses[-1], "bad steps": bad, "compile s": compiled}
 
 
 def check_attention(args):
@@ -253,7 +259,7 @@ def check_import(args):
 
 def measure_loss(args):
     """Yields the memory and the time of the losses over all pairs, from benchmarks/contrastive.py."""
-    sizes = {"infonce": ("8192,32768", "8192"), "sigmoid": ("8192,32768", "8192"), "filip": ("512,1024", "512")}
+    sizes = {"infonce": ("8192,32768", "8192"), "filip": ("512", "512")}
     for loss, (batches, timed_batches) in sizes.items():
         if not args.gpu:
             batches, timed_batches = "64,128", "64"
@@ -289,7 +295,9 @@ def measure_step(args, variant, torch=False):
     side = train_step.Side(*specs[wanted])
     batches = (TORCH_BATCHES if torch else BATCHES)[variant]
     fitting = [b for b in batches if b <= batches[0] * args.memory / MEMORY] or batches[-1:]
+    start = time.perf_counter()
     batch = next((b for b in (fitting if args.gpu else [8]) if side.prepare(b)), None)
+    ready = time.perf_counter() - start
     need(batch, f"{wanted}: not even a batch of {batches[-1]} fits")
     for _ in range(TURNS):
         side.measure(STEPS if args.gpu else 1)
@@ -297,15 +305,16 @@ def measure_step(args, variant, torch=False):
     rate = flops * batch / seconds
     row = {"batch": batch, "ms": 1e3 * seconds, "images/s": batch / seconds, "TFLOP/s": rate / 1e12}
     row |= {"MFU": chip and rate / chip.flops, "GiB": side.turns[-1]["memory"] / 2**30}
-    yield wanted, row | {"compile s": side.about.get("compile_seconds")}
+    yield wanted, row | {"compile s": side.about.get("compile_seconds"), "s to the first step": ready}
     if not torch:
         with tempfile.TemporaryDirectory() as folder:
+            folder = args.traces and os.path.join(args.traces, variant) or folder
             steps = side.ask("trace", folder)
             total, kernels = top_kernels(folder)
         need(kernels, "the trace has no kernel")
         yield "kernels, in all", {"ms a step": total / steps, "busy": total / steps / (1e3 * seconds)}
         for name, ms, count in kernels:
-            yield name[:26], {"share": ms / total, "ms a step": ms / steps, "runs a step": count / steps}
+            yield name[:40], {"share": ms / total, "ms a step": ms / steps, "runs a step": count / steps}
     side.close()
 
 
@@ -332,8 +341,8 @@ def top_kernels(folder, count=8):
 
 
 PARTS = {
-    "methods": check_methods, "attention": check_attention, "resume": check_resume, "import": check_import,
-    "loss": measure_loss,
+    "methods": check_methods, "method": check_method, "attention": check_attention, "resume": check_resume,
+    "import": check_import, "loss": measure_loss,
     **{name: functools.partial(measure_step, variant=name) for name in BATCHES},
     **{f"{name} torch": functools.partial(measure_step, variant=name, torch=True) for name in BATCHES},
 }  # fmt: skip
@@ -370,7 +379,7 @@ def run_part(name, args, seconds, add):
     """
     options = dict(vars(args), json=None)
     env = dict(os.environ, JAX_PLATFORMS="cuda,cpu" if args.gpu else "cpu")
-    if name in CHECKS:
+    if name not in TIMED:
         env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several share the device
     if name == "resume":  # equal losses need programs that always add in the same order
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
@@ -405,14 +414,16 @@ def run_part(name, args, seconds, add):
         errors.seek(0)
         text = errors.read()
     if process.returncode and not problem:
-        problem.append(first_line(text))
+        died = process.returncode < 0
+        problem.append(f"it ended with {signal.Signals(-process.returncode).name}" if died else first_line(text))
     return (problem[0], text[-4000:]) if problem else None
 
 
 def children(pid):
     """Returns the processes, in sessions of their own, that a process has started (Linux)."""
     try:
-        found = [int(x) for x in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        lists = [path.read_text() for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")]
+        found = [int(x) for x in " ".join(lists).split()]
         return [child for child in found if os.getpgid(child) == child]
     except OSError:
         return []
@@ -452,10 +463,11 @@ class Run:
         with self.lock:
             self.report.add(part=part, case=case, result=text_of(values), values=values, **more)
 
-    def part(self, name):
+    def part(self, name, later):
+        """Runs a part, and leaves time for the timed parts `later`."""
         start = time.monotonic()
-        limit = (CHECKS | TIMED)[name] * self.args.limit / LIMIT
-        seconds = min(limit, self.deadline - start)
+        kept = sum(TIMED[other] for other in later) * min(1, self.args.limit / LIMIT)
+        seconds = self.deadline - start - kept
         problem = None
         if seconds > 5:
             problem = run_part(name, self.args, seconds, functools.partial(self.add, name))
@@ -477,7 +489,9 @@ def main(argv=None):
         return work(name, argparse.Namespace(**options))
     parser = common.make_parser(__doc__, "gpu")
     parser.add_argument("--platform", choices=("gpu", "cpu"), default="gpu", help="cpu: tiny sizes (default: gpu)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parser.add_argument(
+        "--parts", default=",".join(DEFAULT), help="default: %(default)s; also b32, b32 torch, l14 torch"
+    )
     parser.add_argument("--methods", default="", help="files of configs/ for the part methods (default: all)")
     parser.add_argument(
         "--limit",
@@ -485,11 +499,12 @@ def main(argv=None):
         default=LIMIT,
         help="seconds for all parts; that of each grows with it (default: %(default)s)",
     )
+    parser.add_argument("--traces", help="a new folder that keeps the traces of the steps, for XProf")
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter with open_clip (default: this one)")
     args = parser.parse_args(argv)
     names = [name for name in args.parts.split(",") if name]
-    if unknown := [name for name in names if name not in PARTS]:
-        parser.error(f"--parts: {unknown[0]!r} is none of {', '.join(PARTS)}")
+    if unknown := [name for name in names if name not in (*CHECKS, *TIMED)]:
+        parser.error(f"--parts: {unknown[0]!r} is none of {', '.join((*CHECKS, *TIMED))}")
     args.methods = [name for name in args.methods.split(",") if name]
     args.gpu, found = args.platform == "gpu", find_gpu()
     if args.gpu and not found:
@@ -498,11 +513,11 @@ def main(argv=None):
     args.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     run = Run(args)
     run.report.header()
+    measured = [name for name in names if name in TIMED]
     with concurrent.futures.ThreadPoolExecutor(max(1, args.cores // CORES_PER_CHECK)) as pool:
-        list(pool.map(run.part, [name for name in names if name in CHECKS]))
-    for name in names:
-        if name in TIMED:
-            run.part(name)
+        list(pool.map(lambda name: run.part(name, measured), [name for name in names if name in CHECKS]))
+    for i, name in enumerate(measured):
+        run.part(name, measured[i + 1 :])
     run.report.write(args.json)
     print(f"{len(names) - len(run.failed)} of {len(names)} parts done; failed: {', '.join(run.failed) or 'none'}")
     return 1 if run.failed else 0

@@ -94,7 +94,7 @@ class Step:
 
         from clip_jax.program import make_program, model_flops
         from clip_jax.runtime.sharding import id_words
-        from clip_jax.training.step import make_init, make_step
+        from clip_jax.training.step import first_state, make_init, make_step
 
         self.program = program = make_program(config)
         self.flops = model_flops(config)
@@ -108,7 +108,7 @@ class Step:
         }
         self.batch = batch | {"example_id": id_words(np.arange(config.data.batch_size))}
         init, tx = make_init(program.config, program.method, program.batch)
-        self.state = jax.jit(init)(jax.random.key(0))
+        self.state = first_state(init, jax.random.key(0))
         step = jax.jit(make_step(program.config, program.method, tx), donate_argnums=0)
         self.step = step.lower(self.state, self.batch).compile()
 

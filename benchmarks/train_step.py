@@ -55,7 +55,7 @@ class Ours:
         """Compiles for a batch size and makes state and batch; returns parameters, compile seconds and device."""
         import numpy as np
 
-        from clip_jax.training.step import make_init
+        from clip_jax.training.step import first_state, make_init
 
         jax, self.state = self.jax, None
         self.config.data.batch_size = batch_size
@@ -72,7 +72,7 @@ class Ours:
             }
             init, _ = make_init(program.config, program.method, program.batch)
             shardings = jax.tree.map(lambda x: x.sharding, program.state)
-            self.state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+            self.state = first_state(init, jax.random.key(0), shardings)
             start = time.perf_counter()
             self.step = self.program.compile_step(program)
         parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
@@ -238,7 +238,11 @@ class Side:
 
     def close(self):
         self.process.stdin.close()
-        self.process.wait()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:  # after torch.compile its pool of compilers may not end
+            self.process.kill()
+            self.process.wait()
 
 
 def with_pages(env, pages):

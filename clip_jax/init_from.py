@@ -145,13 +145,13 @@ def beginning(config, method, tokenizer, mesh):
 
     from clip_jax.methods.interface import init_shapes
     from clip_jax.runtime import sharding
-    from clip_jax.training.step import TrainState
+    from clip_jax.training.step import TrainState, first_state
 
     batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in method.batch_spec(2).items()}
     layouts = sharding.state_shardings(init_shapes(config), mesh, method.sharding_rules)
     with jax.set_mesh(mesh):
-        init = jax.jit(lambda key: method.init(key, batch), out_shardings=layouts)
-        state = TrainState(0, *init(jax.random.key(config.seed)), None, None, 0)
+        start_values = first_state(lambda key: method.init(key, batch), jax.random.key(config.seed), layouts)
+        state = TrainState(0, *start_values, None, None, 0)
         state = complete(start(config, state, tokenizer)[0], method, tokenizer, mesh)
     return state.params, state.extra
 

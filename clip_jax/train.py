@@ -65,7 +65,7 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
 
     from clip_jax import program
     from clip_jax.runtime import sharding
-    from clip_jax.training.step import make_init
+    from clip_jax.training.step import first_state, make_init
 
     init, tx = make_init(config, method, batch)
     rng = jax.random.key(config.seed)
@@ -75,7 +75,7 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
     preflight.check_room(parts, checkpointer.folder.parent, not checkpointer.newest())
     state = checkpointer.restore(parts.state)
     if state is None:
-        state = jax.jit(init, out_shardings=shardings)(rng)
+        state = first_state(init, rng, shardings)
         state = state.replace(extra=sharding.place(method.init_from_data(state.extra, source, mesh), shardings.extra))
         if config.init_from:
             state, line = init_from.start(config, state, tokenizer)

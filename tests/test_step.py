@@ -13,7 +13,7 @@ from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
 from clip_jax.runtime import sharding
 from clip_jax.training.schedules import make_schedule
-from clip_jax.training.step import make_gradients, make_init, make_step
+from clip_jax.training.step import make_gradients, make_init, make_step, short_random
 
 
 def setup(*overrides):
@@ -166,3 +166,15 @@ def test_a_batch_that_the_devices_do_not_divide(mesh8):
     sharding.check_batch(16, mesh8)
     with pytest.raises(UserError, match="data.batch_size=18 is not divisible by the 4 devices"):
         sharding.check_batch(18, mesh8)
+
+
+def test_the_first_state_of_a_gpu_is_a_short_program():
+    """The draws are calls of a kernel within `short_random`, and spelled out in the step, which is split over devices."""
+
+    def program():
+        draw = jax.jit(lambda key: jax.random.normal(key, (3,)))
+        return draw.trace(jax.random.key(0)).lower(lowering_platforms=("cuda",)).as_text()
+
+    with short_random():
+        short = program()
+    assert "cu_threefry2x32" in short and "cu_threefry2x32" not in program()

@@ -7,7 +7,7 @@ from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.methods import interface
 from clip_jax.runtime import sharding
 from clip_jax.training import optimizers
-from clip_jax.training.step import make_gradients, make_init, make_step
+from clip_jax.training.step import first_state, make_gradients, make_init, make_step
 
 
 def random_batch(config, method, seed=0):
@@ -74,7 +74,7 @@ def check_method(config, batch=None, micro_batches=2, without_gradient=(), rtol=
 def _check_gradients(config, method, batch, mesh, micro_batches, without_gradient, rtol):
     with jax.set_mesh(mesh):
         init, _ = make_init(config, method, batch)
-        state = jax.jit(init)(jax.random.key(config.seed))
+        state = first_state(init, jax.random.key(config.seed))
         rng = jax.random.key(config.seed)
         prepared = method.prepare(batch, rng)
 
@@ -103,7 +103,7 @@ def _run(config, method, batch, mesh, steps=2):
         init, tx = make_init(config, method, batch)
         shapes = jax.eval_shape(init, jax.random.key(config.seed))
         layouts = sharding.state_shardings(shapes, mesh, method.sharding_rules)
-        state = jax.jit(init, out_shardings=layouts)(jax.random.key(config.seed))
+        state = first_state(init, jax.random.key(config.seed), layouts)
         step = jax.jit(make_step(config, method, tx), out_shardings=(layouts, None))
         batch, results = sharding.to_global(batch, mesh), []
         for _ in range(steps):

@@ -1,5 +1,6 @@
 """The training state and the training step, a pure function `(state, batch) -> (state, metrics)`."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -39,7 +40,7 @@ class TrainState:
 def make_init(config, method, batch):
     """Returns `(init, tx)`: the function `init(rng) -> TrainState` and the optimizer.
 
-    The caller jits `init` with the shardings of its result.
+    `first_state` runs `init`.
 
     Args:
       config: the configuration.
@@ -56,6 +57,34 @@ def make_init(config, method, batch):
         return TrainState(jnp.zeros((), jnp.int32), params, extra, tx.init(params), ema, jnp.zeros((), jnp.int32))
 
     return init, tx
+
+
+def first_state(init, rng, shardings=None):
+    """Returns the result of `init(rng)`, compiled, such as the `TrainState` of `make_init`.
+
+    Args:
+      init: a function of a key.
+      rng: the key.
+      shardings: None, or the shardings of the result.
+    """
+    with short_random():
+        return jax.jit(init, out_shardings=shardings)(rng)
+
+
+@contextlib.contextmanager
+def short_random():
+    """Within it, a program for an NVIDIA GPU draws random numbers by calls of JAX's kernel; the numbers are the same.
+
+    Otherwise XLA spells out the 20 rounds of Threefry for each draw. Compiling the first state of ViT-B/16 then took
+    over a minute. The step keeps them: XLA can split them over devices and fuse them, but not the kernel.
+    """
+    name = "jax_threefry_gpu_kernel_lowering"
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _cut(x, parts, group):

@@ -108,6 +108,15 @@ def test_every_step_is_a_program_for_gpus(gpu, method, overrides, fused):
     assert text.count("__cudnn$fmha") == 2 * fused, "one call forward and one backward for each fused attention"
 
 
+def test_blocks_keep_the_tokens_of_an_example_together_on_a_gpu(gpu):
+    """Without a constraint XLA makes the batch contiguous, for the gradient of the positions (`common.row_major`)."""
+    program = make_program(config.load(f"{REPO}/configs/clip.py:emoji", ["model.dtype=bfloat16"]))
+    step = jax.jit(make_step(program.config, program.method, program.tx))
+    lowered = step.trace(program.state, program.batch).lower(lowering_platforms=("cuda",))
+    blocks = program.config.model.image.depth + program.config.model.text.depth
+    assert lowered.as_text().count("@LayoutConstraint") == 2 * blocks, "one forward and one backward for each block"
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_float16_attention_runs_on_every_device(causal):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8), jnp.float32)

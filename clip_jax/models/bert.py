@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.models.common import drop, shard_batch
+from clip_jax.models.common import drop, row_major, shard_batch
 from clip_jax.models.layers import Embed, add
 from clip_jax.models.transformer import Attention, Init, Mlp, apply_blocks, block_init, project
 
@@ -36,7 +36,7 @@ class PostNormBlock(nn.Module):
     @nn.compact
     def __call__(self, carry, context):
         (x, index), (mask, keys, bias) = carry, context
-        x = shard_batch(x)
+        x = row_major(shard_batch(x))
 
         def drop_weights(weights):
             return drop(weights, self.attention_dropout, keys, 3 * index + 1)

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from clip_jax.errors import UserError
@@ -43,6 +44,15 @@ def shard_batch(x, axis=0):
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, BATCH_AXES))
+
+
+def row_major(x):
+    """Returns `x`, on a GPU with its last dimension contiguous in memory, and so its gradient.
+
+    The gradient of a position embedding is a sum over the batch. XLA would make the batch contiguous for it in all
+    blocks, and transpose the input of every matrix product: 15 % of a step of ViT-B/16 on an H200.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if platform() == "gpu" else x
 
 
 def gather(x):

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from clip_jax.errors import UserError
-from clip_jax.models.common import ACTIVATIONS, BatchNorm, shard_batch, torch_uniform
+from clip_jax.models.common import ACTIVATIONS, BatchNorm, row_major, shard_batch, torch_uniform
 from clip_jax.models.conv import Conv
 from clip_jax.models.layers import Dense, add
 from clip_jax.models.resnet import AttentionPool, ModifiedResNet
@@ -77,7 +77,7 @@ class LeFFBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = shard_batch(x)
+        x = row_major(shard_batch(x))
         y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln1")(x)
         x = x + Attention(self.heads, self.inits, self.dtype, self.attention, name="attn")(y, y)
         y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln2")(x)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.models import attention_tpu
-from clip_jax.models.common import ACTIVATIONS, platform, shard_batch, torch_uniform
+from clip_jax.models.common import ACTIVATIONS, platform, row_major, shard_batch, torch_uniform
 from clip_jax.models.layers import Dense, add, multiply
 
 WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert", "declip", "flip", "timm_qk_norm", "unicl")
@@ -230,7 +230,7 @@ class Block(nn.Module):
         def scaled(x, name):
             return LayerScale(self.layer_scale, name=name)(x) if self.layer_scale else x
 
-        x = shard_batch(x)
+        x = row_major(shard_batch(x))
         y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln1")(x)
         queries, causal = y, self.causal
         if only is not None:

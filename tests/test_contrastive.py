@@ -1,5 +1,7 @@
 """Contrastive losses: golden values and gradients, analytic values, tiles against whole matrices, meshes, memory."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +143,27 @@ def test_bfloat16_features_give_a_float32_loss():
     assert value.dtype == jnp.float32
     exact = loss(*(unit(i, 64, 32).astype(jnp.bfloat16).astype(jnp.float32) for i in (0, 1)), jnp.log(100.0))
     np.testing.assert_allclose(value, exact, rtol=1e-4)
+
+
+def test_filip_multiplies_bfloat16_tokens_as_they_are():
+    mask = jnp.ones((6, 3), bool).at[2, 1:].set(False)
+
+    def value(image, text):
+        keys = contrastive.paired_keys(image, text, mask, 2)
+        whole, chosen = (contrastive.filip(image, text, mask, 20.0, k)[0] for k in (None, keys))
+        return whole + chosen
+
+    rounded = [unit(i, 6, tokens, 16).astype(jnp.bfloat16) for i, tokens in enumerate((4, 3))]
+    exact, expected = jax.value_and_grad(value, (0, 1))(*(x.astype(jnp.float32) for x in rounded))
+    gradient = jax.jit(jax.value_and_grad(value, (0, 1)))
+    found, got = gradient(*rounded)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * float(jnp.abs(b).max()))
+    products = re.findall(r"dot_general .*: \((.*)\) ->", gradient.lower(*rounded).as_text())
+    assert len(products) >= 8 and all("f32" not in operands.replace("bf16", "") for operands in products)
 
 
 def similar(temperature, a, b, i, j):

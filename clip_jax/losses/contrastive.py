@@ -161,7 +161,7 @@ def filip(image_tokens, text_tokens, text_mask, scale, keys=None):
     exchanged, over the tokens that are not padding.
 
     Args:
-      image_tokens, text_tokens: unit vectors `[B, P, D]` and `[B, L, D]`.
+      image_tokens, text_tokens: unit vectors `[B, P, D]` and `[B, L, D]`, see `token_similarities` for their dtype.
       text_mask: bool `[B, L]`, False at padding. Each text has at least one real token.
       scale: scalar factor of the similarities.
       keys: `(image tokens [B, p, D], (text tokens [B, l, D], their mask bool [B, l]))` over which the maxima are taken.
@@ -220,9 +220,32 @@ def _accuracies(positive, negatives):
     }
 
 
-def token_similarities(subscripts, *tokens):
-    """Returns an `einsum` of tokens in float32, at the precision of `similarities`."""
-    return jnp.einsum(subscripts, *tokens, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+def token_similarities(subscripts, a, b):
+    """Returns an `einsum` of tokens, float32. It sums in float32 and differentiates once, in reverse mode.
+
+    Tokens in float32 are multiplied at the precision of `similarities`, those of a lower precision in theirs, and so
+    are the gradients. FILIP's authors compare float16 tokens (section 3.1).
+    """
+    if a.dtype == b.dtype == jnp.float32:
+        return jnp.einsum(subscripts, a, b, precision=lax.Precision.HIGHEST)
+    return _low_precision_einsum(subscripts, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _low_precision_einsum(subscripts, a, b):
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+def _low_precision_einsum_bwd(subscripts, tokens, gradient):
+    (a, b), (x, y, z) = tokens, subscripts.replace("->", ",").split(",")
+    gradient = gradient.astype(a.dtype)  # a product with float32 would be computed in float32
+    d_a = _low_precision_einsum(f"{z},{y}->{x}", gradient, b)
+    return d_a.astype(a.dtype), _low_precision_einsum(f"{z},{x}->{y}", gradient, a).astype(b.dtype)
+
+
+_low_precision_einsum.defvjp(
+    lambda subscripts, a, b: (_low_precision_einsum(subscripts, a, b), (a, b)), _low_precision_einsum_bwd
+)
 
 
 def similarities(a, b):

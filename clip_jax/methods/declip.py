@@ -246,7 +246,7 @@ class DeCLIP:
             patches = tokens[:, int(getattr(self.towers.image, "cls_token", False)) :]
             given = {"img": unstack_views(patches, len(ids))[:, 0], "txt": unstack_views(words, len(ids))[:, 0]}
             features |= {
-                f"tokens_{k}": l2_normalize(self.to_token.apply({"params": params["filip"][k]}, x))
+                f"tokens_{k}": l2_normalize(self.to_token.apply({"params": params["filip"][k]}, x)).astype(x.dtype)
                 for k, x in given.items()
             }
             features["real"] = real

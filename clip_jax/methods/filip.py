@@ -16,6 +16,8 @@ and half of the matrix products. The mean still runs over all tokens:
     repo16   the 16 tokens with the largest sum of similarities to the tokens of the paired sample, as in
              Sense-GVT/DeCLIP, which reimplements FILIP
 
+With `model.dtype=bfloat16` the loss compares bfloat16 tokens, where the paper's are float16.
+
 The authors released no code. Assumptions: the tokens are those after the tower's last layer norm; the class token is
 excluded, the start and end tokens of a text are included. Sense-GVT/DeCLIP takes patches before that norm
 (`model.image.token_norm=False`), and its scale has no bound (`model.logit_scale_max=inf`). Deviation from it: padding
@@ -87,7 +89,7 @@ def make(config):
     towers, base = TokenTowers(config.model, options), clip.make(config)
 
     def loss(params, extra, features, batch, rng):
-        image, text = features["image"], features["text"]
+        image, text = (features[name].astype(config.model.dtype) for name in ("image", "text"))
         scale = base.scale(params)
         real = text.any(-1)
         keys = select_keys(options, image, text, real) if options.token_select != "none" else None

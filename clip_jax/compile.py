@@ -1,8 +1,9 @@
 """Compiles for an absent machine: `python -m clip_jax.compile --config=configs/clip.py:b16 --topology=v5e:16x16`.
 
 For a TPU slice, the TPU's own compiler compiles the real train step and reports whether it fits and what it costs. That
-needs the package libtpu (extra `tpu`) but no TPU. For GPUs (`gpu:h100x8`) the command reports only what follows from
-shapes. docs/scaling.md explains the figures. Exit status: 0 it fits, 1 it does not, 2 wrong input.
+needs the package libtpu (extra `tpu`) but no TPU. For GPUs (`gpu:h100x8`) XLA's compiler counts the memory, which needs
+JAX's CUDA plugin (extra `gpu`) but no GPU; the costs follow from shapes. docs/scaling.md explains the figures. Exit
+status: 0 it fits, 1 it does not, 2 wrong input.
 """
 
 import json
@@ -14,9 +15,12 @@ from clip_jax import config as config_lib
 from clip_jax import run_folder
 from clip_jax.errors import UserError
 from clip_jax.runtime import command, storage
-from clip_jax.runtime.topology import parse_topology, tpu_devices
+from clip_jax.runtime.topology import gpu_devices, parse_topology, tpu_devices
 
 # `main` sets JAX's environment variables before anything imports JAX, so functions import what needs JAX.
+
+#: Without a GPU nothing can be timed, and without timing XLA finds no setting for some of its own matrix products.
+_WITHOUT_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 class DoesNotFit(Exception):
@@ -38,6 +42,52 @@ class DoesNotFit(Exception):
         return cls(message.partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0], temporary)
 
 
+def compile_for(program, topology, devices):
+    """Compiles a step for the absent devices of a `Topology`.
+
+    Returns and raises as `compile_for_tpu`; for GPUs only the mesh, the options and the memory are in the result.
+    """
+    if topology.shape:
+        return compile_for_tpu(program, topology, devices)
+    return _compile(program, topology, devices, _WITHOUT_GPU)[1]
+
+
+def _compile(program, topology, devices, more=None):
+    """Compiles a step for absent devices, with `more` compiler options.
+
+    Returns:
+      `(jax.stages.Compiled, {mesh, options, compile_seconds, memory})`.
+    """
+    import jax
+
+    from clip_jax import program as program_lib
+    from clip_jax.runtime import sharding
+
+    mesh = sharding.make_mesh(program.config.mesh, devices)
+    sharded, state_bytes, batch_bytes = program_lib.shard(program, mesh)
+    start = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = program_lib.compile_step(sharded, more=more)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise DoesNotFit.of_compiler(str(error)) from None
+        line, kind = str(error).splitlines()[0], "TPU" if topology.shape else "GPU"
+        raise UserError(
+            f"the {kind} compiler failed; extra {kind.lower()!r} installs the one that belongs to this jax: {line}"
+        ) from None
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    fields = ("argument", "output", "alias", "temp", "generated_code")
+    sizes = {field: getattr(memory, f"{field}_size_in_bytes") for field in fields}
+    total = sum(sizes.values()) - 2 * sizes["alias"]
+    return compiled, dict(
+        mesh=dict(mesh.shape),
+        options=program_lib.compiler_options(sharded),
+        compile_seconds=seconds,
+        memory=dict(sizes, total=total, state=state_bytes, batch=batch_bytes),
+    )
+
+
 def compile_for_tpu(program, topology, devices):
     """Compiles a step for TPU devices.
 
@@ -51,38 +101,15 @@ def compile_for_tpu(program, topology, devices):
 
     Raises DoesNotFit when the step needs too much memory, and UserError when the compiler fails otherwise.
     """
-    import jax
-
-    from clip_jax import program as program_lib
     from clip_jax.hlo_cost import hlo_cost
-    from clip_jax.runtime import sharding
 
-    mesh = sharding.make_mesh(program.config.mesh, devices)
-    sharded, state_bytes, batch_bytes = program_lib.shard(program, mesh)
-    start = time.perf_counter()
-    try:
-        with jax.set_mesh(mesh):
-            compiled = program_lib.compile_step(sharded)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise DoesNotFit.of_compiler(str(error)) from None
-        line = str(error).splitlines()[0]
-        raise UserError(
-            f"the TPU compiler failed; extra 'tpu' installs the libtpu that belongs to this jax: {line}"
-        ) from None
-    seconds = time.perf_counter() - start
-    text, options = compiled.as_text(), program_lib.compiler_options(sharded)
-    memory, cost = compiled.memory_analysis(), hlo_cost(text)
-    fields = ("argument", "output", "alias", "temp", "generated_code")
-    sizes = {field: getattr(memory, f"{field}_size_in_bytes") for field in fields}
-    total = sum(sizes.values()) - 2 * sizes["alias"]
+    compiled, result = _compile(program, topology, devices)
+    text, fits = compiled.as_text(), result["memory"]["total"] <= topology.chip.device_hbm
+    cost = hlo_cost(text)
     # Kernels are compiled again, which takes minutes and is of no use for a step that does not fit.
-    cycles = dict(cycles=estimate_cycles(text, topology, options)) if total <= topology.chip.device_hbm else {}
+    cycles = dict(cycles=estimate_cycles(text, topology, result["options"])) if fits else {}
     return dict(
-        mesh=dict(mesh.shape),
-        options=options,
-        compile_seconds=seconds,
-        memory=dict(sizes, total=total, state=state_bytes, batch=batch_bytes),
+        result,
         flops=cost.flops,
         traffic=cost.traffic,
         sent=cost.sent,
@@ -126,7 +153,7 @@ def search(args, topology, devices, tries, log):
         flags = " ".join(f"--config.{o}" for o in overrides)
         try:
             config = run_folder.load(args.config, [*args.overrides, *overrides])
-            result = compile_for_tpu(make_program(config), topology, devices)
+            result = compile_for(make_program(config), topology, devices)
         except DoesNotFit as error:
             log(f"  {flags}: {error}")
             continue
@@ -185,18 +212,18 @@ def run(args, log=print):
 
     topology = parse_topology(args.topology)
     config = run_folder.load(args.config, args.overrides)
-    devices = tpu_devices(topology) if topology.shape else None
+    devices = (tpu_devices if topology.shape else gpu_devices)(topology)
     program, flops = make_program(config), model_flops(config)
     about = dict(
         config=args.config, overrides=args.overrides, topology=args.topology, chips=topology.count, model_flops=flops
     )
-    if not topology.shape:
-        result = estimates.estimate_gpu(topology, program, flops)
-        result["fits"] = result["memory"]["total"] <= topology.chip.device_hbm
+    shapes = {} if topology.shape else estimates.estimate_gpu(topology, program, flops)
+    if not devices:
+        result = dict(shapes, fits=shapes["memory"]["total"] <= topology.chip.device_hbm)
     else:
         log(f"compiling for {topology.count} chips, which takes minutes for a large model ...")
         try:
-            result = compile_for_tpu(program, topology, devices)
+            result = compile_for(program, topology, devices)
             memory, hbm = result["memory"], topology.chip.device_hbm
             if memory["total"] > hbm:  # the compiler refuses a step only when its temporaries alone are too large
                 sizes = f"{estimates.gib(memory['total'])} of {estimates.gib(hbm)}"
@@ -204,7 +231,9 @@ def run(args, log=print):
         except DoesNotFit as error:
             found = advise(args, topology, program, error, devices, log)
             return dict(about, fits=False, compiler=str(error), found=found)
-        result = dict(result, fits=True, estimate=estimates.estimate(topology, config, result, flops))
+        result = shapes | result | dict(fits=True)
+        if topology.shape:
+            result["estimate"] = estimates.estimate(topology, config, result, flops)
     for line in estimates.describe(topology, config, result, flops):
         log(line)
     return about | result

@@ -12,6 +12,8 @@ from clip_jax.runtime import sharding
 GIB = 2**30
 #: The share of the memory that a step may take. The next batch and the runtime need the rest.
 USABLE = 0.9
+#: The share of a GPU's memory that JAX takes by default.
+_JAX_TAKES = 0.75
 #: How many operations are listed as the dearest.
 _DEAREST = 12
 #: What the report says of rows whose time is their bytes over a bandwidth (`clip_jax.hlo_cycles.Row.basis`).
@@ -73,7 +75,7 @@ def schedule(topology, config, seconds, flops):
 def estimate_gpu(topology, program, flops):
     """Estimates a run on GPUs from shapes alone.
 
-    Activations are missing: only the GPU's compiler knows how many of them are kept. Memory traffic and exchange are
+    Activations are missing: only XLA's compiler knows how many of them are kept. Memory traffic and exchange are
     those that every step needs: the state is read and written once, and the gradients are summed in one ring.
 
     Args:
@@ -179,7 +181,7 @@ def _describe_memory(topology, result):
     memory, hbm = result["memory"], topology.chip.device_hbm
     total = f"{gib(memory['total'])} of {gib(hbm)}"
     share = f"({memory['total'] / hbm:.1%})"
-    if topology.shape:
+    if "temp" in memory:
         yield f"compiled in {result['compile_seconds']:.0f} s, with {len(result['options'])} options for this chip"
         yield (
             f"memory: arguments {gib(memory['argument'])} (state {gib(memory['state'])}, batch {gib(memory['batch'])})"
@@ -189,10 +191,13 @@ def _describe_memory(topology, result):
         yield f"  = {total} HBM {share}: it fits"
         if memory["total"] > USABLE * hbm:
             yield f"  that is more than {USABLE:.0%}: the next batch and the runtime may lack memory"
+        elif not topology.shape and memory["total"] > _JAX_TAKES * hbm:
+            yield f"  JAX takes {_JAX_TAKES:.0%} of a GPU: export XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE} for this step"
     else:
         parts = " + ".join(f"{part} {gib(memory[part])}" for part in ("state", "gradients", "batch"))
         yield f"memory: {parts} = {total} {share}"
-        yield "  activations come on top and are not estimated: only the GPU's compiler knows how many of them are kept"
+        yield "  activations come on top and are not estimated: XLA's compiler would count them, which needs no GPU:"
+        yield "  pip install 'clip-jax-pretraining[gpu]'"
 
 
 def _describe_collectives(collectives):

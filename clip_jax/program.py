@@ -74,10 +74,16 @@ def trace_step(program):
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).trace(program.state, program.batch)
 
 
-def compile_step(program, traced=None):
-    """Returns the compiled step of a `Program` with shardings, a `jax.stages.Compiled`; `traced` saves its tracing."""
+def compile_step(program, traced=None, more=None):
+    """Returns the compiled step of a `Program` with shardings, a `jax.stages.Compiled`.
+
+    Args:
+      program: the `Program`.
+      traced: None, or a result of `trace_step`, which saves the tracing.
+      more: None, or further `{option: value}` for the compiler.
+    """
     traced = traced or trace_step(program)
-    return _compile(traced.lower(), compiler_options(program))
+    return _compile(traced.lower(), compiler_options(program) | (more or {}))
 
 
 def compiler_options(program):

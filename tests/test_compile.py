@@ -17,7 +17,7 @@ from clip_jax import program as program_lib
 from clip_jax.errors import UserError
 from clip_jax.hlo_cost import HloModule, hlo_cost
 from clip_jax.program import jaxpr_flops, make_program
-from clip_jax.runtime import hardware, xla_flags
+from clip_jax.runtime import hardware, topology, xla_flags
 
 CLIP = str(REPO / "configs" / "clip.py")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -322,7 +322,8 @@ def figures(tmp_path, *flags, status=0):
     return json.loads((tmp_path / "figures.json").read_text())
 
 
-def test_gpu_estimates_follow_from_shapes(tmp_path, capsys):
+def test_gpu_estimates_follow_from_shapes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compile_lib, "gpu_devices", lambda topology: None)
     whole = figures(tmp_path, "--topology=gpu:h100x1")
     parts = figures(tmp_path, "--topology=gpu:h100x8", "--config.mesh.fsdp=2")
     assert parts["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
@@ -331,6 +332,39 @@ def test_gpu_estimates_follow_from_shapes(tmp_path, capsys):
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state)]
     assert whole["memory"]["state"] == sum(sizes) and sum(sizes) / 2 < parts["memory"]["state"] < sum(sizes) / 1.8
     assert "activations come on top and are not estimated" in capsys.readouterr().out
+
+
+def test_a_step_is_compiled_for_gpus_where_jax_has_their_compiler(tmp_path, capsys, monkeypatch):
+    shapes = figures(tmp_path, "--topology=gpu:h100x8")
+    monkeypatch.setattr(compile_lib, "gpu_devices", lambda topology: jax.devices()[: topology.count])
+    found = figures(tmp_path, "--topology=gpu:h100x8")
+    memory = found["memory"]
+    assert memory["temp"] > 0 and memory["state"] == shapes["memory"]["state"]
+    assert (
+        memory["total"]
+        == memory["argument"] + memory["output"] - memory["alias"] + memory["temp"] + memory["generated_code"]
+    )
+    assert (found["flops"], found["estimate"]) == (shapes["flops"], shapes["estimate"])
+    assert "HBM (0.0%): it fits" in capsys.readouterr().out
+    monkeypatch.setitem(hardware.GPUS, "h100", hardware.GPUS["h100"]._replace(hbm=memory["total"] - 1))
+    found = figures(tmp_path, "--topology=gpu:h100x8", status=1)
+    assert not found["fits"] and "--config.model.remat=full" in capsys.readouterr().out
+
+
+def test_a_step_that_needs_more_than_jax_takes_says_how_to_get_it():
+    sizes = dict.fromkeys(("argument", "output", "alias", "temp", "generated_code", "state", "batch"), 0)
+    result = dict(compile_seconds=1, options={}, memory=dict(sizes, total=64 * 10**9))
+    lines = list(estimates._describe_memory(compile_lib.parse_topology("gpu:h100x1"), result))
+    assert lines[-1].endswith("JAX takes 75% of a GPU: export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 for this step")
+
+
+@pytest.mark.skipif(not topology.has_gpu_compiler(), reason="JAX's CUDA plugin (extra gpu) is not installed")
+@pytest.mark.parametrize("gpu", hardware.GPUS)
+def test_xla_knows_the_gpus(gpu):
+    devices = compile_lib.gpu_devices(compile_lib.parse_topology(f"gpu:{gpu}x16"))
+    assert len(devices) == 16 and hardware.chip_of(devices[0].device_kind) is hardware.GPUS[gpu]
+    with pytest.raises(UserError, match="12 GPUs are no whole number of servers of 8"):
+        compile_lib.gpu_devices(compile_lib.parse_topology(f"gpu:{gpu}x12"))
 
 
 def test_the_schedule():

@@ -169,7 +169,7 @@ def test_a_batch_that_the_devices_do_not_divide(mesh8):
 
 
 def test_the_first_state_of_a_gpu_is_a_short_program():
-    """The draws are calls of a kernel within `short_random`, and spelled out in the step, which is split over devices."""
+    """Within `short_random` the draws are calls of a kernel. In the step, which devices share, they are spelled out."""
 
     def program():
         draw = jax.jit(lambda key: jax.random.normal(key, (3,)))

@@ -1,4 +1,4 @@
-"""The chips of a run by their names, and TPU slices as their compiler describes them, without a TPU."""
+"""The chips of a run by their names, and their devices as the compiler describes them, without a TPU or GPU."""
 
 import importlib.util
 import math
@@ -8,6 +8,43 @@ from typing import NamedTuple
 
 from clip_jax.errors import UserError, unknown
 from clip_jax.runtime import command, hardware
+
+#: What XLA's compiler needs to know of a GPU besides `hardware.GPUS`, from the descriptions of GPUs that XLA itself
+#: carries (openxla/xla, xla/backends/gpu/target_config/specs).
+_GPUS = {
+    "a100": dict(major=8, feature="NONE", cores=108, fpus=64, shared=167936, optin=166912, l2=41943040, ghz=1.41),
+    "h100": dict(
+        major=9, feature="ACCELERATED_FEATURES", cores=132, fpus=128, shared=233472, optin=232448, l2=52428800, ghz=1.98
+    ),
+    "b200": dict(
+        major=10,
+        feature="ACCELERATED_FEATURES",
+        cores=148,
+        fpus=128,
+        shared=233472,
+        optin=232448,
+        l2=132644864,
+        ghz=1.965,
+    ),
+}
+_GPUS["h200"] = _GPUS["h100"]
+_GPU_TARGET = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} feature_extension: {feature} }}
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  core_count: {cores} fpus_per_core: {fpus} clock_rate_ghz: {ghz}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  l2_cache_size: {l2} memory_bandwidth: {bandwidth} device_memory_size: {memory}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{kind}"
+"""
+#: The number of GPUs of a server.
+_SERVER = 8
 
 
 class Topology(NamedTuple):
@@ -73,3 +110,34 @@ def tpu_devices(topology):
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology={topology.name}: {str(error).splitlines()[0]}") from None
+
+
+def has_gpu_compiler():
+    """Returns whether JAX's CUDA plugin is installed, which compiles for GPUs without one."""
+    if importlib.util.find_spec("jax_plugins") is None:
+        return False
+    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+
+
+def gpu_devices(topology):
+    """Returns the devices of GPUs as XLA's compiler describes them, or None when JAX's CUDA plugin is not installed.
+
+    Raises UserError when the number of GPUs is more than a server has and not that of whole servers.
+    """
+    if not has_gpu_compiler():
+        return None
+    servers, rest = divmod(topology.count, _SERVER)
+    if servers and rest and topology.count > _SERVER:
+        raise UserError(
+            f"--topology={topology.name}: {topology.count} GPUs are no whole number of servers of {_SERVER}"
+        )
+    from jax.experimental import topologies
+
+    chip, name = topology.chip, topology.name.removeprefix("gpu:").rpartition("x")[0]
+    target = _GPU_TARGET.format(
+        **_GPUS[name], bandwidth=int(chip.hbm_bandwidth), memory=int(chip.hbm), kind=chip.kinds[0]
+    )
+    shape = f"1x{servers}x{_SERVER}" if servers else f"1x1x{rest}"
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=topology.name, target_config=target, topology=shape
+    ).devices

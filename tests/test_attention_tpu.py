@@ -176,6 +176,27 @@ def test_flops_of_the_kernels_are_counted(tpu):
         assert flops("auto") == flops("plain") + again, "on all devices together"
 
 
+#: MiB of VMEM that the compiler of a v5e takes for the backward kernel (libtpu 0.0.42.1): `{(tokens, heads, width of a
+#: head, columns of a block, examples): MiB}`.
+TAKEN = {
+    (50, 12, 64, 384, 8): 7.66, (145, 12, 64, 384, 4): 12.28, (197, 12, 64, 384, 4): 14.20,
+    (256, 16, 64, 512, 2): 11.05, (257, 16, 64, 512, 2): 15.63, (257, 16, 80, 640, 1): 10.38,
+    (256, 16, 72, 1152, 1): 10.76, (290, 12, 64, 384, 2): 13.30, (400, 16, 128, 256, 2): 12.82,
+    (401, 12, 64, 384, 1): 13.22, (513, 12, 64, 128, 2): 14.17, (577, 16, 64, 128, 1): 7.31,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", TAKEN, ids=str)
+def test_the_kernels_take_no_more_memory_than_planned(shape):
+    tokens, heads, width, columns, examples = shape
+    call = attention_tpu._Call(attention_tpu._Plan(width, False), tokens, tokens, heads * width)
+    assert TAKEN[shape] * 2**20 <= call.bytes(columns, examples) < 1.4 * TAKEN[shape] * 2**20
+    chosen = call.columns, call.examples(64)
+    assert (
+        call.bytes(*chosen) <= attention_tpu.VMEM and TAKEN.get((*shape[:3], *chosen), 0) * 2**20 <= attention_tpu.VMEM
+    )
+
+
 @needs_libtpu
 @pytest.mark.parametrize("slice", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")

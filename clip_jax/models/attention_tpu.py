@@ -15,6 +15,7 @@ What a TPU does well shapes the kernels:
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -172,15 +173,20 @@ class _Call(NamedTuple):
         """The numbers of queries and keys in VMEM."""
         return _up(self.t, LANES), _up(self.s, ROWS)
 
-    def most(self, columns):
-        """Returns the number of examples whose blocks of so many columns fit into VMEM."""
+    def bytes(self, columns, n):
+        """Returns the bytes of VMEM that n examples with blocks of so many columns take at most."""
         t, s = self.padded
         # The backward pass: queries, their gradient and that of the output; keys, values and their gradients; all
-        # twice, as the next step's are loaded meanwhile. In float32 the scores and the gradients of the weights of the
-        # heads that are started, and four such arrays of the head that is finished.
+        # twice, as the next step's are loaded meanwhile.
         block = 2 * 2 * (3 * t + 4 * s) * _up(columns, LANES)
-        scores = (2 * min(AHEAD, columns // self.plan.width) + 4) * 4 * s * t
-        return max(0, (VMEM - scores) // block)
+        # Arrays in float32 of the size of the scores: a bound of what the compiler of a v5e has taken in
+        # tests/test_attention_tpu.py. It keeps some for each head of a piece of straight code.
+        heads = min(n * columns // self.plan.width, PAIRS)
+        return n * block + int(min(2.2 * heads, 8 + 0.75 * heads) * 4 * s * t)
+
+    def most(self, columns):
+        """Returns the number of examples whose blocks of so many columns fit into VMEM."""
+        return next((n - 1 for n in itertools.count(1) if self.bytes(columns, n) > VMEM), 0)
 
     def examples(self, b):
         """Returns the number of examples in a step of a kernel, a divisor of b; 0 if one does not fit into VMEM."""

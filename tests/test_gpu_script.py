@@ -59,7 +59,7 @@ def test_wrong_arguments_are_refused_in_a_line(capsys, monkeypatch):
 
 
 def test_attention_is_compared_with_float32(monkeypatch):
-    monkeypatch.setattr(gpu, "ATTENTION", {"text": (1, 5, 2, 8, True)})
+    monkeypatch.setattr(gpu, "ATTENTION", {"text": (1, 6, 2, 8, True)})
     rows = []
     with pytest.raises(gpu.Failure, match="without cuDNN .* text"):  # on a CPU there is none
         rows.extend(gpu.check_attention(argparse.Namespace(gpu=True)))

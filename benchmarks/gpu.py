@@ -11,6 +11,7 @@ tiny sizes on a CPU, which tests this script. The exit status is 1 when a part f
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import json
 import os
@@ -33,6 +34,8 @@ CHECKS = ("methods", "attention", "resume", "import")
 TIMED = {"loss": 50, "b16": 85, "b16 torch": 95, "l14": 75, "b32": 90, "b32 torch": 95, "l14 torch": 120}
 DEFAULT = (*CHECKS, "loss", "b16", "b16 torch", "l14")
 LIMIT = 525
+#: Seconds for all checks.
+CHECKS_NEED = 200
 CORES_PER_CHECK = 4
 
 #: Batches for a GPU with the bytes `MEMORY`, the largest first; a smaller GPU starts at a smaller one. PyTorch does not
@@ -74,6 +77,8 @@ def check_methods(args):
         rows = []
         options = argparse.Namespace(**vars(args) | {"method": name})
         problem = run_part("method", options, None, lambda *row: rows.append(row))
+        if problem:
+            print(problem[1], file=sys.stderr)  # for the log of the part
         return (name, {"error": problem[0]}) if problem else rows[0]
 
     with concurrent.futures.ThreadPoolExecutor(max(1, args.cores // 3)) as pool:
@@ -424,12 +429,13 @@ def run_part(name, args, seconds, add):
 
 def children(pid):
     """Returns the processes, in sessions of their own, that a process has started (Linux)."""
-    try:
-        lists = [path.read_text() for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")]
-        found = [int(x) for x in " ".join(lists).split()]
-        return [child for child in found if os.getpgid(child) == child]
-    except OSError:
-        return []
+    found = []
+    for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread or a child that has ended meanwhile
+            for child in map(int, path.read_text().split()):
+                with contextlib.suppress(OSError):
+                    found += [child] if os.getpgid(child) == child else []
+    return found
 
 
 def find_gpu():
@@ -457,8 +463,10 @@ def text_of(values):
 class Run:
     """The parts of one run, their rows and their deadline."""
 
-    def __init__(self, args):
+    def __init__(self, args, names):
         self.args, self.deadline = args, time.monotonic() + args.limit
+        wanted = sum(TIMED.get(name, 0) for name in names) + (CHECKS_NEED if {*names} & {*CHECKS} else 0)
+        self.share = min(1, args.limit / max(wanted, 1))  # of the seconds in `TIMED`
         self.report = common.Report(COLUMNS, device=args.device, platform=args.platform)
         self.lock, self.failed = threading.Lock(), []
 
@@ -469,8 +477,7 @@ class Run:
     def part(self, name, later):
         """Runs a part, and leaves time for the timed parts `later`."""
         start = time.monotonic()
-        kept = sum(TIMED[other] for other in later) * min(1, self.args.limit / LIMIT)
-        seconds = self.deadline - start - kept
+        seconds = self.deadline - start - self.share * sum(TIMED[other] for other in later)
         problem = None
         if seconds > 5:
             problem = run_part(name, self.args, seconds, functools.partial(self.add, name))
@@ -500,7 +507,7 @@ def main(argv=None):
         "--limit",
         type=float,
         default=LIMIT,
-        help="seconds for all parts; that of each grows with it (default: %(default)s)",
+        help="seconds for all parts; where they are too few, each part has less (default: %(default)s)",
     )
     parser.add_argument("--traces", help="a new folder that keeps the traces of the steps, for XProf")
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter with open_clip (default: this one)")
@@ -508,13 +515,15 @@ def main(argv=None):
     names = [name for name in args.parts.split(",") if name]
     if unknown := [name for name in names if name not in (*CHECKS, *TIMED)]:
         parser.error(f"--parts: {unknown[0]!r} is none of {', '.join((*CHECKS, *TIMED))}")
+    if args.traces and os.path.exists(args.traces):
+        parser.error(f"--traces={args.traces}: exists already")
     args.methods = [name for name in args.methods.split(",") if name]
     args.gpu, found = args.platform == "gpu", find_gpu()
     if args.gpu and not found:
         parser.error("nvidia-smi finds no GPU; --platform=cpu tests the script without one")
     args.device, args.memory = found if args.gpu else ("cpu", 0)
     args.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    run = Run(args)
+    run = Run(args, names)
     run.report.header()
     measured = [name for name in names if name in TIMED]
     with concurrent.futures.ThreadPoolExecutor(max(1, args.cores // CORES_PER_CHECK)) as pool:

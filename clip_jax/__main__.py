@@ -21,7 +21,7 @@ COMMANDS = {
         "evaluate": ("clip_jax.evaluate", "evaluates a checkpoint, and writes a report"),
         "study": ("clip_jax.study", "trains several configurations with several seeds, and writes a table"),
         "compare": ("clip_jax.compare", "compares runs"),
-        "compile": ("clip_jax.compile", "tells whether a run fits on a TPU slice, without a TPU"),
+        "compile": ("clip_jax.compile", "tells whether a run fits on TPUs or GPUs, without them"),
         "search": ("clip_jax.search", "searches pictures with a checkpoint, by text or by picture"),
     },
     "Weights": {

@@ -151,7 +151,7 @@ def variants(config, topology, state_bytes, temporary):
 
 
 def describe(topology, config, result, flops):
-    """Yields the lines that report a result of `clip_jax.compile.compile_for_tpu` or `estimate_gpu` to a user."""
+    """Yields the lines that report a result of `clip_jax.compile.compile_for`, `estimate_gpu` or both to a user."""
     chip = topology.chip
     mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
     per = "chip" if chip.devices == 1 else f"device; a chip is {chip.devices} devices"
@@ -191,8 +191,8 @@ def _describe_memory(topology, result):
         yield f"  = {total} HBM {share}: it fits"
         if memory["total"] > USABLE * hbm:
             yield f"  that is more than {USABLE:.0%}: the next batch and the runtime may lack memory"
-        elif not topology.shape and memory["total"] > _JAX_TAKES * hbm:
-            yield f"  JAX takes {_JAX_TAKES:.0%} of a GPU: export XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE} for this step"
+        if not topology.shape and memory["total"] > _JAX_TAKES * hbm:
+            yield f"  JAX takes {_JAX_TAKES:.0%} of a GPU: export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for this step"
     else:
         parts = " + ".join(f"{part} {gib(memory[part])}" for part in ("state", "gradients", "batch"))
         yield f"memory: {parts} = {total} {share}"

@@ -162,6 +162,9 @@ def test_filip_multiplies_bfloat16_tokens_as_they_are():
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * float(jnp.abs(b).max()))
+    half = [x.astype(jnp.float16) for x in rounded]  # float16 would lose the gradients of single pairs
+    for a, b in zip(jax.jit(jax.grad(lambda *x: value(*x) * 1e-4, (0, 1)))(*half), expected, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32) * 1e4, b, atol=0.03 * float(jnp.abs(b).max()))
     products = re.findall(r"dot_general .*: \((.*)\) ->", gradient.lower(*rounded).as_text())
     assert len(products) >= 8 and all("f32" not in operands.replace("bf16", "") for operands in products)
 

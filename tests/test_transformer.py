@@ -1,16 +1,20 @@
 """The transformer blocks of the towers: the shortened last block, and attention on GPUs."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO
+from helpers import unit
 
 from clip_jax import config
-from clip_jax.models import transformer
+from clip_jax.models import common, transformer
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import VisionTransformer
 from clip_jax.program import make_program
+from clip_jax.runtime import sharding
 from clip_jax.training.step import make_step
 
 SIZES = dict(width=32, depth=2, heads=2, mlp_dim=64, embed_dim=8)
@@ -115,6 +119,21 @@ def test_blocks_keep_the_tokens_of_an_example_together_on_a_gpu(gpu):
     lowered = step.trace(program.state, program.batch).lower(lowering_platforms=("cuda",))
     blocks = program.config.model.image.depth + program.config.model.text.depth
     assert lowered.as_text().count("@LayoutConstraint") == 2 * blocks, "one forward and one backward for each block"
+
+
+def test_a_constraint_of_the_layout_moves_nothing_between_devices(mesh8):
+    def values(x, gradient):
+        y, transpose = jax.vjp(common._row_major, x)
+        return y, *transpose(gradient)
+
+    split = sharding.batch_sharding(mesh8)
+    x, gradient = (jax.device_put(unit(seed, 8, 3, 4), split) for seed in (0, 1))
+    compiled = jax.jit(values).lower(x, gradient).compile()
+    assert not re.search("all-gather|all-reduce|all-to-all", compiled.as_text())
+    for found, expected in zip(compiled(x, gradient), (x, gradient), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    odd = x[:3]  # the mesh does not divide it
+    np.testing.assert_array_equal(common._row_major(odd), odd)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -223,29 +223,32 @@ def _accuracies(positive, negatives):
 def token_similarities(subscripts, a, b):
     """Returns an `einsum` of tokens, float32. It sums in float32 and differentiates once, in reverse mode.
 
-    Tokens in float32 are multiplied at the precision of `similarities`, those of a lower precision in theirs, and so
-    are the gradients. FILIP's authors compare float16 tokens (section 3.1).
+    Two arrays of bfloat16 are multiplied as they are, and so are the gradients. Others are multiplied in float32, at
+    the precision of `similarities`: the gradient of a single pair is below the smallest number of float16.
     """
-    if a.dtype == b.dtype == jnp.float32:
-        return jnp.einsum(subscripts, a, b, precision=lax.Precision.HIGHEST)
-    return _low_precision_einsum(subscripts, a, b)
+    if a.dtype == b.dtype == jnp.bfloat16:
+        return _bfloat16_einsum(subscripts, a, b)
+    return jnp.einsum(subscripts, a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+
+def compared(tokens, dtype):
+    """Returns the float32 tokens in bfloat16 where this is the dtype of a model, see `token_similarities`."""
+    return tokens.astype(jnp.bfloat16) if dtype == jnp.bfloat16 else tokens
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _low_precision_einsum(subscripts, a, b):
+def _bfloat16_einsum(subscripts, a, b):
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _low_precision_einsum_bwd(subscripts, tokens, gradient):
+def _bfloat16_einsum_bwd(subscripts, tokens, gradient):
     (a, b), (x, y, z) = tokens, subscripts.replace("->", ",").split(",")
-    gradient = gradient.astype(a.dtype)  # a product with float32 would be computed in float32
-    d_a = _low_precision_einsum(f"{z},{y}->{x}", gradient, b)
-    return d_a.astype(a.dtype), _low_precision_einsum(f"{z},{x}->{y}", gradient, a).astype(b.dtype)
+    gradient = gradient.astype(jnp.bfloat16)  # a product with float32 would be computed in float32
+    products = _bfloat16_einsum(f"{z},{y}->{x}", gradient, b), _bfloat16_einsum(f"{z},{x}->{y}", gradient, a)
+    return tuple(product.astype(jnp.bfloat16) for product in products)
 
 
-_low_precision_einsum.defvjp(
-    lambda subscripts, a, b: (_low_precision_einsum(subscripts, a, b), (a, b)), _low_precision_einsum_bwd
-)
+_bfloat16_einsum.defvjp(lambda subscripts, a, b: (_bfloat16_einsum(subscripts, a, b), (a, b)), _bfloat16_einsum_bwd)
 
 
 def similarities(a, b):

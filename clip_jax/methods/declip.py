@@ -37,7 +37,7 @@ import optax
 
 from clip_jax.data.views import ImageView, TextVariants
 from clip_jax.errors import UserError
-from clip_jax.losses.contrastive import filip, paired_keys, similarities, views_infonce
+from clip_jax.losses.contrastive import compared, filip, paired_keys, similarities, views_infonce
 from clip_jax.losses.neighbors import enqueue, nearest, new_queue
 from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
 from clip_jax.methods.interface import Method, read_options, text_view
@@ -246,7 +246,7 @@ class DeCLIP:
             patches = tokens[:, int(getattr(self.towers.image, "cls_token", False)) :]
             given = {"img": unstack_views(patches, len(ids))[:, 0], "txt": unstack_views(words, len(ids))[:, 0]}
             features |= {
-                f"tokens_{k}": l2_normalize(self.to_token.apply({"params": params["filip"][k]}, x)).astype(x.dtype)
+                f"tokens_{k}": compared(l2_normalize(self.to_token.apply({"params": params["filip"][k]}, x)), x.dtype)
                 for k, x in given.items()
             }
             features["real"] = real

@@ -34,7 +34,7 @@ from jax import lax
 
 from clip_jax.errors import UserError
 from clip_jax.losses import pairwise
-from clip_jax.losses.contrastive import filip, paired_keys, token_similarities, top_tokens
+from clip_jax.losses.contrastive import compared, filip, paired_keys, token_similarities, top_tokens
 from clip_jax.methods import clip
 from clip_jax.methods.interface import read_options
 from clip_jax.models.common import l2_normalize
@@ -89,7 +89,7 @@ def make(config):
     towers, base = TokenTowers(config.model, options), clip.make(config)
 
     def loss(params, extra, features, batch, rng):
-        image, text = (features[name].astype(config.model.dtype) for name in ("image", "text"))
+        image, text = (compared(features[name], config.model.dtype) for name in ("image", "text"))
         scale = base.scale(params)
         real = text.any(-1)
         keys = select_keys(options, image, text, real) if options.token_select != "none" else None

@@ -186,7 +186,7 @@ class _Call(NamedTuple):
 
     def most(self, columns):
         """Returns the number of examples whose blocks of so many columns fit into VMEM."""
-        return next((n - 1 for n in itertools.count(1) if self.bytes(columns, n) > VMEM), 0)
+        return next(n for n in itertools.count() if self.bytes(columns, n + 1) > VMEM)
 
     def examples(self, b):
         """Returns the number of examples in a step of a kernel, a divisor of b; 0 if one does not fit into VMEM."""

@@ -43,7 +43,7 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{kind}"
 """
-#: The number of GPUs of a server.
+#: The most GPUs of a server.
 _SERVER = 8
 
 
@@ -120,24 +120,21 @@ def has_gpu_compiler():
 
 
 def gpu_devices(topology):
-    """Returns the devices of GPUs as XLA's compiler describes them, or None when JAX's CUDA plugin is not installed.
+    """Returns the devices of GPUs as XLA's compiler describes them, or None without JAX's CUDA plugin.
 
-    Raises UserError when the number of GPUs is more than a server has and not that of whole servers.
+    A server has as many GPUs as divide their number, at most `_SERVER`.
     """
     if not has_gpu_compiler():
         return None
-    servers, rest = divmod(topology.count, _SERVER)
-    if servers and rest and topology.count > _SERVER:
-        raise UserError(
-            f"--topology={topology.name}: {topology.count} GPUs are no whole number of servers of {_SERVER}"
-        )
     from jax.experimental import topologies
 
     chip, name = topology.chip, topology.name.removeprefix("gpu:").rpartition("x")[0]
     target = _GPU_TARGET.format(
         **_GPUS[name], bandwidth=int(chip.hbm_bandwidth), memory=int(chip.hbm), kind=chip.kinds[0]
     )
-    shape = f"1x{servers}x{_SERVER}" if servers else f"1x1x{rest}"
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name=topology.name, target_config=target, topology=shape
-    ).devices
+    gpus = next(n for n in range(_SERVER, 0, -1) if topology.count % n == 0)
+    options = dict(target_config=target, topology=f"1x{topology.count // gpus}x{gpus}")
+    try:
+        return topologies.get_topology_desc(platform="cuda", topology_name=topology.name, **options).devices
+    except NotImplementedError:  # a plugin of which only a part is installed
+        return None

@@ -67,6 +67,6 @@ def published(size, pairs, batch_size, lr, weight_decay):
     c.optim.update(dict(lamb_bias_correction=False, lamb_fuse_qkv=True))
     c.optim.no_decay += ("/embedding$",)
     if size == "ViT-L/14":
-        c.model.remat = "full"
+        c.model.remat, c.model.scan = "full", True
     c.eval.tasks = ()
     return c

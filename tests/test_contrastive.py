@@ -169,6 +169,12 @@ def test_filip_multiplies_bfloat16_tokens_as_they_are():
     assert len(products) >= 8 and all("f32" not in operands.replace("bf16", "") for operands in products)
 
 
+def test_tiles_are_larger_on_accelerators(monkeypatch):
+    assert pairwise.tile_side() == 1024 and pairwise.tile_side(4) == 512
+    monkeypatch.setattr(pairwise, "platform", lambda: "tpu")
+    assert pairwise.tile_side() == 4096 and pairwise.tile_side(4) == 2048
+
+
 def similar(temperature, a, b, i, j):
     """Soft targets with a gradient with respect to all inputs."""
     return jnp.exp(a @ b.T / temperature) + (i == j)

@@ -17,11 +17,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from clip_jax.models.common import platform
+
 #: The entry of a pair that a log-sum-exp leaves out. It replaces minus infinity, which could produce NaN.
 EXCLUDED = -1e30
 
-#: The largest number of entries of a tile, 4 MiB in float32.
+#: The largest number of entries of a tile on a CPU, 4 MiB in float32.
 TILE_ENTRIES = 2**20
+
+#: How many times larger tiles are on an accelerator, whose time for a small tile is mostly that to start kernels.
+ACCELERATOR_TILES = 16
 
 
 class Tile(NamedTuple):
@@ -96,7 +101,8 @@ def _arrays(params):
 
 def tile_side(entry_size=1):
     """Returns the largest number of rows and columns of a tile that stores `entry_size` numbers for each entry."""
-    return max(1, math.isqrt(TILE_ENTRIES // entry_size))
+    entries = TILE_ENTRIES * (1 if platform() == "cpu" else ACCELERATOR_TILES)
+    return max(1, math.isqrt(entries // entry_size))
 
 
 @dataclass(frozen=True)

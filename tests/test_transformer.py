@@ -112,8 +112,9 @@ def test_every_step_is_a_program_for_gpus(gpu, method, overrides, fused):
     assert text.count("__cudnn$fmha") == 2 * fused, "one call forward and one backward for each fused attention"
 
 
-def test_blocks_keep_the_tokens_of_an_example_together_on_a_gpu(gpu):
+def test_blocks_keep_the_tokens_of_an_example_together_on_a_gpu(mesh8, monkeypatch):
     """Without a constraint XLA makes the batch contiguous, for the gradient of the positions (`common.row_major`)."""
+    monkeypatch.setattr(common, "platform", lambda: "gpu")
     program = make_program(config.load(f"{REPO}/configs/clip.py:emoji", ["model.dtype=bfloat16"]))
     step = jax.jit(make_step(program.config, program.method, program.tx))
     lowered = step.trace(program.state, program.batch).lower(lowering_platforms=("cuda",))

@@ -48,20 +48,19 @@ def shard_batch(x, axis=0):
 
 
 def row_major(x):
-    """Returns `x`, on a GPU with its last dimension contiguous in memory, and so its gradient.
+    """Returns `x`, on the GPUs of the mesh in use with its last dimension contiguous in memory, and so its gradient.
 
     The gradient of a position embedding is a sum over the batch. XLA would make the batch contiguous for it in all
     blocks, and transpose the input of every matrix product: 15 % of a step of ViT-B/16 on an H200.
     """
-    return _row_major(x) if platform() == "gpu" else x
+    # Without a mesh the platform would be that of the devices, which the shapes of a model do not need.
+    return x if jax.sharding.get_abstract_mesh().empty or platform() != "gpu" else _row_major(x)
 
 
 @jax.custom_vjp
 def _row_major(x):
     constrain = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return constrain(x)
     if len(x) % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
         return x
     # The partitioner of JAX 0.10 gathers the batch on every device for a constraint that is not local.

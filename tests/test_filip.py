@@ -265,6 +265,16 @@ def test_padding_and_class_tokens():
     assert np.linalg.norm(without[16], axis=-1).round(4).tolist() == [1.0] + [0.0] * 11
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_loss_compares_bfloat16_tokens_where_the_model_has_this_dtype(dtype, monkeypatch):
+    seen, whole = [], method_lib.filip
+    monkeypatch.setattr(method_lib, "filip", lambda *given: (seen.extend(given[:2]), whole(*given))[1])
+    _, method = setup(f"model.dtype={dtype}")
+    features = {"image": unit(0, 4, 3, 8), "text": unit(1, 4, 2, 8)}
+    jax.eval_shape(lambda x: method.loss({"logit_scale": 1.0}, {}, x, {}, None), features)
+    assert [x.dtype for x in seen] == [jnp.dtype("bfloat16" if dtype == "bfloat16" else "float32")] * 2
+
+
 def test_the_scale_is_clamped():
     _, method = setup()
     assert method.constrain({"logit_scale": jnp.float32(9)})["logit_scale"] == np.float32(4.6052)

@@ -232,8 +232,8 @@ def token_similarities(subscripts, a, b):
 
 
 def compared(tokens, dtype):
-    """Returns the float32 tokens in bfloat16 where this is the dtype of a model, see `token_similarities`."""
-    return tokens.astype(jnp.bfloat16) if dtype == jnp.bfloat16 else tokens
+    """Returns the float32 tokens in bfloat16 where this is the dtype, or its name, of a model: `token_similarities`."""
+    return tokens.astype(jnp.bfloat16) if jnp.dtype(dtype) == jnp.bfloat16 else tokens
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from clip_jax.models.common import BATCH_AXES
+from clip_jax.models.common import BATCH_AXES, devices_along
 from clip_jax.models.layers import add
 
 #: Lanes of a vector: the multiple to which queries are padded in VMEM.
@@ -60,21 +60,15 @@ def fits(b, t, s, heads, width, mask=None):
     spec = _split(b, heads)
     if t == 1 or spec is None or not (mask is None or mask.shape[1:3] == (1, 1)):
         return False
-    here = heads // _devices(spec[2])
+    here = heads // devices_along(spec[2])
     return _Call(_Plan(width, False), t, s, here * width).examples(1) > 0
-
-
-def _devices(axes):
-    """The number of devices into which mesh axes split a dimension."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape.get(axis, 1) for axis in ([axes] if isinstance(axes, str) else axes or ()))
 
 
 def _split(b, heads):
     """Returns how the mesh in use splits `[b, n, H * d]`; None where it does not divide the examples."""
-    if b % _devices(BATCH_AXES):
+    if b % devices_along(BATCH_AXES):
         return None
-    return PartitionSpec(BATCH_AXES, None, "tensor" if heads % _devices("tensor") == 0 else None)
+    return PartitionSpec(BATCH_AXES, None, "tensor" if heads % devices_along("tensor") == 0 else None)
 
 
 def attention(q, k, v, biases, heads, mask=None, causal=False):

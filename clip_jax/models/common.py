@@ -36,6 +36,12 @@ def platform():
     return device.platform if device else jax.default_backend()
 
 
+def devices_along(axes):
+    """Returns the number of devices of the mesh in use along a mesh axis or a tuple of them; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(axis, 1) for axis in ([axes] if isinstance(axes, str) else axes or ()))
+
+
 def shard_batch(x, axis=0):
     """Returns `x` with dimension `axis` constrained to be split over `BATCH_AXES` of the mesh in use (`jax.set_mesh`).
 
@@ -60,8 +66,7 @@ def row_major(x):
 @jax.custom_vjp
 def _row_major(x):
     constrain = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
-    mesh = jax.sharding.get_abstract_mesh()
-    if len(x) % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+    if len(x) % devices_along(BATCH_AXES):
         return x
     # The partitioner of JAX 0.10 gathers the batch on every device for a constraint that is not local.
     spec = PartitionSpec(BATCH_AXES)

@@ -1,6 +1,6 @@
 """Studies: several configurations, several seeds, one table.
 
-    python -m clip_jax.study --config=configs/oner.py:ablation --workdir=runs/oner [--seeds=5] [--config.train.steps=99]
+    python -m clip_jax.study --config=configs/oner.py:ablation --workdir=runs/oner [--seeds=5] [--length=0.5]
     python -m clip_jax.study --report runs/methods runs/noise --out=studies.html
 
 A file in `configs/` with studies defines their names, `STUDIES`, and `get_study(variant) -> Study`. Each run is the
@@ -12,6 +12,7 @@ study.svg and study.html: the figure, the table, the paired differences, what wa
 `--report` makes one page of the studies in several folders.
 """
 
+import math
 import shlex
 import sys
 import time
@@ -26,7 +27,7 @@ from clip_jax.studies.definition import key
 from clip_jax.studies.definition import load as load
 
 
-def run_study(study, workdir, seeds, overrides, dry_run=False, line=""):
+def run_study(study, workdir, seeds, overrides, dry_run=False, line="", length=1.0):
     """Runs a study, prints its tables and writes its files.
 
     Args:
@@ -36,10 +37,11 @@ def run_study(study, workdir, seeds, overrides, dry_run=False, line=""):
       overrides: changes of all rows, such as `["optim.lr=0.5"]`.
       dry_run: print the commands and run none.
       line: the command that makes the study, for its page.
+      length: the steps of each row are multiplied by it.
 
     Raises UserError, StorageError, and `clip_jax.runtime.faults.Stopped` after a signal.
     """
-    planned = runs.plan(study, workdir, overrides)
+    planned = runs.plan(study, workdir, overrides, length)
     choose = runs.chooser(planned)
     steps = runs.in_order(planned, seeds, choose)
     if dry_run:
@@ -122,6 +124,7 @@ def main(argv=None):
     parser.add_argument("--config", metavar="FILE[:VARIANT]", help="a study, e.g. configs/oner.py:ablation")
     parser.add_argument("--workdir", help="folder, gs:// or s3:// address of the study; each run has a subfolder")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row, with the seeds 0, 1, ... (default 3)")
+    parser.add_argument("--length", type=float, default=1.0, help="multiplies the steps of each row (default 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the training commands and run none")
     parser.add_argument("--report", nargs="+", metavar="WORKDIR", help="make one page of these studies, and train none")
     parser.add_argument("--out", default="studies.html", metavar="PATH", help="the page of --report (studies.html)")
@@ -137,10 +140,12 @@ def main(argv=None):
             raise UserError("give --config=FILE[:VARIANT] and --workdir=FOLDER, or --report FOLDER ...")
         if args.seeds < 1:
             raise UserError(f"--seeds={args.seeds}: must be at least 1")
+        if not 0 < args.length < math.inf:
+            raise UserError(f"--length={args.length}: must be a positive number")
         overrides = config_lib.parse_overrides(rest)
         given = sys.argv[1:] if argv is None else argv
         line = shlex.join(["python", "-m", "clip_jax.study", *given])
-        run_study(load(args.config), args.workdir, args.seeds, overrides, args.dry_run, line)
+        run_study(load(args.config), args.workdir, args.seeds, overrides, args.dry_run, line, args.length)
 
     return command.run(work)
 

@@ -103,13 +103,18 @@ def test_a_row_after_another_gets_its_folder_and_an_index(tmp_path, capsys):
         Row("filtered", CLIP, (*TINY, source), after="CLIP", index=command),
         Row("plain", CLIP, TINY),
     )
-    study.run_study(Study("", rows, {"x": VAL}, tasks=(VAL_TASK,)), tmp_path, 2, [], dry_run=True)
+    three = Study("", rows, {"x": VAL}, tasks=(VAL_TASK,))
+    study.run_study(three, tmp_path, 2, [], dry_run=True, length=0.5)
     lines = capsys.readouterr().out.splitlines()
     places = [re.search(r"--(?:workdir|out)=(\S+)", line)[1].removeprefix(f"{tmp_path}/") for line in lines]
     firsts = ["CLIP/seed_0", "plain/seed_0", "filtered/index", "filtered/seed_0"]
     assert places == [*firsts, "CLIP/seed_1", "filtered/seed_1", "plain/seed_1"]
     assert f"--checkpoint={tmp_path}/CLIP/seed_0" in lines[2]
     assert f"emoji?index={tmp_path}/filtered/index" in lines[3]
+    steps = [re.findall(r"train\.steps=(\d+)", line)[-1] for line in lines if "clip_jax.train" in line]
+    assert steps == ["4", "3", "3", "4", "3", "3"], "half of the steps of CLIP, 8, and of the others, 6"
+    with pytest.raises(UserError, match="--length=0.5 halves"):
+        study.run_study(three, tmp_path, 2, ["train.steps=4"], dry_run=True)
 
 
 def test_the_interval_is_that_of_two_way_clusters():

@@ -100,8 +100,7 @@ class Planned:
         """Returns the run of a seed; `value` is the chosen one, empty while it is unknown."""
         steps, flops = self.costs.get(value) or next(iter(self.costs.values()))
         changes = [f"{self.field}={value or CHOSEN}"] if self.field else []
-        changes += [f"train.steps={steps}"] if self.study.equal_compute else []
-        changes += _tasks(self.study.tasks)
+        changes += [f"train.steps={steps}", *_tasks(self.study.tasks)]
         return self._run(seed, self.folder / f"seed_{seed}", changes, steps, flops)
 
     def tuning(self):
@@ -141,15 +140,17 @@ def _filled(planned, text, with_index=True):
     return text.replace(definition.INDEX, index).replace(definition.AFTER, str(after))
 
 
-def plan(study, workdir, overrides):
+def plan(study, workdir, overrides, length=1.0):
     """Returns the `Planned` rows of a study. Raises UserError when a configuration is wrong.
 
     Args:
       study: the study.
       workdir: its work folder.
       overrides: changes of all rows, the last ones, such as `["optim.lr=0.5"]`.
+      length: the steps of each row are multiplied by it.
     """
     definition.check(study)
+    _check_steps(study, overrides)
     workdir = storage.path(workdir)
     found, tasks = [], []
     budget, known = None, {}
@@ -160,11 +161,11 @@ def plan(study, workdir, overrides):
         planned, config = Planned(study, row, workdir, config_files.spec_of(row.config), changes, field, {}), None
         for value in map(str, values):
             config = _checked(planned, value, config)
-            steps, flops = config.train.steps, _flops(config, known)
+            steps, flops = config.train.steps * length, _flops(config, known)
             if study.equal_compute:
                 budget = budget or steps * flops
-                steps = max(1, round(budget / flops))
-            planned.costs[value] = steps, flops
+                steps = budget / flops
+            planned.costs[value] = max(1, round(steps)), flops
         found.append(planned)
         tasks += parse_tasks(config.eval.tasks, "eval.tasks")
     for metric in study.metrics.values():
@@ -173,6 +174,13 @@ def plan(study, workdir, overrides):
         study.tune_metric, parse_tasks(study.tune_tasks, "tune_tasks"), "no task of tune_tasks has the metric"
     )
     return found
+
+
+def _check_steps(study, overrides):
+    """Raises UserError when one number of steps would replace those by which rows differ."""
+    own = {change for row in study.rows for change in row.overrides if change.startswith("train.steps=")}
+    if len(own) > 1 and any(change.startswith("train.steps=") for change in overrides):
+        raise UserError("--config.train.steps: the rows have different steps; --length=0.5 halves those of all rows")
 
 
 def _check_metric(metric, tasks, line):

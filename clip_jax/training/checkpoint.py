@@ -39,6 +39,9 @@ _MISFITS = ("not compatible with the stored shape", "Type mismatch at key path")
 
 #: The file that Orbax writes last. Before 0.12.8 it renamed a complete checkpoint, whose metadata have a time instead.
 COMMIT, _RENAMED = "commit_success.txt", "_CHECKPOINT_METADATA"
+#: Bytes of the smallest part of a replicated array that a device writes. Each part of each shape is a program of its own,
+#: which is compiled at the first save. By Orbax's default even biases are divided among all devices.
+_MIN_SLICE = 2**20
 #: Parts of messages about a full disk, which is full at the next start, too.
 _FULL = ("No space left", "File too large", "quota exceeded")
 
@@ -57,6 +60,13 @@ class Damaged(UserError):
         is_whole = any(sign in self.reason for sign in _MISFITS)
         what = "does not fit the configuration" if is_whole else "is damaged"
         super().__init__(f"the checkpoint {str(folder)!r} {what}: {self.reason}")
+
+
+def _state_handler():
+    """Returns Orbax's handler of a state, which lets devices share the writing of replicated arrays where that pays."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 class Checkpointer:
@@ -88,7 +98,8 @@ class Checkpointer:
             if hosts.is_first():
                 _commit_renamed(self.folder)
             hosts.wait("committed")
-            self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
+            handlers = {"state": _state_handler(), "meta": ocp.JsonCheckpointHandler()}
+            self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def save(self, step, state, metrics, seconds=None):
         """Starts to save a state, unless that step is saved already.

@@ -90,10 +90,11 @@ def run_steps(c, method, sizes, steps=5, devices=None, batch=BATCH):
         mesh = sharding.make_mesh(sizes, devices or jax.devices())
     else:
         mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1), sharding.AXES)
+    init, tx = make_init(c, method, batch)
+    state = jax.jit(init)(jax.random.key(c.seed))  # one program, from the compilation cache, for all meshes
     with jax.set_mesh(mesh):
-        init, tx = make_init(c, method, batch)
-        shardings = sharding.state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh, method.sharding_rules)
-        state = jax.jit(init, out_shardings=shardings)(jax.random.key(c.seed))
+        shardings = sharding.state_shardings(state, mesh, method.sharding_rules)
+        state = jax.device_put(state, shardings)
         batch = sharding.to_global(batch, mesh)
         step = jax.jit(make_step(c, method, tx), donate_argnums=0, out_shardings=(shardings, None))
         step = step.lower(state, batch).compile()

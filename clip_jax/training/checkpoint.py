@@ -39,8 +39,8 @@ _MISFITS = ("not compatible with the stored shape", "Type mismatch at key path")
 
 #: The file that Orbax writes last. Before 0.12.8 it renamed a complete checkpoint, whose metadata have a time instead.
 COMMIT, _RENAMED = "commit_success.txt", "_CHECKPOINT_METADATA"
-#: Bytes of the smallest part of a replicated array that a device writes. Each part of each shape is a program of its own,
-#: which is compiled at the first save. By Orbax's default even biases are divided among all devices.
+#: Bytes of the smallest part of a replicated array that a device writes. Each part of each shape is a program, which is
+#: compiled at the first save. By Orbax's default even biases are divided among all devices.
 _MIN_SLICE = 2**20
 #: Parts of messages about a full disk, which is full at the next start, too.
 _FULL = ("No space left", "File too large", "quota exceeded")

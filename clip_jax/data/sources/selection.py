@@ -16,6 +16,7 @@ A record whose field is missing or empty is left out; with `label=` it has no la
 of a source (`column` of `clip_jax.data.blocks`), or else by reading every record once, of up to 20,000,000.
 """
 
+import functools
 import hashlib
 import re
 
@@ -247,7 +248,7 @@ def _rule(option, field, value, length, name):
     if option == "part":
         return _Part(value, field == field_values.INDEX and length > field_values.READ, name)
     if option == "without":
-        return _Without(_finder(_held_out_names()))
+        return _Without(_held_out_finder())
     return _Has() if option in ("by", "has") else _All()
 
 
@@ -260,11 +261,12 @@ def _hash_indices(start, count):
     return splitmix64(np.arange(start, start + count, dtype=np.uint64) * SPLITMIX_STEP)
 
 
-def _held_out_names():
-    """Returns the names of the concepts that the emoji set holds out of training, in the form of `_words`."""
+@functools.cache
+def _held_out_finder():
+    """Returns the `_finder` of the names of the concepts that the emoji set holds out of training."""
     splits = [f"{part}_{vendor}_vendor" for part in ("val", "test") for vendor in ("seen", "unseen")]
     sources = [embedded("emoji", split) for split in splits]
-    return {_words(source[i]["name"]) for source in sources for i in range(len(source))}
+    return _finder({_words(source[i]["name"]) for source in sources for i in range(len(source))})
 
 
 def _finder(names):

@@ -49,6 +49,12 @@ def unit(seed, *shape):
     """Returns random float32 vectors of unit length along the last axis."""
     import jax
 
+    return jax.jit(_unit, static_argnums=1)(seed, shape)
+
+
+def _unit(seed, shape):
+    import jax
+
     from clip_jax.models.common import l2_normalize
 
     return l2_normalize(jax.random.normal(jax.random.key(seed), shape))

@@ -1,7 +1,8 @@
 """BERT as a text tower: golden outputs, padding, scan and rematerialisation, dropout."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden_files
@@ -25,7 +26,7 @@ def tiny_bert(**fields):
 @pytest.mark.parametrize("folder", golden_files("hf_align"))
 def test_golden_text_tower_of_align(folder):
     model, io = clip_jax.load(folder), np.load(folder / "io.npz")
-    z = text_tower(model.config.model).apply({"params": model.params["txt"]}, io["input_ids"])[0]
+    z = jax.jit(text_tower(model.config.model).apply)({"params": model.params["txt"]}, io["input_ids"])[0]
     np.testing.assert_allclose(l2_normalize(z), io["text_embed"], rtol=1e-4, atol=1e-5)
 
 
@@ -33,18 +34,16 @@ def test_golden_text_tower_of_align(folder):
 def test_padding_is_not_attended_to(pad_id):
     tower = text_tower(tiny_bert(pad_id=pad_id))
     params = jax.jit(tower.init)(jax.random.key(0), IDS)
-    z = tower.apply(params, IDS)[0]
-    np.testing.assert_allclose(z[0], tower.apply(params, IDS[:1, :3])[0][0], atol=1e-5)
+    embed = jax.jit(lambda ids: tower.apply(params, ids)[0])
+    z = np.asarray(embed(IDS))
+    np.testing.assert_allclose(z[0], embed(IDS[:1, :3])[0], atol=1e-5)
     other = np.where(IDS == 0, 17, IDS)  # still padding after [SEP], but with a pad_id no longer padding
-    assert (np.abs(tower.apply(params, other)[0] - z).max(1) < 1e-5).tolist() == (
-        [True] * 3 if pad_id < 0 else [False, False, True]
-    )
+    assert (np.abs(embed(other) - z).max(1) < 1e-5).tolist() == ([True] * 3 if pad_id < 0 else [False, False, True])
 
 
 def test_the_embedding_is_the_projected_state_of_the_first_token():
     tower = text_tower(tiny_bert())
-    variables = jax.jit(tower.init)(jax.random.key(0), IDS)
-    z, tokens = tower.apply(variables, IDS)
+    (z, tokens), variables = jax.device_get(jax.jit(tower.init_with_output)(jax.random.key(0), IDS))
     proj = variables["params"]["proj"]
     np.testing.assert_allclose(z, tokens[:, 0] @ proj["kernel"] + proj["bias"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(tokens.mean(-1), np.zeros(IDS.shape), atol=1e-5)  # each block ends with a layer norm
@@ -61,17 +60,17 @@ def test_scan_and_rematerialisation_change_only_the_layout():
     params = jax.jit(text_tower(model).init)(jax.random.key(0), IDS)["params"]
     expected, expected_grads = run_tower("text", model, params, IDS)
     model.scan, model.remat = True, "full"
-    embedding, grads = run_tower("text", model, stack_layers(params, parameter_shapes("text", model, IDS)), IDS)
+    stacked = jax.jit(functools.partial(stack_layers, like=parameter_shapes("text", model, IDS)))(params)
+    embedding, grads = run_tower("text", model, stacked, IDS)
     np.testing.assert_allclose(embedding, expected, rtol=1e-5, atol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), unstack_layers(grads), expected_grads
-    )
+    grads = unstack_layers(jax.device_get(grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, expected_grads)
 
 
 def test_dropout_keeps_the_mean_and_follows_the_keys():
     keys = jax.random.split(jax.random.key(0), 8)
-    x = jnp.ones((8, 100, 10))
-    y = drop(x, 0.1, keys, 2)
+    x = np.ones((8, 100, 10), np.float32)
+    y = np.asarray(jax.jit(lambda keys: drop(x, 0.1, keys, 2))(keys))
     np.testing.assert_allclose(y.mean(), 1, atol=0.02)
     np.testing.assert_allclose((y == 0).mean(), 0.1, atol=0.02)
     assert (y[0] != y[1]).any()
@@ -84,22 +83,31 @@ def test_dropout_acts_in_training_and_depends_only_on_the_keys_of_an_example(sca
     tower, keys = text_tower(model), jax.random.split(jax.random.key(1), 3)
     params = jax.jit(tower.init)(jax.random.key(0), IDS)
     trained = jax.jit(lambda ids, keys: tower.apply(params, ids, train=True, keys=keys)[0])
-    z = trained(IDS, keys)
+    z = np.asarray(trained(IDS, keys))
     np.testing.assert_allclose(trained(IDS[1:], keys[1:]), z[1:], rtol=1e-4, atol=1e-5)
-    plain = text_tower(tiny_bert() if not scan else model).apply(params, IDS)[0]
-    np.testing.assert_array_equal(tower.apply(params, IDS, keys=keys)[0], plain)
+
+    @jax.jit
+    def evaluated(keys):
+        plain = text_tower(tiny_bert() if not scan else model)
+        return plain.apply(params, IDS)[0], tower.apply(params, IDS, keys=keys)[0]
+
+    plain, with_keys = evaluated(keys)
+    np.testing.assert_array_equal(with_keys, plain)
     assert np.abs(z - plain).min(1).max() > 1e-4
 
 
 def test_scanned_layers_drop_the_same_as_single_layers():
     model, keys = tiny_bert(dropout=0.5, attention_dropout=0.5), jax.random.split(jax.random.key(1), 3)
     params = jax.jit(text_tower(model).init)(jax.random.key(0), IDS)["params"]
-    expected = text_tower(model).apply({"params": params}, IDS, train=True, keys=keys)[0]
-    model.scan = True
-    stacked = stack_layers(params, parameter_shapes("text", model, IDS))
-    np.testing.assert_allclose(
-        text_tower(model).apply({"params": stacked}, IDS, train=True, keys=keys)[0], expected, rtol=1e-4, atol=1e-5
-    )  # fmt: skip
+
+    @jax.jit
+    def run(params):
+        expected = text_tower(model).apply({"params": params}, IDS, train=True, keys=keys)[0]
+        model.scan = True
+        stacked = stack_layers(params, parameter_shapes("text", model, IDS))
+        return text_tower(model).apply({"params": stacked}, IDS, train=True, keys=keys)[0], expected
+
+    np.testing.assert_allclose(*run(params), rtol=1e-4, atol=1e-5)
 
 
 def test_more_tokens_than_positions():
@@ -127,16 +135,24 @@ def test_attention_weights_are_dropped_in_training_by_the_keys_of_an_example():
     real = np.arange(6) <= np.argmax(IDS == 63, axis=1)[:, None]
     weights = np.where(real[:, None], np.exp(q @ k.swapaxes(1, 2) / np.sqrt(32)), 0)
     weights /= weights.sum(-1, keepdims=True)
-    kept = np.stack([jax.random.bernoulli(jax.random.fold_in(key, 1), 0.7, (1, 6, 6))[0] for key in keys])
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), 0.7, (1, 6, 6))[0])
+    kept = np.asarray(jax.jit(kept)(keys))
     out = p["block_0"]["attn"]["out"]
     y = (weights * kept / 0.7) @ v @ out["kernel"].reshape(32, 32) + out["bias"]
     x, mlp = norm(x + y, p["block_0"]["ln1"]), p["block_0"]["mlp"]
     hidden = jax.nn.gelu(x @ mlp["fc1"]["kernel"] + mlp["fc1"]["bias"], approximate=False)
     expected = norm(x + hidden @ mlp["fc2"]["kernel"] + mlp["fc2"]["bias"], p["block_0"]["ln2"])
-    np.testing.assert_allclose(tower.apply(variables, IDS, train=True, keys=keys)[1], expected, rtol=1e-4, atol=1e-4)
-    plain = text_tower(tiny_bert(depth=1, heads=1)).apply(variables, IDS, train=True, keys=keys)
-    for found in (tower.apply(variables, IDS), tower.apply(variables, IDS, keys=keys)):
-        np.testing.assert_array_equal(found[0], plain[0])
+
+    @jax.jit
+    def run(keys):
+        plain = text_tower(tiny_bert(depth=1, heads=1)).apply(variables, IDS, train=True, keys=keys)
+        evaluated = [tower.apply(variables, IDS), tower.apply(variables, IDS, keys=keys)]
+        return tower.apply(variables, IDS, train=True, keys=keys)[1], plain[0], [z for z, _ in evaluated]
+
+    found, plain, evaluated = run(keys)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for z in evaluated:
+        np.testing.assert_array_equal(z, plain)
 
 
 def test_probabilities_are_checked():

@@ -58,18 +58,18 @@ def gradients(name, dtype):
         return make_gradients(method, 1)(params, extra, method.prepare(batch, rng), rng, lambda params: params)[-1]
 
     function = jax.grad(products) if name in SENSITIVE else of_loss
-    tree = jax.jit(function)(params, extra, batch)
+    tree = jax.device_get(jax.jit(function)(params, extra, batch))
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_bfloat16_gradient_is_within_3_percent(name):
     expected, found = gradients(name, "float32"), gradients(name, "bfloat16")
-    norms = {path: jnp.linalg.norm(x) for path, x in expected.items() if not re.search(ZERO, path)}
+    norms = {path: np.linalg.norm(x) for path, x in expected.items() if not re.search(ZERO, path)}
     norms = {path: norm for path, norm in norms.items() if norm > 0}  # what only the loss uses has no product
     assert len(norms) > 8 and any("embed" in path for path in norms) == (name != "clippo")
     for path, norm in norms.items():
-        error = jnp.linalg.norm(found[path] - expected[path]) / norm
+        error = np.linalg.norm(found[path] - expected[path]) / norm
         assert error < (0.1 if re.search(CANCELLING, path) else 0.03), f"{path}: {error:.1%}"
 
 
@@ -96,12 +96,12 @@ def test_a_sum_of_many_equal_terms_is_exact():
 
     x = jnp.ones((4096, 8), jnp.bfloat16)
     dense = Dense(4, dtype=jnp.bfloat16)
-    params = dense.init(jax.random.key(0), x)
+    params = jax.jit(dense.init)(jax.random.key(0), x)
     grads = jax.grad(lambda p: dense.apply(p, x).astype(jnp.float32).sum())(params)["params"]
     np.testing.assert_array_equal(grads["bias"], np.full(4, 4096.0))
     np.testing.assert_array_equal(grads["kernel"], np.full((8, 4), 4096.0))
     embed = Embed(3, 4, jnp.bfloat16)
     ids = jnp.ones(4096, jnp.int32)
-    params = embed.init(jax.random.key(0), ids)
+    params = jax.jit(embed.init)(jax.random.key(0), ids)
     grads = jax.grad(lambda p: embed.apply(p, ids).astype(jnp.float32).sum())(params)["params"]["embedding"]
     np.testing.assert_array_equal(grads, np.outer([0, 4096.0, 0], np.ones(4)))

@@ -140,7 +140,7 @@ def test_running_statistics_go_with_the_parameters(tmp_path, monkeypatch):
 
     def resnet(*overrides):
         config = plain(*overrides).unlock()
-        config.model.image = dict(kind="resnet", size=32, layers=(1, 1, 1, 1), width=16)
+        config.model.image = dict(kind="resnet", size=32, layers=(1, 1), width=8)
         return config.lock()
 
     monkeypatch.setitem(globals(), "tiny_config", resnet)

@@ -1,5 +1,6 @@
 """Towers: published parameter counts, golden outputs and gradients, fields, initialisation, rematerialisation, scan."""
 
+import functools
 import json
 
 import jax
@@ -56,6 +57,7 @@ def test_published_parameter_counts(size, image_count, text_count, total):
     vocabulary = {"SigLIP-": 32_000, "SigLIP2": 256_000}.get(size[:7], 49_408)
     c.model.text.update(dict(vocab_size=vocabulary, eot_id=1))
     c.method = "siglip" if size.startswith("SigLIP") else "clip"
+    c.model.scan = True  # the same parameters, of which one layer is traced
     method = make_method(c)
     params, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec(2))
     counts = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
@@ -68,7 +70,7 @@ def test_one_tower_for_pixels_and_text_has_the_published_parameter_count(tower, 
     model = config.base().model
     use_size(model, tower)
     model.image.update(dict(size=224, proj=True, proj_bias=True))  # CLIPPO: one tower for images and rendered texts
-    model.embed_dim = 768
+    model.embed_dim, model.scan = 768, True
     assert count(image_tower(model), jnp.zeros((1, 224, 224, 3))) + 1 == total
 
 
@@ -163,10 +165,16 @@ def test_golden_open_clip_vit(folder):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), grads, expected_grads)
 
 
+@functools.cache
+def text_parameters(pool):
+    model = tiny()
+    model.text.pool = pool
+    return jax.jit(text_tower(model).init)(jax.random.key(0), np.zeros((1, 10), np.int32))
+
+
 def embed(model, ids):
-    module = text_tower(model)
-    params = jax.jit(module.init)(jax.random.key(0), ids)
-    return module.apply(params, ids)[0]
+    params = text_parameters("map" if model.text.pool == "map" else "last")  # the other pools have no parameters
+    return np.asarray(jax.jit(text_tower(model).apply)(params, ids)[0])
 
 
 def test_causal_text_ignores_what_follows_the_end():
@@ -186,13 +194,18 @@ def test_mask_padding_hides_what_follows_the_end():
     assert np.abs(z[0] - z[1]).max() > 1e-4
 
 
-@pytest.mark.parametrize("pool", ["last", "first", "mean", "max", "map"])
-def test_text_pools(pool):
+@functools.cache
+def embed_by(pool):
     model = tiny()
     model.text.pool = pool
-    z = embed(model, np.array([[5, 9, 63, 0, 0, 0]]))
+    return embed(model, np.array([[5, 9, 63, 0, 0, 0]]))
+
+
+@pytest.mark.parametrize("pool", ["last", "first", "mean", "max", "map"])
+def test_text_pools(pool):
+    z = embed_by(pool)
     assert z.shape == (1, 16) and np.isfinite(z).all()
-    assert np.abs(z - embed(tiny(), np.array([[5, 9, 63, 0, 0, 0]]))).max() > 1e-4, "the pooling has no effect"
+    assert np.abs(z - embed_by(tiny().text.pool)).max() > 1e-4, "the pooling has no effect"
 
 
 @pytest.mark.parametrize(
@@ -207,9 +220,9 @@ def test_text_pools(pool):
 )
 def test_image_switches(switches, tokens):
     module = image_tower(tiny(**switches))
-    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    params = jax.jit(module.init)(jax.random.key(0), images)["params"]
-    z, x = module.apply({"params": params}, images)
+    images = np.random.default_rng(0).standard_normal((2, 16, 16, 3), np.float32)
+    (z, x), variables = jax.jit(module.init_with_output)(jax.random.key(0), images)
+    params = variables["params"]
     assert z.shape == (2, 16) and x.shape == (2, tokens, 32) and np.isfinite(z).all()
     assert ("pos" in params) == (switches.get("posemb") != "sincos2d") and ("ln_pre" in params) == switches.get(
         "ln_pre", True
@@ -223,29 +236,31 @@ def test_a_text_tower_without_blocks_is_a_bag_of_words():
     module = text_tower(model)
     ids = np.array([[5, 9, 63, 0], [9, 5, 63, 0]])
     params = jax.jit(module.init)(jax.random.key(0), ids)
-    params["params"]["pos"] = jnp.zeros_like(params["params"]["pos"])
-    z = module.apply(params, ids)[0]
+    params["params"]["pos"] = np.zeros_like(params["params"]["pos"])
+    z = np.asarray(jax.jit(module.apply)(params, ids)[0])
     np.testing.assert_allclose(z[0], z[1], atol=1e-6)
 
 
 def test_overlapping_patches_are_a_convolution():
-    x = jax.random.normal(jax.random.key(0), (2, 9, 9, 3))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 5))
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.standard_normal(shape, np.float32) for shape in ((2, 9, 9, 3), (3, 3, 3, 5)))
     expected = jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    np.testing.assert_allclose(patches(x, 3, 2) @ kernel.reshape(27, 5), expected, rtol=1e-4, atol=1e-5)
+    found = np.asarray(jax.jit(patches, static_argnums=(1, 2))(x, 3, 2))
+    np.testing.assert_allclose(found @ kernel.reshape(27, 5), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_patch_drop_keeps_the_same_patches_for_the_same_key():
-    x = jnp.arange(2 * 16.0).reshape(2, 16, 1)
+    x = np.arange(2 * 16, dtype=np.float32).reshape(2, 16, 1)
     keys = jax.random.split(jax.random.key(0), 2)
-    kept = drop_patches(x, 0.75, keys)
+    drop = jax.jit(drop_patches, static_argnums=1)
+    kept = np.asarray(drop(x, 0.75, keys))
     assert kept.shape == (2, 4, 1)
-    np.testing.assert_array_equal(kept[1], drop_patches(x[1:], 0.75, keys[1:])[0])
+    np.testing.assert_array_equal(kept[1], drop(x[1:], 0.75, keys[1:])[0])
     assert (np.diff(kept[..., 0], axis=1) > 0).all() and not np.array_equal(kept[0], kept[1] - 16)
 
 
 def test_sincos_matches_its_formula():
-    table = np.asarray(sincos_2d(3, 4, 8))
+    table = np.asarray(jax.jit(sincos_2d, static_argnums=(0, 1, 2))(3, 4, 8))
     omega = 1 / 10_000 ** (np.arange(2) / 1)
     row, column = 2, 3
     expected = np.concatenate(
@@ -258,9 +273,8 @@ def test_bfloat16_compute_keeps_float32_weights():
     model = tiny()
     model.dtype = "bfloat16"
     module = image_tower(model)
-    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    (z, tokens), params = jax.jit(module.init_with_output)(jax.random.key(0), np.ones((1, 16, 16, 3), np.float32))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    z, tokens = module.apply(params, jnp.ones((1, 16, 16, 3)))
     assert z.dtype == jnp.float32 and tokens.dtype == jnp.bfloat16
 
 
@@ -299,8 +313,9 @@ def test_big_vision_initialisation():
     model.embed_dim = 64
     model.image.update(dict(tower, size=128))
     model.text.update(dict(tower, vocab_size=1000, eot_id=1))
-    image = jax.jit(image_tower(model).init)(jax.random.key(0), jnp.zeros((1, 128, 128, 3)))["params"]
-    text = jax.jit(text_tower(model).init)(jax.random.key(0), jnp.zeros((1, 64), jnp.int32))["params"]
+    image = jax.jit(image_tower(model).init)(jax.random.key(0), np.zeros((1, 128, 128, 3), np.float32))["params"]
+    text = jax.jit(text_tower(model).init)(jax.random.key(0), np.zeros((1, 64), np.int32))["params"]
+    image, text = jax.device_get((image, text))
     assert "proj" not in image and text["proj"]["bias"].shape == (64,)
     for x, std in (
         (image["patch"]["kernel"], (16 * 16 * 3) ** -0.5), (image["pos"], 64**-0.5), (text["pos"], 64**-0.5),
@@ -317,33 +332,43 @@ def test_a_field_that_was_added_later_counts_as_its_default():
     assert config.differences(old, new, ["model"]) == [("model.image.proj", None, False)]
 
 
+INPUTS = {
+    "image": np.random.default_rng(1).standard_normal((3, 16, 16, 3), np.float32),
+    "text": np.arange(30).reshape(3, 10),
+}
+
+
+@functools.cache
+def plain(name):
+    """Returns parameters, embedding and gradients of a tower without scan and rematerialisation."""
+    params = jax.device_get(jax.jit(TOWERS[name](tiny()).init)(jax.random.key(0), INPUTS[name])["params"])
+    return params, *run_tower(name, tiny(), params, INPUTS[name])
+
+
 @pytest.mark.parametrize("name", ["image", "text"])
 @pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "dots"), (True, "full")])
 def test_scan_and_remat_change_only_the_layout(name, scan, remat):
-    model = tiny()
-    inputs = {"image": jax.random.normal(jax.random.key(1), (3, 16, 16, 3)), "text": jnp.arange(30).reshape(3, 10)}[
-        name
-    ]
-    params = jax.jit(TOWERS[name](model).init)(jax.random.key(0), inputs)["params"]
-    expected, expected_grads = run_tower(name, model, params, inputs)
+    model, inputs = tiny(), INPUTS[name]
+    params, expected, expected_grads = plain(name)
     model.scan, model.remat = scan, remat
     embedding, grads = run_tower(name, model, stack_layers(params, parameter_shapes(name, model, inputs)), inputs)
     np.testing.assert_allclose(embedding, expected, rtol=1e-5, atol=1e-5)
     assert ("block" in grads) == scan
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), unstack_layers(grads), expected_grads
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        unstack_layers(jax.device_get(grads)),
+        expected_grads,
     )
 
 
 def test_scanned_layers_are_initialised_like_single_ones():
     model = tiny()
     model.scan = True
-    stacked = jax.jit(image_tower(model).init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    stacked = jax.device_get(jax.jit(image_tower(model).init)(jax.random.key(0), INPUTS["image"])["params"])
     assert stacked["block"]["mlp"]["fc1"]["kernel"].shape == (2, 32, 64)
     first, second = (unstack_layers(stacked)[f"block_{i}"] for i in range(2))
     assert not np.allclose(first["mlp"]["fc1"]["kernel"], second["mlp"]["fc1"]["kernel"])
-    model.scan = False
-    single = jax.jit(image_tower(model).init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]["block_0"]
+    single = plain("image")[0]["block_0"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a.std(), b.std(), rtol=0.2, atol=0.02), first, single)
 
 
@@ -405,7 +430,7 @@ def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
 
     method = make_method(c)
     embed = jax.jit(method.embed_image)
-    z = embed(state.params, state.extra, batch["image"])
+    z = np.asarray(embed(state.params, state.extra, batch["image"]))
     np.testing.assert_allclose(embed(state.params, state.extra, batch["image"][:3]), z[:3], rtol=1e-4, atol=1e-5)
     assert np.abs(z - embed(state.params, start.extra, batch["image"])).max() > 1e-4, (
         "the running statistics have no effect"
@@ -435,9 +460,8 @@ def test_micro_batches_that_cut_groups_are_one_line():
 def test_towers_without_batch_norm_have_no_state():
     c = config.base()
     c.model = tiny()
-    params, extra = TwoTower(c.model).init(
-        jax.random.key(0), {"image": jnp.zeros((1, 16, 16, 3)), "text": jnp.zeros((1, 10), jnp.int32)}
-    )
+    batch = {"image": np.zeros((1, 16, 16, 3), np.float32), "text": np.zeros((1, 10), np.int32)}
+    params, extra = jax.eval_shape(TwoTower(c.model).init, jax.random.key(0), batch)
     assert extra == {} and params.keys() == {"img", "txt"}
 
 
@@ -524,7 +548,8 @@ def test_projections_of_align_start_as_dense_layers_of_tensorflow():
 
 def test_sine_cosine_positions_of_moco_v3():
     """MAE's and FLIP's `get_2d_sincos_pos_embed`: columns first, exponents k / (D / 4)."""
-    found = np.asarray(sincos_2d(2, 3, 16, includes_last=False))
+    table = jax.jit(functools.partial(sincos_2d, 2, 3, 16, includes_last=False))
+    found = np.asarray(table())
     omega = 1 / 10_000 ** (np.arange(4) / 4)
     for y in range(2):
         for x in range(3):

@@ -13,11 +13,11 @@ from clip_jax.training import optimizers
 from clip_jax.training.schedules import make_momentum_schedule, make_schedule
 
 PARAMS = {
-    "img": {"proj": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}},
-    "txt": {"ln": {"scale": jnp.ones(3)}},
-    "logit_scale": jnp.ones(()),
+    "img": {"proj": {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}},
+    "txt": {"ln": {"scale": np.ones(3, np.float32)}},
+    "logit_scale": np.ones((), np.float32),
 }
-GRADS = jax.tree.map(lambda x: 0.1 * jnp.arange(1.0, x.size + 1).reshape(x.shape), PARAMS)
+GRADS = jax.tree.map(lambda x: np.float32(0.1) * np.arange(1, x.size + 1, dtype=x.dtype).reshape(x.shape), PARAMS)
 
 
 def optim(**changes):
@@ -26,13 +26,23 @@ def optim(**changes):
     return o
 
 
+def make_step(tx):
+    """Returns a compiled step of an optimizer, `(params, state, grads) -> (params, state)`."""
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def after(o, steps=3, params=PARAMS, grads=GRADS):
     tx = optimizers.make_optimizer(o, 100, params)
-    state = tx.init(params)
+    step, state = make_step(tx), tx.init(params)
     for _ in range(steps):
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
+        params, state = step(params, state, grads)
+    return jax.device_get((params, state))
 
 
 def test_adamw_is_its_formula():
@@ -56,27 +66,31 @@ def test_lamb_golden(path):
         no_decay=(),
     )
     o.lr = float(g["lr"])
-    params = {name: jnp.asarray(g[f"init_{name}"]) for name in ("kernel", "bias")}
+    follow(o, {name: g[f"init_{name}"] for name in ("kernel", "bias")}, g)
+
+
+def follow(o, params, golden):
+    """Checks the parameters after each step of a golden trajectory."""
     tx = optimizers.make_optimizer(o, 100, params)
-    state = tx.init(params)
-    for step in range(len(g["grads_kernel"])):
-        updates, state = tx.update({name: g[f"grads_{name}"][step] for name in params}, state, params)
-        params = optax.apply_updates(params, updates)
+    step, state = make_step(tx), tx.init(params)
+    for i in range(len(golden["grads_kernel"])):
+        params, state = step(params, state, {name: golden[f"grads_{name}"][i] for name in params})
         for name, value in params.items():
-            np.testing.assert_allclose(value, g[f"param_{name}"][step], rtol=2e-4, atol=2e-5)
+            np.testing.assert_allclose(value, golden[f"param_{name}"][i], rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("stack", ["block", "mbconv_2_to_3"])
 def test_lamb_takes_the_norm_of_each_stacked_layer(stack):
-    layers = [jnp.arange(1.0, 7).reshape(2, 3), jnp.full((2, 3), 0.01)]
-    single, stacked = {"img": {"a": layers[0], "b": layers[1]}}, {"img": {stack: jnp.stack(layers)}}
+    layers = [np.arange(1, 7, dtype=np.float32).reshape(2, 3), np.full((2, 3), 0.01, np.float32)]
+    single, stacked = {"img": {"a": layers[0], "b": layers[1]}}, {"img": {stack: np.stack(layers)}}
     o = optim(name="lamb", no_decay=())
 
     def step(params):
         tx = optimizers.make_optimizer(o, 100, params)
-        return tx.update(jax.tree.map(jnp.cos, params), tx.init(params), params)[0]["img"]
+        return jax.jit(tx.update)(jax.tree.map(np.cos, params), tx.init(params), params)[0]["img"]
 
-    np.testing.assert_allclose(step(stacked)[stack], jnp.stack([step(single)["a"], step(single)["b"]]), rtol=1e-6)
+    parts = step(single)
+    np.testing.assert_allclose(step(stacked)[stack], np.stack([parts["a"], parts["b"]]), rtol=1e-6)
     assert optimizers.make_optimizer(
         optim(name="lamb", freeze=("^img/x",)), 100, stacked | {"img": stacked["img"] | {"x": layers[0]}}
     )
@@ -89,11 +103,11 @@ def test_lamb_takes_the_norm_of_each_stacked_layer(stack):
 def test_adafactor_golden(path, momentum, prefix, tolerance):
     g = np.load(path)
     names = ("kernel", "small", "bias", "attn")
-    params = {name: jnp.asarray(g[f"init_{name}"]) for name in names}
+    params = {name: g[f"init_{name}"] for name in names}
     tx = optimizers.scale_by_adafactor(momentum=momentum)
-    state = tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     for step in range(len(g["grads_kernel"])):
-        updates, state = tx.update({name: jnp.asarray(g[f"grads_{name}"][step]) for name in names}, state, params)
+        updates, state = update({name: g[f"grads_{name}"][step] for name in names}, state, params)
         for name in names:
             np.testing.assert_allclose(updates[name], g[prefix + name][step], rtol=tolerance[0], atol=tolerance[1])
 
@@ -106,7 +120,7 @@ def test_sgd_has_momentum():
 
 
 def test_gains_biases_and_the_scale_are_not_decayed():
-    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    zero = jax.tree.map(np.zeros_like, PARAMS)
     params, _ = after(optim(weight_decay=0.2), steps=1, grads=zero)
     np.testing.assert_allclose(params["img"]["proj"]["kernel"], 1 - 0.1 * 0.2)
     for leaf in (params["img"]["proj"]["bias"], params["txt"]["ln"]["scale"], params["logit_scale"]):
@@ -168,9 +182,8 @@ def test_wrong_patterns(changes, message):
 def test_schedules(schedule, values):
     o = optim()
     o.update(dict(schedule=schedule, warmup_steps=10, lr=1.0))
-    rate = make_schedule(o, 110)
-    for step, value in values.items():
-        np.testing.assert_allclose(rate(step), value, atol=1e-6)
+    rates = jax.jit(jax.vmap(make_schedule(o, 110)))(np.array(list(values)))
+    np.testing.assert_allclose(rates, list(values.values()), atol=1e-6)
 
 
 def lamb(**changes):
@@ -211,27 +224,29 @@ def test_lamb_is_pytorch_lambs_rule():
 @pytest.mark.parametrize("stack", [False, True])
 def test_lamb_fuses_query_key_and_value(stack):
     parts = {
-        name: {"kernel": jnp.full((3, 3), value)} for name, value in (("query", 1.0), ("key", 2.0), ("value", 3.0))
+        name: {"kernel": np.full((3, 3), value, np.float32)}
+        for name, value in (("query", 1.0), ("key", 2.0), ("value", 3.0))
     }
-    grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(9.0).reshape(3, 3)) * x, parts)
-    fused, fused_grads = ({"qkv": jnp.concatenate([t[k]["kernel"] for k in parts], 1)} for t in (parts, grads))
+    grads = jax.tree.map(lambda x: np.cos(np.arange(9, dtype=np.float32).reshape(3, 3)) * x, parts)
+    fused, fused_grads = ({"qkv": np.concatenate([t[k]["kernel"] for k in parts], 1)} for t in (parts, grads))
 
     def wrap(tree):
-        tree = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), tree) if stack else tree
+        tree = jax.tree.map(lambda x: np.stack([x, 2 * x]), tree) if stack else tree
         return {"block" if stack else "block_0": {"attn": tree}}
 
     def step(params, grads, **changes):
         tx = optimizers.make_optimizer(lamb(no_decay=(), **changes), 10, wrap(params))
-        return next(iter(tx.update(wrap(grads), tx.init(wrap(params)), wrap(params))[0].values()))["attn"]
+        updates, _ = jax.jit(tx.update)(wrap(grads), tx.init(wrap(params)), wrap(params))
+        return next(iter(updates.values()))["attn"]
 
     found, wanted = step(parts, grads, lamb_fuse_qkv=True), step(fused, fused_grads)
-    joined = jnp.concatenate([found[k]["kernel"] for k in parts], -1)
+    joined = np.concatenate([found[k]["kernel"] for k in parts], -1)
     np.testing.assert_allclose(joined, wanted["qkv"], rtol=1e-5)
 
 
 def test_lamb_moves_a_bias_of_a_norm_that_is_not_decayed():
     """After 1,000 constant gradients at a rate of 1e-3 a bias that starts at 0 is near -1, as with Adam."""
-    params = {"img": {"stem_bn": {"bias": jnp.zeros(4)}}}
+    params = {"img": {"stem_bn": {"bias": np.zeros(4, np.float32)}}}
     o = lamb(no_decay=("_bn/",))
     o.lr = 1e-3
     tx = optimizers.make_optimizer(o, 1000, params)
@@ -261,20 +276,13 @@ def test_lamb_golden_of_timm(path):
     ):
         o[field] = float(g[name])
     o.grad_clip_norm = float(g["max_grad_norm"])
-    params = {key.removeprefix("init_"): jnp.asarray(g[key]) for key in g.files if key.startswith("init_")}
-    tx = optimizers.make_optimizer(o, 100, params)
-    state = tx.init(params)
-    for step in range(len(g["grads_kernel"])):
-        updates, state = tx.update({name: g[f"grads_{name}"][step] for name in params}, state, params)
-        params = optax.apply_updates(params, updates)
-        for name, value in params.items():
-            np.testing.assert_allclose(value, g[f"param_{name}"][step], rtol=2e-4, atol=2e-5)
+    follow(o, {key.removeprefix("init_"): g[key] for key in g.files if key.startswith("init_")}, g)
 
 
 def rate_of(steps, **changes):
     o = optim()
     o.update(changes)
-    return jax.vmap(make_schedule(o, steps))(np.arange(steps))
+    return np.asarray(jax.jit(jax.vmap(make_schedule(o, steps)))(np.arange(steps)))
 
 
 def test_schedule_of_big_vision():

@@ -1,5 +1,6 @@
 """The transformer blocks of the towers: the shortened last block, and attention on GPUs."""
 
+import functools
 import re
 
 import jax
@@ -18,8 +19,8 @@ from clip_jax.runtime import sharding
 from clip_jax.training.step import make_step
 
 SIZES = dict(width=32, depth=2, heads=2, mlp_dim=64, embed_dim=8)
-IDS = jnp.array([[5, 9, 2, 9, 1], [9, 3, 4, 5, 0], [1, 2, 3, 4, 9]])  # 9 is the end-of-text token
-IMAGES = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+IDS = np.array([[5, 9, 2, 9, 1], [9, 3, 4, 5, 0], [1, 2, 3, 4, 9]])  # 9 is the end-of-text token
+IMAGES = np.random.default_rng(1).normal(size=(3, 16, 16, 3)).astype(np.float32)
 CASES = {
     "cls": (VisionTransformer, dict(size=16, patch=8, pool="cls"), IMAGES),
     **{
@@ -33,22 +34,28 @@ CASES = {
 }  # fmt: skip
 
 
+@functools.cache
+def initial(kind):
+    """The parameters of a tower, which are the same in all its cases."""
+    fields, inputs = next((fields, inputs) for other, fields, inputs in CASES.values() if other is kind)
+    return jax.jit(kind(**SIZES, **fields).init)(jax.random.key(0), inputs)
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("case", CASES)
 def test_without_tokens_the_last_block_computes_less_with_the_same_result(case, remat):
     if remat == "full" and case not in ("cls", "eot, causal, mask True"):
         pytest.skip("one text case covers remat")
     kind, fields, inputs = CASES[case]
-    params = kind(**SIZES, **fields).init(jax.random.key(0), inputs)
+    params = initial(kind)
 
-    def run(tokens):
-        tower = kind(**SIZES, **fields, remat=remat, tokens=tokens)
-        assert (tower.apply(params, inputs)[1] is None) is not tokens
-        both = (
-            jax.jit(jax.value_and_grad(lambda params: jnp.sum(jnp.sin(tower.apply(params, inputs)[0]))))
-            .lower(params)
-            .compile()
-        )
+    def run(has_tokens):
+        def loss(params):
+            z, tokens = kind(**SIZES, **fields, remat=remat, tokens=has_tokens).apply(params, inputs)
+            assert (tokens is None) is not has_tokens
+            return jnp.sum(jnp.sin(z))
+
+        both = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
         return both.cost_analysis()["flops"], both(params)
 
     (flops, expected), (fewer, found) = run(True), run(False)
@@ -59,16 +66,21 @@ def test_without_tokens_the_last_block_computes_less_with_the_same_result(case, 
 @pytest.mark.parametrize("fields", [dict(scan=True), dict(depth=0), dict(pool="gap")])
 def test_the_last_block_is_whole_where_every_token_is_needed(fields):
     sizes = SIZES | dict(size=16, patch=8) | fields
-    params = VisionTransformer(**sizes).init(jax.random.key(0), IMAGES)
-    z, tokens = VisionTransformer(**sizes, tokens=False).apply(params, IMAGES)
-    np.testing.assert_array_equal(z, VisionTransformer(**sizes).apply(params, IMAGES)[0])
+
+    @jax.jit
+    def run(key):
+        params = VisionTransformer(**sizes).init(key, IMAGES)
+        return [VisionTransformer(**sizes, **tokens).apply(params, IMAGES) for tokens in ({}, {"tokens": False})]
+
+    (expected, _), (z, tokens) = run(jax.random.key(0))
+    np.testing.assert_array_equal(z, expected)
     assert tokens is None
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tokens", [5, 6])
 def test_attention_on_padded_sequences_is_attention(tokens, causal):
-    inputs = jax.random.normal(jax.random.key(2), (4, 2, tokens, 3, 8))
+    inputs = np.random.default_rng(2).normal(size=(4, 2, tokens, 3, 8)).astype(np.float32)
 
     def run(attend):
         return jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(inputs[3] * attend(*qkv))))(inputs[:3])
@@ -139,10 +151,11 @@ def test_a_constraint_of_the_layout_moves_nothing_between_devices(mesh8):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_float16_attention_runs_on_every_device(causal):
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8), jnp.float32)
-    half = [x.astype(jnp.float16) for x in (q, k, v)]
-    z = jax.jit(lambda *x: transformer.attend(*x, causal=causal))(*half)
+    full = np.random.default_rng(0).normal(size=(3, 2, 5, 2, 8)).astype(np.float32)
+    half = full.astype(np.float16)
+    attend = jax.jit(functools.partial(transformer.attend, causal=causal))
+    z = attend(*half)
     assert z.dtype == jnp.float16
-    np.testing.assert_allclose(z, transformer.attend(q, k, v, causal=causal), atol=5e-3)
-    gradient = jax.jit(jax.grad(lambda *x: transformer.attend(*x, causal=causal).astype(jnp.float32).sum()))(*half)
+    np.testing.assert_allclose(z, attend(*full), atol=5e-3)
+    gradient = jax.jit(jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum()))(*half)
     assert gradient.dtype == jnp.float16 and np.isfinite(gradient).all()

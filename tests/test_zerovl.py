@@ -1,6 +1,7 @@
 """ZeroVL: the oracles of its specification, golden gradients of decoupled accumulation, token augmentation, a run."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +33,20 @@ def setup(*overrides):
 
 
 def rows(seed, b=N, e=16):
-    return jax.random.normal(jax.random.key(seed), (b, e))
+    return np.random.default_rng(seed).normal(size=(b, e)).astype(np.float32)
 
 
-U, V = l2_normalize(rows(0)), l2_normalize(rows(1))
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-@jax.jit
-def value(u, v, lam):
-    return mixed_infonce(u, v, 9.0, lam)[0]
+U, V = unit(rows(0)), unit(rows(1))
+mixed = jax.jit(mix, static_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def value(u, v, lam, group=0):
+    return mixed_infonce(u, v, 9.0, lam, group)[0]
 
 
 def targets(lam, group=0, n=N):
@@ -53,17 +59,18 @@ def targets(lam, group=0, n=N):
 
 
 def test_oracle_a_unmixed_is_clip_and_fully_mixed_is_clip_of_the_reversed():
-    np.testing.assert_allclose(value(U, V, 1.0), infonce(U, V, 9.0)[0], rtol=1e-6)
-    np.testing.assert_allclose(value(U, V, 0.0), infonce(U, V[::-1], 9.0)[0], rtol=1e-6)
+    clip = jax.jit(infonce)
+    np.testing.assert_allclose(value(U, V, 1.0), clip(U, V, 9.0)[0], rtol=1e-6)
+    np.testing.assert_allclose(value(U, V, 0.0), clip(U, V[::-1], 9.0)[0], rtol=1e-6)
 
 
 def test_oracle_b_reversal_exchanges_the_weights():
     x = rows(2)
-    np.testing.assert_allclose(mix(x, 0.3)[::-1], mix(x, 0.7), rtol=1e-6)
+    first, second = np.asarray(mixed(x, 0.3)), np.asarray(mixed(x, 0.7))
+    np.testing.assert_allclose(first[::-1], second, rtol=1e-6)
     np.testing.assert_allclose(value(U[::-1], V[::-1], 0.3), value(U, V, 0.3), rtol=1e-6)
-    mixed = {lam: l2_normalize(mix(x, lam)) for lam in (0.3, 0.7)}
     # So lam can be restricted to 1/2 and above.
-    np.testing.assert_allclose(value(mixed[0.3], V, 0.3), value(mixed[0.7], V, 0.7), rtol=1e-6)
+    np.testing.assert_allclose(value(unit(first), V, 0.3), value(unit(second), V, 0.7), rtol=1e-6)
 
 
 @pytest.mark.parametrize("group", [0, 4, 3])
@@ -72,12 +79,13 @@ def test_oracle_c_targets(group):
     np.testing.assert_allclose(y.sum(0), 1)
     np.testing.assert_array_equal(y, y.T)
     logits = 9.0 * U @ V.T
-    expected = [-(y * jax.nn.log_softmax(x, axis=1)).sum(1).mean() for x in (logits, logits.T)]
-    np.testing.assert_allclose(mixed_infonce(U, V, 9.0, 0.3, group)[0], np.mean(expected), rtol=1e-5)
-    np.testing.assert_allclose(mix(rows(3), 0.3, group), y @ rows(3), rtol=1e-4, atol=1e-6)
+    expected = [-(y * np.asarray(jax.nn.log_softmax(x, axis=1))).sum(1).mean() for x in (logits, logits.T)]
+    np.testing.assert_allclose(value(U, V, 0.3, group), np.mean(expected), rtol=1e-5)
+    found = np.asarray(mixed(rows(3), 0.3, group))
+    np.testing.assert_allclose(found, y @ rows(3), rtol=1e-4, atol=1e-6)
     if group == 3:
         np.testing.assert_allclose(
-            mix(rows(3), 0.3, group)[1::3], rows(3)[1::3], rtol=1e-6, err_msg="the middle of an odd group is not mixed"
+            found[1::3], rows(3)[1::3], rtol=1e-6, err_msg="the middle of an odd group is not mixed"
         )
 
 
@@ -85,7 +93,7 @@ def test_oracle_c_targets(group):
 @pytest.mark.parametrize("file", golden_files("zerovl_dga_*.npz"))
 def test_golden_oracle_d_gradients_in_parts_are_those_of_the_batch(file, micro_batches):
     """The engine's micro-batches are decoupled gradient accumulation."""
-    g = {name: jnp.asarray(x) for name, x in np.load(file).items()}
+    g = np.load(file)
     lam, group = g["lam"], int(g["sub_batch"])
     of_text = "textmix" in file.name
 
@@ -99,7 +107,7 @@ def test_golden_oracle_d_gradients_in_parts_are_those_of_the_batch(file, micro_b
 
     method = dataclasses.replace(setup()[1], encode=encode, loss=loss)
     params = {name: g[name] for name in ("W_image", "W_text", "tau")}
-    batch = {"image": g["x_image"] if of_text else mix(g["x_image"], lam, group), "text": g["x_text"]}
+    batch = {"image": g["x_image"] if of_text else mixed(g["x_image"], lam, group), "text": g["x_text"]}
     found, _, _, _, grads = jax.jit(make_gradients(method, micro_batches), static_argnums=4)(
         params, {}, batch, None, lambda p: p
     )
@@ -128,40 +136,50 @@ def test_golden_loss(file):
 
 def test_oracle_f_the_coin_and_the_weight():
     keys = jax.random.split(jax.random.key(0), 4000)
-    lam, of_images = jax.jit(jax.vmap(lambda key: draw(Options(), key)))(keys)
+    lam, of_images = jax.device_get(jax.jit(jax.vmap(lambda key: draw(Options(), key)))(keys))
     assert abs(of_images.mean() - 0.5) < 0.03 and (lam >= 0.5).all() and (lam <= 1).all()
     folded = np.maximum(*(lambda x: (x, 1 - x))(np.random.default_rng(0).beta(0.1, 0.1, 4000)))
     np.testing.assert_allclose(np.quantile(lam, [0.1, 0.2, 0.4]), np.quantile(folded, [0.1, 0.2, 0.4]), atol=0.04)
     assert abs(np.corrcoef(lam, of_images)[0, 1]) < 0.05
-    lam, of_images = draw(Options(mix_alpha=0.0), keys[0])
+    lam, of_images = draw(Options(mix_alpha=0.0), jax.random.key(0))
     assert lam == 1 and not of_images
 
 
 def test_oracle_f_one_modality_is_mixed_in_a_step():
-    seen = set()
-    for share, which in ((1.0, "image"), (0.0, "text")):
+    def check(share, which):
         _, method = setup(f"zerovl.mix_images={share}", "zerovl.mix_alpha=1")
         rng = jax.random.key(4)
-        params, extra = method.init(rng, BATCH)
-        prepared = method.prepare(BATCH, rng)
+        params, extra = jax.jit(method.init)(rng, BATCH)
+
+        @jax.jit
+        def run(params, extra, batch, rng):
+            prepared = method.prepare(batch, rng)
+            lam, of_images = draw(Options(mix_alpha=1.0, mix_images=share), rng)
+            features, _ = method.encode(params, extra, prepared, rng, train=True)
+            loss, _ = method.loss(params, extra, features, prepared, rng)
+            text = features["text"] if which == "image" else mix(features["text"], lam)
+            scale = jnp.exp(params["logit_scale"])
+            expected, _ = mixed_infonce(features["image"], l2_normalize(text), scale, lam)
+            embedding = method.embed_text(params, extra, batch["text"])
+            return prepared, lam, of_images, features, embedding, loss, expected
+
+        prepared, lam, of_images, features, embedding, loss, expected = jax.device_get(run(params, extra, BATCH, rng))
         images = np.asarray(BATCH["image"], np.float32)
-        lam, of_images = draw(Options(mix_alpha=1.0, mix_images=share), rng)
         assert bool(of_images) == (which == "image") and 0.5 < lam < 0.99
         np.testing.assert_allclose(
             prepared["image"], lam * images + (1 - lam) * images[::-1] if of_images else images, rtol=1e-5
         )
         np.testing.assert_array_equal(prepared["text"], BATCH["text"])
-        features, _ = method.encode(params, extra, prepared, rng, train=True)
-        np.testing.assert_allclose(jnp.linalg.norm(features["image"], axis=1), 1, rtol=1e-5)
-        assert jnp.abs(jnp.linalg.norm(features["text"], axis=1) - 1).min() > 1e-3, (
+        np.testing.assert_allclose(np.linalg.norm(features["image"], axis=1), 1, rtol=1e-5)
+        assert np.abs(np.linalg.norm(features["text"], axis=1) - 1).min() > 1e-3, (
             "not yet normalised, since mixing comes first"
         )
-        np.testing.assert_allclose(
-            l2_normalize(features["text"]), method.embed_text(params, extra, BATCH["text"]), atol=1e-5
-        )
-        text = features["text"] if of_images else mix(features["text"], lam)
-        expected, _ = mixed_infonce(features["image"], l2_normalize(text), jnp.exp(params["logit_scale"]), lam)
-        np.testing.assert_allclose(method.loss(params, extra, features, prepared, rng)[0], expected, rtol=1e-5)
+        np.testing.assert_allclose(unit(features["text"]), embedding, atol=1e-5)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+    seen = set()
+    for share, which in ((1.0, "image"), (0.0, "text")):
+        check(share, which)
         seen.add(which)
     assert seen == {"image", "text"}
 
@@ -171,7 +189,7 @@ def test_the_temperature_is_learned_or_constant():
     params, _ = jax.eval_shape(method.init, jax.random.key(0), BATCH)
     assert "logit_scale" not in params and method.constrain(params) is params
     features = {"image": U, "text": 3 * V}
-    _, metrics = method.loss({}, {}, features, {}, jax.random.key(0))
+    _, metrics = jax.jit(method.loss)({}, {}, features, {}, jax.random.key(0))
     np.testing.assert_allclose(metrics["logit_scale"], 50)
     _, method = setup()
     params, _ = jax.eval_shape(method.init, jax.random.key(0), BATCH)

@@ -53,7 +53,8 @@ class HashedWords:
         """Returns unit rows, float32 `[n, 256]`; zeros for a text without words."""
         zero = np.zeros(self.text_dim)
         rows = [sum(map(self._direction, re.findall(r"\w+", text.lower())), zero) for text in texts]
-        return np.asarray(l2_normalize(jnp.asarray(rows, jnp.float32)))
+        rows = np.reshape(rows, (-1, self.text_dim))
+        return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
     def _direction(self, word):
         seed = hashlib.blake2b(word.encode(), digest_size=8).digest()

@@ -7,6 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clip_jax.errors import UserError
@@ -47,7 +48,7 @@ def make_init(config, method, batch):
       method: a `Method`.
       batch: arrays or shapes of a batch, `[B, ...]`; only shapes and dtypes are used.
     """
-    small = {name: jnp.zeros((2, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    small = {name: np.zeros((2, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     params_shape, _ = jax.eval_shape(method.init, jax.random.key(0), small)
     tx = optimizers.make_optimizer(config.optim, config.train.steps, params_shape)
 

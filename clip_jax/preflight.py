@@ -227,7 +227,9 @@ def kept_bytes(program, remat=None):
     from clip_jax.training.step import make_init
 
     config = program.config.copy_and_resolve_references()
-    config.model.update(remat=remat or config.model.remat, scan=True)  # a scanned block is traced once
+    model, remat = config.model, remat or config.model.remat
+    # A scanned block is traced once.
+    model.update(remat="all" if remat == "none" and not model.scan else remat, scan=True)
     method = interface.make_method(config.lock())
     shapes = jax.eval_shape(make_init(config, method, program.batch)[0], jax.random.key(0))
 

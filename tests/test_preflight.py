@@ -84,6 +84,8 @@ def test_memory_that_lacks_names_what_would_fit(monkeypatch, tmp_path):
     kept, (state, fixed) = preflight.kept_bytes(parts), preflight._sizes(parts)
     rows = preflight._rows(parts)
     assert preflight.kept_bytes(parts, "full") < kept / 2
+    looped = make("data.batch_size=4096", "model.scan=true")
+    assert preflight.kept_bytes(looped) < 0.7 * kept, "a loop over blocks stores the results of products alone"
     # Between the size of 256 examples that the compiler reported, 296 MiB, and twice as much.
     assert 0.5 < 296 * 2**20 / (kept * 256 / rows + fixed) < 1
     monkeypatch.setattr(preflight, "device_memory", lambda held=0: (state + ROOM, "this machine has free"))

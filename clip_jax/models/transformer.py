@@ -245,11 +245,22 @@ class Block(nn.Module):
         return x + scaled(Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(y), "ls2")
 
 
+def _products_saveable(primitive, *_, **__):
+    """Stores the results of products, convolutions and fused attention, so that only element-wise work is repeated."""
+    name = primitive.name
+    return name in ("dot_general", "conv_general_dilated", "pallas_call") or name.startswith("dot_product_attention")
+
+
 #: Policies by the value of `model.remat`: what a block stores for the backward pass. The rest is recomputed.
 REMAT = {
     # Stores the outputs of the linear layers, not the attention weights.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    # Of blocks in a loop, without `model.remat`. The loop writes each stored array into a stack and reads it again.
+    # Without a loop XLA by itself repeats element-wise work within the products that need it.
+    "loop": _products_saveable,
+    # All, in a loop as well: what the blocks would store without one, of which one block alone is traced.
+    "all": jax.checkpoint_policies.everything_saveable,
 }
 
 
@@ -258,7 +269,7 @@ def rematerialized(call, remat, **options):
 
     Args:
       call: a module class, or a function whose first argument is a module.
-      remat: `config.model.remat`: `none` or a key of `REMAT`.
+      remat: `none` or a key of `REMAT`.
       options: further arguments of `flax.linen.remat`.
     """
     return call if remat == "none" else nn.remat(call, policy=REMAT[remat], **options)
@@ -277,8 +288,10 @@ def apply_blocks(tower, block, x, mask=None, only=None):
       only: None, or the position from `only_at`. The last block computes the output there alone.
     """
 
+    remat = "loop" if tower.scan and tower.remat == "none" else tower.remat
+
     def maybe_remat(call):
-        return rematerialized(call, tower.remat, prevent_cse=not tower.scan)
+        return rematerialized(call, remat, prevent_cse=not tower.scan)
 
     call = maybe_remat(lambda block, x, mask: block(x, mask))
     if not tower.scan:

@@ -18,6 +18,7 @@ from conftest import COMPILE_FAST, REPO
 from helpers import losses, run, tiny_config, train_command
 
 from clip_jax import train
+from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
 from clip_jax.runtime import goodput, storage
 from clip_jax.training import checkpoint
@@ -178,6 +179,20 @@ def test_a_half_written_checkpoint_is_not_picked_up(tmp_path):
     lines = []
     train.train(tiny_config("train.steps=3"), tmp_path, lines.append)
     assert any("from step 2" in line for line in lines)
+
+
+@pytest.mark.parametrize("divides", [False, True])
+def test_only_large_replicated_arrays_are_divided_among_devices(tmp_path, caplog, monkeypatch, mesh8, divides):
+    """Each part of an array is a program, which a save waits for."""
+    if divides:
+        monkeypatch.setattr(checkpoint, "_MIN_SLICE", 0)
+    config = tiny_config()
+    state = {"x": jax.device_put(np.ones((16, 3)), jax.sharding.NamedSharding(mesh8, jax.sharding.PartitionSpec()))}
+    with checkpoint.Checkpointer(tmp_path, config, make_tokenizer(config.tokenizer)) as checkpointer:
+        with jax.log_compiles():
+            checkpointer.save(1, state, {})
+        checkpointer.wait()
+    assert ("Compiling jit(slice)" in caplog.text) == divides
 
 
 def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import pathlib
 import tempfile
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers
@@ -64,8 +65,9 @@ class Damaged(UserError):
 
 def _state_handler():
     """Returns Orbax's handler of a state, which lets devices share the writing of replicated arrays where that pays."""
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    types = ocp.type_handlers
+    shared = types.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE)
+    registry = types.create_type_handler_registry((np.ndarray, types.NumpyHandler()), (jax.Array, shared))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 

@@ -136,7 +136,7 @@ def variants(config, topology, state_bytes, temporary):
         effect = "the compiler sees each block and keeps less of it; compiles for longer"
         found.append((["model.scan=false"], effect))
     if config.model.remat == "none":
-        found.append((["model.remat=dots"], "keeps only the results of matrix products; little more compute"))
+        found.append((["model.remat=dots"], "keeps only the results of linear layers; little more compute"))
     if config.model.remat != "full":
         found.append((["model.remat=full"], "keeps only the inputs of blocks; a third more compute"))
     per_device = config.data.batch_size * max(1, config.mesh.tensor) // (topology.count * topology.chip.devices)

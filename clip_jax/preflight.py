@@ -228,7 +228,7 @@ def kept_bytes(program, remat=None):
 
     config = program.config.copy_and_resolve_references()
     model, remat = config.model, remat or config.model.remat
-    # A scanned block is traced once.
+    # In a loop one block is traced instead of all. "all" makes it store what it would store without a loop.
     model.update(remat="all" if remat == "none" and not model.scan else remat, scan=True)
     method = interface.make_method(config.lock())
     shapes = jax.eval_shape(make_init(config, method, program.batch)[0], jax.random.key(0))

@@ -136,7 +136,7 @@ def test_statistics_of_groups_are_those_of_each_group():
 @pytest.mark.parametrize("group", [0, 2])
 def test_a_mesh_has_the_statistics_of_the_whole_batch(mesh8, group):
     images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
-    tower = resnet(layers=(1,), bn_group=group)
+    tower = resnet(bn_group=group)
     variables = jax.jit(tower.init)(jax.random.key(0), images)
     run = jax.jit(lambda x: tower.apply(variables, x, train=True, mutable=["batch_stats"]))
     with jax.set_mesh(make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])):

@@ -13,7 +13,7 @@ from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
 from clip_jax.runtime import sharding
 from clip_jax.training.schedules import make_schedule
-from clip_jax.training.step import make_gradients, make_init, make_step, short_random
+from clip_jax.training.step import first_state, make_gradients, make_init, make_step, short_random
 
 
 def setup(*overrides):
@@ -180,6 +180,15 @@ def test_a_batch_that_the_devices_do_not_divide(mesh8):
     sharding.check_batch(16, mesh8)
     with pytest.raises(UserError, match="data.batch_size=18 is not divisible by the 4 devices"):
         sharding.check_batch(18, mesh8)
+
+
+def test_the_first_state_on_a_mesh_is_that_of_one_device(mesh8):
+    c, method = setup()
+    init, _ = make_init(c, method, BATCH)
+    shardings = sharding.state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh8, method.sharding_rules)
+    split, alone = first_state(init, jax.random.key(0), shardings), jax.jit(init)(jax.random.key(0))
+    assert not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(split.params))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(split), jax.device_get(alone))
 
 
 def test_the_first_state_of_a_gpu_is_a_short_program():

@@ -56,6 +56,11 @@ def test_values_are_tried_for_half_of_the_steps_and_the_best_one_is_trained(tmp_
     assert ["emoji(subset=" in line for line in commands] == [True] * 3 + [False] * 4
     assert lines[3].startswith("# CHOSEN") and not (tmp_path / "s").exists()
 
+    study.run_study(two, tmp_path / "s", 1, [], dry_run=True, length=0.5)
+    lines = capsys.readouterr().out.splitlines()
+    steps = [re.findall(r"train\.steps=(\d+)", line)[-1] for line in lines if not line.startswith("#")]
+    assert steps == ["2"] * 3 + ["4"] * 2, "tuning has half of the steps"
+
     trained = []
 
     def pretend_to_train(run):
@@ -203,6 +208,8 @@ def test_wrong_reports(tmp_path, capsys):
         (["--report", str(tmp_path)], "has no readable study.json"),
         (["--report", str(tmp_path), "--workdir=x"], "takes folders and --out alone"),
         ([], "give --config"),
+        (["--config=x.py", "--workdir=x", "--length=0"], "--length=0.0: must be a positive number"),
+        (["--config=x.py", "--workdir=x", "--length=nan"], "--length=nan: must be a positive number"),
     ]:
         assert study.main(arguments) == 2
         assert message in capsys.readouterr().err

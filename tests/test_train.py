@@ -185,14 +185,19 @@ def test_a_half_written_checkpoint_is_not_picked_up(tmp_path):
 def test_only_large_replicated_arrays_are_divided_among_devices(tmp_path, caplog, monkeypatch, mesh8, divides):
     """Each part of an array is a program, which a save waits for."""
     if divides:
-        monkeypatch.setattr(checkpoint, "_MIN_SLICE", 0)
-    config = tiny_config()
-    state = {"x": jax.device_put(np.ones((16, 3)), jax.sharding.NamedSharding(mesh8, jax.sharding.PartitionSpec()))}
+        monkeypatch.setattr(checkpoint, "_MIN_SHARED", 0)
+    config, x = tiny_config(), np.arange(48, dtype=np.float32).reshape(16, 3)
+    whole, rows = (jax.sharding.NamedSharding(mesh8, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("data",)))
+    state = {"x": jax.device_put(x, whole)}
     with checkpoint.Checkpointer(tmp_path, config, make_tokenizer(config.tokenizer)) as checkpointer:
         with jax.log_compiles():
             checkpointer.save(1, state, {})
         checkpointer.wait()
     assert ("Compiling jit(slice)" in caplog.text) == divides
+    target = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)}
+    found = checkpoint.restore_arrays(tmp_path / "checkpoints" / "1", target)["x"]
+    np.testing.assert_array_equal(found, x)
+    assert found.sharding == rows
 
 
 def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):

@@ -21,11 +21,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from clip_jax.models.common import BATCH_AXES, devices_along
+from clip_jax.models.common import BATCH_AXES, KEPT, devices_along
 from clip_jax.models.layers import add
 
 #: Lanes of a vector: the multiple to which queries are padded in VMEM.
@@ -98,6 +99,7 @@ def _forward(plan, q, k, v, biases, mask):
     q = q.astype(jnp.float32) + (0.0 if biases[0] is None else biases[0])
     # Exponentials are powers of 2 here. Rounding comes last, so that the factor costs no precision.
     q = (q * (plan.width**-0.5 * math.log2(math.e))).astype(v.dtype)
+    q, k, v = (checkpoint_name(x, KEPT) for x in (q, k, v))  # what the backward kernel reads
     mask = None if mask is None else mask.astype(jnp.float32)[:, None]
     out, lse = _on_devices(_run_forward, plan, "qkkm", "ql", q, k, v, mask)
     return out, (q, k, v, biases, mask, lse, dtype)

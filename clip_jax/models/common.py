@@ -15,6 +15,9 @@ from clip_jax.errors import UserError
 #: Mesh axes that split the examples of a batch. The other axes of a mesh split parameters only.
 BATCH_AXES = ("data", "fsdp")
 
+#: The `checkpoint_name` of values that blocks in a loop store for the backward pass; see `transformer.REMAT`.
+KEPT = "kept"
+
 #: Key of the marks of `mark_frozen`.
 FROZEN = "frozen"
 

@@ -11,9 +11,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from clip_jax.models import attention_tpu
-from clip_jax.models.common import ACTIVATIONS, platform, row_major, shard_batch, torch_uniform
+from clip_jax.models.common import ACTIVATIONS, KEPT, platform, row_major, shard_batch, torch_uniform
 from clip_jax.models.layers import Dense, add, multiply
 
 WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert", "declip", "flip", "timm_qk_norm", "unicl")
@@ -191,7 +192,8 @@ class Mlp(nn.Module):
         x = Dense(
             self.mlp_dim, dtype=self.dtype, kernel_init=self.inits.fc1, bias_init=self.inits.mlp_bias_1, name="fc1"
         )(x)
-        x = ACTIVATIONS[self.act](x)
+        # Kept in a loop: a product that computes its operand on the way is slow on TPUs.
+        x = checkpoint_name(ACTIVATIONS[self.act](x), KEPT)
         return Dense(width, dtype=self.dtype, kernel_init=self.inits.fc2, bias_init=self.inits.mlp_bias_2, name="fc2")(
             x
         )
@@ -245,21 +247,24 @@ class Block(nn.Module):
         return x + scaled(Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(y), "ls2")
 
 
-def _products_saveable(primitive, *_, **__):
-    """Stores the results of products, convolutions and fused attention, so that only element-wise work is repeated."""
+def _products_saveable(primitive, *_, **params):
+    """Stores the results of products, convolutions and fused attention, and the values named `KEPT`."""
     name = primitive.name
+    if name == "name":
+        return params["name"] == KEPT
     return name in ("dot_general", "conv_general_dilated", "pallas_call") or name.startswith("dot_product_attention")
 
 
-#: Policies by the value of `model.remat`: what a block stores for the backward pass. The rest is recomputed.
+#: Policies: what a block stores for the backward pass. The rest is recomputed.
 REMAT = {
-    # Stores the outputs of the linear layers, not the attention weights.
+    # `model.remat=dots`: the outputs of the linear layers, not the attention weights.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # `model.remat=full`
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Of blocks in a loop, without `model.remat`. The loop writes each stored array into a stack and reads it again.
-    # Without a loop XLA by itself repeats element-wise work within the products that need it.
+    # Blocks in a loop with `model.remat=none`. The loop writes each stored array into a stack and reads it again.
+    # Without a loop XLA chooses: it repeats much of the element-wise work where it is needed.
     "loop": _products_saveable,
-    # All, in a loop as well: what the blocks would store without one, of which one block alone is traced.
+    # For `preflight.kept_bytes`, which traces one block in a loop and asks what blocks store without one.
     "all": jax.checkpoint_policies.everything_saveable,
 }
 

@@ -79,6 +79,7 @@ class Planned:
       workdir: the work folder of the study.
       spec: `FILE[:VARIANT]`, relative to the current folder.
       overrides: the changes of all runs, before the tuned value.
+      length: what the steps of the rows are multiplied by.
       field: the tuned field; empty: none.
       costs: `{value: (steps, FLOPs of a step)}` of each value of the field; `{"": ...}` without a field.
     """
@@ -88,6 +89,7 @@ class Planned:
     workdir: Any
     spec: str
     overrides: tuple[str, ...]
+    length: float
     field: str
     costs: dict[str, tuple[int, float]]
 
@@ -100,7 +102,8 @@ class Planned:
         """Returns the run of a seed; `value` is the chosen one, empty while it is unknown."""
         steps, flops = self.costs.get(value) or next(iter(self.costs.values()))
         changes = [f"{self.field}={value or CHOSEN}"] if self.field else []
-        changes += [f"train.steps={steps}", *_tasks(self.study.tasks)]
+        changes += [f"train.steps={steps}"] if self.study.equal_compute or self.length != 1 else []
+        changes += _tasks(self.study.tasks)
         return self._run(seed, self.folder / f"seed_{seed}", changes, steps, flops)
 
     def tuning(self):
@@ -158,14 +161,18 @@ def plan(study, workdir, overrides, length=1.0):
         source = study.row(row.tuned_as) if row.tuned_as else row
         field, values = source.tune if source.tune else ("", ("",))
         changes = (*study.overrides, *row.overrides, *overrides)
-        planned, config = Planned(study, row, workdir, config_files.spec_of(row.config), changes, field, {}), None
+        spec, config = config_files.spec_of(row.config), None
+        planned = Planned(study, row, workdir, spec, changes, length, field, {})
         for value in map(str, values):
             config = _checked(planned, value, config)
             steps, flops = config.train.steps * length, _flops(config, known)
             if study.equal_compute:
                 budget = budget or steps * flops
                 steps = budget / flops
-            planned.costs[value] = max(1, round(steps)), flops
+            steps = max(1, round(steps))
+            for count in {steps, max(1, steps // 2) if row.tune else steps}:
+                config_lib.validate(config_lib.override(config.copy_and_resolve_references(), [f"train.steps={count}"]))
+            planned.costs[value] = steps, flops
         found.append(planned)
         tasks += parse_tasks(config.eval.tasks, "eval.tasks")
     for metric in study.metrics.values():
@@ -177,9 +184,13 @@ def plan(study, workdir, overrides, length=1.0):
 
 
 def _check_steps(study, overrides):
-    """Raises UserError when one number of steps would replace those by which rows differ."""
-    own = {change for row in study.rows for change in row.overrides if change.startswith("train.steps=")}
-    if len(own) > 1 and any(change.startswith("train.steps=") for change in overrides):
+    """Raises UserError when one number of steps would replace the different ones that a study gives its rows."""
+
+    def steps(changes):
+        return next((change for change in reversed(changes) if change.startswith("train.steps=")), None)
+
+    own = {steps((*study.overrides, *row.overrides)) for row in study.rows}
+    if not study.equal_compute and len(own) > 1 and steps(overrides):
         raise UserError("--config.train.steps: the rows have different steps; --length=0.5 halves those of all rows")
 
 
@@ -300,11 +311,16 @@ def results(run, metrics):
 def check_folder(run):
     """Raises UserError when the folder of a run holds one that the study defined otherwise."""
     before = run_folder.read_json(run.folder / DEFINITION).get("changes")
-    if before is None or before == list(run.changes):
+    if before is None or _last_values(before) == _last_values(run.changes):
         return
     old, new = ([x for x in some if x not in others] for some, others in ((before, run.changes), (run.changes, before)))
     was, now = (", ".join(changes) or "the same in another order" for changes in (old, new))
     raise UserError(f"{run.name}: {run.folder} holds a run with {was}, not {now}: give another --workdir or delete it")
+
+
+def _last_values(changes):
+    """Returns `{field: value}` of a configuration and its changes; a later change of a field counts."""
+    return dict(change.partition("=")[::2] for change in changes)
 
 
 def pooled(found, kept, metrics):

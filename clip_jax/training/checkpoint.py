@@ -40,9 +40,9 @@ _MISFITS = ("not compatible with the stored shape", "Type mismatch at key path")
 
 #: The file that Orbax writes last. Before 0.12.8 it renamed a complete checkpoint, whose metadata have a time instead.
 COMMIT, _RENAMED = "commit_success.txt", "_CHECKPOINT_METADATA"
-#: Bytes of the smallest part of a replicated array that a device writes. Each part of each shape is a program, which is
-#: compiled at the first save. By Orbax's default even biases are divided among all devices.
-_MIN_SLICE = 2**20
+#: Bytes of the smallest replicated array whose writing devices share. Each part of each shape is a program, which is
+#: compiled at the first save. By Orbax's default even biases are divided.
+_MIN_SHARED = 2**20
 #: Parts of messages about a full disk, which is full at the next start, too.
 _FULL = ("No space left", "File too large", "quota exceeded")
 
@@ -66,8 +66,13 @@ class Damaged(UserError):
 def _state_handler():
     """Returns Orbax's handler of a state, which lets devices share the writing of replicated arrays where that pays."""
     types = ocp.type_handlers
-    shared = types.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE)
-    registry = types.create_type_handler_registry((np.ndarray, types.NumpyHandler()), (jax.Array, shared))
+    # The store keeps the types of random keys. Orbax has no public name for it.
+    store = getattr(types.get_type_handler(jax.Array), "_array_metadata_store", None)
+    arrays = types.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=max(1, _MIN_SHARED // jax.device_count()), array_metadata_store=store
+    )
+    others = [(kind, types.get_type_handler(kind)) for kind in (int, float, bytes, np.number, np.ndarray, str)]
+    registry = types.create_type_handler_registry(*others, (jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 

@@ -53,7 +53,8 @@ def make_init(config, method, batch):
     tx = optimizers.make_optimizer(config.optim, config.train.steps, params_shape)
 
     def init(rng):
-        params, extra = method.init(rng, small)
+        # Converted here: outside of the program each array would be one of its own.
+        params, extra = method.init(rng, {name: jnp.asarray(x) for name, x in small.items()})
         ema = params if config.optim.ema_decay else None
         return TrainState(jnp.zeros((), jnp.int32), params, extra, tx.init(params), ema, jnp.zeros((), jnp.int32))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 from conftest import COMPILE_FAST, REPO
 
 #: Overrides of a tiny run. With a constant learning rate, runs of any length are one program, compiled once.
@@ -47,17 +48,8 @@ def interrupted(workdir, folder, step):
 
 def unit(seed, *shape):
     """Returns random float32 vectors of unit length along the last axis."""
-    import jax
-
-    return jax.jit(_unit, static_argnums=1)(seed, shape)
-
-
-def _unit(seed, shape):
-    import jax
-
-    from clip_jax.models.common import l2_normalize
-
-    return l2_normalize(jax.random.normal(jax.random.key(seed), shape))
+    x = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def train_command(workdir, *overrides, config="configs/clip.py:emoji"):

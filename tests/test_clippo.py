@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO, golden_files
-from helpers import TINY, losses
+from helpers import TINY, losses, unit
 from model_helpers import run_steps
 
 import clip_jax
@@ -107,11 +107,6 @@ def test_both_inputs_go_through_the_same_parameters():
     )
     features = jax.device_get(encode({**BATCH, "text": BATCH["image"]}))
     np.testing.assert_allclose(np.sum(features["image"] * features["text"], axis=1), 1, rtol=1e-6)
-
-
-def unit(seed, *shape):
-    z = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return z / np.linalg.norm(z, axis=-1, keepdims=True)
 
 
 def test_swapped_roles_give_the_same_loss():

@@ -129,7 +129,7 @@ def test_orthonormal_pairs():
 
 
 def test_order_of_pairs_does_not_matter():
-    z_image, z_text = np.asarray(unit(0, 24, 8)), np.asarray(unit(1, 24, 8))
+    z_image, z_text = unit(0, 24, 8), unit(1, 24, 8)
     order = np.random.default_rng(0).permutation(24)
     np.testing.assert_allclose(loss(z_image, z_text, 1.0), loss(z_image[order], z_text[order], 1.0), rtol=1e-6)
 
@@ -142,7 +142,7 @@ def test_accuracy_counts_both_directions():
 
 
 def test_bfloat16_features_give_a_float32_loss():
-    rounded = [np.asarray(unit(i, 64, 32)).astype(jnp.bfloat16) for i in (0, 1)]
+    rounded = [unit(i, 64, 32).astype(jnp.bfloat16) for i in (0, 1)]
     value, _ = jax.jit(infonce)(*rounded, 100.0)
     assert value.dtype == jnp.float32
     exact = loss(*(x.astype(np.float32) for x in rounded), np.log(100.0))
@@ -158,7 +158,7 @@ def test_filip_multiplies_bfloat16_tokens_as_they_are():
         whole, chosen = (contrastive.filip(image, text, mask, 20.0, k)[0] for k in (None, keys))
         return whole + chosen
 
-    rounded = [np.asarray(unit(i, 6, tokens, 16)).astype(jnp.bfloat16) for i, tokens in enumerate((4, 3))]
+    rounded = [unit(i, 6, tokens, 16).astype(jnp.bfloat16) for i, tokens in enumerate((4, 3))]
     gradient = jax.jit(jax.value_and_grad(value, (0, 1)))
     exact, expected = jax.device_get(gradient(*(x.astype(np.float32) for x in rounded)))
     found, got = jax.device_get(gradient(*rounded))
@@ -245,7 +245,7 @@ def test_rows_and_columns_may_differ_in_number(mesh8):
     def tile(scale, a, b, i, j):
         return pairwise.Tile(row_lse={"x": scale * a @ b.T}, col_sum=i + 100 * j)
 
-    a, b = np.asarray(unit(0, 24, 8)), np.asarray(unit(1, 56, 8))
+    a, b = unit(0, 24, 8), unit(1, 56, 8)
     out = jax.jit(lambda a, b: pairwise.pairwise(tile, jnp.float32(3.0), a, b))(a, b)
     np.testing.assert_allclose(out.row_lse["x"], scipy.special.logsumexp(3 * a @ b.T, axis=1), rtol=1e-5)
     np.testing.assert_allclose(out.row_max["x"], (3 * a @ b.T).max(1), rtol=1e-5)

@@ -218,7 +218,7 @@ def test_oracles_2_and_8_equal_views_are_clip():
 
 
 def test_oracle_3_the_queue_holds_the_caption_itself():
-    v, u = np.asarray(unit(2, 8, 16)), np.asarray(unit(0, 8, 16))
+    v, u = unit(2, 8, 16), unit(0, 8, 16)
     rows, search = np.concatenate([unit(9, 5, 16), v]), jax.jit(nearest)
     found, index = search(v, rows)
     np.testing.assert_array_equal(found, v)
@@ -239,7 +239,7 @@ def test_oracle_4_neighbours_teach_images_alone():
 
 def test_neighbours_that_several_captions_share():
     """Such captions are negatives of each other, as in the released code, or excluded."""
-    u, rows = np.asarray(unit(0, 8, 16)), np.asarray(unit(4, 2, 16))
+    u, rows = unit(0, 8, 16), unit(4, 2, 16)
     v = rows[[0, 0, 0, 1, 1, 1, 1, 1]]
     given = dict(image=(u, u), text=(v, v), queue=rows)
     plain, skipping = (parts(*weights(nn=1), f"declip.skip_same_neighbor={x}", **given)()[0] for x in (False, True))
@@ -268,7 +268,7 @@ def test_oracle_g2_equal_embeddings():
 
 
 def test_simclr_is_the_plain_form():
-    a, b = np.asarray(unit(0, 6, 8)), np.asarray(unit(1, 6, 8))
+    a, b = unit(0, 6, 8), unit(1, 6, 8)
     t = 0.2
     z = np.concatenate([a, b])
     logits = np.where(np.eye(12, dtype=bool), -np.inf, z @ z.T / t)
@@ -324,7 +324,7 @@ def test_oracle_5_the_queue_is_first_in_first_out(size, batches):
 @pytest.mark.parametrize("batch, size", [(16, 64), (16, 24), (12, 64), (16, 63)])
 def test_the_nearest_on_eight_devices(mesh8, batch, size):
     """The devices need divide neither size. The first of equal rows wins."""
-    queries, rows = np.asarray(unit(0, batch, 8)), np.array(unit(1, size, 8))
+    queries, rows = unit(0, batch, 8), np.array(unit(1, size, 8))
     rows[size - 1] = rows[3]
     expected = (queries @ rows.T).argmax(1)
     found, index = jax.jit(nearest)(queries, rows)

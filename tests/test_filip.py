@@ -37,7 +37,7 @@ L, D = 7, 16
 REAL, SCALE = np.arange(L) < np.array([7, 1, 3, 5, 2, 6])[:, None], np.float32(9)
 
 
-U, V = np.asarray(unit(0, N, P, D)), np.asarray(unit(1, N, L, D))
+U, V = unit(0, N, P, D), unit(1, N, L, D)
 
 
 @jax.jit

@@ -71,7 +71,7 @@ def test_golden_sinkhorn(file, kind, diagonal):
 
 def test_oracle_1_marginals():
     """Columns and the mass are exact after any iteration, rows converge, and the targets' rows sum to 1."""
-    u, v = np.asarray(unit(0, 8, 16)), np.asarray(unit(1, 8, 16))
+    u, v = unit(0, 8, 16), unit(1, 8, 16)
     errors = []
     for n in (1, 2, 5, 20, 100):
         plan = transport(u, v, 0.15, n, 200.0)
@@ -111,7 +111,7 @@ def test_oracles_4_and_5_rows_constants_permutations_and_transposes():
 
 
 def test_oracle_8_the_log_domain_is_the_probability_domain():
-    u, v = np.asarray(unit(2, 8, 16)), np.asarray(unit(3, 8, 16))
+    u, v = unit(2, 8, 16), unit(3, 8, 16)
     for diagonal in (0.0, 200.0):
         plan, s = transport(u, v, 0.15, 5, diagonal), similarity(u, v, diagonal)
         q = in_probabilities(s, 0.15, 5)
@@ -120,7 +120,7 @@ def test_oracle_8_the_log_domain_is_the_probability_domain():
 
 
 def test_divergence_is_that_of_the_matrices_and_has_their_gradient():
-    u, v, rows, cols = (np.asarray(unit(seed, 12, 8)) for seed in range(4))
+    u, v, rows, cols = (unit(seed, 12, 8) for seed in range(4))
     plan = transport(rows, cols, 0.15, 4, 200.0)
     target = matrix(similarity(rows, cols, 200.0), plan, 0.15, True)
 
@@ -142,7 +142,7 @@ def test_divergence_is_that_of_the_matrices_and_has_their_gradient():
 def test_a_plan_is_spread_over_the_mesh(mesh8):
     """Eight devices give the same plan, and none holds more than a few times its rows of the matrix."""
     n, spread = 1024, sharding.batch_sharding(mesh8)
-    u, v = np.asarray(unit(0, n, 8)), np.asarray(unit(1, n, 8))
+    u, v = unit(0, n, 8), unit(1, n, 8)
     solve = jax.jit(lambda u, v: sinkhorn(u, v, 0.15, 5, 200.0))
     sharded = solve.lower(*jax.device_put((u, v), spread)).compile()
     matrix_bytes = 4 * n * n
@@ -234,7 +234,7 @@ def test_golden_knowledge_distillation_is_no_iterations(file):
 
 
 NAMES = ("image", "text", "teacher_image", "teacher_text")
-FEATURES = {name: np.asarray(unit(seed, 8, 16)) for seed, name in enumerate(NAMES)}
+FEATURES = {name: unit(seed, 8, 16) for seed, name in enumerate(NAMES)}
 
 
 def value_of(options, features=None, scales=(3.0, 3.5), updates=9):

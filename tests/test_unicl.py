@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import REPO, golden_files
 from data_helpers import write_table
-from helpers import TINY, interrupted, losses
+from helpers import TINY, interrupted, losses, unit
 from model_helpers import BATCH, run_steps
 
 from clip_jax import config, train
@@ -32,12 +32,6 @@ def setup(*overrides):
     c = config.load(CONFIG, [*TINY, *overrides])
     c = config.resolve(c, make_tokenizer(c.tokenizer))
     return c, make_method(c)
-
-
-def unit(seed, *shape):
-    """Returns random float32 vectors of unit length along the last axis."""
-    x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 U, V = unit(0, N, 16), unit(1, N, 16)

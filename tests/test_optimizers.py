@@ -66,10 +66,10 @@ def test_lamb_golden(path):
         no_decay=(),
     )
     o.lr = float(g["lr"])
-    follow(o, {name: g[f"init_{name}"] for name in ("kernel", "bias")}, g)
+    assert_follows(o, {name: g[f"init_{name}"] for name in ("kernel", "bias")}, g)
 
 
-def follow(o, params, golden):
+def assert_follows(o, params, golden):
     """Checks the parameters after each step of a golden trajectory."""
     tx = optimizers.make_optimizer(o, 100, params)
     step, state = make_step(tx), tx.init(params)
@@ -276,7 +276,7 @@ def test_lamb_golden_of_timm(path):
     ):
         o[field] = float(g[name])
     o.grad_clip_norm = float(g["max_grad_norm"])
-    follow(o, {key.removeprefix("init_"): g[key] for key in g.files if key.startswith("init_")}, g)
+    assert_follows(o, {key.removeprefix("init_"): g[key] for key in g.files if key.startswith("init_")}, g)
 
 
 def rate_of(steps, **changes):

@@ -25,6 +25,7 @@ import numpy as np
 
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError
+from clip_jax.evaluation.embed import normalize
 from clip_jax.interop.towers.files import is_foreign, sources
 from clip_jax.methods import stored, tower_encoders
 from clip_jax.methods.interface import make_method
@@ -54,7 +55,7 @@ class HashedWords:
         zero = np.zeros(self.text_dim)
         rows = [sum(map(self._direction, re.findall(r"\w+", text.lower())), zero) for text in texts]
         rows = np.reshape(rows, (-1, self.text_dim))
-        return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+        return normalize(rows)
 
     def _direction(self, word):
         seed = hashlib.blake2b(word.encode(), digest_size=8).digest()

@@ -7,7 +7,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from clip_jax.errors import UserError
@@ -48,13 +47,13 @@ def make_init(config, method, batch):
       method: a `Method`.
       batch: arrays or shapes of a batch, `[B, ...]`; only shapes and dtypes are used.
     """
-    small = {name: np.zeros((2, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    small = {name: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     params_shape, _ = jax.eval_shape(method.init, jax.random.key(0), small)
     tx = optimizers.make_optimizer(config.optim, config.train.steps, params_shape)
 
     def init(rng):
-        # Converted here: outside of the program each array would be one of its own.
-        params, extra = method.init(rng, {name: jnp.asarray(x) for name, x in small.items()})
+        # Made here: outside of this program each array would be a program of its own.
+        params, extra = method.init(rng, {name: jnp.zeros(x.shape, x.dtype) for name, x in small.items()})
         ema = params if config.optim.ema_decay else None
         return TrainState(jnp.zeros((), jnp.int32), params, extra, tx.init(params), ema, jnp.zeros((), jnp.int32))
 

@@ -238,8 +238,8 @@ def kept_bytes(program, remat=None):
         batch = method.prepare(batch, rng)
         return jax.vjp(lambda params: method.encode(params, extra, batch, rng, train=True)[0], params)[1]
 
-    # A dimension is one of examples when it is a multiple of this prime, which no width is.
-    prime, group = 31, config.model.get("image", {}).get("bn_group") or 1
+    # A dimension is one of examples when it is a multiple of this prime, which no width or depth is.
+    prime, group = 41, config.model.get("image", {}).get("bn_group") or 1
     batch = {k: jax.ShapeDtypeStruct((prime * group, *x.shape[1:]), x.dtype) for k, x in program.batch.items()}
     kept = jax.tree.leaves(jax.eval_shape(pullback, shapes.params, shapes.extra, batch))
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in kept if any(n and n % prime == 0 for n in x.shape))

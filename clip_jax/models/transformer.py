@@ -299,17 +299,28 @@ def apply_blocks(tower, block, x, mask=None, only=None):
         return rematerialized(call, remat, prevent_cse=not tower.scan)
 
     call = maybe_remat(lambda block, x, mask: block(x, mask))
+    last = maybe_remat(lambda block, x, mask: block(x, mask, only))
     if not tower.scan:
         for i in range(tower.depth):
-            if i == tower.depth - 1 and only is not None:
-                call = maybe_remat(lambda block, x, mask: block(x, mask, only))
-            x = call(block(f"block_{i}"), x, mask)
+            apply = last if i == tower.depth - 1 and only is not None else call
+            x = apply(block(f"block_{i}"), x, mask)
         return x
-    layers = nn.scan(
-        lambda block, x, mask: (call(block, x, mask), None), variable_axes={"params": 0}, split_rngs={"params": True},
-        in_axes=nn.broadcast, length=tower.depth,
-    )  # fmt: skip
-    return layers(block("block"), x, mask)[0]
+
+    def loop(depth):
+        return nn.scan(
+            lambda block, x, mask: (call(block, x, mask), None), variable_axes={"params": 0},
+            split_rngs={"params": True}, in_axes=nn.broadcast, length=depth,
+        )  # fmt: skip
+
+    def rows(layers, of):
+        return nn.map_variables(layers, "params", lambda params: jax.tree.map(lambda x: x[of], params))
+
+    layers = block("block")
+    if only is None or tower.is_initializing():
+        x = loop(tower.depth)(layers, x, mask)[0]
+        return x if only is None else at(x, only)
+    x = rows(loop(tower.depth - 1), slice(-1))(layers, x, mask)[0]
+    return rows(last, -1)(layers, x, mask)
 
 
 def at(x, position):
@@ -322,10 +333,10 @@ def at(x, position):
 def only_at(tower, position):
     """Returns `position` if the last block of a tower may compute the output there alone, otherwise None.
 
-    It may if the tower returns no tokens, does not scan and has blocks. In a tower of 12 blocks this saves 7 % of the
-    work: the queries, the MLP and the output projection of all other tokens in the last block.
+    It may if the tower returns no tokens and has blocks. In a tower of 12 blocks this saves 7 % of the work: the
+    queries, the MLP and the output projection of all other tokens in the last block.
     """
-    return None if tower.tokens or tower.scan or not tower.depth else position
+    return None if tower.tokens or not tower.depth else position
 
 
 #: Matches in a parameter path the name under which `model.scan` stacks layers: `block`, or a range, `mbconv_3_to_5`.

@@ -238,7 +238,7 @@ def kept_bytes(program, remat=None):
         batch = method.prepare(batch, rng)
         return jax.vjp(lambda params: method.encode(params, extra, batch, rng, train=True)[0], params)[1]
 
-    # A dimension is one of examples when it is a multiple of this prime, which no width or depth is.
+    # A dimension is one of examples when it is a multiple of this prime, which no usual width or depth is.
     prime, group = 41, config.model.get("image", {}).get("bn_group") or 1
     batch = {k: jax.ShapeDtypeStruct((prime * group, *x.shape[1:]), x.dtype) for k, x in program.batch.items()}
     kept = jax.tree.leaves(jax.eval_shape(pullback, shapes.params, shapes.extra, batch))

@@ -37,13 +37,14 @@ def pretend(folder, value, step=2, gap=0.5):
 
 
 def test_plan_is_the_training_command_of_every_row_and_seed(tmp_path, capsys):
-    study.run_study(make_study(tmp_path), tmp_path / "runs", 2, ["optim.lr=0.7", "optim.lr=0.5"], dry_run=True)
+    changes = ["optim.lr=0.7", "optim={'b1': 0.8}", "optim={'b2': 0.9}", "optim.lr=0.5"]
+    study.run_study(make_study(tmp_path), tmp_path / "runs", 2, changes, dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and not (tmp_path / "runs").exists()
     assert all(
         line.startswith("python -m clip_jax.train --config=") and "--config.optim.lr=0.5" in line for line in lines
     )
-    assert not any("optim.lr=0.7" in line for line in lines), "each field once"
+    assert all("optim.lr=0.7" not in line and "b1" in line and "b2" in line for line in lines), "each field once"
     assert [line.rsplit("=", 1)[1] for line in lines] == ["0", "0", "1", "1"]
     assert f"--workdir={tmp_path}/runs/b/seed_1" in lines[-1]
 

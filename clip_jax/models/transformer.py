@@ -320,7 +320,7 @@ def apply_blocks(tower, block, x, mask=None, only=None):
         x = loop(tower.depth)(layers, x, mask)[0]
         return x if only is None else at(x, only)
     x = rows(loop(tower.depth - 1), slice(-1))(layers, x, mask)[0]
-    # XLA may keep what this block computes: its backward pass comes first, so that computing it again saves no memory.
+    # XLA may keep what this block computes instead of computing it again: it is little, and needed first.
     return rows(last, -1)(layers, x, mask)
 
 

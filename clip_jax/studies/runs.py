@@ -128,11 +128,12 @@ class Planned:
         given = changes = (*self.overrides, *changes, f"seed={seed}")
         if compile_cache.VARIABLE not in os.environ:  # all seeds of a row have the same program
             changes = (f"compile.cache={self.workdir / compile_cache.FOLDER}", *changes)
-        last = {}  # each field once, as it counts
+        last = {}  # each field once, as it counts; sections add to each other
         for change in changes:
-            field = change.partition("=")[0]
-            last.pop(field, None)
-            last[field] = change
+            field, _, value = change.partition("=")
+            key = field if "." in field and not value.lstrip().startswith("{") else change
+            last.pop(key, None)
+            last[key] = change
         command += [f"--config.{_filled(self, change)}" for change in last.values()]
         return Run(self.row, seed, folder, tuple(command), steps, steps * flops, (self.spec, *given), value)
 

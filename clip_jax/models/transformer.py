@@ -283,7 +283,8 @@ def rematerialized(call, remat, **options):
 def apply_blocks(tower, block, x, mask=None, only=None):
     """Applies `tower.depth` blocks inside the compact method of `tower` and returns their output.
 
-    Parameters are `block_0`, `block_1`, ... With `tower.scan` they are stacked, `[depth, ...]` under `block`.
+    Parameters are `block_0`, `block_1`, ... With `tower.scan` they are stacked, `[depth, ...]` under `block`, and the
+    blocks are a loop. With `only` the last one stands behind the loop.
 
     Args:
       tower: the calling module, with the fields `depth`, `scan` and `remat`.
@@ -292,7 +293,6 @@ def apply_blocks(tower, block, x, mask=None, only=None):
       mask: attention mask of `Block`, or any pytree that every block takes.
       only: None, or the position from `only_at`. The last block computes the output there alone.
     """
-
     remat = "loop" if tower.scan and tower.remat == "none" else tower.remat
 
     def maybe_remat(call):
@@ -316,7 +316,7 @@ def apply_blocks(tower, block, x, mask=None, only=None):
         return nn.map_variables(layers, "params", lambda params: jax.tree.map(lambda x: x[of], params))
 
     layers = block("block")
-    if only is None or tower.is_initializing():
+    if only is None or tower.is_initializing():  # the whole loop makes the parameters
         x = loop(tower.depth)(layers, x, mask)[0]
         return x if only is None else at(x, only)
     x = rows(loop(tower.depth - 1), slice(-1))(layers, x, mask)[0]

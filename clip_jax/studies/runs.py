@@ -128,14 +128,19 @@ class Planned:
         given = changes = (*self.overrides, *changes, f"seed={seed}")
         if compile_cache.VARIABLE not in os.environ:  # all seeds of a row have the same program
             changes = (f"compile.cache={self.workdir / compile_cache.FOLDER}", *changes)
-        last = {}  # each field once, as it counts; sections add to each other
-        for change in changes:
-            field, _, value = change.partition("=")
-            key = field if "." in field and not value.lstrip().startswith("{") else change
-            last.pop(key, None)
-            last[key] = change
-        command += [f"--config.{_filled(self, change)}" for change in last.values()]
+        command += [f"--config.{_filled(self, change)}" for change in _that_count(changes)]
         return Run(self.row, seed, folder, tuple(command), steps, steps * flops, (self.spec, *given), value)
+
+
+def _that_count(changes):
+    """Returns the changes without those that a later one replaces. Sections, `{...}`, add to each other."""
+    last = {}
+    for change in changes:
+        field, _, value = change.partition("=")
+        key = field if "." in field and not value.lstrip().startswith("{") else change
+        last.pop(key, None)
+        last[key] = change
+    return last.values()
 
 
 def _tasks(tasks):

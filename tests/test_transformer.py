@@ -34,7 +34,7 @@ CASES = {
 }  # fmt: skip
 
 
-LOOPS = [
+REMAT_AND_SCAN = [
     (case, how)
     for case in ("cls", "eot, causal, mask True")
     for how in (dict(remat="full"), dict(scan=True), dict(scan=True, remat="full"))
@@ -66,7 +66,7 @@ def whole(case):
     return jax.jit(gradient(case, True))(initial(CASES[case][0]))
 
 
-@pytest.mark.parametrize("case, how", [*((case, {}) for case in CASES), *LOOPS], ids=str)
+@pytest.mark.parametrize("case, how", [*((case, {}) for case in CASES), *REMAT_AND_SCAN], ids=str)
 def test_without_tokens_the_last_block_computes_less_with_the_same_result(case, how):
     kind, fields, inputs = CASES[case]
     like = jax.eval_shape(kind(**SIZES, **fields, **how).init, jax.random.key(0), inputs)

@@ -132,17 +132,6 @@ class Planned:
         return Run(self.row, seed, folder, tuple(command), steps, steps * flops, (self.spec, *given), value)
 
 
-def _that_count(changes):
-    """Returns the changes without those that a later one replaces. Sections, `{...}`, add to each other."""
-    last = {}
-    for change in changes:
-        field, _, value = change.partition("=")
-        key = field if "." in field and not value.lstrip().startswith("{") else change
-        last.pop(key, None)
-        last[key] = change
-    return last.values()
-
-
 def _tasks(tasks):
     return [f"eval.tasks={tuple(tasks)!r}"] if tasks else []
 
@@ -322,16 +311,22 @@ def results(run, metrics):
 def check_folder(run):
     """Raises UserError when the folder of a run holds one that the study defined otherwise."""
     before = run_folder.read_json(run.folder / DEFINITION).get("changes")
-    if before is None or _last_values(before) == _last_values(run.changes):
+    if before is None or set(_that_count(before)) == set(_that_count(run.changes)):
         return
     old, new = ([x for x in some if x not in others] for some, others in ((before, run.changes), (run.changes, before)))
     was, now = (", ".join(changes) or "the same in another order" for changes in (old, new))
     raise UserError(f"{run.name}: {run.folder} holds a run with {was}, not {now}: give another --workdir or delete it")
 
 
-def _last_values(changes):
-    """Returns `{field: value}` of a configuration and its changes; a later change of a field counts."""
-    return dict(change.partition("=")[::2] for change in changes)
+def _that_count(changes):
+    """Returns the changes without those that a later one replaces. Sections, `{...}`, add to each other."""
+    last = {}
+    for change in changes:
+        field, _, value = change.partition("=")
+        key = change if value.lstrip().startswith("{") else field
+        last.pop(key, None)
+        last[key] = change
+    return last.values()
 
 
 def pooled(found, kept, metrics):

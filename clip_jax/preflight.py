@@ -224,14 +224,14 @@ def kept_bytes(program, remat=None):
     import jax
 
     from clip_jax.methods import interface
-    from clip_jax.training.step import make_init
+    from clip_jax.training.step import make_init, state_shapes
 
     config = program.config.copy_and_resolve_references()
     model, remat = config.model, remat or config.model.remat
     # In a loop one block is traced instead of all. "all" makes it store what it would store without a loop.
     model.update(remat="all" if remat == "none" and not model.scan else remat, scan=True)
     method = interface.make_method(config.lock())
-    shapes = jax.eval_shape(make_init(config, method, program.batch)[0], jax.random.key(0))
+    shapes = state_shapes(make_init(config, method, program.batch)[0])
 
     def pullback(params, extra, batch):
         rng = jax.random.key(0)

@@ -11,7 +11,7 @@ from clip_jax import config as config_lib
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.methods import interface
 from clip_jax.runtime import sharding, xla_flags
-from clip_jax.training.step import make_init, make_step
+from clip_jax.training.step import make_init, make_step, state_shapes
 
 
 class Program(NamedTuple):
@@ -42,7 +42,7 @@ def make_program(config):
     method = interface.make_method(config)
     batch = method.batch_spec(config.data.batch_size)
     init, tx = make_init(config, method, batch)
-    return Program(config, method, tx, jax.eval_shape(lambda: init(jax.random.key(config.seed))), batch)
+    return Program(config, method, tx, state_shapes(init), batch)
 
 
 def shard(program, mesh):

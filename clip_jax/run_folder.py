@@ -219,9 +219,9 @@ def _state(config, method):
     import jax
 
     from clip_jax.runtime.sharding import path_name
-    from clip_jax.training.step import make_init
+    from clip_jax.training.step import make_init, state_shapes
 
-    shapes = jax.eval_shape(make_init(config, method, method.batch_spec(2))[0], jax.random.key(0))
+    shapes = state_shapes(make_init(config, method, method.batch_spec(2))[0])
     return {path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(shapes)}
 
 

@@ -65,17 +65,16 @@ def init_or_restore(config, source, method, mesh, checkpointer, batch, tokenizer
 
     from clip_jax import program
     from clip_jax.runtime import sharding
-    from clip_jax.training.step import first_state, make_init
+    from clip_jax.training.step import first_state, make_init, state_shapes
 
     init, tx = make_init(config, method, batch)
-    rng = jax.random.key(config.seed)
-    shapes = jax.eval_shape(init, rng)
+    shapes = state_shapes(init)
     shardings = sharding.state_shardings(shapes, mesh, method.sharding_rules)
     parts = program.Program(config, method, tx, sharding.with_shardings(shapes, shardings), batch)
     preflight.check_room(parts, checkpointer.folder.parent, not checkpointer.newest())
     state = checkpointer.restore(parts.state)
     if state is None:
-        state = first_state(init, rng, shardings)
+        state = first_state(init, jax.random.key(config.seed), shardings)
         state = state.replace(extra=sharding.place(method.init_from_data(state.extra, source, mesh), shardings.extra))
         if config.init_from:
             state, line = init_from.start(config, state, tokenizer)

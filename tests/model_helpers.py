@@ -13,7 +13,7 @@ from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.methods import interface
 from clip_jax.models.towers import image_tower, text_tower
 from clip_jax.runtime import sharding
-from clip_jax.training.step import make_init, make_step
+from clip_jax.training.step import first_state, make_init, make_step
 
 TOWERS = {"image": image_tower, "text": text_tower}
 BERT = dict(kind="bert", context=8, positions=10, vocab_size=64, eot_id=63, width=32, depth=2, heads=2, mlp_dim=64)
@@ -91,7 +91,7 @@ def run_steps(c, method, sizes, steps=5, devices=None, batch=BATCH):
     else:
         mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1), sharding.AXES)
     init, tx = make_init(c, method, batch)
-    state = jax.jit(init)(jax.random.key(c.seed))  # one program, from the compilation cache, for all meshes
+    state = first_state(init, jax.random.key(c.seed))  # one program, from the compilation cache, for all meshes
     with jax.set_mesh(mesh):
         shardings = sharding.state_shardings(state, mesh, method.sharding_rules)
         state = jax.device_put(state, shardings)

@@ -15,7 +15,7 @@ from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.methods.interface import make_method, resolve
 from clip_jax.models.common import FROZEN, mark_frozen, moving_average, unmark_frozen
 from clip_jax.training import optimizers
-from clip_jax.training.step import make_init
+from clip_jax.training.step import first_state, make_init
 
 RESNET = dict(kind="resnet", size=32, layers=(1, 1), width=8)
 EFFICIENTNET = EFFICIENTNET | dict(stages=((8, 3, 3, 2, 1),), proj=True, stochastic_depth=0.5)
@@ -44,7 +44,7 @@ def clip(image=None, optim=FREEZE, text=None, overrides=()):
 def start_and_end(c, method, sizes=ONE_DEVICE, batch=BATCH, steps=2):
     """Returns the states before and after some steps."""
     init, _ = make_init(c, method, batch)
-    start = jax.jit(init)(jax.random.key(c.seed))
+    start = first_state(init, jax.random.key(c.seed))
     _, end = run_steps(c, method, sizes, steps, None if sizes else jax.devices()[:1], batch)
     assert jax.tree.structure(start) == jax.tree.structure(end), "the state holds no marks"
     return jax.device_get((start, end))

@@ -17,7 +17,7 @@ from clip_jax.models.common import sincos_2d
 from clip_jax.models.towers import image_tower
 from clip_jax.models.transformer import Block, block_init
 from clip_jax.runtime.sharding import id_words
-from clip_jax.training.step import make_init, make_step
+from clip_jax.training.step import make_init, make_step, state_shapes
 
 LIT, FLIP = "configs/lit.py", "configs/flip.py"
 
@@ -109,7 +109,7 @@ def flops(*freeze):
     method = make_method(c)
     batch = method.batch_spec(8)
     init, tx = make_init(c, method, batch)
-    state = jax.eval_shape(init, jax.random.key(0))
+    state = state_shapes(init)
     forward = (
         jax.jit(method.embed_image).lower(state.params, state.extra, batch["image"]).compile().cost_analysis()["flops"]
     )

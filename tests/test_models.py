@@ -26,7 +26,7 @@ from clip_jax.models.two_tower import TwoTower
 from clip_jax.models.vit import VisionTransformer, drop_patches, patches
 from clip_jax.program import jaxpr_flops
 from clip_jax.runtime import sharding
-from clip_jax.training.step import make_init, make_step
+from clip_jax.training.step import first_state, make_init, make_step, state_shapes
 
 
 def count(module, *inputs):
@@ -416,7 +416,7 @@ def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
         "example_id": np.arange(16),
     }
 
-    start = jax.jit(make_init(c, make_method(c), batch)[0])(jax.random.key(0))
+    start = first_state(make_init(c, make_method(c), batch)[0], jax.random.key(0))
 
     def run(devices=1, micro_batches=1):
         c.micro_batches, method = micro_batches, make_method(c)
@@ -473,7 +473,7 @@ def test_micro_batches_that_cut_groups_are_one_line():
     batch = method.batch_spec(16)
     init, tx = make_init(c, method, batch)
     with pytest.raises(UserError, match="model.image.bn_group=6 times micro_batches=4 does not divide the 16 examples"):
-        jax.eval_shape(make_step(c, method, tx), jax.eval_shape(init, jax.random.key(0)), batch)
+        jax.eval_shape(make_step(c, method, tx), state_shapes(init), batch)
 
 
 def test_towers_without_batch_norm_have_no_state():

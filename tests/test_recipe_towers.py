@@ -20,7 +20,7 @@ from tower_helpers import (
 from clip_jax import config, init_from, train
 from clip_jax.errors import UserError
 from clip_jax.runtime import sharding
-from clip_jax.training.step import make_init, make_step
+from clip_jax.training.step import make_init, make_step, state_shapes
 
 BERT = dict(model_type="bert", num_attention_heads=4)
 #: A published run at the size of the files below: only sizes, data and lengths differ.
@@ -61,7 +61,7 @@ def run(recipe, workdir, *overrides):
     mesh = sharding.make_mesh(resolved.mesh, jax.devices()[:1])
     init, tx = make_init(resolved, method, method.batch_spec(8))
     one, rng = sharding.NamedSharding(mesh, jax.P()), np.random.default_rng(0)
-    shapes, line = jax.eval_shape(init, jax.random.key(0)), ""
+    shapes, line = state_shapes(init), ""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes.params)
     state = zeros.replace(params=params, extra=method.init_from_data(zeros.extra, source, mesh))

@@ -13,7 +13,7 @@ from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
 from clip_jax.runtime import sharding
 from clip_jax.training.schedules import make_schedule
-from clip_jax.training.step import first_state, make_gradients, make_init, make_step, short_random
+from clip_jax.training.step import first_state, make_gradients, make_init, make_step, short_random, state_shapes
 
 
 def setup(*overrides):
@@ -35,7 +35,7 @@ def compiled():
     """A first state, as NumPy arrays, and the compiled step, to which a state is donated."""
     c, method = setup()
     init, tx = make_init(c, method, BATCH)
-    state = jax.device_get(jax.jit(init)(jax.random.key(0)))
+    state = jax.device_get(first_state(init, jax.random.key(0)))
     return state, jax.jit(make_step(c, method, tx), donate_argnums=0).lower(state, BATCH).compile()
 
 
@@ -77,7 +77,7 @@ def test_the_moving_average_follows_the_weights(one_device):
     c, method, _, _ = one_device
     _, after_one = run_steps(c, method, None, steps=1, devices=jax.devices()[:1])
     init, _ = make_init(c, method, BATCH)
-    start = jax.jit(init)(jax.random.key(c.seed)).params
+    start = first_state(init, jax.random.key(c.seed)).params
     trees = jax.device_get((after_one.ema, start, after_one.params))
     for e, p0, p1 in zip(*map(jax.tree.leaves, trees), strict=True):
         np.testing.assert_allclose(e, 0.5 * p0 + 0.5 * p1, atol=1e-6)
@@ -93,7 +93,7 @@ def test_the_logit_scale_is_clamped_after_a_step(compiled, start, expected):
 def test_frozen_parameters_do_not_move():
     c, method = setup("optim.freeze=^img/")
     init, _ = make_init(c, method, BATCH)
-    start = jax.jit(init)(jax.random.key(c.seed)).params
+    start = first_state(init, jax.random.key(c.seed)).params
     _, state = run_steps(c, method, None, steps=2, devices=jax.devices()[:1])
     for a, b in zip(jax.tree.leaves(start["img"]), jax.tree.leaves(state.params["img"]), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -111,7 +111,7 @@ def test_a_non_finite_update_is_skipped_and_counted():
 
     bad = dataclasses.replace(method, loss=bad_loss)
     init, tx = make_init(c, bad, BATCH)
-    state = jax.jit(init)(jax.random.key(0))
+    state = first_state(init, jax.random.key(0))
     step = jax.jit(make_step(c, bad, tx))
     poison = {**BATCH, "example_id": np.full_like(BATCH["example_id"], 99)}
     after, metrics = step(state, poison)
@@ -144,7 +144,7 @@ def temporary_bytes(*overrides):
     c, method = setup("model.image.depth=3", "model.text.depth=3", "data.batch_size=64", *overrides)
     batch = {name: jax.ShapeDtypeStruct((64, *x.shape[1:]), x.dtype) for name, x in BATCH.items()}
     init, tx = make_init(c, method, batch)
-    state = jax.eval_shape(init, jax.random.key(0))
+    state = state_shapes(init)
     return (
         jax.jit(make_step(c, method, tx), donate_argnums=0)
         .lower(state, batch)
@@ -183,12 +183,22 @@ def test_a_batch_that_the_devices_do_not_divide(mesh8):
 
 
 def test_the_first_state_on_a_mesh_is_that_of_one_device(mesh8):
+    """Its shapes, those for the optimizer and the state itself come from one trace of the model."""
     c, method = setup()
-    init, _ = make_init(c, method, BATCH)
-    shardings = sharding.state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh8, method.sharding_rules)
-    split, alone = first_state(init, jax.random.key(0), shardings), jax.jit(init)(jax.random.key(0))
+    traces = []
+
+    def traced_init(rng, batch):
+        traces.append(rng)
+        return method.init(rng, batch)
+
+    init, _ = make_init(c, dataclasses.replace(method, init=traced_init), BATCH)
+    shapes = state_shapes(init)
+    split = first_state(init, jax.random.key(0), sharding.state_shardings(shapes, mesh8, method.sharding_rules))
+    assert len(traces) == 1
+    alone = jax.jit(init)(jax.random.key(0))
     assert not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(split.params))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(split), jax.device_get(alone))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), alone)
 
 
 def test_the_first_state_of_a_gpu_is_a_short_program():

@@ -7,7 +7,7 @@ from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.methods import interface
 from clip_jax.runtime import sharding
 from clip_jax.training import optimizers
-from clip_jax.training.step import first_state, make_gradients, make_init, make_step
+from clip_jax.training.step import first_state, make_gradients, make_init, make_step, state_shapes
 
 
 def random_batch(config, method, seed=0):
@@ -101,7 +101,7 @@ def _run(config, method, batch, mesh, steps=2):
     """Returns `[(state, metrics), ...]` of steps on a mesh; after two, a third entry repeats the second from a copy."""
     with jax.set_mesh(mesh):
         init, tx = make_init(config, method, batch)
-        shapes = jax.eval_shape(init, jax.random.key(config.seed))
+        shapes = state_shapes(init)
         layouts = sharding.state_shardings(shapes, mesh, method.sharding_rules)
         state = first_state(init, jax.random.key(config.seed), layouts)
         step = jax.jit(make_step(config, method, tx), out_shardings=(layouts, None))

@@ -40,7 +40,7 @@ class TrainState:
 def make_init(config, method, batch):
     """Returns `(init, tx)`: the function `init(rng) -> TrainState` and the optimizer.
 
-    `first_state` runs `init`.
+    `first_state` runs `init`, and `state_shapes` has its shapes. The model is traced once for all three.
 
     Args:
       config: the configuration.
@@ -48,16 +48,27 @@ def make_init(config, method, batch):
       batch: arrays or shapes of a batch, `[B, ...]`; only shapes and dtypes are used.
     """
     small = {name: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-    params_shape, _ = jax.eval_shape(method.init, jax.random.key(0), small)
+
+    def model(rng):
+        # Made here: outside of this program each array would be a program of its own.
+        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in small.items()}
+        return jax.jit(method.init)(rng, zeros)  # JAX keeps its trace for the next call
+
+    params_shape, _ = state_shapes(model)
     tx = optimizers.make_optimizer(config.optim, config.train.steps, params_shape)
 
     def init(rng):
-        # Made here: outside of this program each array would be a program of its own.
-        params, extra = method.init(rng, {name: jnp.zeros(x.shape, x.dtype) for name, x in small.items()})
+        params, extra = model(rng)
         ema = params if config.optim.ema_decay else None
         return TrainState(jnp.zeros((), jnp.int32), params, extra, tx.init(params), ema, jnp.zeros((), jnp.int32))
 
     return init, tx
+
+
+def state_shapes(init):
+    """Returns the result of `first_state` as shapes."""
+    with short_random():
+        return jax.eval_shape(init, jax.random.key(0))
 
 
 def first_state(init, rng, shardings=None):

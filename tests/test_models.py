@@ -234,10 +234,12 @@ def test_image_switches(switches, tokens):
 def test_a_text_tower_without_blocks_is_a_bag_of_words():
     model = tiny()
     model.text.update(dict(depth=0, pool="mean"))
+    model.scan = True  # there is nothing to stack
     module = text_tower(model)
     ids = np.array([[5, 9, 63, 0], [9, 5, 63, 0]])
     params = jax.jit(module.init)(jax.random.key(0), ids)
     params["params"]["pos"] = np.zeros_like(params["params"]["pos"])
+    assert jax.tree.structure(stack_layers(unstack_layers(params), params)) == jax.tree.structure(params)
     z = np.asarray(jax.jit(module.apply)(params, ids)[0])
     np.testing.assert_allclose(z[0], z[1], atol=1e-6)
 

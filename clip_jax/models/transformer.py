@@ -300,7 +300,7 @@ def apply_blocks(tower, block, x, mask=None, only=None):
 
     call = maybe_remat(lambda block, x, mask: block(x, mask))
     last = maybe_remat(lambda block, x, mask: block(x, mask, only))
-    if not tower.scan:
+    if not (tower.scan and tower.depth):
         for i in range(tower.depth):
             apply = last if i == tower.depth - 1 and only is not None else call
             x = apply(block(f"block_{i}"), x, mask)

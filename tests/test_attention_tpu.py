@@ -96,9 +96,10 @@ X = np.random.default_rng(0).normal(size=(B, T, HEADS * WIDTH)).astype(jnp.bfloa
 MASK = (np.arange(T) < np.array([[20], [7], [1], [12]]))[:, None, None]
 
 
-def module(attention="auto", heads=HEADS, dtype=jnp.bfloat16, qk_norm_eps=None):
+def module(attention="auto", heads=HEADS, dtype=jnp.bfloat16, remat="none", **fields):
+    kind = transformer.rematerialized(transformer.Attention, remat)
     inits = transformer.block_init("timm_qk_norm", X.shape[-1], 4 * X.shape[-1], 1)
-    return transformer.Attention(heads, inits, dtype, attention, qk_norm_eps)
+    return kind(heads, inits, dtype, attention, **fields)
 
 
 def value_and_grad(module, params, x, mask=None, causal=True):
@@ -141,13 +142,29 @@ def test_the_module_has_the_same_parameters_values_and_gradients_on_any_mesh(tpu
     check(found)
 
 
-def is_fused(module, *args, **kwargs):
-    """Whether the gradient of a module is a program with the two kernels."""
+def gradient(module, *args, **kwargs):
+    """The program of a module's gradient, as a text."""
     params = jax.eval_shape(module.init, jax.random.key(0), *args)
     call = lambda params, *args: module.apply(params, *args, **kwargs).astype(jnp.float32).sum()  # noqa: E731
-    count = str(jax.make_jaxpr(jax.grad(call))(params, *args)).count("pallas_call[")
+    return str(jax.make_jaxpr(jax.grad(call))(params, *args))
+
+
+def is_fused(*args, **kwargs):
+    """Whether the gradient of a module is a program with the two kernels."""
+    count = gradient(*args, **kwargs).count("pallas_call[")
     assert count in (0, 2)
     return count == 2
+
+
+def test_which_remat_computes_fused_attention_again(tpu):
+    programs = {remat: gradient(module(remat=remat), X, X) for remat in ("none", "dots", "attention", "full")}
+    counts = {remat: program.count("pallas_call[") for remat, program in programs.items()}
+    assert counts == {"none": 2, "dots": 3, "attention": 2, "full": 3}
+
+
+def test_in_a_loop_the_layout_of_a_gradient_is_not_that_of_the_stacked_kernels(tpu):
+    counts = [gradient(module(looped=looped), X, X).count("= optimization_barrier") for looped in (False, True)]
+    assert counts == [0, 3], "queries, keys and values"
 
 
 def test_where_attention_is_fused(tpu, monkeypatch):

@@ -380,6 +380,8 @@ def test_products_that_are_stored_are_not_computed_again():
     for scan in (False, True):
         assert flops(scan, "dots") == plain + 2 * attention
         assert flops(scan, "full") > 1.15 * plain
+        # Of each block's attention the second product is not computed again.
+        assert flops(scan, "full") - flops(scan, "attention") == 2 * attention / 2
 
 
 def test_scanned_layers_are_initialised_like_single_ones():

@@ -32,6 +32,7 @@ class PostNormBlock(nn.Module):
     dtype: Any = jnp.float32
     attention: str = "plain"
     attention_dropout: float = 0.0
+    looped: bool = False
 
     @nn.compact
     def __call__(self, carry, context):
@@ -42,7 +43,8 @@ class PostNormBlock(nn.Module):
             return drop(weights, self.attention_dropout, keys, 3 * index + 1)
 
         weights_drop = drop_weights if self.attention_dropout and keys is not None else None
-        attention = Attention(self.heads, self.inits, self.dtype, self.attention, name="attn")
+        fields = dict(attention=self.attention, looped=self.looped, name="attn")
+        attention = Attention(self.heads, self.inits, self.dtype, **fields)
         y = attention(x, x, mask, bias=bias, drop_weights=weights_drop)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln1")(
             x + drop(y, self.dropout, keys, 3 * index + 2)
@@ -119,7 +121,7 @@ class Bert(nn.Module, kw_only=True):
         if self.buckets:
             table = self.param("relative", normal, (self.buckets, self.heads))
             bias = table[position_buckets(ids.shape[1], self.buckets)].transpose(2, 0, 1)[None]
-        return apply_blocks(self, lambda name: block(name=name), carry, (real[:, None, None, :], keys, bias))[0]
+        return apply_blocks(self, block, carry, (real[:, None, None, :], keys, bias))[0]
 
 
 class BertTower(Bert, kw_only=True):

@@ -7,6 +7,7 @@ kernel in float32. The gradient leaves the product in the dtype of the kernel, a
 over devices: float32, or what the train step casts kernels to (`optim.grad_dtype`).
 """
 
+import functools
 import math
 from typing import Any
 
@@ -31,26 +32,27 @@ def replace(x, where, parameter):
     return jnp.where(where, parameter, x.astype(jnp.float32)).astype(x.dtype)
 
 
-def matmul(x, kernel):
+def matmul(x, kernel, apart=False):
     """Returns the product of `x[..., k]` and `kernel[k, n]`, `[..., n]` in the dtype of `x`.
 
-    The kernel is float32 or has the dtype of `x`.
+    The kernel is float32 or has the dtype of `x`. With `apart` XLA chooses the layout of its gradient without regard to
+    what reads it.
     """
     # Equal dtypes need no rule of their own, and a custom rule would exclude forward-mode differentiation.
-    return x @ kernel if kernel.dtype == x.dtype else _cast_and_dot(x, kernel)
+    return x @ kernel if kernel.dtype == x.dtype and not apart else _cast_and_dot(x, kernel, apart)
 
 
-@jax.custom_vjp
-def _cast_and_dot(x, kernel):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cast_and_dot(x, kernel, apart):
     return x @ kernel.astype(x.dtype)
 
 
-def _forward(x, kernel):
+def _forward(x, kernel, apart):
     # The product itself, not `_cast_and_dot`, whose result a policy of rematerialisation would not find.
     return x @ kernel.astype(x.dtype), (x, kernel)
 
 
-def _backward(residuals, gradient):
+def _backward(apart, residuals, gradient):
     x, kernel = residuals
     d_x, batch = gradient @ kernel.astype(x.dtype).T, tuple(range(x.ndim - 1))
 
@@ -60,7 +62,8 @@ def _backward(residuals, gradient):
     def d_kernel_on_cpu(x, gradient):  # XLA's CPU backend refuses some products of bfloat16 that give float32
         return d_kernel(x.astype(kernel.dtype), gradient.astype(kernel.dtype))
 
-    return d_x, lax.platform_dependent(x, gradient, cpu=d_kernel_on_cpu, default=d_kernel)
+    found = lax.platform_dependent(x, gradient, cpu=d_kernel_on_cpu, default=d_kernel)
+    return d_x, lax.optimization_barrier(found) if apart else found
 
 
 _cast_and_dot.defvjp(_forward, _backward)
@@ -78,6 +81,7 @@ class Dense(nn.Module):
       axes: number of contracted axes k of the input, its last ones.
       dtype: dtype of the product and of the output.
       kernel_init, bias_init: initialisers. The kernel is initialised as a matrix `[prod(k), prod(features)]`.
+      apart: as for `matmul`.
     """
 
     features: int | tuple[int, ...]
@@ -86,6 +90,7 @@ class Dense(nn.Module):
     dtype: Any = jnp.float32
     kernel_init: Any = nn.initializers.lecun_normal()
     bias_init: Any = nn.initializers.zeros
+    apart: bool = False
 
     @nn.compact
     def __call__(self, x, flat=False):
@@ -98,7 +103,7 @@ class Dense(nn.Module):
 
         # A product of matrices has the layout that fused attention on TPUs reads.
         kernel = self.param("kernel", kernel_init).reshape(shape)
-        y, bias = matmul(x.astype(self.dtype).reshape(*batch, shape[0]), kernel), None
+        y, bias = matmul(x.astype(self.dtype).reshape(*batch, shape[0]), kernel, self.apart), None
         if self.use_bias:
             bias = self.param("bias", lambda key: self.bias_init(key, shape[1:], jnp.float32).reshape(features))
             bias = bias.reshape(shape[1:])

@@ -160,7 +160,7 @@ class OneTower(nn.Module):
         block = functools.partial(
             Block, self.heads, self.mlp_dim, self.act, self.ln_eps, init, dtype=self.dtype, attention=self.attention
         )
-        x = apply_blocks(self, lambda name: block(name=name), x, mask)
+        x = apply_blocks(self, block, x, mask)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_post")(x)
         starts = [0, *lengths]
         return {

@@ -71,7 +71,7 @@ class TextTransformer(nn.Module):
         )
         position = {"eot": end, "last": n - 1, "first": 0}.get(self.pool)
         only = only_at(self, position)
-        x = apply_blocks(self, lambda name: block(name=name), x, mask, only)
+        x = apply_blocks(self, block, x, mask, only)
         x = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln_final")(x)
         pooled = {
             "mean": lambda: (x * real[..., None]).sum(1) / real.sum(1, keepdims=True).astype(x.dtype),

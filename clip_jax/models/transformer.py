@@ -21,6 +21,9 @@ WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert", "declip", "flip", "
 
 PROJ_INITS = ("clip", "glorot")
 
+#: Names the results of attention that is not fused, for policies of rematerialisation.
+ATTENTION = "attention"
+
 
 @dataclass(frozen=True)
 class Init:
@@ -98,16 +101,17 @@ def attend(q, k, v, mask=None, causal=False, attention="plain", bias=None, drop_
         logits = logits if bias is None else logits + bias
         logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min / 2)
         weights = drop_weights(jax.nn.softmax(logits).astype(v.dtype))
-        return jnp.einsum("bhts,bshd->bthd", weights, v)
+        return checkpoint_name(jnp.einsum("bhts,bshd->bthd", weights, v), ATTENTION)
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     fits = fits and mask is None and bias is None and q.shape[1] > 1
     # The devices are asked last: shapes of a model in float32 need none.
     if attention == "auto" and fits and platform() == "gpu":
         return attend_even(q, k, v, causal, "cudnn")
-    if q.dtype == jnp.float16 and platform() != "gpu":  # JAX's float16 attention runs on GPUs only
-        wide = (x.astype(jnp.float32) for x in (q, k, v))
-        return jax.nn.dot_product_attention(*wide, bias, mask, is_causal=causal, implementation="xla").astype(q.dtype)
-    return jax.nn.dot_product_attention(q, k, v, bias, mask, is_causal=causal, implementation="xla")
+    dtype = q.dtype
+    if dtype == jnp.float16 and platform() != "gpu":  # JAX's float16 attention runs on GPUs only
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, bias, mask, is_causal=causal, implementation="xla")
+    return checkpoint_name(out.astype(dtype), ATTENTION)
 
 
 def attend_even(q, k, v, causal, implementation):
@@ -141,6 +145,8 @@ class Attention(nn.Module):
         bfloat16, no mask of single pairs, no `bias` and no `drop_weights`; on GPUs see `attend`.
       qk_norm_eps: epsilon of the layer norms of each head's queries and keys, whose weights the heads share (Dehghani
         et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters"; LaCLIP's image towers). None omits them.
+      looped: whether it runs in a loop over blocks. XLA would give the gradients of its kernels the layout of the
+        stacked ones and copy the gradients of queries, keys and values for that: 5 % of a step of ViT-L/14 on TPUs.
     """
 
     heads: int
@@ -148,6 +154,7 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
     attention: str = "plain"
     qk_norm_eps: float | None = None
+    looped: bool = False
 
     @nn.compact
     def __call__(self, x_q, x_kv, mask=None, causal=False, bias=None, drop_weights=None):
@@ -156,7 +163,7 @@ class Attention(nn.Module):
 
         def project(name, x, flat=False):
             inits = dict(kernel_init=self.inits.qkv, bias_init=self.inits.qkv_bias)
-            y = Dense(split, dtype=self.dtype, **inits, name=name)(x, flat)
+            y = Dense(split, dtype=self.dtype, apart=flat and self.looped, **inits, name=name)(x, flat)
             if self.qk_norm_eps is None or name == "value":
                 return y
             y = add(*y).reshape(*x.shape[:2], *split) if flat else y
@@ -226,6 +233,7 @@ class Block(nn.Module):
     attention: str = "plain"
     qk_norm: bool = False
     layer_scale: float = 0.0
+    looped: bool = False
 
     @nn.compact
     def __call__(self, x, mask=None, only=None):
@@ -241,24 +249,35 @@ class Block(nn.Module):
                 before = (jnp.arange(y.shape[1]) <= jnp.reshape(only, (-1, 1)))[:, None, None, :]
                 mask, causal = before if mask is None else before & mask, False
         qk_norm_eps = self.ln_eps if self.qk_norm else None
-        attention = Attention(self.heads, self.inits, self.dtype, self.attention, qk_norm_eps, name="attn")
+        fields = self.heads, self.inits, self.dtype, self.attention, qk_norm_eps, self.looped
+        attention = Attention(*fields, name="attn")
         x = x + scaled(attention(queries, y, mask, causal), "ls1")
         y = nn.LayerNorm(epsilon=self.ln_eps, dtype=self.dtype, name="ln2")(x)
         return x + scaled(Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(y), "ls2")
 
 
-def _products_saveable(primitive, *_, **params):
-    """Stores the results of products, convolutions and fused attention, and the values named `KEPT`."""
+def _attention_saveable(primitive, *_, **params):
+    """Stores the results of attention."""
     name = primitive.name
     if name == "name":
+        return params["name"] == ATTENTION
+    return name == "pallas_call" or name.startswith("dot_product_attention")
+
+
+def _products_saveable(primitive, *_, **params):
+    """Stores the results of products, convolutions and fused attention, and the values named `KEPT`."""
+    if primitive.name == "name":
         return params["name"] == KEPT
-    return name in ("dot_general", "conv_general_dilated", "pallas_call") or name.startswith("dot_product_attention")
+    is_product = primitive.name in ("dot_general", "conv_general_dilated")
+    return is_product or _attention_saveable(primitive, **params)
 
 
 #: Policies: what a block stores for the backward pass. The rest is recomputed.
 REMAT = {
     # `model.remat=dots`: the outputs of the linear layers, not the attention weights.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # `model.remat=attention`: fused attention costs more time than its few operations tell, and its results are small.
+    "attention": _attention_saveable,
     # `model.remat=full`
     "full": jax.checkpoint_policies.nothing_saveable,
     # Blocks in a loop with `model.remat=none`. The loop writes each stored array into a stack and reads it again.
@@ -288,7 +307,7 @@ def apply_blocks(tower, block, x, mask=None, only=None):
 
     Args:
       tower: the calling module, with the fields `depth`, `scan` and `remat`.
-      block: function `name -> Block`.
+      block: a function of the fields `name` and `looped` that returns a `Block`.
       x: `[b, n, D]`, or any pytree that a block maps to the same structure.
       mask: attention mask of `Block`, or any pytree that every block takes.
       only: None, or the position from `only_at`. The last block computes the output there alone.
@@ -303,7 +322,7 @@ def apply_blocks(tower, block, x, mask=None, only=None):
     if not (tower.scan and tower.depth):
         for i in range(tower.depth):
             apply = last if i == tower.depth - 1 and only is not None else call
-            x = apply(block(f"block_{i}"), x, mask)
+            x = apply(block(name=f"block_{i}"), x, mask)
         return x
 
     def loop(depth):
@@ -315,7 +334,7 @@ def apply_blocks(tower, block, x, mask=None, only=None):
     def rows(layers, of):
         return nn.map_variables(layers, "params", lambda params: jax.tree.map(lambda x: x[of], params))
 
-    layers = block("block")
+    layers = block(name="block", looped=True)
     if only is None or tower.is_initializing():  # the whole loop makes the parameters
         x = loop(tower.depth)(layers, x, mask)[0]
         return x if only is None else at(x, only)

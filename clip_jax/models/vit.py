@@ -176,7 +176,7 @@ class VisionTransformer(nn.Module):
         options = dict(attention=self.attention, qk_norm=self.qk_norm, layer_scale=self.layer_scale)
         block = functools.partial(Block, *fields, dtype=self.dtype, **options)
         only = only_at(self, 0 if self.pool == "cls" else None)
-        x = apply_blocks(self, lambda name: block(name=name), x, only=only)
+        x = apply_blocks(self, block, x, only=only)
         if self.registers and only is None:
             x = jnp.concatenate([x[:, :extra], x[:, extra + self.registers :]], axis=1)
         tokens = x

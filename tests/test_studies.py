@@ -182,6 +182,10 @@ def test_the_figure_is_svg_with_a_mark_for_every_row(tmp_path, x, monkeypatch):
     texts = [node.text for node in root.findall(".//{*}text")]
     wanted = ["CLIP", "other"] if x else [row.name for row in rows]
     assert all(name in texts for name in wanted) and "both vendors, %" in texts
+    bars = [
+        node for node in root.findall(".//{*}path") if node.get("class", "").startswith("on") and "V" in node.get("d")
+    ]
+    assert len(bars) == (len(rows) // 2 if x else 0), "one for each row that is compared"
     about = json.loads((tmp_path / "study.json").read_text())
     assert len(about["differences"]) - 1 == len(rows) // 2  # each is compared at its own place
     assert [row[1] for row in about["differences"][1:]] == [row.name for row in rows[::2]]

@@ -1,10 +1,10 @@
 """The figure of a study as SVG: one metric by row, or against what the study varies.
 
-The first metric of the first readout is drawn. Without `Study.x` each row has a line: small dots are seeds, the large
-one is their mean, and the bar is the 95 % interval of the difference to the row that it is compared with, drawn from
-that row's mean, which a dashed line marks. With `Study.x` the rows of one `Row.line` are joined; bars are standard
-deviations over the seeds. Lines differ in colour, marker and dashes. A screen in dark mode gets a dark figure, paper a
-white one.
+The first metric of the first readout is drawn. A bar is the 95 % interval of the difference of a row to the row that it
+is compared with, drawn from that row's mean. Without `Study.x` each row has a line: small dots are seeds, the large one
+is their mean, and a dashed line marks the mean of the row that others are compared with. With `Study.x` the rows of one
+`Row.line` are joined. Lines differ in colour, marker and dashes, and stand side by side where their places are given. A
+screen in dark mode gets a dark figure, paper a white one.
 """
 
 import math
@@ -19,6 +19,7 @@ _LETTER = 7.2  # pixels of a letter at 13 pixels, on average
 _COLOURS = "#1f5fbf #c4561a #1e7d4f #b03060 #6d45b8 #7d5e14 #137a84 #a83c92".split()
 _DARK = "#7db0ff #f0995c #5cc48e #ec7b9d #ad8df0 #cfa84f #54c6d0 #ea84d4".split()
 _DASHES = ("", "7 4", "2 3", "9 3 2 3")
+_DODGE = 5  # pixels between the bars of two lines at one place
 _STYLE = """.study{font:13px system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;LIGHT;
 --bg:#fff;--ink:#1d2127;--soft:#565e69;--line:#dfe1e4}
 @media (prefers-color-scheme:dark){.study{DARK;--bg:#1c1f25;--ink:#e5e7ea;--soft:#a4acb7;--line:#363c46}}
@@ -26,6 +27,7 @@ _STYLE = """.study{font:13px system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-seri
 .study .bg{fill:var(--bg)}.study text{fill:var(--ink)}.study .soft{fill:var(--soft)}.study .end{text-anchor:end}
 .study .middle{text-anchor:middle}.study .grid{stroke:var(--line);fill:none}
 .study .base{stroke:var(--soft);stroke-dasharray:4 4;fill:none}.study .on{stroke:var(--c);fill:none;stroke-width:1.8}
+.study .bar{opacity:.55}
 .study .dot{fill:var(--c);stroke:var(--bg);stroke-width:1}.study .seed{fill:var(--c);opacity:.45}"""
 
 
@@ -54,13 +56,9 @@ def _rows(found, readout, rows, name, label):
     left = min(300, 24 + _LETTER * max(len(row.name) for row in rows))
     values = {row.name: [100 * v for v in found.values(readout, row, name)] for row in rows}
     means = {row: statistics.mean(v) for row, v in values.items()}
-    bars, starred = {}, set()
-    for row in rows:
-        difference, base = found.difference(readout, row, name), found.study.base(row).name
-        if difference and not math.isnan(difference.low) and base in means:
-            bars[row.name] = [means[base] + 100 * x for x in (difference.low, difference.high)]
-        if difference and difference.excludes_zero:
-            starred.add(row.name)
+    bars = _bars(found, readout, rows, name, means)
+    differences = {row.name: found.difference(readout, row, name) for row in rows}
+    starred = {row for row, difference in differences.items() if difference and difference.excludes_zero}
     scale = _Scale([v for some in (*values.values(), *bars.values()) for v in some], left, WIDTH - 24)
     top, step = 34, 26
     height = top + step * len(rows) + 40
@@ -84,21 +82,36 @@ def _rows(found, readout, rows, name, label):
     return height, parts
 
 
+def _bars(found, readout, rows, name, means):
+    """Returns `{row: (low, high)}`: the interval of its difference, drawn from the mean of the row it is compared with.
+
+    `means` has the rows' means in percent. A row without an interval is absent.
+    """
+    bars = {}
+    for row in rows:
+        difference, base = found.difference(readout, row, name), found.study.base(row).name
+        if difference and not math.isnan(difference.low) and base in means:
+            bars[row.name] = tuple(means[base] + 100 * x for x in (difference.low, difference.high))
+    return bars
+
+
 def _lines(found, readout, rows, name, label):
     """Returns `(height, parts)` of a figure with a line for each `Row.line` against `Study.x`."""
+    means = {row.name: 100 * statistics.mean(found.values(readout, row, name)) for row in rows}
+    bars = _bars(found, readout, rows, name, means)
     lines = {}
     for row in rows:
-        values = [100 * v for v in found.values(readout, row, name)]
         if (x := _place(found, row)) is not None:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            lines.setdefault(row.line or row.name, []).append((x, statistics.mean(values), spread))
+            point = x, means[row.name], bars.get(row.name)
+            lines.setdefault(row.line or row.name, []).append(point)
     if not lines:
         return 40, ['<text x="16" y="24">nothing to place on the axis was measured</text>']
     top, height = 34, 380
     bottom, right = height - 48, WIDTH - 36 - _LETTER * max(map(len, lines))
     points = [point for line in lines.values() for point in line]
-    xs = _Scale([x for x, *_ in points], 56, right, found.study.x not in MEASURED)
-    ys = _Scale([y + sign * s for _, y, s in points for sign in (-1, 1)], bottom, top)
+    is_given = found.study.x not in MEASURED
+    xs = _Scale([x for x, *_ in points], 56 + _DODGE * len(lines), right - _DODGE * len(lines), is_given)
+    ys = _Scale([v for _, y, bar in points for v in (y, *(bar or ()))], bottom, top)
     parts = [
         f'<text class="soft" x="12" y="18">{escaped(label)}, %</text>',
         f'<text class="soft middle" x="{(56 + right) / 2:g}" y="{height - 10}">{escaped(found.study.x)}</text>',
@@ -111,15 +124,18 @@ def _lines(found, readout, rows, name, label):
     ends = {line: max(found_points) for line, found_points in lines.items()}
     places = _apart({line: ys(y) for line, (_, y, _) in ends.items()}, top, bottom)
     for number, (line, points) in enumerate(lines.items()):
+        shift = _DODGE * (number - (len(lines) - 1) / 2) if is_given else 0.0
+        places_of = {x: xs(x) + shift for x, *_ in points}
         parts.append(f'<g style="--c:var(--c{number % len(_COLOURS)})">')
-        path = "L".join(f"{xs(x):.1f} {ys(y):.1f}" for x, y, _ in sorted(points))
+        path = "L".join(f"{places_of[x]:.1f} {ys(y):.1f}" for x, y, _ in sorted(points))
         dash = _DASHES[number // 2 % len(_DASHES)]
         parts.append(f'<path class="on" stroke-dasharray="{dash or "none"}" d="M{path}"/>')
-        for x, y, spread in points:
-            if spread:
-                parts.append(f'<path class="on" d="M{xs(x):.1f} {ys(y - spread):.1f}V{ys(y + spread):.1f}"/>')
-            parts.append(_marker(number, xs(x), ys(y), 5))
-        x, y = xs(ends[line][0]), ys(ends[line][1])
+        for x, y, bar in points:
+            if bar:
+                low, high = map(ys, bar)
+                parts.append(f'<path class="on bar" d="M{places_of[x]:.1f} {low:.1f}V{high:.1f}"/>')
+            parts.append(_marker(number, places_of[x], ys(y), 5))
+        x, y = places_of[ends[line][0]], ys(ends[line][1])
         parts.append(f'<path class="grid" d="M{x + 7:.1f} {y:.1f}L{right + 16:g} {places[line]:.1f}"/>')
         parts.append(_marker(number, right + 22, places[line], 4))
         parts.append(f'</g><text x="{right + 31:g}" y="{places[line] + 4.5:.1f}">{escaped(line)}</text>')

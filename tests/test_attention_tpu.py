@@ -11,7 +11,10 @@ from jax.experimental import pallas as pl
 
 from clip_jax.hlo_cost import hlo_cost
 from clip_jax.models import attention_tpu, transformer
+from clip_jax.models.bert import BertTower
 from clip_jax.models.common import platform
+from clip_jax.models.text import TextTransformer
+from clip_jax.models.vit import VisionTransformer
 from clip_jax.program import jaxpr_flops
 from clip_jax.runtime import sharding
 from clip_jax.runtime.topology import parse_topology, tpu_devices
@@ -143,9 +146,13 @@ def test_the_module_has_the_same_parameters_values_and_gradients_on_any_mesh(tpu
 
 
 def gradient(module, *args, **kwargs):
-    """The program of a module's gradient, as a text."""
+    """The program of the gradient of a module's output, the first one of several, as a text."""
     params = jax.eval_shape(module.init, jax.random.key(0), *args)
-    call = lambda params, *args: module.apply(params, *args, **kwargs).astype(jnp.float32).sum()  # noqa: E731
+
+    def call(params, *args):
+        found = module.apply(params, *args, **kwargs)
+        return (found[0] if isinstance(found, tuple) else found).astype(jnp.float32).sum()
+
     return str(jax.make_jaxpr(jax.grad(call))(params, *args))
 
 
@@ -162,9 +169,25 @@ def test_which_remat_computes_fused_attention_again(tpu):
     assert counts == {"none": 2, "dots": 3, "attention": 2, "full": 3}
 
 
-def test_in_a_loop_the_layout_of_a_gradient_is_not_that_of_the_stacked_kernels(tpu):
-    counts = [gradient(module(looped=looped), X, X).count("= optimization_barrier") for looped in (False, True)]
-    assert counts == [0, 3], "queries, keys and values"
+SIZES = dict(width=128, depth=2, heads=2, mlp_dim=128, embed_dim=8, dtype=jnp.bfloat16, attention="auto")
+IDS, IMAGES = np.ones((2, 6), np.int32), np.zeros((2, 16, 16, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tower", "inputs"),
+    [
+        (functools.partial(VisionTransformer, size=16, patch=8), IMAGES),
+        (functools.partial(TextTransformer, vocab_size=9, context=6, eot_id=8), IDS),
+        (functools.partial(BertTower, vocab_size=9, context=6, eot_id=8), IDS),
+    ],
+)
+def test_in_a_loop_the_layout_of_a_gradient_is_not_that_of_the_stacked_kernels(tpu, tower, inputs):
+    def barriers(scan):
+        program = gradient(tower(**SIZES, scan=scan), inputs)
+        assert "pallas_call[" in program
+        return program.count("= optimization_barrier")
+
+    assert (barriers(False), barriers(True)) == (0, 3), "queries, keys and values"
 
 
 def test_where_attention_is_fused(tpu, monkeypatch):

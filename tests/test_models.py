@@ -349,7 +349,7 @@ def plain(name):
 
 
 @pytest.mark.parametrize("name", ["image", "text"])
-@pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "dots"), (True, "full")])
+@pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "dots"), (False, "attention"), (True, "full")])
 def test_scan_and_remat_change_only_the_layout(name, scan, remat):
     model, inputs = tiny(), INPUTS[name]
     params, expected, expected_grads = plain(name)

@@ -186,6 +186,11 @@ def test_the_figure_is_svg_with_a_mark_for_every_row(tmp_path, x, monkeypatch):
         node for node in root.findall(".//{*}path") if node.get("class", "").startswith("on") and "V" in node.get("d")
     ]
     assert len(bars) == (len(rows) // 2 if x else 0), "one for each row that is compared"
+    seeds = {}
+    for node in root.findall(".//{*}circle[@class='seed']"):
+        seeds.setdefault(node.get("cx" if x else "cy"), []).append(node)
+    if x != "minutes":  # nothing was trained, so that all rows took the same time
+        assert [len(of_row) for of_row in seeds.values()] == [2] * len(rows), "rows at one place stand side by side"
     about = json.loads((tmp_path / "study.json").read_text())
     assert len(about["differences"]) - 1 == len(rows) // 2  # each is compared at its own place
     assert [row[1] for row in about["differences"][1:]] == [row.name for row in rows[::2]]

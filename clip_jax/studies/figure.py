@@ -1,10 +1,10 @@
 """The figure of a study as SVG: one metric by row, or against what the study varies.
 
 The first metric of the first readout is drawn. A bar is the 95 % interval of the difference of a row to the row that it
-is compared with, drawn from that row's mean. Without `Study.x` each row has a line: small dots are seeds, the large one
-is their mean, and a dashed line marks the mean of the row that others are compared with. With `Study.x` the rows of one
-`Row.line` are joined. Lines differ in colour, marker and dashes, and stand side by side where their places are given. A
-screen in dark mode gets a dark figure, paper a white one.
+is compared with, drawn from that row's mean. Small dots are seeds, a large mark is their mean. Without `Study.x` each
+row has a line, and a dashed line marks the mean of the row that others are compared with. With `Study.x` the rows of
+one `Row.line` are joined. Lines differ in colour, marker and dashes, and stand side by side where their places are
+given. A screen in dark mode gets a dark figure, paper a white one.
 """
 
 import math
@@ -97,12 +97,13 @@ def _bars(found, readout, rows, name, means):
 
 def _lines(found, readout, rows, name, label):
     """Returns `(height, parts)` of a figure with a line for each `Row.line` against `Study.x`."""
-    means = {row.name: 100 * statistics.mean(found.values(readout, row, name)) for row in rows}
+    values = {row.name: [100 * v for v in found.values(readout, row, name)] for row in rows}
+    means = {row: statistics.mean(v) for row, v in values.items()}
     bars = _bars(found, readout, rows, name, means)
     lines = {}
     for row in rows:
         if (x := _place(found, row)) is not None:
-            point = x, means[row.name], bars.get(row.name)
+            point = x, means[row.name], values[row.name], bars.get(row.name, ())
             lines.setdefault(row.line or row.name, []).append(point)
     if not lines:
         return 40, ['<text x="16" y="24">nothing to place on the axis was measured</text>']
@@ -111,7 +112,7 @@ def _lines(found, readout, rows, name, label):
     points = [point for line in lines.values() for point in line]
     is_given = found.study.x not in MEASURED
     xs = _Scale([x for x, *_ in points], 56 + _DODGE * len(lines), right - _DODGE * len(lines), is_given)
-    ys = _Scale([v for _, y, bar in points for v in (y, *(bar or ()))], bottom, top)
+    ys = _Scale([v for _, _, seeds, bar in points for v in (*seeds, *bar)], bottom, top)
     parts = [
         f'<text class="soft" x="12" y="18">{escaped(label)}, %</text>',
         f'<text class="soft middle" x="{(56 + right) / 2:g}" y="{height - 10}">{escaped(found.study.x)}</text>',
@@ -122,18 +123,19 @@ def _lines(found, readout, rows, name, label):
     for tick in xs.ticks:
         parts.append(f'<text class="soft middle" x="{xs(tick):.1f}" y="{bottom + 18}">{tick:,g}</text>')
     ends = {line: max(found_points) for line, found_points in lines.items()}
-    places = _apart({line: ys(y) for line, (_, y, _) in ends.items()}, top, bottom)
+    places = _apart({line: ys(end[1]) for line, end in ends.items()}, top, bottom)
     for number, (line, points) in enumerate(lines.items()):
         shift = _DODGE * (number - (len(lines) - 1) / 2) if is_given else 0.0
         places_of = {x: xs(x) + shift for x, *_ in points}
         parts.append(f'<g style="--c:var(--c{number % len(_COLOURS)})">')
-        path = "L".join(f"{places_of[x]:.1f} {ys(y):.1f}" for x, y, _ in sorted(points))
+        path = "L".join(f"{places_of[x]:.1f} {ys(y):.1f}" for x, y, *_ in sorted(points))
         dash = _DASHES[number // 2 % len(_DASHES)]
         parts.append(f'<path class="on" stroke-dasharray="{dash or "none"}" d="M{path}"/>')
-        for x, y, bar in points:
+        for x, y, seeds, bar in points:
+            place = f"{places_of[x]:.1f}"
             if bar:
-                low, high = map(ys, bar)
-                parts.append(f'<path class="on bar" d="M{places_of[x]:.1f} {low:.1f}V{high:.1f}"/>')
+                parts.append(f'<path class="on bar" d="M{place} {ys(bar[0]):.1f}V{ys(bar[1]):.1f}"/>')
+            parts += [f'<circle class="seed" cx="{place}" cy="{ys(v):.1f}" r="2.6"/>' for v in seeds]
             parts.append(_marker(number, places_of[x], ys(y), 5))
         x, y = places_of[ends[line][0]], ys(ends[line][1])
         parts.append(f'<path class="grid" d="M{x + 7:.1f} {y:.1f}L{right + 16:g} {places[line]:.1f}"/>')

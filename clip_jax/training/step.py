@@ -40,7 +40,7 @@ class TrainState:
 def make_init(config, method, batch):
     """Returns `(init, tx)`: the function `init(rng) -> TrainState` and the optimizer.
 
-    `first_state` runs `init`, and `state_shapes` has its shapes. The model is traced once for all three.
+    `first_state` runs `init`, and `state_shapes` gives the shapes of its result. The model is traced once in all.
 
     Args:
       config: the configuration.
@@ -67,7 +67,7 @@ def make_init(config, method, batch):
 
 def state_shapes(init):
     """Returns the result of `first_state` as shapes."""
-    with short_random():
+    with short_random():  # under other settings `first_state` would trace again
         return jax.eval_shape(init, jax.random.key(0))
 
 

@@ -87,7 +87,7 @@ def _model():
     c.logit_bias_init = -10.0  # SigLIP's bias
     c.temperature_init = 1.0  # ALIGN's temperature, which divides the similarities
     c.dtype = "bfloat16"  # of matrix products; weights, norms, softmax and losses stay float32
-    c.remat = "none"  # the backward pass recomputes none | dots (all but linear layers) | attention (all but it) | full
+    c.remat = "none"  # recomputed in the backward pass: none | dots (all but linear layers) | full (whole blocks)
     c.scan = False  # runs one compiled block depth times on stacked weights: compiles in a fraction of the time
     c.attention = "auto"  # auto: fused where possible, on TPUs and by cuDNN on GPUs | plain
     c.image_mean = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1], by colour channel

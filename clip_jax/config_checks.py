@@ -7,7 +7,7 @@ from clip_jax import optim_checks
 from clip_jax.errors import Problems, UserError, did_you_mean, unknown
 
 DTYPES = ("float32", "bfloat16", "float16")
-REMATS = ("none", "dots", "attention", "full")
+REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "plain")
 ORDERS = ("auto", "records", "blocks")
 SAMPLINGS = ("mixed", "one_source")

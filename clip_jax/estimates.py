@@ -137,9 +137,6 @@ def variants(config, topology, state_bytes, temporary):
         found.append((["model.scan=false"], effect))
     if config.model.remat == "none":
         found.append((["model.remat=dots"], "keeps only the results of linear layers; little more compute"))
-    if config.model.remat in ("none", "dots"):
-        effect = "keeps only the inputs of blocks and the results of attention; nearly a third more compute"
-        found.append((["model.remat=attention"], effect))
     if config.model.remat != "full":
         found.append((["model.remat=full"], "keeps only the inputs of blocks; a third more compute"))
     per_device = config.data.batch_size * max(1, config.mesh.tensor) // (topology.count * topology.chip.devices)

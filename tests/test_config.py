@@ -100,7 +100,7 @@ def test_a_config_file_without_get_config(tmp_path):
         ("optim.b2=1.0", "optim.b2=1.0: must be at least 0 and below 1"),
         ("optim.lr=nan", "optim.lr=nan"),
         ("optim.name=adam", "optim.name 'adam' .did you mean 'adamw'"),
-        ("model.remat=yes", "model.remat 'yes'; allowed: none, dots, attention, full"),
+        ("model.remat=yes", "model.remat 'yes'; allowed: none, dots, full"),
         ("model.attention=flash", "model.attention 'flash'; allowed: auto, plain"),
         ("micro_batches=0", "micro_batches=0: must be at least 1"),
         ("model.logit_scale_init=nan", "model.logit_scale_init=nan: must be finite"),

@@ -349,7 +349,7 @@ def plain(name):
 
 
 @pytest.mark.parametrize("name", ["image", "text"])
-@pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "dots"), (False, "attention"), (True, "full")])
+@pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "dots"), (True, "full")])
 def test_scan_and_remat_change_only_the_layout(name, scan, remat):
     model, inputs = tiny(), INPUTS[name]
     params, expected, expected_grads = plain(name)
@@ -380,8 +380,6 @@ def test_products_that_are_stored_are_not_computed_again():
     for scan in (False, True):
         assert flops(scan, "dots") == plain + 2 * attention
         assert flops(scan, "full") > 1.15 * plain
-        # Of each block's attention the second product is not computed again.
-        assert flops(scan, "full") - flops(scan, "attention") == 2 * attention / 2
 
 
 def test_scanned_layers_are_initialised_like_single_ones():

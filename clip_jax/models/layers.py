@@ -35,8 +35,8 @@ def replace(x, where, parameter):
 def matmul(x, kernel, apart=False):
     """Returns the product of `x[..., k]` and `kernel[k, n]`, `[..., n]` in the dtype of `x`.
 
-    The kernel is float32 or has the dtype of `x`. With `apart` XLA chooses the layout of its gradient without regard to
-    what reads it.
+    The kernel is float32 or has the dtype of `x`. With `apart` the kernel's gradient stands behind an optimization
+    barrier: XLA chooses its layout without regard to what reads it.
     """
     # Equal dtypes need no rule of their own, and a custom rule would exclude forward-mode differentiation.
     return x @ kernel if kernel.dtype == x.dtype and not apart else _cast_and_dot(x, kernel, apart)

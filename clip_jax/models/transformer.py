@@ -21,9 +21,6 @@ WEIGHT_INITS = ("clip_image", "clip_text", "xavier", "bert", "declip", "flip", "
 
 PROJ_INITS = ("clip", "glorot")
 
-#: Names the results of attention that is not fused, for policies of rematerialisation.
-ATTENTION = "attention"
-
 
 @dataclass(frozen=True)
 class Init:
@@ -101,17 +98,16 @@ def attend(q, k, v, mask=None, causal=False, attention="plain", bias=None, drop_
         logits = logits if bias is None else logits + bias
         logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min / 2)
         weights = drop_weights(jax.nn.softmax(logits).astype(v.dtype))
-        return checkpoint_name(jnp.einsum("bhts,bshd->bthd", weights, v), ATTENTION)
+        return jnp.einsum("bhts,bshd->bthd", weights, v)
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     fits = fits and mask is None and bias is None and q.shape[1] > 1
     # The devices are asked last: shapes of a model in float32 need none.
     if attention == "auto" and fits and platform() == "gpu":
         return attend_even(q, k, v, causal, "cudnn")
-    dtype = q.dtype
-    if dtype == jnp.float16 and platform() != "gpu":  # JAX's float16 attention runs on GPUs only
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, bias, mask, is_causal=causal, implementation="xla")
-    return checkpoint_name(out.astype(dtype), ATTENTION)
+    if q.dtype == jnp.float16 and platform() != "gpu":  # JAX's float16 attention runs on GPUs only
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        return jax.nn.dot_product_attention(*wide, bias, mask, is_causal=causal, implementation="xla").astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, bias, mask, is_causal=causal, implementation="xla")
 
 
 def attend_even(q, k, v, causal, implementation):
@@ -256,28 +252,18 @@ class Block(nn.Module):
         return x + scaled(Mlp(self.mlp_dim, self.act, self.inits, self.dtype, name="mlp")(y), "ls2")
 
 
-def _attention_saveable(primitive, *_, **params):
-    """Stores the results of attention."""
-    name = primitive.name
-    if name == "name":
-        return params["name"] == ATTENTION
-    return name == "pallas_call" or name.startswith("dot_product_attention")
-
-
 def _products_saveable(primitive, *_, **params):
     """Stores the results of products, convolutions and fused attention, and the values named `KEPT`."""
-    if primitive.name == "name":
+    name = primitive.name
+    if name == "name":
         return params["name"] == KEPT
-    is_product = primitive.name in ("dot_general", "conv_general_dilated")
-    return is_product or _attention_saveable(primitive, **params)
+    return name in ("dot_general", "conv_general_dilated", "pallas_call") or name.startswith("dot_product_attention")
 
 
 #: Policies: what a block stores for the backward pass. The rest is recomputed.
 REMAT = {
     # `model.remat=dots`: the outputs of the linear layers, not the attention weights.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # `model.remat=attention`: fused attention costs more time than its few operations tell, and its results are small.
-    "attention": _attention_saveable,
     # `model.remat=full`
     "full": jax.checkpoint_policies.nothing_saveable,
     # Blocks in a loop with `model.remat=none`. The loop writes each stored array into a stack and reads it again.

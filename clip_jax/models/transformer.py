@@ -142,7 +142,8 @@ class Attention(nn.Module):
       qk_norm_eps: epsilon of the layer norms of each head's queries and keys, whose weights the heads share (Dehghani
         et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters"; LaCLIP's image towers). None omits them.
       looped: whether it runs in a loop over blocks. XLA would give the gradients of its kernels the layout of the
-        stacked ones and copy the gradients of queries, keys and values for that: 5 % of a step of ViT-L/14 on TPUs.
+        stacked ones and copy the gradients of queries, keys and values for that: 5 % of a step of ViT-L/14 on TPUs, by
+        the compiler's estimate.
     """
 
     heads: int

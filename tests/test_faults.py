@@ -246,21 +246,24 @@ def test_what_an_exception_passes_on_its_way_up_is_left_to_end(monkeypatch):
 
 
 COMPILES = """
-import os, signal, threading
+import itertools, os, signal, threading, time
 import jax
 from clip_jax.runtime import command
 
-def product(x):
-    for _ in range(1000):
+def product(x, start):
+    for _ in range(300):
         x = jax.numpy.sin(x) @ x
-    return x
+    return x + start
+
+def compile_forever():
+    for start in itertools.count():
+        jax.jit(lambda x: product(x, start)).lower(jax.numpy.ones((8, 8))).compile()
 
 def main():
     jax.config.update("jax_enable_compilation_cache", False)
-    lowered = jax.jit(product).lower(jax.numpy.ones((8, 8)))
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    for _ in range(100):  # until the signal comes
-        lowered.compile()
+    threading.Thread(target=compile_forever, daemon=True).start()
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    time.sleep(60)
 
 command.script(main)
 """

@@ -215,6 +215,7 @@ def test_wrong_rows(fields, message):
 def test_wrong_reports(tmp_path, capsys):
     for arguments, message in [
         (["--report", str(tmp_path)], "has no readable study.json"),
+        (["--report", __file__], "has no readable study.json"),
         (["--report", str(tmp_path), "--workdir=x"], "takes folders and --out alone"),
         ([], "give --config"),
         (["--config=x.py", "--workdir=x", "--length=0"], "--length=0.0: must be a positive number"),

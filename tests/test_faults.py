@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -146,14 +145,14 @@ def test_when_a_host_dies_the_other_one_stops(tmp_path, dying):
 
 
 def test_when_a_host_hangs_the_other_one_stops(tmp_path):
-    children = start_pair(tmp_path, "train.stall_minutes=0.2")
+    children = start_pair(tmp_path, "train.stall_minutes=0.2", "checkpoint.steps=0")  # it could hang while it saves
     wait_for(children[0], "step    ")
     children[1].send_signal(signal.SIGSTOP)
     status, error = end(children[0])
     children[1].kill()
     end(children[1])
     assert status == 43, error
-    assert re.search("the stage '(step|checkpoint)'", error) and "lost" in error  # whichever it was in
+    assert "'step'" in error and "lost" in error
 
 
 def test_a_signal_to_one_host_stops_both_at_one_step(tmp_path):

@@ -9,10 +9,11 @@ given. A screen in dark mode gets a dark figure, paper a white one.
 
 import math
 import statistics
+from typing import NamedTuple
 
 from clip_jax.evaluation.report.charts import ticks
 from clip_jax.evaluation.report.page import escaped
-from clip_jax.studies.definition import MEASURED
+from clip_jax.studies.definition import MEASURED, Row
 
 WIDTH = 720
 _LETTER = 7.2  # pixels of a letter at 13 pixels, on average
@@ -31,6 +32,16 @@ _STYLE = """.study{font:13px system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-seri
 .study .dot{fill:var(--c);stroke:var(--bg);stroke-width:1}.study .seed{fill:var(--c);opacity:.45}"""
 
 
+class _Measured(NamedTuple):
+    """What a row shows of the metric, in percent: its seeds, their mean, and the ends of its bar, if it has one."""
+
+    row: Row
+    seeds: list
+    mean: float
+    bar: tuple
+    is_starred: bool
+
+
 def draw(found):
     """Returns the figure as the text of an SVG file; empty while no row has the first metric.
 
@@ -42,7 +53,7 @@ def draw(found):
     rows = [row for row in study.rows if found.values(readout, row, name)]
     if not rows:
         return ""
-    height, drawn = (_lines if study.x else _rows)(found, readout, rows, name, label)
+    height, drawn = (_lines if study.x else _rows)(found, _measured(found, readout, rows, name), label)
     colours = [";".join(f"--c{i}:{colour}" for i, colour in enumerate(palette)) for palette in (_COLOURS, _DARK)]
     style = _STYLE.replace("LIGHT", colours[0]).replace("DARK", colours[1]).replace("\n", "")
     frame = f'class="study" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escaped(study.title)}"'
@@ -51,60 +62,53 @@ def draw(found):
     return f'<svg xmlns="http://www.w3.org/2000/svg" {frame}>{drawn}</svg>\n'
 
 
-def _rows(found, readout, rows, name, label):
+def _measured(found, readout, rows, name):
+    """Returns the list of a `_Measured` for each row."""
+    seeds = {row.name: [100 * v for v in found.values(readout, row, name)] for row in rows}
+    means = {row: statistics.mean(values) for row, values in seeds.items()}
+    measured = []
+    for row in rows:
+        difference, base, bar = found.difference(readout, row, name), found.study.base(row).name, ()
+        if difference and not math.isnan(difference.low) and base in means:
+            bar = tuple(means[base] + 100 * x for x in (difference.low, difference.high))
+        is_starred = bool(difference and difference.excludes_zero)
+        measured.append(_Measured(row, seeds[row.name], means[row.name], bar, is_starred))
+    return measured
+
+
+def _rows(found, measured, label):
     """Returns `(height, parts)` of a figure with a line for each row."""
-    left = min(300, 24 + _LETTER * max(len(row.name) for row in rows))
-    values = {row.name: [100 * v for v in found.values(readout, row, name)] for row in rows}
-    means = {row: statistics.mean(v) for row, v in values.items()}
-    bars = _bars(found, readout, rows, name, means)
-    differences = {row.name: found.difference(readout, row, name) for row in rows}
-    starred = {row for row, difference in differences.items() if difference and difference.excludes_zero}
-    scale = _Scale([v for some in (*values.values(), *bars.values()) for v in some], left, WIDTH - 24)
+    left = min(300, 24 + _LETTER * max(len(m.row.name) for m in measured))
+    means = {m.row.name: m.mean for m in measured}
+    scale = _Scale([v for m in measured for v in (*m.seeds, *m.bar)], left, WIDTH - 24)
     top, step = 34, 26
-    height = top + step * len(rows) + 40
+    height = top + step * len(measured) + 40
     bottom = height - 40
     parts = [f'<text class="soft" x="{left:g}" y="18">{escaped(label)}, %</text>']
     for tick in scale.ticks:
         parts.append(f'<path class="grid" d="M{scale(tick):.1f} {top - 8}V{bottom}"/>')
         parts.append(f'<text class="soft middle" x="{scale(tick):.1f}" y="{bottom + 18}">{tick:g}</text>')
-    for base in {found.study.base(row).name for row in rows} & means.keys():
+    for base in {found.study.base(m.row).name for m in measured} & means.keys():
         parts.append(f'<path class="base" d="M{scale(means[base]):.1f} {top - 8}V{bottom}"/>')
-    for number, row in enumerate(rows):
+    for number, (row, seeds, mean, bar, is_starred) in enumerate(measured):
         y = top + step * (number + 0.5)
-        star = " *" if row.name in starred else ""
+        star = " *" if is_starred else ""
         parts.append(f'<text class="end" x="{left - 12:g}" y="{y + 4.5:g}">{escaped(row.name)}{star}</text>')
         parts.append('<g style="--c:var(--c0)">')
-        if row.name in bars:
-            low, high = (f"{scale(x):.1f}" for x in bars[row.name])
+        if bar:
+            low, high = (f"{scale(x):.1f}" for x in bar)
             parts.append(f'<path class="on" d="M{low} {y:g}H{high}M{low} {y - 4:g}v8M{high} {y - 4:g}v8"/>')
-        parts += [f'<circle class="seed" cx="{scale(v):.1f}" cy="{y:g}" r="2.6"/>' for v in values[row.name]]
-        parts.append(f"{_marker(0, scale(means[row.name]), y, 5)}</g>")
+        parts += [f'<circle class="seed" cx="{scale(v):.1f}" cy="{y:g}" r="2.6"/>' for v in seeds]
+        parts.append(f"{_marker(0, scale(mean), y, 5)}</g>")
     return height, parts
 
 
-def _bars(found, readout, rows, name, means):
-    """Returns `{row: (low, high)}`: the interval of its difference, drawn from the mean of the row it is compared with.
-
-    `means` has the rows' means in percent. A row without an interval is absent.
-    """
-    bars = {}
-    for row in rows:
-        difference, base = found.difference(readout, row, name), found.study.base(row).name
-        if difference and not math.isnan(difference.low) and base in means:
-            bars[row.name] = tuple(means[base] + 100 * x for x in (difference.low, difference.high))
-    return bars
-
-
-def _lines(found, readout, rows, name, label):
+def _lines(found, measured, label):
     """Returns `(height, parts)` of a figure with a line for each `Row.line` against `Study.x`."""
-    values = {row.name: [100 * v for v in found.values(readout, row, name)] for row in rows}
-    means = {row: statistics.mean(v) for row, v in values.items()}
-    bars = _bars(found, readout, rows, name, means)
     lines = {}
-    for row in rows:
+    for row, seeds, mean, bar, _ in measured:
         if (x := _place(found, row)) is not None:
-            point = x, means[row.name], values[row.name], bars.get(row.name, ())
-            lines.setdefault(row.line or row.name, []).append(point)
+            lines.setdefault(row.line or row.name, []).append((x, mean, seeds, bar))
     if not lines:
         return 40, ['<text x="16" y="24">nothing to place on the axis was measured</text>']
     top, height = 34, 380

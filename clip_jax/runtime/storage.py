@@ -219,7 +219,7 @@ def read(place):
     try:
         with guard(place):
             return path(place).read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -87,7 +87,7 @@ def report(folders, path):
         try:
             about = json.loads(storage.read(storage.path(folder) / FILE) or "")
             title, parts = about["title"], _sections(about)
-        except (ValueError, KeyError, TypeError, IndexError, NotADirectoryError):
+        except (ValueError, KeyError, TypeError, IndexError):
             raise UserError(
                 f"--report: {folder} has no readable {FILE}: python -m clip_jax.study --config=... --workdir={folder}"
             ) from None

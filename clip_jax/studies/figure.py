@@ -68,7 +68,8 @@ def _measured(found, readout, rows, name):
     means = {row: statistics.mean(values) for row, values in seeds.items()}
     measured = []
     for row in rows:
-        difference, base, bar = found.difference(readout, row, name), found.study.base(row).name, ()
+        difference, base = found.difference(readout, row, name), found.study.base(row).name
+        bar = ()
         if difference and not math.isnan(difference.low) and base in means:
             bar = tuple(means[base] + 100 * x for x in (difference.low, difference.high))
         is_starred = bool(difference and difference.excludes_zero)

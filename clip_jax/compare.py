@@ -6,10 +6,10 @@ where the runs hold them. Runs may be in buckets, and may still be training: fil
 """
 
 import dataclasses
+import math
 import os
 import statistics
 
-from clip_jax import config as config_lib
 from clip_jax import run_folder
 from clip_jax.errors import UserError
 from clip_jax.evaluation.report import page as html_page
@@ -70,9 +70,14 @@ class Run:
         return examples_read(self.history, self.step(), size)
 
     def seconds(self):
-        """The seconds of the run by what they were spent on, {} before its end."""
-        found = {part: self.evaluation.get(f"seconds/{part}", [(0, None)])[-1][1] for part in goodput.PARTS}
-        return found if all(value is not None for value in found.values()) else {}
+        """The seconds of the run by what they were spent on, {} before its end, also that of a longer one."""
+        last = {part: self.evaluation.get(f"seconds/{part}", [(0, None)])[-1] for part in goodput.PARTS}
+        is_known = all(step == self.step() and value is not None for step, value in last.values())
+        return {part: value for part, (_, value) in last.items()} if is_known else {}
+
+    def evaluated(self):
+        """The step of the last evaluation, 0 without any."""
+        return max((step for step, _ in self.last().values()), default=0)
 
     def last(self):
         """Returns `{metric: (step, value)}` of the last evaluation of each metric that depends on the model."""
@@ -90,7 +95,7 @@ def read_run(path, name):
     training, evaluation = read_metrics(folder / "metrics.jsonl")
     if text is None and not training and not evaluation:
         raise UserError(f"{path} is no work folder: it has neither {run_folder.CONFIG} nor metrics.jsonl")
-    fields = _flat(config_lib.from_json(text).to_dict()) if text is not None else {}
+    fields = _flat(run_folder.parsed(text, folder / run_folder.CONFIG).to_dict()) if text is not None else {}
     for step, values in _followed(folder):
         for metric, value in values.items():
             series = dict(evaluation.get(metric, ())) | {step: float(value)}
@@ -114,7 +119,7 @@ def _followed(folder):
             return
     for path in files:
         values = run_folder.read_json(path)
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
         yield int(path.name.removesuffix(".json")), numbers
 
 
@@ -211,9 +216,12 @@ def results(runs):
     last = [run.last() for run in runs]
     rows = []
     for name in sorted(set().union(*last)):
-        values = [found.get(name, (0, None))[1] for found in last]
+        steps, values = zip(*(found.get(name, (0, None)) for found in last), strict=True)
         is_share = any(part in name.rpartition("/")[2] for part in SHARES)
-        cells = [_value(value, is_share) + _interval(run, name, value) for run, value in zip(runs, values, strict=True)]
+        cells = [
+            _value(value, is_share) + _interval(run, name, value) + _at(run, step)
+            for run, step, value in zip(runs, steps, values, strict=True)
+        ]
         known = [value for value in values if value is not None]
         is_ordered = is_share and len(known) > 1 and max(known) > min(known)
         best = {i for i, value in enumerate(values, 1) if is_ordered and value == max(known)}
@@ -224,6 +232,11 @@ def results(runs):
 def main_results(rows):
     """Returns the rows of `results` that are shown first: all when none of them is a main metric."""
     return [row for row in rows if row[0][0].endswith(MAIN)] or rows
+
+
+def _at(run, step):
+    """Returns the step of a metric where the run's last evaluation is of another one."""
+    return f" (step {step:,})" if 0 < step < run.evaluated() else ""
 
 
 def _value(value, is_share):
@@ -258,8 +271,7 @@ def write(runs, path):
     page = html_page.Page()
     heads = [run.name for run in runs]
     fields, history = differing(runs), changes(runs)
-    evaluation_steps = {run.name: max((step for step, _ in run.last().values()), default=0) for run in runs}
-    note = ", ".join(f"{name}: step {step:,}" for name, step in evaluation_steps.items() if step)
+    note = ", ".join(f"{run.name}: step {run.evaluated():,}" for run in runs if run.evaluated())
     sections = {
         "Runs": _table(["", *heads], costs(runs)),
         "Differences": _table(["field", *heads], fields) if fields else "<p>The configurations are equal.</p>",

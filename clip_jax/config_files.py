@@ -35,11 +35,16 @@ def find(path):
     return files[name]
 
 
-def spec_of(spec):
-    """Returns the `--config` of `spec` for a command in the current folder: `configs/...` names a shipped file."""
+def spec_of(spec, is_absolute=False):
+    """Returns the `--config` of `spec` for a command in the current folder: `configs/...` names a shipped file.
+
+    Args:
+      spec: `FILE[:VARIANT]`.
+      is_absolute: gives a file of the user its absolute path, for a command in any folder.
+    """
     path, colon, variant = spec.partition(":")
     file = os.path.abspath(find(path))
     for name, known in shipped().items():
         if known == file and os.path.abspath(find(f"configs/{name}.py")) == file:  # no other file hides it
             return f"configs/{name}.py{colon}{variant}"
-    return os.path.relpath(file) + colon + variant
+    return (file if is_absolute else os.path.relpath(file)) + colon + variant

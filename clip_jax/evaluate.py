@@ -26,7 +26,7 @@ import time
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError, unknown
 from clip_jax.evaluation.results import EvalResult, merge_results
-from clip_jax.evaluation.tasks import check, parse_tasks, summary
+from clip_jax.evaluation.tasks import check, check_metric, parse_tasks, summary
 from clip_jax.evaluation.tasks import parse_task as parse_task
 from clip_jax.runtime import command, hosts, lock, storage
 
@@ -117,7 +117,8 @@ def main(argv=None):
     parser.add_argument(
         "--best",
         metavar="[-]METRIC",
-        help="with --follow: the metric by which the best checkpoint is kept; - keeps the lowest (checkpoint.best)",
+        help="with --follow: the metric by which the best checkpoint is kept, by default checkpoint.best where the "
+        "tasks compute it; - keeps the lowest, an empty one keeps none",
     )
     hosts.add_arguments(parser)
     args, args.overrides = parser.parse_known_args(argv)
@@ -168,6 +169,9 @@ def _follow(args, workdir, overrides):
             total = checkpoint.read_meta(folder)["config"]["train"]["steps"]
             if not is_evaluated:
                 model, tasks = _load(args, folder, "latest", overrides)
+                if args.best:
+                    metric = args.best.removeprefix("-")
+                    check_metric(metric, parse_tasks(tasks, "tasks"), f"--best: no metric {metric!r}")
         except UserError as error:
             problem = str(error)
         # A checkpoint that one host cannot load is left out on all of them.
@@ -181,7 +185,10 @@ def _follow(args, workdir, overrides):
         hosts.log(f"step {step} of {total}:")
         result = run(model, tasks, hosts.log)
         if hosts.is_first():
-            _keep_best(workdir, step, result.metrics, args.best or model.config.checkpoint.best)
+            best = model.config.checkpoint.best if args.best is None else args.best
+            # Tasks of the training alone may compute the run's own metric.
+            if args.best or best.removeprefix("-") in result.metrics:
+                _keep_best(workdir, step, result.metrics, best)
             storage.write(_evaluated(workdir, step), json.dumps(result.metrics, indent=1, sort_keys=True))
         hosts.wait(f"evaluated {step}")
     hosts.log(f"the run in {workdir} is complete")

@@ -91,10 +91,11 @@ def load(spec, overrides=()):
     text = storage.read(spec)
     if text is None:
         raise UserError(f"--config={spec}: there is no such file")
-    return config_lib.override(_unresolved(_parsed(text, f"--config={spec}")), overrides)
+    return config_lib.override(_unresolved(parsed(text, f"--config={spec}")), overrides)
 
 
-def _parsed(text, where):
+def parsed(text, where):
+    """Returns the configuration of JSON text; raises UserError, which begins with `where`, when it is none."""
     try:
         return config_lib.from_json(text)
     except (ValueError, AttributeError, TypeError) as error:

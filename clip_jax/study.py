@@ -103,7 +103,7 @@ def _result(run, wanted):
 
 
 def _shares(keys, metrics):
-    return ", ".join(f"{label} {metrics[name]:.2%}" for label, name in keys.items() if name in metrics)
+    return ", ".join(f"{label} {metrics[name]:.2%}" for label, name in keys.items() if metrics.get(name) is not None)
 
 
 def _since(start):

@@ -99,8 +99,8 @@ class Run:
     cache: Any  # of the compiled step, see `compile_cache.prepare`
     log: Any  # takes a line of text
 
-    def evaluate(self, state, tasks):
-        """Evaluates a state, writes its metrics and returns the `EvalResult`."""
+    def evaluate(self, state, tasks, is_last=False):
+        """Evaluates a state, writes its metrics and returns the `EvalResult`; the last one's outcomes are kept."""
         from clip_jax import evaluate
         from clip_jax.inference import Model
 
@@ -109,6 +109,8 @@ class Run:
             model = Model(self.config, self.method, params, state.extra, self.tokenizer, self.mesh)
             model.step, model.ema = int(state.step), self.config.eval.ema
             result = evaluate.run(model, tasks, self.log)
+        if is_last and hosts.is_first():  # before the metrics, by which a reader knows a complete run
+            evaluate.keep_outcomes(self.workdir, int(state.step), result)
         if result.metrics:
             self.writer.write(int(state.step), result.metrics)
         return result
@@ -183,11 +185,9 @@ def train(config, workdir, log=print, cluster=None, fork=None):
                 state = loop(run, source, tx, state)
             else:
                 log(f"the run in {workdir} is complete: {int(state.step)} of {config.train.steps} steps")
-            result = run.evaluate(state, config.eval.tasks)
+            result = run.evaluate(state, config.eval.tasks, is_last=True)
             run.save(int(state.step), state, result.metrics)
             checkpointer.wait()
-            if hosts.is_first():
-                evaluate.keep_outcomes(workdir, int(state.step), result)
             if trains:  # a run that was complete has lost no time since
                 seconds = clock.seconds()
                 writer.write(int(state.step), {f"seconds/{part}": seconds[part] for part in goodput.PARTS})

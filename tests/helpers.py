@@ -12,14 +12,16 @@ from html.parser import HTMLParser
 import numpy as np
 from conftest import COMPILE_FAST, REPO
 
-#: Overrides of a tiny run. With a constant learning rate, runs of any length are one program, compiled once.
+#: Overrides of a tiny run. With a constant learning rate, runs of any length are one program, compiled once. SGD has
+#: half of AdamW's kernels; the tests that are about AdamW ask for it.
 TINY = """
     model.embed_dim=16 model.image.stem=() model.image.patch=8 model.image.size=16 model.image.width=32
     model.image.heads=2 model.image.mlp_dim=64 model.image.depth=1 model.text.width=32 model.text.heads=2
     model.text.mlp_dim=64 model.text.depth=1 data.batch_size=16 train.steps=6 train.log_steps=1
-    optim.schedule=constant optim.warmup_steps=0 checkpoint.steps=2 checkpoint.keep=2 eval.tasks=()
-    eval.report=false log.tensorboard=false
+    optim.name=sgd optim.lr=0.3 optim.schedule=constant optim.warmup_steps=0 checkpoint.steps=2 checkpoint.keep=2
+    eval.tasks=() eval.report=false log.tensorboard=false
 """.split()
+ADAMW = ["optim.name=adamw", "optim.lr=3e-3"]
 
 
 def tiny_config(*overrides):

@@ -7,6 +7,7 @@ import pytest
 from helpers import Page, events, tiny_config
 
 from clip_jax import compare, evaluate, run_folder
+from clip_jax.errors import UserError
 from clip_jax.evaluation.report import queries
 from clip_jax.evaluation.report.figures import Retrieval
 from clip_jax.evaluation.report.galleries import Classification
@@ -55,7 +56,7 @@ def table(rows):
 def test_tables_of_two_runs(pair):
     runs = [compare.read_run(path, name) for path, name in zip(pair, compare.names(pair), strict=True)]
     assert [run.name for run in runs] == ["a/seed_0", "b/seed_0"]
-    assert table(compare.differing(runs)) == {"data.batch_size": ["16", "8"], "optim.lr": ["0.003", "0.5"]}
+    assert table(compare.differing(runs)) == {"data.batch_size": ["16", "8"], "optim.lr": ["0.3", "0.5"]}
     costs = table(compare.costs(runs))
     assert costs["examples"] == ["320", "400"]  # 20 * 16; 10 * 32 + 10 * 8
     assert costs["FLOPs of the training"] == ["3.2e+11", "4e+11"] and costs["parameters"] == ["12,345"] * 2
@@ -101,6 +102,27 @@ def test_the_page_and_what_is_printed(pair, tmp_path, capsys):
     ):
         assert text in page.text
     assert "Queries" not in page.text
+
+
+def test_what_is_older_than_the_last_step_says_so(tmp_path):
+    """A run that was complete and is longer now; a metric that was not evaluated at the end; a metric that is NaN."""
+    folder = write_run(tmp_path / "a")
+    parts = "training data checkpoint evaluation compiling starting lost".split()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+        for row in ({f"seconds/{part}": 60.0 for part in parts}, {"cats/top1": 0.25}):
+            file.write(json.dumps({"step": 10, "time": 115.0} | row) + "\n")
+    (folder / "evaluations").mkdir()
+    for step in (10, 20):
+        (folder / "evaluations" / f"{step}.json").write_text('{"dogs/score": NaN}')
+    run = compare.read_run(folder, "a")
+    assert table(compare.costs([run]))["time"] == ["10s so far"]
+    rows = {cells[0]: cells[1] for cells, _ in compare.results([run])}
+    assert rows["cats/top1"] == "25.00\u202f% (step 10)" and "step" not in rows["pets/top1"]
+    compare.write([run, run], tmp_path / "page.html")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="a/config.json is no configuration: "):
+        compare.read_run(folder, "a")
 
 
 def test_a_metric_of_one_run_keeps_the_colours(tmp_path):

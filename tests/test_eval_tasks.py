@@ -10,7 +10,9 @@ from clip_jax.data.records import BadRecord
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
+from clip_jax.evaluation import outcomes
 from clip_jax.evaluation.emoji import emoji_task
+from clip_jax.evaluation.knn import knn_task
 from clip_jax.evaluation.linear_probe import LAMBDAS
 from clip_jax.evaluation.probe import probe_task
 from clip_jax.evaluation.relations import relations_task
@@ -92,6 +94,37 @@ def check_outcomes(result, count):
     for name, found in result.outcomes.items():
         assert found.values.mean() == pytest.approx(result.metrics[name]), name
         assert len(found.values) == len(found.groups)
+
+
+def test_things_are_shared_by_their_names_alone(tmp_path):
+    """Tasks that are pooled have the same things where they name them, and others where they count them."""
+    result = EvalResult({})
+    result.keep("a/top1", [1, 0, 1], ["cat", "dog", "cat"])
+    result.keep("b/top1", [1], ["dog"])
+    result.keep("a/R@1", [1, 0])
+    result.keep("a/R@5", [1, 0], np.arange(2, dtype=np.int32))
+    result.keep("b/R@1", [1, 0])
+    a, b, one, five, other = (found.groups.tolist() for found in result.outcomes.values())
+    assert a[0] == a[2] != a[1] == b[0] and one == five and len({*a, *one, *other}) == 2 + 2 + 2
+
+    outcomes.write(tmp_path / "x.npz", 3, result.outcomes)
+    assert outcomes.read(tmp_path / "x.npz", 3)["a/top1"].groups.tolist() == a
+    data = (tmp_path / "x.npz").read_bytes()
+    for i in range(len(data)):  # one damaged byte: the outcomes, or {}
+        (tmp_path / "x.npz").write_bytes(data[:i] + bytes([data[i] ^ 255]) + data[i + 1 :])
+        outcomes.read(tmp_path / "x.npz", 3)
+
+
+def test_pictures_of_one_concept_are_one_thing():
+    records, model = labelled()
+    named = [record | {"concept": str(i % 2)} for i, record in enumerate(records)]
+    for task in (
+        lambda source, name: zeroshot_task(model, source, name=name),
+        lambda source, name: knn_task(model, MemorySource(records, class_names=NAMES), source, name=name),
+    ):
+        for given, things in ((named, 2), (records, 21), (named[:20] + records[20:], 21)):
+            result = task(MemorySource(given, class_names=NAMES), "x")
+            assert {len(set(found.groups)) for found in result.outcomes.values()} == {things}
 
 
 def test_zeroshot_task():

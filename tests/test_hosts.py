@@ -61,14 +61,18 @@ sys.exit(command.run(lambda: hosts.start(hosts.Cluster("127.0.0.1:{port}", 2, {p
 """
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_a_host_that_does_not_find_the_others_reports_it(process):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ended = run([sys.executable, "-c", ALONE.format(port=port, process=process)])
-    assert ended.returncode == 43
-    assert f"in the stage 'waiting for the other processes at 127.0.0.1:{port}'" in ended.stderr.splitlines()[-1]
+def test_a_host_that_does_not_find_the_others_reports_it():
+    waiting = {}
+    for process in range(2):  # each at a port of its own, both at the same time
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        code = ALONE.format(port=port, process=process)
+        waiting[port] = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stderr=subprocess.PIPE, text=True)
+    for port, process in waiting.items():
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 43
+        assert f"in the stage 'waiting for the other processes at 127.0.0.1:{port}'" in error.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,10 @@ def test_metrics():
     assert "attributes_combination" not in m  # there is none
     assert m["image_to_text_R@1"] == m["text_to_image_R@1"] == 1.0
     assert all(type(value) is float for value in result.metrics.values())
+    records[3]["texts"] = records[1]["texts"]  # one caption, so one thing in all tests
+    scores[3] = {"right 1": 2.0, **scores[3]}
+    found = relations_task(Stub(scores), source(records)).outcomes
+    assert [len(set(found[f"scenes/{test}"].groups)) for test in ("relations", "image_to_text_R@1")] == [4, 4]
     pairs = result.artefacts["relations"]["scenes/attributes"]
     assert pairs.right == ["right 0", "right 1", "right 4"] and pairs.wrong == [
         "attributes 0",

@@ -196,9 +196,9 @@ def test_the_emoji_task_says_seen_only_of_a_model_that_has_seen_them():
     metrics = {f"emoji/seen_concept_seen_vendor/{key}": 0.5 for key in ("top1", "top5", "chance_top1", "images")}
     metrics |= {f"emoji/seen_concept_seen_vendor/{key}": 1.0 for key in ("classes", "top1_without_compositions")}
     seen, other = ("\n".join(emoji.summary(metrics | {"emoji/trained_on_emoji": x})) for x in (1.0, 0.0))
-    assert "were trained on" in seen and "were trained on" not in other and "not trained on the emoji" in other
+    assert "were trained on" in seen and "were trained on" not in other and "does not name the emoji set" in other
     page = emoji.headline(metrics | {"emoji/trained_on_emoji": 0.0})
-    assert "memorised" not in page and "not trained on the emoji set" in page
+    assert "memorised" not in page and "does not name the emoji set" in page
 
 
 # A whole run

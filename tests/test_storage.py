@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -336,7 +337,7 @@ def test_compiled_steps_in_a_bucket(buckets, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "gs"])
-def test_the_evaluator_follows_a_run(kind, buckets, finished, monkeypatch, tmp_path, capsys):
+def test_the_evaluator_follows_a_run(kind, buckets, finished, task, monkeypatch, tmp_path, capsys):
     """The checkpoints appear while the evaluator waits, and the run deletes the first while it is evaluated."""
     workdir = storage.path(f"{buckets('gs').url}/followed") if kind == "gs" else tmp_path / "run"
     coming, scores = [2, 4, 6], {4: 0.9, 6: 0.3}
@@ -360,7 +361,7 @@ def test_the_evaluator_follows_a_run(kind, buckets, finished, monkeypatch, tmp_p
     monkeypatch.setattr(evaluate.time, "sleep", wait)
     monkeypatch.setattr(inference, "load", load_late)
     monkeypatch.setattr(evaluate, "run", score)
-    arguments = [f"--checkpoint={workdir}", "--task=emoji", "--follow", "--best=zeroshot/top1"]
+    arguments = [f"--checkpoint={workdir}", f"--task={task}", "--follow", "--best=zeroshot/top1"]
     assert evaluate.main(arguments) == 0, capsys.readouterr().err
     output = capsys.readouterr().out
     assert "step 2: the run has deleted this checkpoint" in output and output.endswith("is complete\n")
@@ -377,14 +378,23 @@ def test_the_evaluator_follows_a_run(kind, buckets, finished, monkeypatch, tmp_p
     assert checkpoint.committed(workdir / "best" / "checkpoints") == [4]
 
 
-def test_wrong_flags_of_the_evaluator(finished, monkeypatch, capsys):
+def test_the_evaluator_leaves_out_a_best_metric_of_other_tasks(finished, task, monkeypatch, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    given = tiny_config("checkpoint.best=emoji_val/unseen_concept_unseen_vendor/top1")
+    monkeypatch.setattr(inference, "load", lambda *_, **__: types.SimpleNamespace(config=given))
     monkeypatch.setattr(evaluate, "run", lambda *_: EvalResult({"zeroshot/top1": 0.5}))
-    base = [f"--checkpoint={finished}", "--task=emoji"]
+    assert evaluate.main([f"--checkpoint={tmp_path / 'run'}", f"--task={task}", "--follow"]) == 0
+    assert (tmp_path / "run" / "evaluations" / "6.json").exists() and not (tmp_path / "run" / "best").exists()
+
+
+def test_wrong_flags_of_the_evaluator(finished, task, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "run", None)  # nothing is evaluated before the flags are checked
+    base = [f"--checkpoint={finished}", f"--task={task}"]
     for flags, message in (
         (["--best=x"], "--best needs --follow"),
         (["--follow", "--json=x"], "--follow takes no --which, --report and --json"),
         ([f"--checkpoint={finished}/checkpoints", "--follow"], "checkpoints: --follow takes the work folder, which"),
-        (["--follow", "--best=zeroshot/top2"], "--best: no metric 'zeroshot/top2' (did you mean 'zeroshot/top1'?)"),
+        (["--follow", "--best=zeroshot/top11"], "--best: no metric 'zeroshot/top11' (did you mean 'zeroshot/top1'?)"),
     ):
         assert evaluate.main([*base, *flags]) == 2
         assert message in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Tuning, intervals, the figure, the report, and the studies in configs/studies."""
 
+import functools
 import importlib
 import json
 import math
@@ -12,6 +13,7 @@ from conftest import REPO
 from helpers import TINY, Page
 
 from clip_jax import study, train
+from clip_jax.data.sources import make
 from clip_jax.errors import UserError
 from clip_jax.evaluation import outcomes
 from clip_jax.evaluation.results import Outcomes
@@ -23,6 +25,7 @@ CELLS = "emoji/seen_concept_unseen_vendor/top1", "emoji/unseen_concept_unseen_ve
 VAL = "emoji_val/unseen_concept_seen_vendor/top1"
 VAL_TASK = "emoji(subset='val')"
 CLIP = str(REPO / "configs" / "clip.py:emoji")
+MAKE_PART = make._make_part
 
 
 def pretend(run, **values):
@@ -276,10 +279,17 @@ def test_a_whole_study_with_tuning_an_index_and_a_report(tmp_path, capsys, monke
 STUDIES = "methods noise few_pairs scale detail labels sources one_encoder batch cost".split()
 
 
+@functools.cache
+def embedded_part(part, split, fields):
+    """A part of a source of the embedded data, which a study opens for every row."""
+    return MAKE_PART(part, split, dict(fields))
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_studies_are_planned_and_their_metrics_are_those_of_their_tasks(name, tmp_path, capsys, monkeypatch):
     """Every configuration, every tuned value and every task is checked; the FLOPs of a step are not computed here."""
     monkeypatch.setattr("clip_jax.program.model_flops", lambda c: 1e6 * c.data.batch_size)
+    monkeypatch.setattr(make, "_make_part", lambda *args: embedded_part(*args[:2], tuple(args[2].items())))
     found = study.load(f"{REPO}/configs/studies/{name}.py")
     study.run_study(found, tmp_path / "runs", 3, [], dry_run=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python -m clip_jax.train")]

@@ -5,14 +5,16 @@ import json
 import signal
 import types
 
+import numpy as np
 import pytest
 from conftest import REPO
 from helpers import TINY, Page
 
 from clip_jax import config, study
 from clip_jax.errors import UserError
+from clip_jax.evaluation.results import Outcomes
 from clip_jax.runtime import faults
-from clip_jax.studies import runs, tables
+from clip_jax.studies import folders, runs, tables
 from clip_jax.study import Row, Study
 
 METRIC = "retrieval/image_to_text_R@10"
@@ -97,6 +99,7 @@ def test_order_reports_the_outcome(tmp_path, a, b, outcome):
     found = {"as trained": {"a": [{METRIC: x} for x in a], "b": [{METRIC: x} for x in b]}}
     (line,) = tables.order(make_study(tmp_path), found)
     assert outcome in line
+    assert not list(tables.order(make_study(tmp_path), {"as trained": {"a": [{METRIC: 0.1}], "b": [{}]}}))
 
 
 def test_each_readout_is_evaluated_once_and_kept(tmp_path, capsys, monkeypatch):
@@ -125,6 +128,29 @@ def test_each_readout_is_evaluated_once_and_kept(tmp_path, capsys, monkeypatch):
         ["b", "as trained", "30.00"], ["b", "otherwise", "20.00"], ["b", "the same", "30.00"],
     ]  # fmt: skip
     assert "read by otherwise, a < b: R@10 90.00 and 20.00 %: one run each cannot decide" in capsys.readouterr().out
+
+
+def test_a_readout_keeps_its_outcomes_when_another_one_is_put_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_jax.inference.load", lambda folder, overrides: types.SimpleNamespace(
+        config=config.load(str(REPO / "configs" / "clip.py"), TINY), changes=overrides
+    ))  # fmt: skip
+
+    def evaluate(model, *_, **__):
+        right = float("eval.batch_size=7" in model.changes)
+        return types.SimpleNamespace(
+            metrics={METRIC: right}, outcomes={METRIC: Outcomes(np.full(3, right), np.arange(3))}
+        )
+
+    monkeypatch.setattr("clip_jax.evaluate.run", evaluate)
+    pretend(tmp_path / "a" / "seed_0", 0.1)
+    readouts = {"seven": ("eval.batch_size=7",), "eight": ("eval.batch_size=8",)}
+    for names in (["seven"], ["eight", "seven"]):
+        one = make_study(tmp_path, ("a",), readouts={name: readouts[name] for name in names})
+        (planned,) = runs.plan(one, tmp_path, [])
+        found = runs.read_out(one, planned.seed(0), {}, {})
+        assert {name: (m[METRIC], kept[METRIC].values.mean()) for name, (m, kept) in found.items()} == {
+            name: (float(name == "seven"),) * 2 for name in names
+        }
 
 
 def test_a_run_that_is_not_complete_is_trained(tmp_path):
@@ -166,16 +192,68 @@ def test_a_run_that_fails_ends_the_study_with_its_last_line_and_status(tmp_path)
     with pytest.raises(faults.Stopped, match="^preempted in a, seed 0; the same command resumes the run$") as stopped:
         runs.train(run)
     assert stopped.value.status == 42 and signal.getsignal(signal.SIGTERM) is handler
+    killed = runs.Run(Row("a", "x"), 0, tmp_path / "c", ("-c", "import os; os.kill(os.getpid(), 15)"), 2, 1.0)
+    with pytest.raises(faults.Stopped, match="^preempted in a, seed 0"):  # before the program handles the signal
+        runs.train(killed)
 
 
 def test_a_folder_with_a_run_of_another_definition_is_refused(tmp_path):
     row = make_study(tmp_path, ("a",))
     first, other = (runs.plan(row, tmp_path, [change])[0].seed(0) for change in ("optim.lr=0.1", "optim.lr=0.2"))
     first.folder.mkdir(parents=True)
-    (first.folder / runs.DEFINITION).write_text(json.dumps({"changes": first.changes}))
+    (first.folder / folders.DEFINITION).write_text(json.dumps({"changes": first.changes}))
     assert runs.results(first, []) is None
     with pytest.raises(UserError, match="holds a run with optim.lr=0.1, not optim.lr=0.2: give another --workdir"):
         runs.results(other, [])
+
+
+def test_a_run_by_hand_of_another_definition_is_refused(tmp_path):
+    """The commands of `--dry-run` leave config.json alone."""
+    first, other = (
+        runs.plan(make_study(tmp_path, ("a",)), tmp_path, [change])[0].seed(0)
+        for change in ("optim.lr=0.1", "optim.lr=0.2")
+    )
+    first.folder.mkdir(parents=True)
+    given = config.load(str(REPO / "configs" / "clip.py:emoji"), config.parse_overrides(first.command[4:]))
+    (first.folder / "config.json").write_text(config.to_json(given))
+    assert runs.results(first, []) is None
+    with pytest.raises(UserError, match="holds a run with optim.lr=0.1, not optim.lr=0.2: give another --workdir"):
+        runs.results(other, [])
+
+
+def test_a_run_or_an_index_of_another_filter_is_refused(tmp_path):
+    def planned(keep, after=""):
+        one = make_study(tmp_path, ("a", "b"))
+        row = dataclasses.replace(one.rows[1], index=("clip_jax.tools.filter", keep), after=after)
+        return runs.plan(dataclasses.replace(one, rows=(one.rows[0], row)), tmp_path, [])[1]
+
+    half, third = planned("--keep=0.5"), planned("--keep=0.3")
+    (half.folder / "index").mkdir(parents=True)  # a filter that was interrupted: no index
+    assert planned("--keep=0.5").seed(0).command == half.seed(0).command
+    (half.folder / "index" / "report.json").write_text("{}")
+    (half.folder / folders.INDEX_DEFINITION).write_text(json.dumps({"command": list(half.row.index)}))
+    runs.write_index(half)
+    with pytest.raises(UserError, match=r"index is of .*keep=0.5, not .*keep=0.3: give another --workdir"):
+        runs.write_index(third)
+    run = half.seed(0)
+    run.folder.mkdir(parents=True)
+    (run.folder / folders.DEFINITION).write_text(json.dumps(folders.definition(run)))
+    assert runs.results(run, []) is None
+    for other, problem in (
+        (third, "--keep=0.5, not --keep=0.3"),
+        (planned("--keep=0.5", "a"), "no such change, not a"),
+    ):
+        with pytest.raises(UserError, match=f"holds a run with .*{problem}: "):
+            runs.results(other.seed(0), [])
+    with pytest.raises(UserError, match="--workdir=gs://bucket/x: the index of the row 'b' needs a local folder"):
+        runs.plan(half.study, "gs://bucket/x", [])
+
+
+def test_a_tuple_of_metrics_that_are_known_as_means_alone_is_refused():
+    kept = {"x/top1": Outcomes(np.ones(2), np.arange(2))}
+    assert runs.pooled({"x/top1": 1.0}, kept, [("x/top1", "y/top1")])[0] == {"x/top1": 1.0}, "another row's task"
+    with pytest.raises(UserError, match="'x/F@1' has no outcomes for each picture, which a tuple of metrics needs"):
+        runs.pooled({"x/top1": 1.0, "x/F@1": 0.5}, kept, [("x/top1", "x/F@1")])
 
 
 def test_wrong_input(tmp_path, capsys):

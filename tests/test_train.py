@@ -20,6 +20,7 @@ from helpers import losses, run, tiny_config, train_command
 from clip_jax import train
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
+from clip_jax.evaluation.results import EvalResult
 from clip_jax.runtime import goodput, storage
 from clip_jax.training import checkpoint
 
@@ -94,6 +95,20 @@ def test_kill_and_resume_is_bit_identical(finished, tmp_path):
     assert {step: got[step] for step in expected} == expected
 
 
+def test_the_outcomes_of_the_last_evaluation_are_kept_before_its_metrics(tmp_path, monkeypatch):
+    """A run with metrics of its last step counts as complete."""
+    monkeypatch.setattr("clip_jax.inference.Model", lambda *_: types.SimpleNamespace())
+    monkeypatch.setattr("clip_jax.evaluate.run", lambda *_: EvalResult({"a/top1": 0.5}))
+    done = []
+    monkeypatch.setattr("clip_jax.evaluate.keep_outcomes", lambda *_: done.append("outcomes"))
+    writer = types.SimpleNamespace(write=lambda *_: done.append("metrics"))
+    run = train.Run(tiny_config(), *[None] * 4, writer, *[None] * 2, tmp_path, None, print)
+    state = types.SimpleNamespace(params=None, extra=None, step=3)
+    run.evaluate(state, ())
+    run.evaluate(state, (), is_last=True)
+    assert done == ["metrics", "outcomes", "metrics"]
+
+
 def run_env():
     return {**os.environ, "XLA_FLAGS": COMPILE_FAST, "PYTHONUNBUFFERED": "1"}
 
@@ -132,7 +147,7 @@ def test_a_run_that_reads_its_records_in_another_order_says_so():
     [
         ("model.image.width=64", "model.image.width was 32, is now 64"),
         ("tokenizer=clip_bpe", "tokenizer was 'sentencepiece', is now 'clip_bpe'"),
-        ("optim.name=sgd", "optim.name was 'adamw', is now 'sgd'"),
+        ("optim.name=adamw", "optim.name was 'sgd', is now 'adamw'"),
         ("data.batch_size=32", "data.batch_size was 16, is now 32"),
     ],
 )

@@ -50,9 +50,16 @@ class Embedded:
     images: Images
     skipped: int
 
+    @property
+    def concepts(self):
+        """The names of the things that the images show, None where a record has no `concept`."""
+        names = [record.get("concept") for record in self.records]
+        return names if all(isinstance(name, str) for name in names) else None
+
     def select(self, rows):
         """Returns the images of `rows` (indices or a bool mask)."""
-        return Embedded(self.z[rows], [self.records[i] for i in rows], self.images.select(rows), self.skipped)
+        records = [self.records[i] for i in np.arange(len(self.records))[rows]]
+        return Embedded(self.z[rows], records, self.images.select(rows), self.skipped)
 
 
 def open_source(source, split="", **fields):

@@ -14,7 +14,8 @@ those subsets of the unseen concepts, followed by the language of the names unle
 
 `<prefix>/skipped` counts unusable records. A model that was trained on the embedded emoji has seen the images of
 seen_concept_seen_vendor, so that cell measures its memory. `<prefix>/trained_on_emoji` is 1 for such a model and 0 for
-another one, which has seen none of the images; it is missing where the training data is not known.
+another one, by the names in its `data.source`: copies of the images are not known. It is missing where the training
+data is not known.
 
 Artefacts: "classification", and for unseen concepts "retrieval", "similarity" and "alignment" (methods that compare
 patches with words), named `<prefix>/<cell>`; "map" named `<prefix>/unseen_concept`, the images of all vendors together.
@@ -26,7 +27,6 @@ import re
 import numpy as np
 
 from clip_jax.data.decode import decode_image
-from clip_jax.data.records import hash64
 from clip_jax.data.sources import make_source
 from clip_jax.data.sources.spec import parse
 from clip_jax.errors import UserError, did_you_mean
@@ -47,7 +47,7 @@ _MEANINGS = {
     ("unseen", "seen"): "Things that never occurred in training, drawn in known styles.",
     ("unseen", "unseen"): "Neither the thing nor the drawing style occurred in training: the most informative number.",
 }
-_NOT_TRAINED = "This model was not trained on the emoji set. “Seen” and “unseen” are only names of its parts."
+_NOT_TRAINED = "The model's data.source does not name the emoji set: “seen” and “unseen” are only names of its parts."
 _NOTES = """<ul class="notes">
 <li><b>Top-1</b>: the share of images whose right name is the most similar of all the names. <b>Top-5</b>: it is among
 the five most similar.</li>
@@ -186,11 +186,10 @@ def _add_cell(result, cell, classifier, names, field, embedded):
     top, scores = classifier.top(embedded.z)
     vendors = [record["vendor"] for record in embedded.records]
     result.artefacts["classification"][cell] = Classification(names, labels, top, scores, embedded.images, vendors)
-    concepts = np.asarray([hash64(record["concept"].encode()) for record in embedded.records], np.uint64)
     kept = _kept(embedded.records)
     for kind, keep in kept.items():
         for k in (1, 5):
-            result.keep(f"{cell}/top{k}{kind}", hits(top[keep], labels[keep], k), concepts[keep].view(np.int64))
+            result.keep(f"{cell}/top{k}{kind}", hits(top[keep], labels[keep], k), embedded.select(keep).concepts)
     metrics = _accuracies(top, labels, kept) | {
         "chance_top1": chance(len(names), 1),
         "chance_top5": chance(len(names), 5),
@@ -289,7 +288,7 @@ def summary(metrics):
                 f"   {m['top1_without_compositions']:8.1%}   {m['images']:.0f} x {m['classes']:.0f}"
             )
         if not metrics.get(f"{prefix}/trained_on_emoji", 1):
-            yield "  (this model was not trained on the emoji set: it has seen none of these pictures)"
+            yield "  (data.source does not name the emoji set: only copies in it show the model these pictures)"
         elif ("seen", "seen") in cells:
             yield "  (the pictures of seen concepts from seen vendors were trained on)"
 

@@ -90,7 +90,7 @@ def knn_task(
 
     _check(k, temperature, name)
     opened = {"train": train, "test": test}
-    x, labels, names, skipped = train_test.embed_labelled(model, opened, features, name, limit, batch_size)
+    x, labels, names, skipped, concepts = train_test.embed_labelled(model, opened, features, name, limit, batch_size)
     top = classes_by_votes(x["train"], labels["train"], x["test"], k, temperature)
     hits = top[:, :5] == labels["test"][:, None]
     metrics = {
@@ -102,7 +102,7 @@ def knn_task(
         "skipped": skipped,
     }
     result = EvalResult(named(name, metrics)).credit(__name__)
-    result.keep(f"{name}/top1", hits[:, 0])
+    result.keep(f"{name}/top1", hits[:, 0], concepts["test"])
     result.artefacts["confusion"][name] = Confusion(names, labels["test"], top[:, 0])
     return result
 

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -50,5 +51,5 @@ def read(path, step):
                 return {}
             names = [key.removesuffix("/values") for key in arrays if key.endswith("/values")]
             return {name: Outcomes(arrays[f"{name}/values"], arrays[f"{name}/groups"]) for name in names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return {}

@@ -82,7 +82,7 @@ def probe_task(model, train, test, *, val=None, features="before_projection", na
 
     sources = {"train": train, "val": val, "test": test}
     sources = {part: source for part, source in sources.items() if source is not None}
-    x, labels, names, skipped = train_test.embed_labelled(model, sources, features, name, limit, batch_size)
+    x, labels, names, skipped, _ = train_test.embed_labelled(model, sources, features, name, limit, batch_size)
     probe = linear_probe(
         x["train"], labels["train"], x["test"], labels["test"], x_val=x.get("val"), labels_val=labels.get("val")
     )

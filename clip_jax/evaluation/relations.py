@@ -115,6 +115,7 @@ def relations_task(model, source, *, name="scenes", limit=1500, batch_size=256):
     right = [_first_text(record, "texts") for record in embedded.records]
     z_right, parts = np.asarray(model.embed_text(right)), [record.get("held_out") for record in embedded.records]
     scores = _paired_similarity(model, embedded.z, z_right)
+    texts, first, ids = np.unique(right, return_index=True, return_inverse=True)
     result = EvalResult({})
     for test, wrong_field, count in (
         ("relations", "wrong_objects", "images"),
@@ -128,15 +129,14 @@ def relations_task(model, source, *, name="scenes", limit=1500, batch_size=256):
         correct = (pairs[:, 0] > pairs[:, 1]) + (pairs[:, 0] == pairs[:, 1]) / 2
         part_of_row = np.asarray(["" if parts[i] is None else str(parts[i]) or "seen" for i in rows])
         for part in ["", *sorted(set(part_of_row) - {""}, key=lambda part: (part != "seen", part))]:
-            in_part, end = correct[part_of_row == part] if part else correct, part and f"_{part}"
-            result.metrics[f"{name}/{test}{end}"] = float(in_part.mean())
-            result.metrics[f"{name}/{count}{end}"] = float(len(in_part))
-            result.keep(f"{name}/{test}{end}", in_part)
+            is_in, end = (part_of_row == part) | (not part), part and f"_{part}"
+            result.metrics[f"{name}/{test}{end}"] = float(correct[is_in].mean())
+            result.metrics[f"{name}/{count}{end}"] = float(is_in.sum())
+            result.keep(f"{name}/{test}{end}", correct[is_in], ids[rows][is_in])
         captions = [right[i] for i in rows], [wrong[i] for i in rows]
         result.artefacts["relations"][f"{name}/{test}"] = CaptionPairs(
             *captions, pairs, embedded.images.select(rows), part_of_row.tolist()
         )
-    texts, first, ids = np.unique(right, return_index=True, return_inverse=True)
     found = model_recall(model, embedded.z, z_right, ids, ids)
     result.metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
     for key, hits in found.hits.items():

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from clip_jax.data.records import hash64
+
 
 class Images(Sequence):
     """Records of images, read again on each access, so that no image is held in memory.
@@ -41,7 +43,7 @@ class Outcomes:
 
     Attributes:
       values: float32 `[n]`, in [0, 1]: 1 where the model was right.
-      groups: int64 `[n]`. Images of one thing, whose outcomes depend on each other, have the same number.
+      groups: int64 `[n]`. Images of one thing, whose outcomes depend on each other, have the same number, in all tasks.
     """
 
     values: np.ndarray
@@ -85,10 +87,15 @@ class EvalResult:
         Args:
           name: the metric.
           values: `[n]`, the outcome of each image in [0, 1].
-          groups: ints `[n]`, as in `Outcomes`; None: each image is a thing of its own.
+          groups: `[n]`, the thing that each image shows: a list of its names, which other tasks may share, or ints that
+            count within the task of this metric. None: each image is a thing of its own.
         """
-        groups = np.arange(len(values)) if groups is None else groups
-        self.outcomes[name] = Outcomes(np.asarray(values, np.float32), np.asarray(groups, np.int64))
+        if isinstance(groups, list):
+            numbers = np.asarray([hash64(group.encode()) for group in groups], np.uint64)
+        else:
+            numbers = np.asarray(np.arange(len(values)) if groups is None else groups).astype(np.uint64)
+            numbers = numbers + np.uint64(hash64(name.rpartition("/")[0].encode()))
+        self.outcomes[name] = Outcomes(np.asarray(values, np.float32), numbers.view(np.int64))
 
 
 def merge_results(results):

@@ -71,7 +71,7 @@ def open_sources(options, **fields):
 
 
 def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
-    """Returns `(features, labels, class names, skipped)` of labelled sources.
+    """Returns `(features, labels, class names, skipped, concepts)` of labelled sources.
 
     Args:
       model: as `clip_jax.evaluation.embed` describes it.
@@ -82,9 +82,9 @@ def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
       batch_size: images per batch.
 
     Returns: float32 `[n, D]` and int32 `[n]` of each part, a name of each class, which is its number in the source
-    where that names none, and the number of unusable records. Classes are counted from
-    0, in the order of the training set's, those alone that have training images. Embeddings are unit rows; features
-    before the projection are not normalised.
+    where that names none, the number of unusable records, and `Embedded.concepts` of each part. Classes are counted
+    from 0, in the order of the training set's, those alone that have training images. Embeddings are unit rows;
+    features before the projection are not normalised.
 
     Raises UserError for another `features`, a model without them, records without a label or with several, sources
     without a usable image, and classes that the training images lack.
@@ -104,7 +104,8 @@ def embed_labelled(model, sources, features, task, limit=None, batch_size=256):
     labels = {part: np.searchsorted(classes, numbers).astype(np.int32) for part, numbers in labels.items()}
     named = sources[train].class_names
     names = [str(i) if named is None else named[i] for i in classes]
-    return x, labels, names, sum(embedded.skipped for embedded in parts.values())
+    skipped, concepts = sum(e.skipped for e in parts.values()), {part: e.concepts for part, e in parts.items()}
+    return x, labels, names, skipped, concepts
 
 
 def _training_labels(labels, source, train_labels, train, task):

@@ -127,7 +127,7 @@ def zeroshot_task(
         from clip_jax.evaluation.classifier import hits
 
         for k in (1, 5):
-            result.keep(f"{name}/top{k}", hits(top, labels, k))
+            result.keep(f"{name}/top{k}", hits(top, labels, k), embedded.concepts)
     groups = [class_names[i] for i in labels]
     shown = (labels if sets.shape[1] == 1 else sets), top[:, :5], scores[:, :5]
     if not flat_hit:

@@ -1,6 +1,7 @@
 """The runs of a study: their commands, their training, what they measured, and the values that tuning chose."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -20,12 +21,10 @@ from clip_jax.evaluation.report.charts import read_metrics
 from clip_jax.evaluation.results import Outcomes
 from clip_jax.evaluation.tasks import check_metric, parse_tasks
 from clip_jax.runtime import compile_cache, faults, storage
-from clip_jax.studies import definition
+from clip_jax.studies import definition, folders
 
 #: Stands in a printed command for the value that tuning has not chosen yet.
 CHOSEN = "CHOSEN"
-#: The file in the folder of a run that tells how the study defined it.
-DEFINITION = "study_run.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +127,9 @@ class Planned:
         given = changes = (*self.overrides, *changes, f"seed={seed}")
         if compile_cache.VARIABLE not in os.environ:  # all seeds of a row have the same program
             changes = (f"compile.cache={self.workdir / compile_cache.FOLDER}", *changes)
-        command += [f"--config.{_filled(self, change)}" for change in _that_count(changes)]
-        return Run(self.row, seed, folder, tuple(command), steps, steps * flops, (self.spec, *given), value)
+        command += [f"--config.{_filled(self, change)}" for change in folders.that_count(changes)]
+        given = config_files.spec_of(self.row.config, is_absolute=True), *given
+        return Run(self.row, seed, folder, tuple(command), steps, steps * flops, given, value)
 
 
 def _tasks(tasks):
@@ -155,6 +155,8 @@ def plan(study, workdir, overrides, length=1.0):
     definition.check(study)
     _check_steps(study, overrides)
     workdir = storage.path(workdir)
+    if storage.is_remote(workdir) and (row := next((row for row in study.rows if row.index), None)):
+        raise UserError(f"--workdir={workdir}: the index of the row {row.name!r} needs a local folder")
     found, tasks = [], []
     budget, known = None, {}
     for row in study.rows:
@@ -213,7 +215,7 @@ def _checked(planned, value, config):
 
     tuned = [f"{planned.field}={value}"] * bool(planned.field)
     if config is None:
-        with_index = (planned.folder / "index").exists()
+        with_index = folders.has_index(planned)
         changes = [_filled(planned, text, with_index) for text in planned.overrides]
         return make_parts(from_weights.load(planned.row.config, changes + tuned + _tasks(planned.study.tasks)))[0]
     config = config_lib.override(config.copy_and_resolve_references(), tuned)
@@ -301,32 +303,11 @@ def results(run, metrics):
       run: the run.
       metrics: names, and tuples of names, as in `Study.metrics`.
 
-    Raises UserError as `check_folder`.
+    Raises UserError as `folders.check`.
     """
-    check_folder(run)
+    folders.check(run)
     found = run.metrics()
     return None if found is None else pooled(found, run.outcomes(), metrics)
-
-
-def check_folder(run):
-    """Raises UserError when the folder of a run holds one that the study defined otherwise."""
-    before = run_folder.read_json(run.folder / DEFINITION).get("changes")
-    if before is None or set(_that_count(before)) == set(_that_count(run.changes)):
-        return
-    old, new = ([x for x in some if x not in others] for some, others in ((before, run.changes), (run.changes, before)))
-    was, now = (", ".join(changes) or "the same in another order" for changes in (old, new))
-    raise UserError(f"{run.name}: {run.folder} holds a run with {was}, not {now}: give another --workdir or delete it")
-
-
-def _that_count(changes):
-    """Returns the changes without those that a later one replaces. Sections, `{...}`, add to each other."""
-    last = {}
-    for change in changes:
-        field, _, value = change.partition("=")
-        key = change if value.lstrip().startswith("{") else field
-        last.pop(key, None)
-        last[key] = change
-    return last.values()
 
 
 def pooled(found, kept, metrics):
@@ -336,10 +317,18 @@ def pooled(found, kept, metrics):
       found: metric -> value.
       kept: metric -> `Outcomes`.
       metrics: names, and tuples of names.
+
+    Raises UserError for a tuple with a metric that is known as a mean alone.
     """
     found, kept = dict(found), dict(kept)
     for parts in metrics:
-        if not isinstance(parts, str) and all(part in kept for part in parts):
+        if isinstance(parts, str):
+            continue
+        if part := next((part for part in parts if part in found and part not in kept), None):
+            raise UserError(
+                f"the study's metrics: {part!r} has no outcomes for each picture, which a tuple of metrics needs"
+            )
+        if all(part in kept for part in parts):
             values, groups = (
                 np.concatenate([getattr(kept[part], name) for part in parts]) for name in ("values", "groups")
             )
@@ -353,17 +342,18 @@ def train(run):
 
     Raises Stopped after a signal, and UserError or StorageError when the command fails.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    storage.write(run.folder / DEFINITION, json.dumps({"changes": run.changes}))
+    folders.begin(run)
     with storage.local_folder(run.folder) as folder:
         status, line = _call(run.command, folder / "train.log")
     _check(status, run.name, f"{line} ({run.folder / 'train.log'})")
 
 
 def write_index(planned):
-    """Writes the index of a row unless it is there, with the output in `index.log`; raises as `train` does."""
-    if not (planned.folder / "index" / "report.json").exists():
-        planned.folder.mkdir(parents=True, exist_ok=True)
+    """Writes the index of a row unless it is there, with the output in `index.log`.
+
+    Raises as `train` and `folders.begin_index` do.
+    """
+    if not folders.begin_index(planned):
         status, line = _call(planned.index_command(), planned.folder / "index.log")
         _check(status, f"the index of {planned.row.name}", f"{line} ({planned.folder / 'index.log'})")
 
@@ -385,6 +375,8 @@ def _call(command, log):
 
 
 def _check(status, name, line):
+    # A program that a signal ends before, or without, handling it has minus its number.
+    status = {-signal.SIGTERM: faults.PREEMPTED, -signal.SIGINT: faults.INTERRUPTED}.get(status, status)
     if status in (faults.PREEMPTED, faults.INTERRUPTED):
         raise faults.Stopped(status, f"in {name}")
     if status:
@@ -408,18 +400,19 @@ def read_out(study, run, metrics, kept):
     file, wanted = run.folder / "readouts.json", study.metrics.values()
     stored = json.loads(storage.read(file) or "{}")
     found, config = {}, from_weights.load(run.row.config, config_lib.parse_overrides(run.command[4:]))
-    for number, (name, changes) in enumerate(study.readouts.items()):
+    for name, changes in study.readouts.items():
         if config_lib.override(config.copy_and_resolve_references(), changes) == config:
             found[name] = metrics, kept
             continue
-        key, place = f"step {run.steps}: {' '.join(changes)}", run.folder / f"readout_{number}.npz"
-        if key not in stored:
+        key = f"step {run.steps}: {' '.join(changes)}"
+        place = run.folder / f"readout_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        if place.name not in stored:
             model = inference.load(run.folder, overrides=changes)
             result = evaluate.run(model, model.config.eval.tasks, log=lambda line: None)
             outcomes.write(place, run.steps, result.outcomes)
-            stored[key] = result.metrics
+            stored[place.name] = {"readout": key, "metrics": result.metrics}
             storage.write(file, json.dumps(stored, indent=1))
-        found[name] = pooled(stored[key], outcomes.read(place, run.steps), wanted)
+        found[name] = pooled(stored[place.name]["metrics"], outcomes.read(place, run.steps), wanted)
     return found
 
 

@@ -129,7 +129,7 @@ def order(study, metrics):
     for (readout, by_row), (lower, higher) in itertools.product(metrics.items(), itertools.pairwise(study.rows)):
         if not (lower.published and higher.published):
             continue
-        a, b = ([100 * m[name] for m in by_row[row.name]] for row in (lower, higher))
+        a, b = ([100 * m[name] for m in by_row[row.name] if m.get(name) is not None] for row in (lower, higher))
         if not a or not b:
             continue
         by = f"read by {readout}, " if len(metrics) > 1 else ""

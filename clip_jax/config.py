@@ -62,7 +62,7 @@ def _data():
     c.holdout = 0.0  # share of the records that is kept out of training, by a hash of their images (docs/data.md)
     c.image = c.text = c.label = ""  # names of the record's fields; empty: found automatically
     c.templates = ()  # captions built from a record's fields, e.g. ("{name}", "{tags}"); empty: captions as they are
-    c.word_dropout = 0.0  # each word of a caption is left out with this probability
+    c.word_dropout = 0.0  # each word of a caption is left out with this probability; one random word always stays
     c.rewrites = ()  # fields that hold rewrites, which training draws instead of the caption (docs/texts.md)
     c.rewrite_prob = -1.0  # probability of a rewrite; -1: a caption and each of its rewrites are equally likely
     c.augment = ("rrc(0.9, 1.0)",)  # image transforms (docs/data.md); the default is CLIP's random square crop

@@ -181,7 +181,7 @@ def begin(config, method, workdir, fork=None, log=print):
     """
     from clip_jax.training import checkpoint
 
-    if fork is None or checkpoint.committed(workdir / "checkpoints"):
+    if fork is None or hosts.gather(bool(checkpoint.committed(workdir / "checkpoints")))[0]:
         return
     _check_state(config, method, fork)
     if hosts.is_first():

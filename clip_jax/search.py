@@ -27,7 +27,7 @@ from clip_jax.data.sources import make_source
 from clip_jax.errors import UserError
 from clip_jax.evaluation.report.page import write_page
 from clip_jax.runtime import command, storage
-from clip_jax.search_index import Bank, make_index, scores_of
+from clip_jax.search_index import Bank, check_folder, make_index, scores_of
 
 #: The usual port of `--serve`.
 PORT = 8017
@@ -173,6 +173,8 @@ def search(args, log=print):
         raise UserError(f"--k={args.k}: must be at least 1")
     if args.index and storage.is_remote(args.index):
         raise UserError(f"--index={args.index}: must be a local folder, because it is read by parts")
+    if args.index:
+        check_folder(args.index)
     if args.texts and args.find != "texts":
         raise UserError("--texts needs --find=texts")
     source = make_source(args.images, args.split)

@@ -193,8 +193,10 @@ def make_index(model, source, kind, spec, split="train", folder=None, log=print)
       log: function of a line.
 
     Raises UserError when `folder` holds an index of another checkpoint or data set, nothing can be embedded, or nothing
-    can be written.
+    can be written, and as `check_folder` does.
     """
+    if folder:
+        check_folder(folder)
     key = {"version": 2, "kind": kind, "model": model_key(model), "data": data_key(source, spec, split)}
     spec_key = hashlib.blake2b(f"{spec} {split}".encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
     name = f"{kind}-{spec_key}-{key['model'][:12]}"
@@ -223,6 +225,14 @@ def make_index(model, source, kind, spec, split="train", folder=None, log=print)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return _read_index(place)[1]
+
+
+def check_folder(folder):
+    """Raises UserError when a path is taken by something else than an index, which an index would replace."""
+    place = pathlib.Path(folder)
+    is_other = place.is_dir() and any(place.iterdir()) and not (place / "meta.json").exists()
+    if is_other or place.is_file():
+        raise UserError(f"--index={folder}: holds something else than an index; name a new folder")
 
 
 def _mismatch(folder, key, found):

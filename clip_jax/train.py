@@ -8,8 +8,8 @@ and 130 interrupted (Ctrl-C), both with the state saved, 43 another host is lost
 failed.
 """
 
+import contextlib
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,7 +177,7 @@ def train(config, workdir, log=print, cluster=None, fork=None):
         if run_folder.is_beyond(config, workdir, int(state.step), log):
             return {}
         run_folder.record(workdir, config, int(state.step))
-        with closing(metrics.Writer(workdir, config)) as writer:
+        with contextlib.closing(metrics.Writer(workdir, config)) as writer:
             clock = goodput.Goodput(started, checkpointer.seconds)
             run = Run(config, method, tokenizer, mesh, checkpointer, writer, signals, clock, workdir, cache, log)
             trains = int(state.step) < config.train.steps
@@ -267,7 +267,8 @@ class Recorder:
             run.checkpointer.wait()
             since = step - int(values["bad_steps"]) + 1
             problem = f"the loss or a gradient was not finite in steps {since} to {step}; their updates were skipped"
-            newest = f"the newest checkpoint, {run.checkpointer.newest()}, is still good"
+            path = run.checkpointer.newest()
+            newest = f"the newest checkpoint, {path}, is still good" if path else "no checkpoint is saved yet"
             raise UserError(f"{problem}; {newest}: lower the learning rate and start again")
         if step % options.log_steps == 0 or step in (self.first, options.steps):
             # Hosts with the same rows skip the same records: each of the shares counts once.
@@ -312,7 +313,7 @@ def loop(run, source, tx, state):
     step_fn, flops = compile_on_all_hosts(run, source, tx, state, batch)
     recorder, pending = Recorder(run, loader, skipped, first, flops), None
     profiler = profile.Profiler(run.workdir / "profile", config, step_fn, run.log)
-    with closing(loader), run.signals.deferred(), profiler:
+    with contextlib.closing(loader), run.signals.deferred(), profiler:
         for step in range(first, steps + 1):
             with faults.stage("step"), profiler.step(step, state):
                 state, values = step_fn(state, batch)
@@ -349,11 +350,12 @@ def main(argv=None):
     def work():
         profile.ignore_signal()
         config, workdir, cluster, fork = parse_args(argv)
-        open_remote = storage.Log if storage.is_remote(workdir) else None
         with preflight.nothing_left(workdir):
             folder, log = storage.prepare(workdir), lambda line: print(line, flush=True)
-            with lock.hold(folder, log, *hosts.place(cluster)):
-                host_log.start(folder, host_log.process_name(cluster), open_remote)
+            number, together = hosts.place(cluster)
+            # On Cloud TPU `train` takes the lock, once the hosts have joined: until then nothing may ask JAX.
+            with contextlib.nullcontext() if number is None else lock.hold(folder, log, number, together):
+                host_log.start(folder, host_log.process_name(cluster), storage.is_remote(workdir) and storage.Log)
                 train(config, workdir, log, cluster, fork)
 
     return command.run(work)

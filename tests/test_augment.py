@@ -1,3 +1,4 @@
+import io
 import pickle
 
 import numpy as np
@@ -6,6 +7,8 @@ from conftest import golden_files
 from PIL import Image
 
 from clip_jax.data import augment, decode, policies
+from clip_jax.data.records import BadRecord
+from clip_jax.data.views import ImageView
 from clip_jax.errors import UserError
 
 
@@ -257,3 +260,14 @@ def test_a_random_crop_without_antialiasing_is_the_crop_resized():
     box = augment._random_box(image.size, np.random.default_rng(3), 0.3, 0.9, (3 / 4, 4 / 3))
     wanted = augment.squash(image.crop(box), 16, "bilinear", antialias=False)
     np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("operations", [("rrc(0.5, 1.0, antialias=False)",), ("drop_alpha", "rrc(0.9, 1.0)"), ("rrc",)])
+def test_a_truncated_jpeg_is_a_bad_record(operations):
+    """A large JPEG is read no sooner than an operation asks for its pixels."""
+    image, file = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8), io.BytesIO()
+    Image.fromarray(image).save(file, "jpeg")
+    view = ImageView("image", 16, operations)
+    record = {"image": file.getvalue()[: file.tell() // 2]}
+    with pytest.raises(BadRecord, match="corrupt image"):
+        view(record, np.random.default_rng(0), None)

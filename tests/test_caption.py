@@ -92,6 +92,9 @@ def test_unreadable_images_have_no_caption(tmp_path):
     failures = lib.run(source, str(tmp_path / "c.jsonl"), lib.Retrieval(Colours(), BANK), about={})
     assert failures == {"corrupt image": 1, "no image": 1}
     assert captions(source, tmp_path / "c.jsonl") == ["a red square", "", "", "a blue square"]
+    last = MemorySource([records[0], records[3], records[1]])  # the last batch is one bad record
+    lib.run(last, str(tmp_path / "last.jsonl"), lib.Retrieval(Colours(), BANK), about={}, batch=2)
+    assert captions(last, tmp_path / "last.jsonl") == ["a red square", "a blue square", ""]
     with pytest.raises(UserError, match="none of 1 records in a row has a caption .corrupt image: 1."):
         lib.run(MemorySource(records[1:2]), str(tmp_path / "none.jsonl"), lib.Retrieval(Colours(), BANK), about={})
 

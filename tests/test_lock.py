@@ -11,12 +11,13 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import REPO
 from helpers import losses, tiny_config
 
 from clip_jax import config as config_lib
 from clip_jax import evaluate, run_folder, train
 from clip_jax.errors import UserError
-from clip_jax.runtime import faults, lock
+from clip_jax.runtime import faults, hosts, lock
 from clip_jax.training import checkpoint
 
 
@@ -113,6 +114,35 @@ def test_a_run_of_another_host_lives_while_it_refreshes_its_lock(tmp_path, monke
     with lock.hold(tmp_path, lines.append, number=0):
         assert lock.read(tmp_path)["pid"] == os.getpid()
     assert ["looking up to 1 s" in lines[0], "taken over from a run on pod-3" in lines[1]] == [True, True]
+
+
+def test_an_ending_run_lives_by_its_refreshes_and_not_by_its_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 1.5)
+
+    def save():
+        for i in range(30):
+            write_lock(tmp_path, beat=1000 - i, host="pod-3", ending=True)
+            time.sleep(0.1)
+        saved.append(True)
+        (tmp_path / lock.FILE).unlink()
+
+    saved = []
+    write_lock(tmp_path, beat=1001, host="pod-3", ending=True)
+    owner = threading.Thread(target=save)
+    owner.start()
+    with lock.hold(tmp_path, lambda line: None, number=0):
+        assert saved
+    owner.join()
+
+
+def test_on_cloud_tpu_nothing_asks_jax_before_the_hosts_have_joined(tmp_path, monkeypatch):
+    """A started backend would make `jax.distributed.initialize` fail."""
+    monkeypatch.setattr(hosts, "_on_cloud_tpu", lambda: True)
+    monkeypatch.setattr(hosts, "is_first", lambda: pytest.fail("asked too early"))
+    joined = []
+    monkeypatch.setattr(train, "train", lambda *_: joined.append(True))
+    assert train.main([f"--config={REPO}/configs/clip.py:emoji", f"--workdir={tmp_path}"]) == 0 and joined
 
 
 def test_a_damaged_lock_is_taken_over(tmp_path):

@@ -14,6 +14,7 @@ from web_server import serve_as_hub, web_server
 from clip_jax.data import clients, decode, remote
 from clip_jax.data.reading import Reading
 from clip_jax.data.records import BadRecord
+from clip_jax.data.records import records as all_records
 from clip_jax.data.sources import (
     MemorySource,
     arrow,
@@ -288,6 +289,17 @@ def test_arrays_are_columns(tmp_path, monkeypatch):
     for i, record in enumerate(found):
         np.testing.assert_array_equal(record["regions"], values[i])
         assert record["count"] == i + 1 and record["regions"].dtype == np.float16
+
+
+def test_an_unreadable_row_of_columns_is_one_bad_record(tmp_path):
+    write(tmp_path / "a.parquet", pets(20), row_group_size=20)
+    texts = [b"caf\xe9" if i == 7 else b"a" for i in range(20)]
+    table = pa.table({"note": pa.Array.from_buffers(pa.string(), 20, pa.array(texts).buffers())})
+    pq.write_table(table, tmp_path / "c.parquet")
+    source = make_source(f"{tmp_path}/a.parquet?columns={tmp_path}/c.parquet")
+    found = [record for _, record in all_records(source)]
+    assert [i for i, record in enumerate(found) if isinstance(record, BadRecord)] == [7]
+    assert [record["note"] for i, record in enumerate(found) if i != 7] == ["a"] * 19
 
 
 def test_columns_of_another_data_set_are_refused(tmp_path):

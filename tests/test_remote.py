@@ -186,6 +186,10 @@ def test_ranges_and_wildcards(web, tmp_path):
     # Each local file of a range must be there.
     (tmp_path / "1.tar").write_bytes(DATA)
     assert remote.expand(f"{tmp_path}/{{1..1}}.tar") == remote.expand(f"{tmp_path}/*.tar") == [f"{tmp_path}/1.tar"]
+    for name in ("x1a.tar", "x10a.tar"):
+        (tmp_path / name).write_bytes(DATA)
+    (tmp_path / "x2.tar").write_bytes(DATA)
+    assert remote.expand(f"{tmp_path}/x{{1..2}}*.tar") == [f"{tmp_path}/{x}.tar" for x in ("x10a", "x1a", "x2")]
     for pattern in ("{1..2}.tar", "{2..1}.tar"):
         with pytest.raises(UserError, match="no such file"):
             remote.expand(f"{tmp_path}/{pattern}")

@@ -218,9 +218,9 @@ def test_records_with_a_field_and_records_that_name_nothing_held_out(tmp_path):
         {"caption": "Buses, pencil-box"},
         {"caption": "a bull train"},
     )
-    table = write_table(
-        tmp_path, [*told, {"caption": "two clowns", "keywords": []}, {"caption": "abacuses", "keywords": ["x"]}]
-    )
+    more = {"caption": "two clowns", "keywords": []}, {"caption": "abacuses", "keywords": ["x"]}
+    lines = [{"caption": text} for text in ("first line\nabacus", "first\tabacus sits", "one\u00a0abacus")]
+    table = write_table(tmp_path, [*told, *more, *lines])
     assert captions(make_source(f"{table}?has=keywords")) == ["two clowns", "abacuses"]
     assert captions(make_source(f"{table}?without=emoji")) == ["a bull train", "two clowns"]
     clip_art, held_out = make_source("openclipart?without=emoji&has=keywords"), make_source("emoji", "val_seen_vendor")

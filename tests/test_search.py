@@ -345,6 +345,7 @@ def test_the_search_page_answers_texts_and_uploads_on_this_machine_alone(served,
         (["--text=a", "--checkpoint=/nowhere"], "'/nowhere' is no folder"),
         (["--text=a", "--images=/nowhere"], "/nowhere: no such file or folder"),
         (["--text=a", "--index={}/0.txt/x"], "the embeddings cannot be kept in"),
+        (["--text=a", "--index={}"], "holds something else than an index; name a new folder"),
         (["--text=a", "--html={}/0.txt/x"], "cannot be written: File exists"),
     ],
 )

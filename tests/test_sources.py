@@ -9,6 +9,7 @@ from PIL import Image
 
 from clip_jax.data import decode
 from clip_jax.data.records import BadRecord, check_labels
+from clip_jax.data.records import records as all_records
 from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.data.sources.kept import Places, starts_of
 from clip_jax.data.sources.mixture import MixtureSource
@@ -133,6 +134,24 @@ def write_tfds(folder, records, features, name="tiny", version="1.0.0", split="t
         license_text="",
     )
     return folder
+
+
+def test_a_damaged_chunk_of_a_tfds_folder_is_bad_records(tmp_path):
+    import tensorflow_datasets as tfds
+
+    rng = np.random.default_rng(0)
+    records = [{"caption": f"c {i} {rng.bytes(500).hex()}"} for i in range(300)]
+    folder = write_tfds(tmp_path / "t", records, {"caption": tfds.features.Text()})
+    (file,) = (path for path in folder.rglob("*array_record*"))
+    data = bytearray(file.read_bytes())
+    for place in range(len(data) // 2, len(data) // 2 + 40):
+        data[place] ^= 255
+    file.write_bytes(data)
+    found = [record for _, record in all_records(make_source(str(folder)))]
+    bad = [i for i, record in enumerate(found) if isinstance(record, BadRecord)]
+    assert bad and all(record["texts"][0].startswith(f"c {i} ") for i, record in enumerate(found) if i not in bad)
+    with pytest.raises(BadRecord, match="unreadable record"):
+        make_source(str(folder))[bad[0]]
 
 
 @pytest.fixture(scope="module")

@@ -122,6 +122,8 @@ def test_splits_of_data_sets_and_mixtures(tmp_path):
     assert list_splits(f"scenes + {data}") == ["val", "test"]
     with pytest.raises(UserError, match="no split in common .*train; .*: test, val"):
         list_splits(f"{tmp_path}/a.csv + {data}")
+    for address in ("gs://bucket/pairs.manifest.parquet?holdout=0.1", "hf://datasets/a/b/x.parquet", "https://a/b.tar"):
+        assert list_splits(address) == ["train"] and evaluation_split(address) == "train"  # found when it is opened
     check_split("emoji", "train[:50%]+val_seen_vendor")
     for split in ("tran", "train+tset"):
         with pytest.raises(UserError, match="emoji: no split"):

@@ -1,5 +1,6 @@
 """Blocks of tar shards: the same samples as with an index, from ranges of bytes alone."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -12,7 +13,7 @@ import pytest
 from data_helpers import write_tar
 
 from clip_jax.data.records import BadRecord
-from clip_jax.data.sources import ranges, tar
+from clip_jax.data.sources import ranges, tar, tar_samples
 from clip_jax.data.sources.shards import ShardSource, format_of, scan_shards, scanned_source
 from clip_jax.data.sources.webdataset import WebDatasetSource
 from clip_jax.errors import UserError
@@ -146,6 +147,12 @@ def test_damaged_members_are_bad_records(tmp_path):
         with pytest.raises(BadRecord, match=reason):
             block[index]
     assert samples == 4 and block[3] == {"image": b"x"}
+    file = io.BytesIO()
+    np.savez_compressed(file, x=np.arange(200.0))
+    data = file.getvalue()
+    for i in range(len(data)):  # the array, or a bad record
+        with contextlib.suppress(BadRecord):
+            tar_samples._read_arrays(data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :])
 
 
 def test_a_remote_shard_is_scanned_in_large_pieces(tmp_path, monkeypatch):

@@ -156,6 +156,15 @@ def test_wordpiece(wordpiece_spec):
     assert tokenizer.decode(tokenizer(["a cats"], 8)[0]) == "a cats"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_separator_is_a_piece(tmp_path, end):
+    """As in bert-base-chinese. It must not shift the ids of the pieces after it."""
+    pieces = [*BERT_PIECES[:6], "\u2028", *BERT_PIECES[6:]]
+    (tmp_path / "vocab.txt").write_bytes((end.join(pieces) + end).encode())
+    tokenizer = make_tokenizer(f"wordpiece:{tmp_path}/vocab.txt")
+    assert tokenizer.vocab_size == len(pieces) and tokenizer.encode("cat") == [pieces.index("cat")]
+
+
 def test_wordpiece_lit_and_flip_layouts(wordpiece_spec):
     np.testing.assert_array_equal(make_tokenizer(wordpiece_spec + "?eot=false")(["a cat"], 4), [[2, 5, 6, 0]])
     np.testing.assert_array_equal(make_tokenizer(wordpiece_spec + "?sot=false")(["a cat"], 4), [[5, 6, 3, 0]])

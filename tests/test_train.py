@@ -149,12 +149,22 @@ def test_a_run_that_reads_its_records_in_another_order_says_so():
         ("tokenizer=clip_bpe", "tokenizer was 'sentencepiece', is now 'clip_bpe'"),
         ("optim.name=adamw", "optim.name was 'sgd', is now 'adamw'"),
         ("data.batch_size=32", "data.batch_size was 16, is now 32"),
+        (
+            "optim.grad_clip_norm=0",
+            r"Length mismatch .*optim.grad_clip_norm was 1.0, is now 0.0; .* Use another --workdir",
+        ),
     ],
 )
 def test_another_model_or_tokenizer_is_refused(finished, override, message):
     with pytest.raises(UserError, match=message):
         train.train(tiny_config(override), finished[0], lambda line: None)
     assert checkpoint.find(finished[0]).name == "8", "the checkpoints are still there"
+
+
+def test_a_checkpoint_without_an_array_is_refused(finished):
+    other = {"params": {"img": {"more": jax.ShapeDtypeStruct((2,), np.float32)}}}
+    with pytest.raises(checkpoint.Damaged, match="does not fit the configuration: it has no array params/img/more"):
+        checkpoint.restore_arrays(finished[0] / "checkpoints" / "8", other)
 
 
 def test_another_tokenizer_under_the_same_name_is_refused(finished, monkeypatch):
@@ -180,6 +190,11 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, caplog):
     train.train(config, tmp_path, lines.append)
     assert "is damaged" in caplog.text and any("from step 2" in line for line in lines)
     assert losses(tmp_path) == expected
+    # The damaged one is out of the way: the run has saved step 4 again.
+    assert [path.name.split("-")[0] for path in sorted((tmp_path / "checkpoints").glob("4*"))] == ["4", "4.damaged"]
+    caplog.clear()
+    train.train(config, tmp_path, lines.append)
+    assert "is damaged" not in caplog.text and any("is complete: 4 of 4 steps" in line for line in lines)
     for step in (2, 4):
         damage(tmp_path / "checkpoints" / str(step))
     with pytest.raises(UserError, match="none of the checkpoints .* can be read"):
@@ -221,15 +236,10 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
 
     scores = iter([0.3, 0.9, 0.1, 0.2, 0.25])
     monkeypatch.setattr(evaluate, "run", lambda model, tasks, log: EvalResult({"emoji/skipped": next(scores)}))
-    config = tiny_config(
-        "train.steps=5",
-        "checkpoint.best=emoji/skipped",
-        "checkpoint.keep=1",
-        "checkpoint.steps=0",
-        "eval.steps=1",
-        "eval.train_tasks=('emoji',)",
-    )
-    train.train(config, tmp_path, lambda line: None)
+    options = ["checkpoint.best=emoji/skipped", "checkpoint.keep=1", "checkpoint.steps=0"]
+    options += ["eval.steps=1", "eval.train_tasks=('emoji',)"]
+    for steps in (3, 5):  # a later start keeps the best of an earlier one
+        train.train(tiny_config(f"train.steps={steps}", *options), tmp_path, lambda line: None)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["2", "5"]
     assert checkpoint.find(tmp_path, "best").name == "2" and checkpoint.find(tmp_path).name == "5"
 

@@ -228,6 +228,9 @@ def test_captions_that_are_not_text_are_counted_by_the_loader(tmp_path):
 
 def test_rewrites_follow_the_rule_and_keep_their_places():
     view = RewritesView(context=16, rewrites=("rewrites",), count=2)
+    blank = {"texts": ["", "a cat", " "], "rewrites": ["x", "the red cat", "z"]}  # no draw may make a record unusable
+    for rng in (None, *map(np.random.default_rng, range(9))):
+        assert [Bytes().decode(row) for row in view(blank, rng, Bytes())] == ["a cat", "the red cat", "a cat"]
     rows = view({"texts": ["a cat"], "rewrites": [None, "the red cat"]}, None, Bytes())
     assert [Bytes().decode(row) for row in rows] == ["a cat", "a cat", "the red cat"]
     for value in ([True], {"en": "a cat sits"}, [["a cat sits"]]):

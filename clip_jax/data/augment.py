@@ -162,7 +162,7 @@ def rrc(
     """
     box = _random_box(image.size, rng, min_area, max_area, ratio)
     if not antialias:
-        return _resize_plainly(decode.flatten(image.crop(box)), size, interpolation)
+        return _resize_plainly(decode.flatten(decode.load(image).crop(box)), size, interpolation)
     image, box = decode.shrink_on_load(image, box, size)
     return decode.resize(decode.flatten(image), (size, size), _filter(interpolation), box)
 
@@ -355,7 +355,7 @@ def drop_alpha(image):
     open_clip do: Pillow resizes a transparent image with its colours weighted by alpha, and one with a palette by the
     nearest pixel.
     """
-    return image.convert("RGB")
+    return decode.load(image).convert("RGB")
 
 
 _TRANSPARENCY = (rrc, background, random_background, drop_alpha)  # these read pixels or transparency as they need

@@ -95,7 +95,7 @@ def expand(pattern):
         low, high = match.groups()
         before, after = pattern[: match.start()], pattern[match.end() :]
         parts = (f"{before}{i:0{len(low)}d}{after}" for i in range(int(low), int(high) + 1))
-        found = [file for part in parts for file in expand(part)]
+        found = list(dict.fromkeys(file for part in parts for file in expand(part)))  # "1*" has the files of "10*"
     elif is_remote(pattern):
         found = _matches(pattern)
     else:

@@ -208,8 +208,9 @@ class TextVariants(TextView):
 class RewritesView(TextView):
     """A caption and its first `count` rewrites, token ids int32 `[1 + count, context]` (LaCLIP-MT, Fan et al. 2023).
 
-    The caption replaces a missing rewrite. When a record has several captions, one is drawn; `rewrites` then holds the
-    rewrites of all of them, in equal numbers and in the captions' order. `rewrite_prob` is not used.
+    The caption replaces a missing rewrite. When a record has several captions, one that is not blank is drawn;
+    `rewrites` then holds the rewrites of all of them, in equal numbers and in the captions' order. `rewrite_prob` has
+    no effect.
 
     Attributes:
       count: int, number of rewrites.
@@ -225,7 +226,8 @@ class RewritesView(TextView):
         rewrites = [] if self._is_class(record) else rewrites_of(record, self.rewrites)
         captions = record.get("texts") or ()
         if not self.templates and len(captions) > 1:
-            number = 0 if rng is None else int(rng.random() * len(captions))
+            usable = [i for i, text in enumerate(captions) if usable_texts([text], strict=False)] or [0]
+            number = usable[0 if rng is None else int(rng.random() * len(usable))]
             share, record = len(rewrites) // len(captions), record | {"texts": [captions[number]]}
             rewrites = rewrites[number * share :][:share]
         caption = self._own_caption(record, rng)

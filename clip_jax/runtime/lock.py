@@ -237,14 +237,17 @@ class Lock:
     def _has_ended(self, found, log):
         """As `_is_dead`, for an owner that is ending."""
         token, end = found.get("token"), time.monotonic() + ENDING_SECONDS
+        beat, seen = found.get("beat"), time.monotonic()  # by one clock: those of the hosts may differ
         log(f"{self.folder}: waiting for the end of {_owner(found)} ...")
         while time.monotonic() < end:
-            if _state(found) == "dead" or _age(found) > STALE_SECONDS:
+            if _state(found) == "dead" or time.monotonic() - seen > STALE_SECONDS:
                 return True
             time.sleep(min(1, BEAT_SECONDS))
             found = read(self.folder, self.name)
             if found is None or found.get("token") != token:
                 return False
+            if found.get("beat") != beat:
+                beat, seen = found.get("beat"), time.monotonic()
         raise _in_use(self.folder, found)
 
     def _refresh(self):

@@ -171,7 +171,7 @@ def run(source, out, captioner, *, about, batch=256, log=print):
     Returns:
       A Counter of the reasons for empty captions.
 
-    Raises UserError as `write_texts` does, and when a whole batch has no caption.
+    Raises UserError as `write_texts` does, and when no record of a whole batch, or of the source, has a caption.
     """
     failures = Counter()
 
@@ -190,7 +190,8 @@ def run(source, out, captioner, *, about, batch=256, log=print):
             captions = dict(zip(images, map(_clean, captioner(list(images.values()), of)), strict=True))
             reasons["no text for an image"] += sum(not caption for caption in captions.values())
         failures.update(+reasons)
-        if not any(captions.values()):
+        # The last batch may be a single bad record.
+        if not any(captions.values()) and (len(chunk) == batch or len(source) < batch):
             raise UserError(f"none of {len(chunk):,} records in a row has a caption ({format_reasons(+reasons)})")
         return [{"synthetic": captions.get(i, "")} for i, _ in chunk]
 

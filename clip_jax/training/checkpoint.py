@@ -8,13 +8,13 @@ written last: buckets, and mounts of buckets, cannot rename folders.
 """
 
 import base64
-import functools
 import json
 import logging
 import math
 import os
 import pathlib
 import tempfile
+import time
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ from clip_jax import config as config_lib
 from clip_jax import plugins
 from clip_jax.errors import StorageError, UserError
 from clip_jax.runtime import faults, hosts, storage
+from clip_jax.training.best import Best, score
 from clip_jax.version import __version__
 
 #: Fields that determine shape and meaning of the saved arrays. A run cannot resume with other values.
@@ -36,7 +37,7 @@ IDENTITY += ("data.batch_size", "data.order", "data.lanes", "data.window")
 METHOD = "method"
 
 #: Parts of Orbax's messages about arrays that are readable but are not those asked for.
-_MISFITS = ("not compatible with the stored shape", "Type mismatch at key path")
+_MISFITS = ("not compatible with the stored shape", "Type mismatch at key path", "Length mismatch", "has no array")
 
 #: The file that Orbax writes last. Before 0.12.8 it renamed a complete checkpoint, whose metadata have a time instead.
 COMMIT, _RENAMED = "commit_success.txt", "_CHECKPOINT_METADATA"
@@ -54,12 +55,13 @@ class Damaged(UserError):
 
     Attributes:
       reason: the first error, in one line.
+      is_whole: whether the files are readable.
     """
 
     def __init__(self, folder, error):
         self.reason = faults.one_line(error.__cause__ or error)
-        is_whole = any(sign in self.reason for sign in _MISFITS)
-        what = "does not fit the configuration" if is_whole else "is damaged"
+        self.is_whole = any(sign in self.reason for sign in _MISFITS)
+        what = "does not fit the configuration" if self.is_whole else "is damaged"
         super().__init__(f"the checkpoint {str(folder)!r} {what}: {self.reason}")
 
 
@@ -91,9 +93,10 @@ class Checkpointer:
             file = self.method["name"].replace(".", "/") + ".py"
             storage.write(storage.path(workdir) / METHOD / file, self.method["text"])
         policies = [checkpoint_managers.LatestN(config.checkpoint.keep)]
-        if best := config.checkpoint.best:
-            by = functools.partial(score, best=best)
-            policies.append(checkpoint_managers.BestN(get_metric_fn=by, n=1, keep_checkpoints_without_metrics=False))
+        if config.checkpoint.best:
+            policies.append(
+                Best(config.checkpoint.best, lambda step: read_meta(self.folder / str(step)).get("metrics"))
+            )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
@@ -134,11 +137,9 @@ class Checkpointer:
             "order": self.order,
         }
         with faults.stage("checkpoint"), _SaveFailure(self, step):
-            self.manager.save(
-                step,
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)),
-                metrics=metrics or None,
-            )
+            items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+            if not self.manager.save(step, args=items, metrics=metrics or None):
+                raise OSError(f"the folder holds a later one, {self.manager.latest_step()}")
 
     def begin_order(self, digest, step, log):
         """Keeps the digest of the order of the records, and logs a warning where it is not the restored state's.
@@ -177,24 +178,28 @@ class Checkpointer:
     def restore(self, state):
         """Returns the newest readable state, or None when the folder holds no checkpoint.
 
-        A damaged checkpoint causes a warning, and the one before it is used.
+        A damaged checkpoint causes a warning, and the one before it is used. It is set aside.
 
         Args:
           state: a `TrainState` of `jax.ShapeDtypeStruct` with shardings.
 
         Raises UserError when every checkpoint is damaged, and when the run in the folder has another configuration or
-        tokenizer; the message names the fields. Raises StorageError when a bucket cannot be read.
+        tokenizer, or other arrays; the message names the fields. Raises StorageError when a bucket cannot be read.
         """
+        misfit = ""
         with faults.stage("checkpoint"):
             steps = hosts.gather(sorted(self.manager.all_steps(), reverse=True))[0]
             for step in steps:
                 found, problem = None, ""
                 try:
                     meta = read_meta(self.folder / str(step))
-                    self._check(meta)
+                    changed = self._check(meta)
                     found = restore_arrays(self.folder / str(step), state)
                 except Damaged as error:
                     problem = error.reason
+                    if error.is_whole:
+                        fields = "".join(f"; {key} was {a!r}, is now {b!r}" for key, a, b in changed)
+                        misfit = misfit or f"{problem}{fields}"
                 except (UserError, StorageError):
                     raise
                 except Exception as error:
@@ -202,15 +207,33 @@ class Checkpointer:
                 # A checkpoint that one host cannot read counts as damaged on all hosts.
                 if not any(problems := hosts.gather(problem)):
                     self.seconds, self.order = meta.get("seconds", {}), meta.get("order")
+                    self._set_aside([other for other in steps if other > step])
                     return found
                 problem = next(filter(None, problems))
                 logger.warning("checkpoint %s/%d is damaged (%s); trying the one before", self.folder, step, problem)
+        if misfit:
+            raise UserError(
+                f"{self.folder} holds a run that this configuration cannot continue: {misfit}. Use another --workdir"
+            )
         if steps:
             found = ", ".join(map(str, steps))
             raise UserError(f"none of the checkpoints in {self.folder} can be read ({found}); use another --workdir")
         return None
 
+    def _set_aside(self, steps):
+        """Renames damaged checkpoints; in a bucket they become incomplete ones. Orbax saves only after the newest."""
+        if hosts.is_first():
+            for path in (self.folder / str(step) for step in steps):
+                if storage.is_remote(path):
+                    (path / COMMIT).unlink()
+                else:
+                    path.rename(self.folder / f"{path.name}.damaged-{time.time_ns()}")
+        if steps:
+            hosts.wait("set aside")
+            self.manager.reload()
+
     def _check(self, meta):
+        """Returns the fields that changed, as `config.differences`. Raises UserError when one of them is `IDENTITY`."""
         old = config_lib.from_json(json.dumps(meta["config"]))
         changed = config_lib.differences(old, self.config, IDENTITY)
         if changed:
@@ -230,14 +253,7 @@ class Checkpointer:
         ]
         for key, a, b in changed:
             logger.warning("the run resumes with another %s: it was %r, is now %r", key, a, b)
-
-
-def score(metrics, best):
-    """Returns a metric by which the largest is best, `-NAME` negated; -inf where it is missing or NaN."""
-    value = (metrics or {}).get(best.removeprefix("-"))
-    if value is None or math.isnan(value):
-        return -math.inf
-    return -value if best.startswith("-") else value
+        return changed
 
 
 def committed(folder):
@@ -319,7 +335,11 @@ def restore_arrays(folder, target):
             # Without its list of arrays Orbax would fail for each array and print a traceback for most of them.
             ts.KvStore.open({"driver": "ocdbt", "base": state.as_uri() + "/"}).result().list().result()
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()) as checkpointer:
-            return checkpointer.restore(state, args=args)
+            found = checkpointer.restore(state, args=args)
+        for path, x in jax.tree_util.tree_leaves_with_path(found):
+            if isinstance(x, jax.ShapeDtypeStruct):  # Orbax returns what it was asked for
+                raise ValueError(f"it has no array {jax.tree_util.keystr(path, simple=True, separator='/')}")
+        return found
     except (MemoryError, jax.errors.JaxRuntimeError):  # too little memory, or another process is lost
         raise
     except Exception as error:  # Orbax raises a bare Exception for a damaged array

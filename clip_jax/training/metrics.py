@@ -1,6 +1,7 @@
 """The metrics of a run: the progress line, `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
 import collections
+import hashlib
 import json
 import math
 import tempfile
@@ -52,7 +53,9 @@ class Writer:
                 dir=tempfile.gettempdir() if storage.is_remote(workdir) else str(workdir),
                 config=config.to_dict(),
                 resume="allow",
-                id=workdir.name,
+                name=workdir.name,
+                # The rows of a study have folders of one name, and W&B keeps one run for an id.
+                id=hashlib.sha256(str(storage.absolute(workdir)).encode()).hexdigest()[:16],
             )
             self.sinks.append((lambda step, values: run.log(values, step=step), run.finish))
 

@@ -106,7 +106,7 @@ def _records(source, fields, name):
             known |= record.keys()
             if ALL_TEXT in fields:
                 values = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in record.values())
-                record = record | {ALL_TEXT: [value for value in values if isinstance(value, str)]}
+                record = record | {ALL_TEXT: "\n".join(value for value in values if isinstance(value, str))}
             for field, values in rows.items():
                 values.append(record.get(field))
         yield start, rows

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from clip_jax.data import remote
-from clip_jax.data.blocks import Recent
+from clip_jax.data.blocks import Block, Recent
 from clip_jax.data.replacing import replacing
 from clip_jax.data.sources import arrow_columns, parquet
 from clip_jax.data.sources.parquet_values import ParquetColumn
@@ -78,18 +78,25 @@ class ParquetRows:
         return self.span(index, 1)[0]
 
     def span(self, first, count):
-        """Returns the fields of `count` records from `first` on, list of dicts; reads the row groups they lie in."""
-        rows = []
+        """Returns the fields of `count` records from `first` on, a sequence of dicts; reads the row groups they lie in.
+
+        Taking an unreadable row raises BadRecord.
+        """
+        places = []
         number = bisect.bisect_right(self._starts, first) - 1
-        while len(rows) < count:
+        while len(places) < count:
             group = self._recent.get(number, self._group)
-            start = first + len(rows) - int(self._starts[number])
-            rows += [group[i] for i in range(start, min(len(group), start + count - len(rows)))]
+            start = first + len(places) - int(self._starts[number])
+            places += [(group, i) for i in range(start, min(len(group), start + count - len(places)))]
             number += 1
-        for field, (shape, dtype) in self._arrays.items():
-            for row in rows:
-                row[field] = np.frombuffer(row[field], dtype).reshape(shape)
-        return rows
+
+        def make(index):
+            group, i = places[index]
+            row = group[i]
+            arrays = {f: np.frombuffer(row[f], dtype).reshape(shape) for f, (shape, dtype) in self._arrays.items()}
+            return row | arrays
+
+        return Block(count, make)
 
     def column(self, field):
         """Returns the `ParquetColumn` of a field; None for arrays."""

@@ -4,7 +4,7 @@
     scenes?objects=2-3&size=96&records=50000            number of objects, side in pixels, records in a split
     scenes?groups=animals-nature,food-drink,objects     the emoji groups that the objects come from
     scenes?concepts=40                                  only 40 concepts of these groups: their pairs recur more often
-    scenes?pairs=48                                     training shows only 48 pairs of concepts
+    scenes?pairs=48                                     the first two objects of training are only 48 pairs of concepts
     scenes?told=reading                                 the object named first is to the left of the second or above it
 
 Record i of a split is a pure function of i: it is composed when it is read. The splits are `train`, `val` and `test`.

@@ -5,6 +5,7 @@ import os
 import re
 
 from clip_jax.data.files import expand
+from clip_jax.data.remote import is_remote
 from clip_jax.data.sources import caption_json, scenes, tfds
 from clip_jax.data.sources.folder import folder_splits, holds_data
 from clip_jax.data.sources.make import missing_data, user_module
@@ -83,7 +84,7 @@ def _splits_of(base):
         return folder_splits(path)
     if path == base and path.endswith(".json") and os.path.isfile(path):
         return caption_json.list_splits(path)
-    if not os.path.exists(path):
+    if not is_remote(path) and not os.path.exists(path):
         if not _WILD.search(path) and path == base:
             raise missing_data(path)
         expand(path)

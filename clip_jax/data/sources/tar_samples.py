@@ -7,6 +7,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -249,5 +250,5 @@ def _read_arrays(data):
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return dict(arrays)
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, RuntimeError, zlib.error):
         raise BadRecord("malformed npz") from None

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from clip_jax.data.blocks import RUN, Block, runs
-from clip_jax.data.records import BaseSource, plain
+from clip_jax.data.records import BadRecord, BaseSource, plain
 from clip_jax.errors import UserError, did_you_mean
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
@@ -68,12 +68,19 @@ class TfdsSource(BaseSource):
         return len(self._data)
 
     def __getitem__(self, index):
-        return self._record(self._data[index])
+        try:
+            return self._record(self._data[index])
+        except RuntimeError:  # a damaged chunk of the file
+            raise BadRecord("unreadable record") from None
 
     def read_block(self, number):
         first = number * RUN
-        found = self._data.__getitems__(range(first, min(first + RUN, len(self))))
-        return Block(len(found), lambda index: self._record(found[index]))
+        count = min(RUN, len(self) - first)
+        try:
+            found = self._data.__getitems__(range(first, first + count))
+        except RuntimeError:  # one damaged chunk fails the call
+            return Block(count, lambda index: self[first + index])
+        return Block(count, lambda index: self._record(found[index]))
 
     def _record(self, features):
         raw = {}

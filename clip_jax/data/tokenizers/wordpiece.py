@@ -1,5 +1,7 @@
 """The WordPiece tokenizer of BERT and MPNet."""
 
+import re
+
 from clip_jax.data.tokenizers.base import Tokenizer
 from clip_jax.errors import UserError
 
@@ -28,13 +30,14 @@ class WordPieceTokenizer(Tokenizer):
 
         super().__init__(data, sot=sot, eot=eot, pad_with_eot=pad_with_eot, lower=lower)
         try:
-            pieces = data.decode().splitlines()
+            # Not splitlines: U+2028 is a piece of Chinese vocabularies.
+            pieces = re.sub(r"\r\n?", "\n", data.decode()).removesuffix("\n").split("\n")
         except UnicodeDecodeError as e:
             raise UserError(
                 "the file is not a WordPiece vocabulary: UTF-8 text with one piece per line is expected"
             ) from e
-        vocab = {piece.strip(): i for i, piece in enumerate(pieces)}
-        mpnet = [piece.strip() for piece in pieces[:3]] == ["<s>", "<pad>", "</s>"]
+        vocab = {piece.strip(" \t"): i for i, piece in enumerate(pieces)}
+        mpnet = [piece.strip(" \t") for piece in pieces[:3]] == ["<s>", "<pad>", "</s>"]
         names = ("<pad>", "<s>", "</s>", "<mask>") if mpnet else ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
         if missing := [piece for piece in (*names[:3], "[UNK]") if piece not in vocab]:
             raise UserError(

@@ -269,6 +269,28 @@ command.script(main)
 """
 
 
+DROPS = """
+import os, signal, time
+from clip_jax.runtime import command, faults
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def main():
+    faults._INSIST_SECONDS = 0.1
+    Finalized()  # Python drops what a finalizer raises
+    time.sleep(60)
+
+command.script(main)
+"""
+
+
+def test_a_dropped_ctrl_c_of_any_command_is_repeated():
+    done = subprocess.run([sys.executable, "-c", DROPS], **PIPES)
+    assert done.returncode == faults.INTERRUPTED and done.stderr.endswith("\ninterrupted\n")
+
+
 def test_ctrl_c_while_a_thread_compiles_gives_its_status():
     done = subprocess.run([sys.executable, "-c", COMPILES], **PIPES)
     assert (done.returncode, done.stderr) == (faults.INTERRUPTED, "interrupted\n")

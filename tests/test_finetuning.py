@@ -27,7 +27,7 @@ CLIP, CLASSIFY = (str(REPO / "configs" / name) for name in ("clip.py:finetune", 
 SIGLIP = str(REPO / "configs" / "siglip.py:finetune")
 NAMES = ("cat", "dog", "big bear")
 #: Overrides of a run of two steps.
-SHORT = [o for o in TINY if not o.startswith(("model.", "train.steps", "data.batch_size"))]
+SHORT = [o for o in TINY if not o.startswith(("model.", "train.steps", "data.batch_size", "optim.name", "optim.lr"))]
 SHORT += ["data.batch_size=8", "train.steps=2", "model.dtype=float32"]
 
 

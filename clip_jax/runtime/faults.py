@@ -62,6 +62,8 @@ class Signals:
       status: the exit status that a signal asked for, 0 without a signal.
     """
 
+    _NUMBERS = signal.SIGTERM, signal.SIGINT
+
     def __init__(self):
         self.status = 0
         self._deferred, self._previous = False, {}
@@ -70,8 +72,10 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
-            self._previous = {number: signal.signal(number, self._answer) for number in (signal.SIGTERM, signal.SIGINT)}
-            signal.signal(_AGAIN, self._raise)  # it stays: one more may come after the context
+            self._previous = {number: signal.signal(number, self._answer) for number in self._NUMBERS}
+            again = signal.signal(_AGAIN, self._raise)
+            if callable(again):  # of an outer context; else it stays: one more may come after the context
+                self._previous[_AGAIN] = again
         return self
 
     def __exit__(self, *_):
@@ -104,9 +108,12 @@ class Signals:
 
     def _stopped(self):
         # Not in `_raise`: the traceback keeps that frame, whose variable would keep a dropped exception alive.
-        stopped = Stopped(self.status, _OUTSIDE)
+        stopped = self._exception()
         self._raised = weakref.ref(stopped)
         return stopped
+
+    def _exception(self):
+        return Stopped(self.status, _OUTSIDE)
 
     @contextlib.contextmanager
     def deferred(self):
@@ -123,6 +130,19 @@ class Signals:
         finally:
             self._deferred = False
         self._raise()
+
+
+class _Interrupt(KeyboardInterrupt):
+    """Has weak references, which KeyboardInterrupt does not have."""
+
+
+class Interrupts(Signals):
+    """Handles Ctrl-C of a command that has nothing to save: raises KeyboardInterrupt, again where it was dropped."""
+
+    _NUMBERS = (signal.SIGINT,)
+
+    def _exception(self):
+        return _Interrupt()
 
 
 @contextlib.contextmanager
@@ -257,8 +277,10 @@ def script(main):
     A signal may arrive while a thread of JAX compiles. The clean-up of the interpreter would make that thread crash,
     and the status would be the crash's. So it is left out after a signal.
     """
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # in the background of a script
     try:
-        status = main()
+        with contextlib.nullcontext() if is_ignored else Interrupts():
+            status = main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = INTERRUPTED

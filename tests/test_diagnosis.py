@@ -1,5 +1,6 @@
 """Where the time of a run goes, traces of steps, stacks on demand, the host that waits for its data."""
 
+import collections
 import os
 import re
 import signal
@@ -26,6 +27,8 @@ SIZES = dict(training=60.0, data=10.0, checkpoint=5.0, evaluation=10.0, compilin
 
 def test_time_is_counted_by_stage_and_over_restarts(monkeypatch):
     now = 1000.0
+    monkeypatch.setattr(faults, "_stage", None)  # an error in an earlier test leaves its stage set
+    monkeypatch.setattr(faults, "_spent", collections.Counter())
     monkeypatch.setattr(time, "time", lambda: now)
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with faults.stage("evaluation"):

@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 import tempfile
 
 import pytest
@@ -14,6 +15,8 @@ COMPILE_FAST = (
 )
 
 gc.set_threshold(20_000)  # the objects of a trace live long: looking through them often finds nothing
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; programs of tests inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for flag in (*COMPILE_FAST.split(), "--xla_force_host_platform_device_count=8"):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):

@@ -336,6 +336,18 @@ def test_compiled_steps_in_a_bucket(buckets, kind):
     assert len(list(storage.files(place))) == 1
 
 
+def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(buckets, finished):
+    folder = storage.path(f"{buckets('gs').url}/damaged") / "checkpoints"
+    for step in ("4", "6"):
+        storage.copy(finished / "checkpoints" / step, folder / step, last=checkpoint.COMMIT)
+    storage.write(folder / "6" / "meta" / "metadata", "{")
+    lines = []
+    train.train(tiny_config("checkpoint.keep=3"), folder.parent, lines.append)
+    assert any("from step 4" in line for line in lines) and checkpoint.committed(folder) == [4, 6]
+    assert checkpoint.read_meta(folder / "6")["step"] == 6
+    assert [path.name.split("-")[0] for path in folder.iterdir() if "damaged" in path.name] == ["6.damaged"]
+
+
 @pytest.mark.parametrize("kind", ["folder", "gs"])
 def test_the_evaluator_follows_a_run(kind, buckets, finished, task, monkeypatch, tmp_path, capsys):
     """The checkpoints appear while the evaluator waits, and the run deletes the first while it is evaluated."""

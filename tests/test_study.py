@@ -249,6 +249,13 @@ def test_a_run_or_an_index_of_another_filter_is_refused(tmp_path):
         runs.plan(half.study, "gs://bucket/x", [])
 
 
+def test_a_run_whose_outcomes_are_lost_evaluates_again(tmp_path):
+    pretend(tmp_path / "a" / "seed_0", 0.5)
+    run = runs.plan(make_study(tmp_path, ("a",)), tmp_path, [])[0].seed(0)
+    assert runs.results(run, [METRIC])[0][METRIC] == 0.5
+    assert runs.results(run, [METRIC, (METRIC,)]) is None
+
+
 def test_a_tuple_of_metrics_that_are_known_as_means_alone_is_refused():
     kept = {"x/top1": Outcomes(np.ones(2), np.arange(2))}
     assert runs.pooled({"x/top1": 1.0}, kept, [("x/top1", "y/top1")])[0] == {"x/top1": 1.0}, "another row's task"

@@ -56,13 +56,14 @@ class Stopped(BaseException):
 class Signals:
     """Handles SIGTERM and SIGINT: raises `Stopped` at once or, within `deferred`, only sets `status`.
 
-    A second signal kills the process. The handler of SIGVTALRM, which repeats `Stopped` where it was dropped, stays.
+    A second signal kills the process. SIGVTALRM repeats `Stopped` where it was dropped.
 
     Attributes:
       status: the exit status that a signal asked for, 0 without a signal.
     """
 
     _NUMBERS = signal.SIGTERM, signal.SIGINT
+    _SECOND = signal.SIG_DFL  # the handler of a second signal
 
     def __init__(self):
         self.status = 0
@@ -86,7 +87,7 @@ class Signals:
     def _answer(self, number, _):
         global _asked
         self.status = _asked = PREEMPTED if number == signal.SIGTERM else INTERRUPTED
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, self._SECOND)
         with contextlib.suppress(RuntimeError):  # no thread is left
             threading.Thread(target=self._insist, args=(threading.get_ident(),), daemon=True).start()
         self._raise()
@@ -140,6 +141,7 @@ class Interrupts(Signals):
     """Handles Ctrl-C of a command that has nothing to save: raises KeyboardInterrupt, again where it was dropped."""
 
     _NUMBERS = (signal.SIGINT,)
+    _SECOND = staticmethod(signal.default_int_handler)  # a study waits for its run after the first one
 
     def _exception(self):
         return _Interrupt()

@@ -1,6 +1,7 @@
 """Whose run and whose index a folder of a study holds: one of another definition is refused, never mixed in."""
 
 import json
+import os
 
 from clip_jax import config as config_lib
 from clip_jax import run_folder
@@ -23,6 +24,8 @@ def check(run):
     """Raises UserError when the folder of a run holds one that the study defined otherwise."""
     now = definition(run)
     before = now | run_folder.read_json(run.folder / DEFINITION)  # an older file has the changes alone
+    if before["changes"] and not before["changes"][0].startswith("configs/"):  # and a path from the current folder
+        before["changes"] = [os.path.abspath(before["changes"][0]), *before["changes"][1:]]
     if not (run.folder / DEFINITION).exists():
         _check_config(run)
     if any(set(that_count(before[part])) != set(that_count(now[part])) for part in now):

@@ -299,6 +299,8 @@ def tried(planned):
 def results(run, metrics):
     """Returns `(metrics, outcomes)` of a complete run with those over several cells, or None.
 
+    A run whose file of outcomes is missing or damaged, where they are wanted, counts as incomplete: it evaluates again.
+
     Args:
       run: the run.
       metrics: names, and tuples of names, as in `Study.metrics`.
@@ -306,8 +308,13 @@ def results(run, metrics):
     Raises UserError as `folders.check`.
     """
     folders.check(run)
-    found = run.metrics()
-    return None if found is None else pooled(found, run.outcomes(), metrics)
+    found, kept = run.metrics(), run.outcomes()
+    return None if found is None or _lacks(found, kept, metrics) else pooled(found, kept, metrics)
+
+
+def _lacks(found, kept, metrics):
+    """Whether there are no outcomes at all, although a tuple of metrics needs them."""
+    return not kept and any(not isinstance(parts, str) and all(part in found for part in parts) for parts in metrics)
 
 
 def pooled(found, kept, metrics):
@@ -406,7 +413,8 @@ def read_out(study, run, metrics, kept):
             continue
         key = f"step {run.steps}: {' '.join(changes)}"
         place = run.folder / f"readout_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-        if place.name not in stored:
+        known = stored.get(place.name, {}).get("metrics")
+        if known is None or _lacks(known, outcomes.read(place, run.steps), wanted):
             model = inference.load(run.folder, overrides=changes)
             result = evaluate.run(model, model.config.eval.tasks, log=lambda line: None)
             outcomes.write(place, run.steps, result.outcomes)

@@ -4,7 +4,7 @@ import math
 
 from orbax.checkpoint import checkpoint_managers
 
-from clip_jax.errors import UserError
+from clip_jax.errors import StorageError, UserError
 
 
 def score(metrics, best):
@@ -31,15 +31,19 @@ class Best(checkpoint_managers.PreservationPolicy):
 
     def should_preserve(self, checkpoints, *, context):
         scores = [self._score(checkpoint) for checkpoint in checkpoints]
-        top = max(((value, i) for i, value in enumerate(scores) if value > -math.inf), default=(0, None))[1]
-        return [i == top for i in range(len(scores))]
+        known = ((value, i) for i, value in enumerate(scores) if value is not None and value > -math.inf)
+        top = max(known, default=(0, None))[1]
+        return [i == top or value is None for i, value in enumerate(scores)]
 
     def _score(self, checkpoint):
+        """Returns the score of a checkpoint, None while a bucket does not answer."""
         step, metrics = checkpoint.step, checkpoint.metrics
         if step not in self.scores:
             try:
                 metrics = self.read(step) if metrics is None else metrics
             except UserError:  # it is damaged, or still being written, without an evaluation
                 metrics = None
+            except StorageError:
+                return None
             self.scores[step] = score(metrics, self.best)
         return self.scores[step]

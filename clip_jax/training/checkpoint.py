@@ -186,48 +186,52 @@ class Checkpointer:
         Raises UserError when every checkpoint is damaged, and when the run in the folder has another configuration or
         tokenizer, or other arrays; the message names the fields. Raises StorageError when a bucket cannot be read.
         """
-        misfit = ""
         with faults.stage("checkpoint"):
             steps = hosts.gather(sorted(self.manager.all_steps(), reverse=True))[0]
             for step in steps:
-                found, problem = None, ""
-                try:
-                    meta = read_meta(self.folder / str(step))
-                    changed = self._check(meta)
-                    found = restore_arrays(self.folder / str(step), state)
-                except Damaged as error:
-                    problem = error.reason
-                    if error.is_whole:
-                        fields = "".join(f"; {key} was {a!r}, is now {b!r}" for key, a, b in changed)
-                        misfit = misfit or f"{problem}{fields}"
-                except (UserError, StorageError):
-                    raise
-                except Exception as error:
-                    problem = faults.one_line(error)
+                found, problem, misfit = self._read(step, state)
                 # A checkpoint that one host cannot read counts as damaged on all hosts.
-                if not any(problems := hosts.gather(problem)):
-                    self.seconds, self.order = meta.get("seconds", {}), meta.get("order")
+                failures = [failure for failure in hosts.gather((problem, misfit)) if failure[0]]
+                if not failures:
                     self._set_aside([other for other in steps if other > step])
                     return found
-                problem = next(filter(None, problems))
+                problem, misfit = failures[0]
+                if misfit:
+                    where = f"{self.folder} holds a run that this configuration cannot continue"
+                    raise UserError(f"{where}: {misfit}. Use another --workdir")
                 logger.warning("checkpoint %s/%d is damaged (%s); trying the one before", self.folder, step, problem)
-        if misfit:
-            raise UserError(
-                f"{self.folder} holds a run that this configuration cannot continue: {misfit}. Use another --workdir"
-            )
         if steps:
             found = ", ".join(map(str, steps))
             raise UserError(f"none of the checkpoints in {self.folder} can be read ({found}); use another --workdir")
         return None
 
+    def _read(self, step, state):
+        """Returns the state of a step, and two lines: what is wrong with it, and why its whole arrays do not fit."""
+        changed = []
+        try:
+            meta = read_meta(self.folder / str(step))
+            changed = self._check(meta)
+            found = restore_arrays(self.folder / str(step), state)
+        except Damaged as error:
+            fields = "".join(f"; {key} was {a!r}, is now {b!r}" for key, a, b in changed)
+            return None, error.reason, f"{error.reason}{fields}" if error.is_whole else ""
+        except (UserError, StorageError):
+            raise
+        except Exception as error:
+            return None, faults.one_line(error), ""
+        self.seconds, self.order = meta.get("seconds", {}), meta.get("order")
+        return found, "", ""
+
     def _set_aside(self, steps):
-        """Renames damaged checkpoints; in a bucket they become incomplete ones. Orbax saves only after the newest."""
+        """Renames damaged checkpoints, because Orbax saves only after the newest one."""
         if hosts.is_first():
             for path in (self.folder / str(step) for step in steps):
+                aside = self.folder / f"{path.name}.damaged-{time.time_ns()}"
                 if storage.is_remote(path):
-                    (path / COMMIT).unlink()
+                    storage.copy(path, aside, last=COMMIT)
+                    storage.remove(path)
                 else:
-                    path.rename(self.folder / f"{path.name}.damaged-{time.time_ns()}")
+                    path.rename(aside)
         if steps:
             hosts.wait("set aside")
             self.manager.reload()

@@ -213,14 +213,14 @@ def results(runs):
     Returns: `[(cells, columns of the best cells)]`. Top-1 and accuracy have half the 95 % interval that follows
     from the number of pictures.
     """
-    last = [run.last() for run in runs]
+    last, ends = [run.last() for run in runs], [run.evaluated() for run in runs]
     rows = []
     for name in sorted(set().union(*last)):
         steps, values = zip(*(found.get(name, (0, None)) for found in last), strict=True)
         is_share = any(part in name.rpartition("/")[2] for part in SHARES)
         cells = [
-            _value(value, is_share) + _interval(run, name, value) + _at(run, step)
-            for run, step, value in zip(runs, steps, values, strict=True)
+            _value(value, is_share) + _interval(run, name, value) + _at(step, end)
+            for run, step, end, value in zip(runs, steps, ends, values, strict=True)
         ]
         known = [value for value in values if value is not None]
         is_ordered = is_share and len(known) > 1 and max(known) > min(known)
@@ -234,9 +234,9 @@ def main_results(rows):
     return [row for row in rows if row[0][0].endswith(MAIN)] or rows
 
 
-def _at(run, step):
-    """Returns the step of a metric where the run's last evaluation is of another one."""
-    return f" (step {step:,})" if 0 < step < run.evaluated() else ""
+def _at(step, end):
+    """Returns the step of a metric as text where `end`, that of the run's last evaluation, is another one."""
+    return f" (step {step:,})" if 0 < step < end else ""
 
 
 def _value(value, is_share):

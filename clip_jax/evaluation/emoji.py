@@ -188,8 +188,9 @@ def _add_cell(result, cell, classifier, names, field, embedded):
     result.artefacts["classification"][cell] = Classification(names, labels, top, scores, embedded.images, vendors)
     kept = _kept(embedded.records)
     for kind, keep in kept.items():
+        concepts = embedded.select(keep).concepts
         for k in (1, 5):
-            result.keep(f"{cell}/top{k}{kind}", hits(top[keep], labels[keep], k), embedded.select(keep).concepts)
+            result.keep(f"{cell}/top{k}{kind}", hits(top[keep], labels[keep], k), concepts)
     metrics = _accuracies(top, labels, kept) | {
         "chance_top1": chance(len(names), 1),
         "chance_top5": chance(len(names), 5),

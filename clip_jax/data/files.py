@@ -2,6 +2,8 @@
 
 import json
 import os
+import zipfile
+import zlib
 
 from clip_jax.data import remote
 from clip_jax.data.records import BadRecord
@@ -25,6 +27,8 @@ OTHER_EXTENSIONS = (
     ".cr2",
     ".nef",
 )
+#: What NumPy raises for a damaged .npz archive. A RuntimeError is a wrong flag or version.
+NPZ_ERRORS = (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class FileReader:

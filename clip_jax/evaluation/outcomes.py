@@ -1,11 +1,10 @@
 """The outcomes of an evaluation image by image, in a file, so that two models can be compared on the same images."""
 
 import io
-import zipfile
-import zlib
 
 import numpy as np
 
+from clip_jax.data.files import NPZ_ERRORS
 from clip_jax.evaluation.results import Outcomes
 from clip_jax.runtime import storage
 
@@ -51,5 +50,5 @@ def read(path, step):
                 return {}
             names = [key.removesuffix("/values") for key in arrays if key.endswith("/values")]
             return {name: Outcomes(arrays[f"{name}/values"], arrays[f"{name}/groups"]) for name in names}
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+    except NPZ_ERRORS:
         return {}

@@ -6,12 +6,10 @@ The rules are those of docs/data.md. The index reader (`webdataset`) and the blo
 import io
 import json
 import re
-import zipfile
-import zlib
 
 import numpy as np
 
-from clip_jax.data.files import IMAGE_EXTENSIONS, PLUGIN_EXTENSIONS
+from clip_jax.data.files import IMAGE_EXTENSIONS, NPZ_ERRORS, PLUGIN_EXTENSIONS
 from clip_jax.data.records import BadRecord, plain
 from clip_jax.data.sources.tar_members import CUT, NO_DATA, TAIL, read_members
 
@@ -250,5 +248,5 @@ def _read_arrays(data):
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return dict(arrays)
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, RuntimeError, zlib.error):
+    except NPZ_ERRORS:
         raise BadRecord("malformed npz") from None

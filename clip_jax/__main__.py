@@ -68,7 +68,7 @@ def launch(arguments):
         return 2
     else:
         place = config_files.folder("launch")
-        os.environ |= {"CLIP_JAX_LAUNCH": place, "CLIP_JAX_VENV": sys.prefix}
+        os.environ |= {"CLIP_JAX_LAUNCH": place, "CLIP_JAX_PYTHON": sys.executable}
         os.execvp("bash", ["bash", os.path.join(place, f"{name}.sh"), *rest])
     return 0
 

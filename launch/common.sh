@@ -110,7 +110,11 @@ supervise() {
     fi
     restarts=$((restarts + 1))
     echo "launcher: exit status $status; restart $restarts of $limit in $pause s"
-    sleep "$pause"
+    sleep "$pause" & # so that SIGTERM ends it
+    child=$!
+    [[ -z $stopping ]] || kill "$child"
+    wait "$child" || true
+    child=''
   done
   return "$status"
 }

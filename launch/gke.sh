@@ -33,7 +33,7 @@ kubernetes() { run kubectl ${NAMESPACE:+--namespace="$NAMESPACE"} "$@"; }
 json() {
   local string separator=''
   for string in "$@"; do
-    string=$(sed 's/\\/\\\\/g; s/"/\\"/g; s/[$][(]/$&/g' <<<"$string" | awk 'NR > 1 { printf "\\n" } { printf "%s", $0 }')
+    string=$(sed 's/\\/\\\\/g; s/"/\\"/g; s/[$]/&&/g' <<<"$string" | awk 'NR > 1 { printf "\\n" } { printf "%s", $0 }')
     printf '%s"%s"' "$separator" "$string"
     separator=', '
   done

@@ -23,18 +23,22 @@ case ${1:-} in
   --processes=*) module=(clip_jax.runtime.hosts "$1" clip_jax.train); shift ;;
   --processes) module=(clip_jax.runtime.hosts "--processes=${2:-}" clip_jax.train); shift $(($# > 1 ? 2 : 1)) ;;
 esac
-config=configs/clip.py
+config=configs/clip.py workdir=''
 if [[ $# -gt 0 && $1 != --* ]]; then config=$1; shift; fi
-case ${1:-} in --config=*) config=${1#*=}; shift ;; esac
+arguments=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --config | --workdir) [[ $# -gt 1 ]] || fail "$1 has no value: write $1=VALUE"; printf -v "${1#--}" %s "$2"; shift ;;
+    --config=*) config=${1#*=} ;;
+    --workdir=*) workdir=${1#*=} ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift
+done
+set -- ${arguments[@]+"${arguments[@]}"}
 name=$(basename "${config%%:*}" .py)
 [[ $config == *:* ]] && name+="_${config#*:}"
-workdir=runs/$name
-previous=
-for argument in "$@"; do
-  case $argument in --workdir=*) workdir=${argument#*=} ;; esac
-  [[ $previous != --workdir ]] || workdir=$argument
-  previous=$argument
-done
+workdir=${workdir:-runs/$name}
 
 gpu=
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then

@@ -10,7 +10,7 @@
 # into the queue again. A trainer that failed starts again at most --max-restarts=3 times in a row, --pause=10 seconds later. --nodes (1 by
 # default), --gpus-per-node, ... can also be given as NODES, GPUS_PER_NODE, ... in the environment. --dry-run prints the commands and runs none.
 set -euo pipefail
-launch=${CLIP_JAX_LAUNCH:-launch} # clip-jax launch sets it: jobs then run in the current folder
+launch=${CLIP_JAX_LAUNCH:-launch} # clip-jax launch sets it and CLIP_JAX_PYTHON: jobs then run in the current folder
 if [[ ${1:-} == job ]]; then # SLURM runs a copy of the script from elsewhere
   cd "$SLURM_SUBMIT_DIR"
 elif [[ -z ${CLIP_JAX_LAUNCH:-} ]]; then
@@ -36,7 +36,7 @@ submit() {
 }
 
 job() {
-  local status=0 folders="$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" options=() python=("$venv/bin/python")
+  local status=0 folders="$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" options=() python=("${CLIP_JAX_PYTHON:-$venv/bin/python}")
   export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # a process whose GPU is not there fails; without it, it would train alone on its CPU
   if [[ -n $PER_NODE ]]; then # JAX would take one GPU for each process of SLURM
     JAX_LOCAL_DEVICE_IDS=$(seq -s , 0 $((GPUS_PER_NODE - 1)))

@@ -310,7 +310,10 @@ worker_stop() {
   worker_status
 }
 
-worker_logs() { tail -n "$TAIL" ${FOLLOW:+-F} "$RUN/worker-$number.log" | sed -u "s/^/[$number] /"; }
+worker_logs() {
+  [[ -e $RUN/worker-$number.log ]] || return 0 # nothing has run yet
+  tail -n "$TAIL" ${FOLLOW:+-F} "$RUN/worker-$number.log" | sed -u "s/^/[$number] /"
+}
 
 command=${1:---help}
 [[ $# -eq 0 ]] || shift

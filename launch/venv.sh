@@ -5,7 +5,7 @@ venv=${CLIP_JAX_VENV:-.venv}
 
 make_venv() {
   local extra=${1:-} python
-  if [[ -n ${CLIP_JAX_LAUNCH:-} ]]; then return; fi # clip-jax launch: $venv has the package
+  if [[ -n ${CLIP_JAX_LAUNCH:-} ]]; then return; fi # clip-jax launch: CLIP_JAX_PYTHON has the package
   local stamp=$venv/.clip_jax${extra:+_$extra}
   if [[ $stamp -nt setup.py ]]; then return; fi
   for python in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do

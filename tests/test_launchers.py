@@ -199,6 +199,7 @@ def stand(tmp_path, monkeypatch):
         "VERSION",
         "PYTHON",
         "CLIP_JAX_VENV",
+        "CLIP_JAX_PYTHON",
         "JAX_PLATFORMS",
         "GLIBC_TUNABLES",
     ):
@@ -514,6 +515,11 @@ def test_status_and_logs_name_the_worker(stand):
     assert stand.launch("tpu", "status", *QUEUE) == "PROVISIONING\n"
 
 
+def test_status_before_the_first_run(stand):
+    stand.launch("tpu", "setup", *QUEUE)
+    assert stand.launch("tpu", "status", *QUEUE) == "ACTIVE\nworker 0: not started\nworker 1: not started\n"
+
+
 def verbs(stand):
     """What gcloud was asked to do, without the questions."""
     calls = [(call[3], " ".join(call)) for call in stand.arguments("gcloud")]
@@ -647,9 +653,14 @@ def test_the_schema_finds_errors():
     ]
 
 
+def expanded(text):
+    """A value as Kubernetes passes it on: $$ is a dollar sign, and $(NAME) the value of a variable, here <NAME>."""
+    return re.sub(r"[$](?:[$]|[(](\w+)[)])", lambda match: f"<{match[1]}>" if match[1] else "$", text)
+
+
 def test_a_jobset_for_tpus(stand):
     options = ["--slices=2", "--spot", "--max-restarts=7", "--max-lost=9", "--bucket=data", "--host-network"]
-    manifest, job, pod, train = jobset(stand, *GKE, *options, "--env=TOKEN=a b", "--env=LINE=$(x)=\n")
+    manifest, job, pod, train = jobset(stand, *GKE, *options, "--env=TOKEN=a b", "--env=LINE=$(x)$$(y)$$$=\n")
     assert manifest["metadata"]["name"] == "clip" and manifest["spec"]["failurePolicy"]["maxRestarts"] == 7
     assert "alpha.jobset.sigs.k8s.io/exclusive-topology" in manifest["metadata"]["annotations"]
     spec = job["template"]["spec"]
@@ -672,14 +683,9 @@ def test_a_jobset_for_tpus(stand):
         "cloud.google.com/gke-spot": "true",
     }
     assert train["image"] == "registry/clip_jax:1" and train["resources"]["limits"] == {"google.com/tpu": 4}
-    # $$( is how Kubernetes writes $(, which would name a variable.
-    assert train["command"] == [
-        "python",
-        "-m",
-        "clip_jax.train",
-        *[argument.replace("$(", "$$(") for argument in TRAIN],
-    ]
-    assert variables(train) == {"JAX_PLATFORMS": "tpu,cpu", "TOKEN": "a b", "LINE": "$$(x)=\n"}
+    assert [expanded(a) for a in train["command"]] == ["python", "-m", "clip_jax.train", *TRAIN]
+    values = {name: expanded(value) for name, value in variables(train).items()}
+    assert values == {"JAX_PLATFORMS": "tpu,cpu", "TOKEN": "a b", "LINE": "$(x)$$(y)$$$=\n"}
     assert pod["hostNetwork"] and pod["dnsPolicy"] == "ClusterFirstWithHostNet"
     assert spec["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     assert {"name": "bucket", "mountPath": "/mnt/data"} in train["volumeMounts"]
@@ -713,8 +719,8 @@ def test_a_jobset_with_rdma(stand):
     # Its script sets NCCL's variables; the trainer's arguments pass the shell unharmed.
     *shell, script, name = train["command"][:4]
     assert shell == ["bash", "-c"] and script.startswith("source /usr/local/gib/scripts/set_nccl_env.sh && ")
-    script = script.replace("/usr/local/gib/scripts/set_nccl_env.sh", "/dev/null")
-    arguments = [argument.replace("$$(", "$(") for argument in train["command"][4:]]
+    script = expanded(script).replace("/usr/local/gib/scripts/set_nccl_env.sh", "/dev/null")
+    arguments = [expanded(argument) for argument in train["command"][4:]]
     command = ["bash", "-c", script, name, sys.executable, "-c", "import sys; print(sys.argv[1:])", *arguments]
     assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == f"{arguments}\n"
 
@@ -750,10 +756,10 @@ def test_slurm_job_of_one_process_per_gpu(stand):
 
 def test_slurm_jobs_of_an_installed_package_run_in_the_current_folder(stand):
     """`clip-jax launch` sets these two variables: the scripts lie elsewhere, and the environment has the package."""
-    place, venv = stand.root / "package" / "launch", stand.root / "environment"
+    place, python = stand.root / "package" / "launch", stand.root / "python"
+    python.symlink_to(shutil.which("python3"))
     shutil.move(stand.checkout / "launch", place)
-    subprocess.run(["python3", "-m", "venv", str(venv)], check=True, timeout=60)
-    env = {**os.environ, "CLIP_JAX_LAUNCH": str(place), "CLIP_JAX_VENV": str(venv)}
+    env = {**os.environ, "CLIP_JAX_LAUNCH": str(place), "CLIP_JAX_PYTHON": str(python)}
 
     def slurm(*arguments, folder=stand.checkout, **more):
         command = ["bash", str(place / "slurm.sh"), *arguments]
@@ -844,11 +850,15 @@ def test_a_dry_run_takes_its_flags_anywhere_and_writes_nothing(stand):
     for arguments, end in (
         (["configs/clip.py:smoke", "--dry-run"], "--config=configs/clip.py:smoke --workdir=runs/clip_smoke"),
         (["--config=configs/lit.py", "--dry-run"], "--config=configs/lit.py --workdir=runs/lit"),
-        (["--dry-run", "--workdir", "runs/a"], "--config=configs/clip.py --workdir=runs/a --workdir runs/a"),
+        (["--dry-run", "--workdir", "runs/a"], "--config=configs/clip.py --workdir=runs/a"),
+        (["--dry-run", "--config", "configs/lit.py"], "--config=configs/lit.py --workdir=runs/lit"),
+        (["--config.seed=1", "--config=configs/lit.py", "--dry-run"], "--config=configs/lit.py --workdir=runs/lit --config.seed=1"),
         (["--dry-run"], "--config=configs/clip.py --workdir=runs/clip"),
     ):
         assert stand.launch("local", *arguments).endswith(f"python -m clip_jax.train {end}\n")
     assert stand.launch("local", "configs/clip.py", "--help") == stand.launch("local", "--help")
+    output = stand.launch("local", "--dry-run", "--workdir", status=2)
+    assert output == "error: --workdir has no value: write --workdir=VALUE\n"
     assert sorted(stand.root.rglob("*")) == before and not stand.calls(".*")
 
 
@@ -884,3 +894,14 @@ def test_slurm_job_that_is_cancelled_is_not_queued_again(stand):
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 42 and "state saved" in output and not stand.calls("scontrol")
+
+
+def test_a_job_that_is_cancelled_between_two_starts_ends_at_once(stand):
+    _, script, env = submit(stand, "--pause=600")
+    stand.prepare(exits0=["1"])
+    job = stand.start("slurm", *script, **env)
+    while "restart 1 of 3 in 600 s" not in job.stdout.readline():
+        assert job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=60)
+    assert job.returncode == 1 and len(stand.trained(0)) == 1

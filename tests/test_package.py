@@ -64,11 +64,11 @@ def test_a_command_gets_its_arguments_and_returns_its_status(capsys, monkeypatch
 def test_launchers_get_the_folder_of_their_files_and_this_python(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(os, "execvp", lambda program, arguments: calls.append((program, *arguments)))
-    for variable in ("CLIP_JAX_LAUNCH", "CLIP_JAX_VENV"):
+    for variable in ("CLIP_JAX_LAUNCH", "CLIP_JAX_PYTHON"):
         monkeypatch.setenv(variable, "")
     cli.main(["launch", "slurm", "--dry-run"])
     assert calls == [("bash", "bash", str(REPO / "launch" / "slurm.sh"), "--dry-run")]
-    assert (os.environ["CLIP_JAX_LAUNCH"], os.environ["CLIP_JAX_VENV"]) == (str(REPO / "launch"), sys.prefix)
+    assert (os.environ["CLIP_JAX_LAUNCH"], os.environ["CLIP_JAX_PYTHON"]) == (str(REPO / "launch"), sys.executable)
     assert cli.main(["launch", "tpu"]) == 2
     assert capsys.readouterr().err == "error: clip-jax launch: no launcher 'tpu'; allowed: gke, slurm\n"
 

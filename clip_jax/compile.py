@@ -154,7 +154,7 @@ def search(args, topology, devices, tries, log):
         try:
             config = run_folder.load(args.config, [*args.overrides, *overrides])
             result = compile_for(make_program(config), topology, devices)
-        except DoesNotFit as error:
+        except (DoesNotFit, UserError) as error:
             log(f"  {flags}: {error}")
             continue
         total, hbm = result["memory"]["total"], topology.chip.device_hbm

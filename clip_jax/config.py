@@ -30,8 +30,8 @@ def base():
     c = ConfigDict()
     c.method = "clip"  # a module of clip_jax.methods, or the import path of your own module
     # Encodes the batch in this many parts: less memory, the same result, a third more compute. In a tower with batch
-    # norm (resnet, efficientnet, pyramid_vit, pyramid_resnet) each part has its own statistics, so that the result
-    # differs, unless model.image.bn_group is set: parts hold whole groups.
+    # norm (resnet, plain_resnet, efficientnet, pyramid_vit, pyramid_resnet) each part has its own statistics, so that
+    # the result differs, unless model.image.bn_group is set: parts hold whole groups.
     c.micro_batches = 1
     c.seed = 0  # all randomness follows from it: initialisation, order of the data, augmentation
     # sentencepiece[:FILE] | clip_bpe[:FILE] | wordpiece:FILE | unifont[:FILE] | the folder of a saved tokenizer
@@ -131,7 +131,8 @@ def _optim():
     c.lamb_fuse_qkv = False  # one ratio for query, key and value together, as PyTorch's fused parameter has
     c.grad_clip_norm = 0.0  # global norm of the gradients; 0: off
     c.ema_decay = 0.0  # moving average of the weights; 0: off
-    # Dtype in which gradients of kernels are summed over devices: float32 | bfloat16, with half the traffic.
+    # Dtype in which gradients of kernels are summed over devices: float32 | bfloat16, with half the traffic. The forward
+    # pass takes the kernels in this dtype too: OTTER's teacher averages them, and the head of `classify` is one.
     c.grad_dtype = "float32"
     return c
 

@@ -6,8 +6,11 @@ figures (`clip_jax.runtime.hardware`). They are not measurements.
 
 import math
 
+import jax
+
 from clip_jax import program as program_lib
 from clip_jax.runtime import sharding
+from clip_jax.training.step import cast_kernels
 
 GIB = 2**30
 #: The share of the memory that a step may take. The next batch and the runtime need the rest.
@@ -91,10 +94,13 @@ def estimate_gpu(topology, program, flops):
     config, chip = program.config, topology.chip
     mesh = AbstractMesh(sharding.mesh_shape(config.mesh, topology.count), sharding.AXES)
     sharded, state_bytes, batch_bytes = program_lib.shard(program, mesh)
-    gradients = program_lib.shard_bytes(sharded.state.params)
+    params = sharded.state.params
+    summed = jax.eval_shape(lambda params: cast_kernels(params, config.optim.grad_dtype), params)
+    summed = sharding.with_shardings(summed, jax.tree.map(lambda x: x.sharding, params))
+    gradients = program_lib.shard_bytes(params)
     executed = program_lib.step_flops(program) / topology.count
     replicas = topology.count // mesh.shape["tensor"]
-    sent = 2 * (replicas - 1) / replicas * gradients * mesh.shape["fsdp"]
+    sent = 2 * (replicas - 1) / replicas * program_lib.shard_bytes(summed) * mesh.shape["fsdp"]
     parts = {
         "compute": executed / chip.flops,
         "memory": 2 * state_bytes / chip.hbm_bandwidth,
@@ -126,9 +132,10 @@ def variants(config, topology, state_bytes, temporary):
       `[(overrides, their effect in words)]`.
     """
     usable = USABLE * topology.chip.device_hbm
-    shards = math.gcd(topology.count, 16)
+    devices = topology.count * topology.chip.devices
+    shards = math.gcd(devices // max(1, config.mesh.tensor), 16)
     found = []
-    if config.mesh.fsdp == 1 and shards > 1 and state_bytes > usable / 8:
+    if config.mesh.data == -1 and config.mesh.fsdp == 1 and shards > 1 and state_bytes > usable / 8:
         sizes = f"{gib(state_bytes)} -> {gib(state_bytes / shards)}"
         effect = f"parameters and optimizer state {sizes}, gathered where they are used"
         found.append(([f"mesh.fsdp={shards}"], effect))
@@ -139,7 +146,7 @@ def variants(config, topology, state_bytes, temporary):
         found.append((["model.remat=dots"], "keeps only the results of linear layers; little more compute"))
     if config.model.remat != "full":
         found.append((["model.remat=full"], "keeps only the inputs of blocks; a third more compute"))
-    per_device = config.data.batch_size * max(1, config.mesh.tensor) // (topology.count * topology.chip.devices)
+    per_device = config.data.batch_size * max(1, config.mesh.tensor) // devices
     parts = [k for k in (2**n * config.micro_batches for n in range(1, 20)) if per_device % k == 0]
     enough = [k for k in parts if temporary and state_bytes + temporary * config.micro_batches / k <= usable]
     for k in enough[:1] or parts[-1:]:

@@ -154,7 +154,9 @@ def _jaxpr_flops(jaxpr):
             total += 2 * out * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
         elif name == "conv_general_dilated":
             kernel = eqn.invars[1].aval.shape
-            total += 2 * out * math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+            # In the gradient of a strided convolution the input lies between zeros, which are no work.
+            zeros = math.prod(eqn.params["lhs_dilation"])
+            total += 2 * out * math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]] // zeros
         elif name == "pallas_call":
             total += eqn.params["cost_estimate"].flops
         else:

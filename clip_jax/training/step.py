@@ -197,6 +197,15 @@ def make_gradients(method, micro_batches, group=1):
     return whole if micro_batches == 1 else in_parts
 
 
+def cast_kernels(params, dtype):
+    """Returns the parameters with the kernels in a dtype. The sum of their gradients over devices then has it too."""
+
+    def cast(path, x):
+        return x.astype(dtype) if x.ndim > 1 and path[-1].key == "kernel" else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def make_step(config, method, tx):
     """Returns `step(state, batch) -> (state, metrics)`; metrics are scalars.
 
@@ -213,11 +222,6 @@ def make_step(config, method, tx):
     decay = config.optim.ema_decay
     gradients = make_gradients(method, config.micro_batches, config.model.get("image", {}).get("bn_group") or 1)
 
-    def cast_kernel(path, x):
-        # The gradient of a kernel has the dtype that the kernel has here, in the sum over devices as well.
-        is_kernel = x.ndim > 1 and path[-1].key == "kernel"
-        return x.astype(config.optim.grad_dtype) if is_kernel else x
-
     def step(state, batch):
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
         batch = method.prepare(batch, rng)
@@ -226,7 +230,7 @@ def make_step(config, method, tx):
         def view(params):
             # Stop-gradient lets the compiler drop the whole backward pass of frozen parameters.
             params = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, is_frozen)
-            return jax.tree_util.tree_map_with_path(cast_kernel, params)
+            return cast_kernels(params, config.optim.grad_dtype)
 
         marked = mark_frozen(state.extra, is_frozen)
         loss, metrics, features, extra, grads = gradients(state.params, marked, batch, rng, view)

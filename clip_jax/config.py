@@ -131,8 +131,8 @@ def _optim():
     c.lamb_fuse_qkv = False  # one ratio for query, key and value together, as PyTorch's fused parameter has
     c.grad_clip_norm = 0.0  # global norm of the gradients; 0: off
     c.ema_decay = 0.0  # moving average of the weights; 0: off
-    # Dtype in which gradients of kernels are summed over devices: float32 | bfloat16, with half the traffic. The forward
-    # pass takes the kernels in this dtype too: OTTER's teacher averages them, and the head of `classify` is one.
+    # Dtype in which gradients of kernels are summed over devices: float32 | bfloat16, with half the traffic. A step
+    # takes the kernels in this dtype too: OTTER's teacher averages them, and the head of `classify` is one.
     c.grad_dtype = "float32"
     return c
 

@@ -6,11 +6,8 @@ figures (`clip_jax.runtime.hardware`). They are not measurements.
 
 import math
 
-import jax
-
 from clip_jax import program as program_lib
 from clip_jax.runtime import sharding
-from clip_jax.training.step import cast_kernels
 
 GIB = 2**30
 #: The share of the memory that a step may take. The next batch and the runtime need the rest.
@@ -94,13 +91,10 @@ def estimate_gpu(topology, program, flops):
     config, chip = program.config, topology.chip
     mesh = AbstractMesh(sharding.mesh_shape(config.mesh, topology.count), sharding.AXES)
     sharded, state_bytes, batch_bytes = program_lib.shard(program, mesh)
-    params = sharded.state.params
-    summed = jax.eval_shape(lambda params: cast_kernels(params, config.optim.grad_dtype), params)
-    summed = sharding.with_shardings(summed, jax.tree.map(lambda x: x.sharding, params))
-    gradients = program_lib.shard_bytes(params)
+    gradients = program_lib.shard_bytes(sharded.state.params)
     executed = program_lib.step_flops(program) / topology.count
     replicas = topology.count // mesh.shape["tensor"]
-    sent = 2 * (replicas - 1) / replicas * program_lib.shard_bytes(summed) * mesh.shape["fsdp"]
+    sent = 2 * (replicas - 1) / replicas * program_lib.summed_bytes(sharded) * mesh.shape["fsdp"]
     parts = {
         "compute": executed / chip.flops,
         "memory": 2 * state_bytes / chip.hbm_bandwidth,

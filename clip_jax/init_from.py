@@ -107,6 +107,9 @@ def start(config, state, tokenizer):
     params, stats = _nested(current | found, state.params, state.extra)
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
     extra = state.extra | ({"batch_stats": stats} if stats else {})
+    if teacher := extra.get("teacher"):  # a moving average of parameters, which begins as their copy
+        student = {name: params[name] for name in teacher}
+        extra["teacher"] = jax.tree.map(lambda new, old: jax.device_put(new.copy(), old.sharding), student, teacher)
     count = sum(x.size for path, x in found.items() if not path.startswith("batch_stats/"))
     line = f"started from {config.init_from}: {count:,} parameters"
     line += "; position embeddings resized" if resized else ""
@@ -227,9 +230,9 @@ def _choose(config, current, source, prefix):
 def _check_meaning(config, source, chosen, tokenizer):
     """Raises UserError when the run would use the weights differently than the source does."""
     ours, theirs = config.model, source.config.model
-    problems = {}
-    for which, prefix in (("image", "img/"), ("text", "txt/")):
-        if which not in ours or which not in theirs or not any(path.startswith(prefix) for path in chosen):
+    problems, chosen = {}, [path.removeprefix("tower/") for path in chosen]  # of one tower for both
+    for which, prefixes in (("image", ("img/", "block_")), ("text", ("txt/",))):
+        if which not in ours or which not in theirs or not any(path.startswith(prefixes) for path in chosen):
             continue
         for field in SILENT:
             a, b = ours[which].get(field), theirs[which].get(field)

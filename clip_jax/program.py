@@ -11,7 +11,7 @@ from clip_jax import config as config_lib
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.methods import interface
 from clip_jax.runtime import sharding, xla_flags
-from clip_jax.training.step import make_init, make_step, state_shapes
+from clip_jax.training.step import cast_kernels, make_init, make_step, state_shapes
 
 
 class Program(NamedTuple):
@@ -61,6 +61,13 @@ def shard(program, mesh):
 def shard_bytes(tree):
     """The bytes of a pytree of arrays or shapes with shardings on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def summed_bytes(program):
+    """The bytes of the gradients on one device as they are summed over devices, by `optim.grad_dtype`."""
+    params = program.state.params
+    shapes = jax.eval_shape(lambda params: cast_kernels(params, program.config.optim.grad_dtype), params)
+    return shard_bytes(sharding.with_shardings(shapes, jax.tree.map(lambda x: x.sharding, params)))
 
 
 def trace_step(program):

@@ -32,7 +32,7 @@ def get_config(variant=""):
         c = config.sibling(__file__, f"clip.py:{variant or 'emoji'}")
     else:
         raise config.unknown("configs/siglip.py has no variant", variant, VARIANTS)
-    c.method = "siglip"
+    c.method, c.model.logit_scale_max = "siglip", math.inf  # no bound
     return c
 
 

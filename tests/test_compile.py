@@ -559,7 +559,7 @@ def test_search_stops_at_the_first_that_fits(monkeypatch):
 
     monkeypatch.setattr(compile_lib, "compile_for_tpu", fake)
     args = compile_lib.parse_args([f"--config={CLIP}", "--topology=v5e:2x2", *(f"--config.{o}" for o in TINY)])
-    tries = [(["model.remat=dots"], ""), (["model.remat=full"], ""), (["micro_batches=2"], ""), (["micro_batches=4"], "")]
+    tries = [([o], "") for o in ("model.remat=dots", "model.remat=full", "micro_batches=2", "micro_batches=4")]
     lines = []
     found = compile_lib.search(args, compile_lib.parse_topology("v5e:2x2"), None, tries, lines.append)
     assert found["overrides"] == ["micro_batches=2"] and compiled == [("dots", 1), ("full", 1), ("none", 2)]

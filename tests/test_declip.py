@@ -439,6 +439,14 @@ def passes(monkeypatch, *overrides):
         (dict(clip=1, multi_view=1), ((2, 2), set(), set())),
         (dict(clip=1, nn=1), ((2, 2), set(), {"queue"})),
         (dict(clip=1, filip=1), ((1, 1), {"filip", "logit_scale_tokens"}, set())),
+        (
+            dict.fromkeys(TERMS, 1),
+            (
+                (3, 2),
+                {"mlm", "simclr", "projector", "predictor", "filip", "logit_scale_tokens"},
+                {"queue", "batch_stats"},
+            ),
+        ),
     ],
 )
 def test_a_term_of_weight_0_costs_nothing(monkeypatch, given, expected):

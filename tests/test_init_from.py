@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from conftest import REPO
 from flax import traverse_util
-from helpers import tiny_config
+from helpers import TINY, tiny_config
 
 import clip_jax
-from clip_jax import init_from, train
+from clip_jax import config, init_from, train
 from clip_jax.errors import UserError
 from clip_jax.interop.export import export
 from clip_jax.runtime import sharding
@@ -156,6 +157,26 @@ def test_running_statistics_go_with_the_parameters(tmp_path, monkeypatch):
     started, _ = begin(tmp_path / "run", f"init_from={tmp_path / 'source'}", "init_from_params=^img/stem/", save=False)
     stats = flat(started.extra["batch_stats"]["img"])
     assert stats["stem/bn1/mean"][0] == 0.5 and stats["layer_1_0/bn1/mean"][0] == 0.0
+
+
+def test_one_tower_for_both_and_its_teacher(tmp_path, monkeypatch):
+    """OneR: the teacher starts as a copy of the student, and what shapes do not show is compared."""
+    tiny = [o for o in TINY if not o.startswith("model.text")] + ["oner.head_width=16", "oner.predictor=true"]
+    monkeypatch.setitem(
+        globals(), "tiny_config", lambda *more: config.load(str(REPO / "configs" / "oner.py:small_itc"), [*tiny, *more])
+    )
+    source, _ = begin(tmp_path / "source", "seed=7")
+    started, _ = begin(tmp_path / "run", f"init_from={tmp_path / 'source'}", save=False)
+    teacher, student = started.extra["teacher"], {name: started.params[name] for name in started.extra["teacher"]}
+    assert jax.tree.all(jax.tree.map(np.array_equal, student, {name: source.params[name] for name in teacher}))
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b) and a is not b, teacher, student))
+    for override, message in (
+        ("model.image.act=quick_gelu", "model.image.act='gelu_tanh' there, 'quick_gelu' here"),
+        ("model.image_mean=(0.5,0.5,0.5)", "model.image_mean"),
+        ("tokenizer=sentencepiece?pad_with_eot=true", "the tokenizer 'sentencepiece' there differs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            begin(tmp_path / "wrong", f"init_from={tmp_path / 'source'}", override)
 
 
 def test_a_resumed_run_ignores_init_from(tmp_path):

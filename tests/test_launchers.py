@@ -852,7 +852,10 @@ def test_a_dry_run_takes_its_flags_anywhere_and_writes_nothing(stand):
         (["--config=configs/lit.py", "--dry-run"], "--config=configs/lit.py --workdir=runs/lit"),
         (["--dry-run", "--workdir", "runs/a"], "--config=configs/clip.py --workdir=runs/a"),
         (["--dry-run", "--config", "configs/lit.py"], "--config=configs/lit.py --workdir=runs/lit"),
-        (["--config.seed=1", "--config=configs/lit.py", "--dry-run"], "--config=configs/lit.py --workdir=runs/lit --config.seed=1"),
+        (
+            ["--config.seed=1", "--config=configs/lit.py", "--dry-run"],
+            "--config=configs/lit.py --workdir=runs/lit --config.seed=1",
+        ),
         (["--dry-run"], "--config=configs/clip.py --workdir=runs/clip"),
     ):
         assert stand.launch("local", *arguments).endswith(f"python -m clip_jax.train {end}\n")

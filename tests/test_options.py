@@ -24,8 +24,17 @@ SMALL = {
         "raclip.heads=2",
     ],
 }
+#: Texts without an end, for a text tower that does not look for it.
+ENDLESS = ["tokenizer=sentencepiece?eot=false", "model.text.pool=last", "model.text.mask_padding=false"]
+NO_END = "with eot=false texts have no end, and the model looks for it"
 #: Overrides, and a pattern of the error.
 WRONG = {
+    "clip": [
+        (ENDLESS[:1], NO_END),
+        ([*ENDLESS, "model.text.pool=mean"], NO_END),
+        ([*ENDLESS, "model.text.mask_padding=true"], NO_END),
+    ],
+    "align": [(["tokenizer=sentencepiece?eot=false"], NO_END)],
     "alip": [
         (["alip.gamma_pair=-1"], "alip.gamma_pair=-1.0: must be at least 0"),
         (["alip.momentum=2"], "alip.momentum=2.0: must be between 0 and 1"),
@@ -52,6 +61,7 @@ WRONG = {
         (["declip.logit_scale_clamp=(3,)"], r"declip.logit_scale_clamp=\(3,\): "),
         (["declip.simclr=1", "model.image.token_norm=false"], "declip.simclr needs model.image.token_norm=True"),
         (["model.image.pool=mapp"], "model.image.pool.*'mapp'.*(allowed|did you mean 'map')"),
+        (ENDLESS, NO_END),  # for the masked words
     ],
     "filip": [
         (["filip.token_select=top"], "filip.token_select.*'top'.*none, paper25, repo16"),
@@ -63,6 +73,7 @@ WRONG = {
         (["filip.use_cls=true"], "filip.use_cls=True needs model.image.cls_token=True"),
         (["model.image.kind=resnet"], "needs model.image.kind='vit', not 'resnet'"),
         (["filip.tokens=3"], "unknown config key 'filip.tokens'"),
+        (ENDLESS, NO_END),
     ],
     "laclip": [
         (["data.rewrites=()"], r"data.rewrites=\(\): method='laclip' needs the field"),
@@ -88,8 +99,13 @@ WRONG = {
         (["model.image.size=20"], "model.image.size=20 is not divisible by the patch size 8"),
         (["model.image.heads=5"], "model.image.width=32 is not divisible by model.image.heads=5"),
         (["model.image.act=gleu"], "model.image.act.*'gleu'.*(allowed|did you mean 'gelu')"),
+        (ENDLESS[:1], NO_END),
     ],
     "otter": [
+        (
+            ["otter.gamma_image=0", "otter.gamma_text=0"],
+            "otter.remove_diag needs otter.gamma_image or otter.gamma_text",
+        ),
         (["otter.alpha=1.5"], "otter.alpha=1.5: must be between 0 and 1"),
         (["otter.entropy=0"], "otter.entropy=0.0: must be above 0"),
         (["otter.iterations=-1"], "otter.iterations=-1: must be at least 0"),
@@ -137,7 +153,8 @@ WRONG = {
 
 def load(name, *overrides):
     """The small configuration of a method."""
-    tiny = [o for o in TINY if not (name in ("clippo", "oner") and o.startswith("model.text"))]
+    other = {"clippo": "model.text", "oner": "model.text", "align": "model.image"}.get(name, "none")
+    tiny = [override for override in TINY if not override.startswith(other)]
     return config.load(str(REPO / "configs" / f"{name}.py"), [*tiny, *SMALL.get(name, ()), *overrides])
 
 
@@ -153,6 +170,11 @@ def test_wrong_options_are_one_line(name, overrides, message):
     with pytest.raises(UserError, match=message) as error:
         train.make_parts(load(name, *overrides))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, overrides", [("clip", ENDLESS), ("declip", [*ENDLESS, "declip.mlm=0"])])
+def test_texts_need_no_end_where_nothing_looks_for_it(name, overrides):
+    assert train.make_parts(load(name, *overrides))[0].tokenizer == "sentencepiece?eot=false"
 
 
 @pytest.mark.parametrize("name", METHODS)

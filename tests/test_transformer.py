@@ -11,7 +11,7 @@ from conftest import REPO
 from helpers import unit
 
 from clip_jax import config
-from clip_jax.models import common, transformer
+from clip_jax.models import common, layers, transformer
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import VisionTransformer
 from clip_jax.program import jaxpr_flops, make_program
@@ -174,3 +174,21 @@ def test_float16_attention_runs_on_every_device(causal):
     np.testing.assert_allclose(z, attend(*full), atol=5e-3)
     gradient = jax.jit(jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum()))(*half)
     assert gradient.dtype == jnp.float16 and np.isfinite(gradient).all()
+
+
+def test_a_product_in_float32_keeps_the_bits_that_bfloat16_loses():
+    x, kernel = jnp.asarray(unit(0, 5, 32), jnp.bfloat16), unit(1, 32, 7) * 20
+    exact = x.astype(jnp.float32) @ kernel.astype(jnp.bfloat16).astype(jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(product, x, kernel):
+        return jax.grad(lambda *a: (product(*a).astype(jnp.float32) * jnp.arange(7)).sum(), (0, 1))(x, kernel)
+
+    found = jax.jit(layers.float32_matmul)(x, kernel)
+    assert found.dtype == jnp.float32 and not np.allclose(layers.matmul(x, kernel), exact, rtol=1e-4)
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+    for ours, expected in zip(
+        gradients(layers.float32_matmul, x, kernel), gradients(layers.matmul, x, kernel), strict=True
+    ):
+        np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(layers.float32_matmul(kernel.T, kernel), kernel.T @ kernel)

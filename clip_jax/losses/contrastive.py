@@ -47,8 +47,8 @@ def infonce(z_image, z_text, scale, smoothing=0.0, weights=None, kinds=None):
         jnp.logaddexp(lse, positive) - (1 - smoothing) * positive for lse in (negatives.row_lse, negatives.col_lse)
     ]
     if smoothing:
-        losses[0] -= smoothing * scale * z_image @ z_text.mean(0)
-        losses[1] -= smoothing * scale * z_text @ z_image.mean(0)
+        losses[0] -= smoothing * scale * similarities(z_image, z_text.mean(0))
+        losses[1] -= smoothing * scale * similarities(z_text, z_image.mean(0))
     if kinds is None:
         return _mean(losses, weights), _accuracies(positive, negatives)
     correct = ((positive > negatives.row_max).astype(jnp.float32) + (positive > negatives.col_max)) / 2
@@ -74,7 +74,7 @@ def contrast(queries, keys, scale, smoothing=0.0):
     negatives = pairwise(_contrast_tile, scale, queries, keys)
     loss = jnp.logaddexp(negatives.row_lse, positive) - (1 - smoothing) * positive
     if smoothing:
-        wrong = scale * queries @ keys.sum(0) - positive
+        wrong = scale * similarities(queries, keys.sum(0)) - positive
         loss -= smoothing / (len(keys) - 1) * wrong
     return loss.mean(), (positive > negatives.row_max).mean()
 
@@ -252,7 +252,7 @@ _bfloat16_einsum.defvjp(lambda subscripts, a, b: (_bfloat16_einsum(subscripts, a
 
 
 def similarities(a, b):
-    """Returns the dot products of all rows of `a[m, E]` and `b[n, E]`, float32 `[m, n]`."""
+    """Returns the dot products of all rows of `a[m, E]` and `b[n, E]`, float32 `[m, n]`; `[m]` for a vector `b[E]`."""
     # A scale of 100 would make the error of bfloat16 passes visible.
     return jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)
 

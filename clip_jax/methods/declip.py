@@ -23,6 +23,7 @@ Deviations from the released code:
   - One queue serves all devices, wraps around and is saved with the state.
   - Random words are never special tokens, so the end of a text stays in place.
   - Without a masked word the loss is 0, not NaN.
+  - Of several captions of a picture one is drawn, as in all methods. The released code takes the first.
 
 The queue spans `queue_size / (2 * batch size)` steps. Each of the 32 devices of the released run had its own 65,536
 captions, which is 256 steps; here 2,097,152 captions span as many. DeFILIP ignores padding, unlike the released code.
@@ -43,13 +44,20 @@ from clip_jax.losses.pairwise import EXCLUDED, Tile, pairwise
 from clip_jax.methods.interface import Method, read_options, text_view
 from clip_jax.models.common import BATCH_AXES, fold_in_ids, l2_normalize, shard_batch, stack_views, unstack_views
 from clip_jax.models.heads import MlpHead
-from clip_jax.models.layers import Dense
+from clip_jax.models.layers import Dense, float32_matmul
 from clip_jax.models.masking import mask_tokens, mean_of_chosen, sum_and_count
 from clip_jax.models.one_tower import real_tokens
 from clip_jax.models.two_tower import TwoTower
 
 #: Fields of the configuration that get the tokenizer's values (`clip_jax.methods.interface.resolve`).
 TOKENIZER_FIELDS = {"declip": ("mask_id", "special_ids")}
+
+
+def reads_end(config):
+    """Whether a term looks for the end of a text (`clip_jax.methods.interface.resolve`)."""
+    return bool(config.declip.mlm or config.declip.filip)
+
+
 IMAGES = ("image", "image_2", "image_3")
 TERMS = ("clip", "multi_view", "nn", "simsiam", "mlm", "simclr", "filip")
 
@@ -189,7 +197,7 @@ class DeCLIP:
 
     def init(self, rng, batch):
         o = self.options
-        rng, rng_queue, rng_mlm, *rngs = jax.random.split(rng, 7)
+        rng, rng_queue, rng_mlm, *rngs = jax.random.split(rng, 8)
         batch = batch | {"text": batch["text"][:, 0]}
         params, extra = self.towers.init(rng, batch)
         params["logit_scale"] = jnp.asarray(self.scale_init, jnp.float32)
@@ -271,7 +279,7 @@ class DeCLIP:
           masks: the result of `mask_tokens`.
         """
         x = jnp.take_along_axis(words, masks["positions"][..., None], axis=1)
-        logits = self.mlm.apply({"params": params["mlm"]}, x).astype(jnp.float32)
+        logits = float32_matmul(x, params["mlm"]["kernel"]) + params["mlm"]["bias"]
         return sum_and_count(optax.softmax_cross_entropy_with_integer_labels(logits, masks["targets"]), masks["chosen"])
 
     def heads(self, params, extra, features, batch, rng):

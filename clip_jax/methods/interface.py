@@ -11,7 +11,7 @@ from clip_jax import config as config_lib
 from clip_jax import plugins
 from clip_jax.data.views import ImageView, TextView
 from clip_jax.errors import UserError
-from clip_jax.models.towers import check_types
+from clip_jax.models import towers
 from clip_jax.models.two_tower import TwoTower
 
 
@@ -103,7 +103,7 @@ def read_options(config, name, kind):
     given = dict(config.get(name, {}))
     for field in sorted(given.keys() - {f.name for f in dataclasses.fields(kind)}):
         raise UserError(f"{name}.{field} is no field of method={name!r}")
-    check_types(kind, given, name)
+    towers.check_types(kind, given, name)
     return kind(**given)
 
 
@@ -187,6 +187,9 @@ def resolve(config, tokenizer, source=None):
          A field is `mask_id` or `special_ids`. A tokenizer without a mask token gets the id after its vocabulary.
       3. `resolve(config, source)` of the method's module, if it has one, takes its own fields from the data.
 
+    A text without an end may not reach a tower that looks for it, nor a method whose module has a function
+    `reads_end(config)` that says so: they would take its first token for all of it.
+
     Args:
       config: the configuration.
       tokenizer: the tokenizer.
@@ -200,6 +203,13 @@ def resolve(config, tokenizer, source=None):
     for section, fields in getattr(module, "TOKENIZER_FIELDS", {}).items():
         if section in config:
             config[section].update({field: values[field] for field in fields if field in config[section]})
+    if not getattr(tokenizer, "options", {}).get("eot", True) and (
+        towers.reads_end(config.model.get("text", {})) or getattr(module, "reads_end", lambda config: False)(config)
+    ):
+        raise UserError(
+            f"tokenizer={config.tokenizer!r}: with eot=false texts have no end, and the model looks for it; "
+            "leave eot=false out"
+        )
     if source is None or not hasattr(module, "resolve"):
         return config
     return module.resolve(config, source)

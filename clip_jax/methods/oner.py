@@ -33,7 +33,7 @@ from clip_jax.losses import contrastive
 from clip_jax.methods.interface import Method, read_options, text_view
 from clip_jax.models.common import fold_in_ids, l2_normalize, moving_average, shard_batch
 from clip_jax.models.heads import MlpHead
-from clip_jax.models.layers import matmul
+from clip_jax.models.layers import float32_matmul
 from clip_jax.models.masking import mask_patches, mask_words, mean_of_chosen, sum_and_count
 from clip_jax.models.one_tower import one_tower, patch_pixels, real_tokens
 
@@ -138,6 +138,11 @@ class Options:
 
 CONTRASTIVE = ("itc", "xmc", "cic", "cmc")
 MASKED = ("mim", "mlm", "joint_mim", "joint_mlm")
+
+
+def reads_end(config):
+    """Whether the method looks for the end of a text (`clip_jax.methods.interface.resolve`)."""
+    return True
 
 
 def make(config):
@@ -387,13 +392,13 @@ class OneR:
         found = {}
         if weights["mim"] and masks["patches"] is not None:
             x = states["image"][:, 1:]
-            error = matmul(x, params["mim"]["kernel"]).astype(jnp.float32) + params["mim"]["bias"] - target
+            error = float32_matmul(x, params["mim"]["kernel"]) + params["mim"]["bias"] - target
             error = (jnp.abs(error) if self.options.mim_loss == "l1" else jnp.square(error)).mean(-1)
             found["mim"] = sum_and_count(error, masks["patches"])
         if weights["mlm"] and masks["words"] is not None:
             x = jnp.take_along_axis(states["text"][:, 1:], masks["positions"][..., None], axis=1)
             words = params["tower"]["txt"]["embed"]["embedding"]
-            logits = matmul(x, words.T).astype(jnp.float32) + params["mlm"]["bias"]
+            logits = float32_matmul(x, words.T) + params["mlm"]["bias"]
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, masks["targets"])
             found["mlm"] = sum_and_count(losses, masks["chosen"])
         return found

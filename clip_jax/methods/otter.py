@@ -74,6 +74,8 @@ class Options:
                 raise UserError(f"otter.{name}={getattr(self, name)}: must be at least 0")
         if not self.entropy > 0:
             raise UserError(f"otter.entropy={self.entropy}: must be above 0")
+        if self.remove_diag and not self.gamma_image + self.gamma_text:
+            raise UserError("otter.remove_diag needs otter.gamma_image or otter.gamma_text: without them it removes 0")
 
 
 def make(config):

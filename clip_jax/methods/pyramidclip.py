@@ -159,15 +159,12 @@ def pyramid_infonce(features, scale, softening=0.2, weights=(1 / 6,) * 6):
         x, z = images[image], texts[text]
         keep = takes_part[k]
         positive, count = scale * jnp.sum(x * z, axis=1), jnp.maximum(keep.sum(), 1)
+        share = jnp.where(count > 1, softening, 0)  # a single pair has all of the target
         sums = jnp.sum(z, 0, where=keep[:, None]), jnp.sum(x, 0, where=keep[:, None])
         term = 0.0
         for queries, of_others, lse in zip((x, z), sums, (out.row_lse[k], out.col_lse[k]), strict=True):
-            wrong = scale * queries @ of_others - positive
-            losses = (
-                jnp.logaddexp(lse, positive)
-                - (1 - softening) * positive
-                - softening / jnp.maximum(count - 1, 1) * wrong
-            )
+            wrong = scale * similarities(queries, of_others) - positive
+            losses = jnp.logaddexp(lse, positive) - (1 - share) * positive - share / jnp.maximum(count - 1, 1) * wrong
             term += jnp.sum(losses, where=keep) / count / 2
         value += weights[k] * term
         metrics[f"loss_{image}_{text}"] = term

@@ -25,7 +25,7 @@ from clip_jax.methods.interface import read_options, two_tower_method
 from clip_jax.models.common import l2_normalize, shard_batch
 from clip_jax.models.two_tower import TwoTower
 
-#: Folded into the key for the randomness of a step. It is larger than every example id.
+#: Folded into the key for the randomness of a step. An example id gives it once in four billion.
 STEP = 2**31
 
 

@@ -69,6 +69,25 @@ def _backward(apart, residuals, gradient):
 _cast_and_dot.defvjp(_forward, _backward)
 
 
+def float32_matmul(x, kernel):
+    """Returns the product of `x[..., k]` and the float32 `kernel[k, n]` in float32, `[..., n]`, such as logits.
+
+    The factors have the dtype of `x`. The gradients are those of `matmul`.
+    """
+    return x @ kernel if x.dtype == jnp.float32 else _dot_to_float32(x, kernel)
+
+
+@jax.custom_vjp
+def _dot_to_float32(x, kernel):
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+_dot_to_float32.defvjp(
+    lambda x, kernel: (_dot_to_float32(x, kernel), (x, kernel)),
+    lambda residuals, gradient: _backward(False, residuals, gradient.astype(residuals[0].dtype)),
+)
+
+
 class Dense(nn.Module):
     """A linear layer, `[..., *k] -> [..., *features]`, with the parameters of flax's `Dense` and `DenseGeneral`.
 

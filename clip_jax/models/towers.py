@@ -126,6 +126,13 @@ def all_fields(kinds, given):
     return {k: v for k, v in defaults.items() if k not in (*SHARED, "tokens", "parent", "name")} | given
 
 
+def reads_end(text):
+    """Whether the text tower of the section `config.model.text` looks for the end of a text."""
+    if text.get("kind") == "bert":
+        return text.get("pad_id", -1) < 0
+    return text.get("pool") in ("eot", "mean", "max_masked") or text.get("mask_padding", False)
+
+
 def image_tower(model, tokens=True):
     """Returns the image tower of a configuration, a flax module.
 

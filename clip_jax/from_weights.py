@@ -10,7 +10,6 @@ them. Everything here happens before a device is touched.
 
 import ast
 import json
-import re
 
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError
@@ -60,12 +59,12 @@ def take(config, overrides=()):
     if not config.init_from_model:
         return config
     _check_given(config)
-    own, theirs = _source(config.init_from)
     defaults, named = config_lib.base(), set(_keys(overrides))
 
     def is_set(key):
         return key in named or _get(config, key) != _get(defaults, key)
 
+    own, theirs = _source(config.init_from, not is_set("tokenizer"))
     taken = config.copy_and_resolve_references().unlock()
     problems = _take_method(taken, theirs, is_set)
     problems += _take_tokenizer(taken, theirs, own, is_set)
@@ -101,10 +100,13 @@ def _check_given(config):
         raise UserError(f"fine-tuning: give the {' and the '.join(missing)}: {' '.join(missing.values())}")
 
 
-def _source(text):
+def _source(text, with_tokenizer):
     """Returns `(whether they are a run of this package, configuration)` of weights, with all fields of the towers.
 
-    Third-party weights have the spec of their tokenizer, or "" without one.
+    Args:
+      text: `config.init_from`.
+      with_tokenizer: whether the tokenizer of third-party weights is looked for. The configuration then has its spec,
+        or "" without one.
     """
     from clip_jax.interop.load import find_tokenizer
     from clip_jax.interop.towers.files import is_foreign, sources
@@ -125,7 +127,8 @@ def _source(text):
             f"init_from: {text} holds the {which} tower alone, but fine-tuning needs both: start a configuration that "
             "names its towers from it, such as configs/lit.py"
         )
-    find_tokenizer(foreign)
+    if with_tokenizer:
+        find_tokenizer(foreign)
     towers.fill(foreign.config.model)
     return False, foreign.config
 
@@ -217,21 +220,16 @@ def _plain(value):
 
 def _take_preprocessing(taken, config, theirs, is_set):
     """Takes the transform of evaluation, and an augmentation of the same kind."""
+    from clip_jax.interop.load import resized
+
     if not is_set("eval.transform"):
         old, new = theirs.model.get("image", taken.model).get("size"), taken.model.get("image", {}).get("size")
-        taken.eval.transform = tuple(_resized(text, old, new) for text in theirs.eval.transform)
+        taken.eval.transform = resized(theirs.eval.transform, old, new) if old else theirs.eval.transform
     if not is_set("data.augment"):
         steps = taken.eval.transform
         is_squashed = any(step.startswith("squash") for step in steps)  # then SigLIP was trained with it, too
         crop = (*(step for step in steps if step == "drop_alpha"), *taken.data.augment)  # transparent pictures as there
         taken.data.augment = steps if is_squashed else crop
-
-
-def _resized(text, old, new):
-    """Returns a transform with its pixels for another size of the model's images."""
-    if not old or old == new:
-        return text
-    return re.sub(r"^(\w+\()(\d+)", lambda m: f"{m[1]}{round(int(m[2]) * new / old)}", text)
 
 
 def _get(config, key):

@@ -293,8 +293,8 @@ def load(path, which="latest", ema=None, mesh=None, overrides=(), **options):
 
     Args:
       path: a work folder, its `checkpoints` folder, or the folder of one step; or a third-party weight file or folder.
-      which: `"latest"`, `"best"`, or a step.
-      ema: True loads the moving average of the weights; None follows `eval.ema` of the configuration.
+      which: `"latest"`, `"best"`, or a step of a run.
+      ema: True loads the moving average of a run's weights; None follows `eval.ema` of its configuration.
       mesh: the mesh; None: all devices, with the parameters replicated.
       overrides: changes of the stored configuration, `["eval.batch_size=64", ...]`. They must not change the shapes of
         the weights.
@@ -307,6 +307,10 @@ def load(path, which="latest", ema=None, mesh=None, overrides=(), **options):
     from clip_jax.interop.towers.files import is_foreign
 
     if is_foreign(path):
+        if which != "latest" or ema:
+            raise UserError(
+                f"{str(path)!r} is no run of clip_jax and has only one state of its weights: leave out which and ema"
+            )
         if overrides:
             raise UserError(f"{str(path)!r} is no checkpoint of clip_jax and has no configuration to change")
         imported = interop.load(path, mesh=mesh, **options)

@@ -18,6 +18,7 @@ from clip_jax.data.sources.spec import with_step
 from clip_jax.data.templates import fill_template, usable_texts
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
+from clip_jax.interop.towers.files import is_foreign
 from clip_jax.runtime import storage
 
 _PATCHES = 8  # along a side of an image, so that the cost of a step does not depend on its size
@@ -189,7 +190,8 @@ def _from_run(config, fields, workdir):
             if section is not None and name in section and _section(config, field) is not None:
                 _section(config, field)[name] = section[name]
         return ()
-    if os.path.isdir(config.init_from) and (weights := storage.read(os.path.join(config.init_from, "config.json"))):
+    is_run = os.path.isdir(config.init_from) and not is_foreign(config.init_from)
+    if is_run and (weights := storage.read(os.path.join(config.init_from, "config.json"))):
         model = config_lib.from_json(weights).model
         if model.image.get("kind") == config.model.image.get("kind"):
             config.model.image.size, config.model.image.patch = model.image.size, model.image.patch

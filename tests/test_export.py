@@ -254,6 +254,75 @@ def test_sentencepiece_gives_the_same_ids(spec, tmp_path):
         assert again(TEXTS, 300).tolist() == ours(TEXTS, 300).tolist()
 
 
+@pytest.mark.parametrize("options", ["", "?lower=true", "?sot=true", "?pad_with_eot=true", "?sot=true&lower=true"])
+@pytest.mark.parametrize("method", ["clip", "siglip", "align"])
+def test_an_exported_sentencepiece_tokenizer_is_found_again(options, method, tmp_path):
+    ours = make_tokenizer(f"sentencepiece{options}")
+    files = export_tokenizer.for_hf(ours, 77)
+    earlier = "lower" if "lower" in options else ""
+    for clean in (files["tokenizer_config.json"]["clean"], earlier):
+        files["tokenizer_config.json"]["clean"] = clean
+        for name, content in files.items():
+            (tmp_path / name).write_text(json.dumps(content))
+        again = make_tokenizer(find_tokenizer(tmp_path, method, 4096, "open_clip"))
+        texts = [*TEXTS, "3.5 l: don't!"]
+        assert again(texts, 40).tolist() == ours(texts, 40).tolist()
+        assert (again.sot_id, again.eot_id) == (ours.sot_id, ours.eot_id)
+
+
+def test_an_exported_tokenizer_with_another_padding_is_asked_for(tmp_path):
+    for name, content in export_tokenizer.for_hf(make_tokenizer("sentencepiece"), 77).items():
+        (tmp_path / name).write_text(json.dumps(content | ({"pad_token": "[PAD]"} if "pad_token" in content else {})))
+    with pytest.raises(UserError, match=r"only <pad> is known as padding, not '\[PAD\]': give the tokenizer"):
+        find_tokenizer(tmp_path, "siglip", 4096)
+
+
+@pytest.mark.parametrize(
+    "to, fields",
+    [
+        ("open_clip", dict(method="siglip", tokenizer="sentencepiece")),
+        ("open_clip", dict(tokenizer="sentencepiece", text=dict(TEXT, pool="first", causal=False))),
+        ("hf", dict(tokenizer="sentencepiece")),
+        ("hf", dict(method="siglip", image=MAP, text=LAST, tokenizer="sentencepiece?pad_with_eot=false")),
+        ("hf", dict(CASES["align"][1], tokenizer="wordpiece:{vocabulary}?lower=false")),
+    ],
+)
+def test_an_export_is_loaded_with_its_tokenizer(to, fields, vocabulary, tmp_path):
+    fields = fields | {"tokenizer": fields["tokenizer"].format(vocabulary=vocabulary)}
+    model = make_model(**fields)
+    export.export(model, to, tmp_path / "out")
+    again = load.load(tmp_path / "out")
+    texts = ["a 3.5 l Cat, PIZZA!", ""]
+    assert again.tokenizer(texts, 20).tolist() == model.tokenizer(texts, 20).tolist()
+    assert again.config.model.text.eot_id == model.config.model.text.eot_id
+
+
+def test_padding_stored_in_a_tokenizer_json_is_not_exported(tmp_path):
+    stored, _ = written(make_tokenizer("sentencepiece"))
+    stored.enable_padding(length=64)
+    stored.save(str(tmp_path / "tokenizer.json"))
+    theirs, _ = written(make_tokenizer(f"siglip:{tmp_path}/tokenizer.json"))
+    assert theirs.padding is None and len(theirs.encode("a cat").ids) < 10
+
+
+def test_clips_tokenizer_of_transformers_is_refused_where_its_padding_is_seen(tmp_path):
+    model = make_model(method="siglip", image=MAP, text=LAST)
+    with pytest.raises(UserError, match="pads with the end of text. This text tower sees the padding, which is 0 here"):
+        export.export(model, "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export.export(model, "hf", tmp_path / "out", tokenizer=False)
+
+
+def test_pixels_of_the_preprocessing_are_resized_with_the_model(tmp_path):
+    model = make_model()
+    model.config.unlock().eval.transform = ("resize(20)", "center_crop")
+    export.export(model, "hf", tmp_path / "out")
+    imported = load.load(tmp_path / "out", size=32)
+    assert imported.config.eval.transform == ("resize(40, interpolation='bicubic')", "center_crop(rounding='down')")
+    assert any("image tower: vit size=32" in line for line in imported.summary)
+    assert any("preprocessing: resize(40, " in line for line in imported.summary)
+
+
 def test_wordpiece_gives_the_same_ids(vocabulary):
     ours = make_tokenizer(f"wordpiece:{vocabulary}")
     theirs, config = written(ours)

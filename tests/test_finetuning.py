@@ -146,6 +146,17 @@ def test_a_tokenizer_that_is_not_beside_the_weights_is_asked_for(folder):
         from_weights.load(CLIP, given[:2])
 
 
+def test_a_tokenizer_that_is_given_is_not_looked_for(weights, tmp_path):
+    for file in (weights / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{}")  # no tokenizer that is known here
+    given = [f"init_from={tmp_path}", "data.source=emoji"]
+    with pytest.raises(UserError, match="not a Hugging Face tokenizer"):
+        from_weights.load(CLIP, given)
+    spec = "clip_bpe?specials=openai"
+    assert from_weights.load(CLIP, [*given, f"tokenizer={spec}"]).tokenizer == spec
+
+
 def test_a_run_takes_two_steps_and_is_a_source_itself(weights, tmp_path):
     c = tuned(weights, "model.image.size=32", "optim.warmup_steps=0")
     lines = []
@@ -284,6 +295,28 @@ def test_weights_between_two_checkpoints(weights, classified, tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match=r"this run did not start from weights \(init_from\): give --a"):
         interpolate.beginning(clip_jax.load(workdir, overrides=["init_from="]), workdir)
+
+
+def test_weights_of_a_run_that_has_trained_on_are_not_the_beginning(tmp_path):
+    for name, log, rows in (
+        ("a", "metrics.jsonl", [{"step": 90, "time": 10}, {"step": 100, "time": 20}, {"step": 100, "time": 99}]),
+        ("b", "config_history.jsonl", [{"step": 0, "time": 30}, {"step": 5, "time": 200}]),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / log).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    for given in (a, f"img={a}, txt={tmp_path}/weights.npz", f"{a}/checkpoints"):
+        (line,) = interpolate._steps(given, b)
+        assert line.endswith(", trained to step 100")
+    with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 120, "time": 100}\n')
+    message = f"{a}, which .*b.* started from, has trained on since, from step 100 to 120: .* --a={a}/checkpoints/100"
+    for given in (a, f"txt={tmp_path}/weights.npz, img={a}"):
+        with pytest.raises(UserError, match=message):
+            list(interpolate._steps(given, f"{b}/checkpoints/5"))
+    assert not list(interpolate._steps(f"{a}/checkpoints/100", b))
+    (tmp_path / "b" / "config_history.jsonl").unlink()
+    assert not list(interpolate._steps(a, b))
 
 
 def test_held_out_records_evaluate_the_head(weights):

@@ -164,6 +164,15 @@ def test_folders_without_a_checkpoint(tmp_path):
         clip_jax.load(tmp_path)
 
 
+@pytest.mark.parametrize("choice", [dict(which="best"), dict(which=3), dict(ema=True)])
+def test_third_party_weights_have_no_steps_to_choose(tmp_path, choice):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="only one state of its weights: leave out which and ema"):
+        clip_jax.load(tmp_path, **choice)
+    with pytest.raises(UserError, match="model.safetensors"):
+        clip_jax.load(tmp_path, which="latest", ema=False)
+
+
 @pytest.mark.parametrize("program", ["evaluate", "search", "export", "caption", "train"])
 def test_damaged_arrays_end_every_command_with_one_line(trained, tmp_path, program, capfd):
     shutil.copytree(trained, tmp_path / "run")

@@ -15,12 +15,14 @@ from safetensors.numpy import load_file, save_file
 
 import clip_jax
 from clip_jax import config as config_lib
+from clip_jax.data.augment import CLIP_MEAN, CLIP_STD
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.data.tokenizers.base import VOCAB_FOLDER
 from clip_jax.errors import UserError
 from clip_jax.interop import configs, layouts, load
 from clip_jax.interop import tokenizer as tokenizer_files
 from clip_jax.interop.layouts import big_vision, hf, open_clip
+from clip_jax.interop.towers import sentence
 from clip_jax.interop.towers.files import is_foreign
 from clip_jax.methods.interface import make_method
 from clip_jax.models.towers import image_tower
@@ -274,6 +276,19 @@ def test_a_bare_state_dict_needs_what_weights_do_not_show(tmp_path):
         load.load(file, act="relu")
     with pytest.raises(UserError, match="3 heads do not divide the width"):
         load.load(file, act="gelu", heads=(3, 2))
+
+
+@pytest.mark.parametrize("with_configuration", [True, False])
+def test_clips_towers_with_the_loss_of_siglip_keep_clips_preprocessing_and_tokenizer(tmp_path, with_configuration):
+    cfg = json.loads(json.dumps(OPEN_CLIP))
+    cfg["text_cfg"].update(vocab_size=49408, width=16, layers=1)
+    arrays = open_clip_arrays(cfg) | {"logit_bias": np.array(-10.0, np.float32)}
+    folder = open_clip_folder(tmp_path / "m", cfg if with_configuration else None, arrays)
+    imported = load.load(folder, act="quick_gelu", heads=(2, 2))
+    config = imported.config
+    assert config.method == "siglip" and config.model.image_mean == CLIP_MEAN and config.model.image_std == CLIP_STD
+    assert config.eval.transform == ("resize(interpolation='bicubic')", "center_crop", "drop_alpha")
+    assert imported.tokenizer == make_tokenizer("clip_bpe")
 
 
 def test_openai_archives_mean_quick_gelu(tmp_path):
@@ -552,6 +567,30 @@ def test_bert_tokenizer_in_the_folder_of_the_weights(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(pieces))
     assert from_json == ids_of(tmp_path, "align", 13, TEXTS)
     assert from_json[0] == [2, 4, 5, 6, 7, 8, 4, 12, 9, 10, 3, 0]
+
+
+@pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json"])
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_cased_bert_tokenizer_stays_cased(tmp_path, file, where):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "A", "a"]
+    whole = {"model": {"type": "WordPiece", "vocab": {p: i for i, p in enumerate(pieces)}}, "normalizer": None}
+    if where == "tokenizer.json":
+        whole["normalizer"] = {"type": "BertNormalizer", "lowercase": False}
+    else:
+        (tmp_path / where).write_text(json.dumps({"do_lower_case": False}))
+    if "tokenizer.json" in (file, where):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    if file == "vocab.txt":
+        (tmp_path / file).write_text("\n".join(pieces))
+    for tokenizer in (make_tokenizer(tokenizer_files.find(tmp_path, "align", 6)), sentence.tokenizer(tmp_path)):
+        assert tokenizer.encode("A a") == [4, 5] and tokenizer.options["lower"] is False
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordLevel"])
+def test_another_tokenizer_in_the_folder_of_the_weights_is_not_found(tmp_path, kind):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": kind, "vocab": []}}))
+    for method in ("clip", "align"):
+        assert tokenizer_files.find(tmp_path, method, 49408) is None
 
 
 def test_siglip_tokenizer_in_the_folder_of_the_weights(tmp_path):

@@ -135,6 +135,14 @@ def test_a_run_keeps_its_fields(table, tmp_path):
     assert (again.model.image.size, again.train.steps) == (96, 77)
 
 
+def test_the_configuration_beside_third_party_weights_is_no_run(table, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "model.safetensors").touch()
+    c = config.load(str(REPO / "configs" / "lit.py:small"), [f"data={table}", f"init_from={tmp_path}"])
+    fitted = small.fitted(c, None, lambda line: None)
+    assert (fitted.model.image.size, fitted.model.image.patch) == (64, 8)  # by the data
+
+
 def test_classes_are_evaluated_zero_shot(tmp_path):
     write_pictures(tmp_path / "all")
     for name in COLOURS:

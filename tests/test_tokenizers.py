@@ -141,6 +141,47 @@ def test_sentencepiece_foreign_model_without_pad_and_without_lower_casing(tmp_pa
     assert lower.encode("RED apple") == tokenizer.encode("red apple")
 
 
+def tokenizer_json(pieces):
+    """A tokenizer of unigram pieces in the library that writes tokenizer.json."""
+    import tokenizers as library
+
+    model = library.Tokenizer(library.models.Unigram([(p, -float(i)) for i, p in enumerate(pieces)], unk_id=2))
+    model.pre_tokenizer, model.decoder = library.pre_tokenizers.Metaspace(), library.decoders.Metaspace()
+    return model
+
+
+def test_padding_and_truncation_stored_in_a_tokenizer_json_are_left_out(tmp_path):
+    model = tokenizer_json(["<pad>", "</s>", "<unk>", "▁", "▁a", "▁photo", "▁cat"])
+    model.enable_padding(length=8, pad_id=0, pad_token="<pad>")
+    model.enable_truncation(2)
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = make_tokenizer(f"siglip:{tmp_path}/tokenizer.json")
+    assert tokenizer.encode("a photo") == [4, 5] and tokenizer.encode("a photo a cat") == [4, 5, 4, 6]
+    assert tokenizer(["a", "a photo a cat"], 6).tolist() == [[4, 1, 1, 1, 1, 1], [4, 5, 4, 6, 1, 1]]
+
+
+@pytest.mark.parametrize("file", ["spm", "json"])
+def test_siglip_options_of_exported_tokenizers(tmp_path, file):
+    if file == "json":
+        tokenizer_json(["<pad>", "</s>", "<unk>", "<s>", "▁A", "▁a", "▁cat", "."]).save(str(tmp_path / "x.json"))
+    spec = f"siglip:{tmp_path / 'x.json' if file == 'json' else VOCAB_FOLDER / 'emoji_4k.model'}"
+    sticky, padded = make_tokenizer(spec), make_tokenizer(f"{spec}?pad_with_eot=false&sot=true&clean=none")
+    ids = padded.encode("A cat.")
+    assert padded(["A cat."], len(ids) + 4)[0].tolist() == [3, *ids, 1, 0, 0]
+    clean = sticky.encode("A cat.")
+    assert sticky(["A cat."], len(clean) + 3)[0].tolist() == [*clean, 1, 1, 1] and len(clean) < len(ids)
+    assert "sot" not in sticky.options  # fingerprints of earlier runs hold no such option
+    padded.save(tmp_path / "saved")
+    assert make_tokenizer(tmp_path / "saved") == padded != sticky
+
+
+def test_siglip_without_a_piece_that_an_option_needs(tmp_path):
+    tokenizer_json(["<x>", "</s>", "<unk>", "▁a"]).save(str(tmp_path / "x.json"))
+    with pytest.raises(UserError, match="needs one of the pieces <s>, <bos> as start of text"):
+        make_tokenizer(f"siglip:{tmp_path}/x.json?sot=true")
+    assert make_tokenizer(f"siglip:{tmp_path}/x.json?pad_with_eot=false")(["a"], 4).tolist() == [[3, 1, 1, 1]]
+
+
 # --- WordPiece ---
 
 

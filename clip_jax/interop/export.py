@@ -78,6 +78,11 @@ def export(model, to, out, tokenizer=True):
         files |= export_tokenizer.for_open_clip(model.tokenizer, config.model.text.context, text_cfg)
     else:
         files |= export_tokenizer.for_hf(model.tokenizer, config.model.text.context)
+    if "merges.txt" in files and _sees_padding(config.model.text) and not model.tokenizer.options["pad_with_eot"]:
+        raise UserError(
+            "CLIP's tokenizer of transformers pads with the end of text. This text tower sees the padding, which is 0 "
+            "here: export without the tokenizer (--without-tokenizer)"
+        )
     with storage.local_folder(out) as folder:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -287,6 +292,11 @@ def _same_model(config, files, theirs, to):
         if name in ignored or section == "model.text" and name == "context" and config.method == "align":
             continue
         raise UserError(f"--to={to} cannot express {key}={ours!r}: only {found!r} is possible for this model")
+
+
+def _sees_padding(text):
+    """Whether what follows the end of a text changes its embedding."""
+    return text.kind != "bert" and not text.mask_padding and not (text.causal and text.pool == "eot")
 
 
 def _steps(config):

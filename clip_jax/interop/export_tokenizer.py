@@ -4,6 +4,7 @@ import json
 import string
 
 from clip_jax.data import tokenizers
+from clip_jax.data.tokenizers.sentencepiece import read_json
 from clip_jax.errors import UserError
 
 #: Special tokens by their names in transformers.
@@ -79,14 +80,17 @@ def _wordpiece(tokenizer):
 
 
 def _sentencepiece(tokenizer):
-    """Returns the files of a unigram SentencePiece or SigLIP tokenizer; the cleaning of texts is its normalizer."""
-    from tokenizers import Regex, Tokenizer, normalizers, processors
+    """Returns the files of a unigram SentencePiece or SigLIP tokenizer; the cleaning of texts is its normalizer.
+
+    The field `clean` names the cleaning for `clip_jax.interop.tokenizer`. No other program writes or reads it.
+    """
+    from tokenizers import Regex, normalizers, processors
 
     sot = tokenizer.options.get("sot", False)
     _require(tokenizer, eot=True)
-    model = Tokenizer.from_str(tokenizer.data.decode()) if tokenizer.data[:1] == b"{" else unigram(tokenizer.data)
-    clean = tokenizer.options.get("clean", "lower" if tokenizer.options.get("lower") else "")
-    steps = [normalizers.Lowercase()] if clean else []
+    model = read_json(tokenizer.data) if tokenizer.data[:1] == b"{" else unigram(tokenizer.data)
+    clean = tokenizer.options.get("clean", "lower" if tokenizer.options.get("lower") else "none")
+    steps = [] if clean == "none" else [normalizers.Lowercase()]
     if clean in ("canonical", "open_clip", "transformers"):
         steps = [
             normalizers.Replace("_", "" if clean == "transformers" else " "),

@@ -11,6 +11,7 @@ OUT becomes a work folder as training leaves it, for `clip_jax.load`, `clip_jax.
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -68,15 +69,16 @@ def load(path, act=None, heads=None, size=None, tokenizer=None, alpha=None, mesh
     ours = shapes(config)
     entries = foreign.entries(ours)
     layouts.check(entries, tensors, ours, foreign.ignored, str(foreign.file))
-    summary = [*_describe(foreign, config, ours, tokenizer), *foreign.notes]
+    notes = [*foreign.notes]
     if size and size != config.model.image.size:
         if POS not in ours or config.model.image.kind != "vit":
             raise UserError(
                 f"--size={size}: must be {config.model.image.size}; only learned positions of a ViT can be resized"
             )
-        summary.append(f"position embeddings resized from {config.model.image.size} to {size} pixels")
+        notes.append(f"position embeddings resized from {config.model.image.size} to {size} pixels")
         tensors = _resize(config, entries, tensors, ours, size, foreign.resize)
         ours = shapes(config)
+    summary = [*_describe(foreign, config, ours, tokenizer), *notes]
     found = layouts.load(entries, tensors, _placed(config, ours, mesh))
     tree = _nested(found)
     return Imported(config.lock(), tree["params"], tree.get("extra", {}), tokenizer, summary)
@@ -136,12 +138,16 @@ def _nested(flat):
 
 
 def _resize(config, entries, tensors, ours, size, how):
-    """Returns the tensors with position embeddings for images of `size` pixels; sets the size in the configuration."""
+    """Returns the tensors with position embeddings for images of `size` pixels.
+
+    Sets the size in the configuration, with the pixels of its transform.
+    """
     from clip_jax.models.towers import image_tower
     from clip_jax.weight_files import Tensor
 
     entry, old = next(e for e in entries if POS in e.ours), ours[POS].shape
     image = config.model.image
+    config.eval.transform = resized(config.eval.transform, image.size, size)
     image.size = size
     image_tower(config.model)  # raises UserError for a size that the patch does not divide
     first, grid = int(image.cls_token), size // image.patch
@@ -152,6 +158,15 @@ def _resize(config, entries, tensors, ours, size, how):
 
     shape = entry.shape({POS: (1, first + grid**2, old[2])})
     return tensors | {entry.theirs: Tensor(shape, np.dtype(np.float32), read)}
+
+
+def resized(transform, old, new):
+    """Returns the steps of a transform with their pixels for images of `new` instead of `old` pixels."""
+
+    def scaled(match):
+        return f"{match[1]}{round(int(match[2]) * new / old)}"
+
+    return tuple(re.sub(r"^(\w+\()(\d+)", scaled, step) for step in transform)
 
 
 def find_tokenizer(foreign, spec=None):

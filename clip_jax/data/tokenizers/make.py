@@ -23,7 +23,7 @@ KIND and PATH are one of
 The class of a kind documents its options. Every sequence is `[SOT] text [EOT] padding`, truncated so that EOT stays
 last. Options of the tokenizers, with their defaults:
 
-    sot            prepends SOT: false (clip_bpe and wordpiece: true; not for siglip)
+    sot            prepends SOT: false (clip_bpe and wordpiece: true)
     eot            appends EOT: true
     pad_with_eot   pads with EOT instead of PAD, "sticky EOT": false (siglip: true)
 

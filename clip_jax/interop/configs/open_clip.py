@@ -35,7 +35,7 @@ def from_config(cfg, preprocess, shapes):
       cfg: its arguments (`model_cfg`), including `vision_cfg` and `text_cfg`.
       preprocess: `preprocess_cfg` (mean, std, interpolation, resize_mode), or None for the published preprocessing.
       shapes: `{name: object with a shape}` of the weights. They give the sizes of a timm tower, which `cfg` lacks.
-        A logit bias means SigLIP.
+        A logit bias means SigLIP's loss. SigLIP's preprocessing goes with its image tower, which is timm's.
 
     Raises UserError for a field or value that has no counterpart here.
     """
@@ -64,13 +64,15 @@ def from_config(cfg, preprocess, shapes):
         kind="transformer",
         context=text.get("context_length", 77),
         vocab_size=vocab,
-        # CLIP's end of text is the largest id. "last" means SigLIP, which pads with its end of text, 1.
-        eot_id=text.get("eos_id", 2) if pool == "eos" else 1 if pool == "last" else vocab - 1,
+        # open_clip needs `eos_id` for "eos" alone; our exports always have it. "last" means SigLIP, which pads with its
+        # end of text, 1.
+        eot_id=vocab - 1 if pool == "argmax" else text.get("eos_id", {"eos": 2, "last": 1}.get(pool, vocab - 1)),
         pool=known(pools, pool, "text_cfg.pool_type"),
         causal=not text.get("no_causal_mask", False),
         proj_bias=text.get("proj_bias", False),
     )
-    published = {"mean": HALF, "std": HALF, "resize_mode": "squash"} if c.method == "siglip" else {}
+    is_siglip = c.method == "siglip" and "timm_model_name" in vision
+    published = {"mean": HALF, "std": HALF, "resize_mode": "squash"} if is_siglip else {}
     preprocess = (
         {"mean": CLIP_MEAN, "std": CLIP_STD, "resize_mode": "shortest", "interpolation": "bicubic"}
         | published

@@ -42,11 +42,17 @@ def longest(folder, positions):
     return int(min(cfg or tokenizer or positions, positions))
 
 
+def lower_cases(folder):
+    """Returns whether the WordPiece tokenizer of a folder lower-cases texts, which a cased one says in its files."""
+    cfg = read_json(folder / "tokenizer_config.json") or {}
+    normalizer = (read_json(folder / "tokenizer.json") or {}).get("normalizer")
+    normalizer = normalizer if isinstance(normalizer, dict) else {}
+    return cfg.get("do_lower_case") is not False and normalizer.get("lowercase") is not False
+
+
 def tokenizer(folder):
     """Returns the WordPiece tokenizer of a folder with `tokenizer.json` or `vocab.txt`; raises UserError otherwise."""
-    cfg = read_json(folder / "tokenizer_config.json") or {}
-    lower = cfg.get("do_lower_case", True)
-    whole = read_json(folder / "tokenizer.json")
+    lower, whole = lower_cases(folder), read_json(folder / "tokenizer.json")
     if whole is None:
         if not (folder / "vocab.txt").is_file():
             raise UserError(f"{folder}: the folder of a text tower needs tokenizer.json or vocab.txt")
@@ -55,7 +61,6 @@ def tokenizer(folder):
         model, vocab = whole["model"], whole["model"]["vocab"]
         if model["type"] != "WordPiece":
             raise UserError(f"{folder / 'tokenizer.json'}: a {model['type']} tokenizer: only WordPiece is allowed")
-        lower = (whole.get("normalizer") or {}).get("lowercase", lower)
         return WordPieceTokenizer("\n".join(sorted(vocab, key=vocab.get)).encode(), lower=lower)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'tokenizer.json'}: no tokenizer ({type(error).__name__}: {error})") from None

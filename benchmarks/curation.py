@@ -55,7 +55,7 @@ def cut_scores(rng, count):
 
 
 def main():
-    args = common.parse(common.make_parser(__doc__, "curation"))
+    args = common.make_parser(__doc__, "curation").parse_args()
     columns = {"part": "<24", "rows": ">12,d", "seconds": ">9.1f", "us/row": ">8.2f", "peak MiB": ">10,.0f"}
     report, rng = common.Report(columns), np.random.default_rng(0)
     report.header()

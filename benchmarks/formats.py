@@ -133,7 +133,7 @@ def main():
     parser.add_argument("--bytes", type=int, default=20_000, help="bytes of an image")
     parser.add_argument("--files", type=int, default=200, help="ArrayRecord files that are scanned")
     parser.add_argument("--uids", type=int, default=10_000_000, help="pairs of a subset in which uids are looked up")
-    args = common.parse(parser)
+    args = parser.parse_args()
     report = common.Report(COLUMNS, records=args.records, bytes=args.bytes)
     report.header()
     with tempfile.TemporaryDirectory() as folder:

@@ -179,7 +179,7 @@ def main():
     parser.add_argument("--shards", type=int, default=200_000, help="shards of the manifest")
     parser.add_argument("--blocks", type=int, default=20, help="blocks of a shard")
     parser.add_argument("--batch", type=int, default=256, help="rows of a batch of this host")
-    args = common.parse(parser)
+    args = parser.parse_args()
     report = common.Report({"what": "<48", "value": ">10.2f", "unit": "<4"}, shards=args.shards, blocks=args.blocks)
     report.header()
     measure_tar(report)

@@ -48,7 +48,7 @@ def rate(draw, font, texts, size):
 
 
 def main():
-    args = common.parse(common.make_parser(__doc__, "render"))
+    args = common.make_parser(__doc__, "render").parse_args()
     font = make_tokenizer("unifont")
     columns = {
         "captions": "<16",

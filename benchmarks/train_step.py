@@ -119,6 +119,8 @@ class OpenClip:
         self.model = self.optimizer = self.batch = None
         gc.collect()
         torch.cuda.empty_cache()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # a larger batch may not have fitted before
         torch.manual_seed(0)
         with self.out_of_memory():
             self.model = self.clip.CLIP(**spec["model"]).to(self.device).train()

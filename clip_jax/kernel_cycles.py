@@ -27,7 +27,7 @@ from clip_jax.runtime import topology as topology_lib
 _DTYPES = {"pred": "bool", "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 _DTYPES |= {f"{short}{bits}": f"{long}{bits}" for short, long in (("s", "int"), ("u", "uint")) for bits in (8, 16, 32)}
 _FLAG = "--xla_jf_dump_static_llo_profile_to="
-#: Seconds after which the process is ended; the kernels that it has not reached count as those without an estimate.
+#: Seconds after which the process is ended. The kernel that it is at counts as one without an estimate.
 _TIMEOUT = 1800
 
 

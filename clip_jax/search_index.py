@@ -9,9 +9,11 @@ import os
 import pathlib
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from clip_jax.data import remote
 from clip_jax.data.files import cache_folder, expand
 from clip_jax.data.records import BadRecord, fingerprint, records
 from clip_jax.data.sources.folder import files_below
@@ -20,6 +22,8 @@ from clip_jax.errors import UserError
 
 _BLOCK, _QUERIES = 8192, 256  # embeddings, and queries, that are compared at a time: 8 MB of scores
 _FOLDER = ".clip_jax_search"
+_FILES = ("z.f32", "where.i64", "meta.json")  # of an index; without the last one a folder is no index
+_READERS = 16  # requests at once for the sizes of objects
 
 
 # --- exact search on the devices ---
@@ -162,14 +166,24 @@ def model_key(model):
 
 
 def data_key(source, spec, split):
-    """Returns a hash of a data set: 32 of its records, and the names, sizes and times of its files if it has any."""
+    """Returns a hash of a data set: 32 of its records, and what tells a change of its files if it has any."""
     listing = []
     for part in parse(spec):
         path = part.base.replace("{split}", split)
-        for file in sorted(_files_of(path)):
-            status = os.stat(file) if os.path.exists(file) else os.lstat(file)  # a link may lead nowhere
-            listing.append((os.path.relpath(file, path), status.st_size, status.st_mtime_ns))
+        with ThreadPoolExecutor(_READERS) as pool:
+            listing += pool.map(functools.partial(_state_of, path), sorted(_files_of(path)))
     return hashlib.blake2b(json.dumps([fingerprint(source), split, listing]).encode(), digest_size=16).hexdigest()
+
+
+def _state_of(path, file):
+    """Returns the name of a file of a data set, its size and its time; of an object the address and the size."""
+    if not remote.is_remote(file):
+        status = os.stat(file) if os.path.exists(file) else os.lstat(file)  # a link may lead nowhere
+        return os.path.relpath(file, path), status.st_size, status.st_mtime_ns
+    try:
+        return file, remote.size(file)
+    except UserError:  # a range may name an object that is missing
+        return file, None
 
 
 def _files_of(path):
@@ -220,8 +234,9 @@ def make_index(model, source, kind, spec, split="train", folder=None, log=print)
             ) from None
         try:
             _write_index(partial, key, model, source, kind, log)
-            shutil.rmtree(place, ignore_errors=True)
-            partial.rename(place)
+            for file in _FILES:
+                (place / file).unlink(missing_ok=True)
+            partial.rename(place)  # where an empty folder may be
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return _read_index(place)[1]
@@ -230,7 +245,8 @@ def make_index(model, source, kind, spec, split="train", folder=None, log=print)
 def check_folder(folder):
     """Raises UserError when a path is taken by something else than an index, which an index would replace."""
     place = pathlib.Path(folder)
-    is_other = place.is_dir() and any(place.iterdir()) and not (place / "meta.json").exists()
+    names = {path.name for path in place.iterdir()} if place.is_dir() else set()
+    is_other = bool(names) and not (names <= set(_FILES) and _read_meta(place))
     if is_other or place.is_file():
         raise UserError(f"--index={folder}: holds something else than an index; name a new folder")
 
@@ -248,15 +264,25 @@ def _mismatch(folder, key, found):
 
 def _places(spec):
     """Returns the folders where embeddings of a data set may be kept, the best one first."""
-    path = pathlib.Path(parse(spec)[0].base)
+    base = parse(spec)[0].base
+    path = pathlib.Path("" if remote.is_remote(base) else base)
     folder = next((p for p in (path, *path.parents) if p.is_dir()), None)
     return ([folder / _FOLDER] if len(path.parts) > 1 and folder else []) + [pathlib.Path(cache_folder()) / "search"]
+
+
+def _read_meta(folder):
+    """Returns the key of the index in a folder, a dict; {} where there is none."""
+    try:
+        key = json.loads((folder / "meta.json").read_text())
+        return key if {"version", "kind", "model", "data", "shape", "skipped"} <= key.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _read_index(folder):
     """Returns the key and the `Index` of a folder; `({}, None)` when the index is missing or damaged."""
     try:
-        key = json.loads((folder / "meta.json").read_text())
+        key = _read_meta(folder)
         z = np.memmap(folder / "z.f32", np.float32, "r", shape=tuple(key["shape"]))
         where = np.memmap(folder / "where.i64", np.int64, "r", shape=(key["shape"][0], 2))
         return key, Index(z, where, key["skipped"])

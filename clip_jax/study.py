@@ -118,8 +118,8 @@ def _print(found):
         print(line)
 
 
-def main(argv=None):
-    """Runs the command; returns its exit status, which is that of clip_jax.train."""
+def parse_args(argv):
+    """Returns `(args, overrides)` of a command line. Raises UserError."""
     parser = command.make_parser("clip_jax.study", __doc__)
     parser.add_argument("--config", metavar="FILE[:VARIANT]", help="a study, e.g. configs/oner.py:ablation")
     parser.add_argument("--workdir", help="folder, gs:// or s3:// address of the study; each run has a subfolder")
@@ -129,20 +129,27 @@ def main(argv=None):
     parser.add_argument("--report", nargs="+", metavar="WORKDIR", help="make one page of these studies, and train none")
     parser.add_argument("--out", default="studies.html", metavar="PATH", help="the page of --report (studies.html)")
     args, rest = parser.parse_known_args(argv)
+    if args.report:
+        if args.config or args.workdir or rest:
+            raise UserError("--report takes folders and --out alone")
+        return args, []
+    if not (args.config and args.workdir):
+        raise UserError("give --config=FILE[:VARIANT] and --workdir=FOLDER, or --report FOLDER ...")
+    if args.seeds < 1:
+        raise UserError(f"--seeds={args.seeds}: must be at least 1")
+    if not 0 < args.length < math.inf:
+        raise UserError(f"--length={args.length}: must be a positive number")
+    return args, config_lib.parse_overrides(rest)
+
+
+def main(argv=None):
+    """Runs the command; returns its exit status, which is that of clip_jax.train."""
 
     def work():
+        args, overrides = parse_args(argv)
         if args.report:
-            if args.config or args.workdir or rest:
-                raise UserError("--report takes folders and --out alone")
             print(f"page: {page.report(args.report, args.out)}")
             return
-        if not (args.config and args.workdir):
-            raise UserError("give --config=FILE[:VARIANT] and --workdir=FOLDER, or --report FOLDER ...")
-        if args.seeds < 1:
-            raise UserError(f"--seeds={args.seeds}: must be at least 1")
-        if not 0 < args.length < math.inf:
-            raise UserError(f"--length={args.length}: must be a positive number")
-        overrides = config_lib.parse_overrides(rest)
         given = sys.argv[1:] if argv is None else argv
         line = shlex.join(["python", "-m", "clip_jax.study", *given])
         run_study(load(args.config), args.workdir, args.seeds, overrides, args.dry_run, line, args.length)

@@ -116,7 +116,8 @@ install_code() {
     git ls-files -z | tar --null --files-from=- -czf "$folder/clip_jax.tar.gz" || status=$?
   fi
   [[ $status -ne 0 ]] || reach scp "${files[@]}" "$NAME:" || status=$?
-  [[ $status -ne 0 ]] || reach ssh "$NAME" --command="mkdir -p clip_jax && tar -xzf clip_jax.tar.gz -C clip_jax && cd clip_jax && \
+  [[ $status -ne 0 ]] || reach ssh "$NAME" --command="mkdir -p clip_jax && cd clip_jax && \
+{ [ ! -e .unpacked ] || xargs -d '\n' rm -f <.unpacked; } && tar -xvzf ../clip_jax.tar.gz >.unpacked && \
 bash launch/tpu.sh worker-setup${BUCKET:+ --bucket=$BUCKET}${locked:+ $locked}${SETUP:+ && bash ../setup.sh}" || status=$?
   if [[ $status -eq 0 && -z $locked ]]; then keep_versions "$lock" || status=$?; fi
   rm -r "$folder"

@@ -120,6 +120,4 @@ def test_the_first_step_is_found_in_what_a_run_prints(tmp_path):
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     stages = ("imports", "init", "data, compile", "first step")
     assert [row["cache"] for row in rows] == ["empty", "filled"]
-    assert all(
-        row["total"] == pytest.approx(sum(row[stage] for stage in stages)) and row["imports"] > 0 for row in rows
-    )
+    assert all(row[stage] > 0 for row in rows for stage in stages)

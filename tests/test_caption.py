@@ -3,12 +3,14 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 from helpers import tiny_config
+from model_helpers import tiny_method
 from PIL import Image
 
-from clip_jax import train
+from clip_jax import inference, train
 from clip_jax.data.sources import MemorySource, make_source
 from clip_jax.data.sources.columns import ColumnsSource
 from clip_jax.errors import UserError
@@ -150,6 +152,34 @@ def test_the_command_with_a_checkpoint(tmp_path, capsys):
     assert capsys.readouterr().err == "error: --top=5: must be from 1 to 4, the number of texts in the bank\n"
 
 
+def test_a_run_with_other_weights_or_another_bank_does_not_resume(tmp_path, monkeypatch, capsys):
+    config, method, params, *rest = tiny_method("clip")
+    models = [inference.Model(config, method, tree, *rest) for tree in (params, jax.tree.map(np.zeros_like, params))]
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("x.png")
+    (tmp_path / "t.jsonl").write_text('{"image": "x.png", "caption": "a"}\n')
+    (tmp_path / "bank.txt").write_text("a cat\n")
+    arguments = ["--source=t.jsonl", "--captioner=retrieval:runs/clip", "--bank=bank.txt", "--out=c.jsonl"]
+    for model, bank, status in ((0, "a cat\n", 0), (0, "a cat\n", 0), (1, "a cat\n", 2), (0, "a dog\n", 2)):
+        monkeypatch.setattr(inference, "load", lambda _, model=models[model]: model)
+        (tmp_path / "bank.txt").write_text(bank)
+        assert lib.main(arguments) == status
+        assert ("c.jsonl exists, but was made with another about" in capsys.readouterr().err) == bool(status)
+
+
+@pytest.mark.parametrize(
+    "captioner, option, kind",
+    [
+        *(("transformers:x", f"--{option}", "retrieval") for option in ("top=2", "bank=b.txt", "exclude-own")),
+        ("retrieval:runs/clip", "--prompt=a photo of", "transformers"),
+    ],
+)
+def test_an_option_of_another_captioner_is_refused(captioner, option, kind, capsys):
+    assert lib.main(["--source=/nowhere.jsonl", "--out=c.jsonl", f"--captioner={captioner}", option]) == 2
+    flag = option.partition("=")[0]
+    assert capsys.readouterr().err == f"error: {flag} is for --captioner={kind}:..., not --captioner={captioner}\n"
+
+
 @pytest.mark.parametrize(
     "captioner, message",
     [
@@ -163,9 +193,8 @@ def test_wrong_captioners_are_one_line(tmp_path, capsys, monkeypatch, captioner,
     monkeypatch.setitem(sys.modules, "torch", sys.modules[__name__])
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bank.txt").write_text("a cat\n")
     Image.new("RGB", (4, 4)).save("x.png")
     (tmp_path / "t.jsonl").write_text('{"image": "x.png", "caption": "a"}\n')
-    assert lib.main(["--source=t.jsonl", "--bank=bank.txt", "--out=c.jsonl", f"--captioner={captioner}"]) == 2
+    assert lib.main(["--source=t.jsonl", "--out=c.jsonl", f"--captioner={captioner}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -52,6 +52,35 @@ def test_a_writer_goes_on_after_half_a_line(tmp_path):
         columns.TextWriter(path, PETS, {"seed": 1})
 
 
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.parquet"])
+def test_one_writer_at_a_time_has_a_file(name, tmp_path):
+    path = str(tmp_path / name)
+    with columns.text_writer(path, PETS, {}) as out:
+        out.write(PETS[0], {"tag": "a"})
+        with pytest.raises(UserError, match=f"{name} is being written by another process: let it end, or name another"):
+            columns.text_writer(path, PETS, {})
+        out.write(PETS[1], {"tag": "b"})
+    for about in ({"seed": 1}, {"seed": 2}):
+        with pytest.raises(UserError, match="made with another about"):
+            columns.text_writer(path, PETS, about)
+    with columns.text_writer(path, PETS, {}) as out:
+        assert out.done == 2
+
+
+def test_half_a_line_of_something_else_stays(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"image": "a.png", "caption": "mine"}')
+    with pytest.raises(UserError, match="texts.jsonl exists and holds something else; give another file"):
+        columns.TextWriter(path, PETS, {})
+    assert path.read_text() == '{"image": "a.png", "caption": "mine"}'
+    path.unlink()
+    with columns.TextWriter(path, PETS, {}):
+        whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with columns.TextWriter(path, PETS, {}) as out:
+        assert out.done == 0 and path.read_bytes() == whole
+
+
 def test_columns_of_another_data_set_or_order_are_refused(rewrites, tmp_path):
     with pytest.raises(UserError, match="made of another data set: memory, 3 records, not memory, 2"):
         columns.ColumnsSource(source("a cat", "a dog"), str(rewrites))
@@ -74,6 +103,8 @@ def test_arrays_join_their_records(tmp_path):
     joined[0]
     again = pickle.loads(pickle.dumps(joined))
     assert (again[2]["regions"] == values[2]).all() and again[2]["count"] == 2
+    with columns.array_writer(tmp_path / "c", PETS, fields, {"encoder": "other"}):
+        assert (again[2]["regions"] == values[2]).all()  # as in a training that has mapped the former ones
     with pytest.raises(UserError, match="another data set"):
         columns.ColumnsSource(source("a cat", "a dog", "a fish"), str(tmp_path / "c"))
     (tmp_path / "file").write_text("")

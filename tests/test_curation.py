@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from clip_jax.data.records import BadRecord, records
 from clip_jax.data.sources import MemorySource
 from clip_jax.data.sources.index import IndexedSource
 from clip_jax.data.sources.mixture import MixtureSource
+from clip_jax.errors import UserError
 from clip_jax.runtime import sharding
 from clip_jax.tools import balance, clip_score, dedup, duplicates, examples, index_writer, passes
 from clip_jax.tools.entries import Matcher, read_entries
@@ -114,7 +116,7 @@ def test_each_block_is_read_once(sizes, first, end):
     assert [index for index, _ in found] == list(expected)
     assert all(isinstance(r, BadRecord) if i % 7 == 0 else r["number"] == i for i, r in found)
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    assert source.read and sorted(source.read) == sorted(set(owner[expected].tolist())) or not expected
+    assert sorted(source.read) == sorted(set(owner[expected].tolist()))
 
 
 @pytest.mark.parametrize("sizes", [[3, 4] * 20, [0, 17, 0, 2, 6, 0], [1]])
@@ -145,6 +147,34 @@ def test_an_index_of_blocks_is_read_block_by_block(tmp_path):
     found = list(records(index))
     assert [r["number"] for _, r in found if not isinstance(r, BadRecord)] == rows[rows % 7 > 0].tolist()
     assert len(found) == len(rows) and sorted(source.read) == sorted(set((rows // 3).tolist()))
+
+
+def cut(out, *rows):
+    with index_writer.IndexWriter(pairs(), out) as writer:
+        writer.add(rows, [1] * len(rows))
+        writer.finish({}, lambda report: [index_writer.headline(report)])
+
+
+def test_a_second_cut_leaves_the_index_of_a_running_training(tmp_path):
+    cut(tmp_path, 0, 1)
+    running = IndexedSource(pairs(), tmp_path)
+    copied = pickle.dumps(running)
+    assert pickle.loads(copied)._kept[1] == 1
+    cut(tmp_path, 2, 3)
+    assert [running._kept[i] for i in range(2)] == [0, 1]
+    with pytest.raises(UserError, match="index.npy was made anew since it was opened; start again"):
+        pickle.loads(copied)
+    assert [IndexedSource(pairs(), tmp_path)._kept[i] for i in range(2)] == [2, 3]
+
+
+def test_a_cut_that_keeps_nothing_leaves_the_former_index(tmp_path):
+    cut(tmp_path, 0, 1)
+    former = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"all {COUNT} records are removed; .*removed.txt says why"):
+        cut(tmp_path)
+    assert f"0 of {COUNT} records are kept" in (tmp_path / "removed.txt").read_text()
+    (tmp_path / "removed.txt").unlink()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == former
 
 
 def test_a_source_without_blocks_is_read_from_and_to_any_record():

@@ -22,7 +22,7 @@ def test_paths_and_fields_named_in_the_docs_exist(page):
         config.load(str(REPO / "configs" / "clip.py:small")),
         *(config.load(str(path)) for path in sorted(files) if path.exists()),
     ]  # none is called METHOD.py
-    for key in re.findall(r"--config\.([a-z_.]+)=", text):
+    for key in re.findall(r"--config\.([a-z0-9_.]+)=", text):
         assert key.startswith("my_") or any(has(c, key) for c in configs), key
 
 

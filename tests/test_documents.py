@@ -135,6 +135,9 @@ class Session:
             done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
             if done.returncode:
                 raise AssertionError(f"{command}: {done.stderr}")
+            if words[0] == "python":  # --help ends the parser before it sees unknown flags
+                for flag in re.findall(r" (--(?!config[.])[\w-]+)", shlex.join(words)):
+                    assert re.search(rf"(?m)^ +{flag}\b", done.stdout), f"{command}: there is no {flag}"
 
     def module(self, name, arguments):
         name = name.replace("clip_jax.data.", "clip_jax.tools.")  # a short name of the same command
@@ -148,7 +151,8 @@ class Session:
             compiler.parse_args(arguments)
             config_lib.load(options["config"])
         elif name == "clip_jax.study":
-            assert study.load(options["config"]).rows
+            args, _ = study.parse_args(arguments)
+            assert args.report or study.load(args.config).rows
         else:
             if name.startswith("clip_jax.tools."):
                 arguments = [re.sub("(=)(emoji|openclipart)$", r"\1\2?part=record:1/99", a) for a in arguments]

@@ -54,6 +54,11 @@ def test_sizes_at_the_papers_thresholds(size, hits):
     assert filters.image_hits({"image": image(*size)}, Rules(), NOTHING, None) == (hits, size)
 
 
+def test_a_large_jpeg_has_its_own_size_also_where_it_is_compared_with_test_images():
+    jpeg = {"image": image(800, 600, kind="JPEG")}
+    assert filters.image_hits(jpeg, Rules(), NOTHING, NearDuplicates([], 7)) == ([], (800, 600))
+
+
 # align.md, test oracle 7: 20 unigrams kept, 21 dropped
 @pytest.mark.parametrize("words, hits", [(2, ["too_short"]), (3, []), (20, []), (21, ["too_long"]), (0, ["too_short"])])
 def test_lengths_at_the_papers_thresholds(words, hits):

@@ -244,7 +244,7 @@ def test_micro_batches_and_meshes_give_the_same_steps():
         np.testing.assert_allclose([a["loss"], a["grad_norm"]], [b["loss"], b["grad_norm"]], rtol=1e-4)
 
 
-def test_a_run_on_labels(weights, classified):
+def test_a_run_on_labels(weights, classified, tmp_path):
     workdir, metrics = classified
     assert metrics["accuracy/images"] == 9 and metrics["accuracy/classes"] == 3
     model, before = clip_jax.load(workdir), flat(clip_jax.load(weights / "model").params)
@@ -253,16 +253,16 @@ def test_a_run_on_labels(weights, classified):
     assert moved and all(path.startswith("img/") for path in moved) and model.class_names[0] == "big bear"
     p = model.classify([Image.open(path) for path in sorted((weights / "data" / "test").glob("*/*.png"))])
     assert (p.argmax(1) == np.repeat(range(3), 3)).mean() == pytest.approx(metrics["accuracy/top1"])
-    lines = export(model, "open_clip", weights / "exported")
+    lines = export(model, "open_clip", tmp_path / "exported")
     assert "note: the classifier of 3 classes is left out" in lines
-    assert flat(clip_jax.load(weights / "exported").params).keys() == before.keys()
+    assert flat(clip_jax.load(tmp_path / "exported").params).keys() == before.keys()
     # A part of the classes is evaluated among that part; other classes are refused.
-    (weights / "part").mkdir(exist_ok=True)
+    (tmp_path / "part").mkdir()
     for name in ("cat", "dog"):
-        (weights / "part" / name).symlink_to(weights / "data" / "test" / name)
-    assert accuracy.run(model, str(weights / "part")).metrics["accuracy/classes"] == 2
+        (tmp_path / "part" / name).symlink_to(weights / "data" / "test" / name)
+    assert accuracy.run(model, str(tmp_path / "part")).metrics["accuracy/classes"] == 2
     with pytest.raises(UserError, match="the model was trained on 3 classes .* not on 'bird'"):
-        accuracy.run(model, str(weights / "part"), classes={"cat": "cat", "dog": "bird"})
+        accuracy.run(model, str(tmp_path / "part"), classes={"cat": "cat", "dog": "bird"})
 
 
 def test_classes_are_needed(weights):

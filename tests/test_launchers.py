@@ -381,6 +381,16 @@ def test_setup_waits_for_the_slice_and_installs_what_git_tracks(stand):
     ] * 2
 
 
+def test_what_git_no_longer_tracks_leaves_the_workers(stand):
+    stand.launch("tpu", "setup", *QUEUE)
+    code = stand.root / "worker1" / "clip_jax"
+    (code / "notes").write_text("made there")
+    subprocess.run(["git", "rm", "-q", "-f", "launch/slurm.sh"], cwd=stand.checkout, check=True, timeout=60)
+    stand.launch("tpu", "setup", *QUEUE)
+    assert not (code / "launch" / "slurm.sh").exists()
+    assert (code / "launch" / "tpu.sh").exists() and (code / "notes").exists()
+
+
 def test_setup_gets_a_newer_python_where_the_image_has_an_old_one(stand):
     stand.prepare(old_python=["1", "0"])
     stand.launch("tpu", "setup", *QUEUE)

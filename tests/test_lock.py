@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def test_a_run_of_another_host_lives_while_it_refreshes_its_lock(tmp_path, monke
     lines = []
     with lock.hold(tmp_path, lines.append, number=0):
         assert lock.read(tmp_path)["pid"] == os.getpid()
-    assert ["looking up to 1 s" in lines[0], "taken over from a run on pod-3" in lines[1]] == [True, True]
+    assert re.search("looking up to [01] s", lines[0]) and "taken over from a run on pod-3" in lines[1]
 
 
 def test_an_ending_run_lives_by_its_refreshes_and_not_by_its_clock(tmp_path, monkeypatch):

@@ -157,6 +157,53 @@ def test_parts_are_joined_and_an_interrupted_part_continues(data, monkeypatch, c
     assert a.about["broken"] == {"empty shard": 1, "truncated shard": 1} == dict(make_source(whole).broken)
 
 
+def test_a_line_that_was_cut_off_never_counts_as_done(data):
+    out = make(data, "--part=1/1", out=data / "x.parquet")
+    parts = tool.Parts(out, json.loads((data / "x.parquet.parts" / "job.json").read_text()))
+    part = data / "x.parquet.parts" / "1-of-1.part"
+    (*whole, last), done = part.read_bytes().splitlines(True), parts.done()
+    number = int(last.split(b"\t")[0])
+    del done[number]
+    for end in range(1, len(last)):
+        part.write_bytes(b"".join(whole) + last[:end])
+        with parts.writer((0, 1)) as file:
+            assert parts.done().keys() == done.keys()
+            file.write(last)
+        assert parts.done().keys() == {*done, number} and parts.read(parts.done()[number])
+
+
+def test_data_are_not_replaced_by_their_manifest(tmp_path, capsys):
+    import pyarrow
+
+    rows = [{"image": {"bytes": b"image", "path": None}, "caption": "c"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "text.parquet").write_text("mine")
+    for name, message in (
+        ("a", "is one of the shards; take another name"),
+        ("b", "exists and is no manifest; take another name"),
+        ("text", "exists and is no manifest"),
+        ("folder", "exists and is no manifest"),
+    ):
+        out = tmp_path / f"{name}.parquet"
+        line = refused(capsys, f"{tmp_path}/a.parquet", f"--out={out}", "--processes=1")
+        assert message in line and not os.path.exists(f"{out}.parts")
+    assert (tmp_path / "text.parquet").read_text() == "mine"
+    make(tmp_path, source=f"{tmp_path}/a.parquet", out=tmp_path / "m.parquet")
+    make(tmp_path, source=f"{tmp_path}/[ab].parquet", out=tmp_path / "m.parquet")
+    assert len(make_source(f"{tmp_path}/m.parquet")) == 2
+    line = refused(capsys, f"{tmp_path}/*m.parquet", f"--out={tmp_path}/m.parquet", "--processes=1")
+    assert "is one of the shards" in line
+
+
+def test_what_else_is_in_the_folder_of_parts_stays(data):
+    (data / "x.parquet.parts").mkdir()
+    (data / "x.parquet.parts" / "notes.txt").write_text("mine")
+    make(data, out=data / "x.parquet")
+    assert os.listdir(data / "x.parquet.parts") == ["notes.txt"]
+
+
 def test_processes_give_the_same_manifest(data):
     one, two = make(data, out=data / "1.parquet"), make(data, "--processes=2", out=data / "2.parquet")
     assert parquet.read_table(one).equals(parquet.read_table(two))

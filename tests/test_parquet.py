@@ -1,6 +1,7 @@
 """Parquet and Arrow files as shards, Hugging Face's folders, and columns as Parquet."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -291,6 +292,21 @@ def test_arrays_are_columns(tmp_path, monkeypatch):
         assert record["count"] == i + 1 and record["regions"].dtype == np.float16
 
 
+def test_arrays_do_not_replace_data(tmp_path):
+    source, fields = MemorySource([{"texts": ["a"]}]), {"a": ((2,), np.float32)}
+    write(tmp_path / "file.parquet", pets(3))
+    (tmp_path / "folder.parquet").mkdir()
+    write(tmp_path / "folder.parquet" / "part-000000.parquet", pets(3))
+    for name in ("file", "folder"):
+        with (
+            pytest.raises(UserError, match=f"{name}.parquet exists and holds something else than columns; give"),
+            columns.array_writer(tmp_path / f"{name}.parquet", source, fields, {}),
+        ):
+            pass
+    assert pq.read_metadata(tmp_path / "folder.parquet" / "part-000000.parquet").num_rows == 3
+    assert sorted(os.listdir(tmp_path)) == ["file.parquet", "folder.parquet"]
+
+
 def test_an_unreadable_row_of_columns_is_one_bad_record(tmp_path):
     write(tmp_path / "a.parquet", pets(20), row_group_size=20)
     texts = [b"caf\xe9" if i == 7 else b"a" for i in range(20)]
@@ -387,6 +403,38 @@ def test_other_sources_become_parquet(tmp_path, capsys, monkeypatch):
     joined = make_source(str(tmp_path / "joined"))
     assert (joined[9]["rewrites"], joined[9]["image"]) == (["rewrite 9"], encoded(9))
     assert joined.class_names == ["cat", "dog"] and joined[9]["class_name"] == "dog"
+
+
+def test_half_a_copy_is_no_data_set_and_the_same_command_starts_anew(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(to_parquet, "_PART_ROWS", 4)
+    source, out, partial = tmp_path / "a.parquet", tmp_path / "out", tmp_path / "out.partial"
+    write(source, pets(10))
+    seen, write_part = [], to_parquet.Parts.write
+    monkeypatch.setattr(to_parquet, "ROWS", 4)
+
+    def interrupted(parts, rows):
+        write_part(parts, rows)
+        seen.append(sorted(os.listdir(partial)))
+        with pytest.raises(UserError, match="out.partial is being written by another process"), to_parquet.Parts(out):
+            pass
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(to_parquet.Parts, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, source, f"--out={out}", "--embed")
+    assert len(seen[-1]) == 2 and not out.exists() and not partial.exists()
+    monkeypatch.setattr(to_parquet.Parts, "write", write_part)
+    partial.mkdir()
+    (partial / "part-000007.parquet").write_bytes(b"of a command that was killed")
+    (partial / "notes.txt").write_text("mine")
+    assert "out.partial: holds notes.txt; remove it, or" in run(capsys, source, f"--out={out}", "--embed")[1]
+    assert len(os.listdir(partial)) == 2
+    (partial / "notes.txt").unlink()
+    out.mkdir()
+    assert run(capsys, source, f"--out={out}") == (0, f"{out}: 10 rows")
+    assert sorted(os.listdir(out)) == [f"part-{i:06d}.parquet" for i in range(3)] and not partial.exists()
+    check_pets(make_source(str(out)), 10)
 
 
 def test_tables_beside_shards_and_manifests_are_not_copied(tmp_path, capsys):

@@ -1,7 +1,6 @@
 """Debiased sampling (ZeroVL's oracle e), selections of a source by a field, labels of mixtures."""
 
 import pickle
-from collections import Counter
 
 import grain
 import numpy as np
@@ -253,7 +252,7 @@ def test_wrong_selections(table, options, message):
 def test_the_embedded_vendors():
     source = make_source("emoji?by=vendor")
     assert len(source.sources) == 5 and len(source) == 6727 and min(source.weights) == 977
-    assert Counter(source[i]["vendor"] for i in (0, len(source) - 1)).total() == 2
+    assert source[0]["vendor"] != source[len(source) - 1]["vendor"]
 
 
 # Labels of mixtures

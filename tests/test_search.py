@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from data_helpers import encoded, write_tar
 from helpers import Page, tiny_config
 
 import clip_jax
@@ -155,6 +156,48 @@ def test_a_changed_file_of_a_range_or_behind_a_link_is_noticed(photos, tmp_path)
         before = search_index.data_key(MemorySource(records), spec, "train")
         file.write_bytes(b"newer")
         assert search_index.data_key(MemorySource(records), spec, "train") != before
+
+
+def test_embeddings_of_remote_data_are_kept_until_an_object_changes(model, tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    memory, source = fsspec.filesystem("memory"), "memory://test_search/{0..1}.tar"
+    for name in "01":
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", encoded(int(name))), (f"{name}.txt", b"a cat")])
+        memory.pipe_file(f"/test_search/{name}.tar", (tmp_path / f"{name}.tar").read_bytes())
+    assert make_index(model, source)[1] and not make_index(model, source)[1]
+    (place,) = (tmp_path / "cache" / "search").iterdir()
+    assert place.name.startswith("images-") and not (tmp_path / ".clip_jax_search").exists()
+    memory.pipe_file("/test_search/1.tar", (tmp_path / "1.tar").read_bytes() + bytes(512))
+    assert make_index(model, source)[1]
+    memory.rm_file("/test_search/1.tar")
+    records = MemorySource([{"texts": []}])
+    missing = search_index.data_key(records, source, "train")
+    memory.pipe_file("/test_search/1.tar", b"")
+    assert search_index.data_key(records, source, "train") != missing
+
+
+@pytest.mark.parametrize("meta", ['{"name": "my notes"}', "{", "[]", None])
+def test_a_folder_that_is_no_index_stays_as_it_is(meta, tmp_path):
+    ours = json.dumps(dict.fromkeys(("version", "kind", "model", "data", "shape", "skipped"), 1))
+    search_index.check_folder(tmp_path)
+    (tmp_path / "meta.json").write_text(ours)
+    search_index.check_folder(tmp_path)
+    (tmp_path / "meta.json").write_text(meta or ours)
+    if meta is None:
+        (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else than an index; name a new folder"):
+        search_index.check_folder(tmp_path)
+
+
+def test_a_damaged_index_is_replaced(model, photos, tmp_path):
+    folder = tmp_path / "index"
+    first, _ = make_index(model, photos, folder=folder)
+    os.truncate(folder / "z.f32", 8)
+    again, is_new = make_index(model, photos, folder=folder)
+    assert is_new and len(again.z) == 9 and not make_index(model, photos, folder=folder)[1]
 
 
 def test_an_index_of_another_checkpoint_or_other_data_is_refused(model, workdir, photos, tmp_path):

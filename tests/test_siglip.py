@@ -25,8 +25,7 @@ def setup(*overrides):
 @pytest.mark.parametrize("b, expected", [(256, 10.0116), (1024, 10.0465)])
 def test_loss_at_the_published_start(b, expected):
     z_image, z_text = unit(0, b, 4096), unit(1, b, 4096)  # random vectors of many dimensions are nearly orthogonal
-    np.testing.assert_allclose(sigmoid(z_image, z_text, 10.0, -10.0)[0], expected, rtol=2e-3)
-    np.testing.assert_allclose(np.log1p(np.exp(10.0)) + (b - 1) * np.log1p(np.exp(-10.0)), expected, rtol=1e-5)
+    np.testing.assert_allclose(sigmoid(z_image, z_text, 10.0, -10.0)[0], expected, rtol=8e-4)
 
 
 def test_gradient_of_the_bias_at_the_start():

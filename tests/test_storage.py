@@ -399,7 +399,7 @@ def test_the_evaluator_leaves_out_a_best_metric_of_other_tasks(finished, task, m
     assert (tmp_path / "run" / "evaluations" / "6.json").exists() and not (tmp_path / "run" / "best").exists()
 
 
-def test_wrong_flags_of_the_evaluator(finished, task, monkeypatch, capsys):
+def test_wrong_flags_of_the_evaluator(finished, task, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(evaluate, "run", None)  # nothing is evaluated before the flags are checked
     base = [f"--checkpoint={finished}", f"--task={task}"]
     for flags, message in (
@@ -411,10 +411,10 @@ def test_wrong_flags_of_the_evaluator(finished, task, monkeypatch, capsys):
         assert evaluate.main([*base, *flags]) == 2
         assert message in capsys.readouterr().err
     assert not (finished / "best").exists()
+    for part in ("meta", "state"):
+        (tmp_path / "checkpoints" / "9" / part).mkdir(parents=True)
     with pytest.raises(UserError, match="is incomplete: it has no commit_success.txt"):
-        (finished / "checkpoints" / "9" / "meta").mkdir(parents=True)
-        (finished / "checkpoints" / "9" / "state").mkdir()
-        checkpoint.find(finished / "checkpoints" / "9")
+        checkpoint.find(tmp_path / "checkpoints" / "9")
 
 
 def test_all_hosts_have_one_bucket(monkeypatch):

@@ -13,12 +13,14 @@ A captioner is one of
                             the distinct captions, or the distinct texts of one field.
 
 OUT has one line for each record. Its field `synthetic` is a text or, with --top=K, a list of K texts, best first. An
-unreadable image gets an empty text and is counted. An interrupted run resumes with the same command.
+unreadable image gets an empty text and is counted. An interrupted run resumes with the same command. Retrieval resumes
+with the same weights and the same texts alone.
 
 Train with the column by --config.data="SOURCE?columns=OUT".
 """
 
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +39,8 @@ from clip_jax.tools.text_columns import format_reasons, one_line, write_texts
 
 #: `(images, records) -> captions`; the caption of an image is a text or a list of texts.
 Captioner = Callable[[Sequence[Image.Image], Sequence[Record]], Sequence[str | list[str]]]
+#: The options of each kind of captioner.
+_OPTIONS = {"transformers": ("prompt",), "retrieval": ("bank", "bank_field", "bank_split", "top", "exclude_own")}
 
 
 def read_bank(spec, field="", split="train"):
@@ -91,6 +95,14 @@ class Retrieval:
         self._top, self._own = top, own
         self._embedded = model.embed_text(self._bank)
 
+    @property
+    def key(self):
+        """What decides the captions, `{word: hash}`."""
+        from clip_jax.search_index import model_key
+
+        bank = hashlib.blake2b("\n".join(self._bank).encode(), digest_size=16).hexdigest()
+        return {"model": model_key(self._model), "texts": bank}
+
     def __call__(self, images, of):
         from clip_jax.evaluation.topk import top_k
 
@@ -115,6 +127,8 @@ class Transformers:
 
     Raises UserError when transformers or torch is not installed or the model cannot be loaded.
     """
+
+    key = {}
 
     def __init__(self, name, prompt="", max_tokens=77):
         self._torch, transformers = import_transformers(f"--captioner=transformers:{name}")
@@ -223,16 +237,28 @@ def main(argv=None):
     )
     parser.add_argument("--batch", type=int, default=256, help="records in a batch (default: 256)")
     args = parser.parse_args(argv)
-    return command.run(lambda: _main(args))
+    return command.run(lambda: _main(args, parser))
 
 
-def _main(args):
+def _check(args, parser):
+    """Raises UserError for an option of another kind of captioner."""
+    given = args.captioner.partition(":")[0]
+    for kind, names in _OPTIONS.items():
+        for name in names if given in _OPTIONS.keys() - {kind} else ():
+            if getattr(args, name) != parser.get_default(name):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is for --captioner={kind}:..., not --captioner={args.captioner}")
+
+
+def _main(args, parser):
+    _check(args, parser)
     source = open_source(args)
     bank = functools.partial(read_bank, args.bank or args.source, args.bank_field, args.bank_split)
     own = (lambda record: [*_texts(record, ""), *_texts(record, args.bank_field)]) if args.exclude_own else None
     captioner = make_captioner(args.captioner, bank, args.top, own, args.prompt)
-    names = ("captioner", "prompt", "bank", "bank_field", "bank_split", "top", "exclude_own")
-    failures = run(source, args.out, captioner, about={name: getattr(args, name) for name in names}, batch=args.batch)
+    names = ("captioner", *(name for names in _OPTIONS.values() for name in names))
+    about = {name: getattr(args, name) for name in names} | captioner.key
+    failures = run(source, args.out, captioner, about=about, batch=args.batch)
     print(
         f"{args.out}: {len(source):,} records; {failures.total():,} captions of this run are empty. "
         f"{format_reasons(failures)}"

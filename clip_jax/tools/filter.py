@@ -144,18 +144,19 @@ def image_hits(record, rules, counts, test_images):
     hits = ["unsafe"] if rules.unsafe and _is_unsafe(record.get(rules.unsafe)) else []
     try:
         image = decode.open_image(record.get("image"))
+        size = image.size  # before the hash, which shrinks an image that is not read yet
         if test_images is not None and image_hash(image) in test_images:
             hits.append("test_picture")
     except BadRecord:
         return [*hits, "unreadable"], (0, 0)
-    short, long = sorted(image.size)
+    short, long = sorted(size)
     if short <= rules.min_side:
         hits.append("small")
     if long >= rules.max_aspect * short:
         hits.append("elongated")
     if contains(counts.many_texts, [image_key(record["image"])])[0]:
         hits.append("many_texts")
-    return hits, image.size
+    return hits, size
 
 
 def _is_unsafe(value):

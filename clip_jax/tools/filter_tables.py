@@ -120,7 +120,7 @@ def image_hash(image):
     """Returns the 16-byte hash of an image.
 
     The image is reduced to 9 x 9 grey pixels. Each bit says whether a pixel is brighter than its left or upper
-    neighbour.
+    neighbour. An opened JPEG whose pixels are not read yet is read at a reduced scale, and has that size afterwards.
     Raises BadRecord for an unreadable image.
     """
     image = decode.open_image(image)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data.records import fingerprint
+from clip_jax.data.replacing import replacing
 from clip_jax.errors import UserError
 
 
@@ -78,7 +79,7 @@ class IndexWriter:
 
         Returns: the whole report.
 
-        Raises UserError when no record is kept.
+        Raises UserError when no record is kept. Then removed.txt says why, and an older index stays.
         """
         self._file.close()
         report = {
@@ -91,16 +92,16 @@ class IndexWriter:
             "seconds": time.monotonic() - self._start,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
-        (self._out / "report.json").unlink(missing_ok=True)  # without it a folder is no index
-        rows = np.zeros((0, 2), np.int64)
+        told = self._out / ("report.txt" if self.kept else "removed.txt")
         if self.kept:
-            rows = np.memmap(self._file.name, np.int64, "r", shape=(self.kept, 2))
-        np.save(self._out / "index.npy", rows)
-        (self._out / "report.txt").write_text("\n".join(describe(report)) + "\n", errors="replace")
+            (self._out / "report.json").unlink(missing_ok=True)  # without it a folder is no index
+            with replacing(self._out / "index.npy") as file:  # a training may have mapped the older one
+                np.save(file, np.memmap(self._file.name, np.int64, "r", shape=(self.kept, 2)))
+        told.write_text("\n".join(describe(report)) + "\n", errors="replace")
         if not self.kept:
-            told = self._out / "report.txt"
             raise UserError(f"{self._source.name}: all {len(self._source):,} records are removed; {told} says why")
-        (self._out / "report.json").write_text(json.dumps(report, indent=1))
+        with replacing(self._out / "report.json") as file:
+            file.write(json.dumps(report, indent=1).encode())
         return report
 
 

@@ -5,7 +5,8 @@
 
 The weights are (1 - alpha) A + alpha B; running statistics of BatchNorm are mixed too, as in the authors' code. By
 default A are the weights that run B started from (`init_from`; the first head of configs/classify.py is made again), so
-that alpha=0 is the zero-shot model. --a names another checkpoint, or weights of others, with the same shapes.
+that alpha=0 is the zero-shot model. --a names another checkpoint, or weights of others, with the same shapes. It is
+needed where `init_from` is a run that has trained on since B started.
 
 With several values of alpha, or without --out, the tasks are evaluated and a table is printed: a row for each alpha, a
 column for each metric that is not the same in all rows. --out writes a work folder for `clip_jax.load` and
@@ -13,6 +14,8 @@ column for each metric that is not the same in all rows. --out writes a work fol
 """
 
 import json
+import math
+import re
 
 from clip_jax.errors import UserError
 from clip_jax.runtime import command, storage
@@ -80,15 +83,52 @@ def beginning(model, path):
       model: the model.
       path: its path, for messages.
 
-    Raises UserError when the run started from no weights, or these are gone or have changed.
+    Raises UserError when the run started from no weights, these are gone or do not fit, or their run has trained on.
     """
     from clip_jax import init_from
     from clip_jax.inference import Model
 
     if not model.config.init_from:
         raise UserError(f"--b={path}: this run did not start from weights (init_from): give --a")
+    for line in _steps(model.config.init_from, path):
+        print(line)
     params, extra = init_from.beginning(model.config, model.method, model.tokenizer, model.mesh)
     return Model(model.config, model.method, params, extra, model.tokenizer, model.mesh)
+
+
+def _steps(init_from, path):
+    """Yields a line for each run that the run at `path` started from: the step that it has trained to.
+
+    The first line of config_history.jsonl has the time of the start, metrics.jsonl those of the steps. A run without
+    these files, and weights of others, give no line.
+
+    Raises UserError when a run has trained on since the start: its newest checkpoint is another one now.
+    """
+    begun = storage.read_rows(_work_folder(path) / "config_history.jsonl")[:1]
+    if not begun or begun[0]["step"]:
+        return
+    for source in (re.sub(r"^(img|txt)=", "", part.strip()) for part in init_from.split(",")):
+        folder = _work_folder(source)
+        if folder == storage.path(source).parent.parent:
+            continue  # one checkpoint is named
+        rows = storage.read_rows(folder / "metrics.jsonl")
+        since = max((row["step"] for row in rows if row.get("time", math.inf) <= begun[0]["time"]), default=0)
+        now = max((row["step"] for row in rows), default=0)
+        if now > since:
+            raise UserError(
+                f"{source}, which {path} started from, has trained on since, from step {since} to {now}: name the "
+                f"checkpoint that it started from with --a, such as --a={folder}/checkpoints/{since}"
+            )
+        if rows:
+            yield f"alpha=0: {source}, trained to step {now}"
+
+
+def _work_folder(path):
+    """Returns the work folder of a path that `clip_jax.load` takes."""
+    path = storage.path(path)
+    if path.name == "checkpoints":
+        return path.parent
+    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def check(a, b, name_a, name_b):

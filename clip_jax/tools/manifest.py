@@ -17,6 +17,7 @@ that see the same OUT, run `--part=1/4` to `--part=4/4`, one on each, and then t
 import base64
 import collections
 import concurrent.futures.process
+import contextlib
 import functools
 import hashlib
 import json
@@ -24,7 +25,6 @@ import math
 import multiprocessing
 import os
 import shlex
-import shutil
 import signal
 import time
 import zlib
@@ -42,6 +42,7 @@ from clip_jax.tools.passes import run_command, share_of
 _SECONDS = 10.0  # between lines of progress
 _FEW = 5  # shards that could not be read, which are named at the end
 _UNREADABLE = "unreadable shard"
+_JOB = "job.json"
 
 
 def scan(kind, path, length, columns):
@@ -119,7 +120,7 @@ class Parts:
 
     def __init__(self, out, job):
         self.folder, self._job = f"{out}.parts", json.dumps(job, sort_keys=True)
-        place = os.path.join(self.folder, "job.json")
+        place = os.path.join(self.folder, _JOB)
         os.makedirs(self.folder, exist_ok=True)
         if not os.path.exists(place):
             with replacing(place) as file:
@@ -148,13 +149,21 @@ class Parts:
         return found
 
     def writer(self, share):
-        """Returns the file of a `share_of`, opened to add lines; a line that was cut off before is ended."""
-        file = open(os.path.join(self.folder, f"{share[0] + 1}-of-{share[1]}.part"), "ab+", buffering=0)
+        """Returns the file of a `share_of`, opened to add lines; a line that was cut off before is ended as none."""
+        file = open(os.path.join(self.folder, f"{share[0] + 1}-of-{share[1]}.part"), "ab+")
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                file.write(b"\n")
+                file.write(b"\t\t\t\n")  # with more tabs than a line of a shard has
         return file
+
+    def remove(self):
+        """Deletes the files, and the folder where it holds nothing else."""
+        for name in os.listdir(self.folder):
+            if name == _JOB or name.endswith(".part"):
+                os.unlink(os.path.join(self.folder, name))
+        with contextlib.suppress(OSError):
+            os.rmdir(self.folder)
 
     @staticmethod
     def line(number, result):
@@ -214,6 +223,7 @@ def scan_part(kind, shards, parts, share, processes, length, columns, show):
                 for future in concurrent.futures.wait(waiting, return_when="FIRST_COMPLETED").done:
                     result = future.result()
                     file.write(parts.line(waiting.pop(future), result))
+                    file.flush()
                     finished += 1
                     samples += sum(row[2] for row in result["rows"])
                 if time.monotonic() - shown >= _SECONDS:
@@ -282,7 +292,7 @@ def join(out, source, kind, shards, parts, columns, line):
     types = {field: _column_type(field, summaries) for field in columns}
     about = {"format": kind, "source": source, "command": line, "broken": dict(broken)}
     manifest.write(out, _rows(out, shards, done, types), about, types)
-    shutil.rmtree(parts.folder)
+    parts.remove()
     yield (
         f"{out}: {samples:,} samples in {sum(s['blocks'] for s in summaries):,} blocks of {len(shards):,} shards, "
         f"{sum(s['size'] for s in summaries) / 2**30:,.2f} GiB"
@@ -339,6 +349,7 @@ def main(argv=None):
 def _main(args):
     _check(args)
     kind, shards = find_shards(args.source)
+    _check_out(args.out, shards)
     columns = list(dict.fromkeys(filter(None, map(str.strip, args.columns.split(",")))))
     digest = hashlib.blake2b("\0".join(shards).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     job = {"source": args.source, "format": kind, "shards": len(shards), "digest": digest, "columns": columns}
@@ -370,6 +381,14 @@ def _check(args):
     share_of(args.part)
     if args.join and args.part:
         raise UserError("--join takes no --part: it joins the parts that are done")
+
+
+def _check_out(out, shards):
+    """Raises UserError where the manifest would replace data."""
+    if os.path.abspath(out) in map(os.path.abspath, shards):
+        raise UserError(f"--out={out} is one of the shards; take another name, such as NAME.manifest.parquet")
+    if os.path.exists(out) and manifest.read_about(out) is None:
+        raise UserError(f"--out={out} exists and is no manifest; take another name, such as NAME.manifest.parquet")
 
 
 if __name__ == "__main__":

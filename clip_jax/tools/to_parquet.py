@@ -8,20 +8,27 @@ A table (.csv, .tsv, .jsonl) of any size is read in order, in bounded memory, an
 paths are written relative to OUT. With --embed the images are in the files, of every kind of source. Parquet files
 without --embed keep their columns; only their row groups are made anew.
 
+The files are written in OUT.partial, which gets the name OUT when all are there. After an interruption the same command
+starts anew.
+
 OUT gets part-000000.parquet and so on, of about 512 MiB, with the columns `image` (Hugging Face's {bytes, path}),
 `captions` (the record's texts), `label` with the names of the classes, and the record's other fields. A field has the
 type of its values in the first 4,096 records; a value that does not fit becomes null, or text in a field of text.
 """
 
+import contextlib
 import io
 import itertools
 import json
 import os
+import re
+import shutil
 from collections import Counter
 
 import numpy as np
 
 from clip_jax.data import decode, remote
+from clip_jax.data.claim import claimed
 from clip_jax.data.files import read_file
 from clip_jax.data.records import BadRecord, plain, records
 from clip_jax.data.sources import parquet
@@ -44,43 +51,72 @@ _OTHER = "value of another type"
 
 
 class Parts:
-    """A folder of Parquet files that are written one after the other.
+    """A folder of Parquet files that are written one after the other. Used in a `with` statement.
+
+    The files are in FOLDER.partial until the statement ends without an error; else they are deleted.
 
     Args:
-      folder: the folder; it is made, and must hold no Parquet file.
+      folder: the folder, which is new or empty.
 
-    Raises UserError when the folder holds Parquet files or cannot be written.
+    Attributes:
+      rows: the number of rows so far.
+
+    Raises UserError when the folder holds anything or cannot be written, when FOLDER.partial holds files of others, and
+    when another process writes it.
     """
 
     def __init__(self, folder):
-        try:
-            os.makedirs(folder, exist_ok=True)
-            found = [name for name in os.listdir(folder) if name.endswith((".parquet", ".parquet.tmp"))]
-        except OSError as error:
-            raise UserError(f"--out={folder}: cannot be written: {error.strerror}") from None
-        if found:
-            raise UserError(f"--out={folder}: holds {min(found)} already; give an empty folder")
-        self._folder, self._number = folder, 0
+        self._given, self._out = folder, os.path.realpath(folder)
+        self._folder, self._number = f"{self._out}.partial", 0
         self._writer, self.rows = None, 0
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            try:
+                self._check()
+                os.makedirs(self._folder, exist_ok=True)
+                stack.enter_context(claimed(self._folder))
+                found = os.listdir(self._folder)
+                if others := [name for name in found if not re.fullmatch(r"part-\d{6}\.parquet", name)]:
+                    raise UserError(f"{self._folder}: holds {min(others)}; remove it, or give another --out")
+                for name in found:  # of a command that was killed
+                    os.unlink(os.path.join(self._folder, name))
+            except OSError as error:
+                raise UserError(f"--out={self._given}: cannot be written: {error.strerror}") from None
+            self._stack = stack.pop_all()
+        return self
+
+    def _check(self):
+        if os.path.exists(self._out) and (found := os.listdir(self._out)):
+            raise UserError(f"--out={self._given}: holds {min(found)} already; give an empty folder")
+        if os.path.ismount(self._out):
+            raise UserError(f"--out={self._given}: is a mount point; give a new folder in it")
+
+    def __exit__(self, kind, *_):
+        with self._stack:
+            if kind is None:
+                self.end_file()
+                os.rename(self._folder, self._out)
+            else:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def write(self, table):
         """Writes a `pyarrow.Table` as one row group."""
         import pyarrow.parquet as pq
 
         if self._writer is None:
-            self._path = os.path.join(self._folder, f"part-{self._number:06d}.parquet")
-            self._writer, self._size = pq.ParquetWriter(f"{self._path}.tmp", table.schema, compression="zstd"), [0, 0]
+            path = os.path.join(self._folder, f"part-{self._number:06d}.parquet")
+            self._writer, self._size = pq.ParquetWriter(path, table.schema, compression="zstd"), [0, 0]
         self._writer.write_table(table, row_group_size=len(table))
         self.rows += len(table)
         self._size = [self._size[0] + table.nbytes, self._size[1] + len(table)]
         if self._size[0] >= _PART_BYTES or self._size[1] >= _PART_ROWS:
-            self.close()
+            self.end_file()
 
-    def close(self):
-        """Ends the file that is being written; it has its name from then on."""
+    def end_file(self):
+        """Ends the file that is being written."""
         if self._writer is not None:
             self._writer.close()
-            os.replace(f"{self._path}.tmp", self._path)
             self._writer, self._number = None, self._number + 1
 
 
@@ -212,7 +248,7 @@ def write(source, out, prepare, log=print):
 
     Raises UserError as `Parts`, and when no record is usable.
     """
-    parts, failures = Parts(out), Counter()
+    failures = Counter()
 
     def usable():
         for record in source:
@@ -223,16 +259,16 @@ def write(source, out, prepare, log=print):
             except BadRecord as bad:
                 failures[bad.args[0]] += 1
 
-    rows = usable()
-    if not (first := list(itertools.islice(rows, _PEEKED))):
-        raise UserError(f"no record is usable ({format_reasons(failures)})")
-    columns, rows = Columns(first, source.class_names), itertools.chain(first, rows)
-    del first
-    while chunk := list(itertools.islice(rows, ROWS)):
-        parts.write(columns.table(chunk))
-        if parts.rows % (200 * ROWS) == 0:
-            log(f"{parts.rows:,} rows")
-    parts.close()
+    with Parts(out) as parts:
+        rows = usable()
+        if not (first := list(itertools.islice(rows, _PEEKED))):
+            raise UserError(f"no record is usable ({format_reasons(failures)})")
+        columns, rows = Columns(first, source.class_names), itertools.chain(first, rows)
+        del first
+        while chunk := list(itertools.islice(rows, ROWS)):
+            parts.write(columns.table(chunk))
+            if parts.rows % (200 * ROWS) == 0:
+                log(f"{parts.rows:,} rows")
     return parts.rows, failures + columns.failures
 
 
@@ -241,18 +277,18 @@ def regroup(files, out, log=print):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    parts = Parts(out)
-    for path in files:
-        image = image_column(parquet.schema_of(path))
-        try:
-            # Buffered and not read ahead: else a row group is in memory as a whole.
-            with remote.opened(path) as opened, pq.ParquetFile(opened, buffer_size=2**20, pre_buffer=False) as file:
-                for batch in file.iter_batches(ROWS, use_threads=False):
-                    parts.write(_moved(pa.Table.from_batches([batch]), image, os.path.dirname(path), out))
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
-        parts.close()
-        log(f"{path}: {parts.rows:,} rows")
+    with Parts(out) as parts:
+        for path in files:
+            image = image_column(parquet.schema_of(path))
+            try:
+                # Buffered and not read ahead: else a row group is in memory as a whole.
+                with remote.opened(path) as opened, pq.ParquetFile(opened, buffer_size=2**20, pre_buffer=False) as file:
+                    for batch in file.iter_batches(ROWS, use_threads=False):
+                        parts.write(_moved(pa.Table.from_batches([batch]), image, os.path.dirname(path), out))
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+            parts.end_file()
+            log(f"{path}: {parts.rows:,} rows")
     return parts.rows
 
 

@@ -24,10 +24,18 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data import blocks
+from clip_jax.data.claim import claimed
 from clip_jax.data.files import FileReader
 from clip_jax.data.records import DerivedSource, fingerprint
 from clip_jax.data.sources.kept import column_of
-from clip_jax.data.sources.parquet_columns import ParquetRows, ParquetWriter, check_same, is_parquet, write_arrays
+from clip_jax.data.sources.parquet_columns import (
+    ParquetRows,
+    ParquetWriter,
+    check_replaceable,
+    check_same,
+    is_parquet,
+    write_arrays,
+)
 from clip_jax.data.sources.tfds import EMBEDDED
 from clip_jax.errors import UserError
 
@@ -65,29 +73,39 @@ class TextWriter:
     Attributes:
       done: int, the number of records that are written.
 
-    Raises UserError for another file name, an unwritable file, and a file that was made of another source
-    or with another `about`.
+    Raises UserError for another file name, an unwritable file, a file that another process writes, one that was made of
+    another source or with another `about`, and one of something else.
     """
 
     def __init__(self, path, source, about):
         if not str(path).endswith(".jsonl"):
             raise UserError(f"{path}: the name of a file of texts ends in .jsonl or .parquet")
-        header, end = _header(source, about), 0
-        self.done = 0
-        try:
-            self._file = open(path, "a+b")
-            self._file.seek(0)
-            for number, line in enumerate(self._file):
-                if not line.endswith(b"\n"):  # half-written
-                    break
-                if number == 0:
-                    check_same(_loads(line, path), json.loads(json.dumps(header)), path)
-                self.done, end = number, end + len(line)
-            self._file.truncate(end)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        if not end:
-            self._write(header)
+        header, self.done = _header(source, about), 0
+        with contextlib.ExitStack() as stack:
+            try:
+                self._file = stack.enter_context(open(path, "a+b"))
+                stack.enter_context(claimed(path))
+                end = self._read(header, path)
+                self._file.truncate(end)
+            except OSError as error:
+                raise UserError(f"{path} cannot be written: {error.strerror}") from None
+            if not end:
+                self._write(header)
+            self._stack = stack.pop_all()
+
+    def _read(self, header, path):
+        """Returns the end of the whole lines, and counts them; raises UserError for another header."""
+        end = 0
+        self._file.seek(0)
+        for number, line in enumerate(self._file):
+            if not line.endswith(b"\n"):  # half-written
+                if number == 0 and not _line(header).startswith(line):
+                    raise UserError(f"{path} exists and holds something else; give another file")
+                break
+            if number == 0:
+                check_same(_loads(line, path), json.loads(json.dumps(header)), path)
+            self.done, end = number, end + len(line)
+        return end
 
     def write(self, record, values):
         """Writes `values`, the fields of the next record; `record` is None for an unreadable one."""
@@ -95,21 +113,26 @@ class TextWriter:
         self.done += 1
 
     def _write(self, row):
-        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self._file.write(_line(row))
         self._file.flush()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        self._stack.close()
+
+
+def _line(row):
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 @contextlib.contextmanager
 def array_writer(folder, source, fields, about):
     """A context that yields arrays on disk, to be filled in, as columns of a source.
 
-    The columns are valid only after the block has ended without an error.
+    The columns are valid only after the block has ended without an error. A training that has mapped former ones keeps
+    them.
 
     Args:
       folder: the folder to write. NAME.parquet holds Parquet files, made of NAME.parquet.arrays at the end.
@@ -120,13 +143,16 @@ def array_writer(folder, source, fields, about):
     Yields:
       `{field: array [records, *shape]}` of zeros.
 
-    Raises UserError when the folder cannot be written.
+    Raises UserError when the folder cannot be written, and for NAME.parquet that holds something else than columns.
     """
     is_parquet, path = str(folder).endswith(".parquet"), str(folder)
+    if is_parquet:
+        check_replaceable(path)
     folder = Path(f"{folder}.arrays" if is_parquet else folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "header.json").unlink(missing_ok=True)  # without a header the columns are invalid
+        for name in ("header.json", *(f"{field}.npy" for field in fields)):  # without a header the columns are invalid
+            (folder / name).unlink(missing_ok=True)
         arrays = {
             field: np.lib.format.open_memmap(folder / f"{field}.npy", "w+", dtype, (len(source), *shape))
             for field, (shape, dtype) in fields.items()

@@ -55,19 +55,28 @@ class _Index(Places):
     """The rows of an index, (place, bits of its captions), mapped into memory once per process."""
 
     def __init__(self, path, source):
-        self._path, self._rows = path, np.load(path, mmap_mode="r")
+        self._path, self._stamp = path, _stamp(path)
+        self._rows = np.load(path, mmap_mode="r")
         super().__init__(self._rows[:, 0], starts_of(source))
 
     def __getstate__(self):
         return self.__dict__ | {"_rows": None, "_places": None}
 
     def __setstate__(self, state):
+        if _stamp(state["_path"]) != state["_stamp"]:
+            raise UserError(f"{state['_path']} was made anew since it was opened; start again")
         rows = np.load(state["_path"], mmap_mode="r")
         self.__dict__ |= state | {"_rows": rows, "_places": rows[:, 0]}
 
     def bits(self, number):
         """Returns which captions of a kept record the index keeps, bit by bit."""
         return int(self._rows[number, 1])
+
+
+def _stamp(path):
+    """Returns what tells a file from one that has replaced it."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def join(source, folder):

@@ -5,6 +5,7 @@ written at once, and a writer that is started again continues after the last who
 """
 
 import bisect
+import contextlib
 import glob
 import json
 import os
@@ -16,6 +17,7 @@ from absl import logging
 
 from clip_jax.data import remote
 from clip_jax.data.blocks import Block, Recent
+from clip_jax.data.claim import claimed
 from clip_jax.data.replacing import replacing
 from clip_jax.data.sources import arrow_columns, parquet
 from clip_jax.data.sources.parquet_values import ParquetColumn
@@ -123,21 +125,24 @@ class ParquetWriter:
     Attributes:
       done: int, the number of records that are written.
 
-    Raises UserError when the folder cannot be written, or has another header.
+    Raises UserError when the folder cannot be written, is written by another process, or has another header.
     """
 
     def __init__(self, path, header, hash_of):
         self._folder, self._header = str(path), header
         self._hash_of, self._rows = hash_of, []
-        try:
-            os.makedirs(self._folder, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        self._part, self.done = len(_parts(path)), 0
-        if self._part:
-            found = ParquetRows(self._folder)
-            check_same(found.header or {}, json.loads(json.dumps(header)), path)
-            self.done = len(found)
+        with contextlib.ExitStack() as stack:
+            try:
+                os.makedirs(self._folder, exist_ok=True)
+                stack.enter_context(claimed(self._folder))
+            except OSError as error:
+                raise UserError(f"{path} cannot be written: {error.strerror}") from None
+            self._part, self.done = len(_parts(path)), 0
+            if self._part:
+                found = ParquetRows(self._folder)
+                check_same(found.header or {}, json.loads(json.dumps(header)), path)
+                self.done = len(found)
+            self._stack = stack.pop_all()
 
     def write(self, record, values):
         """Writes `values`, the fields of the next record; `record` is None for an unreadable one."""
@@ -161,12 +166,20 @@ class ParquetWriter:
         return self
 
     def __exit__(self, *_):
-        if self._rows:
-            self._flush()
+        with self._stack:
+            if self._rows:
+                self._flush()
+
+
+def check_replaceable(path):
+    """Raises UserError when a path holds something else than columns, which `write_arrays` would replace."""
+    is_other = os.path.isdir(path) and _parts(path) and ParquetRows(path).header is None
+    if is_other or os.path.isfile(path):
+        raise UserError(f"{path} exists and holds something else than columns; give another name")
 
 
 def write_arrays(path, arrays, header):
-    """Writes arrays as columns, a folder of Parquet files; replaces an existing one.
+    """Writes arrays as columns, a folder of Parquet files; replaces an existing one, see `check_replaceable`.
 
     Args:
       path: the folder, NAME.parquet.
@@ -184,7 +197,10 @@ def write_arrays(path, arrays, header):
     schema = pa.schema([*kinds.items()], {_HEADER: json.dumps(header | {"arrays": shapes})})
     length = len(next(iter(arrays.values())))
     for part, first in enumerate(range(0, length, _PART)):
-        with pq.ParquetWriter(os.path.join(path, f"part-{part:06d}.parquet"), schema, use_dictionary=False) as writer:
+        with (
+            replacing(os.path.join(path, f"part-{part:06d}.parquet")) as file,
+            pq.ParquetWriter(file, schema, use_dictionary=False) as writer,
+        ):
             for start in range(first, min(first + _PART, length), _GROUP):
                 rows = {field: array[start : min(start + _GROUP, first + _PART)] for field, array in arrays.items()}
                 columns = [

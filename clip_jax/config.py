@@ -132,7 +132,7 @@ def _optim():
     c.grad_clip_norm = 0.0  # global norm of the gradients; 0: off
     c.ema_decay = 0.0  # moving average of the weights; 0: off
     # Dtype in which gradients of kernels are summed over devices: float32 | bfloat16, with half the traffic. A step
-    # takes the kernels in this dtype too: OTTER's teacher averages them, and the head of `classify` is one.
+    # takes the kernels in this dtype too: OTTER's teacher averages them, method='classify' has one as its head.
     c.grad_dtype = "float32"
     return c
 

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError, unknown
 
@@ -107,9 +109,11 @@ def start(config, state, tokenizer):
     params, stats = _nested(current | found, state.params, state.extra)
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
     extra = state.extra | ({"batch_stats": stats} if stats else {})
-    if teacher := extra.get("teacher"):  # a moving average of parameters, which begins as their copy
-        student = {name: params[name] for name in teacher}
-        extra["teacher"] = jax.tree.map(lambda new, old: jax.device_put(new.copy(), old.sharding), student, teacher)
+    teacher = extra.get("teacher", {})
+    student = {name: params.get(name) for name in teacher}
+    if jax.tree.map(np.shape, student) == jax.tree.map(np.shape, teacher):
+        copies = jax.tree.map(lambda new, old: jax.device_put(new.copy(), old.sharding), student, teacher)
+        extra |= {"teacher": copies} if copies else {}
     count = sum(x.size for path, x in found.items() if not path.startswith("batch_stats/"))
     line = f"started from {config.init_from}: {count:,} parameters"
     line += "; position embeddings resized" if resized else ""

@@ -23,6 +23,7 @@ from clip_jax.errors import UserError
 _BLOCK, _QUERIES = 8192, 256  # embeddings, and queries, that are compared at a time: 8 MB of scores
 _FOLDER = ".clip_jax_search"
 _FILES = ("z.f32", "where.i64", "meta.json")  # of an index; without the last one a folder is no index
+_PARTIAL = ".partial-"  # begins the names of the folders in it in which they are made
 _READERS = 16  # requests at once for the sizes of objects
 
 
@@ -224,28 +225,31 @@ def make_index(model, source, kind, spec, split="train", folder=None, log=print)
             raise _mismatch(folder, key, found)
     for number, place in enumerate(places):
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            partial = pathlib.Path(tempfile.mkdtemp(dir=place.parent))
+            place.mkdir(parents=True, exist_ok=True)
+            partial = pathlib.Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=place))
         except OSError as error:
             if number + 1 < len(places):
                 continue
             raise UserError(
-                f"the embeddings cannot be kept in {place.parent}: {error.strerror}; name a folder with --index"
+                f"the embeddings cannot be kept in {place}: {error.strerror}; name a folder with --index"
             ) from None
         try:
             _write_index(partial, key, model, source, kind, log)
-            for file in _FILES:
-                (place / file).unlink(missing_ok=True)
-            partial.rename(place)  # where an empty folder may be
+            (place / "meta.json").unlink(missing_ok=True)
+            for file in _FILES:  # some mounts rename no folder
+                os.replace(partial / file, place / file)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return _read_index(place)[1]
 
 
 def check_folder(folder):
-    """Raises UserError when a path is taken by something else than an index, which an index would replace."""
+    """Raises UserError when a path holds no index that can be read, and something else than a damaged one."""
     place = pathlib.Path(folder)
+    if _read_index(place)[1] is not None:
+        return
     names = {path.name for path in place.iterdir()} if place.is_dir() else set()
+    names = {name for name in names if not name.startswith(_PARTIAL)}
     is_other = bool(names) and not (names <= set(_FILES) and _read_meta(place))
     if is_other or place.is_file():
         raise UserError(f"--index={folder}: holds something else than an index; name a new folder")

@@ -117,7 +117,8 @@ install_code() {
   fi
   [[ $status -ne 0 ]] || reach scp "${files[@]}" "$NAME:" || status=$?
   [[ $status -ne 0 ]] || reach ssh "$NAME" --command="mkdir -p clip_jax && cd clip_jax && \
-{ [ ! -e .unpacked ] || xargs -d '\n' rm -f <.unpacked; } && tar -xvzf ../clip_jax.tar.gz >.unpacked && \
+tar --quoting-style=literal -xvzf ../clip_jax.tar.gz >.unpacked.new && touch .unpacked && \
+{ grep -vxFf .unpacked.new .unpacked || true; } | xargs -r -d '\n' rm -f -- && mv .unpacked.new .unpacked && \
 bash launch/tpu.sh worker-setup${BUCKET:+ --bucket=$BUCKET}${locked:+ $locked}${SETUP:+ && bash ../setup.sh}" || status=$?
   if [[ $status -eq 0 && -z $locked ]]; then keep_versions "$lock" || status=$?; fi
   rm -r "$folder"
@@ -312,7 +313,7 @@ worker_stop() {
 }
 
 worker_logs() {
-  [[ -e $RUN/worker-$number.log ]] || return 0 # nothing has run yet
+  [[ -n $FOLLOW || -e $RUN/worker-$number.log ]] || return 0 # nothing has run yet
   tail -n "$TAIL" ${FOLLOW:+-F} "$RUN/worker-$number.log" | sed -u "s/^/[$number] /"
 }
 

@@ -17,6 +17,7 @@ from clip_jax import config, plugins, train
 from clip_jax.errors import UserError
 from clip_jax.methods import interface
 from clip_jax.methods.check import check_method
+from clip_jax.training import checkpoint
 
 
 @pytest.fixture
@@ -28,11 +29,14 @@ def example(tmp_path, monkeypatch):
     sys.modules.pop("my_method", None)
 
 
-def test_it_trains(tmp_path, example):
+def test_it_trains_and_the_run_has_a_copy(tmp_path, example):
     train.train(tiny_config("method=my_method", "train.steps=2"), tmp_path / "smoothed", print)
     train.train(tiny_config("train.steps=2"), tmp_path / "clip", print)
     smoothed, clip = losses(tmp_path / "smoothed"), losses(tmp_path / "clip")
     assert all(map(math.isfinite, smoothed.values())) and smoothed[1] != clip[1]
+    text = (tmp_path / "smoothed" / "method" / "my_method.py").read_text()
+    assert text == (tmp_path / "my_method.py").read_text()
+    assert checkpoint.read_meta(checkpoint.find(tmp_path / "smoothed"))["method"]["text"] == text
 
 
 def test_the_test_of_a_method(tmp_path, monkeypatch):
@@ -127,12 +131,3 @@ def test_a_changed_module_is_a_warning(tmp_path, example, caplog):
     assert not caplog.text
     plugins.recall(about | {"text": "other"}, "runs/x/method")
     assert "differs from the module 'my_method'" in caplog.text
-
-
-def test_the_run_has_a_copy(tmp_path, example):
-    from clip_jax.training import checkpoint
-
-    train.train(tiny_config("method=my_method", "train.steps=1", "checkpoint.steps=0"), tmp_path / "run", print)
-    text = (tmp_path / "run" / "method" / "my_method.py").read_text()
-    assert text == (tmp_path / "my_method.py").read_text()
-    assert checkpoint.read_meta(checkpoint.find(tmp_path / "run"))["method"]["text"] == text

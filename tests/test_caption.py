@@ -167,6 +167,33 @@ def test_a_run_with_other_weights_or_another_bank_does_not_resume(tmp_path, monk
         assert ("c.jsonl exists, but was made with another about" in capsys.readouterr().err) == bool(status)
 
 
+def test_captions_of_an_earlier_version_are_resumed(tmp_path, monkeypatch, capsys):
+    """It wrote no hashes of the weights and the bank."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8), COLOURS["a red square"]).save("x.png")
+    (tmp_path / "t.jsonl").write_text('{"image": "x.png", "caption": "a red square"}\n')
+    key = {"model": "1", "texts": "1"}
+    monkeypatch.setattr(inference, "load", lambda _: Colours())
+    monkeypatch.setattr(lib.Retrieval, "key", property(lambda _: key))
+    arguments = ["--source=t.jsonl", "--captioner=retrieval:runs/clip", "--out=c.jsonl"]
+    assert lib.main(arguments) == 0
+    whole = (tmp_path / "c.jsonl").read_text()
+    header, row = whole.splitlines(keepends=True)
+    old = json.loads(header)
+    old["about"] = {name: value for name, value in old["about"].items() if name not in key}
+    old = json.dumps(old) + "\n"
+    for text in (old, old + row, header):
+        (tmp_path / "c.jsonl").write_text(text)
+        assert lib.main(arguments) == 0
+        assert (tmp_path / "c.jsonl").read_text() == (whole if text == header else old + row)
+    (tmp_path / "c.jsonl").write_text(old)
+    assert lib.main([*arguments, "--exclude-own"]) == 2
+    key["model"] = "2"
+    (tmp_path / "c.jsonl").write_text(header)
+    assert lib.main(arguments) == 2
+    assert capsys.readouterr().err.count("c.jsonl exists, but was made with another about") == 2
+
+
 @pytest.mark.parametrize(
     "captioner, option, kind",
     [

@@ -1,7 +1,10 @@
 """Columns of a data set: written, joined, and rejected when they were made of another one."""
 
+import fcntl
 import lzma
+import os
 import pickle
+import stat
 
 import numpy as np
 import pytest
@@ -67,6 +70,45 @@ def test_one_writer_at_a_time_has_a_file(name, tmp_path):
         assert out.done == 2
 
 
+def descriptor(file):
+    return file if isinstance(file, int) else file.fileno()
+
+
+def test_a_lock_is_on_the_descriptor_that_writes(tmp_path, monkeypatch):
+    """On SMB a locked file is closed to all other descriptors."""
+    locked = []
+    monkeypatch.setattr(fcntl, "flock", lambda file, _: locked.append(descriptor(file)))
+    with columns.TextWriter(tmp_path / "texts.jsonl", PETS, {}) as out:
+        assert locked == [out._file.fileno()]
+
+
+@pytest.mark.parametrize("error", [BlockingIOError, PermissionError])
+def test_another_host_does_not_write_into_the_same_folder(error, tmp_path, monkeypatch):
+    """NFS locks a folder for one host alone, and a file for all. SMB answers with a PermissionError."""
+    path, lock = tmp_path / "texts.parquet", fcntl.flock
+
+    def of_another_host(file, how):
+        try:
+            return None if stat.S_ISDIR(os.fstat(descriptor(file)).st_mode) else lock(file, how)
+        except BlockingIOError:
+            raise error from None
+
+    monkeypatch.setattr(fcntl, "flock", of_another_host)
+    with columns.text_writer(path, PETS, {}) as out:
+        out.write(PETS[0], {"tag": "a"})
+        with pytest.raises(UserError, match="texts.parquet is being written by another process"):
+            columns.text_writer(path, PETS, {})
+    assert os.listdir(path) == ["part-000000.parquet"]
+
+
+def test_the_lock_of_a_writer_that_has_just_ended_is_no_claim(tmp_path, monkeypatch):
+    """Else a third writer would make the lock file anew, and two would write."""
+    lock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *args: [lock(*args), *map(os.unlink, tmp_path.glob("*/.*"))])
+    with pytest.raises(UserError, match="texts.parquet is being written by another process"):
+        columns.text_writer(tmp_path / "texts.parquet", PETS, {})
+
+
 def test_half_a_line_of_something_else_stays(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"image": "a.png", "caption": "mine"}')
@@ -105,6 +147,8 @@ def test_arrays_join_their_records(tmp_path):
     assert (again[2]["regions"] == values[2]).all() and again[2]["count"] == 2
     with columns.array_writer(tmp_path / "c", PETS, fields, {"encoder": "other"}):
         assert (again[2]["regions"] == values[2]).all()  # as in a training that has mapped the former ones
+    with pytest.raises(UserError, match=r"c/\w+.npy was made anew since it was opened; start again"):
+        pickle.loads(pickle.dumps(joined))[0]  # as in a worker that starts later
     with pytest.raises(UserError, match="another data set"):
         columns.ColumnsSource(source("a cat", "a dog", "a fish"), str(tmp_path / "c"))
     (tmp_path / "file").write_text("")

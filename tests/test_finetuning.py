@@ -310,11 +310,22 @@ def test_weights_of_a_run_that_has_trained_on_are_not_the_beginning(tmp_path):
         assert line.endswith(", trained to step 100")
     with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
         file.write('{"step": 120, "time": 100}\n')
+    for step, is_whole in ((60, True), (100, True), (120, True), (90, False)):
+        (tmp_path / "a" / "checkpoints" / str(step)).mkdir(parents=True)
+        if is_whole:
+            (tmp_path / "a" / "checkpoints" / str(step) / "commit_success.txt").touch()
     message = f"{a}, which .*b.* started from, has trained on since, from step 100 to 120: .* --a={a}/checkpoints/100"
     for given in (a, f"txt={tmp_path}/weights.npz, img={a}"):
         with pytest.raises(UserError, match=message):
             list(interpolate._steps(given, f"{b}/checkpoints/5"))
     assert not list(interpolate._steps(f"{a}/checkpoints/100", b))
+    for step, hint in ((100, f", such as --a={a}/checkpoints/60$"), (60, "started from with --a$")):
+        (tmp_path / "a" / "checkpoints" / str(step) / "commit_success.txt").unlink()
+        with pytest.raises(UserError, match=hint):
+            list(interpolate._steps(a, b))
+    (tmp_path / "a,c").symlink_to(a)
+    with pytest.raises(UserError, match="a,c, which .* has trained on since, from step 100 to 120"):
+        list(interpolate._steps(f"{tmp_path}/a,c", b))
     (tmp_path / "b" / "config_history.jsonl").unlink()
     assert not list(interpolate._steps(a, b))
 

@@ -546,6 +546,8 @@ def test_clip_tokenizer_in_the_folder_of_the_weights(tmp_path):
     merges = lines[1 : 49152 - 256 - 2 + 1]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": merges}}))
     assert ids_of(tmp_path, "clip", 49408, TEXTS) == expected
+    # open_clip trains CLIP's towers with the loss of SigLIP, too.
+    assert tokenizer_files.find(tmp_path, "siglip", 49408, "open_clip") == "clip_bpe"
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"merges": [m.split(" ") for m in merges]}}))
     assert ids_of(tmp_path, "clip", 49408, TEXTS) == expected
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))

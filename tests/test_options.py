@@ -26,7 +26,7 @@ SMALL = {
 }
 #: Texts without an end, for a text tower that does not look for it.
 ENDLESS = ["tokenizer=sentencepiece?eot=false", "model.text.pool=last", "model.text.mask_padding=false"]
-NO_END = "with eot=false texts have no end, and the model looks for it"
+NO_END = "with eot=false a text may have no end, and the model looks for it"
 #: Overrides, and a pattern of the error.
 WRONG = {
     "clip": [
@@ -102,10 +102,6 @@ WRONG = {
         (ENDLESS[:1], NO_END),
     ],
     "otter": [
-        (
-            ["otter.gamma_image=0", "otter.gamma_text=0"],
-            "otter.remove_diag needs otter.gamma_image or otter.gamma_text",
-        ),
         (["otter.alpha=1.5"], "otter.alpha=1.5: must be between 0 and 1"),
         (["otter.entropy=0"], "otter.entropy=0.0: must be above 0"),
         (["otter.iterations=-1"], "otter.iterations=-1: must be at least 0"),

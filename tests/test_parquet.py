@@ -297,14 +297,22 @@ def test_arrays_do_not_replace_data(tmp_path):
     write(tmp_path / "file.parquet", pets(3))
     (tmp_path / "folder.parquet").mkdir()
     write(tmp_path / "folder.parquet" / "part-000000.parquet", pets(3))
-    for name in ("file", "folder"):
+    rewrites(tmp_path / "texts.parquet", source, [0])
+    for name in ("file", "folder", "texts"):
         with (
             pytest.raises(UserError, match=f"{name}.parquet exists and holds something else than columns; give"),
             columns.array_writer(tmp_path / f"{name}.parquet", source, fields, {}),
         ):
             pass
     assert pq.read_metadata(tmp_path / "folder.parquet" / "part-000000.parquet").num_rows == 3
-    assert sorted(os.listdir(tmp_path)) == ["file.parquet", "folder.parquet"]
+    assert columns.ColumnsSource(source, f"{tmp_path}/texts.parquet")[0]["rewrites"] == ["rewrite 0"]
+    assert sorted(os.listdir(tmp_path)) == ["file.parquet", "folder.parquet", "texts.parquet"]
+    (tmp_path / "folder.parquet" / "part-000000.parquet").write_bytes(b"half of it")
+    with (
+        pytest.raises(UserError, match="folder.parquet is damaged; remove it, or give another name$"),
+        columns.array_writer(tmp_path / "folder.parquet", source, fields, {}),
+    ):
+        pass
 
 
 def test_an_unreadable_row_of_columns_is_one_bad_record(tmp_path):
@@ -407,7 +415,7 @@ def test_other_sources_become_parquet(tmp_path, capsys, monkeypatch):
 
 def test_half_a_copy_is_no_data_set_and_the_same_command_starts_anew(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(to_parquet, "_PART_ROWS", 4)
-    source, out, partial = tmp_path / "a.parquet", tmp_path / "out", tmp_path / "out.partial"
+    source, out, partial = tmp_path / "a.parquet", tmp_path / "out", tmp_path / "out" / ".partial"
     write(source, pets(10))
     seen, write_part = [], to_parquet.Parts.write
     monkeypatch.setattr(to_parquet, "ROWS", 4)
@@ -415,8 +423,10 @@ def test_half_a_copy_is_no_data_set_and_the_same_command_starts_anew(tmp_path, c
     def interrupted(parts, rows):
         write_part(parts, rows)
         seen.append(sorted(os.listdir(partial)))
-        with pytest.raises(UserError, match="out.partial is being written by another process"), to_parquet.Parts(out):
+        with pytest.raises(UserError, match="out is being written by another process"), to_parquet.Parts(out):
             pass
+        with pytest.raises(UserError, match="out: no images"):
+            make_source(str(out))
         if len(seen) == 2:
             raise KeyboardInterrupt
 
@@ -425,15 +435,55 @@ def test_half_a_copy_is_no_data_set_and_the_same_command_starts_anew(tmp_path, c
         run(capsys, source, f"--out={out}", "--embed")
     assert len(seen[-1]) == 2 and not out.exists() and not partial.exists()
     monkeypatch.setattr(to_parquet.Parts, "write", write_part)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     (partial / "part-000007.parquet").write_bytes(b"of a command that was killed")
     (partial / "notes.txt").write_text("mine")
-    assert "out.partial: holds notes.txt; remove it, or" in run(capsys, source, f"--out={out}", "--embed")[1]
+    assert "out/.partial: holds notes.txt; remove it, or" in run(capsys, source, f"--out={out}", "--embed")[1]
     assert len(os.listdir(partial)) == 2
     (partial / "notes.txt").unlink()
-    out.mkdir()
     assert run(capsys, source, f"--out={out}") == (0, f"{out}: 10 rows")
     assert sorted(os.listdir(out)) == [f"part-{i:06d}.parquet" for i in range(3)] and not partial.exists()
+    check_pets(make_source(str(out)), 10)
+
+
+def test_parquet_is_written_where_no_folder_can_be_renamed(tmp_path, capsys, monkeypatch):
+    """As on a mount of a flat bucket, at a mount point, and in a parent that cannot be written."""
+    replace = os.replace
+
+    def of_files(old, new):
+        assert not os.path.isdir(old) and os.path.dirname(new) == str(tmp_path)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", of_files)
+    monkeypatch.setattr(os, "rename", of_files)
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    path = write_table(tmp_path, [{"text": ["a"]}] * 3)
+    before = set(os.listdir(tmp_path))
+    status, line = run(capsys, path, f"--out={tmp_path}")
+    assert status == 0 and line.startswith(f"{tmp_path}: 3 rows")
+    assert set(os.listdir(tmp_path)) == before | {"part-000000.parquet"}
+
+
+def test_interrupted_moves_are_completed_and_nothing_reads_the_half(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(to_parquet, "_PART_ROWS", 4)
+    monkeypatch.setattr(to_parquet, "ROWS", 4)
+    source, out, replace, moved = write(tmp_path / "a.parquet", pets(10)), tmp_path / "out", os.replace, []
+
+    def failing(old, new):
+        if len(moved) == 1:
+            raise OSError(5, "Input/output error")
+        moved.append(replace(old, new))
+
+    monkeypatch.setattr(os, "replace", failing)
+    assert run(capsys, source, f"--out={out}")[0] != 0
+    assert len(list(out.glob("*.parquet"))) == 1
+    for spec in (out, f"{out}/*.parquet"):
+        with pytest.raises(UserError, match=f"out is not whole yet: run .*to_parquet with --out={out} again"):
+            make_source(str(spec))
+    monkeypatch.setattr(os, "replace", replace)
+    status, line = run(capsys, source, f"--out={out}")
+    assert status == 2 and "out: has all files of an earlier command now; nothing else was written" in line
+    assert sorted(os.listdir(out)) == [f"part-{i:06d}.parquet" for i in range(3)]
     check_pets(make_source(str(out)), 10)
 
 

@@ -200,6 +200,38 @@ def test_a_damaged_index_is_replaced(model, photos, tmp_path):
     assert is_new and len(again.z) == 9 and not make_index(model, photos, folder=folder)[1]
 
 
+def test_other_files_beside_an_index_do_not_hide_it(model, workdir, photos, tmp_path):
+    folder = tmp_path / "index"
+    make_index(model, photos, folder=folder)
+    (folder / ".DS_Store").write_text("mine")
+    search_index.check_folder(folder)
+    assert not make_index(model, photos, folder=folder)[1]
+    with pytest.raises(UserError, match="was made with another checkpoint"):
+        make_index(clip_jax.load(workdir, 1), photos, folder=folder)
+    os.truncate(folder / "z.f32", 8)
+    with pytest.raises(UserError, match="holds something else than an index"):
+        make_index(model, photos, folder=folder)
+
+
+def test_other_files_at_the_usual_place_stay_and_no_folder_is_renamed(model, photos, monkeypatch):
+    monkeypatch.setattr(os, "rename", None)
+    make_index(model, photos)
+    (place,) = (photos / ".clip_jax_search").iterdir()
+    (place / "meta.json").unlink()
+    (place / ".DS_Store").write_text("mine")
+    assert make_index(model, photos)[1] and not make_index(model, photos)[1]
+    assert {path.name for path in place.iterdir()} == {"z.f32", "where.i64", "meta.json", ".DS_Store"}
+
+
+def test_an_interrupted_index_does_not_take_its_folder(model, photos, tmp_path, monkeypatch):
+    folder = tmp_path / "index"
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as after kill -9
+    with monkeypatch.context() as killed, pytest.raises(ZeroDivisionError):
+        killed.setattr(model, "embed_image", lambda images: 1 / 0)
+        make_index(model, photos, folder=folder)
+    assert make_index(model, photos, folder=folder)[1] and not make_index(model, photos, folder=folder)[1]
+
+
 def test_an_index_of_another_checkpoint_or_other_data_is_refused(model, workdir, photos, tmp_path):
     assert (
         make_index(model, photos, folder=tmp_path / "index")[1]

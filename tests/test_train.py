@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from conftest import COMPILE_FAST, REPO
-from helpers import losses, run, tiny_config, train_command
+from helpers import interrupted, losses, run, tiny_config, train_command
 
 from clip_jax import train
 from clip_jax.data.tokenizers import make_tokenizer
@@ -293,17 +293,16 @@ def test_the_command_ends_with_one_line_and_status_2(tmp_path, capsys):
         assert message in captured.err and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
 
 
-def test_a_full_disk_stops_with_one_line_and_keeps_the_earlier_checkpoint(tmp_path):
+def test_a_full_disk_stops_with_one_line_and_keeps_the_earlier_checkpoint(finished, tmp_path):
     """A limit on the size of files simulates the full disk: writing beyond it fails in the same places."""
-    first = run(train_command(tmp_path, "train.steps=2"))
-    assert first.returncode == 0, first.stderr
+    workdir = interrupted(finished[0], tmp_path / "run", 6)
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (380_000, 380_000))
 
     second = run(
-        train_command(tmp_path, "train.steps=4"), preexec_fn=limit, env={"JAX_ENABLE_COMPILATION_CACHE": "false"}
+        train_command(workdir, "train.steps=8"), preexec_fn=limit, env={"JAX_ENABLE_COMPILATION_CACHE": "false"}
     )
     assert second.returncode == 2, second.stderr
     error = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
@@ -311,11 +310,11 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_earlier_checkpoint(tmp_pa
         len(error) == 1
         and "could not save checkpoint" in error[0]
         and "last good checkpoint is" in error[0]
-        and "/checkpoints/2" in error[0]
+        and "/checkpoints/6" in error[0]
     )
-    assert checkpoint.find(tmp_path).name == "2"
-    third = run(train_command(tmp_path, "train.steps=4"))
-    assert third.returncode == 0 and "from step 2" in third.stdout
+    assert checkpoint.find(workdir).name == "6"
+    third = run(train_command(workdir, "train.steps=8"))
+    assert third.returncode == 0 and "from step 6" in third.stdout
 
 
 def test_commands_start_without_importing_jax():

@@ -30,10 +30,8 @@ def find(folder, method, vocab_size, library=""):
         return "unifont"
     if spec := _exported(folder):
         return spec
-    if method == "siglip":
-        spec = _siglip(folder, vocab_size, library)
-        if spec or library != "open_clip":  # which also trains CLIP's towers with the loss of SigLIP
-            return spec
+    if method == "siglip" and (library != "open_clip" or vocab_size != CLIP_VOCABULARY):
+        return _siglip(folder, vocab_size, library)  # open_clip also trains CLIP's towers with the loss of SigLIP
     if method == "align":
         return _wordpiece(folder / "vocab.txt") if (folder / "vocab.txt").is_file() else _of_json(folder)
     spec = HF_CLIP if library.startswith(HF) else "clip_bpe"

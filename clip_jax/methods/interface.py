@@ -27,7 +27,8 @@ class Method:
       views: the views that training reads of each example (`clip_jax.data.views`).
       eval_view: the image view of evaluation and search.
       init: `(rng, batch) -> (params, extra)`. `extra` holds everything that has no gradient: teachers, queues,
-        statistics.
+        statistics. Where a run starts from other weights, `extra["teacher"]`, a dict like a part of `params`, becomes a
+        copy of this part.
       encode: `(params, extra, batch, rng, train) -> (features, extra)`, per example; the engine may call it on
         micro-batches. An example's randomness must be folded from `rng` and its `example_id`
         (`clip_jax.models.common.fold_in_ids`), so that a second pass replays it. In training `extra` marks the frozen
@@ -207,7 +208,7 @@ def resolve(config, tokenizer, source=None):
         towers.reads_end(config.model.get("text", {})) or getattr(module, "reads_end", lambda config: False)(config)
     ):
         raise UserError(
-            f"tokenizer={config.tokenizer!r}: with eot=false texts have no end, and the model looks for it; "
+            f"tokenizer={config.tokenizer!r}: with eot=false a text may have no end, and the model looks for it; "
             "leave eot=false out"
         )
     if source is None or not hasattr(module, "resolve"):

@@ -47,7 +47,7 @@ class Options:
       entropy: lambda, which divides the similarities.
       iterations: the number of Sinkhorn iterations; 0: a softmax of each row.
       remove_diag: the pair itself is no target: `eta = 100 (gamma_image + gamma_text)` is subtracted from its
-        similarity.
+        similarity, which is 0 where both weights are.
       keys_stopgrad: the keys of each direction have no gradient; only the queries do.
       decay: of the teacher. Update n, counted from 1, uses at most `(1 + n) / (10 + n)`.
       warmup_steps: the number of steps in which the weight of the distillation grows linearly from 0. InfoNCE has the
@@ -74,8 +74,6 @@ class Options:
                 raise UserError(f"otter.{name}={getattr(self, name)}: must be at least 0")
         if not self.entropy > 0:
             raise UserError(f"otter.entropy={self.entropy}: must be above 0")
-        if self.remove_diag and not self.gamma_image + self.gamma_text:
-            raise UserError("otter.remove_diag needs otter.gamma_image or otter.gamma_text: without them it removes 0")
 
 
 def make(config):

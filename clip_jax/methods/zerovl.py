@@ -25,7 +25,8 @@ from clip_jax.methods.interface import read_options, two_tower_method
 from clip_jax.models.common import l2_normalize, shard_batch
 from clip_jax.models.two_tower import TwoTower
 
-#: Folded into the key for the randomness of a step. An example id gives it once in four billion.
+#: Folded into the key for the randomness of a step. An example whose id has this number as its low half gets the same
+#: key.
 STEP = 2**31
 
 

@@ -14,7 +14,7 @@ A captioner is one of
 
 OUT has one line for each record. Its field `synthetic` is a text or, with --top=K, a list of K texts, best first. An
 unreadable image gets an empty text and is counted. An interrupted run resumes with the same command. Retrieval resumes
-with the same weights and the same texts alone.
+with the same weights and the same texts alone; files of earlier versions do not tell these, and resume with any.
 
 Train with the column by --config.data="SOURCE?columns=OUT".
 """

@@ -94,7 +94,8 @@ class IndexWriter:
         }
         told = self._out / ("report.txt" if self.kept else "removed.txt")
         if self.kept:
-            (self._out / "report.json").unlink(missing_ok=True)  # without it a folder is no index
+            for name in ("report.json", "removed.txt"):  # without report.json a folder is no index
+                (self._out / name).unlink(missing_ok=True)
             with replacing(self._out / "index.npy") as file:  # a training may have mapped the older one
                 np.save(file, np.memmap(self._file.name, np.int64, "r", shape=(self.kept, 2)))
         told.write_text("\n".join(describe(report)) + "\n", errors="replace")

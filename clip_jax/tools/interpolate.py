@@ -15,7 +15,6 @@ column for each metric that is not the same in all rows. --out writes a work fol
 
 import json
 import math
-import re
 
 from clip_jax.errors import UserError
 from clip_jax.runtime import command, storage
@@ -104,10 +103,13 @@ def _steps(init_from, path):
 
     Raises UserError when a run has trained on since the start: its newest checkpoint is another one now.
     """
+    from clip_jax.interop.towers.files import sources
+    from clip_jax.training import checkpoint
+
     begun = storage.read_rows(_work_folder(path) / "config_history.jsonl")[:1]
     if not begun or begun[0]["step"]:
         return
-    for source in (re.sub(r"^(img|txt)=", "", part.strip()) for part in init_from.split(",")):
+    for source in sources(init_from).values():
         folder = _work_folder(source)
         if folder == storage.path(source).parent.parent:
             continue  # one checkpoint is named
@@ -115,9 +117,11 @@ def _steps(init_from, path):
         since = max((row["step"] for row in rows if row.get("time", math.inf) <= begun[0]["time"]), default=0)
         now = max((row["step"] for row in rows), default=0)
         if now > since:
+            kept = [step for step in checkpoint.committed(folder / "checkpoints") if step <= since]
+            hint = f", such as --a={folder}/checkpoints/{kept[-1]}" if kept else ""
             raise UserError(
                 f"{source}, which {path} started from, has trained on since, from step {since} to {now}: name the "
-                f"checkpoint that it started from with --a, such as --a={folder}/checkpoints/{since}"
+                f"checkpoint that it started from with --a{hint}"
             )
         if rows:
             yield f"alpha=0: {source}, trained to step {now}"

@@ -8,8 +8,8 @@ A table (.csv, .tsv, .jsonl) of any size is read in order, in bounded memory, an
 paths are written relative to OUT. With --embed the images are in the files, of every kind of source. Parquet files
 without --embed keep their columns; only their row groups are made anew.
 
-The files are written in OUT.partial, which gets the name OUT when all are there. After an interruption the same command
-starts anew.
+The files are written in OUT/.partial and move into OUT when all are there. After an interruption the same command
+starts anew, or completes the moves.
 
 OUT gets part-000000.parquet and so on, of about 512 MiB, with the columns `image` (Hugging Face's {bytes, path}),
 `captions` (the record's texts), `label` with the names of the classes, and the record's other fields. A field has the
@@ -22,19 +22,18 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections import Counter
 
 import numpy as np
 
 from clip_jax.data import decode, remote
-from clip_jax.data.claim import claimed
+from clip_jax.data.claim import claimed_folder
 from clip_jax.data.files import read_file
 from clip_jax.data.records import BadRecord, plain, records
 from clip_jax.data.sources import parquet
 from clip_jax.data.sources.arrow_columns import image_column
 from clip_jax.data.sources.manifest import read_about
-from clip_jax.data.sources.shards import find_shards, shards_in
+from clip_jax.data.sources.shards import PARTIAL, UNMOVED, find_shards, shards_in
 from clip_jax.data.sources.spec import parse
 from clip_jax.data.sources.table import TableStream
 from clip_jax.errors import UserError
@@ -53,52 +52,71 @@ _OTHER = "value of another type"
 class Parts:
     """A folder of Parquet files that are written one after the other. Used in a `with` statement.
 
-    The files are in FOLDER.partial until the statement ends without an error; else they are deleted.
+    The files are in FOLDER/.partial until the statement ends without an error, and then move into the folder one by
+    one, since some mounts rename no folder. After an error they are deleted. Where the moves were interrupted, the next
+    `Parts` of the folder completes them.
 
     Args:
-      folder: the folder, which is new or empty.
+      folder: the folder; it is made, and must hold no Parquet file.
 
     Attributes:
       rows: the number of rows so far.
 
-    Raises UserError when the folder holds anything or cannot be written, when FOLDER.partial holds files of others, and
-    when another process writes it.
+    Raises UserError when the folder holds Parquet files or cannot be written, when FOLDER/.partial holds files of
+    others, when another process writes it, and when moves were completed.
     """
 
     def __init__(self, folder):
-        self._given, self._out = folder, os.path.realpath(folder)
-        self._folder, self._number = f"{self._out}.partial", 0
-        self._writer, self.rows = None, 0
+        self._out, self._folder = str(folder), os.path.join(folder, PARTIAL)
+        self._unmoved = os.path.join(folder, UNMOVED)
+        self._writer, self._number = None, 0
+        self.rows = 0
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
             try:
-                self._check()
+                if not os.path.exists(self._out):
+                    os.makedirs(self._out)
+                    stack.callback(_remove_empty, self._out)
+                stack.enter_context(claimed_folder(self._out))
                 os.makedirs(self._folder, exist_ok=True)
-                stack.enter_context(claimed(self._folder))
-                found = os.listdir(self._folder)
-                if others := [name for name in found if not re.fullmatch(r"part-\d{6}\.parquet", name)]:
-                    raise UserError(f"{self._folder}: holds {min(others)}; remove it, or give another --out")
-                for name in found:  # of a command that was killed
-                    os.unlink(os.path.join(self._folder, name))
+                stack.callback(_remove_empty, self._folder)
+                self._check()
+                self._delete()  # files of a command that was killed
             except OSError as error:
-                raise UserError(f"--out={self._given}: cannot be written: {error.strerror}") from None
+                raise UserError(f"--out={self._out}: cannot be written: {error.strerror}") from None
             self._stack = stack.pop_all()
         return self
 
     def _check(self):
-        if os.path.exists(self._out) and (found := os.listdir(self._out)):
-            raise UserError(f"--out={self._given}: holds {min(found)} already; give an empty folder")
-        if os.path.ismount(self._out):
-            raise UserError(f"--out={self._given}: is a mount point; give a new folder in it")
+        if os.path.exists(self._unmoved):
+            self._move()
+            raise UserError(f"--out={self._out}: has all files of an earlier command now; nothing else was written")
+        if found := [name for name in os.listdir(self._out) if name.endswith(".parquet")]:
+            raise UserError(f"--out={self._out}: holds {min(found)} already; give an empty folder")
+        if others := set(os.listdir(self._folder)).difference(self._names()):
+            raise UserError(f"{self._folder}: holds {min(others)}; remove it, or give another --out")
 
     def __exit__(self, kind, *_):
         with self._stack:
             if kind is None:
-                self.end_file()
-                os.rename(self._folder, self._out)
+                open(self._unmoved, "wb").close()
+                self._move()
             else:
-                shutil.rmtree(self._folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self._delete()
+
+    def _names(self):
+        return [name for name in os.listdir(self._folder) if re.fullmatch(r"part-\d{6}\.parquet", name)]
+
+    def _move(self):
+        for name in self._names():
+            os.replace(os.path.join(self._folder, name), os.path.join(self._out, name))
+        os.unlink(self._unmoved)
+
+    def _delete(self):
+        for name in self._names():
+            os.unlink(os.path.join(self._folder, name))
 
     def write(self, table):
         """Writes a `pyarrow.Table` as one row group."""
@@ -118,6 +136,11 @@ class Parts:
         if self._writer is not None:
             self._writer.close()
             self._writer, self._number = None, self._number + 1
+
+
+def _remove_empty(folder):
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 class Columns:
@@ -269,6 +292,7 @@ def write(source, out, prepare, log=print):
             parts.write(columns.table(chunk))
             if parts.rows % (200 * ROWS) == 0:
                 log(f"{parts.rows:,} rows")
+        parts.end_file()
     return parts.rows, failures + columns.failures
 
 
@@ -327,7 +351,7 @@ def main(argv=None):
     """Runs the command; returns the exit status: 0, or 2 after a one-line error."""
     parser = command.make_parser("clip_jax.tools.to_parquet", __doc__)
     parser.add_argument("source", help="any source string of clip_jax.data.sources")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a folder without Parquet files")
     parser.add_argument("--embed", action="store_true", help="write the images into the files")
     add_fields(parser)
     args = parser.parse_args(argv)

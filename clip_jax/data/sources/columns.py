@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data import blocks
-from clip_jax.data.claim import claimed
+from clip_jax.data.claim import claim
 from clip_jax.data.files import FileReader
 from clip_jax.data.records import DerivedSource, fingerprint
+from clip_jax.data.sources.index import mapped
 from clip_jax.data.sources.kept import column_of
 from clip_jax.data.sources.parquet_columns import (
     ParquetRows,
@@ -84,7 +85,7 @@ class TextWriter:
         with contextlib.ExitStack() as stack:
             try:
                 self._file = stack.enter_context(open(path, "a+b"))
-                stack.enter_context(claimed(path))
+                claim(self._file, path)
                 end = self._read(header, path)
                 self._file.truncate(end)
             except OSError as error:
@@ -131,8 +132,8 @@ def _line(row):
 def array_writer(folder, source, fields, about):
     """A context that yields arrays on disk, to be filled in, as columns of a source.
 
-    The columns are valid only after the block has ended without an error. A training that has mapped former ones keeps
-    them.
+    The columns are valid only after the block has ended without an error. A process of this machine that has mapped
+    former ones keeps them. One that maps them later, and a copy of the source in it, ends with an error.
 
     Args:
       folder: the folder to write. NAME.parquet holds Parquet files, made of NAME.parquet.arrays at the end.
@@ -290,6 +291,7 @@ class _Arrays:
         header = json.loads((Path(folder) / "header.json").read_text())
         _check_header(header, source, folder)
         self._paths = {field: os.path.join(folder, f"{field}.npy") for field in header["fields"]}
+        self._stamps = {}
         lengths = {len(array) for array in self._map().values()}
         self._length = lengths.pop() if len(lengths) == 1 else 0
 
@@ -297,7 +299,9 @@ class _Arrays:
         return self.__dict__ | {"_arrays": None}
 
     def _map(self):
-        self._arrays = {field: np.load(path, mmap_mode="r") for field, path in self._paths.items()}
+        found = {field: mapped(path, self._stamps.get(field)) for field, path in self._paths.items()}
+        self._arrays = {field: array for field, (array, _) in found.items()}
+        self._stamps = {field: stamp for field, (_, stamp) in found.items()}
         return self._arrays
 
     def __len__(self):

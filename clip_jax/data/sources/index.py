@@ -55,17 +55,15 @@ class _Index(Places):
     """The rows of an index, (place, bits of its captions), mapped into memory once per process."""
 
     def __init__(self, path, source):
-        self._path, self._stamp = path, _stamp(path)
-        self._rows = np.load(path, mmap_mode="r")
+        self._path = path
+        self._rows, self._stamp = mapped(path)
         super().__init__(self._rows[:, 0], starts_of(source))
 
     def __getstate__(self):
         return self.__dict__ | {"_rows": None, "_places": None}
 
     def __setstate__(self, state):
-        if _stamp(state["_path"]) != state["_stamp"]:
-            raise UserError(f"{state['_path']} was made anew since it was opened; start again")
-        rows = np.load(state["_path"], mmap_mode="r")
+        rows, _ = mapped(state["_path"], state["_stamp"])
         self.__dict__ |= state | {"_rows": rows, "_places": rows[:, 0]}
 
     def bits(self, number):
@@ -73,10 +71,16 @@ class _Index(Places):
         return int(self._rows[number, 1])
 
 
-def _stamp(path):
-    """Returns what tells a file from one that has replaced it."""
+def mapped(path, stamp=None):
+    """Returns the array of a file, mapped into memory, and what tells the file from one that replaces it.
+
+    Raises UserError for another file than that of `stamp`.
+    """
     status = os.stat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    found = status.st_ino, status.st_size, status.st_mtime_ns
+    if stamp not in (None, found):
+        raise UserError(f"{path} was made anew since it was opened; start again")
+    return np.load(path, mmap_mode="r"), found
 
 
 def join(source, folder):

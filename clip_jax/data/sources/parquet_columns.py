@@ -17,7 +17,7 @@ from absl import logging
 
 from clip_jax.data import remote
 from clip_jax.data.blocks import Block, Recent
-from clip_jax.data.claim import claimed
+from clip_jax.data.claim import claimed_folder
 from clip_jax.data.replacing import replacing
 from clip_jax.data.sources import arrow_columns, parquet
 from clip_jax.data.sources.parquet_values import ParquetColumn
@@ -28,6 +28,7 @@ _GROUP = 512  # rows of a row group that a writer makes
 _PART = 2**16  # rows of a part
 _LARGE = 2**14  # rows of a row group: larger ones are named in a warning
 _KEPT = 8  # row groups in memory
+_LATER = {"model", "texts"}  # of `about` of retrieved captions: earlier versions wrote neither
 
 
 def is_parquet(path):
@@ -134,7 +135,7 @@ class ParquetWriter:
         with contextlib.ExitStack() as stack:
             try:
                 os.makedirs(self._folder, exist_ok=True)
-                stack.enter_context(claimed(self._folder))
+                stack.enter_context(claimed_folder(self._folder))
             except OSError as error:
                 raise UserError(f"{path} cannot be written: {error.strerror}") from None
             self._part, self.done = len(_parts(path)), 0
@@ -172,8 +173,11 @@ class ParquetWriter:
 
 
 def check_replaceable(path):
-    """Raises UserError when a path holds something else than columns, which `write_arrays` would replace."""
-    is_other = os.path.isdir(path) and _parts(path) and ParquetRows(path).header is None
+    """Raises UserError when a path holds something else than arrays, which `write_arrays` would replace."""
+    try:
+        is_other = os.path.isdir(path) and _parts(path) and "arrays" not in (ParquetRows(path).header or {})
+    except UserError:
+        raise UserError(f"{path} is damaged; remove it, or give another name") from None
     if is_other or os.path.isfile(path):
         raise UserError(f"{path} exists and holds something else than columns; give another name")
 
@@ -217,6 +221,9 @@ def _parts(path):
 
 def check_same(old, header, path):
     """Raises UserError when an existing file of columns has another header than the one to be written."""
+    about = old.get("about")
+    if isinstance(about, dict) and "captioner" in about and not about.keys() & _LATER:
+        header = header | {"about": {key: value for key, value in header["about"].items() if key not in _LATER}}
     if old != header:
         differs = next((key for key in header if old.get(key) != header[key]), "header")
         raise UserError(f"{path} exists, but was made with another {differs}: {old.get(differs)}; give another file")

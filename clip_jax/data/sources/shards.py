@@ -53,6 +53,8 @@ FORMATS = {
     ".mds": "mds",
 }
 MANIFEST = ".manifest.parquet"  # the ending of manifests that lie beside Parquet shards
+PARTIAL = ".partial"  # the folder beside Parquet shards in which to_parquet writes them
+UNMOVED = os.path.join(PARTIAL, "unmoved")  # a file that is there while written shards are moved out of it
 # The shards of a folder, first match: img2dataset writes a table 00000.parquet of URLs beside its other shards.
 _ENDINGS = ("*.tar", "*.array_record*", "*.arrow", "*.tfrecord*", "*.mds", "*.mds*", "*.parquet")
 # Without a manifest, this many shards are scanned when a source is made. More are an error.
@@ -97,7 +99,7 @@ def load_format(name):
 def find_shards(spec):
     """Returns the format and the sorted shards, `(kind, list of paths)`, of a path, pattern or folder of shards.
 
-    Raises UserError for what names no shards.
+    Raises UserError for what names no shards, and for a folder that `to_parquet` has not filled yet.
     """
     from clip_jax.data import remote
     from clip_jax.data.sources import arrow
@@ -109,6 +111,10 @@ def find_shards(spec):
         raise UserError(f"{spec}: names no shards; shards end in {', '.join(FORMATS)}")
     if not (shards := [path for path in remote.expand(spec) if not path.endswith(MANIFEST)]):
         raise UserError(f"{spec}: names manifests alone, no shards")
+    for folder in dict.fromkeys(map(os.path.dirname, shards)) if kind == "parquet" else ():
+        if os.path.exists(os.path.join(folder, UNMOVED)):
+            command = f"clip_jax.tools.to_parquet with --out={folder or '.'}"
+            raise UserError(f"{folder or '.'} is not whole yet: run {command} again, which moves the rest into it")
     return kind, shards
 
 

@@ -204,6 +204,7 @@ def test_the_figure_is_svg_with_a_mark_for_every_row(tmp_path, x, monkeypatch):
     [
         (dict(name="a/b"), "its folder needs a name"),
         (dict(after="nothing"), "after: no row 'nothing'"),
+        (dict(minus="nothing"), "minus: no row 'nothing'"),
         (dict(tuned_as="b"), "tuned_as names a row with values"),
         (dict(tune=("optim.lr", (1, 2))), "no tune_metric"),
         (dict(name="b"), "two rows are called 'b'"),
@@ -213,6 +214,12 @@ def test_wrong_rows(fields, message):
     row = Row(**dict(name="a", config=CLIP) | fields)
     with pytest.raises(UserError, match=message):
         definition.check(Study("", (row, Row("b", CLIP)), {"x": VAL}))
+
+
+def test_a_row_is_compared_with_the_first_of_its_place_or_with_the_one_that_it_names():
+    rows = [Row("a", CLIP, x=1), Row("b", CLIP, x=2), Row("c", CLIP, x=2), Row("d", CLIP, x=2, minus="c")]
+    study = Study("", rows, {"x": VAL})
+    assert [study.base(row).name for row in rows] == ["a", "b", "b", "c"]
 
 
 def test_wrong_reports(tmp_path, capsys):

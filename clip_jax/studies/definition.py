@@ -30,6 +30,7 @@ class Row:
         `overrides` stands for the step `?index=FOLDER` of a source.
       line: the line of the figure that the row belongs to; empty: none.
       x: the row's place on the horizontal axis of the figure.
+      minus: the name of the row that this row is compared with; empty: the first row that has the same `x`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row:
     index: tuple[str, ...] = ()
     line: str = ""
     x: float | None = None
+    minus: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Study:
     Attributes:
       title: the title of the page.
       rows: the rows of the table. Rows with published figures go from the lowest to the highest figure, the expected
-        order. A row is compared with the first row that has the same `Row.x`.
+        order. `Row.minus` says with which row a row is compared.
       metrics: `{column heading: metric of the last evaluation}`. Each metric is a fraction. The first decides the
         order and is drawn. A tuple of metrics is one metric over the images of all of them.
       published: the heading of the published figures.
@@ -95,7 +97,7 @@ class Study:
 
     def base(self, row):
         """Returns the row that a row is compared with."""
-        return next(other for other in self.rows if other.x == row.x)
+        return self.row(row.minus) if row.minus else next(other for other in self.rows if other.x == row.x)
 
     def keys(self):
         """Returns `{column heading: key of the metric}`; see `key`."""
@@ -128,7 +130,7 @@ def check(study):
             raise UserError(
                 f"a row is called {row.name!r}: its folder needs a name without / and without a dot in front"
             )
-        for field in ("after", "tuned_as"):
+        for field in ("after", "tuned_as", "minus"):
             if getattr(row, field) and getattr(row, field) not in names:
                 raise unknown(f"{row.name}: {field}: no row", getattr(row, field), names)
         if row.after and study.row(row.after).after:

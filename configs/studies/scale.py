@@ -7,7 +7,7 @@ Claim of ALIGN: a larger number of noisy pairs, filtered by simple rules alone, 
 Steps do not depend on the amount of data. Three of four examples are emoji, or of five with scenes. "clip art" is that
 with keywords, which its captions name; "noisy clip art" is all of it, with its titles as captions. No clip art names an
 unseen concept. ALIGN's recipe is its loss, towers and optimizer. Filtered rows have the noisy clip art that passes
-ALIGN's rules. Values are tried on emoji.
+ALIGN's rules. Values are tried on emoji. Rows of ALIGN's recipe are compared with that on emoji, and this with CLIP's.
 """
 
 from embedded_rows import ALIGN_FILTER, TEMPLATES, make_row, make_study
@@ -40,5 +40,5 @@ def rows(method, data):
         name = f"{method}, {data}{', filtered' * is_filtered}"
         source = SOURCES[data] if is_filtered else SOURCES[data].replace("{index}", "")
         overrides = (f"data.source={source}", f"data.templates={templates!r}")
-        tuned = {} if data == "emoji" else {"tuned_as": f"{method}, emoji"}
+        tuned = {} if data == "emoji" else dict.fromkeys(("tuned_as", "minus"), f"{method}, emoji")
         yield make_row(method, name, overrides, index=FILTER if is_filtered else (), line="", **tuned)

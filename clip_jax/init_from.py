@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from clip_jax import config as config_lib
 from clip_jax.errors import UserError, unknown
 
@@ -111,9 +109,10 @@ def start(config, state, tokenizer):
     extra = state.extra | ({"batch_stats": stats} if stats else {})
     teacher = extra.get("teacher", {})
     student = {name: params.get(name) for name in teacher}
-    if jax.tree.map(np.shape, student) == jax.tree.map(np.shape, teacher):
+    shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (student, teacher)]
+    if teacher and shapes[0] == shapes[1]:  # a moving average of the student begins as its copy
         copies = jax.tree.map(lambda new, old: jax.device_put(new.copy(), old.sharding), student, teacher)
-        extra |= {"teacher": copies} if copies else {}
+        extra = extra | {"teacher": copies}
     count = sum(x.size for path, x in found.items() if not path.startswith("batch_stats/"))
     line = f"started from {config.init_from}: {count:,} parameters"
     line += "; position embeddings resized" if resized else ""

@@ -51,15 +51,13 @@ from clip_jax.models.two_tower import TwoTower
 
 #: Fields of the configuration that get the tokenizer's values (`clip_jax.methods.interface.resolve`).
 TOKENIZER_FIELDS = {"declip": ("mask_id", "special_ids")}
+IMAGES = ("image", "image_2", "image_3")
+TERMS = ("clip", "multi_view", "nn", "simsiam", "mlm", "simclr", "filip")
 
 
 def reads_end(config):
     """Whether a term looks for the end of a text (`clip_jax.methods.interface.resolve`)."""
     return bool(config.declip.mlm or config.declip.filip)
-
-
-IMAGES = ("image", "image_2", "image_3")
-TERMS = ("clip", "multi_view", "nn", "simsiam", "mlm", "simclr", "filip")
 
 
 @dataclasses.dataclass(frozen=True)

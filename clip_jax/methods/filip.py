@@ -44,15 +44,13 @@ from clip_jax.models.two_tower import TwoTower
 
 #: Fields of the configuration that get the tokenizer's values (`clip_jax.methods.interface.resolve`).
 TOKENIZER_FIELDS = {"filip": ("special_ids",)}
+SELECTIONS = ("none", "paper25", "repo16")
+PAPER_SHARE = 0.25
 
 
 def reads_end(config):
     """Whether the method looks for the end of a text (`clip_jax.methods.interface.resolve`)."""
     return True
-
-
-SELECTIONS = ("none", "paper25", "repo16")
-PAPER_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)

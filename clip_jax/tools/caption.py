@@ -39,8 +39,9 @@ from clip_jax.tools.text_columns import format_reasons, one_line, write_texts
 
 #: `(images, records) -> captions`; the caption of an image is a text or a list of texts.
 Captioner = Callable[[Sequence[Image.Image], Sequence[Record]], Sequence[str | list[str]]]
-#: The options of each kind of captioner.
-_OPTIONS = {"transformers": ("prompt",), "retrieval": ("bank", "bank_field", "bank_split", "top", "exclude_own")}
+#: The kind of captioner that each option is for.
+_OPTIONS = {"prompt": "transformers"}
+_OPTIONS |= dict.fromkeys(("bank", "bank_field", "bank_split", "top", "exclude_own"), "retrieval")
 
 
 def read_bank(spec, field="", split="train"):
@@ -243,11 +244,11 @@ def main(argv=None):
 def _check(args, parser):
     """Raises UserError for an option of another kind of captioner."""
     given = args.captioner.partition(":")[0]
-    for kind, names in _OPTIONS.items():
-        for name in names if given in _OPTIONS.keys() - {kind} else ():
-            if getattr(args, name) != parser.get_default(name):
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is for --captioner={kind}:..., not --captioner={args.captioner}")
+    for name, kind in _OPTIONS.items():
+        is_other = given in _OPTIONS.values() and given != kind  # an unknown kind is refused when it is made
+        if is_other and getattr(args, name) != parser.get_default(name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is for --captioner={kind}:..., not --captioner={args.captioner}")
 
 
 def _main(args, parser):
@@ -256,8 +257,7 @@ def _main(args, parser):
     bank = functools.partial(read_bank, args.bank or args.source, args.bank_field, args.bank_split)
     own = (lambda record: [*_texts(record, ""), *_texts(record, args.bank_field)]) if args.exclude_own else None
     captioner = make_captioner(args.captioner, bank, args.top, own, args.prompt)
-    names = ("captioner", *(name for names in _OPTIONS.values() for name in names))
-    about = {name: getattr(args, name) for name in names} | captioner.key
+    about = {name: getattr(args, name) for name in ("captioner", *_OPTIONS)} | captioner.key
     failures = run(source, args.out, captioner, about=about, batch=args.batch)
     print(
         f"{args.out}: {len(source):,} records; {failures.total():,} captions of this run are empty. "

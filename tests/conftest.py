@@ -9,12 +9,14 @@ import tempfile
 import pytest
 
 #: XLA flags of this process and of processes that tests start. Nearly all time goes into compiling small programs that
-#: run for an instant. These flags more than halve it: both cores are busy anyhow, so code generation need not split.
+#: run for an instant. These flags more than halve it. Both cores are busy anyhow, so code generation need not split.
+#: The last flag spares a check of the program after each of XLA's passes.
 COMPILE_FAST = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_disable_hlo_passes=hlo-verifier"
 )
 
-gc.set_threshold(20_000)  # the objects of a trace live long: looking through them often finds nothing
+gc.set_threshold(100_000)  # the objects of a trace live long: looking through them often finds nothing
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; programs of tests inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,19 +1,23 @@
 """Helpers for tests of models and methods: small towers, a batch, and train steps on any mesh."""
 
+import dataclasses
 import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from conftest import REPO
 from helpers import TINY
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from clip_jax import config
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.methods import interface
 from clip_jax.models.towers import image_tower, text_tower
 from clip_jax.runtime import sharding
-from clip_jax.training.step import first_state, make_init, make_step
+from clip_jax.training.step import make_init, make_step
 
 TOWERS = {"image": image_tower, "text": text_tower}
 BERT = dict(kind="bert", context=8, positions=10, vocab_size=64, eot_id=63, width=32, depth=2, heads=2, mlp_dim=64)
@@ -43,6 +47,27 @@ def tiny(**image):
     c.model.image.update(dict(size=16, patch=8, width=32, depth=2, heads=2, mlp_dim=64, **image))
     c.model.text.update(dict(vocab_size=64, eot_id=63, context=10, width=32, depth=2, heads=2, mlp_dim=64))
     return c.model
+
+
+def initialise(init, *inputs, seed=0):
+    """Returns `init(key, *inputs)`, such as the variables of a tower.
+
+    Each operation that the result needs runs alone, so that the operations of equal shapes of all tests are compiled
+    once. As one program they take most of a second.
+
+    Args:
+      init: a function such as `Method.init`.
+      inputs: arrays or shapes, whose values do not matter.
+      seed: the seed of the key.
+    """
+
+    def of_zeros(key):
+        return init(key, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs))
+
+    closed, shapes = jax.make_jaxpr(of_zeros, return_shape=True)(jax.random.key(seed))
+    needed, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)  # no forward pass
+    values = jaxpr_as_fun(ClosedJaxpr(needed, closed.consts))(jax.random.key(seed))
+    return jax.tree.unflatten(jax.tree.structure(shapes), values)
 
 
 def parameter_shapes(name, model, inputs):
@@ -75,15 +100,16 @@ def collectives_in_conditionals(hlo):
 _STARTS = {}
 
 
-def _start(c, method, batch):
+def start(c, method, batch=BATCH):
     """Returns `(first state as NumPy arrays, optimizer)`, made once for all meshes and micro-batches."""
     plain = c.copy_and_resolve_references().unlock()
     plain.micro_batches = 1
     shapes = {name: (x.shape, str(x.dtype)) for name, x in batch.items()}
     key = plain.to_json_best_effort(sort_keys=True), str(shapes), method.init.__module__, method.init.__qualname__
     if key not in _STARTS:
-        init, tx = make_init(c, method, batch)
-        _STARTS[key] = jax.device_get(first_state(init, jax.random.key(c.seed))), tx
+        model = initialise(method.init, batch, seed=c.seed)
+        init, tx = make_init(c, dataclasses.replace(method, init=lambda rng, batch: model), batch)
+        _STARTS[key] = jax.device_get(init(jax.random.key(c.seed))), tx
     return _STARTS[key]
 
 
@@ -105,7 +131,7 @@ def run_steps(c, method, sizes, steps=5, devices=None, batch=BATCH):
         mesh = sharding.make_mesh(sizes, devices or jax.devices())
     else:
         mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1), sharding.AXES)
-    state, tx = _start(c, method, batch)
+    state, tx = start(c, method, batch)
     with jax.set_mesh(mesh):
         shardings = sharding.state_shardings(state, mesh, method.sharding_rules)
         state = jax.device_put(state, shardings)
@@ -129,5 +155,8 @@ def tiny_method(name, *overrides, dtype="float32"):
     tokenizer = make_tokenizer(c.tokenizer)
     c = interface.resolve(c, tokenizer)
     method = interface.make_method(c)
-    batch = {key: np.zeros(spec.shape, spec.dtype) for key, spec in method.batch_spec(4).items()}
-    return c, method, *jax.jit(method.init)(jax.random.key(0), batch), tokenizer
+    if dtype == "float32":
+        params, extra = initialise(method.init, method.batch_spec(4))
+    else:  # parameters are float32 in any case
+        _, _, params, extra, _ = tiny_method(name, *overrides)
+    return c, method, params, extra, tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import REPO, golden_files
 from helpers import TINY, interrupted, losses
-from model_helpers import BATCH, run_steps
+from model_helpers import BATCH, initialise, run_steps
 
 from clip_jax import config, train
 from clip_jax.data.records import BadRecord
@@ -122,7 +122,7 @@ def test_oracle_b_consistent_texts_have_the_weight_1_for_any_gamma(gammas):
 
 def test_oracle_c_averages_move_by_a_hundredth_before_they_are_used():
     c, method = setup("alip.momentum=0.99")
-    _, extra = jax.jit(method.init)(jax.random.key(0), BATCH | {"synthetic": BATCH["text"]})
+    _, extra = initialise(method.init, BATCH | {"synthetic": BATCH["text"]})
     assert extra["averages"] == dict.fromkeys(PAIRS, 1)
     _, after = method.heads({}, extra, FEATURES, {}, None)
     for name in PAIRS:

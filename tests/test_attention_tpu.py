@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from model_helpers import initialise
 
 from clip_jax.hlo_cost import hlo_cost
 from clip_jax.models import attention_tpu, transformer
@@ -123,7 +124,7 @@ def four(devices, data=2):
 @pytest.mark.parametrize("qk_norm_eps", [None, 1e-6])
 def test_the_module_has_the_same_parameters_values_and_gradients_on_any_mesh(tpu, qk_norm_eps):
     auto, xla = (module(name, qk_norm_eps=qk_norm_eps) for name in ("auto", "plain"))
-    params, expected = (jax.jit(m.init)(jax.random.key(1), X, X) for m in (auto, xla))
+    params, expected = (initialise(m.init, X, X, seed=1) for m in (auto, xla))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     expected = jax.jit(functools.partial(value_and_grad, xla))(params, X, MASK)
 

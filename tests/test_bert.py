@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import golden_files
-from model_helpers import BERT, parameter_shapes, run_tower, tiny
+from model_helpers import BERT, initialise, parameter_shapes, run_tower, tiny
 
 import clip_jax
 from clip_jax.errors import UserError
@@ -33,7 +33,7 @@ def test_golden_text_tower_of_align(folder):
 @pytest.mark.parametrize("pad_id", [-1, 0])
 def test_padding_is_not_attended_to(pad_id):
     tower = text_tower(tiny_bert(pad_id=pad_id))
-    params = jax.jit(tower.init)(jax.random.key(0), IDS)
+    params = initialise(tower.init, IDS)
     embed = jax.jit(lambda ids: tower.apply(params, ids)[0])
     z = np.asarray(embed(IDS))
     np.testing.assert_allclose(z[0], embed(IDS[:1, :3])[0], atol=1e-5)
@@ -57,7 +57,7 @@ def test_the_embedding_is_the_projected_state_of_the_first_token():
 
 def test_scan_and_rematerialisation_change_only_the_layout():
     model = tiny_bert()
-    params = jax.jit(text_tower(model).init)(jax.random.key(0), IDS)["params"]
+    params = initialise(text_tower(model).init, IDS)["params"]
     expected, expected_grads = run_tower("text", model, params, IDS)
     model.scan, model.remat = True, "full"
     stacked = jax.jit(functools.partial(stack_layers, like=parameter_shapes("text", model, IDS)))(params)
@@ -81,7 +81,7 @@ def test_dropout_acts_in_training_and_depends_only_on_the_keys_of_an_example(sca
     model = tiny_bert(dropout=0.5, attention_dropout=0.5)
     model.scan, model.remat = scan, "full" if scan else "none"
     tower, keys = text_tower(model), jax.random.split(jax.random.key(1), 3)
-    params = jax.jit(tower.init)(jax.random.key(0), IDS)
+    params = initialise(tower.init, IDS)
     trained = jax.jit(lambda ids, keys: tower.apply(params, ids, train=True, keys=keys)[0])
     z = np.asarray(trained(IDS, keys))
     np.testing.assert_allclose(trained(IDS[1:], keys[1:]), z[1:], rtol=1e-4, atol=1e-5)
@@ -99,7 +99,7 @@ def test_dropout_acts_in_training_and_depends_only_on_the_keys_of_an_example(sca
 def test_scanned_layers_drop_the_same_as_single_layers():
     """Also in the backward pass, in which blocks in a loop draw what they drop again."""
     model, keys = tiny_bert(dropout=0.5, attention_dropout=0.5), jax.random.split(jax.random.key(1), 3)
-    params = jax.jit(text_tower(model).init)(jax.random.key(0), IDS)["params"]
+    params = initialise(text_tower(model).init, IDS)["params"]
 
     def loss(params, scan):
         model.scan = scan
@@ -122,7 +122,7 @@ def test_attention_weights_are_dropped_in_training_by_the_keys_of_an_example():
     model, keys = tiny_bert(attention_dropout=0.3, depth=1, heads=1), jax.random.split(jax.random.key(1), 3)
     model.attention = "auto"
     tower = text_tower(model)
-    variables = jax.jit(tower.init)(jax.random.key(0), IDS)
+    variables = initialise(tower.init, IDS)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["bert"])
 
     def norm(x, p):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import REPO, golden_files
 from helpers import TINY, losses, unit
-from model_helpers import run_steps
+from model_helpers import initialise, run_steps
 
 import clip_jax
 from clip_jax import config, evaluate, train
@@ -45,7 +45,7 @@ BATCH = {"image": random_images(0), "text": random_images(1, channels=1), "examp
 def start():
     """Returns `(method, params)`."""
     method = make_method(tiny("model.dtype=float32"))
-    return method, jax.jit(method.init)(jax.random.key(0), BATCH)[0]
+    return method, initialise(method.init, BATCH)[0]
 
 
 @pytest.mark.parametrize("variant, total", [("b16", 93_474_817), ("l16", 316_681_985)])

@@ -13,7 +13,7 @@ import scipy.special
 from conftest import REPO, golden_files
 from data_helpers import EOT, texts
 from helpers import TINY, interrupted, losses, unit
-from model_helpers import run_steps
+from model_helpers import initialise, run_steps
 
 import clip_jax
 from clip_jax import config, train
@@ -59,7 +59,7 @@ BATCH = {
 def start(*overrides):
     """Returns `(declip, params, extra)`."""
     declip = DeCLIP(tiny(*overrides))
-    return declip, *jax.jit(declip.init)(jax.random.key(0), BATCH)
+    return declip, *initialise(declip.init, BATCH)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden_files
-from model_helpers import EFFICIENTNET, tiny
+from model_helpers import EFFICIENTNET, initialise, tiny
 
 import clip_jax
 from clip_jax.models.common import drop, l2_normalize
@@ -110,7 +110,7 @@ def test_the_projection_is_optional():
 
 
 def test_depthwise_kernels_are_initialised_by_the_fan_of_a_filter():
-    variables = jax.jit(efficientnet().init)(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    variables = initialise(efficientnet().init, np.zeros((1, 32, 32, 3), np.float32))
     params = jax.device_get(variables["params"])
     for kernel, fan in (
         (params["mbconv_2"]["depthwise_conv"]["kernel"], 25),
@@ -157,7 +157,7 @@ def test_scanned_blocks_equal_single_ones():
     images, keys = IMAGES, jax.random.split(jax.random.key(0), 8)
     model = tiny()
     model.image = dict(EFFICIENTNET, stages=((8, 1, 3, 1, 1), (16, 4, 3, 2, 4)), stochastic_depth=0.9)
-    variables = jax.jit(image_tower(model).init)(jax.random.key(0), images)
+    variables = initialise(image_tower(model).init, images)
 
     def run(variables):
         def fn(params):
@@ -188,7 +188,7 @@ def test_rematerialisation_drops_the_same_blocks():
     images, keys = IMAGES, jax.random.split(jax.random.key(0), 8)
     model = tiny()
     model.image = dict(EFFICIENTNET, stochastic_depth=0.9)
-    variables = jax.jit(image_tower(model).init)(jax.random.key(0), images)
+    variables = initialise(image_tower(model).init, images)
 
     def run():
         def fn(params):

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPO, golden_files
 from data_helpers import EOT, texts
 from helpers import TINY, interrupted, losses, unit
-from model_helpers import BATCH, run_steps
+from model_helpers import BATCH, initialise, run_steps
 
 import clip_jax
 from clip_jax import config, search, train
@@ -237,7 +237,7 @@ def test_the_similarity_of_a_block_of_retrieval_is_never_held_by_token():
 
 def test_padding_and_class_tokens():
     c, method = setup("model.image.cls_token=true", "model.text.context=12")
-    params, extra = jax.jit(method.init)(jax.random.key(0), PAIRS)
+    params, extra = initialise(method.init, PAIRS)
     _, with_cls = setup("model.image.cls_token=true", "filip.use_cls=true", "filip.use_bos_eos=false")
     tower = image_tower(c.model).clone(embed_dim=0)
     pixels = (PAIRS["image"] / np.float32(255) - np.asarray(c.model.image_mean)) / np.asarray(c.model.image_std)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import REPO, golden_files
 from helpers import TINY, run, tiny_config, unit
-from model_helpers import BATCH, run_steps
+from model_helpers import BATCH, initialise, run_steps
 from PIL import Image
 from test_init_from import CLASSIC, flat
 
@@ -36,7 +36,7 @@ def weights(tmp_path_factory):
     """An open_clip folder of a tiny model of 16 pixels, and the folder of labelled images of three classes."""
     root = tmp_path_factory.mktemp("weights")
     c, _, tokenizer, method = train.make_parts(tiny_config("model.logit_scale_init=2.0", *CLASSIC))
-    params, extra = jax.jit(method.init)(jax.random.key(7), BATCH)
+    params, extra = initialise(method.init, BATCH, seed=7)
     export(clip_jax.Model(c, method, params, extra, tokenizer), "open_clip", root / "model")
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("test", 3)):

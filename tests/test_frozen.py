@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import REPO
 from helpers import TINY, tiny_config
-from model_helpers import BATCH, BERT, EFFICIENTNET, run_steps
+from model_helpers import BATCH, BERT, EFFICIENTNET, initialise, run_steps, start
 
 import clip_jax
 from clip_jax import config as config_lib
@@ -15,7 +15,6 @@ from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.methods.interface import make_method, resolve
 from clip_jax.models.common import FROZEN, mark_frozen, moving_average, unmark_frozen
 from clip_jax.training import optimizers
-from clip_jax.training.step import first_state, make_init
 
 RESNET = dict(kind="resnet", size=32, layers=(1, 1), width=8)
 EFFICIENTNET = EFFICIENTNET | dict(stages=((8, 3, 3, 2, 1),), proj=True, stochastic_depth=0.5)
@@ -43,11 +42,10 @@ def clip(image=None, optim=FREEZE, text=None, overrides=()):
 
 def start_and_end(c, method, sizes=ONE_DEVICE, batch=BATCH, steps=2):
     """Returns the states before and after some steps."""
-    init, _ = make_init(c, method, batch)
-    start = first_state(init, jax.random.key(c.seed))
+    first, _ = start(c, method, batch)
     _, end = run_steps(c, method, sizes, steps, None if sizes else jax.devices()[:1], batch)
-    assert jax.tree.structure(start) == jax.tree.structure(end), "the state holds no marks"
-    return jax.device_get((start, end))
+    assert jax.tree.structure(first) == jax.tree.structure(end), "the state holds no marks"
+    return first, jax.device_get(end)
 
 
 def same(a, b):
@@ -94,7 +92,7 @@ def test_a_frozen_tower_trains_as_it_is_evaluated(image, text, overrides):
     part, name = ("txt", "text") if text else ("img", "image")
     c, method = clip(image, dict(freeze=(f"^{part}/",)), text, overrides)
     batch = BATCH | {"text": BATCH["text"][:, :8]} if text else BATCH
-    params, extra = jax.jit(method.init)(jax.random.key(0), batch)
+    params, extra = initialise(method.init, batch)
 
     @jax.jit
     def encode(params, extra):
@@ -112,7 +110,7 @@ def test_the_one_tower_of_clippo():
     method = make_method(c)
     batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in method.batch_spec(2).items()}
     batch["image"] += jnp.asarray(BATCH["image"][:2])
-    params, extra = jax.jit(method.init)(jax.random.key(0), batch)
+    params, extra = initialise(method.init, batch)
 
     @jax.jit
     def encode(params, extra):
@@ -145,7 +143,7 @@ def test_a_frozen_head_keeps_its_statistics(name):
     c = resolve(c, make_tokenizer(c.tokenizer))
     c.optim.freeze = ("^projector/",)
     method = make_method(c)
-    params, extra = jax.jit(method.init)(jax.random.key(0), method.batch_spec(16))
+    params, extra = initialise(method.init, method.batch_spec(16))
     marked = mark_frozen(extra, optimizers.frozen(c.optim, params))
     features, new = jax.jit(method.heads)(params, marked, head_inputs(name), None, None)
     stats, new = extra["batch_stats"], unmark_frozen(new)["batch_stats"]

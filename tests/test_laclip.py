@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import REPO
 from helpers import TINY, interrupted, losses, unit
-from model_helpers import BATCH, run_steps
+from model_helpers import BATCH, initialise, run_steps
 
 from clip_jax import config, train
 from clip_jax.data.loader import Loader
@@ -198,7 +198,7 @@ def test_a_mesh_and_micro_batches_give_the_result_of_one_device():
 
 def test_the_text_that_finds_its_picture_is_drawn_for_each_example():
     _, method = setup("mt")
-    params, extra = jax.jit(method.init)(jax.random.key(0), WITH_REWRITES)
+    params, extra = initialise(method.init, WITH_REWRITES)
     features = jax.jit(lambda rng: method.encode(params, extra, WITH_REWRITES, rng, True)[0]["drawn"])
     drawn = np.stack([features(jax.random.key(k)) for k in range(40)])
     assert drawn.min() == 0 and drawn.max() == 4 and all(len(set(column)) > 2 for column in drawn.T)

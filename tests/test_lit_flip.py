@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from helpers import TINY, tiny_config
+from model_helpers import initialise
 
 import clip_jax
 from clip_jax import config as config_lib
@@ -132,7 +133,7 @@ def test_embeddings_of_a_locked_tower_may_be_computed_before():
         "text": rng.integers(0, 50, (4, c.model.text.context), np.int32),
         "example_id": id_words(np.arange(4)),
     }
-    params, extra = jax.jit(method.init)(jax.random.key(0), batch)
+    params, extra = initialise(method.init, batch)
 
     @jax.jit
     def losses(params, extra, batch):
@@ -153,7 +154,7 @@ def flip_tower(patch_drop):
 def test_flip_drops_no_patch_in_evaluation():
     images = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
     dropping, whole = flip_tower(0.5)[0], flip_tower(0.0)[0]
-    params = jax.jit(whole.init)(jax.random.key(0), images)
+    params = initialise(whole.init, images)
     z, tokens = jax.jit(dropping.apply)(params, images)
     np.testing.assert_array_equal(z, jax.jit(whole.apply)(params, images)[0])
     assert tokens.shape[1] == 1 + 16
@@ -173,7 +174,7 @@ def kept(keys, n=16, drop=0.5):
 def test_the_masked_forward_pass_is_that_of_the_kept_patches():
     tower, image = flip_tower(0.5)
     images = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
-    params = jax.device_get(jax.jit(tower.init)(jax.random.key(0), images)["params"])
+    params = jax.device_get(initialise(tower.init, images)["params"])
     keys = jax.random.split(jax.random.key(1), 2)
     z, _ = jax.jit(functools.partial(tower.apply, train=True))({"params": params}, images, keys=keys)
     block = Block(

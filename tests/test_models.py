@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import golden_files
 from helpers import tiny_config
-from model_helpers import TOWERS, parameter_shapes, run_tower, tiny
+from model_helpers import TOWERS, initialise, parameter_shapes, run_tower, tiny
 from safetensors.numpy import load_file
 
 from clip_jax import config
@@ -170,7 +170,7 @@ def test_golden_open_clip_vit(folder):
 def text_parameters(pool):
     model = tiny()
     model.text.pool = pool
-    return jax.jit(text_tower(model).init)(jax.random.key(0), np.zeros((1, 10), np.int32))
+    return initialise(text_tower(model).init, np.zeros((1, 10), np.int32))
 
 
 def embed(model, ids):
@@ -237,7 +237,7 @@ def test_a_text_tower_without_blocks_is_a_bag_of_words():
     model.scan = True  # there is nothing to stack
     module = text_tower(model)
     ids = np.array([[5, 9, 63, 0], [9, 5, 63, 0]])
-    params = jax.jit(module.init)(jax.random.key(0), ids)
+    params = initialise(module.init, ids)
     params["params"]["pos"] = np.zeros_like(params["params"]["pos"])
     assert jax.tree.structure(stack_layers(unstack_layers(params), params)) == jax.tree.structure(params)
     z = np.asarray(jax.jit(module.apply)(params, ids)[0])
@@ -316,8 +316,8 @@ def test_big_vision_initialisation():
     model.embed_dim = 64
     model.image.update(dict(tower, size=128))
     model.text.update(dict(tower, vocab_size=1000, eot_id=1))
-    image = jax.jit(image_tower(model).init)(jax.random.key(0), np.zeros((1, 128, 128, 3), np.float32))["params"]
-    text = jax.jit(text_tower(model).init)(jax.random.key(0), np.zeros((1, 64), np.int32))["params"]
+    image = initialise(image_tower(model).init, np.zeros((1, 128, 128, 3), np.float32))["params"]
+    text = initialise(text_tower(model).init, np.zeros((1, 64), np.int32))["params"]
     image, text = jax.device_get((image, text))
     assert "proj" not in image and text["proj"]["bias"].shape == (64,)
     for x, std in (
@@ -344,7 +344,7 @@ INPUTS = {
 @functools.cache
 def plain(name):
     """Returns parameters, embedding and gradients of a tower without scan and rematerialisation."""
-    params = jax.device_get(jax.jit(TOWERS[name](tiny()).init)(jax.random.key(0), INPUTS[name])["params"])
+    params = jax.device_get(initialise(TOWERS[name](tiny()).init, INPUTS[name])["params"])
     return params, *run_tower(name, tiny(), params, INPUTS[name])
 
 
@@ -385,7 +385,7 @@ def test_products_that_are_stored_are_not_computed_again():
 def test_scanned_layers_are_initialised_like_single_ones():
     model = tiny()
     model.scan = True
-    stacked = jax.device_get(jax.jit(image_tower(model).init)(jax.random.key(0), INPUTS["image"])["params"])
+    stacked = jax.device_get(initialise(image_tower(model).init, INPUTS["image"])["params"])
     assert stacked["block"]["mlp"]["fc1"]["kernel"].shape == (2, 32, 64)
     first, second = (unstack_layers(stacked)[f"block_{i}"] for i in range(2))
     assert not np.allclose(first["mlp"]["fc1"]["kernel"], second["mlp"]["fc1"]["kernel"])
@@ -418,11 +418,11 @@ def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
         "example_id": np.arange(16),
     }
 
-    start = first_state(make_init(c, make_method(c), batch)[0], jax.random.key(0))
+    init, tx = make_init(c, make_method(c), batch)
+    start = first_state(init, jax.random.key(0))
 
     def run(devices=1, micro_batches=1):
         c.micro_batches, method = micro_batches, make_method(c)
-        tx = make_init(c, method, batch)[1]
         mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:devices])
         with jax.set_mesh(mesh):
             state = jax.device_put(start, sharding.state_shardings(start, mesh))
@@ -490,7 +490,7 @@ def initial(tower, *args):
     """The parameters of a tower, `{path: array}`."""
     from flax import traverse_util
 
-    params = jax.jit(tower.init)(jax.random.key(0), *args)["params"]
+    params = initialise(tower.init, *args)["params"]
     return {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
 
 

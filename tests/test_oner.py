@@ -14,7 +14,7 @@ import pytest
 from conftest import REPO, golden_files
 from data_helpers import EOT, texts
 from helpers import TINY, losses
-from model_helpers import BATCH, run_steps
+from model_helpers import BATCH, initialise, run_steps
 from PIL import Image
 
 import clip_jax
@@ -59,7 +59,7 @@ SAME_START = tuple(f"oner.{x}" for x in "cic_kv embed joint_bn joint_cls mim_los
 
 @functools.cache
 def initial(*overrides, row):
-    return jax.jit(OneR(tiny(*overrides, row=row)).init)(jax.random.key(0), PAIRS)
+    return initialise(OneR(tiny(*overrides, row=row)).init, PAIRS)
 
 
 def start(*overrides, row="itc_cmc"):

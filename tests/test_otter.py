@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 from conftest import REPO, golden_files
 from helpers import TINY, interrupted, losses, unit
-from model_helpers import BATCH, run_steps
+from model_helpers import BATCH, initialise, run_steps
 
 from clip_jax import config, train
 from clip_jax.data.tokenizers import make_tokenizer
@@ -358,7 +358,7 @@ def test_oracle_g1_any_mesh_and_micro_batches_give_the_result_of_one_device(one_
 def test_the_teacher_follows_the_student_from_the_start_of_each_step():
     """The first step's teacher is the student, whose weights may be loaded. Later ones move before their use."""
     method = make_method(tiny("otter.decay=0.6"))
-    first, extra = jax.device_get(jax.jit(method.init)(jax.random.key(0), BATCH))
+    first, extra = jax.device_get(initialise(method.init, BATCH))
     students = [jax.tree.map(lambda x, k=k: x + 0.1 * k, first) for k in (1, 2, 3)]  # none of them is extra's teacher
     encode = jax.jit(lambda params, extra: method.encode(params, extra, BATCH, jax.random.key(1), True)[0])
     heads = jax.jit(method.heads)
@@ -381,7 +381,7 @@ def test_the_teacher_follows_the_student_from_the_start_of_each_step():
 
 def test_oracle_9_a_student_that_stands_still_is_its_teacher():
     method = make_method(tiny())
-    params, extra = jax.jit(method.init)(jax.random.key(0), BATCH)
+    params, extra = initialise(method.init, BATCH)
     heads = jax.jit(method.heads)
     for _ in range(3):
         _, extra = heads(params, extra, None, None, None)
@@ -394,7 +394,7 @@ def test_oracle_9_a_student_that_stands_still_is_its_teacher():
 
 def test_oracle_9_no_gradient_reaches_the_teacher():
     method = make_method(tiny())
-    params, extra = jax.jit(method.init)(jax.random.key(0), BATCH)
+    params, extra = initialise(method.init, BATCH)
 
     @jax.jit
     @jax.grad

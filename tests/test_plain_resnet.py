@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_helpers import initialise
 from safetensors.numpy import save_file
 from tower_helpers import random, read_params, resnet_tensors
 
@@ -72,7 +73,7 @@ def test_the_projection_starts_as_a_linear_layer_of_pytorch():
     from clip_jax.models.resnet import PlainResNet
 
     tower = PlainResNet(size=32, embed_dim=64, layers=(1, 1, 1, 1), width=8)
-    proj = jax.jit(tower.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]["proj"]
+    proj = initialise(tower.init, jnp.zeros((1, 32, 32, 3)))["params"]["proj"]
     for x in (proj["kernel"], proj["bias"]):
         assert 0.9 / 16 < np.abs(x).max() <= 1 / 16  # 1 / sqrt(8 * 32)
 

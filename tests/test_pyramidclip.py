@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import REPO, golden_files
 from helpers import TINY, interrupted, losses
-from model_helpers import BATCH, run_steps
+from model_helpers import BATCH, initialise, run_steps
 
 from clip_jax import config, train
 from clip_jax.data.tokenizers import make_tokenizer
@@ -247,7 +247,7 @@ def test_weights_round_trip_through_the_layout(folder):
 def test_oracle_6_leff_keeps_the_class_token_and_can_be_silent():
     leff = LeFF(32, "quick_gelu", block_init("clip_image", 16, 32, 2))
     x, apply = np.random.default_rng(0).standard_normal((2, 10, 16), np.float32), jax.jit(leff.apply)
-    variables = jax.jit(leff.init)(jax.random.key(1), x)
+    variables = initialise(leff.init, x, seed=1)
     y = np.asarray(apply(variables, x))
     assert np.array_equal(y[:, 0], x[:, 0]) and np.abs(y[:, 1:]).min() > 0
     silent = {
@@ -264,7 +264,7 @@ def tower():
     """Returns `(image tower, variables, regions)`."""
     c, _ = setup()
     towers = TwoTower(c.model)
-    variables = jax.jit(towers.image.init)(jax.random.key(0), np.zeros((2, 16, 16, 3), np.float32))
+    variables = initialise(towers.image.init, np.zeros((2, 16, 16, 3), np.float32))
     return towers.image, variables, random_regions(c.model.image.region_dim)
 
 
@@ -311,7 +311,7 @@ def test_pooling_over_real_words_ignores_padding():
     c, _ = setup()
     text, end = TwoTower(c.model).text.clone(pool="max_masked"), c.model.text.eot_id
     ids = np.array([[7, 8, end, 0, 0, 0], [7, 8, end, 5, 9, 9]], np.int32)
-    variables = jax.jit(text.init)(jax.random.key(0), ids)
+    variables = initialise(text.init, ids)
     z = jax.jit(text.apply)(variables, ids)[0]
     np.testing.assert_allclose(z[0], z[1], rtol=1e-5)
     everything = jax.jit(text.clone(pool="max").apply)(variables, ids)[0]

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from helpers import TINY, interrupted, losses, run, tiny_config, train_command
-from model_helpers import BATCH
+from model_helpers import BATCH, initialise
 
 from clip_jax import config, evaluate, search
 from clip_jax.data.sources import MemorySource
@@ -43,7 +43,7 @@ def module(**fields):
     """Returns `(apply, variables, inputs)` of a module."""
     ram = RetrievalAugmentation(2, **fields)
     inputs = normal(0, B, D), normal(1, B, K, 6), normal(2, B, K, 10), np.ones((B, K), bool)
-    return jax.jit(ram.apply), jax.jit(ram.init)(jax.random.key(3), *inputs), inputs
+    return jax.jit(ram.apply), initialise(ram.init, *inputs, seed=3), inputs
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def setting():
     """The method, parameters and extra with a random bank of 250 rows and 6 rows of padding; retrieval weighs much."""
     c = config.load("configs/raclip.py", [*TINY, *RACLIP, "raclip.bank_size=250", "raclip.out_init=xavier"])
     method = make_method(config.resolve(c, make_tokenizer("sentencepiece")))
-    params, extra = jax.jit(method.init)(jax.random.key(0), {k: x[:2] for k, x in BATCH.items()})
+    params, extra = initialise(method.init, {k: x[:2] for k, x in BATCH.items()})
     rows = {
         name: np.asarray(jax.random.normal(jax.random.key(i), (250, x.shape[1])))
         for i, (name, x) in enumerate(extra["bank"].items())
@@ -220,7 +220,7 @@ def test_the_bank_and_its_neighbours_do_not_depend_on_the_devices():
     source, filled = make_source("emoji?part=record:2/100"), []
     c = config.load("configs/raclip.py", [*TINY, *RACLIP, "raclip.retrieval=cached"])
     method = make_method(raclip.resolve(config.resolve(c, make_tokenizer("sentencepiece")), source))
-    _, extra = jax.jit(method.init)(jax.random.key(0), {k: x[:2] for k, x in BATCH.items()})
+    _, extra = initialise(method.init, {k: x[:2] for k, x in BATCH.items()})
     for devices in (1, 8):
         mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:devices])
         with jax.set_mesh(mesh):
@@ -430,7 +430,7 @@ def test_a_file_of_weights_is_needed_only_when_a_run_starts(tiny_lite0):
     c = raclip.resolve(config.resolve(c, make_tokenizer("sentencepiece")), source)
     path.unlink()
     method = make_method(c)
-    params, extra = jax.jit(method.init)(jax.random.key(0), {k: x[:2] for k, x in BATCH.items()})
+    params, extra = initialise(method.init, {k: x[:2] for k, x in BATCH.items()})
     assert extra["bank"]["image"].shape == (768, 1280)
     assert extra["encoder"]["params"]["top_conv"]["kernel"].shape == (1, 1, 16, 1280)
     with pytest.raises(UserError, match="cannot be read"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPO, golden_files
-from model_helpers import tiny
+from model_helpers import initialise, tiny
 
 import clip_jax
 from clip_jax import config
@@ -51,7 +51,7 @@ def test_golden_open_clip_resnet(folder):
 
 
 def test_initialisation():
-    params = jax.device_get(jax.jit(resnet().init)(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32)))["params"]
+    params = jax.device_get(initialise(resnet().init, np.zeros((1, 32, 32, 3), np.float32)))["params"]
     block = params["layer_2_1"]
     assert not block["bn3"]["scale"].any() and (block["bn2"]["scale"] == 1).all()
     assert params["layer_2_0"].keys() - block.keys() == {"downsample_conv", "downsample_bn"}
@@ -86,7 +86,7 @@ def test_rematerialisation_changes_neither_result_nor_statistics():
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     model = tiny()
     model.image = RESNET | dict(layers=(1, 1))
-    variables = jax.jit(image_tower(model).init)(jax.random.key(0), images)
+    variables = initialise(image_tower(model).init, images)
 
     def run():
         tower = image_tower(model)
@@ -137,7 +137,7 @@ def test_statistics_of_groups_are_those_of_each_group():
 def test_a_mesh_has_the_statistics_of_the_whole_batch(mesh8, group):
     images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
     tower = resnet(bn_group=group)
-    variables = jax.jit(tower.init)(jax.random.key(0), images)
+    variables = initialise(tower.init, images)
     run = jax.jit(lambda x: tower.apply(variables, x, train=True, mutable=["batch_stats"]))
     with jax.set_mesh(make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])):
         expected = run(images)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import TINY, unit
-from model_helpers import BATCH, run_steps
+from model_helpers import BATCH, initialise, run_steps, start
 
 from clip_jax import config
 from clip_jax.data.tokenizers import make_tokenizer
@@ -13,7 +13,6 @@ from clip_jax.losses import pairwise
 from clip_jax.losses.contrastive import sigmoid
 from clip_jax.methods.interface import make_method
 from clip_jax.models.common import l2_normalize
-from clip_jax.training.step import first_state, make_init
 
 
 def setup(*overrides):
@@ -66,7 +65,7 @@ def test_perfect_pairs_cost_nothing_at_a_large_scale():
 
 def test_scalars_start_as_configured_and_are_not_clamped():
     c, method = setup("model.logit_scale_init=6.0", "model.logit_bias_init=-3")
-    params, extra = jax.jit(method.init)(jax.random.key(0), BATCH)
+    params, extra = initialise(method.init, BATCH)
     assert params["logit_scale"] == 6 and params["logit_bias"] == -3 and extra == {}
     assert method.constrain(params)["logit_scale"] == 6  # beyond ln 100
     features = {"image": unit(0, 16, 16), "text": unit(1, 16, 16)}
@@ -89,11 +88,13 @@ def test_a_mesh_and_micro_batches_give_the_result_of_one_device():
 
 def test_locked_image_tuning_moves_text_and_scalars_only():
     c, method = setup("optim.freeze=^img/")
-    start = first_state(make_init(c, method, BATCH)[0], jax.random.key(c.seed)).params
+    before = start(c, method)[0].params
     _, state = run_steps(c, method, None, steps=1, devices=jax.devices()[:1])
     moved = {
-        name: any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (start[name], state.params[name])), strict=True))
-        for name in start
+        name: any(
+            (a != b).any() for a, b in zip(*map(jax.tree.leaves, (before[name], state.params[name])), strict=True)
+        )
+        for name in before
     }
     assert moved == {"img": False, "txt": True, "logit_scale": True, "logit_bias": True}
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ADAMW, tiny_config
-from model_helpers import BATCH, run_steps
+from model_helpers import BATCH, run_steps, start
 
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
@@ -34,8 +34,7 @@ def one_device():
 def compiled():
     """A first state, as NumPy arrays, and the compiled step, to which a state is donated."""
     c, method = setup()
-    init, tx = make_init(c, method, BATCH)
-    state = jax.device_get(first_state(init, jax.random.key(0)))
+    state, tx = start(c, method)
     return state, jax.jit(make_step(c, method, tx), donate_argnums=0).lower(state, BATCH).compile()
 
 
@@ -74,29 +73,27 @@ def test_state_is_spread_over_the_mesh(scan, block):
 def test_the_moving_average_follows_the_weights(one_device):
     c, method, _, _ = one_device
     _, after_one = run_steps(c, method, None, steps=1, devices=jax.devices()[:1])
-    init, _ = make_init(c, method, BATCH)
-    start = first_state(init, jax.random.key(c.seed)).params
-    trees = jax.device_get((after_one.ema, start, after_one.params))
+    trees = jax.device_get((after_one.ema, start(c, method)[0].params, after_one.params))
     for e, p0, p1 in zip(*map(jax.tree.leaves, trees), strict=True):
         np.testing.assert_allclose(e, 0.5 * p0 + 0.5 * p1, atol=1e-6)
 
 
-@pytest.mark.parametrize("start, expected", [(6.0, np.log(100)), (-1.0, 0.0)])
-def test_the_logit_scale_is_clamped_after_a_step(compiled, start, expected):
+@pytest.mark.parametrize("scale, expected", [(6.0, np.log(100)), (-1.0, 0.0)])
+def test_the_logit_scale_is_clamped_after_a_step(compiled, scale, expected):
     state, step = compiled
-    state, _ = step(state.replace(params=state.params | {"logit_scale": np.float32(start)}), BATCH)
+    state, _ = step(state.replace(params=state.params | {"logit_scale": np.float32(scale)}), BATCH)
     np.testing.assert_allclose(state.params["logit_scale"], expected, atol=1e-4)
 
 
 def test_frozen_parameters_do_not_move():
     c, method = setup("optim.freeze=^img/")
-    init, _ = make_init(c, method, BATCH)
-    start = first_state(init, jax.random.key(c.seed)).params
+    before = start(c, method)[0].params
     _, state = run_steps(c, method, None, steps=2, devices=jax.devices()[:1])
-    for a, b in zip(jax.tree.leaves(start["img"]), jax.tree.leaves(state.params["img"]), strict=True):
+    for a, b in zip(jax.tree.leaves(before["img"]), jax.tree.leaves(state.params["img"]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert any(
-        (a != b).any() for a, b in zip(jax.tree.leaves(start["txt"]), jax.tree.leaves(state.params["txt"]), strict=True)
+        (a != b).any()
+        for a, b in zip(jax.tree.leaves(before["txt"]), jax.tree.leaves(state.params["txt"]), strict=True)
     )
 
 
@@ -108,8 +105,7 @@ def test_a_non_finite_update_is_skipped_and_counted():
         return jnp.where(batch["example_id"][0, 0] == 99, jnp.nan, 1.0) * loss, metrics
 
     bad = dataclasses.replace(method, loss=bad_loss)
-    init, tx = make_init(c, bad, BATCH)
-    state = first_state(init, jax.random.key(0))
+    state, tx = start(c, bad)
     step = jax.jit(make_step(c, bad, tx))
     poison = {**BATCH, "example_id": np.full_like(BATCH["example_id"], 99)}
     after, metrics = step(state, poison)

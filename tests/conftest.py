@@ -16,7 +16,7 @@ COMPILE_FAST = (
     "--xla_disable_hlo_passes=hlo-verifier"
 )
 
-gc.set_threshold(100_000)  # the objects of a trace live long: looking through them often finds nothing
+gc.set_threshold(20_000)  # the objects of a trace live long: looking through them often finds nothing
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; programs of tests inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

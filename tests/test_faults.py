@@ -108,6 +108,17 @@ def test_commands_end_with_a_status_and_a_line(capsys):
         command.run(lambda: 1 / 0)
 
 
+def test_commands_look_for_garbage_seldom():
+    before = gc.get_threshold()
+    try:
+        for threshold, expected in ((700, command.GARBAGE_THRESHOLD), (30_000, 30_000)):
+            gc.set_threshold(threshold)
+            assert command.run(lambda: None) == 0
+            assert gc.get_threshold()[0] == expected
+    finally:
+        gc.set_threshold(*before)
+
+
 @pytest.mark.parametrize("limit, status", [(0.01, 43), (0, 0)])
 def test_the_watchdog_names_the_stage_and_shows_where_it_waits(limit, status):
     code = f"""

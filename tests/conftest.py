@@ -10,7 +10,7 @@ import pytest
 
 #: XLA flags of this process and of processes that tests start. Nearly all time goes into compiling small programs that
 #: run for an instant. These flags more than halve it. Both cores are busy anyhow, so code generation need not split.
-#: The last flag spares a check of the program after each of XLA's passes.
+#: The last flag leaves out XLA's check of the program after each pass. To debug a crash of XLA, run a test without it.
 COMPILE_FAST = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_disable_hlo_passes=hlo-verifier"

@@ -52,8 +52,8 @@ def tiny(**image):
 def initialise(init, *inputs, seed=0):
     """Returns `init(key, *inputs)`, such as the variables of a tower.
 
-    Each operation that the result needs runs alone, so that the operations of equal shapes of all tests are compiled
-    once. As one program they take most of a second.
+    Each operation that the result needs runs alone. All tests share the compiled operations of equal shapes. One
+    program for all of them takes most of a second to compile, in each test.
 
     Args:
       init: a function such as `Method.init`.
@@ -62,10 +62,10 @@ def initialise(init, *inputs, seed=0):
     """
 
     def of_zeros(key):
-        return init(key, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs))
+        return init(key, *jax.tree.map(jnp.zeros_like, inputs))
 
     closed, shapes = jax.make_jaxpr(of_zeros, return_shape=True)(jax.random.key(seed))
-    needed, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)  # no forward pass
+    needed, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)  # drops the forward pass
     values = jaxpr_as_fun(ClosedJaxpr(needed, closed.consts))(jax.random.key(seed))
     return jax.tree.unflatten(jax.tree.structure(shapes), values)
 
@@ -100,8 +100,11 @@ def collectives_in_conditionals(hlo):
 _STARTS = {}
 
 
-def start(c, method, batch=BATCH):
-    """Returns `(first state as NumPy arrays, optimizer)`, made once for all meshes and micro-batches."""
+def starting_state(c, method, batch=BATCH):
+    """Returns `(first state as NumPy arrays, optimizer)`, made once for all meshes and micro-batches.
+
+    It is `first_state` of `make_init` up to rounding, without its compilation (`test_step.py` compares them).
+    """
     plain = c.copy_and_resolve_references().unlock()
     plain.micro_batches = 1
     shapes = {name: (x.shape, str(x.dtype)) for name, x in batch.items()}
@@ -131,7 +134,7 @@ def run_steps(c, method, sizes, steps=5, devices=None, batch=BATCH):
         mesh = sharding.make_mesh(sizes, devices or jax.devices())
     else:
         mesh = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1), sharding.AXES)
-    state, tx = start(c, method, batch)
+    state, tx = starting_state(c, method, batch)
     with jax.set_mesh(mesh):
         shardings = sharding.state_shardings(state, mesh, method.sharding_rules)
         state = jax.device_put(state, shardings)
@@ -157,6 +160,6 @@ def tiny_method(name, *overrides, dtype="float32"):
     method = interface.make_method(c)
     if dtype == "float32":
         params, extra = initialise(method.init, method.batch_spec(4))
-    else:  # parameters are float32 in any case
-        _, _, params, extra, _ = tiny_method(name, *overrides)
+    else:  # parameters and state have the same dtypes (`test_gradients.py`)
+        _, _, params, extra, _ = tiny_method(name, *overrides, dtype="float32")
     return c, method, params, extra, tokenizer

@@ -109,12 +109,12 @@ def test_commands_end_with_a_status_and_a_line(capsys):
 
 
 def test_commands_look_for_garbage_seldom():
-    before = gc.get_threshold()
+    before, found = gc.get_threshold(), []
     try:
-        for threshold, expected in ((700, command.GARBAGE_THRESHOLD), (30_000, 30_000)):
+        for threshold, expected in ((700, command.GARBAGE_THRESHOLD), (30_000, 30_000), (0, 0)):
             gc.set_threshold(threshold)
-            assert command.run(lambda: None) == 0
-            assert gc.get_threshold()[0] == expected
+            assert command.run(lambda: found.append(gc.get_threshold()[0])) == 0
+            assert (found.pop(), gc.get_threshold()[0]) == (expected, threshold)
     finally:
         gc.set_threshold(*before)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import REPO
 from helpers import TINY, tiny_config
-from model_helpers import BATCH, BERT, EFFICIENTNET, initialise, run_steps, start
+from model_helpers import BATCH, BERT, EFFICIENTNET, initialise, run_steps, starting_state
 
 import clip_jax
 from clip_jax import config as config_lib
@@ -42,10 +42,10 @@ def clip(image=None, optim=FREEZE, text=None, overrides=()):
 
 def start_and_end(c, method, sizes=ONE_DEVICE, batch=BATCH, steps=2):
     """Returns the states before and after some steps."""
-    first, _ = start(c, method, batch)
-    _, end = run_steps(c, method, sizes, steps, None if sizes else jax.devices()[:1], batch)
-    assert jax.tree.structure(first) == jax.tree.structure(end), "the state holds no marks"
-    return first, jax.device_get(end)
+    before, _ = starting_state(c, method, batch)
+    _, after = run_steps(c, method, sizes, steps, None if sizes else jax.devices()[:1], batch)
+    assert jax.tree.structure(before) == jax.tree.structure(after), "the state holds no marks"
+    return before, jax.device_get(after)
 
 
 def same(a, b):

@@ -76,8 +76,10 @@ def test_a_bfloat16_gradient_is_within_3_percent(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_no_program_sums_examples_in_bfloat16(name):
     """Neither for CPU nor GPU nor TPU: sums over examples and scatters into tables have a float32 accumulator."""
-    c, *_ = tiny_method(name, f"data.batch_size={EXAMPLES}", dtype="bfloat16")
+    c, _, params, extra, _ = tiny_method(name, f"data.batch_size={EXAMPLES}", dtype="bfloat16")
     program = make_program(c)
+    made_in_float32 = jax.tree.map(lambda x: x.dtype, (params, extra))
+    assert jax.tree.map(lambda x: x.dtype, (program.state.params, program.state.extra)) == made_in_float32
     step = jax.jit(make_step(program.config, program.method, program.tx))
     text = step.trace(program.state, program.batch).lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
     sums = re.findall(r"applies stablehlo.add across dimensions = \[([\d, ]+)\] : \(tensor<\d+x[^,]*bf16>", text)

@@ -51,19 +51,20 @@ def test_scale_is_that_of_the_loss(name, overrides, scalars, expected):
     assert scale.dtype == np.float32 and scale.shape == ()
     np.testing.assert_allclose(scale, expected, rtol=1e-4)
 
-    def encode(params, extra, batch):
+    rng = jax.random.key(1)
+
+    def inputs_of_loss(params, extra, batch):
         batch = method.prepare(batch, rng)
         features, extra = method.encode(params, extra, batch, rng, True)
         return *method.heads(params, extra, features, batch, rng), batch
 
-    def metrics(features, extra, batch):
+    def metrics(params, features, extra, batch):
         return method.loss(params, extra, features, batch, rng)[1]
 
-    rng = jax.random.key(1)
-    inputs = jax.eval_shape(encode, params, extra, method.batch_spec(4))
-    if "logit_scale" in jax.eval_shape(metrics, *inputs):
-        ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), inputs)
-        np.testing.assert_array_equal(jax.jit(metrics)(*ones)["logit_scale"], scale)
+    inputs = jax.eval_shape(inputs_of_loss, params, extra, method.batch_spec(4))
+    if "logit_scale" in jax.eval_shape(metrics, params, *inputs):
+        ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), inputs)  # the scale is that of any features
+        np.testing.assert_array_equal(jax.jit(metrics)(params, *ones)["logit_scale"], scale)
 
 
 @pytest.mark.parametrize("name, overrides, scalars", [case[:3] for case in CASES])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import TINY, unit
-from model_helpers import BATCH, initialise, run_steps, start
+from model_helpers import BATCH, initialise, run_steps, starting_state
 
 from clip_jax import config
 from clip_jax.data.tokenizers import make_tokenizer
@@ -88,7 +88,7 @@ def test_a_mesh_and_micro_batches_give_the_result_of_one_device():
 
 def test_locked_image_tuning_moves_text_and_scalars_only():
     c, method = setup("optim.freeze=^img/")
-    before = start(c, method)[0].params
+    before = starting_state(c, method)[0].params
     _, state = run_steps(c, method, None, steps=1, devices=jax.devices()[:1])
     moved = {
         name: any(

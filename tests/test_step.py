@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ADAMW, tiny_config
-from model_helpers import BATCH, run_steps, start
+from model_helpers import BATCH, run_steps, starting_state
 
 from clip_jax.data.tokenizers import make_tokenizer
 from clip_jax.errors import UserError
@@ -34,7 +34,7 @@ def one_device():
 def compiled():
     """A first state, as NumPy arrays, and the compiled step, to which a state is donated."""
     c, method = setup()
-    state, tx = start(c, method)
+    state, tx = starting_state(c, method)
     return state, jax.jit(make_step(c, method, tx), donate_argnums=0).lower(state, BATCH).compile()
 
 
@@ -73,7 +73,7 @@ def test_state_is_spread_over_the_mesh(scan, block):
 def test_the_moving_average_follows_the_weights(one_device):
     c, method, _, _ = one_device
     _, after_one = run_steps(c, method, None, steps=1, devices=jax.devices()[:1])
-    trees = jax.device_get((after_one.ema, start(c, method)[0].params, after_one.params))
+    trees = jax.device_get((after_one.ema, starting_state(c, method)[0].params, after_one.params))
     for e, p0, p1 in zip(*map(jax.tree.leaves, trees), strict=True):
         np.testing.assert_allclose(e, 0.5 * p0 + 0.5 * p1, atol=1e-6)
 
@@ -87,7 +87,7 @@ def test_the_logit_scale_is_clamped_after_a_step(compiled, scale, expected):
 
 def test_frozen_parameters_do_not_move():
     c, method = setup("optim.freeze=^img/")
-    before = start(c, method)[0].params
+    before = starting_state(c, method)[0].params
     _, state = run_steps(c, method, None, steps=2, devices=jax.devices()[:1])
     for a, b in zip(jax.tree.leaves(before["img"]), jax.tree.leaves(state.params["img"]), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -105,7 +105,7 @@ def test_a_non_finite_update_is_skipped_and_counted():
         return jnp.where(batch["example_id"][0, 0] == 99, jnp.nan, 1.0) * loss, metrics
 
     bad = dataclasses.replace(method, loss=bad_loss)
-    state, tx = start(c, bad)
+    state, tx = starting_state(c, bad)
     step = jax.jit(make_step(c, bad, tx))
     poison = {**BATCH, "example_id": np.full_like(BATCH["example_id"], 99)}
     after, metrics = step(state, poison)
@@ -193,6 +193,8 @@ def test_the_first_state_on_a_mesh_is_that_of_one_device(mesh8):
     assert not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(split.params))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(split), jax.device_get(alone))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), alone)
+    by_helper, _ = starting_state(c, method)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), by_helper, jax.device_get(alone))
 
 
 def test_the_first_state_of_a_gpu_is_a_short_program():

@@ -50,7 +50,7 @@ def initial(kind):
 
 
 def trace_gradient(case, tokens, params, **how):
-    """Returns the traced function from parameters to the value of a loss of a tower's embeddings, and its gradient."""
+    """Traces the loss of a tower's embeddings and its gradient, as a function of the parameters."""
     kind, fields, inputs = CASES[case]
 
     def loss(params):
@@ -67,7 +67,7 @@ def run_traced(traced, params):
 
 @functools.cache
 def whole(case):
-    """The trace of a tower that returns its tokens, with every block under its own name, its value and its gradient."""
+    """Returns `(traced, (value, gradient))` of a tower that returns its tokens. Every block has its own name."""
     params = initial(CASES[case][0])
     traced = trace_gradient(case, True, params)
     return traced, run_traced(traced, params)
@@ -78,11 +78,11 @@ def test_without_tokens_the_last_block_computes_less_with_the_same_result(case, 
     kind, fields, inputs = CASES[case]
     like = jax.eval_shape(kind(**SIZES, **fields, **how).init, jax.random.key(0), inputs)
     params = transformer.stack_layers(initial(kind), like)
-    of_all, expected = whole(case)
-    of_one = trace_gradient(case, False, params, **how)
-    of_all = trace_gradient(case, True, params, **how) if how else of_all
-    assert jaxpr_flops(of_one.jaxpr) < 0.9 * jaxpr_flops(of_all.jaxpr)
-    value, grads = run_traced(of_one, params)
+    plain, expected = whole(case)
+    with_tokens = trace_gradient(case, True, params, **how) if how else plain
+    without = trace_gradient(case, False, params, **how)
+    assert jaxpr_flops(without.jaxpr) < 0.9 * jaxpr_flops(with_tokens.jaxpr)
+    value, grads = run_traced(without, params)
     found = value, transformer.unstack_layers(grads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
 

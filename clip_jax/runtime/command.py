@@ -15,8 +15,8 @@ from clip_jax.runtime import faults, host_log, hosts, storage
 
 #: What every command ends with: `if __name__ == "__main__": command.script(main)`.
 script = faults.script
-#: Python looks for garbage after this many new objects, in place of 700. Imports and traces of programs make millions
-#: that live long: the search took a fifth of the CPU time of a run of few steps.
+#: Python looks for garbage after this many new objects, where its own number is 700 or 2,000. Imports and traces of
+#: programs make millions of objects that live long. With 700 the search took a fifth of the CPU time of a short run.
 GARBAGE_THRESHOLD = 10_000
 #: With these variables libtpu neither asks a metadata server whether this machine has a TPU nor prints anything.
 QUIET_LIBTPU = {
@@ -79,17 +79,20 @@ def run(work):
     that the terminal's encoding lacks are printed as "?", such as the bytes of a file name that are not UTF-8. At
     SIGUSR1 the command prints the stacks of all threads and continues.
     """
+    before = gc.get_threshold()
+    if 0 < before[0] < GARBAGE_THRESHOLD:  # 0 turns the search off
+        gc.set_threshold(GARBAGE_THRESHOLD)
     try:
         return _run(work)
     except Exception:
         host_log.write(traceback.format_exc().rstrip())
         raise
     finally:
+        gc.set_threshold(*before)
         host_log.stop()
 
 
 def _run(work):
-    gc.set_threshold(max(GARBAGE_THRESHOLD, gc.get_threshold()[0]))
     host_log.show_stacks(sys.__stderr__)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

@@ -311,7 +311,7 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_earlier_checkpoint(finish
         and "could not save checkpoint" in error[0]
         and "last good checkpoint is" in error[0]
         and "/checkpoints/6" in error[0]
-    )
+    ), second.stderr
     assert checkpoint.find(workdir).name == "6"
     third = run(train_command(workdir, "train.steps=8"))
     assert third.returncode == 0 and "from step 6" in third.stdout

@@ -158,8 +158,4 @@ def tiny_method(name, *overrides, dtype="float32"):
     tokenizer = make_tokenizer(c.tokenizer)
     c = interface.resolve(c, tokenizer)
     method = interface.make_method(c)
-    if dtype == "float32":
-        params, extra = initialise(method.init, method.batch_spec(4))
-    else:  # parameters and state have the same dtypes (`test_gradients.py`)
-        _, _, params, extra, _ = tiny_method(name, *overrides, dtype="float32")
-    return c, method, params, extra, tokenizer
+    return c, method, *initialise(method.init, method.batch_spec(4)), tokenizer

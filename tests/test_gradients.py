@@ -76,7 +76,9 @@ def test_a_bfloat16_gradient_is_within_3_percent(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_no_program_sums_examples_in_bfloat16(name):
     """Neither for CPU nor GPU nor TPU: sums over examples and scatters into tables have a float32 accumulator."""
-    c, _, params, extra, _ = tiny_method(name, f"data.batch_size={EXAMPLES}", dtype="bfloat16")
+    (c, *_), (_, _, params, extra, _) = (
+        tiny_method(name, f"data.batch_size={EXAMPLES}", dtype=dtype) for dtype in ("bfloat16", "float32")
+    )
     program = make_program(c)
     made_in_float32 = jax.tree.map(lambda x: x.dtype, (params, extra))
     assert jax.tree.map(lambda x: x.dtype, (program.state.params, program.state.extra)) == made_in_float32

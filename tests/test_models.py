@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import golden_files
 from helpers import tiny_config
-from model_helpers import TOWERS, initialise, parameter_shapes, run_tower, tiny
+from model_helpers import TOWERS, initialise, parameter_shapes, run_tower, starting_state, tiny
 from safetensors.numpy import load_file
 
 from clip_jax import config
@@ -26,7 +26,7 @@ from clip_jax.models.two_tower import TwoTower
 from clip_jax.models.vit import VisionTransformer, drop_patches, patches
 from clip_jax.program import jaxpr_flops
 from clip_jax.runtime import sharding
-from clip_jax.training.step import first_state, make_init, make_step, state_shapes
+from clip_jax.training.step import make_init, make_step, state_shapes
 
 
 def count(module, *inputs):
@@ -418,8 +418,7 @@ def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
         "example_id": np.arange(16),
     }
 
-    init, tx = make_init(c, make_method(c), batch)
-    start = first_state(init, jax.random.key(0))
+    start, tx = starting_state(c, make_method(c), batch)
 
     def run(devices=1, micro_batches=1):
         c.micro_batches, method = micro_batches, make_method(c)

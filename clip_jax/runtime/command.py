@@ -77,7 +77,8 @@ def run(work):
     A `UserError`, an `OSError` (a full disk, a missing folder), a `StorageError` or `faults.Stopped` prints one line.
     With several processes, every exception ends this process. A single process raises all other exceptions. Characters
     that the terminal's encoding lacks are printed as "?", such as the bytes of a file name that are not UTF-8. At
-    SIGUSR1 the command prints the stacks of all threads and continues.
+    SIGUSR1 the command prints the stacks of all threads and continues. Until it ends, Python looks for garbage after
+    `GARBAGE_THRESHOLD` new objects.
     """
     before = gc.get_threshold()
     if 0 < before[0] < GARBAGE_THRESHOLD:  # 0 turns the search off

@@ -289,6 +289,30 @@ def test_the_compiler_knows_the_options_of_every_chip(slice, caplog):
         program_lib._compile(lowered, {"xla_tpu_scoped_vmem_limit_kib": "much"})
 
 
+@needs_libtpu
+def test_with_fsdp_alone_kernels_are_gathered_whole():
+    """Without the option the compiler multiplies by the parts of a kernel in turn, in a loop."""
+    devices = compile_lib.tpu_devices(compile_lib.parse_topology("v5e:2x4"))
+    mesh = jax.sharding.Mesh(devices, "x")
+
+    def spread(shape, *axes):
+        layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
+
+    x, kernels = spread((8192, 128), "x"), (spread((128, 512), "x"), spread((512, 128), None, "x"))
+
+    def loss(kernels, x):
+        x, kernels = jax.tree.map(lambda array: array.astype(jnp.bfloat16), (x, kernels))
+        return jnp.square((jnp.tanh(x @ kernels[0]) @ kernels[1]).astype(jnp.float32)).sum()
+
+    layouts = tuple(kernel.sharding for kernel in kernels)
+    lowered = jax.jit(jax.grad(loss), out_shardings=layouts).lower(kernels, x)
+    options = xla_flags.options(devices[0].device_kind)
+    others = {name: value for name, value in options.items() if "windowed_einsum" not in name}
+    loops = [" while(" in program_lib._compile(lowered, chosen).as_text() for chosen in (options, others)]
+    assert loops == [False, True]
+
+
 def test_the_options_of_gpus_are_those_of_xla():
     (name,) = options = xla_flags.options("NVIDIA H100 80GB HBM3")
     assert options == {name: True} and not xla_flags.options("cpu")

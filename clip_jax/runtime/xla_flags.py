@@ -13,8 +13,13 @@ Sources, public repositories of large users:
 
 from clip_jax.runtime import hardware
 
-#: Orders instructions such that collectives and copies overlap with compute (AXLearn, on all TPUs).
-_SCHEDULER = {"xla_tpu_enable_latency_hiding_scheduler": "true"}
+_ALL = {
+    # Orders instructions such that collectives and copies overlap with compute (AXLearn, on all TPUs).
+    "xla_tpu_enable_latency_hiding_scheduler": "true",
+    # Gathers kernels whole (MaxText: DISABLE_COLLECTIVE_MATMUL). With mesh.fsdp alone the compiler would multiply by
+    # the part of each chip in turn, in a loop, and copy more than the gathers take.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+}
 
 _OVERLAP = {
     # All-gathers, of parameters with mesh.fsdp, run within the fusions that compute (MaxText: CF_FOR_ALL_GATHER, v5e
@@ -36,12 +41,12 @@ _OVERLAP = {
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
 
 _OPTIONS = {
-    "v3": _SCHEDULER,
-    "v4": _SCHEDULER | _OVERLAP,
-    "v5e": _SCHEDULER | _OVERLAP | {_VMEM: 50000},  # Marin
-    "v5p": _SCHEDULER | _OVERLAP | {_VMEM: 50000},  # Marin
-    "v6e": _SCHEDULER | _OVERLAP | {_VMEM: 98304},  # MaxText: DENSE_VMEM_LIMIT; AXLearn; Marin
-    "tpu7x": _SCHEDULER | _OVERLAP,  # Assumption: as v4, because the sources name nothing for it
+    "v3": _ALL,
+    "v4": _ALL | _OVERLAP,
+    "v5e": _ALL | _OVERLAP | {_VMEM: 50000},  # Marin
+    "v5p": _ALL | _OVERLAP | {_VMEM: 50000},  # Marin
+    "v6e": _ALL | _OVERLAP | {_VMEM: 98304},  # MaxText: DENSE_VMEM_LIMIT; AXLearn; Marin
+    "tpu7x": _ALL | _OVERLAP,  # Assumption: as v4, because the sources name nothing for it
 }
 #: XLA's own options take booleans, libtpu's text.
 _GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}  # NVIDIA; not the default of XLA

@@ -93,13 +93,23 @@ elif arguments[1] == "clip_jax.train":
     if status in ("wait", "deaf"):
         time.sleep(60)
     sys.exit(int(status))
+elif arguments[1:4] == ["pip", "config", "list"]:
+    print(os.environ.get("PIP_SETTINGS", ""))
+    if "PIP_CONSTRAINT" in os.environ:
+        print(":env:.constraint='" + os.environ["PIP_CONSTRAINT"] + "'")
 elif arguments[1:3] == ["pip", "freeze"]:
     print("jax==0.10.2\\nlibtpu==0.0.42.1")
 else:
-    constraints = os.environ.get("PIP_CONSTRAINT")
-    record(constraints=constraints and pathlib.Path(constraints).read_text())
+    record()
     if arguments[1:4] == ["uv", "python", "find"]:
         print(shutil.which("python3"))
+"""
+
+UV = """
+pins = [pathlib.Path(a.split("=", 1)[1]) for a in arguments if a.startswith("--constraint=")]
+texts = [path.read_text() for path in pins if path.exists()]
+record(constraints="".join(texts) or None, certificates=os.environ.get("SSL_CERT_FILE"))
+sys.exit("UV_FAILS" in os.environ)
 """
 
 SRUN = """
@@ -118,7 +128,7 @@ record()
 
 STAND_INS = dict(
     gcloud=GCLOUD, python3=PYTHON, srun=SRUN, sbatch="record()", scontrol="record()", gcsfuse=GCSFUSE, sudo="record()",
-    kubectl="record(stdin=sys.stdin.read())", mountpoint="sys.exit(not (root / 'mounted').exists())",
+    uv=UV, kubectl="record(stdin=sys.stdin.read())", mountpoint="sys.exit(not (root / 'mounted').exists())",
     curl="print(os.environ.get('TPU_ENV', '') if 'tpu-env' in arguments[-1] else os.environ['WORKER_NUMBER'], end='')",
 )  # fmt: skip
 
@@ -376,9 +386,36 @@ def test_setup_waits_for_the_slice_and_installs_what_git_tracks(stand):
     for worker in range(2):
         code = stand.root / f"worker{worker}" / "clip_jax"
         assert (code / "launch" / "tpu.sh").exists() and not (code / "untracked").exists()
-    assert [call[1:4] + call[-2:] for call in stand.arguments("python")] == [
-        ["pip", "install", "--quiet", "-e", ".[tpu,gcs]"]
-    ] * 2
+    assert [call[:2] + call[-2:] for call in stand.arguments("uv")] == [["pip", "install", "-e", ".[tpu,gcs]"]] * 2
+
+
+@pytest.mark.parametrize(
+    "settings, by_uv",
+    [
+        ("", []),
+        ("global.timeout='60'\n:env:.no-input='1'", []),
+        (
+            "global.index-url='https://a/simple'\n:env:.extra-index-url='https://b https://c'\n"
+            r"global.find-links='\n/wheels\n/more'" + "\nuser.constraint='/pins.txt'",
+            ["--index-url=https://a/simple", "--extra-index-url=https://b", "--extra-index-url=https://c"]
+            + ["--find-links=/wheels", "--find-links=/more", "--constraint=/pins.txt"],
+        ),
+        ("global.cert='/ca.pem'\nglobal.only-binary=':all:'", None),
+    ],
+)
+def test_uv_installs_with_the_settings_of_pip(stand, settings, by_uv):
+    """Where pip has a setting that is not passed on, pip installs."""
+    stand.launch("docs", status=127, PIP_SETTINGS=settings)
+    options = [call[:2] + [o for o in call[2:] if "=" in o] for call in stand.arguments("uv")]
+    assert options == ([["pip", "install", *by_uv]] if by_uv is not None else [])
+    installed = [call for call in stand.arguments("python") if call[1:3] == ["pip", "install"]]
+    assert len(installed) == (by_uv is None)
+
+
+def test_pip_installs_where_uv_fails(stand):
+    stand.launch("docs", status=127, PIP_SETTINGS="global.cert='/ca.pem'", UV_FAILS="1", SSL_CERT_FILE="")
+    assert [call["certificates"] for call in stand.calls("uv")] == ["/ca.pem"]
+    assert ["-m", "pip", "install", "--quiet", "-e", ".[docs]"] in [call[:6] for call in stand.arguments("python")]
 
 
 def test_what_git_no_longer_tracks_leaves_the_workers(stand):
@@ -399,7 +436,7 @@ def test_setup_gets_a_newer_python_where_the_image_has_an_old_one(stand):
         ["uv", "python", "install"],
         ["uv", "python", "find"],
     ]
-    assert len(stand.arguments("python")) == 2
+    assert len(stand.arguments("uv")) == 2
 
 
 @pytest.mark.parametrize("state", ["", "FAILED", "SUSPENDED"])
@@ -415,11 +452,11 @@ def test_a_slice_that_is_made_again_gets_the_same_versions(stand):
     assert output.count("prepared in clip_jax") == 2
     lock = stand.checkout / "runs" / "tpu" / "clip.lock"
     assert lock.read_text() == LOCK
-    assert [call["constraints"] for call in stand.calls("python")] == [None] * 2
+    assert [call["constraints"] for call in stand.calls("uv")] == [None] * 2
     stand.launch("tpu", "delete", *QUEUE)
     lock.write_text("jax==0.9\n")
     stand.launch("tpu", "setup", *QUEUE)
-    assert [call["constraints"] for call in stand.calls("python")][2:] == ["jax==0.9\n"] * 2
+    assert [call["constraints"] for call in stand.calls("uv")][2:] == ["jax==0.9\n"] * 2
     assert lock.read_text() == "jax==0.9\n"
 
 
@@ -546,7 +583,7 @@ def test_keep_makes_a_slice_that_was_taken_away_again(stand):
     asked = [verb for verb in verbs(stand) if verb not in ("list", "worker-status")]
     first = ["create", "scp", "worker-setup", "worker-versions", "worker-start"]
     assert asked == [*first, "delete", "create", "scp", "worker-setup", "worker-start"]
-    assert [call["constraints"] for call in stand.calls("python") if "-e" in call["arguments"]][2:] == [LOCK] * 2
+    assert [call["constraints"] for call in stand.calls("uv")][2:] == [LOCK] * 2
     assert output.endswith("worker 0: ended with status 0\nworker 1: ended with status 0\n")
     assert [call["arguments"][2:] for call in stand.trained(0)] == [TRAIN, TRAIN]
 

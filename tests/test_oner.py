@@ -42,7 +42,8 @@ OURS = [o for o in TINY if not o.startswith(("model.text", "checkpoint"))] + [
     "oner.teacher_augment=()",
 ]
 EVERY_TERM = [f"oner.{term}=1" for term in ("itc", "xmc", "cic", "cmc", "mim", "mlm", "joint_mim", "joint_mlm")]
-ENGINE = [*EVERY_TERM, "oner.mim_target=teacher", "oner.head_width=32"]
+#: Large steps would amplify rounding, through BatchNorm, more on one kind of CPU than on another.
+ENGINE = [*EVERY_TERM, "oner.mim_target=teacher", "oner.head_width=32", "optim.lr=0.03"]
 
 
 def tiny(*overrides, row="itc_cmc"):
@@ -542,7 +543,7 @@ def test_any_mesh_and_micro_batches_give_the_result_of_one_device(one_device, si
             "modality_gap",
             *(f"loss_{term}" for term in (*TERMS["itc_cmc"], "xmc", "cic")),
         ):
-            np.testing.assert_allclose(a[name], b[name], rtol=2e-4, err_msg=name)
+            np.testing.assert_allclose(a[name], b[name], rtol=5e-5, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), state.extra, expected_state.extra)
     for path, x in jax.tree_util.tree_leaves_with_path(state.extra["teacher"]):
         student = state.params

@@ -25,7 +25,8 @@ EFFICIENTNET = dict(kind="efficientnet", size=32, stages=((8, 2, 3, 1, 1), (16, 
 #: Overrides of tiny towers by method, where `helpers.TINY` does not fit.
 ONE_TOWER = [o for o in TINY if not o.startswith("model.text")]
 SMALL = {
-    "align": [o for o in TINY if not o.startswith("model.") or o.startswith("model.embed_dim")],
+    "align": [o for o in TINY if not o.startswith("model.image")]
+    + ["model.image.size=16", "model.image.stages=((8, 1, 3, 1, 1), (16, 2, 5, 2, 4))"],
     "clippo": [o for o in ONE_TOWER if "image.size" not in o] + ["model.image.size=32", "model.image.patch=16"],
     "declip": [*TINY, "declip.head_width=8", "declip.predictor_width=8", "declip.queue_size=32"],
     "oner": [*ONE_TOWER, "oner.head_width=8"],

@@ -27,8 +27,9 @@ from clip_jax.training.step import make_gradients
 
 B, K = 16, 4
 D = 16
+SOURCE = "emoji?part=record:!1/2"
 RACLIP = [
-    "data.source=emoji?part=record:!1/10",
+    f"data.source={SOURCE}",
     "raclip.reference=emoji?part=record:1/10",
     "raclip.k=4",
     "raclip.heads=2",
@@ -276,14 +277,14 @@ def test_cached_neighbours_are_those_of_the_evaluation_view(trained):
     from clip_jax.data.sources import make_source
     from clip_jax.inference import load
 
-    model, source = load(trained[0]), make_source("emoji?part=record:!1/10")
+    model, source = load(trained[0]), make_source(SOURCE)
     bank, neighbors = (
         {name: np.asarray(x) for name, x in model.extra["bank"].items()},
         np.asarray(model.extra["neighbors"]),
     )
     none = np.flatnonzero((neighbors < 0).any(1))
     assert 0 < len(none) < len(neighbors) / 100 and neighbors.max() < bank["count"]
-    places = [*range(0, len(source), 500), *none]
+    places = [*range(0, len(source), 250), *none]
     images = np.stack([model.image_view(source[int(i)], None) for i in places])
     cosines = by_pixels(images) @ bank["image"][: bank["count"]].T
     nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :4]

@@ -25,7 +25,8 @@ pip_of_venv() { "$venv/bin/python" -m pip "$@" --disable-pip-version-check; }
 # where there is another setting, or no uv; then pip installs.
 uv_install() {
   local settings line key value word
-  local -a options=(--quiet --python "$venv/bin/python" --index-strategy unsafe-best-match) # all indexes are equal, as for pip
+  # All indexes are equal, as for pip. Where Python may not keep bytecode, every start would compile all modules again.
+  local -a options=(--quiet --python "$venv/bin/python" --index-strategy unsafe-best-match ${PYTHONDONTWRITEBYTECODE:+--compile-bytecode})
   settings=$(pip_of_venv config list) || return 1
   while read -r line; do
     key=${line%%=*} value=${line#*=}

@@ -38,7 +38,7 @@ uv_install() {
       *) return 1 ;;
     esac
   done <<<"$settings"
-  command -v uv >/dev/null || { pip_of_venv install --quiet uv && local PATH=$venv/bin:$PATH; } || return 1
+  command -v uv >/dev/null || { pip_of_venv install --quiet --only-binary=uv uv && local PATH=$venv/bin:$PATH; } || return 1
   uv pip install "${options[@]}" "$@"
 }
 

@@ -15,14 +15,15 @@ make_venv() {
   if [[ -z $python ]]; then echo "error: no Python 3.11 or newer found (PYTHON=/path/to/python names one)" >&2; exit 2; fi
   echo "installing into $venv ..."
   [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
-  if ! uv_install -e ".${extra:+[$extra]}"; then pip_of_venv install --quiet -e ".${extra:+[$extra]}"; fi
+  local package=.${extra:+[$extra]}
+  uv_install "$package" || pip_of_venv install --quiet -e "$package"
   touch "$stamp"
 }
 
 pip_of_venv() { "$venv/bin/python" -m pip "$@" --disable-pip-version-check; }
 
-# uv takes about a sixth of pip's time. It does not read pip's settings, so it gets those that choose packages. It fails
-# where there is another setting, or no uv; then pip installs.
+# uv_install PACKAGE, such as .[dev]: uv takes about a sixth of pip's time. It does not read pip's settings, so it gets
+# those that choose packages. Fails where there is another setting, or no uv; then pip installs.
 uv_install() {
   local settings line key value word
   # All indexes are equal, as for pip. Where Python may not keep bytecode, every start would compile all modules again.
@@ -39,7 +40,7 @@ uv_install() {
     esac
   done <<<"$settings"
   command -v uv >/dev/null || { pip_of_venv install --quiet --only-binary=uv uv && local PATH=$venv/bin:$PATH; } || return 1
-  uv pip install "${options[@]}" "$@"
+  uv pip install "${options[@]}" -e "$1"
 }
 
 # glibc reads the variable when a process starts, so that a Python program cannot set it for itself. Huge pages save

@@ -151,9 +151,11 @@ def serve_s3(port):
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import run_simple
 
-    app, failures = DomainDispatcherApplication(create_backend_app), Failures()
+    app, failures, made = DomainDispatcherApplication(create_backend_app), Failures(), threading.Event()
 
     def checked(environ, start_response):
+        if environ["PATH_INFO"] == "/fail":  # the first request of `emulator`: there must be a bucket after it
+            made.wait()
         status = failures.answer(f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}")
         if status:
             start_response(f"{status} .", [("Content-Length", "0")])
@@ -162,8 +164,11 @@ def serve_s3(port):
             return list(app(environ, start_response))
 
     def make_bucket():
-        client = boto3.client("s3", region_name=REGION)
-        client.create_bucket(Bucket=NAME, CreateBucketConfiguration={"LocationConstraint": REGION})
+        try:
+            client = boto3.client("s3", region_name=REGION)
+            client.create_bucket(Bucket=NAME, CreateBucketConfiguration={"LocationConstraint": REGION})
+        finally:
+            made.set()
 
     os.environ.update(variables("s3", f"http://127.0.0.1:{port}"))
     threading.Thread(target=make_bucket).start()

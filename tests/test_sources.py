@@ -15,6 +15,7 @@ from clip_jax.data.sources.kept import Places, starts_of
 from clip_jax.data.sources.mixture import MixtureSource
 from clip_jax.data.sources.selection import SelectedSource
 from clip_jax.data.sources.spec import Spec, parse
+from clip_jax.data.sources.tfds import TfdsSource
 from clip_jax.errors import UserError
 from clip_jax.evaluation.class_names import names_of
 
@@ -150,8 +151,10 @@ def test_a_damaged_chunk_of_a_tfds_folder_is_bad_records(tmp_path):
     found = [record for _, record in all_records(make_source(str(folder)))]
     bad = [i for i, record in enumerate(found) if isinstance(record, BadRecord)]
     assert bad and all(record["texts"][0].startswith(f"c {i} ") for i, record in enumerate(found) if i not in bad)
-    with pytest.raises(BadRecord, match="unreadable record"):
-        make_source(str(folder))[bad[0]]
+    source = make_source(str(folder))
+    for reader in (source, source.only({"caption"})):
+        with pytest.raises(BadRecord, match="unreadable record"):
+            reader[bad[0]]
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +195,20 @@ def test_tfds_folder(tiny_tfds):
         record["label"] == 1 and record["class_name"] == "green dog" and source.class_names == ["red_cat", "green dog"]
     )
     assert source[6]["tags"] == [] and source[0]["class_name"] == "red cat"
+
+
+def test_some_fields_of_tfds_records_are_those_of_whole_records(tiny_tfds):
+    source = TfdsSource(tiny_tfds)
+    fields = {"tags", "kind", "caption", "score"}
+    assert source.only(fields) is not source
+    for one, whole in zip(all_records(source.only(fields)), all_records(source), strict=True):
+        assert {field: one[1].get(field) for field in fields} == {field: whole[1].get(field) for field in fields}
+        assert one[1]["tags"] == whole[1]["tags"] and "image" not in one[1]
+    for field in ("picture", "image", "texts", "label", "class_name", "tag"):
+        assert source.only({"tags", field}) is source
+    assert make_source(f"{tiny_tfds}?where=score:1.25&has=tags")[0] == source[5]
+    with pytest.raises(UserError, match="no record has the field 'tag' .did you mean 'tags'.*; fields: .*image, kind"):
+        make_source(f"{tiny_tfds}?where=tag:t1")
 
 
 def test_tfds_splits_versions_and_fields(tiny_tfds, monkeypatch):

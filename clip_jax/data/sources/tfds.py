@@ -1,5 +1,6 @@
 """Data sets prepared by TFDS (TensorFlow Datasets), the embedded ones among them."""
 
+import copy
 import functools
 import json
 import lzma
@@ -8,7 +9,7 @@ import re
 from pathlib import Path
 
 from clip_jax.data.blocks import RUN, Block, runs
-from clip_jax.data.records import BadRecord, BaseSource, plain
+from clip_jax.data.records import CANONICAL, BadRecord, BaseSource, plain
 from clip_jax.errors import UserError, did_you_mean
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
@@ -40,6 +41,7 @@ class TfdsSource(BaseSource):
         if base not in splits and split != "all":
             raise UserError(f"{self.name}: no split {split!r}{did_you_mean(base, splits)}; splits: {', '.join(splits)}")
         images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+        self._others = {key: feature for key, feature in features.items() if key not in (*images, *CANONICAL)}
         if self._fields.image is None and images and "image" not in images:
             self._fields = self._fields._replace(image=images[0])
         # A feature of dicts, such as COCO's captions = [{text, id}], is addressed as captions/text.
@@ -82,11 +84,41 @@ class TfdsSource(BaseSource):
             return Block(count, lambda index: self[first + index])
         return Block(count, lambda index: self._record(found[index]))
 
+    def only(self, fields):
+        """Returns a source of the same records with some of their fields, for a reader of these alone.
+
+        Decoding all features takes most of the time of reading a record without its image. Where a field is an image,
+        is made of other features, as the label is, or is unknown, this is the source itself.
+        """
+        if not self._others.keys() >= fields:
+            return self
+        source = copy.copy(self)
+        source._data = _SomeFeatures(self._data.data_source, {name: self._others[name] for name in fields})
+        return source
+
     def _record(self, features):
         raw = {}
         for key, value in features.items():
             raw |= {f"{key}/{sub}": item for sub, item in value.items()} if isinstance(value, dict) else {key: value}
         return self._canonical(raw | self._names.get(plain(raw.get("concept")), {}))
+
+
+class _SomeFeatures:
+    """Some features of the examples of a data source of TFDS, which holds them as bytes."""
+
+    def __init__(self, data, features):
+        import tensorflow_datasets as tfds
+
+        self._data, self._features = data, tfds.features.FeaturesDict(features)
+
+    def __len__(self):
+        return len(self._data)
+
+    def __getitem__(self, index):
+        return self._features.deserialize_example_np(self._data[index])
+
+    def __getitems__(self, indices):
+        return [self._features.deserialize_example_np(example) for example in self._data.__getitems__(indices)]
 
 
 @functools.cache

@@ -29,7 +29,7 @@ import re
 
 from etils import epath
 
-from clip_jax.data.records import BadRecord
+from clip_jax.data.records import BadRecord, records
 from clip_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from clip_jax.errors import UserError
 from clip_jax.runtime import command
@@ -93,10 +93,8 @@ def source_texts(source, fields="texts"):
             raise UserError(f"--fields={fields!r}: {item!r} must have the form name or name*weight")
         weights[name] = int(weight or 1)
     seen = set()
-    for i in range(len(source)):
-        try:
-            record = source[i]
-        except BadRecord:
+    for _, record in records(source, fields=set(weights)):
+        if isinstance(record, BadRecord):
             continue
         for name, weight in weights.items():
             if name in record:

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from clip_jax.data import decode
-from clip_jax.data.records import BaseSource
+from clip_jax.data.records import BaseSource, records
 from clip_jax.data.sources.tfds import embedded
 from clip_jax.errors import UserError, did_you_mean
 
@@ -294,10 +294,8 @@ def _read_concepts(groups, split, name):
 
     Only concepts whose name is a short noun are used. Raises UserError for an unknown group.
     """
-    emoji, known = embedded("emoji", split), set()
-    found = {}
-    for index in range(len(emoji)):
-        record = emoji[index]
+    found, known = {}, set()
+    for _, record in records(embedded("emoji", split), fields={"group", "name", "image"}):
         known.add(record["group"])
         if record["group"] in groups and re.fullmatch(r"[A-Za-z]+([ -][A-Za-z]+){0,2}", record["name"]):
             found.setdefault(record["name"], []).append(record["image"])

@@ -22,6 +22,7 @@ import re
 
 import numpy as np
 
+from clip_jax.data.records import records
 from clip_jax.data.shuffle import SPLITMIX_STEP, splitmix64
 from clip_jax.data.sources import field_values
 from clip_jax.data.sources.kept import KeptSource, keep, starts_of
@@ -266,7 +267,7 @@ def _held_out_finder():
     """Returns the `_finder` of the names of the concepts that the emoji set holds out of training."""
     splits = [f"{part}_{vendor}_vendor" for part in ("val", "test") for vendor in ("seen", "unseen")]
     sources = [embedded("emoji", split) for split in splits]
-    return _finder({_words(source[i]["name"]) for source in sources for i in range(len(source))})
+    return _finder({_words(record["name"]) for source in sources for _, record in records(source, fields={"name"})})
 
 
 def _finder(names):
@@ -280,6 +281,10 @@ _PLURAL = re.compile(r"(?:(?<=s|x|z)es|(?<=ch|sh)es|(?<=\w\w[^s])s)$")
 
 def _words(text):
     """Returns the words of a text in lower case and singular, separated by single spaces: "Two Cats!" -> "two cat"."""
-    words = (re.sub(r"(?<=\w\w)ies$", "y", word) for word in re.findall(r"[^\W_]+", text.lower()))
-    # Applied twice, so that "abacuses" and "abacus" both become "abacu".
-    return " ".join(_PLURAL.sub("", _PLURAL.sub("", word)) for word in words)
+    return " ".join(map(_singular, re.findall(r"[^\W_]+", text.lower())))
+
+
+@functools.lru_cache(2**16)
+def _singular(word):
+    word = re.sub(r"(?<=\w\w)ies$", "y", word)
+    return _PLURAL.sub("", _PLURAL.sub("", word))  # twice, so that "abacuses" and "abacus" both become "abacu"

@@ -41,18 +41,18 @@ class TfdsSource(BaseSource):
         if base not in splits and split != "all":
             raise UserError(f"{self.name}: no split {split!r}{did_you_mean(base, splits)}; splits: {', '.join(splits)}")
         images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
-        self._others = {key: feature for key, feature in features.items() if key not in (*images, *CANONICAL)}
+        self._features, self._decoders = dict(features.items()), {key: tfds.decode.SkipDecoding() for key in images}
         if self._fields.image is None and images and "image" not in images:
             self._fields = self._fields._replace(image=images[0])
         # A feature of dicts, such as COCO's captions = [{text, id}], is addressed as captions/text.
         inner = {key: list(getattr(getattr(features[key], "feature", None), "keys", list)()) for key in features}
         self._choose_fields([name for key in features for name in ([f"{key}/{sub}" for sub in inner[key]] or [key])])
-        labels = dict(features.items()).get(self._fields.label)
+        labels = self._features.get(self._fields.label)
         labels = getattr(labels, "feature", labels)  # a sequence holds several labels
         if isinstance(labels, tfds.features.ClassLabel) and labels.names:
             self._set_classes(labels.names)
         try:
-            self._data = builder.as_data_source(split, decoders={key: tfds.decode.SkipDecoding() for key in images})
+            self._data = builder.as_data_source(split, decoders=self._decoders)
         except NotImplementedError:
             raise UserError(
                 f"{self.name}: prepared as {builder.info.file_format.value}, which cannot be read by index; prepare it "
@@ -87,13 +87,14 @@ class TfdsSource(BaseSource):
     def only(self, fields):
         """Returns a source of the same records with some of their fields, for a reader of these alone.
 
-        Decoding all features takes most of the time of reading a record without its image. Where a field is an image,
-        is made of other features, as the label is, or is unknown, this is the source itself.
+        Decoding all features takes most of the time of reading a record. Where a field is made of others, as the label
+        is, or is unknown, this is the source itself.
         """
-        if not self._others.keys() >= fields:
+        names = {self._fields.image if field == "image" else field for field in fields}
+        if not self._features.keys() - (CANONICAL - {self._fields.image}) >= names:
             return self
-        source = copy.copy(self)
-        source._data = _SomeFeatures(self._data.data_source, {name: self._others[name] for name in fields})
+        source, features = copy.copy(self), {name: self._features[name] for name in names}
+        source._data = _SomeFeatures(self._data.data_source, features, self._decoders)
         return source
 
     def _record(self, features):
@@ -106,19 +107,23 @@ class TfdsSource(BaseSource):
 class _SomeFeatures:
     """Some features of the examples of a data source of TFDS, which holds them as bytes."""
 
-    def __init__(self, data, features):
+    def __init__(self, data, features, decoders):
         import tensorflow_datasets as tfds
 
         self._data, self._features = data, tfds.features.FeaturesDict(features)
+        self._decoders = {name: decoder for name, decoder in decoders.items() if name in features}
 
     def __len__(self):
         return len(self._data)
 
     def __getitem__(self, index):
-        return self._features.deserialize_example_np(self._data[index])
+        return self._decode(self._data[index])
 
     def __getitems__(self, indices):
-        return [self._features.deserialize_example_np(example) for example in self._data.__getitems__(indices)]
+        return list(map(self._decode, self._data.__getitems__(indices)))
+
+    def _decode(self, example):
+        return self._features.deserialize_example_np(example, decoders=self._decoders)
 
 
 @functools.cache

@@ -178,12 +178,16 @@ class Stand:
             assert time.monotonic() < deadline, self.calls(".*")
             time.sleep(0.05)
 
+    def has_ended(self, worker):
+        """Whether the run of a worker has written its status, and then removed its pid."""
+        return self.run_file(worker, "status").exists() and not self.run_file(worker, "pid").exists()
+
     def run(self, *options, until="ended", setup=()):
         """setup and run on a slice of two workers; waits until training has begun or ended there."""
         self.launch("tpu", "setup", *QUEUE, *setup)
         self.launch("tpu", "run", *QUEUE, "--pause=0", *options, "--", *TRAIN)
         if until == "ended":
-            self.wait_for(lambda: all(self.run_file(worker, "status").exists() for worker in range(2)))
+            self.wait_for(lambda: all(map(self.has_ended, range(2))))
         else:
             self.wait_for(lambda: all(self.trained(worker) for worker in range(2)))
 

@@ -225,6 +225,15 @@ def test_shares_of_several_hosts_give_the_same_index(name, command, tmp_path, ca
     assert command(name, tmp_path / "shares") == 0 and files(tmp_path / "shares") == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["clip_score", "balance", "dedup"])
+def test_an_array_of_others_is_not_overwritten(name, command, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "index.npy").write_bytes(b"mine")
+    assert command(name, tmp_path / "out") == 2
+    assert "holds an index.npy that no command of the package made: name another folder" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {"index.npy": b"mine"}
+
+
 def test_parts_of_something_else_are_refused(command, tmp_path, model, monkeypatch, capsys):
     def refused(name, *more, source=None):
         assert command(name, tmp_path, *more, source=source) == 2

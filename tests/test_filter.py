@@ -240,9 +240,12 @@ def test_an_index_of_other_data_is_refused(folder, tmp_path):
         (["--exclude=/nowhere"], "/nowhere: no such file"),
         (["--min-side=1000"], "all 12 records are removed"),
         (["--out=/dev/null/x"], "--out=/dev/null/x cannot be written"),
+        (["--out=."], "--out=. holds an index.npy that no command of the package made"),
     ],
 )
-def test_bad_input_is_one_clear_line(folder, tmp_path, capsys, arguments, message):
+def test_bad_input_is_one_clear_line(folder, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "index.npy").write_bytes(b"mine")
     assert filters.main([f"--source={folder}", f"--out={tmp_path}/kept", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1

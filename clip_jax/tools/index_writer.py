@@ -31,11 +31,11 @@ class IndexWriter:
       kept: number of records so far.
       texts: number of their captions.
 
-    Raises UserError when the folder cannot be written, within the statement too, and for a mixture.
+    Raises UserError as `check_index`, and when the folder cannot be written, within the statement too.
     """
 
     def __init__(self, source, out, start=None):
-        check_single(source)
+        check_index(source, Path(out))
         self._source, self._out = source, Path(out)
         self._start = time.monotonic() if start is None else start
         self.kept = self.texts = 0
@@ -106,8 +106,10 @@ class IndexWriter:
         return report
 
 
-def check_single(source):
-    """Raises UserError for a mixture: `?index=` belongs to one of its parts."""
+def check_index(source, out):
+    """Raises UserError for a mixture, as `?index=` belongs to one of its parts, and for a folder with another array."""
+    if (out / "index.npy").exists() and not any((out / name).exists() for name in ("report.json", "report.txt")):
+        raise UserError(f"--out={out} holds an index.npy that no command of the package made: name another folder")
     if hasattr(source, "sources"):
         raise UserError(
             f"{source.name} is a mixture: make an index of each part, PART?index=FOLDER + PART?index=FOLDER"

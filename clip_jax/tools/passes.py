@@ -14,7 +14,7 @@ from clip_jax.data.sources.kept import starts_of
 from clip_jax.data.threads import mapped
 from clip_jax.errors import UserError
 from clip_jax.runtime import command, faults
-from clip_jax.tools.index_writer import check_single
+from clip_jax.tools.index_writer import check_index
 from clip_jax.tools.source_arguments import FIELDS, source_parser
 
 PART = 65_536  # records of a part; those of whole blocks where the source has such
@@ -90,11 +90,12 @@ class Pass:
       key: what the parts depend on, `{word: JSON value}`; empty before `begin` in a new folder.
       about: what `begin` was told of it, a dict of JSON values.
 
-    Raises UserError when the folder holds parts of another source or command or cannot be written, and for a mixture.
+    Raises UserError as `check_index`, when the folder holds parts of another source or command, and when it cannot be
+    written.
     """
 
     def __init__(self, source, out, command):
-        check_single(source)
+        check_index(source, Path(out))
         self.start = time.monotonic()
         self.source, self._out = source, out
         self._folder, self._edges = Path(out) / "parts", _edges(source)

@@ -415,7 +415,7 @@ def test_steps_with_batch_norm(method, image, text, devices, micro_batches):
     batch = {
         "image": rng.integers(0, 256, (16, 32, 32, 3), np.uint8),
         "text": rng.integers(1, 64, (16, 12), np.int32),
-        "example_id": np.arange(16),
+        "example_id": sharding.id_words(np.arange(16)),
     }
 
     start, tx = starting_state(c, make_method(c), batch)

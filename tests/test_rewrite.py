@@ -346,9 +346,15 @@ def test_the_command(tmp_path, capsys):
             ["--llm=http://localhost:1/v1", "--temperature=-1"],
             "--temperature=-1.0 must be at least 0, --top-p=0.95 above 0 and at most 1, --max-tokens=77 at least 1",
         ),
-        (["--llm=offline", "--top-p=0.9"], "--top-p: --llm=offline does not use it"),
-        (["--llm=transformers:x", "--timeout=1"], "--timeout: --llm=transformers:x does not use it"),
-        (["--llm=http://localhost:1/v1", "--words=tags"], "--words: --llm=http://localhost:1/v1 does not use it"),
+        (
+            ["--llm=offline", "--top-p=0.9"],
+            "--top-p is for --llm=http or --llm=https or --llm=transformers, not --llm=offline",
+        ),
+        (
+            ["--llm=transformers:x", "--timeout=1"],
+            "--timeout is for --llm=http or --llm=https, not --llm=transformers:x",
+        ),
+        (["--llm=https://host/v1", "--words=tags"], "--words is for --llm=offline, not --llm=https://host/v1"),
         (["--llm=offline", "--demonstrations=no.json"], "demonstrations no.json: not JSON of"),
     ],
 )

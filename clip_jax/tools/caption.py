@@ -34,14 +34,14 @@ from clip_jax.data.views import rewrites_of
 from clip_jax.errors import UserError
 from clip_jax.runtime import command
 from clip_jax.tools.language_models import import_transformers
-from clip_jax.tools.source_arguments import open_source, source_parser
+from clip_jax.tools.source_arguments import check_options, open_source, source_parser
 from clip_jax.tools.text_columns import format_reasons, one_line, write_texts
 
 #: `(images, records) -> captions`; the caption of an image is a text or a list of texts.
 Captioner = Callable[[Sequence[Image.Image], Sequence[Record]], Sequence[str | list[str]]]
 #: The kind of captioner that each option is for.
-_OPTIONS = {"prompt": "transformers"}
-_OPTIONS |= dict.fromkeys(("bank", "bank_field", "bank_split", "top", "exclude_own"), "retrieval")
+_OPTIONS = {"prompt": ("transformers",)}
+_OPTIONS |= dict.fromkeys(("bank", "bank_field", "bank_split", "top", "exclude_own"), ("retrieval",))
 
 
 def read_bank(spec, field="", split="train"):
@@ -241,18 +241,8 @@ def main(argv=None):
     return command.run(lambda: _main(args, parser))
 
 
-def _check(args, parser):
-    """Raises UserError for an option of another kind of captioner."""
-    given = args.captioner.partition(":")[0]
-    for name, kind in _OPTIONS.items():
-        is_other = given in _OPTIONS.values() and given != kind  # an unknown kind is refused when it is made
-        if is_other and getattr(args, name) != parser.get_default(name):
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is for --captioner={kind}:..., not --captioner={args.captioner}")
-
-
 def _main(args, parser):
-    _check(args, parser)
+    check_options(args, parser, "captioner", _OPTIONS)
     source = open_source(args)
     bank = functools.partial(read_bank, args.bank or args.source, args.bank_field, args.bank_split)
     own = (lambda record: [*_texts(record, ""), *_texts(record, args.bank_field)]) if args.exclude_own else None

@@ -42,21 +42,21 @@ from clip_jax.data.views import rewrites_of
 from clip_jax.errors import UserError
 from clip_jax.runtime import command
 from clip_jax.tools.language_models import KINDS, NoAnswer, Request, Sampling, make_language_model
-from clip_jax.tools.source_arguments import open_source, source_parser
+from clip_jax.tools.source_arguments import check_options, open_source, source_parser
 from clip_jax.tools.text_columns import format_reasons, one_line, write_texts
 
 FAMILIES = ("chatgpt", "bard", "coco", "human")
 DEMONSTRATIONS = Path(__file__).parent / "rewrite_demonstrations.json"
 _SHOTS, _MAX_WORDS = 3, 77
 _NO_CAPTION = "an answer that is no caption"
-#: Options of one kind of language model: default, help, and the first letters of the kinds that do not use them.
-_OPTIONS = {
-    "words": ("tags,keywords", "record fields with further words, for --llm=offline", ("http", "transformers:")),
-    "timeout": (60.0, "seconds to wait for an HTTP answer", ("offline", "transformers:")),
-    "temperature": (Sampling.temperature, "sampling temperature; 0: greedy", ("offline",)),
-    "top_p": (Sampling.top_p, "nucleus sampling: probability mass of the tokens to sample from", ("offline",)),
-    "max_tokens": (Sampling.max_tokens, "longest answer in tokens", ("offline",)),
+_SAMPLING = {
+    "temperature": "sampling temperature; 0: greedy",
+    "top_p": "nucleus sampling: probability mass of the tokens to sample from",
+    "max_tokens": "longest answer in tokens",
 }
+#: The kinds of language model that each option is for.
+_OPTIONS = {"words": ("offline",), "timeout": ("http", "https")}
+_OPTIONS |= dict.fromkeys(_SAMPLING, ("http", "https", "transformers"))
 
 Demonstrations = Mapping[str, Sequence[Sequence[str]]]
 LanguageModel = Callable[[Sequence[Request]], list[str | NoAnswer]]
@@ -261,19 +261,27 @@ def main(argv=None):
     )
     parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="records in a batch (default: %(default)s)")
-    for name, (default, text, _) in _OPTIONS.items():
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(default), help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--words",
+        default="tags,keywords",
+        help="record fields with further words, for --llm=offline (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, help="seconds to wait for an HTTP answer (default: %(default)s)"
+    )
+    for field, value in vars(Sampling()).items():
+        parser.add_argument(
+            "--" + field.replace("_", "-"),
+            type=type(value),
+            default=value,
+            help=f"{_SAMPLING[field]} (default: %(default)s)",
+        )
     args = parser.parse_args(argv)
-    return command.run(lambda: _main(args))
+    return command.run(lambda: _main(args, parser))
 
 
-def _main(args):
-    for name, (default, _, useless) in _OPTIONS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-        elif args.llm.startswith(useless):
-            raise UserError(f"--{name.replace('_', '-')}: --llm={args.llm} does not use it")
+def _main(args, parser):
+    check_options(args, parser, "llm", _OPTIONS)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens)
     llm = make_language_model(args.llm, sampling, args.timeout)
     source = open_source(args)

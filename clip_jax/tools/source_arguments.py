@@ -1,6 +1,9 @@
 """The arguments that every command on a data source shares."""
 
+import itertools
+
 from clip_jax.data.sources import make_source
+from clip_jax.errors import UserError
 from clip_jax.runtime import command
 
 FIELDS = ("image", "text", "label")
@@ -34,3 +37,21 @@ def add_fields(parser, fields=FIELDS):
 def open_source(args):
     """Returns the source that parsed arguments name; raises UserError as `make_source` does."""
     return make_source(args.source, args.split, **{name: getattr(args, name, None) for name in FIELDS})
+
+
+def check_options(args, parser, choice, kinds):
+    """Raises UserError for an option that the chosen kind does not use.
+
+    Args:
+      args: the parsed arguments.
+      parser: their parser. An option with its default value is not given.
+      choice: the argument that chooses, "KIND" or "KIND:...". An unknown kind is refused elsewhere.
+      kinds: `{option: tuple of the kinds that use it}`.
+    """
+    chosen = getattr(args, choice)
+    kind = chosen.partition(":")[0]
+    for name, some in kinds.items():
+        is_other = kind in itertools.chain(*kinds.values()) and kind not in some
+        if is_other and getattr(args, name) != parser.get_default(name):
+            wanted = " or ".join(f"--{choice}={other}" for other in some)
+            raise UserError(f"--{name.replace('_', '-')} is for {wanted}, not --{choice}={chosen}")

@@ -268,7 +268,7 @@ def test_a_whole_study_with_tuning_an_index_and_a_report(tmp_path, capsys, monke
     )
     study.run_study(tiny_study, tmp_path / "tiny", 1, [])
     about = json.loads((tmp_path / "tiny" / "study.json").read_text())
-    assert set(about["tried"]["CLIP"]) == {"0.001", "0.1"} and about["done"] == [5, 5]
+    assert set(about["tried"]["CLIP"]) == {"0.001", "0.1"} and about["done"] == [4, 4]
     best = max(about["tried"]["CLIP"], key=about["tried"]["CLIP"].get)
     for row in ("CLIP", "filtered"):
         stored = json.loads((tmp_path / "tiny" / row / "seed_0" / "config.json").read_text())

@@ -317,8 +317,8 @@ def plain(value):
 
     An array of two or more dimensions stays an array.
     """
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, str | bytes):  # most values
+        return value if isinstance(value, str) else value.decode("utf-8", "surrogateescape")
     if isinstance(value, np.generic):
         return plain(value.item())
     if isinstance(value, np.ndarray) and value.dtype != object:
@@ -402,14 +402,13 @@ def with_texts(record, values):
     return record | {"texts": texts, "caption_error": _NO_TEXT}
 
 
-def records(source, first=0, end=None, fields=None):
+def records(source, first=0, end=None):
     """Returns an iterator of `(index, record)` in order, from index `first` on and below `end`; threads read ahead.
 
     An unreadable record is its `BadRecord`. Each block of a source of blocks (`clip_jax.data.blocks`) is read once.
-    With `fields`, a set of names, records may lack other ones: a source with a method `only` is faster then.
     """
-    some = source.only(fields) if fields and hasattr(source, "only") else source
-    return itertools.chain.from_iterable(mapped(_read_run, *runs_of(some, first, len(source) if end is None else end)))
+    runs, ahead = runs_of(source, first, len(source) if end is None else end)
+    return itertools.chain.from_iterable(mapped(_read_run, runs, ahead))
 
 
 def _read_run(run):

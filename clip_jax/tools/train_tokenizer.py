@@ -93,7 +93,7 @@ def source_texts(source, fields="texts"):
             raise UserError(f"--fields={fields!r}: {item!r} must have the form name or name*weight")
         weights[name] = int(weight or 1)
     seen = set()
-    for _, record in records(source, fields=set(weights)):
+    for _, record in records(source):
         if isinstance(record, BadRecord):
             continue
         for name, weight in weights.items():

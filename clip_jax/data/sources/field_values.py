@@ -98,7 +98,7 @@ def _columns(columns, length):
 
 def _records(source, fields, name):
     """Yields `(first record, {field: list of values})` of the records; reads all of them."""
-    known, every = set(), records(source, fields=None if ALL_TEXT in fields else fields)
+    known, every = set(), records(source)
     for start in range(0, len(source), CHUNK):
         rows = {field: [] for field in fields}
         for _, record in itertools.islice(every, CHUNK):

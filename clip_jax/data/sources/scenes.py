@@ -295,7 +295,7 @@ def _read_concepts(groups, split, name):
     Only concepts whose name is a short noun are used. Raises UserError for an unknown group.
     """
     found, known = {}, set()
-    for _, record in records(embedded("emoji", split), fields={"group", "name", "image"}):
+    for _, record in records(embedded("emoji", split)):
         known.add(record["group"])
         if record["group"] in groups and re.fullmatch(r"[A-Za-z]+([ -][A-Za-z]+){0,2}", record["name"]):
             found.setdefault(record["name"], []).append(record["image"])

@@ -267,7 +267,7 @@ def _held_out_finder():
     """Returns the `_finder` of the names of the concepts that the emoji set holds out of training."""
     splits = [f"{part}_{vendor}_vendor" for part in ("val", "test") for vendor in ("seen", "unseen")]
     sources = [embedded("emoji", split) for split in splits]
-    return _finder({_words(record["name"]) for source in sources for _, record in records(source, fields={"name"})})
+    return _finder({_words(record["name"]) for source in sources for _, record in records(source)})
 
 
 def _finder(names):

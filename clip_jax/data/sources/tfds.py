@@ -1,6 +1,5 @@
 """Data sets prepared by TFDS (TensorFlow Datasets), the embedded ones among them."""
 
-import copy
 import functools
 import json
 import lzma
@@ -8,10 +7,15 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
+
 from clip_jax.data.blocks import RUN, Block, runs
-from clip_jax.data.records import CANONICAL, BadRecord, BaseSource, plain
+from clip_jax.data.records import BadRecord, BaseSource, plain
+from clip_jax.data.sources import example
 from clip_jax.errors import UserError, did_you_mean
 
+#: Types whose values protobuf gives back as TFDS does.
+_PLAIN = np.object_, np.int32, np.int64, np.float32
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 
 
@@ -41,18 +45,17 @@ class TfdsSource(BaseSource):
         if base not in splits and split != "all":
             raise UserError(f"{self.name}: no split {split!r}{did_you_mean(base, splits)}; splits: {', '.join(splits)}")
         images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
-        self._features, self._decoders = dict(features.items()), {key: tfds.decode.SkipDecoding() for key in images}
         if self._fields.image is None and images and "image" not in images:
             self._fields = self._fields._replace(image=images[0])
         # A feature of dicts, such as COCO's captions = [{text, id}], is addressed as captions/text.
         inner = {key: list(getattr(getattr(features[key], "feature", None), "keys", list)()) for key in features}
         self._choose_fields([name for key in features for name in ([f"{key}/{sub}" for sub in inner[key]] or [key])])
-        labels = self._features.get(self._fields.label)
+        labels = dict(features.items()).get(self._fields.label)
         labels = getattr(labels, "feature", labels)  # a sequence holds several labels
         if isinstance(labels, tfds.features.ClassLabel) and labels.names:
             self._set_classes(labels.names)
         try:
-            self._data = builder.as_data_source(split, decoders=self._decoders)
+            self._examples = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         except NotImplementedError:
             raise UserError(
                 f"{self.name}: prepared as {builder.info.file_format.value}, which cannot be read by index; prepare it "
@@ -61,69 +64,74 @@ class TfdsSource(BaseSource):
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.name}: split {split!r} is empty or not a split: {reason}") from None
+        self._parse = _parser(features, {key: tfds.decode.SkipDecoding() for key in images})
         self.blocks = runs(len(self))
-        self._check_label_field(self._data[0], asked=label is not None)
+        self._check_label_field(self._parse(self._examples[0]), asked=label is not None)
         self._files_of_labels = (os.fspath(folder),)
         self._names = _names_by_concept(os.fspath(folder))
 
     def __len__(self):
-        return len(self._data)
+        return len(self._examples)
 
     def __getitem__(self, index):
         try:
-            return self._record(self._data[index])
+            found = self._examples[index]
         except RuntimeError:  # a damaged chunk of the file
             raise BadRecord("unreadable record") from None
+        return self._record(found)
 
     def read_block(self, number):
         first = number * RUN
         count = min(RUN, len(self) - first)
         try:
-            found = self._data.__getitems__(range(first, first + count))
+            found = self._examples.__getitems__(range(first, first + count))
         except RuntimeError:  # one damaged chunk fails the call
             return Block(count, lambda index: self[first + index])
         return Block(count, lambda index: self._record(found[index]))
 
-    def only(self, fields):
-        """Returns a source of the same records with some of their fields, for a reader of these alone.
-
-        Decoding all features takes most of the time of reading a record. Where a field is made of others, as the label
-        is, or is unknown, this is the source itself.
-        """
-        names = {self._fields.image if field == "image" else field for field in fields}
-        if not self._features.keys() - (CANONICAL - {self._fields.image}) >= names:
-            return self
-        source, features = copy.copy(self), {name: self._features[name] for name in names}
-        source._data = _SomeFeatures(self._data.data_source, features, self._decoders)
-        return source
-
-    def _record(self, features):
+    def _record(self, data):
         raw = {}
-        for key, value in features.items():
+        for key, value in self._parse(data).items():
             raw |= {f"{key}/{sub}": item for sub, item in value.items()} if isinstance(value, dict) else {key: value}
         return self._canonical(raw | self._names.get(plain(raw.get("concept")), {}))
 
 
-class _SomeFeatures:
-    """Some features of the examples of a data source of TFDS, which holds them as bytes."""
+def _parser(features, decoders):
+    """Returns the function that parses the bytes of an example into `{feature: value}`.
 
-    def __init__(self, data, features, decoders):
-        import tensorflow_datasets as tfds
+    TFDS takes 0.3 ms an example, longer than a small image takes to decode. So bytes, numbers and sequences of them are
+    read here. TFDS parses the examples of a data set that has other features.
+    """
+    import tensorflow_datasets as tfds
 
-        self._data, self._features = data, tfds.features.FeaturesDict(features)
-        self._decoders = {name: decoder for name, decoder in decoders.items() if name in features}
+    is_list = {name: type(feature) is tfds.features.Sequence for name, feature in features.items()}
+    items = [
+        features[name].feature if some else features[name] for name, some in is_list.items() if name not in decoders
+    ]
+    if all(map(_is_plain, items)):
+        return functools.partial(_parse, is_list)
+    return functools.partial(features.deserialize_example_np, decoders=decoders)
 
-    def __len__(self):
-        return len(self._data)
 
-    def __getitem__(self, index):
-        return self._decode(self._data[index])
+def _is_plain(feature):
+    """Returns whether a feature is serialised as bytes or as a number that protobuf and NumPy give back alike."""
+    from tensorflow_datasets import features
 
-    def __getitems__(self, indices):
-        return list(map(self._decode, self._data.__getitems__(indices)))
+    if type(feature) not in (features.Text, features.ClassLabel, features.Scalar, features.Tensor):
+        return False
+    value, stored = feature.get_tensor_info(), feature.get_serialized_info()
+    is_same = value.shape == stored.shape == () and value.np_dtype == stored.np_dtype and not stored.optional
+    return is_same and value.np_dtype in _PLAIN
 
-    def _decode(self, example):
-        return self._features.deserialize_example_np(example, decoders=self._decoders)
+
+def _parse(is_list, data):
+    found, values = example.parse(data), {}
+    for name, some in is_list.items():
+        value = found.get(name, [])
+        if isinstance(value, list) and not some:
+            raise BadRecord(f"{len(value)} values of the feature {name}")
+        values[name] = [value] if some and not isinstance(value, list) else value
+    return values
 
 
 @functools.cache

@@ -30,6 +30,7 @@ last. Options of the tokenizers, with their defaults:
 CLIP pads with 0, which is also the id of "!". `ids == pad_id` therefore does not find padding: use `Tokenizer.lengths`.
 """
 
+import functools
 import inspect
 import json
 
@@ -106,9 +107,14 @@ def _make(cls, file, options):
     if file.suffix == ".json" and cls in (ClipBpeTokenizer, WordPieceTokenizer):
         data = _vocabulary(cls, data, file)
     try:
-        return cls(data, **options)
+        return _of_vocabulary(cls, data, tuple(options.items()))
     except UserError as e:
         raise UserError(f"tokenizer {cls.kind}: {file}: {e}") from e
+
+
+@functools.lru_cache(8)
+def _of_vocabulary(cls, data, options):
+    return cls(data, **dict(options))
 
 
 def _vocabulary(cls, data, file):

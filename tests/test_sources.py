@@ -222,6 +222,12 @@ def test_examples_that_are_parsed_here_are_those_of_tfds(tmp_path, tiny_tfds, mo
     assert source[6]["score"] == 1.5
 
 
+def test_selections_of_a_tfds_folder_by_its_fields(tiny_tfds):
+    assert make_source(f"{tiny_tfds}?where=score:1.25&has=tags")[0] == TfdsSource(tiny_tfds)[5]
+    with pytest.raises(UserError, match="no record has the field 'tag' .did you mean 'tags'.*; fields: .*image, kind"):
+        make_source(f"{tiny_tfds}?where=tag:t1")
+
+
 @pytest.mark.parametrize(
     "feature, value, read",
     [
